@@ -1,0 +1,61 @@
+"""The shapes of the pair: two Llama configurations and how they are initialised.
+
+Owns sizes only; knows nothing of text or training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that tell one Llama from another."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    # 64 is the smallest head every CUDA attention back end (FlashInfer among them) accepts.
+    head_dim: int = 64
+
+
+TARGET_SHAPE = ModelShape(256, 6, 4, 2, 768)
+DRAFT_SHAPE = ModelShape(128, 2, 2, 1, 512)
+
+
+def llama_config(
+    shape: ModelShape, *, vocab_size: int, end_of_text_id: int, max_positions: int = 2048
+) -> LlamaConfig:
+    """A Llama configuration with tied embeddings and plain rotary positions."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=end_of_text_id,
+        eos_token_id=end_of_text_id,
+        pad_token_id=end_of_text_id,
+    )
+
+
+def new_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised model, the same for the same seed; the global RNG is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters counted once where they are tied."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,106 @@
+"""The training loop shared by pre-training and distillation.
+
+Owns optimisers, the learning-rate schedule, step and wall-clock limits. What is learned comes
+in as a loss function; where it is stored comes in as a checkpoint function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+_WARMUP_STEPS = 40
+_DECAY_FROM = 0.5  # constant rate until here, then linear to zero: good at any length
+_PROGRESS_EVERY = 25
+_CHECKPOINT_EVERY_S = 240.0
+_MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """One line of progress: the mean loss (nats a token) since the last event."""
+
+    stage: str
+    step: int
+    num_steps: int
+    loss: float
+    elapsed_s: float
+
+
+Progress = Callable[[TrainingEvent], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Training ends at whichever comes first; only the step limit is repeatable."""
+
+    num_steps: int
+    time_budget_s: float
+
+
+class Optimiser:
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+
+    def __init__(self, model: LlamaForCausalLM, *, matrix_rate: float, other_rate: float) -> None:
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+        matrix_ids = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in matrix_ids]
+        self._parameters = [*matrices, *others]
+        self._rates = (matrix_rate, other_rate)
+        self._optimisers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+
+    def step(self, loss: torch.Tensor, scale: float) -> None:
+        """Descends once at `scale` times the learning rates."""
+        for optimiser, rate in zip(self._optimisers, self._rates, strict=True):
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = rate * scale
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)
+        for optimiser in self._optimisers:
+            optimiser.step()
+
+
+def rate_scale(step: int, done: float) -> float:
+    """The learning rate's factor at `step`, when the share `done` of training is behind."""
+    warm = min(1.0, (step + 1) / _WARMUP_STEPS)
+    return warm * min(1.0, max(0.0, (1.0 - done) / (1.0 - _DECAY_FROM)))
+
+
+def optimise(
+    stage: str,
+    optimiser: Optimiser,
+    loss_of_step: Callable[[int], torch.Tensor],
+    limits: Limits,
+    *,
+    progress: Progress | None = None,
+    checkpoint: Callable[[], None] | None = None,
+) -> int:
+    """Runs training steps until a limit; returns how many were taken."""
+    started = saved = time.monotonic()
+    losses: list[float] = []
+    for step in range(limits.num_steps):
+        now = time.monotonic()
+        elapsed_s = now - started
+        if elapsed_s >= limits.time_budget_s:
+            return step
+        done = max(step / limits.num_steps, elapsed_s / limits.time_budget_s)
+        loss = loss_of_step(step)
+        optimiser.step(loss, rate_scale(step, done))
+        losses.append(loss.item())
+        if progress and (step % _PROGRESS_EVERY == 0 or step + 1 == limits.num_steps):
+            mean = sum(losses) / len(losses)
+            progress(TrainingEvent(stage, step, limits.num_steps, mean, elapsed_s))
+            losses.clear()
+        if checkpoint and now - saved >= _CHECKPOINT_EVERY_S:
+            checkpoint()
+            saved = now
+    return limits.num_steps

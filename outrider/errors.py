@@ -1,0 +1,75 @@
+"""The one tree of errors, and nothing about transport: `outrider.rpc` maps it to gRPC status.
+
+OutriderError
+ ├─ InvalidRequest       a request's field is wrong; names the field
+ ├─ ConfigError          a flag, variable or file of the operator is wrong
+ │   ├─ ModelError       a model cannot be loaded or served correctly
+ │   └─ IncompatiblePair draft and target do not share a tokenizer
+ ├─ SessionNotFound
+ ├─ SessionInUse         another call holds the session's lease
+ ├─ LeaseLost            a later owner has taken the session: this writer is stale
+ ├─ CapacityExceeded     no room now; may be retried later
+ │   └─ KVFull           the KV budget has no room for it
+ ├─ KVLost               keys and values that a caller relied on are gone
+ ├─ Unavailable          a tier or the store cannot be reached
+ └─ InternalError        a defect on our side, by name
+"""
+
+from __future__ import annotations
+
+
+class OutriderError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InvalidRequest(OutriderError):
+    """A request's field is wrong. `field` is its path in the request."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field}: {why}")
+        self.field = field
+        self.why = why
+
+
+class ConfigError(OutriderError):
+    """Something the operator gave is wrong; programs print it and exit with status 2."""
+
+
+class ModelError(ConfigError):
+    """A model cannot be loaded, or not served correctly by this engine."""
+
+
+class IncompatiblePair(ConfigError):
+    """Draft and target do not share a tokenizer."""
+
+
+class SessionNotFound(OutriderError):
+    """No such session, or it has expired."""
+
+
+class SessionInUse(OutriderError):
+    """Another call holds the session."""
+
+
+class LeaseLost(OutriderError):
+    """A later owner has taken the session; nothing this writer sends is kept."""
+
+
+class CapacityExceeded(OutriderError):
+    """No room now; the same request may pass later."""
+
+
+class KVFull(CapacityExceeded):
+    """The KV budget has no room for the sequence."""
+
+
+class KVLost(OutriderError):
+    """Keys and values that the caller relied on are gone; send the context again."""
+
+
+class Unavailable(OutriderError):
+    """A tier or the store cannot be reached."""
+
+
+class InternalError(OutriderError):
+    """A defect on our side."""

@@ -1,0 +1,158 @@
+from outrider.v1 import model_pb2 as _model_pb2
+from outrider.v1 import sampling_pb2 as _sampling_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DraftServiceGetModelInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DraftServiceGetModelInfoResponse(_message.Message):
+    __slots__ = ("model", "load")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelInfo
+    load: DraftLoad
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ...) -> None: ...
+
+class DraftLoad(_message.Message):
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total")
+    NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_CLOSED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    num_open_generations: int
+    num_idle_sessions: int
+    num_opened_total: int
+    num_closed_total: int
+    kv_used_tokens: int
+    num_prefill_tokens_total: int
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ...) -> None: ...
+
+class ProposeRequest(_message.Message):
+    __slots__ = ("opens", "commits", "closes")
+    OPENS_FIELD_NUMBER: _ClassVar[int]
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
+    CLOSES_FIELD_NUMBER: _ClassVar[int]
+    opens: _containers.RepeatedCompositeFieldContainer[DraftOpen]
+    commits: _containers.RepeatedCompositeFieldContainer[DraftCommit]
+    closes: _containers.RepeatedCompositeFieldContainer[DraftClose]
+    def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ...) -> None: ...
+
+class DraftOpen(_message.Message):
+    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "keep_len", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEPT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATION_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    generation_id: int
+    session_id: str
+    epoch: int
+    kept_epoch: int
+    keep_len: int
+    token_ids: bytes
+    prompt_len: int
+    max_len: int
+    sampling: _sampling_pb2.SamplingParams
+    verification: _sampling_pb2.Verification
+    gamma: int
+    lookahead: int
+    vocab_size: int
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., keep_len: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class DraftCommit(_message.Message):
+    __slots__ = ("generation_id", "parent", "num_accepted", "next_token", "committed_len", "gamma")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
+    generation_id: int
+    parent: int
+    num_accepted: int
+    next_token: int
+    committed_len: int
+    gamma: int
+    def __init__(self, generation_id: _Optional[int] = ..., parent: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., committed_len: _Optional[int] = ..., gamma: _Optional[int] = ...) -> None: ...
+
+class DraftClose(_message.Message):
+    __slots__ = ("generation_id", "keep")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    generation_id: int
+    keep: bool
+    def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
+
+class ProposeResponse(_message.Message):
+    __slots__ = ("proposals", "losts")
+    PROPOSALS_FIELD_NUMBER: _ClassVar[int]
+    LOSTS_FIELD_NUMBER: _ClassVar[int]
+    proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
+    losts: _containers.RepeatedCompositeFieldContainer[DraftLost]
+    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., losts: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ...) -> None: ...
+
+class Proposal(_message.Message):
+    __slots__ = ("generation_id", "id", "parent", "num_accepted", "next_token", "base_len", "token_ids", "support_sizes", "support_ids", "support_probs")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BASE_LEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SUPPORT_SIZES_FIELD_NUMBER: _ClassVar[int]
+    SUPPORT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
+    generation_id: int
+    id: int
+    parent: int
+    num_accepted: int
+    next_token: int
+    base_len: int
+    token_ids: bytes
+    support_sizes: bytes
+    support_ids: bytes
+    support_probs: bytes
+    def __init__(self, generation_id: _Optional[int] = ..., id: _Optional[int] = ..., parent: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., support_sizes: _Optional[bytes] = ..., support_ids: _Optional[bytes] = ..., support_probs: _Optional[bytes] = ...) -> None: ...
+
+class DraftLost(_message.Message):
+    __slots__ = ("generation_id", "reason", "detail")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[DraftLost.Reason]
+        REASON_KV_LOST: _ClassVar[DraftLost.Reason]
+        REASON_KV_FULL: _ClassVar[DraftLost.Reason]
+        REASON_BAD_MESSAGE: _ClassVar[DraftLost.Reason]
+        REASON_DISPLACED: _ClassVar[DraftLost.Reason]
+        REASON_INTERNAL: _ClassVar[DraftLost.Reason]
+    REASON_UNSPECIFIED: DraftLost.Reason
+    REASON_KV_LOST: DraftLost.Reason
+    REASON_KV_FULL: DraftLost.Reason
+    REASON_BAD_MESSAGE: DraftLost.Reason
+    REASON_DISPLACED: DraftLost.Reason
+    REASON_INTERNAL: DraftLost.Reason
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    generation_id: int
+    reason: DraftLost.Reason
+    detail: str
+    def __init__(self, generation_id: _Optional[int] = ..., reason: _Optional[_Union[DraftLost.Reason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
