@@ -3,7 +3,7 @@
 Owns where the pair lies, how it was trained from nothing (`train`), how it is measured
 (`evaluate`) and how the target is made to cost as much as a large model (`inflate`). Knows
 nothing of services, speculation or the packed engine: the pair is two ordinary Hugging Face
-directories. Importing this package does not import torch.
+directories. This module imports no torch of its own.
 """
 
 from __future__ import annotations

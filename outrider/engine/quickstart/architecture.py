@@ -24,14 +24,19 @@ class ModelShape:
     head_dim: int = 64
 
 
+MAX_POSITIONS = 2048
 TARGET_SHAPE = ModelShape(256, 6, 4, 2, 768)
 DRAFT_SHAPE = ModelShape(128, 2, 2, 1, 512)
 
 
 def llama_config(
-    shape: ModelShape, *, vocab_size: int, end_of_text_id: int, max_positions: int = 2048
+    shape: ModelShape, *, vocab_size: int, end_of_text_id: int, end_of_turn_id: int
 ) -> LlamaConfig:
-    """A Llama configuration with tied embeddings and plain rotary positions."""
+    """A Llama configuration with tied embeddings and plain rotary positions.
+
+    Either end token ends a generation. There is no padding token: its embedding would be kept
+    from learning, and nothing here pads.
+    """
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -40,12 +45,11 @@ def llama_config(
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=MAX_POSITIONS,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         bos_token_id=end_of_text_id,
-        eos_token_id=end_of_text_id,
-        pad_token_id=end_of_text_id,
+        eos_token_id=[end_of_text_id, end_of_turn_id],
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,13 @@ def chat_documents(documents: Sequence[str]) -> Iterator[str]:
             tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue  # templates and Python 2 fixtures
+        lines = text.splitlines()
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef):
                 continue
             question = ast.get_docstring(node)
-            answer = ast.get_source_segment(text, node)
-            if question and answer and len(answer) <= _MAX_CHAT_CHARACTERS:
+            answer = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            if question and len(answer) <= _MAX_CHAT_CHARACTERS:
                 yield f"{USER}{question}{END}{ASSISTANT}{answer}{END}"
 
 
@@ -107,7 +109,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
             show_progress=False,
         ),
     )
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers' own
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

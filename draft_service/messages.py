@@ -1,0 +1,108 @@
+"""What the draft is told and says, as plain values; a generation is named by (peer, id).
+
+Knows neither protobuf nor the engine. Meanings as in draft.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.engine.scheduler import GenerationKey
+from outrider.sampling.params import SamplingParams, Verification
+
+Ids = npt.NDArray[Any]
+
+
+class Outcome(NamedTuple):
+    """How a round ended, or is assumed to end: the node that a proposal continues."""
+
+    parent: int
+    num_accepted: int
+    next_token: int
+
+
+class SupportWeights(NamedTuple):
+    """The truncated distribution a token was drawn from; float32 weights, likeliest first."""
+
+    token_ids: Ids
+    weights: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Open:
+    key: GenerationKey
+    session_id: str
+    epoch: int
+    kept_epoch: int
+    keep_len: int
+    token_ids: Ids
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+    verification: Verification
+    gamma: int
+    lookahead: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    key: GenerationKey
+    outcome: Outcome
+    committed_len: int
+    gamma: int
+
+
+@dataclass(frozen=True)
+class Close:
+    key: GenerationKey
+    keep: bool
+
+
+Command = Open | Commit | Close
+
+
+@dataclass(frozen=True)
+class Proposal:
+    key: GenerationKey
+    id: int
+    outcome: Outcome
+    base_len: int
+    token_ids: Sequence[int]
+    supports: Sequence[SupportWeights] | None
+
+
+class LostReason(Enum):
+    KV_LOST = "kv_lost"
+    KV_FULL = "kv_full"
+    BAD_MESSAGE = "bad_message"
+    DISPLACED = "displaced"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Lost:
+    key: GenerationKey
+    reason: LostReason
+    detail: str
+
+
+Event = Proposal | Lost
+
+
+@dataclass(frozen=True)
+class DraftStatistics:
+    """Counters since the start and gauges of now; names as in draft.proto's DraftLoad."""
+
+    num_open_generations: int = 0
+    num_idle_sessions: int = 0
+    num_opened_total: int = 0
+    num_closed_total: int = 0
+    kv_used_tokens: int = 0
+    num_prefill_tokens_total: int = 0

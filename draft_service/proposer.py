@@ -1,0 +1,247 @@
+"""The device thread's half of the draft: sessions, chains, one batched model step for all of them.
+
+A step applies what has come in (so stale drafting stops within one step), advances every chain
+that wants a token by one, prompts in chunks, and returns the proposals that became complete.
+Knows nothing of streams, protobuf or asyncio; every method is called on the device thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+
+from draft_service.chain import Block, Chain
+from draft_service.messages import (
+    Close,
+    Command,
+    Commit,
+    DraftStatistics,
+    Event,
+    Lost,
+    LostReason,
+    Open,
+    Proposal,
+    SupportWeights,
+)
+from outrider.engine import Append, Engine
+from outrider.engine.sampler import GenerationSampler
+from outrider.engine.scheduler import GenerationKey
+from outrider.engine.sessions import Live, SessionTable
+from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from outrider.sampling.params import Verification
+
+log = structlog.get_logger()
+
+_REASONS: tuple[tuple[type[OutriderError], LostReason], ...] = (
+    (KVFull, LostReason.KV_FULL),
+    (KVLost, LostReason.KV_LOST),
+    (LeaseLost, LostReason.DISPLACED),
+)
+
+
+@dataclass(eq=False)
+class _Generation:
+    key: GenerationKey
+    sampler: GenerationSampler
+    verification: Verification
+
+
+@dataclass(eq=False)
+class _Drafting:
+    live: Live[_Generation]
+    chain: Chain
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens of the chain that the model has not seen; at least 1 where one is wanted."""
+        return self.chain.length - self.live.sequence.length
+
+
+class Proposer:
+    """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in DraftConfig."""
+
+    def __init__(
+        self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
+    ) -> None:
+        self._engine = engine
+        self._max_gamma = max_gamma
+        self._max_step_tokens = max_step_tokens
+        self._table: SessionTable[_Generation] = SessionTable(engine.store, idle_session_ttl_s)
+        self._drafting: dict[GenerationKey, _Drafting] = {}
+        self._num_prefill_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return any(d.chain.wants_token for d in self._drafting.values())
+
+    def step(self, commands: Sequence[Command]) -> list[Event]:
+        """Applies the commands in order, then draws one token for every chain that wants one."""
+        events = [lost for command in commands for lost in self._apply(command)]
+        wanting = [d for d in self._drafting.values() if d.chain.wants_token]
+        if not wanting:
+            return events
+        try:
+            return events + self._advance(wanting)
+        except Exception as error:  # the step's chains fail by name; the service lives
+            log.error("step_failed", num_chains=len(wanting), exc_info=error)
+            return events + [
+                self._lose(d.live.state.key, LostReason.INTERNAL, f"the step failed: {error}")
+                for d in wanting
+            ]
+
+    def tidy(self) -> None:
+        """Frees what was kept too long and checks the KV accounting; for idle moments."""
+        self._table.expire()
+        self._engine.store.check_integrity()
+
+    def statistics(self) -> DraftStatistics:
+        return DraftStatistics(
+            num_open_generations=self._table.num_live,
+            num_idle_sessions=self._table.num_kept,
+            num_opened_total=self._table.num_opened,
+            num_closed_total=self._table.num_closed,
+            kv_used_tokens=self._engine.store.used_tokens,
+            num_prefill_tokens_total=self._num_prefill_tokens,
+        )
+
+    def _apply(self, command: Command) -> list[Event]:
+        try:
+            match command:
+                case Open():
+                    return self._open(command)
+                case Commit():
+                    self._commit(command)
+                case Close():
+                    self._close(command.key, keep=command.keep)
+        except OutriderError as error:
+            reasons = (r for kind, r in _REASONS if isinstance(error, kind))
+            return [self._lose(command.key, next(reasons, LostReason.BAD_MESSAGE), str(error))]
+        return []
+
+    def _open(self, command: Open) -> list[Event]:
+        self._check(command)
+        info = self._engine.info
+        committed_len = command.keep_len + len(command.token_ids)
+        max_len = min(command.max_len, info.max_context_len)
+        if max_len < committed_len + 2:
+            raise KVFull(f"{committed_len} tokens leave no room in a context of {max_len}")
+        sampler = GenerationSampler(
+            command.params,
+            prompt_len=command.prompt_len,
+            vocab_size=min(command.vocab_size, info.vocab_size),
+            eos_token_ids=info.eos_token_ids,
+            device=torch.device(info.device),
+        )
+        displaced: list[Event] = []
+        former = self._table.find(command.session_id)
+        if former is not None and former.epoch < command.epoch:
+            why = f"epoch {command.epoch} took over session {command.session_id}"
+            displaced.append(self._lose(former.state.key, LostReason.DISPLACED, why))
+        generation = _Generation(command.key, sampler, command.verification)
+        live = self._table.open(
+            command.session_id, command.epoch, command.kept_epoch, max_len, generation
+        )
+        if live.sequence.length < command.keep_len:
+            num_held = live.sequence.length
+            self._table.close(live, keep=False)
+            raise KVLost(f"{num_held} tokens are held, not {command.keep_len}")
+        self._engine.store.truncate(live.sequence, command.keep_len)
+        live.token_ids[command.keep_len : committed_len] = command.token_ids
+        chain = Chain(live.token_ids, committed_len, command.gamma, command.lookahead)
+        self._drafting[command.key] = _Drafting(live, chain)
+        self._num_prefill_tokens += len(command.token_ids)
+        return displaced
+
+    def _check(self, command: Open) -> None:
+        if command.key in self._drafting:
+            raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
+        if not len(command.token_ids):
+            raise InvalidRequest("token_ids", "must not be empty")
+        if not 1 <= command.prompt_len <= command.keep_len + len(command.token_ids):
+            raise InvalidRequest("prompt_len", f"{command.prompt_len} is not within the context")
+        if command.vocab_size < 1 or command.token_ids.max() >= command.vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {command.vocab_size})")
+        self._check_gamma(command.gamma)
+        command.params.validate(command.vocab_size)
+
+    def _check_gamma(self, gamma: int) -> None:
+        if gamma > self._max_gamma:
+            raise InvalidRequest("gamma", f"{gamma} exceeds {self._max_gamma}")
+
+    def _commit(self, command: Commit) -> None:
+        drafting = self._drafting.get(command.key)
+        if drafting is None:
+            # Lost or closed here while the commit was on its way: already said, nothing to do.
+            return
+        self._check_gamma(command.gamma)
+        num_right = drafting.chain.commit(command.outcome, command.committed_len, command.gamma)
+        sequence = drafting.live.sequence
+        self._engine.store.truncate(sequence, min(sequence.length, num_right))
+
+    def _lose(self, key: GenerationKey, reason: LostReason, detail: str) -> Lost:
+        self._close(key, keep=False)
+        return Lost(key, reason, detail)
+
+    def _close(self, key: GenerationKey, *, keep: bool) -> None:
+        drafting = self._drafting.pop(key, None)
+        if drafting is None:
+            return
+        sequence = drafting.live.sequence
+        if keep:  # what was drafted ahead of the end is no part of the conversation
+            committed_len = drafting.chain.committed_len
+            self._engine.store.truncate(sequence, min(sequence.length, committed_len))
+        self._table.close(drafting.live, keep=keep)
+
+    def _advance(self, wanting: Sequence[_Drafting]) -> list[Event]:
+        """One forward pass: whole chains first, then prompts within the token budget."""
+        appends: list[Append] = []
+        drawing: list[_Drafting] = []
+        budget = self._max_step_tokens
+        for drafting in sorted(wanting, key=lambda d: d.num_pending):
+            if budget <= 0:
+                break
+            sequence, start = drafting.live.sequence, drafting.live.sequence.length
+            num_tokens = min(drafting.num_pending, budget)
+            budget -= num_tokens
+            is_last = num_tokens == drafting.num_pending
+            token_ids = drafting.chain.token_ids[start : start + num_tokens]
+            # A padded target vocabulary may name tokens the draft has no row for: any will do.
+            known = np.where(token_ids < self._engine.info.vocab_size, token_ids, 0)
+            appends.append(Append(sequence, known, int(is_last)))
+            if is_last:
+                drawing.append(drafting)
+        logits = self._engine.forward(appends)
+        completed = (self._draw(d, row) for d, row in zip(drawing, logits, strict=True))
+        return [proposal for proposal in completed if proposal is not None]
+
+    def _draw(self, drafting: _Drafting, logits: torch.Tensor) -> Proposal | None:
+        chain, generation = drafting.chain, drafting.live.state
+        position = chain.length
+        if chain.next_is_guess:
+            token_id = generation.sampler.guess(logits, chain.token_ids, position)
+            chain.add(token_id, None)
+            return None
+        token_id, support = generation.sampler.draft(
+            logits,
+            chain.token_ids,
+            position,
+            base_len=chain.current_block.base_len,
+            verification=generation.verification,
+        )
+        block = chain.add(token_id, SupportWeights(*support) if support else None)
+        return _proposal(generation.key, chain, block) if block else None
+
+
+def _proposal(key: GenerationKey, chain: Chain, block: Block) -> Proposal:
+    return Proposal(
+        key=key,
+        id=block.id,
+        outcome=block.outcome,
+        base_len=block.base_len,
+        token_ids=chain.token_ids[block.base_len : block.end].tolist(),
+        supports=list(block.supports) if block.supports else None,
+    )

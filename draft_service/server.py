@@ -1,0 +1,173 @@
+"""The draft's gRPC edge: frames to commands, events to frames. Knows no model and no batching."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+import numpy as np
+
+from draft_service.messages import (
+    Close,
+    Command,
+    Commit,
+    DraftStatistics,
+    Event,
+    Lost,
+    LostReason,
+    Open,
+    Outcome,
+    Proposal,
+)
+from outrider.engine.scheduler import GenerationKey, Scheduler
+from outrider.errors import InvalidRequest
+from outrider.rpc import Outbox, StreamCall, translated
+from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+from outrider.wire import (
+    FLOAT32,
+    UINT16,
+    UINT32,
+    pack,
+    sampling_from_proto,
+    unpack,
+    verification_from_proto,
+)
+
+_REASONS = {
+    LostReason.KV_LOST: draft_pb2.DraftLost.REASON_KV_LOST,
+    LostReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
+    LostReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
+    LostReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
+    LostReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,
+}
+
+
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """One per service; lives on the event loop."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler[Command, Event],
+        model: model_pb2.ModelInfo,
+        statistics: Callable[[], DraftStatistics],
+    ) -> None:
+        self._scheduler = scheduler
+        self._model = model
+        self._statistics = statistics
+        self._peer_ids = itertools.count(1)
+
+    async def GetModelInfo(
+        self,
+        request: draft_pb2.DraftServiceGetModelInfoRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> draft_pb2.DraftServiceGetModelInfoResponse:
+        load = draft_pb2.DraftLoad(**asdict(self._statistics()))
+        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._model, load=load)
+
+    async def Propose(
+        self,
+        request_iterator: AsyncIterator[draft_pb2.ProposeRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[draft_pb2.ProposeResponse]:
+        """Reads and writes independently: the handler never waits for a step to read a frame."""
+        peer = _Peer(next(self._peer_ids))
+        self._scheduler.attach(peer.id, peer)
+
+        async def read(frame: draft_pb2.ProposeRequest) -> None:
+            await self._scheduler.submit(peer.commands(frame))
+
+        try:
+            async with translated(context), StreamCall(request_iterator, read, peer.outbox):
+                async for events in peer.outbox.batches():
+                    yield _frame(events)
+        finally:
+            self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
+
+
+class _Peer:
+    """One stream of one orchestrator."""
+
+    def __init__(self, peer_id: int) -> None:
+        self.id = peer_id
+        self.outbox: Outbox[Event] = Outbox()
+        self.open_keys: set[GenerationKey] = set()
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        self.outbox.put(events)
+
+    def commands(self, frame: draft_pb2.ProposeRequest) -> list[Command]:
+        """The frame's commands in order; what cannot be read fails its generation alone."""
+        commands: list[Command] = []
+        for item in frame.opens:
+            key = GenerationKey(self.id, item.generation_id)
+            self.open_keys.add(key)
+            try:
+                commands.append(_open(key, item))
+            except InvalidRequest as error:
+                self.deliver([Lost(key, LostReason.BAD_MESSAGE, str(error))])
+        for commit in frame.commits:
+            commands.append(
+                Commit(
+                    key=GenerationKey(self.id, commit.generation_id),
+                    outcome=Outcome(commit.parent, commit.num_accepted, commit.next_token),
+                    committed_len=commit.committed_len,
+                    gamma=commit.gamma,
+                )
+            )
+        for close in frame.closes:
+            key = GenerationKey(self.id, close.generation_id)
+            self.open_keys.discard(key)
+            commands.append(Close(key, keep=close.keep))
+        return commands
+
+
+def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
+    return Open(
+        key=key,
+        session_id=item.session_id,
+        epoch=item.epoch,
+        kept_epoch=item.kept_epoch,
+        keep_len=item.keep_len,
+        token_ids=unpack(item.token_ids, UINT32, "token_ids").astype(np.int64),
+        prompt_len=item.prompt_len,
+        max_len=item.max_len,
+        params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
+        verification=verification_from_proto(item.verification),
+        gamma=item.gamma,
+        lookahead=item.lookahead,
+        vocab_size=item.vocab_size,
+    )
+
+
+def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
+    frame = draft_pb2.ProposeResponse()
+    for event in events:
+        if isinstance(event, Proposal):
+            frame.proposals.append(_proposal(event))
+        else:
+            frame.losts.add(
+                generation_id=event.key.generation_id,
+                reason=_REASONS[event.reason],
+                detail=event.detail,
+            )
+    return frame
+
+
+def _proposal(event: Proposal) -> draft_pb2.Proposal:
+    message = draft_pb2.Proposal(
+        generation_id=event.key.generation_id,
+        id=event.id,
+        parent=event.outcome.parent,
+        num_accepted=event.outcome.num_accepted,
+        next_token=event.outcome.next_token,
+        base_len=event.base_len,
+        token_ids=pack(event.token_ids, UINT32),
+    )
+    if event.supports is not None:
+        message.support_sizes = pack([len(s.token_ids) for s in event.supports], UINT16)
+        message.support_ids = pack(np.concatenate([s.token_ids for s in event.supports]), UINT32)
+        message.support_probs = pack(np.concatenate([s.weights for s in event.supports]), FLOAT32)
+    return message

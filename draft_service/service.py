@@ -1,0 +1,36 @@
+"""The draft service put together: engine, proposer, scheduler, server."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from draft_service.server import DraftServicer
+from draft_service.proposer import Proposer
+from outrider.config import DraftConfig
+from outrider.engine import DeviceThread, Engine
+from outrider.engine.scheduler import Scheduler
+from outrider.engine.serving import Running, model_serving
+from outrider.rpc import Server
+from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+
+SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+
+
+def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
+    """As `model_serving`."""
+
+    def mount(
+        engine: Engine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
+    ) -> Running:
+        proposer = Proposer(
+            engine,
+            max_gamma=config.max_gamma,
+            max_step_tokens=config.max_step_tokens,
+            idle_session_ttl_s=config.idle_session_ttl_s,
+        )
+        scheduler = Scheduler(proposer, device)
+        servicer = DraftServicer(scheduler, model, proposer.statistics)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.grpc_server)
+        return scheduler
+
+    return model_serving(config, SERVICE_NAME, mount)

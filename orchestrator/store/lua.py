@@ -1,0 +1,195 @@
+"""The writes to a session, each one atomic script. Knows the layout; the other half is `codec`.
+
+Hash `{prefix}:session:{id}`:
+  model, epoch (last given), lease_epoch + owner + lease_until (while leased; microseconds of Redis'
+  own clock), created_by, num_tokens, num_turns, turn_epoch (epoch of the last begin_turn), the four
+  counters, target_kv, draft_kv, messages, sampling.
+String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
+
+Every script touches only these two keys, which share a hash slot, and may be sent twice: a reply
+lost on the way is answered by sending again. A reply is an array whose first item is its status.
+
+Epochs are fencing tokens: later leases have higher ones, also across deletion, expiry and a Redis
+that lost its data, hence the clock. Microseconds since 1970 stay below 2^53 (a Lua number) until
+2255; Lua prints only 14 digits of its own accord, hence the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+_PRELUDE = """
+local key, tokens_key = KEYS[1], KEYS[2]
+
+local function digits(n) return string.format('%.0f', n) end
+
+local function now_us()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+
+local function expire(session_ttl_ms)
+  redis.call('PEXPIRE', key, session_ttl_ms)
+  redis.call('PEXPIRE', tokens_key, session_ttl_ms)
+end
+
+-- Why a holder of this epoch may not write; nil if it may.
+local function refusal(epoch)
+  local held = redis.call('HMGET', key, 'lease_epoch', 'epoch')
+  if held[1] == epoch then return nil end
+  if not held[2] then return 'gone' end
+  return 'fenced'
+end
+
+-- false, or {remaining ms, in use, hash, tokens}. A session one of whose keys was evicted is none.
+local function snapshot()
+  local num_tokens = redis.call('HGET', key, 'num_tokens')
+  if not num_tokens then return false end
+  if num_tokens * 4 ~= redis.call('STRLEN', tokens_key) then return false end
+  local until_us = redis.call('HGET', key, 'lease_until')
+  local in_use = 0
+  if until_us and tonumber(until_us) > now_us() then in_use = 1 end
+  return {redis.call('PTTL', key), in_use, redis.call('HGETALL', key),
+          redis.call('GET', tokens_key) or ''}
+end
+"""
+
+
+@dataclass(frozen=True)
+class Script:
+    body: str
+    source: bytes = field(init=False, repr=False)
+    sha: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        source = (_PRELUDE + self.body).encode()
+        object.__setattr__(self, "source", source)
+        # Redis names scripts by SHA-1; no secret depends on it.
+        digest = hashlib.sha1(source, usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "sha", digest.encode())
+
+
+# owner, create, model, lease_us, session_ttl_ms -> ok epoch created snapshot
+ACQUIRE = Script("""
+local owner, create, model, lease_us, session_ttl_ms = unpack(ARGV)
+local now = now_us()
+local seen = snapshot()
+if not seen then
+  if create ~= '1' then return {'not_found'} end
+  -- Not always: after a first write Redis lets a script exceed maxmemory.
+  if redis.call('EXISTS', key, tokens_key) > 0 then redis.call('DEL', key, tokens_key) end
+  redis.call('HSET', key, 'model', model, 'num_tokens', 0, 'created_by', owner)
+  seen = snapshot()
+end
+local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by')
+if had[1] ~= model then return {'other_model', had[1]} end
+local epoch = had[2]
+if had[3] ~= owner then  -- equal: this very call, sent again
+  if seen[2] == 1 then return {'in_use'} end
+  epoch = digits(math.max(now, (tonumber(epoch) or 0) + 1))
+end
+redis.call('HSET', key, 'epoch', epoch, 'lease_epoch', epoch, 'owner', owner,
+           'lease_until', digits(now + lease_us))
+expire(session_ttl_ms)
+return {'ok', epoch, had[4] == owner and 1 or 0, seen}
+""")
+
+# epoch, previous bytes, kept bytes, tokens, messages, sampling, lease_us, session_ttl_ms
+BEGIN_TURN = Script("""
+local epoch, previous, kept, tokens, messages, sampling, lease_us, session_ttl_ms = unpack(ARGV)
+previous, kept = tonumber(previous), tonumber(kept)
+local why = refusal(epoch)
+if why then return {why} end
+local have = redis.call('STRLEN', tokens_key)
+if redis.call('HGET', key, 'turn_epoch') == epoch then
+  if have ~= kept + #tokens or redis.call('GETRANGE', tokens_key, kept, -1) ~= tokens then
+    return {'mismatch', have / 4}
+  end
+else
+  if have ~= previous or kept > have then return {'mismatch', have / 4} end
+  if kept == 0 then
+    redis.call('SET', tokens_key, tokens)
+  else
+    if kept < have then
+      redis.call('SET', tokens_key, redis.call('GETRANGE', tokens_key, 0, kept - 1))
+    end
+    redis.call('APPEND', tokens_key, tokens)
+  end
+  redis.call('HINCRBY', key, 'num_turns', 1)
+end
+redis.call('HSET', key, 'turn_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
+           'messages', messages, 'sampling', sampling, 'lease_until', digits(now_us() + lease_us))
+expire(session_ttl_ms)
+return {'ok'}
+""")
+
+# epoch, previous bytes, tokens, four counters (totals), target_kv, draft_kv, lease_us,
+# session_ttl_ms. Tokens already there, all or the first of them, are not appended again.
+RECORD = Script("""
+local previous, tokens = tonumber(ARGV[2]), ARGV[3]
+local why = refusal(ARGV[1])
+if why then return {why} end
+local have = redis.call('STRLEN', tokens_key)
+local repeated = have - previous
+if repeated ~= 0 then
+  if repeated < 0 or repeated > #tokens
+     or redis.call('GETRANGE', tokens_key, previous, -1) ~= string.sub(tokens, 1, repeated) then
+    return {'mismatch', have / 4}
+  end
+  tokens = string.sub(tokens, repeated + 1)
+end
+redis.call('APPEND', tokens_key, tokens)
+redis.call('HSET', key, 'num_tokens', (have + #tokens) / 4,
+           'num_drafts', ARGV[4], 'num_draft_tokens', ARGV[5], 'num_accepted_tokens', ARGV[6],
+           'num_emitted_tokens', ARGV[7], 'target_kv', ARGV[8], 'draft_kv', ARGV[9],
+           'lease_until', digits(now_us() + ARGV[10]))
+expire(ARGV[11])
+return {'ok'}
+""")
+
+# epoch, lease_us, session_ttl_ms
+RENEW = Script("""
+local why = refusal(ARGV[1])
+if why then return {why} end
+redis.call('HSET', key, 'lease_until', digits(now_us() + ARGV[2]))
+expire(ARGV[3])
+return {'ok'}
+""")
+
+# epoch, target_kv, draft_kv, messages ('' as they are), delete, session_ttl_ms
+RELEASE = Script("""
+local epoch, target_kv, draft_kv, messages, delete, session_ttl_ms = unpack(ARGV)
+local why = refusal(epoch)
+if why == 'gone' and delete == '1' then return {'ok'} end
+if why then
+  local had = redis.call('HMGET', key, 'lease_epoch', 'epoch')
+  if not had[1] and had[2] == epoch then return {'ok'} end  -- sent again
+  return {why}
+end
+if delete == '1' then
+  redis.call('DEL', key, tokens_key)
+  return {'ok'}
+end
+redis.call('HDEL', key, 'lease_epoch', 'owner', 'lease_until')
+redis.call('HSET', key, 'target_kv', target_kv, 'draft_kv', draft_kv)
+if messages ~= '' then redis.call('HSET', key, 'messages', messages) end
+expire(session_ttl_ms)
+return {'ok'}
+""")
+
+GET = Script("""
+local seen = snapshot()
+if not seen then return {'not_found'} end
+return {'ok', seen}
+""")
+
+DELETE = Script("""
+local seen = snapshot()
+if not seen then return {'not_found'} end
+if seen[2] == 1 then return {'in_use'} end
+redis.call('DEL', key, tokens_key)
+return {'ok', seen}
+""")
+
+SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, DELETE)

@@ -1,0 +1,117 @@
+"""What the store keeps and hands out, as plain data. Knows nothing of Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.errors import InvalidRequest
+
+TokenIds = npt.NDArray[np.uint32]
+
+# No braces: `{id}` in a key is what a Redis cluster hashes.
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+
+
+def validate_session_id(session_id: str) -> str:
+    """The id itself. Raises InvalidRequest naming `session_id`."""
+    if _SESSION_ID.fullmatch(session_id) is None:
+        raise InvalidRequest("session_id", "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+    return session_id
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    session_ttl_s: float = 3600.0
+    """A session nobody touches for this long is forgotten."""
+    lease_ttl_s: float = 10.0
+    """A lease not renewed for this long is free; every record renews it."""
+    socket_timeout_s: float = 1.0
+    """For connecting, and for one pipeline's exchange."""
+    prefix: str = "outrider"
+
+
+@dataclass(frozen=True, slots=True)
+class KvHandle:
+    """A replica that holds keys and values of the session's first `cached_len` tokens."""
+
+    replica: str
+    epoch: int
+    cached_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(
+            self.num_drafts + other.num_drafts,
+            self.num_draft_tokens + other.num_draft_tokens,
+            self.num_accepted_tokens + other.num_accepted_tokens,
+            self.num_emitted_tokens + other.num_emitted_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionRecord:
+    """A session as Redis had it at one moment."""
+
+    session_id: str
+    epoch: int
+    """Of the last lease given; 0 in the record of a session that did not exist."""
+    in_use: bool
+    token_ids: TokenIds
+    """The whole conversation as committed. Read-only."""
+    num_turns: int
+    counters: Counters
+    target_kv: KvHandle | None
+    draft_kv: KvHandle | None
+    messages: tuple[dict[str, str], ...]
+    model: str
+    expires_in_s: float
+    sampling_json: str = ""
+    """As given to the last begin_turn."""
+
+
+@dataclass(slots=True)
+class Cursor:
+    """How far Redis has confirmed this lease's writes. The store's own; callers leave it alone."""
+
+    committed_len: int = 0
+    counters: Counters = field(default_factory=Counters)
+    owed: bytes = b""
+    """Packed tokens of a record that may or may not have arrived: the next one must begin so."""
+    turn_owed: bool = False
+    """A begin_turn may or may not have arrived."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """The right to write to a session, until a later owner has a higher epoch."""
+
+    session_id: str
+    epoch: int
+    record: SessionRecord
+    """As it was before this lease."""
+    created: bool
+    cursor: Cursor = field(default_factory=Cursor, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundRecord:
+    """What one round adds. Handles are the state after it: None means no keys and values."""
+
+    token_ids: TokenIds | Sequence[int]
+    counters: Counters
+    target_kv: KvHandle | None
+    draft_kv: KvHandle | None

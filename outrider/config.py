@@ -1,0 +1,208 @@
+"""The operator's settings of every program, and the one loader: flags over environment over defaults.
+
+Frozen dataclasses; a field's flag is `--its-name`, its variable `OUTRIDER_<PROGRAM>_ITS_NAME`.
+An unknown flag, an unknown variable of the program or a bad value is a ConfigError. The only
+reader of `os.environ`. Knows nothing of what the settings do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from outrider.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def setting(default: Any, help: str, env: str | None = None) -> Any:
+    """A field with its help text and, where users know one, a further variable's name."""
+    return field(default=default, metadata={"help": help, "env": env})
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """`python -m target_service`."""
+
+    model: str = setting("", "directory or hub name of a causal language model")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50052, "port to listen on; 0 picks a free one")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
+    kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
+    num_threads: int | None = setting(None, "CPU threads of the forward pass")
+    prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
+    inflate_parameters: int | None = setting(
+        None, "pad the quickstart target to the cost of so many parameters"
+    )
+    max_gamma: int = setting(16, "most draft tokens a row may carry")
+    max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
+    idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
+    log_level: str = setting("info", "debug, info, warning or error")
+    log_json: bool = setting(False, "log JSON lines")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", "is required: a directory or a hub name")
+        require_port(self.port)
+        require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
+        require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
+        require(
+            self.kv_cache_tokens is None or self.kv_cache_tokens >= 16,
+            "kv_cache_tokens",
+            "must be 16 or more",
+        )
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """`python -m draft_service`."""
+
+    model: str = setting("", "directory or hub name of a causal language model")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50053, "port to listen on; 0 picks a free one")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
+    kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
+    num_threads: int | None = setting(None, "CPU threads of the forward pass")
+    prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
+    max_gamma: int = setting(16, "most draft tokens of a proposal")
+    max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
+    idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
+    log_level: str = setting("info", "debug, info, warning or error")
+    log_json: bool = setting(False, "log JSON lines")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", "is required: a directory or a hub name")
+        require_port(self.port)
+        require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
+        require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class OrchestratorConfig:
+    """`python -m orchestrator`."""
+
+    target_endpoint: str = setting("127.0.0.1:50052", "host:port of the target service")
+    draft_endpoint: str | None = setting(
+        "127.0.0.1:50053", "host:port of the draft service; empty: no draft"
+    )
+    tokenizer: str | None = setting(None, "directory or hub name; unset: token ids only")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50051, "port to listen on; 0 picks a free one")
+    gamma: int = setting(5, "draft tokens per round where a request does not say")
+    max_gamma: int = setting(16, "most draft tokens per round a request may ask for")
+    lookahead: int = setting(1, "proposals drafted ahead of the verdict")
+    default_max_tokens: int = setting(256, "max_tokens where a request does not say")
+    max_generations: int = setting(256, "generations at a time; more are refused")
+    draft_wait_ms: float | None = setting(
+        None, "longest wait for a proposal; unset: as long as it is worth"
+    )
+    verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
+    session_ttl_s: float = setting(3600.0, "sessions unused for so long expire")
+    log_level: str = setting("info", "debug, info, warning or error")
+    log_json: bool = setting(False, "log JSON lines")
+
+    def __post_init__(self) -> None:
+        require_port(self.port)
+        require(bool(self.target_endpoint), "target_endpoint", "is required: host:port")
+        require(self.max_gamma >= 0, "max_gamma", "must be 0 or more")
+        require(
+            0 <= self.gamma <= self.max_gamma, "gamma", f"must be 0 to max_gamma ({self.max_gamma})"
+        )
+        require(0 <= self.lookahead <= 1, "lookahead", "must be 0 or 1")
+        require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")
+        require(self.max_generations >= 1, "max_generations", "must be 1 or more")
+        require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
+        require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
+
+
+def require(holds: bool, name: str, why: str) -> None:
+    """Raises ConfigError that names the setting unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{name}: {why}")
+
+
+def require_port(port: int) -> None:
+    require(0 <= port <= 65535, "port", f"{port} is not in [0, 65535]")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def load(
+    kind: type[Config],
+    program: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """The program's configuration. Raises ConfigError naming the flag or variable that is wrong."""
+    environ = os.environ if environ is None else environ
+    prefix = f"OUTRIDER_{program.upper()}_"
+    hints = typing.get_type_hints(kind)
+    settings = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    parser = _Parser(
+        prog=f"python -m {kind.__doc__.split('python -m ')[1].split('`')[0]}"
+        if kind.__doc__
+        else "",
+        allow_abbrev=False,
+    )
+    for name, entry in settings.items():
+        _add_flag(parser, entry, hints[name], prefix)
+    values = {}
+    for name, text in environ.items():
+        if name.startswith(prefix):
+            setting_name = name.removeprefix(prefix).lower()
+            if setting_name not in settings:
+                raise ConfigError(f"{name}: no such setting of {program}")
+            values[setting_name] = _parse(text, hints[setting_name], name)
+    for name, entry in settings.items():
+        alias = entry.metadata["env"]
+        if alias and alias in environ and name not in values:
+            values[name] = _parse(environ[alias], hints[name], alias)
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not MISSING:
+            values[name] = value if isinstance(value, bool) else _parse(value, hints[name], name)
+    return kind(**values)
+
+
+def _add_flag(parser: _Parser, entry: Field[Any], hint: Any, prefix: str) -> None:
+    flag = f"--{entry.name.replace('_', '-')}"
+    text = f"{entry.metadata['help']} [{prefix}{entry.name.upper()}; default {entry.default!r}]"
+    shown: dict[str, Any] = {"help": text.replace("%", "%%"), "default": MISSING}
+    if hint is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shown)
+    else:
+        parser.add_argument(flag, metavar=_type_name(hint).upper(), **shown)
+
+
+def _base_type(hint: Any) -> tuple[Any, bool]:
+    if isinstance(hint, types.UnionType):
+        (inner,) = [part for part in typing.get_args(hint) if part is not type(None)]
+        return inner, True
+    return hint, False
+
+
+def _type_name(hint: Any) -> str:
+    return str(_base_type(hint)[0].__name__)
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+    kind, is_optional = _base_type(hint)
+    if is_optional and text == "":
+        return None
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}: {text!r} is not of type {_type_name(hint)}") from None

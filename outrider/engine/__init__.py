@@ -1,0 +1,26 @@
+"""The model engine: the only place with torch. Both tiers use it.
+
+    engine = load_engine(EngineOptions("path/to/model"))
+    sequence = engine.store.open(max_len=100)
+    logits = engine.forward([Append(sequence, prompt_ids, num_logits=1)])
+
+Reading order: options, pages, kv_store, attention, packed, engine, then what loading needs:
+checkpoint, guards, prepack, probe, memory, model. It knows nothing of sampling or sessions.
+"""
+
+from outrider.engine.device_thread import DeviceThread
+from outrider.engine.engine import Append, Engine
+from outrider.engine.kv_store import KVStore, Sequence
+from outrider.engine.model import load_engine
+from outrider.engine.options import EngineInfo, EngineOptions
+
+__all__ = [
+    "Append",
+    "DeviceThread",
+    "Engine",
+    "EngineInfo",
+    "EngineOptions",
+    "KVStore",
+    "Sequence",
+    "load_engine",
+]

@@ -1,0 +1,151 @@
+"""From a path or hub name to a transformers model in memory, or a ModelError that says why not.
+
+Knows Hugging Face's ways of failing; nothing about attention, KV memory or serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError
+
+from outrider.errors import ModelError
+
+# Its annotations are partial, and wrong about what from_pretrained returns.
+_untyped: Any = transformers
+
+# What transformers raises for checkpoints that are absent, malformed or of another kind.
+_LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
+    SafetensorError,
+)  # fmt: skip
+
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+# Elements of each weight that go into the fingerprint.
+_FINGERPRINT_SAMPLES = 64
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a causal LM. Raises ModelError."""
+    location, local = _locate(name)
+    try:
+        with _quiet():
+            config = _untyped.AutoConfig.from_pretrained(location, local_files_only=local)
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, local, "its configuration", error) from error
+    architectures = getattr(config, "architectures", None) or []
+    causal = [a for a in architectures if a.endswith(_CAUSAL_SUFFIXES)]
+    if getattr(config, "is_encoder_decoder", False) or (architectures and not causal):
+        kind = ", ".join(architectures) or config.model_type
+        raise ModelError(f"{name}: {kind} is not a causal language model")
+    return config
+
+
+def load_weights(
+    name: str,
+    config: Any,
+    *,
+    dtype: torch.dtype | str,
+    attention: str,
+    device_map: str | None,
+) -> Any:
+    """The model in evaluation mode, on CPU unless `device_map` says else. Raises ModelError."""
+    location, local = _locate(name)
+    placement = {} if device_map is None else {"device_map": device_map}
+    try:
+        with _quiet():
+            model, report = _untyped.AutoModelForCausalLM.from_pretrained(
+                location,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=local,
+                output_loading_info=True,
+                **placement,
+            )
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, local, "its weights", error) from error
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:  # transformers only warns, and fills them with random numbers
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over the configuration and the names, shapes and samples of the weights.
+
+    Samples are rounded to bfloat16, and the dtype is left out, so the same checkpoint has the
+    same fingerprint on CPU in float32 as on CUDA in bfloat16.
+    """
+    digest = hashlib.sha256()
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    }
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.device.type == "meta" or weight.numel() == 0:
+            continue
+        count = min(_FINGERPRINT_SAMPLES, weight.numel())
+        index = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
+        sample = weight.detach().reshape(-1)[index.to(weight.device)]
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """What to hand to transformers, and whether it is a local directory."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count(os.sep) > 1
+    if not (looks_local or path.is_dir()):
+        if hub_constants.HF_HUB_OFFLINE:
+            return name, True
+        return name, False
+    if not path.exists():
+        raise ModelError(f"{name}: no such directory")
+    if not path.is_dir():
+        raise ModelError(f"{name}: not a directory (a model is a directory with config.json)")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json in it")
+    return str(path), True
+
+
+def _load_error(name: str, local: bool, what: str, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    where = ""
+    if not Path(name).expanduser().is_dir():
+        where = " from the hub's cache (offline)" if local else " from the hub"
+        where += "; there is no local directory of this name"
+    return ModelError(f"{name}: cannot load {what}{where}: {lines[0][:300]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no advice meant for people who train."""
+    logs = _untyped.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()

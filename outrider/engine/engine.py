@@ -1,0 +1,125 @@
+"""The engine's one primitive: append tokens to many sequences in one pass and read logits.
+
+Prefill, decoding, verification and drafting are the same call with other lengths. Knows how to
+pack a step and run the model; nothing about loading, sampling, sessions or speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.engine.attention import attending
+from outrider.engine.kv_store import KVStore, Sequence
+from outrider.engine.options import EngineInfo
+from outrider.engine.packed import PackedStep, Segment
+
+
+class Append(NamedTuple):
+    """Tokens to append to one sequence, and for how many of the last ones logits are wanted."""
+
+    sequence: Sequence
+    token_ids: npt.NDArray[np.integer[Any]] | list[int]
+    num_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class BoundModel:
+    """A transformers causal LM whose attention is ours, and what a step needs to know of it."""
+
+    module: Any
+    windows: tuple[int | None, ...]
+    """Sliding window per layer by the configuration; None where a layer sees everything."""
+    num_embeddings: int
+    vocab_size: int
+    max_context_len: int
+    device: torch.device
+    """Where token ids go in."""
+
+
+class Engine:
+    """A model, its KV memory, and `forward`."""
+
+    def __init__(self, model: BoundModel, store: KVStore, info: EngineInfo) -> None:
+        self._model = model
+        self.store = store
+        self.info = info
+
+    def forward(self, appends: Seq[Append]) -> torch.Tensor:
+        """Appends to all sequences in one pass; logits of each one's last `num_logits` tokens.
+
+        Returns float32 [sum of num_logits, vocab_size], rows in the order of `appends`, on the
+        device of the output layer. Lengths change only after success, so a failed call can be
+        repeated. Called on the device thread only.
+
+        Raises ValueError for an append that cannot be: no tokens, a sequence freed or named
+        twice, more tokens than its reservation or the model's context hold, unknown token ids.
+        """
+        tokens = [np.asarray(append.token_ids, dtype=np.int64) for append in appends]
+        segments = self._plan(appends, tokens)
+        if not segments:
+            return torch.empty(0, self._model.vocab_size)
+        for segment in segments:
+            self.store.compact(segment.sequence)
+        rows = [
+            np.arange(segment.stop - append.num_logits, segment.stop)
+            for segment, append in zip(segments, appends, strict=True)
+        ]
+        logits = self._run(segments, np.concatenate(tokens), np.concatenate(rows))
+        for segment in segments:
+            segment.sequence.length = segment.past + segment.stop - segment.start
+        return logits
+
+    def _plan(self, appends: Seq[Append], tokens: list[npt.NDArray[np.int64]]) -> list[Segment]:
+        """Checks everything before anything is touched, and gives every sequence its rows."""
+        segments: list[Segment] = []
+        start = 0
+        for append, ids in zip(appends, tokens, strict=True):
+            sequence, count = append.sequence, ids.size
+            self._check(append, ids)
+            segments.append(Segment(sequence, start, start + count, sequence.length))
+            start += count
+        if len({id(segment.sequence) for segment in segments}) != len(segments):
+            raise ValueError("a sequence is named twice in one forward")
+        return segments
+
+    def _check(self, append: Append, ids: npt.NDArray[np.int64]) -> None:
+        sequence, model = append.sequence, self._model
+        if not self.store.owns(sequence):
+            raise ValueError(f"{sequence} is not open in this engine's store")
+        if ids.ndim != 1 or ids.size == 0:
+            raise ValueError(f"token_ids must be a non-empty list, not of shape {ids.shape}")
+        if not 0 <= append.num_logits <= ids.size:
+            raise ValueError(f"num_logits is {append.num_logits} for {ids.size} tokens")
+        room = min(sequence.max_len, model.max_context_len) - sequence.length
+        if ids.size > room:
+            raise ValueError(
+                f"{ids.size} tokens do not fit {sequence} "
+                f"(the model's context is {model.max_context_len})"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= model.num_embeddings:
+            raise ValueError(f"a token id is outside [0, {model.num_embeddings})")
+
+    def _run(
+        self,
+        segments: list[Segment],
+        token_ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        positions = np.concatenate([np.arange(s.past, s.past + s.stop - s.start) for s in segments])
+        device = self._model.device
+        step = PackedStep(self.store, segments, self._model.windows)
+        with torch.inference_mode(), attending(step):
+            logits: torch.Tensor = self._model.module(
+                input_ids=torch.from_numpy(token_ids)[None].to(device),
+                position_ids=torch.from_numpy(positions)[None].to(device),
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(rows).to(device),
+            ).logits
+        return logits[0].float()

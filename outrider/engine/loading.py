@@ -1,0 +1,44 @@
+"""From a service's settings to a loaded engine and what the wire says about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from outrider.config import DraftConfig, TargetConfig
+from outrider.engine import Engine, EngineInfo, EngineOptions, load_engine
+from outrider.tokenizer import Tokenizer
+from outrider.v1 import model_pb2
+
+
+def load_served_engine(
+    config: TargetConfig | DraftConfig,
+) -> tuple[Engine, model_pb2.ModelInfo]:
+    """Loads the model and its tokenizer's fingerprint; on the device thread. Raises ConfigError."""
+    engine = load_engine(
+        EngineOptions(
+            model=config.model,
+            dtype=config.dtype,
+            device=config.device,
+            device_map=config.device_map,
+            kv_cache_tokens=config.kv_cache_tokens,
+            num_threads=config.num_threads,
+            prepack=config.prepack,
+            inflate_parameters=(
+                config.inflate_parameters if isinstance(config, TargetConfig) else None
+            ),
+        )
+    )
+    tokenizer = Tokenizer.load(config.model)
+    return engine, _model_info(engine.info, tokenizer, config.max_gamma)
+
+
+def _model_info(
+    info: EngineInfo, tokenizer: Tokenizer | None, max_gamma: int
+) -> model_pb2.ModelInfo:
+    said = asdict(info)
+    names = model_pb2.ModelInfo.DESCRIPTOR.fields_by_name
+    return model_pb2.ModelInfo(
+        **{name: value for name, value in said.items() if name in names},
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else "",
+        max_gamma=max_gamma,
+    )

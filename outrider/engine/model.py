@@ -1,0 +1,155 @@
+"""Loads an engine: checkpoint → guards → prepacked weights → probe → KV memory.
+
+The order matters: the fingerprint and the eager reference need the weights as they were stored,
+the probe tests the engine as it will serve, and the KV memory takes what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from outrider.engine import checkpoint, guards, memory, prepack, probe
+from outrider.engine.attention import ATTENTION_NAME
+from outrider.engine.engine import BoundModel, Engine
+from outrider.engine.kv_store import PAGE_SIZE, KVStore, LayerLayout
+from outrider.engine.options import EngineInfo, EngineOptions
+from outrider.errors import ConfigError, ModelError
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# Pages of the small store that the probe uses before the real one is allocated.
+_PROBE_PAGES = 8
+
+
+def load_engine(options: EngineOptions) -> Engine:
+    """Loads and checks a model. Call it on the device thread; it takes seconds to minutes.
+
+    Raises ModelError, naming the model, if it cannot be loaded or would not be served
+    correctly, and ConfigError for options that make no sense.
+    """
+    device = _device(options)
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    config = checkpoint.load_config(options.model)
+    guards.check_config(options.model, config)
+    module = _load_module(options, config, device)
+    guards.check_interface(options.model, module)
+    layers = guards.discover_layers(options.model, module)
+    identity = checkpoint.fingerprint(module)
+    num_parameters = module.num_parameters()
+
+    model = _bind(module)
+    tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
+    expected = probe.eager_logits(module, tokens)
+    model = replace(model, vocab_size=expected[0].shape[-1])
+    num_prepacked = _prepack(options, module)
+    info = EngineInfo(
+        name=options.model,
+        architecture=module.config.model_type,
+        vocab_size=model.vocab_size,
+        max_context_len=model.max_context_len,
+        eos_token_ids=_eos_token_ids(module),
+        dtype=str(module.dtype).removeprefix("torch."),
+        device=_device_names(layers),
+        num_parameters=num_parameters,
+        kv_capacity_tokens=0,
+        model_fingerprint=identity,
+        attention_backend=f"sdpa, {num_prepacked} linears prepacked" if num_prepacked else "sdpa",
+        probe_max_difference=0.0,
+    )
+    trial = Engine(model, KVStore(layers, _PROBE_PAGES), info)
+    difference = probe.compare(options.model, trial, tokens, expected)
+    store = KVStore(layers, _num_pages(options, layers))
+    info = replace(info, kv_capacity_tokens=store.capacity_tokens, probe_max_difference=difference)
+    _log.info("loaded %s", info)
+    return Engine(model, store, info)
+
+
+def _device(options: EngineOptions) -> torch.device:
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _load_module(options: EngineOptions, config: Any, device: torch.device) -> Any:
+    if options.dtype != "auto" and options.dtype not in _DTYPES:
+        raise ConfigError(f"dtype {options.dtype!r}: expected auto, {', '.join(_DTYPES)}")
+    auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    module = checkpoint.load_weights(
+        options.model,
+        config,
+        dtype=_DTYPES.get(options.dtype, auto),
+        attention=ATTENTION_NAME,
+        device_map=options.device_map,
+    )
+    if options.inflate_parameters is not None:
+        from outrider.engine.quickstart.inflate import inflate
+
+        module = inflate(module, options.inflate_parameters)
+    if options.device_map is None:
+        return module.to(device)
+    # accelerate's hook would move this small index to the first device, away from the hidden
+    # states it selects from; an index on the CPU selects from any.
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        skipped = getattr(hook, "skip_keys", None) or []
+        hook.skip_keys = [*([skipped] if isinstance(skipped, str) else skipped), "logits_to_keep"]
+    return module
+
+
+def _bind(module: Any) -> BoundModel:
+    embedding = module.get_input_embeddings().weight
+    return BoundModel(
+        module=module,
+        windows=guards.sliding_windows(module.config),
+        num_embeddings=embedding.shape[0],
+        vocab_size=0,
+        max_context_len=module.config.get_text_config().max_position_embeddings,
+        device=embedding.device,
+    )
+
+
+def _prepack(options: EngineOptions, module: Any) -> int:
+    if not options.prepack or options.device_map is not None or module.device.type != "cpu":
+        return 0
+    return prepack.prepack_linears(module)
+
+
+def _eos_token_ids(module: Any) -> tuple[int, ...]:
+    for source in (module.generation_config, module.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()
+
+
+def _device_names(layers: list[LayerLayout]) -> str:
+    return ",".join(dict.fromkeys(str(layer.device) for layer in layers))
+
+
+def _num_pages(options: EngineOptions, layers: list[LayerLayout]) -> int:
+    if options.kv_cache_tokens is not None:
+        if options.kv_cache_tokens < PAGE_SIZE:
+            raise ConfigError(f"kv_cache_tokens must be at least {PAGE_SIZE}")
+        return options.kv_cache_tokens // PAGE_SIZE
+    num_pages = memory.affordable_tokens(layers) // PAGE_SIZE
+    if num_pages == 0:
+        raise ModelError(f"{options.model}: no memory is left for keys and values")
+    return num_pages

@@ -1,0 +1,195 @@
+"""Trains the quickstart pair from nothing: tokenizer, target, distilled draft, on disk.
+
+Owns the order of the work, the seeds and the files. Repeatable: the same seed, the same
+standard library and the same number of steps give the same pair, up to floating-point order;
+a wall-clock limit that cuts training short does not repeat. Measuring is `evaluate`'s work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from outrider.engine.quickstart.architecture import (
+    DRAFT_SHAPE,
+    TARGET_SHAPE,
+    ModelShape,
+    llama_config,
+    new_model,
+)
+from outrider.engine.quickstart.card import write_card
+from outrider.engine.quickstart.corpus import (
+    END,
+    END_OF_TEXT,
+    Corpus,
+    chat_documents,
+    encode_documents,
+    load_corpus,
+    random_windows,
+    train_tokenizer,
+)
+from outrider.engine.quickstart.distill import DistillConfig, distill, write_rollouts
+from outrider.engine.quickstart.evaluate import evaluate
+from outrider.engine.quickstart.optimise import Limits, Optimiser, Progress, TrainingEvent, optimise
+from outrider.engine.quickstart.storage import load, load_tokenizer, save
+
+# Training rows x tokens: mostly short, some as long as the positions go, so that 2048 tokens
+# of context are not new to the target. Every entry costs about the same.
+_WINDOWS = ((8, 512), (8, 512), (8, 512), (4, 1024), (8, 512), (8, 512), (8, 512), (2, 2048))
+_TARGET_LIMITS = Limits(num_steps=2000, time_budget_s=1500.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides the pair; the defaults are those of the shipped one."""
+
+    seed: int = 1
+    vocab_size: int = 4096
+    target_shape: ModelShape = TARGET_SHAPE
+    draft_shape: ModelShape = DRAFT_SHAPE
+    target_limits: Limits = _TARGET_LIMITS
+    windows: tuple[tuple[int, int], ...] = _WINDOWS
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The steps taken, which wall-clock limits may have cut; 0 for a target that was kept."""
+
+    num_target_steps: int
+    num_draft_steps: int
+
+
+def train(
+    output_dir: Path,
+    config: TrainingConfig | None = None,
+    *,
+    corpus: Corpus | None = None,
+    trained_target: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Trains a pair and writes `output_dir/target` and `output_dir/draft`.
+
+    With `trained_target` (a directory of an earlier run) that target and tokenizer are kept and
+    only the draft is trained.
+    """
+    config = config or TrainingConfig()
+    corpus = corpus or load_corpus()
+    target_dir = output_dir / "target"
+    generator = torch.Generator().manual_seed(config.seed)
+    num_target_steps = 0
+    if trained_target is None:
+        tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+        stream = _training_stream(tokenizer, corpus)
+        num_target_steps = _train_target(
+            tokenizer, stream, config, target_dir, generator, progress
+        )
+    else:
+        tokenizer = load_tokenizer(trained_target)
+        stream = _training_stream(tokenizer, corpus)
+        save(load(trained_target), tokenizer, target_dir)
+    num_draft_steps = _train_draft(tokenizer, stream, config, output_dir, generator, progress)
+    return TrainingResult(num_target_steps, num_draft_steps)
+
+
+def _training_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> torch.Tensor:
+    return encode_documents(tokenizer, [*corpus.train, *chat_documents(corpus.train)])
+
+
+def _config(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return llama_config(
+        shape,
+        vocab_size=len(tokenizer),
+        end_of_text_id=_token_id(tokenizer, END_OF_TEXT),
+        end_of_turn_id=_token_id(tokenizer, END),
+    )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int), "one token has one id"
+    return token_id
+
+
+def _train_target(
+    tokenizer: PreTrainedTokenizerFast,
+    stream: torch.Tensor,
+    config: TrainingConfig,
+    target_dir: Path,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> int:
+    model = new_model(_config(config.target_shape, tokenizer), config.seed)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        rows, tokens = config.windows[step % len(config.windows)]
+        return next_token_loss(model, random_windows(stream, rows, tokens + 1, generator))
+
+    num_steps = optimise(
+        "target",
+        Optimiser(model, matrix_rate=config.matrix_rate, other_rate=config.other_rate),
+        loss_of_step,
+        config.target_limits,
+        progress=progress,
+        checkpoint=lambda: save(model, tokenizer, target_dir),
+    )
+    save(model, tokenizer, target_dir)
+    return num_steps
+
+
+def _train_draft(
+    tokenizer: PreTrainedTokenizerFast,
+    stream: torch.Tensor,
+    config: TrainingConfig,
+    output_dir: Path,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> int:
+    # The teacher is the target as shipped, rounded to bfloat16, not as trained.
+    target = load(output_dir / "target")
+    rollouts = write_rollouts(target, stream, config.distill, generator, progress)
+    draft = new_model(_config(config.draft_shape, tokenizer), config.seed + 1)
+    num_steps = distill(target, draft, stream, rollouts, config.distill, generator, progress)
+    save(draft, tokenizer, output_dir / "draft")
+    return num_steps
+
+
+def next_token_loss(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats a token over `token_ids`: int64 [rows, tokens]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), token_ids[:, 1:].flatten())
+
+
+def print_progress(event: TrainingEvent) -> None:
+    """The progress of the command line: one flushed line an event."""
+    sys.stdout.write(
+        f"{event.stage} {event.step}/{event.num_steps} "
+        f"loss {event.loss:.4f} {event.elapsed_s:.0f} s\n"
+    )
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Trains the quickstart pair from nothing.")
+    parser.add_argument("--out", type=Path, required=True, help="where the pair is written")
+    parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
+    parser.add_argument("--target", type=Path, help="keep this target, train only the draft")
+    parsed = parser.parse_args(arguments)
+    config = replace(TrainingConfig(), seed=parsed.seed)
+    result = train(parsed.out, config, trained_target=parsed.target, progress=print_progress)
+    report = evaluate(parsed.out)
+    write_card(parsed.out, report, vocab_size=config.vocab_size)
+    sys.stdout.write(f"{result}\n{report}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The life of a model service, for both tiers: listen, load, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import structlog
+
+from outrider.config import DraftConfig, TargetConfig
+from outrider.engine import DeviceThread, Engine
+from outrider.engine.loading import load_served_engine
+from outrider.rpc import Server
+from outrider.v1 import model_pb2
+
+log = structlog.get_logger()
+
+STOP_GRACE_S = 5.0
+
+
+class Running(Protocol):
+    """A mounted service's only task."""
+
+    async def run(self) -> None: ...
+
+
+# Builds the service around the loaded engine and adds its servicer to the server.
+Mount = Callable[[Engine, model_pb2.ModelInfo, DeviceThread, Server], Running]
+
+
+@contextlib.asynccontextmanager
+async def model_serving(
+    config: TargetConfig | DraftConfig, service_name: str, mount: Mount
+) -> AsyncIterator[Server]:
+    """Listens at once, serves (health) when the model is loaded; stops on leaving.
+
+    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded.
+    """
+    server = Server([service_name])
+    device = DeviceThread(service_name)
+    try:
+        await server.start(config.host, config.port)
+        engine, model = await device.run(load_served_engine, config)
+        service = mount(engine, model, device, server)
+        async with asyncio.TaskGroup() as tasks:
+            stepping = tasks.create_task(service.run(), name=service_name)
+            await server.set_serving(True)
+            log.info(
+                "serving",
+                port=server.port,
+                model=model.name,
+                num_parameters=model.num_parameters,
+                dtype=model.dtype,
+                device=model.device,
+                kv_capacity_tokens=model.kv_capacity_tokens,
+            )
+            try:
+                yield server
+            finally:
+                await server.stop(STOP_GRACE_S)
+                stepping.cancel()
+    finally:
+        await server.stop(0)
+        device.close()

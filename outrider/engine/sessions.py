@@ -1,0 +1,127 @@
+"""Which session owns which keys and values, on either tier: live generations and kept ones.
+
+A generation is live between open and close; a session's KV may be kept for its next turn and is
+then evicted, least recently used first, when a new reservation needs room. Fencing: a later epoch
+of a session displaces an earlier one, never the reverse. Knows nothing of rows, drafts or the wire.
+Lives on the device thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.engine.kv_store import KVStore, Sequence
+from outrider.errors import KVFull, LeaseLost
+
+State = TypeVar("State")
+
+
+@dataclass(eq=False)
+class Live(Generic[State]):
+    """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is held."""
+
+    session_id: str
+    epoch: int
+    sequence: Sequence
+    token_ids: npt.NDArray[np.int64]
+    state: State
+
+
+@dataclass
+class _Kept:
+    epoch: int
+    sequence: Sequence
+    token_ids: npt.NDArray[np.int64]
+    since: float = field(default_factory=time.monotonic)
+
+
+class SessionTable(Generic[State]):
+    """All sessions of one replica; `state` is what the service hangs on a live generation."""
+
+    def __init__(self, store: KVStore, idle_ttl_s: float) -> None:
+        self._store = store
+        self._idle_ttl_s = idle_ttl_s
+        self._live: dict[str, Live[State]] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.num_opened = 0
+        self.num_closed = 0
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    def find(self, session_id: str) -> Live[State] | None:
+        return self._live.get(session_id)
+
+    def open(
+        self, session_id: str, epoch: int, kept_epoch: int, max_len: int, state: State
+    ) -> Live[State]:
+        """Reserves `max_len` tokens, on top of kept KV where its epoch is `kept_epoch`.
+
+        The caller closes a live generation of the session first (`find`). Raises LeaseLost if that
+        one is of a later epoch, KVFull if there is no room even without all that is kept.
+        """
+        live = self._live.get(session_id)
+        if live is not None:
+            if live.epoch >= epoch:
+                raise LeaseLost(f"session {session_id} is held by epoch {live.epoch}, not {epoch}")
+            self.close(live, keep=False)
+        kept = self._kept.pop(session_id, None)
+        if kept is not None and (kept.epoch != kept_epoch or kept.sequence.length > max_len):
+            self._store.free(kept.sequence)
+            kept = None
+        sequence = self._reserve(kept.sequence if kept else None, max_len)
+        token_ids = np.zeros(max_len, np.int64)
+        if kept is not None:
+            token_ids[: sequence.length] = kept.token_ids[: sequence.length]
+        opened = Live(session_id, epoch, sequence, token_ids, state)
+        self._live[session_id] = opened
+        self.num_opened += 1
+        return opened
+
+    def _reserve(self, sequence: Sequence | None, max_len: int) -> Sequence:
+        while True:
+            try:
+                if sequence is None:
+                    return self._store.open(max_len)
+                self._store.extend(sequence, max(max_len, sequence.max_len))
+                return sequence
+            except KVFull:
+                if self._kept:
+                    self._evict()
+                elif sequence is not None:  # its own old place may be what is in the way
+                    self._store.free(sequence)
+                    sequence = None
+                else:
+                    raise
+
+    def _evict(self) -> None:
+        _, kept = self._kept.popitem(last=False)
+        self._store.free(kept.sequence)
+
+    def close(self, live: Live[State], *, keep: bool) -> None:
+        """Ends the generation; its KV is freed, or kept for a later turn. Once only."""
+        if self._live.get(live.session_id) is not live:
+            return
+        del self._live[live.session_id]
+        self.num_closed += 1
+        if keep:
+            self._kept[live.session_id] = _Kept(live.epoch, live.sequence, live.token_ids)
+        else:
+            self._store.free(live.sequence)
+
+    def expire(self) -> None:
+        """Frees what has been kept for longer than the time to live."""
+        now = time.monotonic()
+        while self._kept and now - next(iter(self._kept.values())).since > self._idle_ttl_s:
+            self._evict()

@@ -1,0 +1,73 @@
+"""The main of each service program: settings, logs, event loop, exit status. Knows no service."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
+
+import uvloop
+
+from outrider.config import load
+from outrider.errors import ConfigError
+from outrider.rpc import Server, until_signalled
+from outrider.telemetry import configure_logs
+
+LISTENING_PREFIX = "listening on "
+
+
+class ServiceConfig(Protocol):
+    """What every program's settings have."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def log_level(self) -> str: ...
+    @property
+    def log_json(self) -> bool: ...
+
+
+Config = TypeVar("Config", bound=ServiceConfig)
+
+
+def run_until_signalled(
+    name: str, kind: type[Config], serving: Callable[[Config], AbstractAsyncContextManager[Server]]
+) -> int:
+    """Serves with the settings of flags and environment until SIGTERM or SIGINT; the exit status.
+
+    Says on standard output where it listens, once it serves. 2 if a setting is wrong, named on
+    standard error.
+    """
+
+    async def body(config: Config) -> None:
+        async with serving(config) as server:
+            print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
+            await until_signalled()
+
+    try:
+        config = load(kind, name, sys.argv[1:])
+        configure_logs(name, level=config.log_level, json=config.log_json)
+        uvloop.run(body(config))
+    except ConfigError as error:
+        return _refuse(name, error)
+    except BaseExceptionGroup as group:  # from a TaskGroup
+        wrong, rest = group.split(ConfigError)
+        if wrong is None or rest is not None:
+            raise
+        return _refuse(name, *_leaves(wrong))
+    return 0
+
+
+def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[BaseException]:
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
+
+
+def _refuse(name: str, *errors: BaseException) -> int:
+    for error in errors:
+        print(f"{name}: {error}", file=sys.stderr)
+    return 2

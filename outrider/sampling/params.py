@@ -1,0 +1,127 @@
+"""Sampling parameters and what is wrong with them. Knows neither protobuf nor how they are applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from outrider.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_STOP_TEXTS = 64
+MAX_STOP_TEXT_CHARS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_TOKEN_LIST = 4096
+
+
+class Verification(Enum):
+    """How draft tokens are judged at temperature > 0; at 0 all of them compare with the argmax."""
+
+    REJECTION = "rejection"
+    COUPLED = "coupled"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """vLLM's names and meanings; defaults are its defaults. `top_k` 0 (or -1) keeps all tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 1
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest that names the field and the allowed values."""
+        self._validate_numbers()
+        self._validate_lists(vocab_size)
+
+    def _validate_numbers(self) -> None:
+        ranges: tuple[tuple[str, float, str, bool], ...] = (
+            ("temperature", self.temperature, "[0, 100]", 0 <= self.temperature <= 100),
+            ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
+            ("top_k", self.top_k, "-1, 0 (all) or more", self.top_k >= -1),
+            ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
+            ("max_tokens", self.max_tokens, "1 or more", self.max_tokens >= 1),
+            (
+                "min_tokens",
+                self.min_tokens,
+                f"0 to max_tokens ({self.max_tokens})",
+                0 <= self.min_tokens <= self.max_tokens,
+            ),
+            ("presence_penalty", self.presence_penalty, "[-2, 2]", abs(self.presence_penalty) <= 2),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                "[-2, 2]",
+                abs(self.frequency_penalty) <= 2,
+            ),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                "(0, 10]",
+                0 < self.repetition_penalty <= 10,
+            ),
+            (
+                "logprobs",
+                self.logprobs or 0,
+                f"0 to {MAX_LOGPROBS}",
+                0 <= (self.logprobs or 0) <= MAX_LOGPROBS,
+            ),
+        )
+        for name, value, allowed, is_right in ranges:
+            if not (math.isfinite(value) and is_right):
+                raise InvalidRequest(f"sampling.{name}", f"{value:g} is not in {allowed}")
+
+    def _validate_lists(self, vocab_size: int) -> None:
+        limits = (
+            ("stop", len(self.stop), MAX_STOP_TEXTS),
+            ("stop_token_ids", len(self.stop_token_ids), MAX_TOKEN_LIST),
+            ("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES),
+            ("allowed_token_ids", len(self.allowed_token_ids), vocab_size),
+        )
+        for name, size, limit in limits:
+            if size > limit:
+                raise InvalidRequest(f"sampling.{name}", f"{size} entries; at most {limit}")
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_TEXT_CHARS:
+                raise InvalidRequest(
+                    "sampling.stop",
+                    f"a text of {len(text)} characters; 1 to {MAX_STOP_TEXT_CHARS} are allowed",
+                )
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", tuple(self.logit_bias)),
+            ("allowed_token_ids", self.allowed_token_ids),
+        ):
+            if bad := [i for i in ids if not 0 <= i < vocab_size]:
+                raise InvalidRequest(
+                    f"sampling.{name}", f"token {bad[0]} is not in [0, {vocab_size})"
+                )
+        for token_id, bias in self.logit_bias.items():
+            if not abs(bias) <= 100:
+                raise InvalidRequest(
+                    "sampling.logit_bias", f"{bias:g} of token {token_id} is not in [-100, 100]"
+                )

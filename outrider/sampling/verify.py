@@ -1,0 +1,126 @@
+"""Accept or reject the draft tokens of one block: exact, from the target's reply by support.
+
+For each draft position i the target gives its probabilities on the draft's support, the mass
+outside it (`tail_mass`) and one draw from its own distribution outside it (`samples`). That is all
+that speculative sampling needs: outside the support the draft's probability is zero, so the
+residual max(p - q, 0) is p itself there. No approximation is made.
+
+Pure: uniforms are arguments. Knows nothing of sessions, stops or randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.sampling.support import Support
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The target's reply for a block of γ draft tokens.
+
+    `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ];
+    `samples` γ + 1 token ids: outside the support at i < γ, from all tokens at γ.
+    """
+
+    target_probs: Sequence[Floats]
+    tail_mass: Floats
+    samples: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`num_accepted` draft tokens stand and `next_token` follows them."""
+
+    num_accepted: int
+    next_token: int
+
+
+def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verdict:
+    """Accept while the target's own token is the draft's: greedy, and Gumbel-coupled sampling.
+
+    Daliri, Musco, Suresh 2024 (arXiv 2408.07978): what is emitted is `samples` whatever the draft.
+    """
+    num_accepted = 0
+    for token_id, sample in zip(draft_token_ids, samples, strict=False):
+        if token_id != sample:
+            break
+        num_accepted += 1
+    return Verdict(num_accepted, samples[num_accepted])
+
+
+def _draw_residual(
+    support: Support, residual: Floats, tail: float, sample: int, uniform: float
+) -> int:
+    """One draw from the residual: `residual` on the support, `tail` in all outside, where it is `sample`."""
+    mass = float(residual.sum()) + tail
+    point = uniform * mass
+    if point < tail or not residual.any():
+        return sample
+    index = int(np.searchsorted(np.cumsum(residual), point - tail, side="right"))
+    # Rounding may carry the point past the end: the last token with any mass is meant.
+    return int(support.token_ids[min(index, int(np.flatnonzero(residual)[-1]))])
+
+
+def verify_tokens(
+    draft_token_ids: Sequence[int],
+    supports: Sequence[Support],
+    evidence: Evidence,
+    accept_uniforms: Sequence[float] | Floats,
+    recover_uniforms: Sequence[float] | Floats,
+) -> Verdict:
+    """Speculative sampling, token by token (Leviathan et al. 2023, Theorem 1; Chen et al. 2023).
+
+    Uniforms: one per draft position each, in [0, 1).
+    """
+    for i, (token_id, support) in enumerate(zip(draft_token_ids, supports, strict=True)):
+        target_probs = evidence.target_probs[i]
+        index = support.index_of(token_id)
+        if accept_uniforms[i] * support.probs[index] < target_probs[index]:
+            continue
+        residual = np.maximum(target_probs - support.probs, 0.0)
+        tail = float(evidence.tail_mass[i])
+        next_token = _draw_residual(
+            support, residual, tail, evidence.samples[i], recover_uniforms[i]
+        )
+        return Verdict(i, next_token)
+    return Verdict(len(draft_token_ids), evidence.samples[len(draft_token_ids)])
+
+
+def verify_block(
+    draft_token_ids: Sequence[int],
+    supports: Sequence[Support],
+    evidence: Evidence,
+    accept_uniforms: Sequence[float] | Floats,
+    recover_uniforms: Sequence[float] | Floats,
+) -> Verdict:
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): never accepts less.
+
+    `reach` is the paper's p̂_i, the probability that the first i tokens may stand.
+    """
+    gamma = len(draft_token_ids)
+    reach = 1.0
+    num_accepted, reach_accepted = 0, 1.0
+    for i, (token_id, support) in enumerate(zip(draft_token_ids, supports, strict=True)):
+        index = support.index_of(token_id)
+        reach = min(1.0, reach * float(evidence.target_probs[i][index] / support.probs[index]))
+        accept_prob = reach
+        if i + 1 < gamma:
+            excess = np.maximum(reach * evidence.target_probs[i + 1] - supports[i + 1].probs, 0.0)
+            mass = float(excess.sum()) + reach * float(evidence.tail_mass[i + 1])
+            accept_prob = mass / (mass + 1.0 - reach) if reach < 1.0 else 1.0
+        if accept_uniforms[i] < accept_prob:
+            num_accepted, reach_accepted = i + 1, reach
+    if num_accepted == gamma:
+        return Verdict(gamma, evidence.samples[gamma])
+    i, support = num_accepted, supports[num_accepted]
+    residual = np.maximum(reach_accepted * evidence.target_probs[i] - support.probs, 0.0)
+    tail = reach_accepted * float(evidence.tail_mass[i])
+    next_token = _draw_residual(support, residual, tail, evidence.samples[i], recover_uniforms[i])
+    return Verdict(num_accepted, next_token)

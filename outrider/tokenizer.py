@@ -1,0 +1,128 @@
+"""A model's tokenizer: text to ids and back, chat template, fingerprint. Imports no torch.
+
+Reads the files a Hugging Face model ships (`tokenizer.json`, `tokenizer_config.json`,
+`chat_template.jinja`) with the `tokenizers` library. Knows nothing of streaming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jinja2
+import tokenizers
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from outrider.errors import ConfigError, InvalidRequest
+
+
+class Tokenizer:
+    """Immutable after loading; `encode` of long texts takes milliseconds, so call it in a thread."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._settings = settings
+        self.fingerprint = _fingerprint(backend)
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        self._chat_template = _compile(template) if template else None
+
+    @classmethod
+    def load(cls, model: str) -> Tokenizer | None:
+        """From a directory or hub name; None where the model has no tokenizer.
+
+        Raises ConfigError if the files are broken or cannot be had.
+        """
+        main_file = _find(model, "tokenizer.json")
+        if main_file is None:
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(main_file))
+            config_file = _find(model, "tokenizer_config.json")
+            settings = json.loads(config_file.read_text("utf-8")) if config_file else {}
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise ConfigError(f"the tokenizer of {model} cannot be read: {error}") from error
+        if template_file := _find(model, "chat_template.jinja"):
+            settings["chat_template"] = template_file.read_text("utf-8")
+        return cls(backend, settings)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Special tokens are left out; ids that the tokenizer does not know give nothing."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of the conversation with the prompt for the next answer.
+
+        Raises InvalidRequest if the tokenizer has no chat template or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest("chat", "the model's tokenizer has no chat template; send text")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {name: _token_text(self._settings.get(name)) for name in names}
+        try:
+            text = self._chat_template.render(
+                messages=list(messages), add_generation_prompt=True, **special
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest("chat", f"the chat template refuses it: {error}") from error
+        return self.encode(text, add_special_tokens=False)
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+
+
+def _fingerprint(backend: tokenizers.Tokenizer) -> str:
+    vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _compile(template: str) -> jinja2.Template:
+    """As Hugging Face renders them, so that the same templates work."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, ensure_ascii=False, **options
+    )
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template cannot be read: {error}") from error
+
+
+def _find(model: str, name: str) -> Path | None:
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        path = directory / name
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, name))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(f"{model} is no directory, and no model hub can be reached") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 404:
+            return None
+        raise ConfigError(f"{name} of {model} cannot be had: {error}") from error
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ConfigError(f"{model} is neither a directory nor a hub name") from error

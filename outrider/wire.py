@@ -1,0 +1,105 @@
+"""Between generated protobuf types and plain values: arrays as little-endian bytes, parameters.
+
+Used at the edges only (servers, clients, CLI). Knows no service's logic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.errors import InvalidRequest
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.v1 import sampling_pb2
+
+UINT16 = np.dtype("<u2")
+UINT32 = np.dtype("<u4")
+FLOAT32 = np.dtype("<f4")
+
+_OPTIONAL_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+)
+
+_VERIFICATIONS = {
+    Verification.REJECTION: sampling_pb2.VERIFICATION_REJECTION,
+    Verification.COUPLED: sampling_pb2.VERIFICATION_COUPLED,
+    Verification.BLOCK: sampling_pb2.VERIFICATION_BLOCK,
+}
+
+
+def pack(values: Iterable[int] | Iterable[float] | npt.NDArray[Any], dtype: np.dtype[Any]) -> bytes:
+    """The values as little-endian bytes of `dtype`."""
+    array = values if isinstance(values, np.ndarray) else np.array(list(values))
+    return array.astype(dtype, copy=False).tobytes()
+
+
+def unpack(data: bytes, dtype: np.dtype[Any], field: str) -> npt.NDArray[Any]:
+    """The array behind `data` (a read-only view). Raises InvalidRequest naming `field`."""
+    if len(data) % dtype.itemsize:
+        raise InvalidRequest(field, f"{len(data)} bytes are no multiple of {dtype.itemsize}")
+    return np.frombuffer(data, dtype=dtype)
+
+
+def verification_from_proto(value: sampling_pb2.Verification) -> Verification:
+    """Unset is rejection, the default. Raises InvalidRequest for an unknown number."""
+    if value == sampling_pb2.VERIFICATION_UNSPECIFIED:
+        return Verification.REJECTION
+    for method, number in _VERIFICATIONS.items():
+        if number == value:
+            return method
+    raise InvalidRequest("verification", f"{value} is none of rejection, coupled, block")
+
+
+def verification_to_proto(value: Verification) -> sampling_pb2.Verification:
+    return _VERIFICATIONS[value]
+
+
+def sampling_from_proto(
+    message: sampling_pb2.SamplingParams, *, default_max_tokens: int, default_seed: int
+) -> SamplingParams:
+    """Unset fields take their defaults. float32 fields become the decimal number that was meant."""
+    given: dict[str, Any] = {
+        name: _shortest(getattr(message, name))
+        for name in _OPTIONAL_FIELDS
+        if message.HasField(name)
+    }
+    given.setdefault("max_tokens", default_max_tokens)
+    given.setdefault("seed", default_seed)
+    return SamplingParams(
+        **given,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        logit_bias={token: _shortest(bias) for token, bias in message.logit_bias.items()},
+        allowed_token_ids=tuple(message.allowed_token_ids),
+    )
+
+
+def _shortest(value: Any) -> Any:
+    """0.7 sent as float32 arrives as 0.699999988: the shortest decimal of that float32 is 0.7."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
+    """Every field written out, so that both tiers act on the same values."""
+    given = {name: getattr(params, name) for name in _OPTIONAL_FIELDS}
+    return sampling_pb2.SamplingParams(
+        **{name: value for name, value in given.items() if value is not None},
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        logit_bias=dict(params.logit_bias),
+        allowed_token_ids=params.allowed_token_ids,
+    )

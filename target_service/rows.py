@@ -1,0 +1,100 @@
+"""What the target is asked and answers, as plain values; a generation is named by (peer, id).
+
+Knows neither protobuf nor the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.engine.sampler import Reply
+from outrider.engine.scheduler import GenerationKey
+from outrider.sampling.params import SamplingParams
+
+Ids = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Open:
+    key: GenerationKey
+    session_id: str
+    epoch: int
+    kept_epoch: int
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Row:
+    """Lengths and meanings as in target.proto's VerifyRow."""
+
+    key: GenerationKey
+    keep_len: int
+    context_token_ids: Ids
+    draft_token_ids: Ids
+    supports: Sequence[Ids] | None
+
+    @property
+    def token_ids(self) -> Ids:
+        return np.concatenate((self.context_token_ids, self.draft_token_ids))
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the context with the row's tokens."""
+        return self.keep_len + len(self.context_token_ids) + len(self.draft_token_ids)
+
+
+@dataclass(frozen=True)
+class Close:
+    key: GenerationKey
+    keep: bool
+
+
+Command = Open | Row | Close
+
+
+class RowErrorReason(Enum):
+    KV_LOST = "kv_lost"
+    KV_FULL = "kv_full"
+    BAD_ROW = "bad_row"
+    DISPLACED = "displaced"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class RowFailure:
+    key: GenerationKey
+    reason: RowErrorReason
+    detail: str
+
+
+@dataclass(frozen=True)
+class RowReply:
+    key: GenerationKey
+    reply: Reply
+
+
+Outcome = RowReply | RowFailure
+
+
+@dataclass(frozen=True)
+class TargetStatistics:
+    """Counters since the start and gauges of now; names as in target.proto's TargetLoad."""
+
+    num_open_generations: int = 0
+    num_idle_sessions: int = 0
+    num_opened_total: int = 0
+    num_closed_total: int = 0
+    kv_used_tokens: int = 0
+    num_waiting_rows: int = 0
+    num_steps_total: int = 0
+    num_rows_total: int = 0
+    num_tokens_total: int = 0
+    num_prefill_tokens_total: int = 0

@@ -1,0 +1,175 @@
+"""The target's gRPC edge: frames to commands, outcomes to frames. Knows no model and no batching."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+import numpy as np
+
+from outrider.engine.scheduler import GenerationKey, Scheduler
+from outrider.errors import InvalidRequest
+from outrider.rpc import Outbox, StreamCall, translated
+from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_from_proto, unpack
+from target_service.rows import (
+    Close,
+    Command,
+    Open,
+    Outcome,
+    Row,
+    RowErrorReason,
+    RowFailure,
+    RowReply,
+    TargetStatistics,
+)
+
+_REASONS = {
+    RowErrorReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
+    RowErrorReason.KV_FULL: target_pb2.RowError.REASON_KV_FULL,
+    RowErrorReason.BAD_ROW: target_pb2.RowError.REASON_BAD_ROW,
+    RowErrorReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
+    RowErrorReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
+}
+
+
+class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+    """One per service; lives on the event loop."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler[Command, Outcome],
+        model: model_pb2.ModelInfo,
+        statistics: Callable[[], TargetStatistics],
+    ) -> None:
+        self._scheduler = scheduler
+        self._model = model
+        self._statistics = statistics
+        self._peer_ids = itertools.count(1)
+
+    async def GetModelInfo(
+        self,
+        request: target_pb2.TargetServiceGetModelInfoRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> target_pb2.TargetServiceGetModelInfoResponse:
+        load = target_pb2.TargetLoad(**asdict(self._statistics()))
+        return target_pb2.TargetServiceGetModelInfoResponse(model=self._model, load=load)
+
+    async def Verify(
+        self,
+        request_iterator: AsyncIterator[target_pb2.VerifyRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[target_pb2.VerifyResponse]:
+        """Reads and writes independently: the handler never waits for a step to read a frame."""
+        peer = _Peer(next(self._peer_ids))
+        self._scheduler.attach(peer.id, peer)
+
+        async def read(frame: target_pb2.VerifyRequest) -> None:
+            await self._scheduler.submit(peer.commands(frame))
+
+        try:
+            async with translated(context), StreamCall(request_iterator, read, peer.outbox):
+                async for outcomes in peer.outbox.batches():
+                    yield _frame(outcomes)
+        finally:
+            self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
+
+
+class _Peer:
+    """One stream of one orchestrator."""
+
+    def __init__(self, peer_id: int) -> None:
+        self.id = peer_id
+        self.outbox: Outbox[Outcome] = Outbox()
+        self.open_keys: set[GenerationKey] = set()
+
+    def deliver(self, outcomes: Sequence[Outcome]) -> None:
+        self.outbox.put(outcomes)
+
+    def commands(self, frame: target_pb2.VerifyRequest) -> list[Command]:
+        """The frame's commands in order; what cannot be read fails its generation alone."""
+        commands: list[Command] = []
+        for opening in frame.opens:
+            commands += self._read(self._open, opening)
+        for row in frame.rows:
+            commands += self._read(self._row, row)
+        for close in frame.closes:
+            commands += self._read(self._close, close)
+        return commands
+
+    def _read(self, parse: Callable[[Any], Command], item: Any) -> list[Command]:
+        try:
+            return [parse(item)]
+        except InvalidRequest as error:
+            key = GenerationKey(self.id, item.generation_id)
+            self.deliver([RowFailure(key, RowErrorReason.BAD_ROW, str(error))])
+            return [Close(key, keep=False)]
+
+    def _open(self, item: target_pb2.TargetOpen) -> Open:
+        key = GenerationKey(self.id, item.generation_id)
+        self.open_keys.add(key)
+        return Open(
+            key=key,
+            session_id=item.session_id,
+            epoch=item.epoch,
+            kept_epoch=item.kept_epoch,
+            prompt_len=item.prompt_len,
+            max_len=item.max_len,
+            params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
+        )
+
+    def _row(self, item: target_pb2.VerifyRow) -> Row:
+        drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids").astype(np.int64)
+        context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
+        supports = None
+        if item.support_sizes:
+            sizes = unpack(item.support_sizes, UINT16, "support_sizes").astype(np.int64)
+            ids = unpack(item.support_ids, UINT32, "support_ids").astype(np.int64)
+            if len(sizes) != len(drafts) or sizes.sum() != len(ids):
+                raise InvalidRequest("support_sizes", "do not fit draft_token_ids and support_ids")
+            supports = np.split(ids, np.cumsum(sizes)[:-1])
+        return Row(
+            key=GenerationKey(self.id, item.generation_id),
+            keep_len=item.keep_len,
+            context_token_ids=context,
+            draft_token_ids=drafts,
+            supports=supports,
+        )
+
+    def _close(self, item: target_pb2.TargetClose) -> Close:
+        key = GenerationKey(self.id, item.generation_id)
+        self.open_keys.discard(key)
+        return Close(key, keep=item.keep)
+
+
+def _frame(outcomes: Sequence[Outcome]) -> target_pb2.VerifyResponse:
+    frame = target_pb2.VerifyResponse()
+    for outcome in outcomes:
+        if isinstance(outcome, RowReply):
+            frame.results.append(_result(outcome))
+        else:
+            frame.errors.add(
+                generation_id=outcome.key.generation_id,
+                reason=_REASONS[outcome.reason],
+                detail=outcome.detail,
+            )
+    return frame
+
+
+def _result(outcome: RowReply) -> target_pb2.VerifyResult:
+    reply = outcome.reply
+    result = target_pb2.VerifyResult(
+        generation_id=outcome.key.generation_id,
+        support_probs=pack(reply.support_probs, FLOAT32),
+        tail_mass=pack(reply.tail_mass, FLOAT32),
+        sample_ids=pack(reply.sample_ids, UINT32),
+    )
+    if reply.logprobs is not None:
+        result.support_logprobs = pack(reply.logprobs.support, FLOAT32)
+        result.sample_logprobs = pack(reply.logprobs.samples, FLOAT32)
+        result.top_ids = pack(reply.logprobs.top_ids, UINT32)
+        result.top_logprobs = pack(reply.logprobs.top, FLOAT32)
+    return result

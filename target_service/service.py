@@ -1,0 +1,36 @@
+"""The target service put together: engine, verifier, scheduler, server."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from target_service.server import TargetServicer
+from target_service.verifier import Verifier
+from outrider.config import TargetConfig
+from outrider.engine import DeviceThread, Engine
+from outrider.engine.scheduler import Scheduler
+from outrider.engine.serving import Running, model_serving
+from outrider.rpc import Server
+from outrider.v1 import target_pb2, target_pb2_grpc, model_pb2
+
+SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+
+
+def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
+    """As `model_serving`."""
+
+    def mount(
+        engine: Engine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
+    ) -> Running:
+        verifier = Verifier(
+            engine,
+            max_gamma=config.max_gamma,
+            max_step_tokens=config.max_step_tokens,
+            idle_session_ttl_s=config.idle_session_ttl_s,
+        )
+        scheduler = Scheduler(verifier, device)
+        servicer = TargetServicer(scheduler, model, verifier.statistics)
+        target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.grpc_server)
+        return scheduler
+
+    return model_serving(config, SERVICE_NAME, mount)

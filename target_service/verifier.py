@@ -1,0 +1,276 @@
+"""The device thread's half of the target: sessions, waiting rows, one packed forward a step.
+
+A step applies what has come in, packs every row that waits (verification first, prompts in chunks
+within the token budget), runs the model once and answers the rows that are complete. Knows nothing
+of streams, protobuf or asyncio; every method is called on the device thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from outrider.engine import Append, Engine
+from outrider.engine.sampler import GenerationSampler
+from outrider.engine.scheduler import GenerationKey
+from outrider.engine.sessions import Live, SessionTable
+from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from target_service.rows import (
+    Close,
+    Command,
+    Open,
+    Outcome,
+    Row,
+    RowErrorReason,
+    RowFailure,
+    RowReply,
+    TargetStatistics,
+)
+
+log = structlog.get_logger()
+
+_REASONS: tuple[tuple[type[OutriderError], RowErrorReason], ...] = (
+    (KVFull, RowErrorReason.KV_FULL),
+    (KVLost, RowErrorReason.KV_LOST),
+    (LeaseLost, RowErrorReason.DISPLACED),
+)
+
+
+@dataclass(eq=False)
+class _Generation:
+    key: GenerationKey
+    sampler: GenerationSampler
+    waiting: Row | None = None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    live: Live[_Generation]
+    row: Row
+    append: Append
+    is_last: bool
+
+
+class Verifier:
+    """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in TargetConfig."""
+
+    def __init__(
+        self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
+    ) -> None:
+        self._engine = engine
+        self._max_gamma = max_gamma
+        self._max_step_tokens = max_step_tokens
+        self._table: SessionTable[_Generation] = SessionTable(engine.store, idle_session_ttl_s)
+        self._generations: dict[GenerationKey, Live[_Generation]] = {}
+        self._waiting: dict[GenerationKey, Live[_Generation]] = {}
+        self._num_steps = self._num_rows = self._num_tokens = self._num_prefill_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting)
+
+    def step(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Applies the commands in order, runs one forward pass if rows wait, returns what is done."""
+        outcomes = [failure for command in commands for failure in self._apply(command)]
+        plan = self._plan()
+        if not plan:
+            return outcomes
+        try:
+            return outcomes + self._run(plan)
+        except Exception as error:  # the step's rows fail by name; the service lives
+            log.error("step_failed", num_rows=len(plan), exc_info=error)
+            return outcomes + [
+                self._fail(p.row.key, RowErrorReason.INTERNAL, f"the step failed: {error}")
+                for p in plan
+            ]
+
+    def tidy(self) -> None:
+        """Frees what was kept too long and checks the KV accounting; for idle moments."""
+        self._table.expire()
+        self._engine.store.check_integrity()
+
+    def statistics(self) -> TargetStatistics:
+        return TargetStatistics(
+            num_open_generations=self._table.num_live,
+            num_idle_sessions=self._table.num_kept,
+            num_opened_total=self._table.num_opened,
+            num_closed_total=self._table.num_closed,
+            kv_used_tokens=self._engine.store.used_tokens,
+            num_waiting_rows=len(self._waiting),
+            num_steps_total=self._num_steps,
+            num_rows_total=self._num_rows,
+            num_tokens_total=self._num_tokens,
+            num_prefill_tokens_total=self._num_prefill_tokens,
+        )
+
+    def _apply(self, command: Command) -> list[Outcome]:
+        try:
+            match command:
+                case Open():
+                    return self._open(command)
+                case Row():
+                    self._enqueue(command)
+                case Close():
+                    self._close(command.key, keep=command.keep)
+        except OutriderError as error:
+            reasons = (r for kind, r in _REASONS if isinstance(error, kind))
+            reason = next(reasons, RowErrorReason.BAD_ROW)
+            if reason is RowErrorReason.KV_LOST:  # the generation stays: its next row brings all
+                return [RowFailure(command.key, reason, str(error))]
+            return [self._fail(command.key, reason, str(error))]
+        return []
+
+    def _open(self, command: Open) -> list[Outcome]:
+        info = self._engine.info
+        if command.key in self._generations:
+            raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
+        if not 1 <= command.prompt_len < command.max_len:
+            raise InvalidRequest("max_len", f"{command.max_len} leaves no room after the prompt")
+        if command.max_len > info.max_context_len:
+            raise InvalidRequest("max_len", f"{command.max_len} exceeds the model's context")
+        command.params.validate(info.vocab_size)
+        sampler = GenerationSampler(
+            command.params,
+            prompt_len=command.prompt_len,
+            vocab_size=info.vocab_size,
+            eos_token_ids=info.eos_token_ids,
+            device=torch.device(info.device),
+        )
+        displaced: list[Outcome] = []
+        former = self._table.find(command.session_id)
+        if former is not None and former.epoch < command.epoch:
+            why = f"epoch {command.epoch} took over session {command.session_id}"
+            displaced.append(self._fail(former.state.key, RowErrorReason.DISPLACED, why))
+        live = self._table.open(
+            command.session_id,
+            command.epoch,
+            command.kept_epoch,
+            command.max_len,
+            _Generation(command.key, sampler),
+        )
+        self._generations[command.key] = live
+        return displaced
+
+    def _enqueue(self, row: Row) -> None:
+        live = self._generations.get(row.key)
+        if live is None:
+            raise InvalidRequest("generation_id", f"{row.key.generation_id} is not open")
+        if live.state.waiting is not None:
+            raise InvalidRequest("generation_id", "its row before is not answered yet")
+        self._check(row, live)
+        if row.keep_len > live.sequence.length:
+            raise KVLost(f"{live.sequence.length} tokens are held, not {row.keep_len}")
+        self._engine.store.truncate(live.sequence, row.keep_len)
+        live.token_ids[row.keep_len : row.num_tokens] = row.token_ids
+        live.state.waiting = row
+        self._waiting[row.key] = live
+        self._num_prefill_tokens += len(row.context_token_ids) - 1
+
+    def _check(self, row: Row, live: Live[_Generation]) -> None:
+        gamma, vocab_size = len(row.draft_token_ids), self._engine.info.vocab_size
+        if len(row.context_token_ids) == 0:
+            raise InvalidRequest("context_token_ids", "must not be empty")
+        if gamma > self._max_gamma:
+            raise InvalidRequest("draft_token_ids", f"{gamma} tokens; at most {self._max_gamma}")
+        if row.num_tokens > len(live.token_ids):
+            raise InvalidRequest(
+                "context_token_ids", f"{row.num_tokens} tokens; max_len is {len(live.token_ids)}"
+            )
+        if row.token_ids.max() >= vocab_size or row.token_ids.min() < 0:
+            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+        if row.supports is None:
+            return
+        if len(row.supports) != gamma:
+            raise InvalidRequest("support_sizes", f"{len(row.supports)} for {gamma} draft tokens")
+        for ids in row.supports:
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
+            if len(set(ids.tolist())) != len(ids):
+                raise InvalidRequest("support_ids", "a token stands twice in a support")
+
+    def _fail(self, key: GenerationKey, reason: RowErrorReason, detail: str) -> RowFailure:
+        self._close(key, keep=False)
+        return RowFailure(key, reason, detail)
+
+    def _close(self, key: GenerationKey, *, keep: bool) -> None:
+        self._waiting.pop(key, None)
+        live = self._generations.pop(key, None)
+        if live is not None:
+            # KV of a row half done is a prefix like any other, so it may be kept.
+            self._table.close(live, keep=keep)
+
+    def _plan(self) -> list[_Planned]:
+        """Every verification, then prompts in chunks within what the token budget leaves.
+
+        A quarter of the budget is the prompts' own, so that verifications never starve them.
+        """
+        plan: list[_Planned] = []
+        prompts: list[Live[_Generation]] = []
+        budget = self._max_step_tokens
+        for live in self._waiting.values():
+            num_left = _num_tokens_left(live)
+            if num_left > 1 + self._max_gamma:
+                prompts.append(live)
+            else:
+                plan.append(_planned(live, num_left))
+                budget -= num_left
+        budget = max(budget, self._max_step_tokens // 4, 1)
+        for live in prompts:
+            if budget <= 0:
+                break
+            planned = _planned(live, budget)
+            plan.append(planned)
+            budget -= len(planned.append.token_ids)
+        return plan
+
+    def _run(self, plan: Sequence[_Planned]) -> list[Outcome]:
+        logits = self._engine.forward([p.append for p in plan])
+        self._num_steps += 1
+        self._num_tokens += sum(len(p.append.token_ids) for p in plan)
+        argmax = logits.argmax(-1)
+        outcomes: list[Outcome] = []
+        start = 0
+        for planned in plan:
+            end = start + planned.append.num_logits
+            if planned.is_last:
+                outcomes.append(self._answer(planned, logits[start:end], argmax[start:end]))
+            start = end
+        return outcomes
+
+    def _answer(self, planned: _Planned, logits: torch.Tensor, argmax: torch.Tensor) -> RowReply:
+        live, row = planned.live, planned.row
+        live.state.waiting = None
+        self._waiting.pop(row.key)
+        self._num_rows += 1
+        reply = live.state.sampler.reply(
+            logits,
+            live.token_ids,
+            row.keep_len + len(row.context_token_ids),
+            row.supports,
+            argmax,
+        )
+        return RowReply(row.key, reply)
+
+
+def _row_of(live: Live[_Generation]) -> Row:
+    row = live.state.waiting
+    assert row is not None, "a waiting generation has a row"
+    return row
+
+
+def _num_tokens_left(live: Live[_Generation]) -> int:
+    return _row_of(live).num_tokens - live.sequence.length
+
+
+def _planned(live: Live[_Generation], max_tokens: int) -> _Planned:
+    """The row's next tokens, at most `max_tokens`; all its logits come from one pass."""
+    row, start, num_left = _row_of(live), live.sequence.length, _num_tokens_left(live)
+    num_logits = 1 + len(row.draft_token_ids)
+    is_last = num_left <= max_tokens
+    num_tokens = num_left if is_last else min(max_tokens, num_left - num_logits)
+    token_ids = live.token_ids[start : start + num_tokens]
+    append = Append(live.sequence, token_ids, num_logits if is_last else 0)
+    return _Planned(live, row, append, is_last)

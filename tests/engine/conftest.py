@@ -1,0 +1,48 @@
+"""What the engine's tests share: an engine per family, made once for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from outrider.engine import Engine, EngineOptions, load_engine
+from tests.tiny_models import make_tiny_model
+
+# Three layers, so that both kinds of layers of a family with windows are there.
+NUM_LAYERS = 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny model."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            path = tmp_path_factory.mktemp("models") / family
+            made[family] = make_tiny_model(family, path, num_layers=NUM_LAYERS)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def engine_of(model_dir: Callable[[str], Path]) -> Callable[..., Engine]:
+    """A loaded engine of a family."""
+    made: dict[str, Engine] = {}
+
+    def get(family: str) -> Engine:
+        if family not in made:
+            options = EngineOptions(str(model_dir(family)), kv_cache_tokens=1024)
+            made[family] = load_engine(options)
+        return made[family]
+
+    return get

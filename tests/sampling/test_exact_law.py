@@ -1,0 +1,277 @@
+"""Losslessness by enumeration: the law of what is emitted is the target's own within 1e-12.
+
+Every draft, every sample of the target and every cell of the uniforms is enumerated; the cells
+are found by bisecting the function's answers (`laws.py`), so that nothing is taken from its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.sampling.formulas import total_variation
+from outrider.sampling.support import Support
+from outrider.sampling.verify import (
+    Evidence,
+    Verdict,
+    verify_block,
+    verify_equal,
+    verify_tokens,
+)
+
+from .laws import Case, Verify, emitted_law, mean_accepted, random_case, target_law
+
+_EXACT = 1e-12
+_WRONG = 1e-3
+
+_both = pytest.mark.parametrize(
+    "verify", [verify_tokens, verify_block], ids=["tokens", "block"]
+)
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "full support": {"full_support": True},
+    "truncated": {},
+    "truncated, zeros": {"target_zeros": 0.4},
+    "full, zeros": {"full_support": True, "target_zeros": 0.4},
+    "no tail": {"no_tail": True},
+    "no tail, zeros": {"no_tail": True, "target_zeros": 0.3},
+}
+
+
+def law_error(verify: Verify, case: Case) -> float:
+    """The largest difference to the target's law over all sequences of γ + 1 tokens."""
+    law, _ = emitted_law(verify, case)
+    return float(np.abs(law - target_law(case)).max())
+
+
+@_both
+@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize(
+    ("vocab_size", "gamma", "num_cases"), [(3, 1, 10), (3, 2, 6), (4, 2, 3)]
+)
+def test_the_law_is_the_targets(
+    verify: Verify, shape: str, vocab_size: int, gamma: int, num_cases: int
+) -> None:
+    """Random tables depending on the whole context, with supports and zeros of every kind."""
+    for seed in range(num_cases):
+        case = random_case(seed, vocab_size, gamma, **_SHAPES[shape])
+        assert law_error(verify, case) < _EXACT, f"seed {seed}"
+
+
+@_both
+@pytest.mark.parametrize(
+    ("vocab_size", "gamma", "shape"),
+    [
+        (vocab_size, gamma, shape)
+        for vocab_size, gamma in ((5, 2), (3, 3))
+        for shape in ("full support", "truncated", "truncated, zeros", "no tail, zeros")
+    ],
+)
+def test_the_law_is_the_targets_for_larger_blocks(
+    verify: Verify, vocab_size: int, gamma: int, shape: str
+) -> None:
+    """As above with five tokens, and with three draft tokens."""
+    case = random_case(100, vocab_size, gamma, **_SHAPES[shape])
+    assert law_error(verify, case) < _EXACT
+
+
+@_both
+def test_equal_models_accept_everything(verify: Verify) -> None:
+    """A draft that is the target loses no token, and the law is still exact."""
+    case = random_case(7, 3, 2, full_support=True)
+    target = {}
+    for context, support in case.draft.items():
+        target[context] = np.zeros(3)
+        target[context][support.token_ids] = support.probs
+    same = Case(3, 2, target, case.draft)
+    law, accepted = emitted_law(verify, same)
+    assert accepted == pytest.approx(2, abs=_EXACT)
+    assert np.abs(law - target_law(same)).max() < _EXACT
+
+
+@_both
+def test_disjoint_models_accept_nothing(verify: Verify) -> None:
+    """Where the target rules out all that the draft proposes, every token is a recovered one."""
+    case = random_case(8, 4, 2, full_support=True)
+    support = Support(np.array([2, 0]), np.array([0.5, 0.5]))
+    row = np.array([0.0, 0.3, 0.0, 0.7])
+    disjoint = Case(4, 2, dict.fromkeys(case.target, row), dict.fromkeys(case.draft, support))
+    law, accepted = emitted_law(verify, disjoint)
+    assert accepted == 0
+    assert np.abs(law - target_law(disjoint)).max() < _EXACT
+
+
+@_both
+def test_a_certain_target_is_obeyed(verify: Verify) -> None:
+    """One-hot target rows, as at vanishing temperature: one sequence has all the mass."""
+    case = random_case(9, 3, 2)
+    rows = {context: np.eye(3)[(len(context) + 1) % 3] for context in case.target}
+    certain = Case(3, 2, rows, case.draft)
+    law, _ = emitted_law(verify, certain)
+    assert law[1, 2, 0] == pytest.approx(1, abs=_EXACT)
+
+
+def test_block_verification_never_accepts_less() -> None:
+    """Sun et al. 2024, Theorem 2, on 80 random cases; strictly more on many of them."""
+    gains = []
+    for seed in range(80):
+        gamma = 3 if seed % 8 == 0 else 2
+        shape = list(_SHAPES.values())[seed % len(_SHAPES)]
+        case = random_case(1000 + seed, 3, gamma, **shape)
+        gains.append(mean_accepted(verify_block, case) - mean_accepted(verify_tokens, case))
+    assert min(gains) > -_EXACT
+    assert np.sum(np.array(gains) > 1e-3) > 20
+
+
+@_both
+def test_acceptance_of_one_token_is_one_minus_tv(verify: Verify) -> None:
+    """At γ = 1 both rules accept with 1 - TV(target, draft) (Leviathan et al., Corollary 3.6)."""
+    for seed in range(40):
+        vocab_size = 2 + seed % 7
+        shape = list(_SHAPES.values())[seed % len(_SHAPES)]
+        case = random_case(2000 + seed, vocab_size, 1, **shape)
+        draft_probs = np.zeros(vocab_size)
+        draft_probs[case.draft[()].token_ids] = case.draft[()].probs
+        expected = 1 - total_variation(case.target[()], draft_probs)
+        assert mean_accepted(verify, case) == pytest.approx(expected, abs=_EXACT)
+
+
+def test_each_token_is_accepted_with_one_minus_tv() -> None:
+    """Token verification, γ = 2: the mean is the sum over prefixes of Π min(target, draft)."""
+    for seed in range(10):
+        case = random_case(3000 + seed, 4, 2)
+
+        def overlap(context: tuple[int, ...], case: Case = case) -> dict[int, float]:
+            support = case.draft[context]
+            common = np.minimum(case.target[context][support.token_ids], support.probs)
+            return dict(zip(support.token_ids.tolist(), common.tolist(), strict=True))
+
+        first = overlap(())
+        expected = sum(p * (1 + sum(overlap((t,)).values())) for t, p in first.items())
+        assert mean_accepted(verify_tokens, case) == pytest.approx(expected, abs=_EXACT)
+
+
+@_both
+def test_no_draft_gives_the_targets_token(verify: Verify) -> None:
+    """γ = 0 is plain decoding."""
+    assert verify([], [], Evidence([], np.zeros(0), [5]), [], []) == Verdict(0, 5)
+
+
+# Planted bugs: the check above must see them, or it proves nothing.
+
+
+def _recover_with_accept_uniform(verify: Verify) -> Verify:
+    def planted(
+        draft: Sequence[int],
+        supports: Sequence[Support],
+        evidence: Evidence,
+        accept: Sequence[float],
+        recover: Sequence[float],
+    ) -> Verdict:
+        return verify(draft, supports, evidence, accept, accept)
+
+    return planted
+
+
+def _one_accept_uniform_for_all(verify: Verify) -> Verify:
+    def planted(
+        draft: Sequence[int],
+        supports: Sequence[Support],
+        evidence: Evidence,
+        accept: Sequence[float],
+        recover: Sequence[float],
+    ) -> Verdict:
+        return verify(draft, supports, evidence, [accept[0]] * len(draft), recover)
+
+    return planted
+
+
+@pytest.mark.parametrize("plant", [_recover_with_accept_uniform, _one_accept_uniform_for_all])
+@_both
+def test_a_reused_uniform_is_caught(verify: Verify, plant: Any) -> None:
+    """One uniform for accepting and recovering, or for two positions, changes the law visibly."""
+    errors = [law_error(plant(verify), random_case(seed, 3, 2)) for seed in range(12)]
+    assert max(errors) > 5 * _WRONG
+
+
+def _copied_loop(
+    draft: Sequence[int],
+    supports: Sequence[Support],
+    evidence: Evidence,
+    accept: Sequence[float],
+    recover: Sequence[float],
+    bug: str,
+) -> Verdict:
+    """Speculative sampling written out again, with one of the bugs seen in other codebases."""
+    for i, token in enumerate(draft):
+        where = int(np.flatnonzero(supports[i].token_ids == token)[0])
+        p, q = evidence.target_probs[i], supports[i].probs
+        if bug == "at least half" and p[where] >= q[where] / 2:
+            continue
+        if accept[i] < p[where] / q[where]:
+            continue
+        weights = p if bug == "recover from the target" else np.maximum(p - q, 0)
+        tail = 0.0 if bug == "forget the tail" and weights.any() else float(evidence.tail_mass[i])
+        u = accept[i] if bug == "one uniform" else recover[i]
+        point = u * (weights.sum() + tail)
+        for token_id, weight in zip(supports[i].token_ids.tolist(), weights, strict=True):
+            if point < weight:
+                return Verdict(i, token_id)
+            point -= weight
+        return Verdict(i, evidence.samples[i])
+    return Verdict(len(draft), evidence.samples[len(draft)])
+
+
+@pytest.mark.parametrize(
+    "bug", ["one uniform", "recover from the target", "forget the tail", "at least half"]
+)
+def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
+    """An independent copy of the loop passes the check as it is and fails it with each bug."""
+    case = random_case(2, 4, 2)
+
+    def copied(*arguments: Any) -> Verdict:
+        return _copied_loop(*arguments, bug="none")
+
+    def planted(*arguments: Any) -> Verdict:
+        return _copied_loop(*arguments, bug=bug)
+
+    assert law_error(copied, case) < _EXACT
+    assert law_error(planted, case) > _WRONG
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=6),
+    st.lists(st.integers(0, 3), min_size=7, max_size=7),
+)
+def test_equality_emits_the_samples(draft: list[int], samples: list[int]) -> None:
+    """Whatever the draft, what is emitted is a prefix of the target's samples, and the longest."""
+    verdict = verify_equal(draft, samples[: len(draft) + 1])
+    emitted = [*draft[: verdict.num_accepted], verdict.next_token]
+    assert emitted == samples[: verdict.num_accepted + 1]
+    assert verdict.num_accepted == len(draft) or draft[verdict.num_accepted] != verdict.next_token
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-54, 0.5, 1 - 2.0**-53])
+@_both
+def test_extreme_uniforms_emit_possible_tokens(verify: Verify, uniform: float) -> None:
+    """At the ends of [0, 1) no token is emitted that the target rules out."""
+    for seed in range(30):
+        case = random_case(4000 + seed, 4, 1, target_zeros=0.5)
+        support, row = case.draft[()], case.target[()]
+        outside = row.copy()
+        outside[support.token_ids] = 0
+        sample = int(outside.argmax()) if outside.any() else -1
+        bonus = {int(t): int(case.target[(int(t),)].argmax()) for t in support.token_ids}
+        for token in support.token_ids.tolist():
+            evidence = Evidence(
+                [row[support.token_ids]], np.array([outside.sum()]), [sample, bonus[token]]
+            )
+            verdict = verify([token], [support], evidence, [uniform], [uniform])
+            first = token if verdict.num_accepted else verdict.next_token
+            assert first >= 0
+            assert row[first] > 0
