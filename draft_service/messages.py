@@ -39,8 +39,6 @@ class Open:
     key: GenerationKey
     session_id: str
     epoch: int
-    kept_epoch: int
-    keep_len: int
     token_ids: Ids
     prompt_len: int
     max_len: int
@@ -65,7 +63,15 @@ class Close:
     keep: bool
 
 
-Command = Open | Commit | Close
+@dataclass(frozen=True)
+class Forget:
+    """Of a session that is not live, the kept KV may go."""
+
+    key: GenerationKey
+    session_id: str
+
+
+Command = Open | Commit | Close | Forget
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,6 @@ class Proposal:
 
 
 class LostReason(Enum):
-    KV_LOST = "kv_lost"
     KV_FULL = "kv_full"
     BAD_MESSAGE = "bad_message"
     DISPLACED = "displaced"

@@ -21,6 +21,8 @@ from draft_service.messages import (
     Commit,
     DraftStatistics,
     Event,
+    Forget,
+    Ids,
     Lost,
     LostReason,
     Open,
@@ -31,14 +33,13 @@ from outrider.engine import Append, Engine
 from outrider.engine.sampler import GenerationSampler
 from outrider.engine.scheduler import GenerationKey
 from outrider.engine.sessions import Live, SessionTable
-from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from outrider.errors import InvalidRequest, KVFull, LeaseLost, OutriderError
 from outrider.sampling.params import Verification
 
 log = structlog.get_logger()
 
 _REASONS: tuple[tuple[type[OutriderError], LostReason], ...] = (
     (KVFull, LostReason.KV_FULL),
-    (KVLost, LostReason.KV_LOST),
     (LeaseLost, LostReason.DISPLACED),
 )
 
@@ -117,6 +118,8 @@ class Proposer:
                     self._commit(command)
                 case Close():
                     self._close(command.key, keep=command.keep)
+                case Forget():
+                    self._table.forget(command.session_id)
         except OutriderError as error:
             reasons = (r for kind, r in _REASONS if isinstance(error, kind))
             return [self._lose(command.key, next(reasons, LostReason.BAD_MESSAGE), str(error))]
@@ -125,7 +128,7 @@ class Proposer:
     def _open(self, command: Open) -> list[Event]:
         self._check(command)
         info = self._engine.info
-        committed_len = command.keep_len + len(command.token_ids)
+        committed_len = len(command.token_ids)
         max_len = min(command.max_len, info.max_context_len)
         if max_len < committed_len + 2:
             raise KVFull(f"{committed_len} tokens leave no room in a context of {max_len}")
@@ -142,18 +145,14 @@ class Proposer:
             why = f"epoch {command.epoch} took over session {command.session_id}"
             displaced.append(self._lose(former.state.key, LostReason.DISPLACED, why))
         generation = _Generation(command.key, sampler, command.verification)
-        live = self._table.open(
-            command.session_id, command.epoch, command.kept_epoch, max_len, generation
-        )
-        if live.sequence.length < command.keep_len:
-            num_held = live.sequence.length
-            self._table.close(live, keep=False)
-            raise KVLost(f"{num_held} tokens are held, not {command.keep_len}")
-        self._engine.store.truncate(live.sequence, command.keep_len)
-        live.token_ids[command.keep_len : committed_len] = command.token_ids
+        live = self._table.open(command.session_id, command.epoch, None, max_len, generation)
+        num_same = _common_prefix_len(live.token_ids[: live.sequence.length], command.token_ids)
+        # The last token is run again: its logits draw the next one.
+        self._engine.store.truncate(live.sequence, min(num_same, committed_len - 1))
+        live.token_ids[:committed_len] = command.token_ids
         chain = Chain(live.token_ids, committed_len, command.gamma, command.lookahead)
         self._drafting[command.key] = _Drafting(live, chain)
-        self._num_prefill_tokens += len(command.token_ids)
+        self._num_prefill_tokens += committed_len - live.sequence.length
         return displaced
 
     def _check(self, command: Open) -> None:
@@ -161,7 +160,7 @@ class Proposer:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
         if not len(command.token_ids):
             raise InvalidRequest("token_ids", "must not be empty")
-        if not 1 <= command.prompt_len <= command.keep_len + len(command.token_ids):
+        if not 1 <= command.prompt_len <= len(command.token_ids):
             raise InvalidRequest("prompt_len", f"{command.prompt_len} is not within the context")
         if command.vocab_size < 1 or command.token_ids.max() >= command.vocab_size:
             raise InvalidRequest("token_ids", f"must be in [0, {command.vocab_size})")
@@ -245,3 +244,9 @@ def _proposal(key: GenerationKey, chain: Chain, block: Block) -> Proposal:
         token_ids=chain.token_ids[block.base_len : block.end].tolist(),
         supports=list(block.supports) if block.supports else None,
     )
+
+
+def _common_prefix_len(held: Ids, wanted: Ids) -> int:
+    size = min(len(held), len(wanted))
+    differing = np.flatnonzero(held[:size] != wanted[:size])
+    return int(differing[0]) if len(differing) else size

@@ -16,6 +16,7 @@ from draft_service.messages import (
     Commit,
     DraftStatistics,
     Event,
+    Forget,
     Lost,
     LostReason,
     Open,
@@ -37,7 +38,6 @@ from outrider.wire import (
 )
 
 _REASONS = {
-    LostReason.KV_LOST: draft_pb2.DraftLost.REASON_KV_LOST,
     LostReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
     LostReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
     LostReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
@@ -71,7 +71,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         self,
         request_iterator: AsyncIterator[draft_pb2.ProposeRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[draft_pb2.ProposeResponse]:
+    ) -> None:
         """Reads and writes independently: the handler never waits for a step to read a frame."""
         peer = _Peer(next(self._peer_ids))
         self._scheduler.attach(peer.id, peer)
@@ -82,7 +82,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         try:
             async with translated(context), StreamCall(request_iterator, read, peer.outbox):
                 async for events in peer.outbox.batches():
-                    yield _frame(events)
+                    await context.write(_frame(events))
         finally:
             self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
 
@@ -121,7 +121,8 @@ class _Peer:
             key = GenerationKey(self.id, close.generation_id)
             self.open_keys.discard(key)
             commands.append(Close(key, keep=close.keep))
-        return commands
+        nobody = GenerationKey(self.id, 0)
+        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
 
 
 def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
@@ -129,8 +130,6 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
         key=key,
         session_id=item.session_id,
         epoch=item.epoch,
-        kept_epoch=item.kept_epoch,
-        keep_len=item.keep_len,
         token_ids=unpack(item.token_ids, UINT32, "token_ids").astype(np.int64),
         prompt_len=item.prompt_len,
         max_len=item.max_len,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from draft_service.server import DraftServicer
 from draft_service.proposer import Proposer
+from draft_service.server import DraftServicer
 from outrider.config import DraftConfig
 from outrider.engine import DeviceThread, Engine
 from outrider.engine.scheduler import Scheduler

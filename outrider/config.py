@@ -1,4 +1,4 @@
-"""The operator's settings of every program, and the one loader: flags over environment over defaults.
+"""The operator's settings of every program, and the one loader: flags, then environment.
 
 Frozen dataclasses; a field's flag is `--its-name`, its variable `OUTRIDER_<PROGRAM>_ITS_NAME`.
 An unknown flag, an unknown variable of the program or a bad value is a ConfigError. The only

@@ -82,14 +82,31 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
 
 @contextlib.asynccontextmanager
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Ends the call with the status of an OutriderError raised inside."""
+    """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup."""
     try:
         yield
     except errors.OutriderError as error:
-        status = status_of(error)
-        if status.code == code_pb2.INTERNAL:
-            log.error("call_failed", error=str(error), exc_info=error)
-        await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
+        await _abort(context, error)
+    except BaseExceptionGroup as group:
+        known = _first_known(group)
+        if known is None:
+            raise
+        await _abort(context, known)
+
+
+def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderError | None:
+    for error in group.exceptions:
+        found = _first_known(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, errors.OutriderError):
+            return found
+    return None
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.OutriderError) -> None:
+    status = status_of(error)
+    if status.code == code_pb2.INTERNAL:
+        log.error("call_failed", error=str(error), exc_info=error)
+    await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
 
 
 class Server:
@@ -175,8 +192,8 @@ class Outbox(Generic[Item]):
 class StreamCall(Generic[Item]):
     """The reading half of a bidirectional stream, beside the handler that writes.
 
-    `read` gets each frame and may wait (the peer's flow control then does); at the stream's end the outbox is closed, so that the
-    writing half ends too. Raises on exit what `read` raised.
+    `read` gets each frame and may wait: the peer is then held by flow control. At the stream's end
+    the outbox is closed, so that the writing half ends too. Raises on exit what `read` raised.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from outrider.errors import ConfigError, InvalidRequest
 
 
 class Tokenizer:
-    """Immutable after loading; `encode` of long texts takes milliseconds, so call it in a thread."""
+    """Immutable after loading. Encoding a long text takes milliseconds: call it in a thread."""
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
         backend.no_truncation()

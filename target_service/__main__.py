@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from target_service.service import serving
 from outrider.config import TargetConfig
 from outrider.program import run_until_signalled
+from target_service.service import serving
 
 if __name__ == "__main__":
     sys.exit(run_until_signalled("target", TargetConfig, serving))

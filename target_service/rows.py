@@ -57,7 +57,15 @@ class Close:
     keep: bool
 
 
-Command = Open | Row | Close
+@dataclass(frozen=True)
+class Forget:
+    """Of a session that is not live, the kept KV may go."""
+
+    key: GenerationKey
+    session_id: str
+
+
+Command = Open | Row | Close | Forget
 
 
 class RowErrorReason(Enum):

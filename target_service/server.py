@@ -1,4 +1,4 @@
-"""The target's gRPC edge: frames to commands, outcomes to frames. Knows no model and no batching."""
+"""The target's gRPC edge: frames to commands, outcomes to frames. Knows no model, no batching."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_from_proto, un
 from target_service.rows import (
     Close,
     Command,
+    Forget,
     Open,
     Outcome,
     Row,
@@ -62,7 +63,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         self,
         request_iterator: AsyncIterator[target_pb2.VerifyRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[target_pb2.VerifyResponse]:
+    ) -> None:
         """Reads and writes independently: the handler never waits for a step to read a frame."""
         peer = _Peer(next(self._peer_ids))
         self._scheduler.attach(peer.id, peer)
@@ -73,7 +74,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         try:
             async with translated(context), StreamCall(request_iterator, read, peer.outbox):
                 async for outcomes in peer.outbox.batches():
-                    yield _frame(outcomes)
+                    await context.write(_frame(outcomes))
         finally:
             self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
 
@@ -98,7 +99,8 @@ class _Peer:
             commands += self._read(self._row, row)
         for close in frame.closes:
             commands += self._read(self._close, close)
-        return commands
+        nobody = GenerationKey(self.id, 0)
+        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
 
     def _read(self, parse: Callable[[Any], Command], item: Any) -> list[Command]:
         try:

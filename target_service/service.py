@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from target_service.server import TargetServicer
-from target_service.verifier import Verifier
 from outrider.config import TargetConfig
 from outrider.engine import DeviceThread, Engine
 from outrider.engine.scheduler import Scheduler
 from outrider.engine.serving import Running, model_serving
 from outrider.rpc import Server
-from outrider.v1 import target_pb2, target_pb2_grpc, model_pb2
+from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from target_service.server import TargetServicer
+from target_service.verifier import Verifier
 
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 

@@ -21,6 +21,7 @@ from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderE
 from target_service.rows import (
     Close,
     Command,
+    Forget,
     Open,
     Outcome,
     Row,
@@ -73,7 +74,7 @@ class Verifier:
         return bool(self._waiting)
 
     def step(self, commands: Sequence[Command]) -> list[Outcome]:
-        """Applies the commands in order, runs one forward pass if rows wait, returns what is done."""
+        """Applies the commands in order, runs one forward pass if rows wait; what is done."""
         outcomes = [failure for command in commands for failure in self._apply(command)]
         plan = self._plan()
         if not plan:
@@ -115,6 +116,8 @@ class Verifier:
                     self._enqueue(command)
                 case Close():
                     self._close(command.key, keep=command.keep)
+                case Forget():
+                    self._table.forget(command.session_id)
         except OutriderError as error:
             reasons = (r for kind, r in _REASONS if isinstance(error, kind))
             reason = next(reasons, RowErrorReason.BAD_ROW)

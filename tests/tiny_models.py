@@ -113,7 +113,8 @@ def build_tiny_model(
     config = getattr(transformers, config_class)(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(config).eval()
 
 
 def make_tiny_draft(
@@ -134,7 +135,7 @@ def make_tiny_draft(
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+                weight.add_(torch.randn(weight.shape, generator=generator) * noise * weight.std())
     if vocab_size is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -168,7 +169,7 @@ def _save(model: Any, directory: Path) -> Path:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    logs = transformers.utils.logging
+    logs: Any = transformers.utils.logging
     logs.disable_progress_bar()
     try:
         yield

@@ -115,3 +115,14 @@ class RoundRecord:
     counters: Counters
     target_kv: KvHandle | None
     draft_kv: KvHandle | None
+
+    def then(self, later: RoundRecord) -> RoundRecord:
+        """Both as one: for rounds that could not be recorded when they were made."""
+        return RoundRecord(
+            np.concatenate(
+                [np.asarray(self.token_ids, np.uint32), np.asarray(later.token_ids, np.uint32)]
+            ),
+            self.counters + later.counters,
+            later.target_kv,
+            later.draft_kv,
+        )

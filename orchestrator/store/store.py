@@ -144,8 +144,8 @@ class SessionStore:
         """Appends a round; returns when Redis has it. Renews the lease. Raises LeaseLost.
 
         After Unavailable the round is the caller's to send again: as it was, or with later ones
-        joined to it (tokens appended, counters summed). What had arrived is not added twice. Calls
-        for one lease are served in their order, one at a time.
+        joined to it (RoundRecord.then). What had arrived is not added twice. Calls for one lease
+        are served in their order, one at a time.
         """
         cursor = lease.cursor
         tokens = pack_tokens(round.token_ids)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from outrider.errors import ModelError
@@ -27,7 +28,7 @@ _untyped: Any = transformers
 # What transformers raises for checkpoints that are absent, malformed or of another kind.
 _LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
-    SafetensorError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -75,6 +76,8 @@ def load_weights(
                 **placement,
             )
     except _LOAD_ERRORS as error:
+        if isinstance(error, KeyError) and error.args == (attention,):
+            raise no_interface(name, config) from error
         raise _load_error(name, local, "its weights", error) from error
     missing = sorted(report.get("missing_keys") or ())
     if missing:  # transformers only warns, and fills them with random numbers
@@ -82,6 +85,11 @@ def load_weights(
             f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}"
         )
     return model.eval().requires_grad_(False)
+
+
+def no_interface(name: str, config: Any) -> ModelError:
+    """The error for architectures that keep to attention classes of their own."""
+    return ModelError(f"{name}: {config.model_type} does not use transformers' attention interface")
 
 
 def fingerprint(model: Any) -> str:

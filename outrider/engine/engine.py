@@ -120,6 +120,7 @@ class Engine:
                 position_ids=torch.from_numpy(positions)[None].to(device),
                 past_key_values=None,
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(rows).to(device),
+                # On the CPU it can select from hidden states on whichever device is last.
+                logits_to_keep=torch.from_numpy(rows),
             ).logits
         return logits[0].float()

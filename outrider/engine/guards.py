@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from outrider.engine.attention import ATTENTION_NAME, LayerCall, attending
+from outrider.engine.checkpoint import no_interface
 from outrider.engine.kv_store import LayerLayout
 from outrider.errors import ModelError
 
@@ -36,16 +37,21 @@ def check_config(name: str, config: Any) -> None:
         if rope_type in _ROPE_TYPES_REFUSED:
             raise ModelError(f"{name}: rope type {rope_type!r} depends on the longest sequence "
                              "of a batch, so that sequences would change each other")  # fmt: skip
-    if getattr(text, "max_position_embeddings", None) is None:
-        raise ModelError(f"{name}: {text.model_type} does not say how long its context is")
 
 
 def check_interface(name: str, model: Any) -> None:
     """Raises ModelError if transformers did not take our attention for this model."""
-    used = model.config.get_text_config()._attn_implementation
-    if used != ATTENTION_NAME:
-        raise ModelError(f"{name}: {model.config.model_type} does not use transformers' attention "
-                         f"interface (it stayed with {used!r})")  # fmt: skip
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise no_interface(name, model.config)
+
+
+def context_len(name: str, config: Any) -> int:
+    """The longest sequence the model is made for. Raises ModelError if it does not say."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise ModelError(f"{name}: {text.model_type} does not say how long its context is")
+    return length
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:
@@ -63,6 +69,8 @@ def discover_layers(name: str, model: Any) -> list[LayerLayout]:
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.inference_mode(), attending(recorder):
         model(input_ids=zero, position_ids=zero, past_key_values=None, use_cache=False)
+    if not recorder.num_calls:
+        raise no_interface(name, model.config)
     expected = model.config.get_text_config().num_hidden_layers
     if sorted(recorder.layouts) != list(range(expected)) or recorder.num_calls != expected:
         raise ModelError(f"{name}: {model.config.model_type} has {expected} layers, of which "

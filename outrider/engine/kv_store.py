@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from outrider.engine.pages import PageAllocator
-from outrider.errors import KVFull
 
 PAGE_SIZE = 16
 """Tokens in a page. Every paged attention kernel takes 16."""
@@ -37,16 +36,20 @@ class LayerLayout:
     def bytes_per_token(self) -> int:
         return self.num_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
+    def empty(self, rows: int, dim: int) -> torch.Tensor:
+        return torch.empty(rows, self.num_heads, dim, dtype=self.dtype, device=self.device)
+
 
 class Sequence:
     """A handle on the cached tokens of one sequence. Made and changed by its KVStore only."""
 
-    __slots__ = ("_pages", "_run_start", "_store", "length", "max_len")
+    __slots__ = ("_pages", "_store", "length", "max_len", "run_start")
 
     def __init__(self, store: KVStore, max_len: int, pages: list[int]) -> None:
         self._store: KVStore | None = store
         self._pages = pages
-        self._run_start: int | None = None
+        self.run_start = _find_run(pages)
+        """Row of position 0 in the layers' tensors if the rows are consecutive, else None."""
         self.length = 0
         self.max_len = max_len
 
@@ -68,14 +71,8 @@ class KVStore:
         self._lock = threading.Lock()
         rows = num_pages * PAGE_SIZE
         # torch.empty is committed by the system page by page as it is first written.
-        self.keys = [
-            torch.empty(rows, c.num_heads, c.key_dim, dtype=c.dtype, device=c.device)
-            for c in layers
-        ]
-        self.values = [
-            torch.empty(rows, c.num_heads, c.value_dim, dtype=c.dtype, device=c.device)
-            for c in layers
-        ]
+        self.keys = [layer.empty(rows, layer.key_dim) for layer in layers]
+        self.values = [layer.empty(rows, layer.value_dim) for layer in layers]
 
     @property
     def capacity_tokens(self) -> int:
@@ -147,7 +144,7 @@ class KVStore:
             self._allocator.release(sequence._pages)
             sequence._store = None
             sequence._pages = []
-            sequence._run_start = None
+            sequence.run_start = None
 
     def compact(self, sequence: Sequence) -> None:
         """Moves a scattered sequence to consecutive pages if it shares none and there are any.
@@ -157,20 +154,16 @@ class KVStore:
         """
         with self._lock:
             self._check_alive(sequence)
-            if sequence._run_start is None:
+            if sequence.run_start is None:
                 self._move(sequence, len(sequence._pages))
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
         """Rows of the layers' tensors that hold positions [start, stop): int64 [stop - start]."""
-        if sequence._run_start is not None:
-            return np.arange(sequence._run_start + start, sequence._run_start + stop)
+        if sequence.run_start is not None:
+            return np.arange(sequence.run_start + start, sequence.run_start + stop)
         positions = np.arange(start, stop)
         pages = np.asarray(sequence._pages, dtype=np.int64)
         return pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-
-    def run_start(self, sequence: Sequence) -> int | None:
-        """Row of position 0 if the sequence's rows are consecutive, else None."""
-        return sequence._run_start
 
     def owns(self, sequence: Sequence) -> bool:
         return sequence._store is self
@@ -184,13 +177,12 @@ class KVStore:
                 assert sequence._store is self, f"{sequence} belongs to another store"
                 assert 0 <= sequence.length <= sequence.max_len, f"{sequence} is too long"
                 assert _num_pages(sequence.max_len) <= len(pages), f"{sequence}: pages missing"
-                assert sequence._run_start == _find_run(pages), f"{sequence}: wrong run"
+                assert sequence.run_start == _find_run(pages), f"{sequence}: wrong run"
                 for page in pages[sequence.length // PAGE_SIZE :]:
                     assert not self._allocator.is_shared(page), f"{sequence} may write page {page}"
 
     def _adopt(self, max_len: int, pages: list[int]) -> Sequence:
         sequence = Sequence(self, max_len, pages)
-        sequence._run_start = _find_run(pages)
         self._sequences.add(sequence)
         return sequence
 
@@ -211,19 +203,19 @@ class KVStore:
         self._allocator.release([pages[i] for i in stale])
         for index, page in zip(stale, fresh, strict=True):
             pages[index] = page
-        sequence._run_start = _find_run(pages)
+        sequence.run_start = _find_run(pages)
 
     def _grow(self, sequence: Sequence, missing: int) -> None:
         """Adds pages: the next ones if they are free, else by moving, else from anywhere."""
         pages = sequence._pages
-        if sequence._run_start is not None:
+        if sequence.run_start is not None:
             adjacent = self._allocator.take_at(pages[-1] + 1, missing)
             if adjacent is not None:
                 pages += adjacent
                 return
         if not self._move(sequence, len(pages) + missing):
             pages += self._allocator.take(missing)
-            sequence._run_start = _find_run(pages)
+            sequence.run_start = _find_run(pages)
 
     def _move(self, sequence: Sequence, num_pages: int) -> bool:
         """Moves a sequence without shared pages to a run of `num_pages`; False if it cannot."""
@@ -236,13 +228,13 @@ class KVStore:
         self._copy_pages(sequence._pages[:num_filled], run[:num_filled])
         self._allocator.release(sequence._pages)
         sequence._pages = run
-        sequence._run_start = run[0] * PAGE_SIZE
+        sequence.run_start = run[0] * PAGE_SIZE
         return True
 
     def _copy_pages(self, source: list[int], target: list[int]) -> None:
         for tensor in (*self.keys, *self.values):
             paged = tensor.view(-1, PAGE_SIZE, *tensor.shape[1:])
-            index = torch.tensor([source, target], device=tensor.device)
+            index = torch.tensor([source, target], dtype=torch.long, device=tensor.device)
             paged[index[1]] = paged[index[0]]
 
 
@@ -253,6 +245,3 @@ def _num_pages(num_tokens: int) -> int:
 def _find_run(pages: list[int]) -> int | None:
     consecutive = pages == list(range(pages[0], pages[0] + len(pages)))
     return pages[0] * PAGE_SIZE if consecutive else None
-
-
-__all__ = ["PAGE_SIZE", "KVFull", "KVStore", "LayerLayout", "Sequence"]

@@ -39,6 +39,8 @@ def load_engine(options: EngineOptions) -> Engine:
     """
     device = _device(options)
     if options.num_threads is not None:
+        if options.num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, not {options.num_threads}")
         torch.set_num_threads(options.num_threads)
     config = checkpoint.load_config(options.model)
     guards.check_config(options.model, config)
@@ -48,7 +50,7 @@ def load_engine(options: EngineOptions) -> Engine:
     identity = checkpoint.fingerprint(module)
     num_parameters = module.num_parameters()
 
-    model = _bind(module)
+    model = _bind(options.model, module)
     tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
     expected = probe.eager_logits(module, tokens)
     model = replace(model, vocab_size=expected[0].shape[-1])
@@ -100,28 +102,43 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
         device_map=options.device_map,
     )
     if options.inflate_parameters is not None:
-        from outrider.engine.quickstart.inflate import inflate
-
-        module = inflate(module, options.inflate_parameters)
+        module = _inflated(options.model, module, options.inflate_parameters)
     if options.device_map is None:
         return module.to(device)
-    # accelerate's hook would move this small index to the first device, away from the hidden
-    # states it selects from; an index on the CPU selects from any.
+    _leave_row_index_alone(module)
+    return module
+
+
+def _leave_row_index_alone(module: Any) -> None:
+    """Keeps accelerate from moving `logits_to_keep` to the first device.
+
+    The hidden states it selects from are on the last one; an index on the CPU selects from any.
+    """
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         skipped = getattr(hook, "skip_keys", None) or []
         hook.skip_keys = [*([skipped] if isinstance(skipped, str) else skipped), "logits_to_keep"]
-    return module
 
 
-def _bind(module: Any) -> BoundModel:
+def _inflated(name: str, module: Any, num_parameters: int) -> Any:
+    from outrider.engine.quickstart.inflate import inflate  # only the quickstart needs it
+
+    try:
+        large: Any = inflate(module, num_parameters)
+    except ValueError as error:
+        raise ModelError(f"{name}: cannot be inflated to {num_parameters}: {error}") from error
+    large.set_attn_implementation(ATTENTION_NAME)
+    return large.eval().requires_grad_(False)
+
+
+def _bind(name: str, module: Any) -> BoundModel:
     embedding = module.get_input_embeddings().weight
     return BoundModel(
         module=module,
         windows=guards.sliding_windows(module.config),
         num_embeddings=embedding.shape[0],
         vocab_size=0,
-        max_context_len=module.config.get_text_config().max_position_embeddings,
+        max_context_len=guards.context_len(name, module.config),
         device=embedding.device,
     )
 

@@ -49,6 +49,7 @@ class PackedStep:
         self._store = store
         self._segments = segments
         self._windows = windows
+        self._blocks: dict[int | None, list[tuple[Segment, Block]]] = {}
         self._masks: dict[tuple[Block, int, torch.dtype, torch.device], torch.Tensor | None] = {}
         self._slots: dict[torch.device, torch.Tensor] = {}
         self._pages: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -70,11 +71,15 @@ class PackedStep:
         values.index_copy_(0, slots, value[0].transpose(0, 1))
         outs = [
             self._attend_block(segment, block, query, (keys, values), call)
-            for segment in self._segments
-            for block in segment.blocks(window)
+            for segment, block in self._blocks_with(window)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out[None]
+
+    def _blocks_with(self, window: int | None) -> list[tuple[Segment, Block]]:
+        if window not in self._blocks:
+            self._blocks[window] = [(s, b) for s in self._segments for b in s.blocks(window)]
+        return self._blocks[window]
 
     def _attend_block(
         self,
@@ -102,7 +107,7 @@ class PackedStep:
 
     def _history(self, segment: Segment, block: Block, cache: torch.Tensor) -> torch.Tensor:
         """Keys or values [first_key, last] of a sequence, [Hkv, keys, D]: a view if it can be."""
-        run_start = self._store.run_start(segment.sequence)
+        run_start = segment.sequence.run_start
         if run_start is not None:
             rows = cache[run_start + block.first_key : run_start + block.last + 1]
         else:

@@ -31,13 +31,13 @@ class PrepackedLinear(nn.Module):
         """weight: [out_features, in_features]; it is copied, the original can be freed."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._bias = bias
+        self.bias = bias
         # A plain attribute: buffers would be cast and moved by .to(), which the layout forbids.
         self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, None)
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._linear(x, self._packed, self._bias, "none", [], "")
+        out: torch.Tensor = self._linear(x, self._packed, self.bias, "none", [], "")
         return out
 
 
@@ -48,7 +48,8 @@ def prepack_linears(model: nn.Module) -> int:
     follows the first layer for which the operators fail or differ: said in the log.
     """
     num_replaced = 0
-    for name, child in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # holding none: they are freed
+        child = model.get_submodule(name)
         weight = _linear_weight(child)
         if weight is None:
             continue
@@ -59,6 +60,10 @@ def prepack_linears(model: nn.Module) -> int:
             break
         model.set_submodule(name, packed)
         num_replaced += 1
+    if num_replaced:
+        # What is left are views of the mapped checkpoint file, which would stay in memory whole.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return num_replaced
 
 

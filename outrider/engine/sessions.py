@@ -64,9 +64,9 @@ class SessionTable(Generic[State]):
         return self._live.get(session_id)
 
     def open(
-        self, session_id: str, epoch: int, kept_epoch: int, max_len: int, state: State
+        self, session_id: str, epoch: int, kept_epoch: int | None, max_len: int, state: State
     ) -> Live[State]:
-        """Reserves `max_len` tokens, on top of kept KV where its epoch is `kept_epoch`.
+        """Reserves `max_len` tokens, on top of kept KV of epoch `kept_epoch` (None: of any).
 
         The caller closes a live generation of the session first (`find`). Raises LeaseLost if that
         one is of a later epoch, KVFull if there is no room even without all that is kept.
@@ -77,7 +77,9 @@ class SessionTable(Generic[State]):
                 raise LeaseLost(f"session {session_id} is held by epoch {live.epoch}, not {epoch}")
             self.close(live, keep=False)
         kept = self._kept.pop(session_id, None)
-        if kept is not None and (kept.epoch != kept_epoch or kept.sequence.length > max_len):
+        if kept is not None and (
+            kept_epoch not in (None, kept.epoch) or kept.sequence.length > max_len
+        ):
             self._store.free(kept.sequence)
             kept = None
         sequence = self._reserve(kept.sequence if kept else None, max_len)
@@ -119,6 +121,12 @@ class SessionTable(Generic[State]):
             self._kept[live.session_id] = _Kept(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)
+
+    def forget(self, session_id: str) -> None:
+        """Frees what is kept of the session, if anything is."""
+        kept = self._kept.pop(session_id, None)
+        if kept is not None:
+            self._store.free(kept.sequence)
 
     def expire(self) -> None:
         """Frees what has been kept for longer than the time to live."""

@@ -64,8 +64,8 @@ def stream_key(seed: int, purpose: Purpose, position: int, base_len: int = 0) ->
 
 
 def uniform(key: int) -> float:
-    """The key's first uniform, in (0, 1), with 53 bits."""
-    return ((_mix(key + _GOLDEN) >> 11) + 0.5) * 2.0**-53
+    """The key's first uniform, in (0, 1), with 52 bits: a half added to 53 would round up to 1."""
+    return ((_mix(key + _GOLDEN) >> 12) + 0.5) * 2.0**-52
 
 
 def uniforms(
@@ -86,8 +86,8 @@ def token_uniforms(keys: Array, token_ids: Array) -> Array:
     bits = (bits ^ ((bits >> 27) & (_MASK >> 27))) * _signed(_MIX_2)
     bits = bits ^ ((bits >> 31) & (_MASK >> 31))
     xp = array_namespace(bits)
-    mantissa = xp.astype((bits >> 11) & (_MASK >> 11), xp.float64)
-    return (mantissa + 0.5) * 2.0**-53
+    mantissa = xp.astype((bits >> 12) & (_MASK >> 12), xp.float64)
+    return (mantissa + 0.5) * 2.0**-52
 
 
 def token_gumbels(keys: Array, token_ids: Array) -> Array:

@@ -38,22 +38,22 @@ class DraftLoad(_message.Message):
     def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ...) -> None: ...
 
 class ProposeRequest(_message.Message):
-    __slots__ = ("opens", "commits", "closes")
+    __slots__ = ("opens", "commits", "closes", "forget_session_ids")
     OPENS_FIELD_NUMBER: _ClassVar[int]
     COMMITS_FIELD_NUMBER: _ClassVar[int]
     CLOSES_FIELD_NUMBER: _ClassVar[int]
+    FORGET_SESSION_IDS_FIELD_NUMBER: _ClassVar[int]
     opens: _containers.RepeatedCompositeFieldContainer[DraftOpen]
     commits: _containers.RepeatedCompositeFieldContainer[DraftCommit]
     closes: _containers.RepeatedCompositeFieldContainer[DraftClose]
-    def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ...) -> None: ...
+    forget_session_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "keep_len", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size")
+    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    KEPT_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    KEEP_LEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -65,8 +65,6 @@ class DraftOpen(_message.Message):
     generation_id: int
     session_id: str
     epoch: int
-    kept_epoch: int
-    keep_len: int
     token_ids: bytes
     prompt_len: int
     max_len: int
@@ -75,7 +73,7 @@ class DraftOpen(_message.Message):
     gamma: int
     lookahead: int
     vocab_size: int
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., keep_len: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class DraftCommit(_message.Message):
     __slots__ = ("generation_id", "parent", "num_accepted", "next_token", "committed_len", "gamma")
@@ -138,13 +136,11 @@ class DraftLost(_message.Message):
     class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         REASON_UNSPECIFIED: _ClassVar[DraftLost.Reason]
-        REASON_KV_LOST: _ClassVar[DraftLost.Reason]
         REASON_KV_FULL: _ClassVar[DraftLost.Reason]
         REASON_BAD_MESSAGE: _ClassVar[DraftLost.Reason]
         REASON_DISPLACED: _ClassVar[DraftLost.Reason]
         REASON_INTERNAL: _ClassVar[DraftLost.Reason]
     REASON_UNSPECIFIED: DraftLost.Reason
-    REASON_KV_LOST: DraftLost.Reason
     REASON_KV_FULL: DraftLost.Reason
     REASON_BAD_MESSAGE: DraftLost.Reason
     REASON_DISPLACED: DraftLost.Reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ class Reference:
     """Eager, uncached logits of whole sequences."""
 
     def __init__(self, directory: Path) -> None:
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        auto: Any = transformers.AutoModelForCausalLM
+        self._model = auto.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 

@@ -138,14 +138,14 @@ def test_scattered_pages_are_gathered(driver: Driver) -> None:
     parent = driver.open(64)
     driver.step([(parent, 37, 1)])
     child = driver.fork(parent, 90)
-    assert driver.engine.store.run_start(child) is None
+    assert child.run_start is None
     driver.step([(child, 5, 5), (parent, 5, 5)])
     driver.step([(child, 1, 1), (parent, 1, 1)])
     driver.truncate(child, 18)
     driver.step([(child, 30, 3), (parent, 2, 2)])
     driver.free(parent)
     driver.step([(child, 2, 2)])
-    assert driver.engine.store.run_start(child) is not None, "moved once it shares nothing"
+    assert child.run_start is not None, "moved once it shares nothing"
 
 
 def test_two_engines_in_one_process(

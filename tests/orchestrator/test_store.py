@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from orchestrator.store import (
@@ -40,6 +41,7 @@ from tests.redis_fixture import redis_command
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
 
+Ids = Sequence[int] | npt.NDArray[np.uint32]
 MODEL = "target-fp/draft-fp"
 PER_ROUND = Counters(num_drafts=1, num_draft_tokens=4, num_accepted_tokens=2, num_emitted_tokens=3)
 
@@ -60,9 +62,7 @@ async def store(redis_url: str) -> AsyncIterator[SessionStore]:
         yield store
 
 
-async def begin(
-    store: SessionStore, lease: Lease, token_ids: Sequence[int], keep_len: int = 0
-) -> None:
+async def begin(store: SessionStore, lease: Lease, token_ids: Ids, keep_len: int = 0) -> None:
     await store.begin_turn(lease, token_ids, keep_len=keep_len, messages=[], sampling_json="{}")
 
 
@@ -206,13 +206,12 @@ async def test_a_stale_writer_changes_nothing(redis_url: str) -> None:
         lease = await leased(store)
         await begin(store, lease, [3], keep_len=2)
         before = await store.get("s")
-        none = {"target_kv": None, "draft_kv": None}
         for write in (
             store.record(stale, round_of(9)),
             store.renew(stale),
             begin(store, stale, [9]),
-            store.release(stale, **none),  # type: ignore[arg-type]
-            store.release(stale, **none, delete=True),  # type: ignore[arg-type]
+            store.release(stale, target_kv=None, draft_kv=None),
+            store.release(stale, target_kv=None, draft_kv=None, delete=True),
         ):
             with pytest.raises(LeaseLost):
                 await write
@@ -314,8 +313,7 @@ async def test_a_repeated_record_is_one_record(store: SessionStore) -> None:
         as_before(lease, 1, Counters())
         await store.record(lease, round_of(2, 3))
     as_before(lease, 1, Counters())
-    joined = RoundRecord([2, 3, 4], PER_ROUND + PER_ROUND, None, None)
-    await store.record(lease, joined)
+    await store.record(lease, round_of(2, 3).then(round_of(4)))
     record = await store.get("s")
     assert record.token_ids.tolist() == [1, 2, 3, 4]
     assert record.counters == PER_ROUND + PER_ROUND

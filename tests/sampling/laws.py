@@ -99,7 +99,7 @@ def _continuation(case: Case, sequence: Context, start: int) -> float:
 
 
 def emitted_law(verify: Verify, case: Case) -> tuple[Floats, float]:
-    """The law of accepted tokens, next token and what the target adds up to γ + 1; mean accepted."""
+    """The law of accepted, next and then the target's own tokens, γ + 1 in all; mean accepted."""
     law = np.zeros((case.vocab_size,) * (case.gamma + 1))
     mean_accepted = 0.0
     prefixes: dict[Context, float] = {}
@@ -123,8 +123,10 @@ def mean_accepted(verify: Verify, case: Case) -> float:
     for draft_tokens, chance in _drafts(case):
         supports, evidence = _evidence(case, draft_tokens, [0] * (case.gamma + 1))
 
-        def count(point: Sequence[float], arguments: Any = (draft_tokens, supports, evidence)) -> int:
-            return verify(*arguments, point, recover).num_accepted
+        block = (draft_tokens, supports, evidence)
+
+        def count(point: Sequence[float], block: Any = block) -> int:
+            return verify(*block, point, recover).num_accepted
 
         for volume, point in cells(count, case.gamma):
             mean += chance * volume * count(point)
@@ -137,9 +139,7 @@ def _drafts(case: Case) -> Iterator[tuple[Context, float]]:
         paths = [
             ((*path, int(token)), chance * prob)
             for path, chance in paths
-            for token, prob in zip(
-                case.draft[path].token_ids, case.draft[path].probs, strict=True
-            )
+            for token, prob in zip(case.draft[path].token_ids, case.draft[path].probs, strict=True)
         ]
     yield from paths
 

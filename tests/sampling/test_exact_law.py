@@ -24,14 +24,12 @@ from outrider.sampling.verify import (
     verify_tokens,
 )
 
-from .laws import Case, Verify, emitted_law, mean_accepted, random_case, target_law
+from .laws import NO_TOKEN, Case, Verify, emitted_law, mean_accepted, random_case, target_law
 
 _EXACT = 1e-12
 _WRONG = 1e-3
 
-_both = pytest.mark.parametrize(
-    "verify", [verify_tokens, verify_block], ids=["tokens", "block"]
-)
+_both = pytest.mark.parametrize("verify", [verify_tokens, verify_block], ids=["tokens", "block"])
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "full support": {"full_support": True},
@@ -51,9 +49,7 @@ def law_error(verify: Verify, case: Case) -> float:
 
 @_both
 @pytest.mark.parametrize("shape", _SHAPES)
-@pytest.mark.parametrize(
-    ("vocab_size", "gamma", "num_cases"), [(3, 1, 10), (3, 2, 6), (4, 2, 3)]
-)
+@pytest.mark.parametrize(("vocab_size", "gamma", "num_cases"), [(3, 1, 10), (3, 2, 5), (4, 2, 2)])
 def test_the_law_is_the_targets(
     verify: Verify, shape: str, vocab_size: int, gamma: int, num_cases: int
 ) -> None:
@@ -117,15 +113,15 @@ def test_a_certain_target_is_obeyed(verify: Verify) -> None:
 
 
 def test_block_verification_never_accepts_less() -> None:
-    """Sun et al. 2024, Theorem 2, on 80 random cases; strictly more on many of them."""
+    """Sun et al. 2024, Theorem 2, on 60 random cases; strictly more on many of them."""
     gains = []
-    for seed in range(80):
+    for seed in range(60):
         gamma = 3 if seed % 8 == 0 else 2
         shape = list(_SHAPES.values())[seed % len(_SHAPES)]
         case = random_case(1000 + seed, 3, gamma, **shape)
         gains.append(mean_accepted(verify_block, case) - mean_accepted(verify_tokens, case))
     assert min(gains) > -_EXACT
-    assert np.sum(np.array(gains) > 1e-3) > 20
+    assert np.sum(np.array(gains) > 1e-3) > 15
 
 
 @_both
@@ -242,6 +238,22 @@ def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
 
     assert law_error(copied, case) < _EXACT
     assert law_error(planted, case) > _WRONG
+
+
+@pytest.mark.xfail(strict=True, reason="a residual empty by rounding falls to a meaningless sample")
+@_both
+def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -> None:
+    """Equal models, the target's float32 rounded down, nothing outside the support.
+
+    The bug: at a uniform next to 1 the token is rejected, max(p - q, 0) is zero everywhere, and
+    `samples[0]`, a draw from an empty set, is emitted (token 0 of the engine, allowed or not).
+    """
+    weights = np.array([0.6, 0.3, 0.1], np.float32) / np.float32(1.0000002)
+    support = Support.normalised(np.array([4, 5, 6]), weights)
+    evidence = Evidence([weights.astype(np.float64)], np.zeros(1), [NO_TOKEN, 4])
+    verdict = verify([4], [support], evidence, [1 - 2.0**-53], [0.5])
+    emitted = 4 if verdict.num_accepted else verdict.next_token
+    assert emitted in (4, 5, 6)
 
 
 @given(

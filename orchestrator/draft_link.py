@@ -1,0 +1,220 @@
+"""The draft's client: outcomes out, proposals in. The only place here that knows draft.proto."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import structlog
+
+from orchestrator.blocks import Outcome, Proposal
+from orchestrator.link import MODEL_INFO_TIMEOUT_S, ReplicaLink
+from outrider.errors import InvalidRequest
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.support import Support
+from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+from outrider.wire import (
+    FLOAT32,
+    UINT16,
+    UINT32,
+    pack,
+    sampling_to_proto,
+    unpack,
+    verification_to_proto,
+)
+
+log = structlog.get_logger()
+
+Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
+
+
+class DraftHandle:
+    """One generation at the draft. Used by its generation's task only."""
+
+    def __init__(self, link: DraftLink, generation_id: int, prompt_len: int, gamma: int) -> None:
+        self._link = link
+        self._id = generation_id
+        self._gamma = gamma
+        self._proposals: list[Proposal] = []
+        self._expected = Outcome(0, 0, 0)
+        self._committed_len = prompt_len
+        self._news = asyncio.Event()
+        self.replica = link.endpoint
+        self.lost: str | None = None
+        self.may_retry = True
+        self.wire_bytes = 0
+        # What its proposals have proved the replica to hold.
+        self.cached_len = 0
+
+    def commit(self, outcome: Outcome, committed_len: int, *, is_last: bool = False) -> None:
+        """Tells the round's outcome; drops every proposal that assumed another."""
+        self._expected, self._committed_len = outcome, committed_len
+        self._proposals = [p for p in self._proposals if p.base_len >= committed_len]
+        commit = draft_pb2.DraftCommit(
+            generation_id=self._id,
+            parent=outcome.parent,
+            num_accepted=outcome.num_accepted,
+            next_token=outcome.next_token,
+            committed_len=committed_len,
+            gamma=0 if is_last else self._gamma,
+        )
+        self._count(commit)
+        self._link.send(commit)
+
+    def take(self) -> Proposal | None:
+        """The proposal for exactly what is committed, if it is here."""
+        for index, proposal in enumerate(self._proposals):
+            if (proposal.base_len, proposal.outcome) == (self._committed_len, self._expected):
+                return self._proposals.pop(index)
+        return None
+
+    async def wait(self, timeout_s: float) -> Proposal | None:
+        """As `take`, waiting so long for it; None if it did not come or the draft is lost."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (proposal := self.take()) is None and self.lost is None:
+                    self._news.clear()
+                    await self._news.wait()
+                return proposal
+        except TimeoutError:
+            return None
+
+    def close(self, *, keep: bool) -> None:
+        """Ends the generation at the draft; `keep` leaves its KV for the session's next turn."""
+        self._link.detach(self._id)
+        closing = draft_pb2.DraftClose(generation_id=self._id, keep=keep)
+        self._count(closing)
+        self._link.send(closing)
+
+    def proposed(self, message: draft_pb2.Proposal) -> None:
+        self._count(message)
+        try:
+            proposal = _parse(message, self._gamma)
+        except InvalidRequest as error:
+            # A wrong draft costs speed, never an answer: nothing of it is used any more.
+            log.warning("bad_proposal", replica=self.replica, why=str(error))
+            self.may_retry = False
+            self.link_lost(f"it sent a bad proposal: {error}")
+            return
+        self.cached_len = max(self.cached_len, min(proposal.base_len - 1, self._committed_len))
+        if proposal.base_len >= self._committed_len:
+            self._proposals.append(proposal)
+            self._news.set()
+
+    def failed(self, lost: draft_pb2.DraftLost) -> None:
+        self.may_retry = lost.reason in (
+            draft_pb2.DraftLost.REASON_KV_FULL,
+            draft_pb2.DraftLost.REASON_INTERNAL,
+        )
+        log.info("draft_lost", replica=self.replica, why=lost.detail)
+        self.link_lost(lost.detail)
+
+    def link_lost(self, why: str) -> None:
+        self.lost = why
+        self._proposals.clear()
+        self._news.set()
+
+    def _count(self, item: Any) -> None:
+        self.wire_bytes += item.ByteSize()
+
+
+def _parse(message: draft_pb2.Proposal, gamma: int) -> Proposal:
+    """Raises InvalidRequest where the message contradicts itself."""
+    token_ids = tuple(unpack(message.token_ids, UINT32, "token_ids").tolist())
+    if not 1 <= len(token_ids) <= gamma:
+        raise InvalidRequest("token_ids", f"{len(token_ids)} draft tokens; 1 to {gamma} asked for")
+    supports = None
+    if message.support_sizes:
+        supports = _supports(message)
+        if len(supports) != len(token_ids):
+            raise InvalidRequest("support_sizes", f"{len(supports)} for {len(token_ids)} tokens")
+        for token_id, support in zip(token_ids, supports, strict=True):
+            if support.index_of(token_id) < 0:
+                raise InvalidRequest("support_ids", f"token {token_id} is not in its own support")
+    outcome = Outcome(message.parent, message.num_accepted, message.next_token)
+    return Proposal(message.id, outcome, message.base_len, token_ids, supports)
+
+
+def _supports(message: draft_pb2.Proposal) -> tuple[Support, ...]:
+    sizes = unpack(message.support_sizes, UINT16, "support_sizes").astype(np.int64)
+    ids = unpack(message.support_ids, UINT32, "support_ids").astype(np.int64)
+    weights = unpack(message.support_probs, FLOAT32, "support_probs")
+    if not len(ids) == len(weights) == sizes.sum() or not sizes.all():
+        raise InvalidRequest("support_sizes", "do not fit support_ids and support_probs")
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise InvalidRequest("support_probs", "must be finite and positive")
+    ends = np.cumsum(sizes)[:-1]
+    parts = zip(np.split(ids, ends), np.split(weights, ends), strict=True)
+    return tuple(Support.normalised(*part) for part in parts)
+
+
+class DraftLink(ReplicaLink[Item, DraftHandle]):
+    """All generations of this orchestrator at one draft replica."""
+
+    tier = "draft"
+
+    def open(
+        self,
+        *,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        prompt_len: int,
+        max_len: int,
+        params: SamplingParams,
+        verification: Verification,
+        gamma: int,
+        lookahead: int,
+        vocab_size: int,
+    ) -> DraftHandle:
+        """Opens a generation whose committed context is `token_ids`. Raises Unavailable."""
+        handle = self.attach(lambda number: DraftHandle(self, number, len(token_ids), gamma))
+        opening = draft_pb2.DraftOpen(
+            generation_id=handle._id,
+            session_id=session_id,
+            epoch=epoch,
+            token_ids=pack(token_ids, UINT32),
+            prompt_len=prompt_len,
+            max_len=max_len,
+            sampling=sampling_to_proto(params),
+            verification=verification_to_proto(verification),
+            gamma=gamma,
+            lookahead=lookahead,
+            vocab_size=vocab_size,
+        )
+        handle._count(opening)
+        self.send(opening)
+        return handle
+
+    def forget(self, session_id: str) -> None:
+        """The session is deleted: what is kept of it may go."""
+        self.send(session_id)
+
+    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo:
+        stub = draft_pb2_grpc.DraftServiceStub(channel)
+        request = draft_pb2.DraftServiceGetModelInfoRequest()
+        response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
+        model: model_pb2.ModelInfo = response.model
+        return model
+
+    def _open_stream(self, channel: grpc.aio.Channel) -> Any:
+        return draft_pb2_grpc.DraftServiceStub(channel).Propose()
+
+    def _frame(self, items: list[Item]) -> draft_pb2.ProposeRequest:
+        return draft_pb2.ProposeRequest(
+            opens=[item for item in items if isinstance(item, draft_pb2.DraftOpen)],
+            commits=[item for item in items if isinstance(item, draft_pb2.DraftCommit)],
+            closes=[item for item in items if isinstance(item, draft_pb2.DraftClose)],
+            forget_session_ids=[item for item in items if isinstance(item, str)],
+        )
+
+    def _dispatch(self, frame: draft_pb2.ProposeResponse) -> None:
+        for proposal in frame.proposals:
+            if handle := self._handles.get(proposal.generation_id):
+                handle.proposed(proposal)
+        for lost in frame.losts:
+            if handle := self._handles.get(lost.generation_id):
+                handle.failed(lost)

@@ -1,0 +1,173 @@
+"""One long-lived stream to one replica, kept up: connect, check the model, send, dispatch.
+
+Whatever is pending is sent in one frame. When the stream breaks, every open handle is told, and the
+link connects anew. Lives on the event loop; knows neither tier's messages (its subclasses do).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+import structlog
+
+from outrider.errors import ConfigError, Unavailable
+from outrider.rpc import CHANNEL_OPTIONS, Outbox
+from outrider.v1 import model_pb2
+
+log = structlog.get_logger()
+
+MODEL_INFO_TIMEOUT_S = 5.0
+# Between attempts; the channel's own backoff (CHANNEL_OPTIONS) is of the same size.
+RECONNECT_DELAY_S = 0.2
+
+
+class Handle(Protocol):
+    """One generation's end of the link."""
+
+    def link_lost(self, why: str) -> None: ...
+
+
+Item = TypeVar("Item")
+HandleType = TypeVar("HandleType", bound=Handle)
+Frame = Any
+
+
+class ReplicaLink(ABC, Generic[Item, HandleType]):
+    """`check_model` is asked about the replica's model at each connection; raises ConfigError."""
+
+    tier: str
+
+    def __init__(self, endpoint: str, check_model: Callable[[model_pb2.ModelInfo], None]) -> None:
+        self.endpoint = endpoint
+        self.model: model_pb2.ModelInfo | None = None
+        self.refused: ConfigError | None = None
+        self._check_model = check_model
+        self._handles: dict[int, HandleType] = {}
+        self._outbox: Outbox[Item] | None = None
+        self._next_id = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._outbox is not None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._handles)
+
+    async def settled(self) -> None:
+        """Returns once the link is connected; raises ConfigError once its model is refused."""
+        while not self.is_connected:
+            if self.refused is not None:
+                raise self.refused
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def run(self) -> None:
+        """Keeps the stream up; ends by cancellation."""
+        while True:
+            try:
+                await self._connect()
+                why = "the stream ended"
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            except ConfigError as error:
+                why = str(error)
+                if self.refused is None:
+                    log.error("replica_refused", tier=self.tier, why=why)
+                self.refused = error
+            except asyncio.InvalidStateError:  # a write after an abrupt end (facts.md §2)
+                why = "the stream broke"
+            finally:
+                self._disconnected("the link is closed")
+            log.debug("replica_unreachable", tier=self.tier, endpoint=self.endpoint, why=why)
+            self._changed.set()
+            await asyncio.sleep(RECONNECT_DELAY_S)
+
+    async def _connect(self) -> None:
+        async with grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
+            model = await self._get_model(channel)
+            self._check_model(model)
+            outbox: Outbox[Item] = Outbox()
+            call = self._open_stream(channel)
+            try:
+                self.model, self.refused, self._outbox = model, None, outbox
+                self._changed.set()
+                log.info("replica_connected", tier=self.tier, endpoint=self.endpoint)
+                await self._exchange(call, outbox)
+            finally:
+                call.cancel()  # leaving the loop does not (facts.md §2)
+
+    async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
+        async def send() -> None:
+            async for items in outbox.batches():
+                await call.write(self._frame(items))
+
+        sending = asyncio.create_task(send())
+        try:
+            async for frame in call:
+                self._dispatch(frame)
+        finally:
+            sending.cancel()
+            with contextlib.suppress(
+                asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError
+            ):
+                await sending
+
+    def _disconnected(self, why: str) -> None:
+        was_connected, self._outbox = self.is_connected, None
+        handles, self._handles = self._handles, {}
+        if was_connected:
+            log.warning(
+                "replica_lost", tier=self.tier, endpoint=self.endpoint, num_open=len(handles)
+            )
+        for handle in handles.values():
+            handle.link_lost(f"the {self.tier} replica {self.endpoint} is gone: {why}")
+
+    def attach(self, make_handle: Callable[[int], HandleType]) -> HandleType:
+        """A new generation's handle. Raises Unavailable without a connection."""
+        if not self.is_connected:
+            raise Unavailable(f"no {self.tier} replica is connected at {self.endpoint}")
+        self._next_id += 1
+        handle = make_handle(self._next_id)
+        self._handles[self._next_id] = handle
+        return handle
+
+    def detach(self, generation_id: int) -> None:
+        self._handles.pop(generation_id, None)
+
+    def send(self, *items: Item) -> None:
+        """Queues items for the next frame; dropped without a connection (handles know of it)."""
+        if self._outbox is not None:
+            self._outbox.put(items)
+
+    @abstractmethod
+    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo: ...
+
+    @abstractmethod
+    def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
+
+    @abstractmethod
+    def _frame(self, items: list[Item]) -> Frame: ...
+
+    @abstractmethod
+    def _dispatch(self, frame: Frame) -> None: ...
+
+
+@contextlib.asynccontextmanager
+async def running(link: ReplicaLink[Any, Any] | None) -> AsyncIterator[None]:
+    """Runs a link for the time of a block."""
+    if link is None:
+        yield
+        return
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(link.run(), name=f"{link.tier} link")
+        try:
+            yield
+        finally:
+            task.cancel()

@@ -1,0 +1,163 @@
+"""What a caller asks for, checked whole before anything is done. Knows the wire's GenerateRequest.
+
+Every field is honoured or refused by name. Knows nothing of sessions' contents.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+from orchestrator.store import validate_session_id
+from outrider.errors import InvalidRequest
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.tokenizer import Tokenizer
+from outrider.v1 import orchestrator_pb2
+from outrider.wire import sampling_from_proto, verification_from_proto
+
+MAX_LOOKAHEAD = 1
+MAX_TEXT_CHARS = 4_000_000
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests are measured against."""
+
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: tuple[int, ...]
+    gamma: int
+    max_gamma: int
+    lookahead: int
+    default_max_tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Exactly one of `text`, `token_ids`, `messages` is given.
+
+    `params.max_tokens` is 0 where the caller left it to the server.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...] | None
+    messages: tuple[Message, ...] | None
+    params: SamplingParams
+    verification: Verification
+    gamma: int
+    lookahead: int
+    session_id: str | None
+    create_session: bool
+
+    def with_params(self, params: SamplingParams) -> GenerationRequest:
+        return replace(self, params=params)
+
+
+def parse_request(
+    request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
+) -> GenerationRequest:
+    """Raises InvalidRequest naming the field that is wrong."""
+    params = _params(request, limits, tokenizer)
+    gamma = request.gamma if request.HasField("gamma") else limits.gamma
+    if gamma > limits.max_gamma:
+        raise InvalidRequest("gamma", f"{gamma} is not in [0, {limits.max_gamma}]")
+    lookahead = request.lookahead if request.HasField("lookahead") else limits.lookahead
+    if lookahead > MAX_LOOKAHEAD:
+        raise InvalidRequest("lookahead", f"{lookahead} is not in [0, {MAX_LOOKAHEAD}]")
+    if request.session_id:
+        validate_session_id(request.session_id)
+    elif request.create_session:
+        raise InvalidRequest("create_session", "needs a session_id")
+    text, token_ids, messages = _input(request, limits, tokenizer)
+    return GenerationRequest(
+        text=text,
+        token_ids=token_ids,
+        messages=messages,
+        params=params,
+        verification=verification_from_proto(request.verification),
+        gamma=gamma,
+        lookahead=lookahead,
+        session_id=request.session_id or None,
+        create_session=request.create_session,
+    )
+
+
+def _params(
+    request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
+) -> SamplingParams:
+    unset = not request.sampling.HasField("max_tokens")
+    params = sampling_from_proto(
+        request.sampling,
+        default_max_tokens=max(limits.default_max_tokens, request.sampling.min_tokens),
+        default_seed=secrets.randbits(63),
+    )
+    params.validate(limits.vocab_size)
+    if params.stop and tokenizer is None:
+        raise InvalidRequest("sampling.stop", "the model has no tokenizer; use stop_token_ids")
+    stops = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        stops.update(limits.eos_token_ids)
+    if (
+        params.min_tokens
+        and params.allowed_token_ids
+        and stops.issuperset(params.allowed_token_ids)
+    ):
+        raise InvalidRequest(
+            "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
+        )
+    return replace(params, max_tokens=0) if unset else params
+
+
+def _input(
+    request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
+) -> tuple[str | None, tuple[int, ...] | None, tuple[Message, ...] | None]:
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequest("input", "one of text, token_ids, chat is required")
+    if kind == "token_ids":
+        ids = tuple(request.token_ids.ids)
+        if not ids:
+            raise InvalidRequest("token_ids", "the prompt is empty")
+        if bad := [i for i in ids if i >= limits.vocab_size]:
+            raise InvalidRequest("token_ids", f"{bad[0]} is not in [0, {limits.vocab_size})")
+        return None, ids, None
+    if tokenizer is None:
+        raise InvalidRequest(kind, "the model has no tokenizer; send token_ids")
+    if kind == "text":
+        if not request.text:
+            raise InvalidRequest("text", "the prompt is empty")
+        if len(request.text) > MAX_TEXT_CHARS:
+            raise InvalidRequest("text", f"more than {MAX_TEXT_CHARS} characters")
+        return request.text, None, None
+    messages = tuple({"role": m.role, "content": m.content} for m in request.chat.messages)
+    if not messages:
+        raise InvalidRequest("chat", "the conversation is empty")
+    if any(not message["role"] for message in messages):
+        raise InvalidRequest("chat.messages.role", "must not be empty")
+    if sum(len(message["content"]) for message in messages) > MAX_TEXT_CHARS:
+        raise InvalidRequest("chat", f"more than {MAX_TEXT_CHARS} characters")
+    return None, None, messages
+
+
+def resolve_max_tokens(params: SamplingParams, prompt_len: int, limits: Limits) -> SamplingParams:
+    """Fits max_tokens to the context: the caller's or refused, the server's default or cut."""
+    room = limits.max_context_len - prompt_len
+    if room < 1:
+        raise InvalidRequest(
+            "prompt",
+            f"{prompt_len} tokens leave no room in the model's context of {limits.max_context_len}",
+        )
+    if params.max_tokens > room:
+        raise InvalidRequest(
+            "sampling.max_tokens",
+            f"{params.max_tokens} after a prompt of {prompt_len} tokens exceeds the model's "
+            f"context of {limits.max_context_len}; at most {room}",
+        )
+    if params.max_tokens:
+        return params
+    if params.min_tokens > room:
+        raise InvalidRequest(
+            "sampling.min_tokens", f"{params.min_tokens}; the context leaves {room}"
+        )
+    return replace(params, max_tokens=min(room, max(limits.default_max_tokens, params.min_tokens)))

@@ -1,0 +1,220 @@
+"""The callers' gRPC edge: requests in, chunks out. Knows no rounds and no tier's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+
+from orchestrator.conversation import build_turn
+from orchestrator.generation import Chunk, Generation, Result, Tiers
+from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
+from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
+from orchestrator.store import KvHandle, Lease, SessionRecord, validate_session_id
+from outrider.errors import CapacityExceeded, Unavailable
+from outrider.rpc import translated
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.wire import verification_to_proto
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_ORIGINS = {
+    TokenOrigin.ACCEPTED: orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
+    TokenOrigin.RECOVERED: orchestrator_pb2.TOKEN_ORIGIN_RECOVERED,
+    TokenOrigin.BONUS: orchestrator_pb2.TOKEN_ORIGIN_BONUS,
+    TokenOrigin.PLAIN: orchestrator_pb2.TOKEN_ORIGIN_PLAIN,
+}
+_FINISH_REASONS = {
+    FinishReason.STOP: orchestrator_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: orchestrator_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: orchestrator_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
+    """One per service; lives on the event loop."""
+
+    def __init__(self, tiers: Tiers, limits: Limits, max_generations: int) -> None:
+        self._tiers = tiers
+        self._limits = limits
+        self._max_generations = max_generations
+        self._running: set[Generation] = set()
+        self._num_calls = 0
+
+    def stop_generations(self) -> None:
+        """Ends every output after its round under way, with finish reason CANCELLED."""
+        for generation in self._running:
+            generation.stop()
+
+    async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
+        async with translated(context):
+            asked = parse_request(request, self._limits, self._tiers.tokenizer)
+            if self._num_calls >= self._max_generations:
+                raise CapacityExceeded(f"{self._max_generations} generations are running")
+            self._num_calls += 1
+            try:
+                await self._generate(asked, context)
+            finally:
+                self._num_calls -= 1
+
+    async def _generate(self, asked: GenerationRequest, context: Context) -> None:
+        tiers = self._tiers
+        if tiers.target.model is None or not tiers.target.is_connected:
+            raise Unavailable(f"no target replica is connected at {tiers.target.endpoint}")
+        session_id = asked.session_id or secrets.token_hex(8)
+        lease = await tiers.store.acquire(
+            session_id,
+            create=asked.create_session or asked.session_id is None,
+            model=tiers.target.model.model_fingerprint,
+        )
+        generation = None
+        try:
+            generation = await self._begin(asked, lease, context)
+        finally:
+            if generation is None:
+                await asyncio.shield(self._give_back(lease))
+        self._running.add(generation)
+        try:
+            await generation.run()
+        finally:
+            self._running.discard(generation)
+
+    async def _begin(self, asked: GenerationRequest, lease: Lease, context: Context) -> Generation:
+        tiers = self._tiers
+        turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
+        params = resolve_max_tokens(asked.params, len(turn.token_ids), self._limits)
+        asked = asked.with_params(params)
+        await tiers.store.begin_turn(
+            lease,
+            turn.token_ids[turn.keep_len :],
+            keep_len=turn.keep_len,
+            messages=turn.messages,
+            sampling_json=json.dumps(asdict(params)),
+        )
+
+        async def write(chunk: Chunk) -> None:
+            await context.write(_response(chunk, lease.session_id, asked))
+
+        return Generation(tiers, asked, lease, turn, write)
+
+    async def _give_back(self, lease: Lease) -> None:
+        """The turn did not begin: the session is as it was, and one that was made for it goes."""
+        record = lease.record
+        await self._tiers.store.release(
+            lease, target_kv=record.target_kv, draft_kv=record.draft_kv, delete=lease.created
+        )
+
+    async def GetSession(
+        self, request: orchestrator_pb2.GetSessionRequest, context: Context
+    ) -> orchestrator_pb2.GetSessionResponse | None:
+        async with translated(context):
+            validate_session_id(request.session_id)
+            return _session(await self._tiers.store.get(request.session_id))
+        return None
+
+    async def DeleteSession(
+        self, request: orchestrator_pb2.DeleteSessionRequest, context: Context
+    ) -> orchestrator_pb2.DeleteSessionResponse | None:
+        async with translated(context):
+            validate_session_id(request.session_id)
+            await self._tiers.store.delete(request.session_id)
+            for link in (self._tiers.target, self._tiers.draft):
+                if link is not None:
+                    link.forget(request.session_id)
+            return orchestrator_pb2.DeleteSessionResponse()
+        return None
+
+    async def GetModelInfo(
+        self, request: orchestrator_pb2.GetModelInfoRequest, context: Context
+    ) -> orchestrator_pb2.GetModelInfoResponse:
+        draft = self._tiers.draft
+        return orchestrator_pb2.GetModelInfoResponse(
+            target=self._tiers.target.model,
+            draft=draft.model if draft is not None and draft.is_connected else None,
+            default_gamma=self._limits.gamma,
+            max_gamma=self._limits.max_gamma,
+        )
+
+
+def _response(
+    chunk: Chunk, session_id: str, asked: GenerationRequest
+) -> orchestrator_pb2.GenerateResponse:
+    return orchestrator_pb2.GenerateResponse(
+        session_id=session_id,
+        token_ids=[token.token_id for token in chunk.tokens],
+        text=chunk.text,
+        origins=[_ORIGINS[token.origin] for token in chunk.tokens],
+        logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
+        result=_result(chunk.result, asked) if chunk.result else None,
+    )
+
+
+def _logprobs(token: EmittedToken) -> orchestrator_pb2.TokenLogprobs:
+    assert token.logprobs is not None, "asked for"
+    return orchestrator_pb2.TokenLogprobs(
+        logprob=token.logprobs.logprob,
+        top_ids=token.logprobs.top_ids,
+        top_logprobs=token.logprobs.top_logprobs,
+    )
+
+
+def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.GenerateResult:
+    finish, counts = result.finish, result.counts
+    return orchestrator_pb2.GenerateResult(
+        finish_reason=_FINISH_REASONS[finish.reason],
+        stop_text=finish.stop_text,
+        stop_token_id=finish.stop_token_id,
+        eos_token_id=finish.eos_token_id,
+        usage=orchestrator_pb2.Usage(
+            prompt_tokens=result.num_prompt_tokens,
+            completion_tokens=result.num_completion_tokens,
+            cached_tokens=result.num_cached_tokens,
+        ),
+        speculation=orchestrator_pb2.SpeculationStats(
+            num_drafts=counts.num_drafts,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
+            num_accepted_tokens_per_pos=counts.num_accepted_per_pos,
+            acceptance_rate=counts.acceptance_rate,
+            mean_acceptance_length=counts.mean_acceptance_length,
+            num_rounds=counts.num_rounds,
+            time_to_first_token_s=result.time_to_first_token_s,
+            duration_s=result.duration_s,
+            tokens_per_s=result.tokens_per_s,
+            gamma=asked.gamma,
+            verification=verification_to_proto(asked.verification),
+            draft_wire_bytes=result.draft_wire_bytes,
+            target_wire_bytes=result.target_wire_bytes,
+            num_lookahead_hits=counts.num_lookahead_hits,
+        ),
+        seed=asked.params.seed,
+    )
+
+
+def _session(record: SessionRecord) -> orchestrator_pb2.GetSessionResponse:
+    return orchestrator_pb2.GetSessionResponse(
+        session_id=record.session_id,
+        token_ids=record.token_ids.tolist(),
+        in_use=record.in_use,
+        epoch=record.epoch,
+        num_turns=record.num_turns,
+        num_drafts=record.counters.num_drafts,
+        num_draft_tokens=record.counters.num_draft_tokens,
+        num_accepted_tokens=record.counters.num_accepted_tokens,
+        num_emitted_tokens=record.counters.num_emitted_tokens,
+        target_kv=_kv(record.target_kv),
+        draft_kv=_kv(record.draft_kv),
+        expires_in_s=record.expires_in_s,
+    )
+
+
+def _kv(handle: KvHandle | None) -> orchestrator_pb2.KvHandle | None:
+    if handle is None:
+        return None
+    return orchestrator_pb2.KvHandle(
+        replica=handle.replica, epoch=handle.epoch, cached_len=handle.cached_len
+    )

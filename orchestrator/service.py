@@ -1,0 +1,141 @@
+"""The orchestrator put together: links to both tiers, store, tokenizer, server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from orchestrator.draft_link import DraftLink
+from orchestrator.generation import Tiers, Timing
+from orchestrator.link import running
+from orchestrator.request import Limits
+from orchestrator.server import OrchestratorServicer
+from orchestrator.store import SessionStore, StoreOptions
+from orchestrator.target_link import TargetLink
+from outrider.config import OrchestratorConfig
+from outrider.errors import ConfigError, IncompatiblePair
+from outrider.rpc import Server
+from outrider.tokenizer import Tokenizer
+from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
+
+log = structlog.get_logger()
+
+SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+# Running outputs may finish for so long at a stop; then they end after their round under way.
+STOP_GRACE_S = 2.0
+# How long a start waits for a draft before serving without one: it joins when it comes.
+DRAFT_START_TIMEOUT_S = 5.0
+
+
+@contextlib.asynccontextmanager
+async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
+    """Listens at once, serves (health) when store and target are there; stops on leaving.
+
+    Raises ConfigError if the port cannot be had, IncompatiblePair if the models do not fit.
+    """
+    server = Server([SERVICE_NAME])
+    tokenizer = None
+    if config.tokenizer:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
+        if tokenizer is None:
+            raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
+    store = SessionStore(config.redis_url, StoreOptions(session_ttl_s=config.session_ttl_s))
+    target = TargetLink(config.target_endpoint, _target_check(tokenizer))
+    draft = None
+    if config.draft_endpoint:
+        draft = DraftLink(config.draft_endpoint, _draft_check(target))
+    try:
+        await server.start(config.host, config.port)
+        await store.start()
+        async with running(target):
+            await target.settled()
+            async with running(draft):
+                await _settle_draft(draft)
+                limits = _limits(config, target, draft)
+                timing = Timing(
+                    verdict_timeout_s=config.verdict_timeout_s,
+                    draft_wait_s=(
+                        None if config.draft_wait_ms is None else config.draft_wait_ms / 1000
+                    ),
+                )
+                tiers = Tiers(target, draft, store, tokenizer, timing)
+                servicer = OrchestratorServicer(tiers, limits, config.max_generations)
+                orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
+                    servicer, server.grpc_server
+                )
+                await server.set_serving(True)
+                log.info("serving", port=server.port, max_gamma=limits.max_gamma)
+                try:
+                    yield server
+                finally:
+                    await _stop(server, servicer)
+    finally:
+        await server.stop(0)
+        await store.close()
+
+
+async def _settle_draft(draft: DraftLink | None) -> None:
+    if draft is None:
+        return
+    try:
+        async with asyncio.timeout(DRAFT_START_TIMEOUT_S):
+            await draft.settled()
+    except TimeoutError:
+        log.warning("serving_without_draft", endpoint=draft.endpoint)
+
+
+async def _stop(server: Server, servicer: OrchestratorServicer) -> None:
+    stopping = asyncio.create_task(server.stop(2 * STOP_GRACE_S))
+    await asyncio.wait([stopping], timeout=STOP_GRACE_S)
+    servicer.stop_generations()
+    await stopping
+
+
+def _limits(config: OrchestratorConfig, target: TargetLink, draft: DraftLink | None) -> Limits:
+    model = target.model
+    assert model is not None, "the target is connected"
+    max_gamma = min(config.max_gamma, model.max_gamma)
+    if draft is not None and draft.model is not None:
+        max_gamma = min(max_gamma, draft.model.max_gamma)
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_context_len=min(model.max_context_len, model.kv_capacity_tokens),
+        eos_token_ids=tuple(model.eos_token_ids),
+        gamma=min(config.gamma, max_gamma),
+        max_gamma=max_gamma,
+        lookahead=config.lookahead,
+        default_max_tokens=config.default_max_tokens,
+    )
+
+
+ModelCheck = Callable[[model_pb2.ModelInfo], None]
+
+
+def _target_check(tokenizer: Tokenizer | None) -> ModelCheck:
+    def check(model: model_pb2.ModelInfo) -> None:
+        if tokenizer is not None and model.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise IncompatiblePair(
+                f"the target {model.name} has tokenizer {_short(model.tokenizer_fingerprint)}, "
+                f"this orchestrator {_short(tokenizer.fingerprint)}"
+            )
+
+    return check
+
+
+def _draft_check(target: TargetLink) -> ModelCheck:
+    def check(model: model_pb2.ModelInfo) -> None:
+        theirs = target.model.tokenizer_fingerprint if target.model else ""
+        if model.tokenizer_fingerprint != theirs:
+            raise IncompatiblePair(
+                f"draft and target do not share a tokenizer: the draft {model.name} has "
+                f"{_short(model.tokenizer_fingerprint)}, the target {_short(theirs)}"
+            )
+
+    return check
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:12] or "none"

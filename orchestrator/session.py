@@ -1,0 +1,181 @@
+"""One generation as a pure state machine: what is committed, and what a verdict makes of it.
+
+Cuts at EOS, stop token, stop string and max_tokens inside a block, before anything is committed.
+No I/O, no clock, no knowledge of links, Redis or the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from orchestrator.blocks import Outcome, Proposal, TargetReply, TokenLogprobs, judge, logprobs_of
+from orchestrator.text import TextStream
+from outrider.errors import InternalError
+from outrider.sampling.params import SamplingParams, Verification
+
+
+class TokenOrigin(Enum):
+    """Where an emitted token came from."""
+
+    ACCEPTED = "accepted"
+    RECOVERED = "recovered"
+    BONUS = "bonus"
+    PLAIN = "plain"
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Why an output ended, and what matched where it was a stop."""
+
+    reason: FinishReason
+    stop_text: str | None = None
+    stop_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class EmittedToken:
+    token_id: int
+    origin: TokenOrigin
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """What one round added. `outcome` is what the draft is told of it."""
+
+    tokens: tuple[EmittedToken, ...]
+    text: str
+    outcome: Outcome
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    finish: Finish | None
+
+
+@dataclass
+class SpeculationCounts:
+    """Of one generation. `num_accepted_per_pos[i]`: rounds in which draft token i was accepted."""
+
+    num_rounds: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_lookahead_hits: int = 0
+    num_accepted_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """α, over all draft tokens; None without any."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """τ, tokens per round with drafts; None without any."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+
+    def add(self, num_draft_tokens: int, num_accepted: int) -> None:
+        self.num_rounds += 1
+        if not num_draft_tokens:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted
+        missing = num_draft_tokens - len(self.num_accepted_per_pos)
+        self.num_accepted_per_pos += [0] * missing
+        for position in range(num_accepted):
+            self.num_accepted_per_pos[position] += 1
+
+
+class GenerationState:
+    """`token_ids` is the committed context; its first `prompt_len` tokens are the prompt."""
+
+    def __init__(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        verification: Verification,
+        eos_token_ids: Sequence[int],
+        text: TextStream,
+    ) -> None:
+        self.token_ids = list(prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.params = params
+        self.verification = verification
+        self.counts = SpeculationCounts()
+        self.finish: Finish | None = None
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._text = text
+
+    @property
+    def committed_len(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.committed_len - self.prompt_len
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """More could not be emitted: the round's own token is one of those that are left."""
+        return self.params.max_tokens - self.num_output_tokens - 1
+
+    def commit(self, proposal: Proposal | None, reply: TargetReply) -> Commitment:
+        """Judges the round's proposal (None: it had none) and commits what stands, up to a stop."""
+        if self.finish is not None:
+            raise InternalError("the generation has ended already")
+        base_len = self.committed_len
+        verdict = judge(proposal, reply, self.params, self.verification, base_len)
+        drafts = proposal.token_ids if proposal is not None else ()
+        tokens: list[EmittedToken] = []
+        for position, token_id in enumerate((*drafts[: verdict.num_accepted], verdict.next_token)):
+            origin = _origin(position, verdict.num_accepted, len(drafts))
+            logprobs = logprobs_of(token_id, position, proposal, reply)
+            tokens.append(EmittedToken(token_id, origin, logprobs))
+            self.token_ids.append(token_id)
+            self.finish = self._finish_at(token_id)
+            if self.finish is not None:
+                break
+        num_accepted = sum(token.origin is TokenOrigin.ACCEPTED for token in tokens)
+        self.counts.add(len(drafts), num_accepted)
+        if self.finish is not None and self.finish.stop_text is None:
+            self._text.finish()
+        outcome = Outcome(proposal.id if proposal else 0, len(tokens) - 1, tokens[-1].token_id)
+        return Commitment(
+            tuple(tokens), self._text.take(), outcome, len(drafts), num_accepted, self.finish
+        )
+
+    def cancel(self, commitment: Commitment) -> Commitment:
+        """Makes the round just committed the last one."""
+        self.finish = Finish(FinishReason.CANCELLED)
+        self._text.finish()
+        return replace(commitment, text=commitment.text + self._text.take(), finish=self.finish)
+
+    def _finish_at(self, token_id: int) -> Finish | None:
+        params = self.params
+        may_stop = self.num_output_tokens > params.min_tokens
+        if may_stop and token_id in self._eos_token_ids and not params.ignore_eos:
+            return Finish(FinishReason.STOP, eos_token_id=token_id)
+        if may_stop and token_id in params.stop_token_ids:
+            return Finish(FinishReason.STOP, stop_token_id=token_id)
+        stop_text = self._text.push(token_id, check_stop=may_stop)
+        if stop_text is not None:
+            return Finish(FinishReason.STOP, stop_text=stop_text)
+        if self.num_output_tokens >= params.max_tokens:
+            return Finish(FinishReason.LENGTH)
+        return None
+
+
+def _origin(position: int, num_accepted: int, gamma: int) -> TokenOrigin:
+    if position < num_accepted:
+        return TokenOrigin.ACCEPTED
+    if not gamma:
+        return TokenOrigin.PLAIN
+    return TokenOrigin.BONUS if num_accepted == gamma else TokenOrigin.RECOVERED

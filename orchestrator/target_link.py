@@ -1,0 +1,196 @@
+"""The target's client: rows out, replies in. The only place here that knows target.proto."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.link import MODEL_INFO_TIMEOUT_S, ReplicaLink
+from outrider.errors import InternalError, KVFull, KVLost, LeaseLost, OutriderError, Unavailable
+from outrider.sampling.params import SamplingParams
+from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_to_proto, unpack
+
+_ERRORS: dict[int, type[OutriderError]] = {
+    target_pb2.RowError.REASON_KV_LOST: KVLost,
+    target_pb2.RowError.REASON_KV_FULL: KVFull,
+    target_pb2.RowError.REASON_DISPLACED: LeaseLost,
+}
+
+Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | str
+
+
+class TargetHandle:
+    """One generation at the target. Used by its generation's task only."""
+
+    def __init__(self, link: TargetLink, generation_id: int, num_logprobs: int | None) -> None:
+        self._link = link
+        self._id = generation_id
+        self._num_logprobs = num_logprobs
+        self._answer: asyncio.Future[target_pb2.VerifyResult] | None = None
+        self._failure: OutriderError | None = None
+        self.replica = link.endpoint
+        self.wire_bytes = 0
+
+    def send_row(
+        self, keep_len: int, context_token_ids: Sequence[int], proposal: Proposal | None
+    ) -> None:
+        """Sends a row at once; `reply` awaits its answer. One row at a time."""
+        row = target_pb2.VerifyRow(
+            generation_id=self._id,
+            keep_len=keep_len,
+            context_token_ids=pack(context_token_ids, UINT32),
+        )
+        if proposal is not None:
+            row.draft_token_ids = pack(proposal.token_ids, UINT32)
+            if proposal.supports is not None:
+                ids = [support.token_ids for support in proposal.supports]
+                row.support_sizes = pack([len(part) for part in ids], UINT16)
+                row.support_ids = pack(np.concatenate(ids), UINT32)
+        self._answer = asyncio.get_running_loop().create_future()
+        if self._failure is not None:
+            self._fail(self._failure)
+        self._count(row)
+        self._link.send(row)
+
+    async def reply(self, proposal: Proposal | None, timeout_s: float) -> TargetReply:
+        """The answer to the row sent last.
+
+        Raises KVLost (send the row again with the whole context), KVFull, LeaseLost, Unavailable
+        (the replica is gone or too slow), InternalError.
+        """
+        assert self._answer is not None, "a row was sent"
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await self._answer
+        except TimeoutError:
+            raise Unavailable(f"the target has not answered for {timeout_s:g} s") from None
+        return self._parse(result, proposal)
+
+    def close(self, *, keep: bool) -> None:
+        """Ends the generation at the target; `keep` leaves its KV for the session's next turn."""
+        self._link.detach(self._id)
+        closing = target_pb2.TargetClose(generation_id=self._id, keep=keep)
+        self._count(closing)
+        self._link.send(closing)
+
+    def answered(self, result: target_pb2.VerifyResult) -> None:
+        self._count(result)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(result)
+
+    def failed(self, error: target_pb2.RowError) -> None:
+        kind = _ERRORS.get(error.reason, InternalError)
+        failure = kind(f"the target: {error.detail}")
+        if not isinstance(failure, KVLost):  # the generation is closed there
+            self._failure = failure
+        self._fail(failure)
+
+    def link_lost(self, why: str) -> None:
+        self._failure = Unavailable(why)
+        self._fail(self._failure)
+
+    def _fail(self, failure: OutriderError) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(failure)
+            self._answer.exception()  # seen, should nobody wait for it any more
+
+    def _count(self, item: Any) -> None:
+        self.wire_bytes += item.ByteSize()
+
+    def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> TargetReply:
+        gamma = len(proposal.token_ids) if proposal is not None else 0
+        supports = (proposal.supports if proposal is not None else None) or ()
+        splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
+        reply = TargetReply(
+            sample_ids=unpack(result.sample_ids, UINT32, "sample_ids").tolist(),
+            support_probs=np.split(_floats(result.support_probs).astype(np.float64), splits),
+            tail_mass=_floats(result.tail_mass).astype(np.float64),
+        )
+        num_support = sum(len(support.token_ids) for support in supports)
+        if (len(reply.sample_ids), len(result.support_probs)) != (gamma + 1, 4 * num_support) or (
+            supports and len(reply.tail_mass) != gamma
+        ):
+            raise InternalError("the target's reply does not fit its row")
+        if self._num_logprobs is None:
+            return reply
+        top_ids = unpack(result.top_ids, UINT32, "top_ids").astype(np.int64)
+        return TargetReply(
+            reply.sample_ids,
+            reply.support_probs,
+            reply.tail_mass,
+            support_logprobs=np.split(_floats(result.support_logprobs), splits),
+            sample_logprobs=_floats(result.sample_logprobs),
+            top_ids=top_ids.reshape(gamma + 1, -1),
+            top_logprobs=_floats(result.top_logprobs).reshape(gamma + 1, -1),
+        )
+
+
+def _floats(data: bytes) -> Any:
+    return unpack(data, FLOAT32, "target reply")
+
+
+class TargetLink(ReplicaLink[Item, TargetHandle]):
+    """All generations of this orchestrator at one target replica."""
+
+    tier = "target"
+
+    def open(
+        self,
+        *,
+        session_id: str,
+        epoch: int,
+        kept_epoch: int,
+        prompt_len: int,
+        max_len: int,
+        params: SamplingParams,
+    ) -> TargetHandle:
+        """Opens a generation; its first row may follow at once. Raises Unavailable."""
+        handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
+        opening = target_pb2.TargetOpen(
+            generation_id=handle._id,
+            session_id=session_id,
+            epoch=epoch,
+            kept_epoch=kept_epoch,
+            prompt_len=prompt_len,
+            max_len=max_len,
+            sampling=sampling_to_proto(params),
+        )
+        handle._count(opening)
+        self.send(opening)
+        return handle
+
+    def forget(self, session_id: str) -> None:
+        """The session is deleted: what is kept of it may go."""
+        self.send(session_id)
+
+    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo:
+        stub = target_pb2_grpc.TargetServiceStub(channel)
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
+        model: model_pb2.ModelInfo = response.model
+        return model
+
+    def _open_stream(self, channel: grpc.aio.Channel) -> Any:
+        return target_pb2_grpc.TargetServiceStub(channel).Verify()
+
+    def _frame(self, items: list[Item]) -> target_pb2.VerifyRequest:
+        return target_pb2.VerifyRequest(
+            opens=[item for item in items if isinstance(item, target_pb2.TargetOpen)],
+            rows=[item for item in items if isinstance(item, target_pb2.VerifyRow)],
+            closes=[item for item in items if isinstance(item, target_pb2.TargetClose)],
+            forget_session_ids=[item for item in items if isinstance(item, str)],
+        )
+
+    def _dispatch(self, frame: target_pb2.VerifyResponse) -> None:
+        for result in frame.results:
+            if handle := self._handles.get(result.generation_id):
+                handle.answered(result)
+        for error in frame.errors:
+            if handle := self._handles.get(error.generation_id):
+                handle.failed(error)
