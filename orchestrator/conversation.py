@@ -46,7 +46,8 @@ def build_turn(
     if request.token_ids is not None:
         added = list(request.token_ids)
     else:
-        assert tokenizer is not None and request.text is not None, "text needs a tokenizer"
+        assert tokenizer is not None, "text without a tokenizer was refused"
+        assert request.text is not None, "a request has one input"
         added = tokenizer.encode(request.text, add_special_tokens=not len(held))
         _refuse_empty(added, "text")
     return Turn([*held.tolist(), *added], len(held), ())

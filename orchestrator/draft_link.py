@@ -134,6 +134,8 @@ def _parse(message: draft_pb2.Proposal, gamma: int) -> Proposal:
         for token_id, support in zip(token_ids, supports, strict=True):
             if support.index_of(token_id) < 0:
                 raise InvalidRequest("support_ids", f"token {token_id} is not in its own support")
+            if len(np.unique(support.token_ids)) != len(support.token_ids):
+                raise InvalidRequest("support_ids", "a token stands twice in a support")
     outcome = Outcome(message.parent, message.num_accepted, message.next_token)
     return Proposal(message.id, outcome, message.base_len, token_ids, supports)
 

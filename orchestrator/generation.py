@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -84,6 +84,7 @@ class Chunk:
 
     tokens: tuple[EmittedToken, ...]
     text: str
+    text_ends: tuple[int, ...]
     result: Result | None = None
 
 
@@ -295,16 +296,10 @@ class Generation:
             if self._first_token_at is None:
                 self._first_token_at = time.monotonic()
                 self._num_first_tokens = sum(len(c.tokens) for c in commitments)
-            text = "".join(c.text for c in commitments)
-            self._text += text
             finish = commitments[-1].finish
-            await self._write(
-                Chunk(
-                    tokens=tuple(token for c in commitments for token in c.tokens),
-                    text=text,
-                    result=self._result(finish) if finish else None,
-                )
-            )
+            chunk = _joined(commitments, self._result(finish) if finish else None)
+            self._text += chunk.text
+            await self._write(chunk)
             if finish:
                 return
 
@@ -370,3 +365,12 @@ class Generation:
             )
         except OutriderError as error:  # the lease lapses by itself
             log.warning("not_released", session_id=self._lease.session_id, why=str(error))
+
+
+def _joined(commitments: Sequence[Commitment], result: Result | None) -> Chunk:
+    text, text_ends = "", []
+    for commitment in commitments:
+        text_ends += [len(text) + end for end in commitment.text_ends]
+        text += commitment.text
+    tokens = tuple(token for c in commitments for token in c.tokens)
+    return Chunk(tokens, text, tuple(text_ends), result)

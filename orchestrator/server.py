@@ -147,6 +147,7 @@ def _response(
         session_id=session_id,
         token_ids=[token.token_id for token in chunk.tokens],
         text=chunk.text,
+        text_ends=chunk.text_ends,
         origins=[_ORIGINS[token.origin] for token in chunk.tokens],
         logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
         result=_result(chunk.result, asked) if chunk.result else None,

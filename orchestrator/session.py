@@ -50,10 +50,14 @@ class EmittedToken:
 
 @dataclass(frozen=True)
 class Commitment:
-    """What one round added. `outcome` is what the draft is told of it."""
+    """What one round added. `outcome` is what the draft is told of it.
+
+    `text_ends[i]`: how many characters of `text` are certain after token i.
+    """
 
     tokens: tuple[EmittedToken, ...]
     text: str
+    text_ends: tuple[int, ...]
     outcome: Outcome
     num_draft_tokens: int
     num_accepted_tokens: int
@@ -135,21 +139,30 @@ class GenerationState:
         verdict = judge(proposal, reply, self.params, self.verification, base_len)
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []
+        text_ends: list[int] = []
         for position, token_id in enumerate((*drafts[: verdict.num_accepted], verdict.next_token)):
             origin = _origin(position, verdict.num_accepted, len(drafts))
             logprobs = logprobs_of(token_id, position, proposal, reply)
             tokens.append(EmittedToken(token_id, origin, logprobs))
             self.token_ids.append(token_id)
             self.finish = self._finish_at(token_id)
+            text_ends.append(self._text.num_ready)
             if self.finish is not None:
                 break
         num_accepted = sum(token.origin is TokenOrigin.ACCEPTED for token in tokens)
         self.counts.add(len(drafts), num_accepted)
         if self.finish is not None and self.finish.stop_text is None:
             self._text.finish()
+            text_ends[-1] = self._text.num_ready
         outcome = Outcome(proposal.id if proposal else 0, len(tokens) - 1, tokens[-1].token_id)
         return Commitment(
-            tuple(tokens), self._text.take(), outcome, len(drafts), num_accepted, self.finish
+            tokens=tuple(tokens),
+            text=self._text.take(),
+            text_ends=tuple(text_ends),
+            outcome=outcome,
+            num_draft_tokens=len(drafts),
+            num_accepted_tokens=num_accepted,
+            finish=self.finish,
         )
 
     def cancel(self, commitment: Commitment) -> Commitment:

@@ -71,6 +71,11 @@ class TextStream:
                 return size
         return 0
 
+    @property
+    def num_ready(self) -> int:
+        """Characters that `take` would give."""
+        return len(self._ready)
+
     def take(self) -> str:
         """The text that has become certain since the last call."""
         ready, self._ready = self._ready, ""

@@ -48,15 +48,7 @@ class TargetConfig:
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "model", "is required: a directory or a hub name")
-        require_port(self.port)
-        require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
-        require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
-        require(
-            self.kv_cache_tokens is None or self.kv_cache_tokens >= 16,
-            "kv_cache_tokens",
-            "must be 16 or more",
-        )
+        _check_model_service(self)
 
 
 @dataclass(frozen=True)
@@ -79,10 +71,7 @@ class DraftConfig:
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "model", "is required: a directory or a hub name")
-        require_port(self.port)
-        require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
-        require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
+        _check_model_service(self)
 
 
 @dataclass(frozen=True)
@@ -117,6 +106,11 @@ class OrchestratorConfig:
         require(
             0 <= self.gamma <= self.max_gamma, "gamma", f"must be 0 to max_gamma ({self.max_gamma})"
         )
+        require(
+            self.draft_wait_ms is None or self.draft_wait_ms >= 0,
+            "draft_wait_ms",
+            "must be 0 or more",
+        )
         require(0 <= self.lookahead <= 1, "lookahead", "must be 0 or 1")
         require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")
         require(self.max_generations >= 1, "max_generations", "must be 1 or more")
@@ -132,6 +126,17 @@ def require(holds: bool, name: str, why: str) -> None:
 
 def require_port(port: int) -> None:
     require(0 <= port <= 65535, "port", f"{port} is not in [0, 65535]")
+
+
+def _check_model_service(config: TargetConfig | DraftConfig) -> None:
+    require(bool(config.model), "model", "is required: a directory or a hub name")
+    require_port(config.port)
+    require(config.max_gamma >= 1, "max_gamma", "must be 1 or more")
+    require(config.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
+    require(config.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
+    for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
+        value = getattr(config, name)
+        require(value is None or value >= least, name, f"must be {least} or more")
 
 
 class _Parser(argparse.ArgumentParser):

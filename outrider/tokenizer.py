@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import huggingface_hub
 import jinja2
 import tokenizers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from outrider.errors import ConfigError, InvalidRequest
@@ -48,11 +50,15 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(main_file))
             config_file = _find(model, "tokenizer_config.json")
             settings = json.loads(config_file.read_text("utf-8")) if config_file else {}
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{config_file} holds no JSON object")
+            if template_file := _find(model, "chat_template.jinja"):
+                settings["chat_template"] = template_file.read_text("utf-8")
+            return cls(backend, settings)
+        except ConfigError:
+            raise
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ConfigError(f"the tokenizer of {model} cannot be read: {error}") from error
-        if template_file := _find(model, "chat_template.jinja"):
-            settings["chat_template"] = template_file.read_text("utf-8")
-        return cls(backend, settings)
 
     @property
     def vocab_size(self) -> int:
@@ -73,23 +79,39 @@ class Tokenizer:
         if self._chat_template is None:
             raise InvalidRequest("chat", "the model's tokenizer has no chat template; send text")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: _token_text(self._settings.get(name)) for name in names}
+        special = {
+            name: _token_text(self._settings[name]) for name in names if self._settings.get(name)
+        }
         try:
             text = self._chat_template.render(
-                messages=list(messages), add_generation_prompt=True, **special
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **special,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest("chat", f"the chat template refuses it: {error}") from error
         return self.encode(text, add_special_tokens=False)
 
 
 def _token_text(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+    return str(token["content"]) if isinstance(token, dict) else str(token)
 
 
 def _fingerprint(backend: tokenizers.Tokenizer) -> str:
     vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks answers for training; here it is what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _compile(template: str) -> jinja2.Template:
@@ -99,9 +121,12 @@ def _compile(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, ensure_ascii=False, **options
     )

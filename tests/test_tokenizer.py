@@ -141,7 +141,6 @@ def _reference_chat(directory: Path, messages: list[dict[str, str]]) -> list[int
         "{% generation %}fox{% endgeneration %}",
     ],
 )
-@pytest.mark.xfail(strict=True, reason="Hugging Face's template environment has more than ours")
 def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: str) -> None:
     """`tools` and `documents` are None, `strftime_now` exists, absent tokens are undefined."""
     directory = _write(tmp_path / "t", chat_template=template)
@@ -149,7 +148,6 @@ def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: s
     assert _load(directory).render_chat(_CONVERSATIONS[0]) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="only jinja2's own errors are translated", raises=TypeError)
 def test_an_error_inside_the_template_is_the_requests(tmp_path: Path) -> None:
     """Python errors of a template (here a text plus a number) are no internal errors."""
     tokenizer = _load(_write(tmp_path / "t", chat_template="{{ messages[0]['content'] + 1 }}"))
@@ -213,7 +211,6 @@ def test_a_broken_file_is_the_operators_mistake(tmp_path: Path, name: str, text:
 @pytest.mark.parametrize(
     ("name", "content"), [("tokenizer_config.json", b"[]"), ("chat_template.jinja", b"\xff\xfe")]
 )
-@pytest.mark.xfail(strict=True, reason="read or used outside of the try in Tokenizer.load")
 def test_a_file_of_another_kind_is_the_operators_mistake(
     tmp_path: Path, name: str, content: bytes
 ) -> None:

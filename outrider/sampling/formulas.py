@@ -19,7 +19,7 @@ def total_variation(target_probs: Floats, draft_probs: Floats) -> float:
 
 
 def coupled_acceptance_bound(total_variation: float) -> float:
-    """What Gumbel coupling accepts at least: (1 - TV) / (1 + TV) (Daliri et al. 2024, Theorem 1)."""
+    """Gumbel coupling accepts at least (1 - TV) / (1 + TV) (Daliri et al. 2024, Theorem 1)."""
     return (1 - total_variation) / (1 + total_variation)
 
 

@@ -1,4 +1,4 @@
-"""Sampling parameters and what is wrong with them. Knows neither protobuf nor how they are applied."""
+"""Sampling parameters and what is wrong with them. Knows neither protobuf nor their effect."""
 
 from __future__ import annotations
 

@@ -55,17 +55,22 @@ def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verd
     return Verdict(num_accepted, samples[num_accepted])
 
 
-def _draw_residual(
-    support: Support, residual: Floats, tail: float, sample: int, uniform: float
-) -> int:
-    """One draw from the residual: `residual` on the support, `tail` in all outside, where it is `sample`."""
-    mass = float(residual.sum()) + tail
-    point = uniform * mass
-    if point < tail or not residual.any():
-        return sample
+def _recover(support: Support, evidence: Evidence, i: int, reach: float, uniform: float) -> int:
+    """One draw from max(reach * target - draft, 0), normalised, at draft position i."""
+    target_probs = evidence.target_probs[i]
+    residual = np.maximum(reach * target_probs - support.probs, 0.0)
+    tail = reach * float(evidence.tail_mass[i])
+    if tail == 0.0 and not residual.any():
+        # Draft and target agree but for rounding, which alone has rejected: any law between
+        # the two is right, and there is no sample outside the support.
+        residual = target_probs
+    point = uniform * (float(residual.sum()) + tail)
+    if point < tail:
+        return evidence.samples[i]
     index = int(np.searchsorted(np.cumsum(residual), point - tail, side="right"))
     # Rounding may carry the point past the end: the last token with any mass is meant.
-    return int(support.token_ids[min(index, int(np.flatnonzero(residual)[-1]))])
+    last = int(np.flatnonzero(residual)[-1]) if residual.any() else -1
+    return int(support.token_ids[min(index, last)]) if last >= 0 else evidence.samples[i]
 
 
 def verify_tokens(
@@ -84,12 +89,7 @@ def verify_tokens(
         index = support.index_of(token_id)
         if accept_uniforms[i] * support.probs[index] < target_probs[index]:
             continue
-        residual = np.maximum(target_probs - support.probs, 0.0)
-        tail = float(evidence.tail_mass[i])
-        next_token = _draw_residual(
-            support, residual, tail, evidence.samples[i], recover_uniforms[i]
-        )
-        return Verdict(i, next_token)
+        return Verdict(i, _recover(support, evidence, i, 1.0, recover_uniforms[i]))
     return Verdict(len(draft_token_ids), evidence.samples[len(draft_token_ids)])
 
 
@@ -119,8 +119,5 @@ def verify_block(
             num_accepted, reach_accepted = i + 1, reach
     if num_accepted == gamma:
         return Verdict(gamma, evidence.samples[gamma])
-    i, support = num_accepted, supports[num_accepted]
-    residual = np.maximum(reach_accepted * evidence.target_probs[i] - support.probs, 0.0)
-    tail = reach_accepted * float(evidence.tail_mass[i])
-    next_token = _draw_residual(support, residual, tail, evidence.samples[i], recover_uniforms[i])
-    return Verdict(num_accepted, next_token)
+    i = num_accepted
+    return Verdict(i, _recover(supports[i], evidence, i, reach_accepted, recover_uniforms[i]))

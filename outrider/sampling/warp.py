@@ -61,11 +61,9 @@ def warp(logits: Array, params: SamplingParams) -> Array:
     limits_k = 0 < params.top_k < vocab_size
     if limits_k or params.top_p < 1:
         ordered = xp.sort(logits, axis=-1, descending=True)
-        if limits_k:
-            ordered = ordered[:, : params.top_k]
-        last = ordered[:, -1:]
+        last = ordered[:, params.top_k - 1 : params.top_k] if limits_k else ordered[:, -1:]
         if params.top_p < 1:
-            probs = xp.exp(ordered)
+            probs = xp.exp(xp.where(ordered >= last, ordered, minus_inf))
             probs = probs / xp.sum(probs, axis=-1, keepdims=True)
             before = xp.cumulative_sum(probs, axis=-1) - probs
             num_kept = xp.sum(xp.astype(before < params.top_p, xp.int64), axis=-1, keepdims=True)

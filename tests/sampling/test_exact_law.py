@@ -240,7 +240,6 @@ def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
     assert law_error(planted, case) > _WRONG
 
 
-@pytest.mark.xfail(strict=True, reason="a residual empty by rounding falls to a meaningless sample")
 @_both
 def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -> None:
     """Equal models, the target's float32 rounded down, nothing outside the support.

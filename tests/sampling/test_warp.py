@@ -137,9 +137,6 @@ def test_ties_are_kept_together() -> None:
         assert kept.tolist() == [[True, True, True, True, False]], limit
 
 
-@pytest.mark.xfail(
-    strict=True, reason="top_p is measured against top_k tokens, not against all that top_k keeps"
-)
 def test_top_p_counts_the_ties_that_top_k_keeps() -> None:
     """With a tie at the k-th logit, vLLM's nucleus is measured over all survivors of top_k.
 
