@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import structlog
-import torch
 
 from draft_service.chain import Block, Chain
 from draft_service.messages import (
@@ -30,7 +29,7 @@ from draft_service.messages import (
     SupportWeights,
 )
 from outrider.engine import Append, Engine
-from outrider.engine.sampler import GenerationSampler
+from outrider.engine.sampler import GenerationSampler, Logits
 from outrider.engine.scheduler import GenerationKey
 from outrider.engine.sessions import Live, SessionTable
 from outrider.errors import InvalidRequest, KVFull, LeaseLost, OutriderError
@@ -137,7 +136,7 @@ class Proposer:
             prompt_len=command.prompt_len,
             vocab_size=min(command.vocab_size, info.vocab_size),
             eos_token_ids=info.eos_token_ids,
-            device=torch.device(info.device),
+            device=info.device,
         )
         displaced: list[Event] = []
         former = self._table.find(command.session_id)
@@ -217,7 +216,7 @@ class Proposer:
         completed = (self._draw(d, row) for d, row in zip(drawing, logits, strict=True))
         return [proposal for proposal in completed if proposal is not None]
 
-    def _draw(self, drafting: _Drafting, logits: torch.Tensor) -> Proposal | None:
+    def _draw(self, drafting: _Drafting, logits: Logits) -> Proposal | None:
         chain, generation = drafting.chain, drafting.live.state
         position = chain.length
         if chain.next_is_guess:

@@ -1,31 +1,50 @@
-"""Regenerates outrider/v1 from proto/; run in the `proto` extra's environment (grpcio-tools 1.76.0)."""
+"""Regenerates outrider/v1 from proto/, or with --check says whether it is what proto/ gives.
+
+Runs in an environment of its own (`make proto`): grpcio-tools 1.76.0 wants an older protobuf than
+the newest one, and the stubs it writes work with both.
+"""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path("outrider") / "v1"
 
 
-def main() -> int:
-    out = ROOT / "outrider" / "v1"
-    for stale in (*out.glob("*_pb2*.py"), *out.glob("*_pb2*.pyi")):
-        stale.unlink()
+def generate(out: Path) -> None:
     sources = sorted(str(path) for path in (ROOT / "proto").rglob("*.proto"))
-    flags = [f"--{kind}_out={ROOT}" for kind in ("python", "pyi", "grpc_python")]
+    flags = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     well_known = files("grpc_tools") / "_proto"
-    status: int = protoc.main(
-        ["protoc", f"-I{ROOT / 'proto'}", f"-I{well_known}", *flags, *sources]
-    )
-    for stub in out.glob("*_pb2_grpc.py"):
+    if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"-I{well_known}", *flags, *sources]):
+        sys.exit("protoc failed")
+    for stub in (out / PACKAGE).glob("*_pb2_grpc.py"):
         if "Stub" not in stub.read_text():  # a file without services
             stub.unlink()
-    return status
+
+
+def stubs(root: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (root / PACKAGE).glob("*_pb2*")}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        generate(Path(directory))
+        made = stubs(Path(directory))
+    held = stubs(ROOT)
+    if "--check" in sys.argv:
+        differing = sorted(n for n in made.keys() | held.keys() if made.get(n) != held.get(n))
+        sys.exit(f"not as proto/ has it: {differing}; run `make proto`" if differing else 0)
+    for name in held.keys() - made.keys():
+        (ROOT / PACKAGE / name).unlink()
+    for name, text in made.items():
+        (ROOT / PACKAGE / name).write_text(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
-import torch
 
 from outrider.engine import Append, Engine
-from outrider.engine.sampler import GenerationSampler
+from outrider.engine.sampler import GenerationSampler, Logits
 from outrider.engine.scheduler import GenerationKey
 from outrider.engine.sessions import Live, SessionTable
 from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
@@ -140,7 +139,7 @@ class Verifier:
             prompt_len=command.prompt_len,
             vocab_size=info.vocab_size,
             eos_token_ids=info.eos_token_ids,
-            device=torch.device(info.device),
+            device=info.device,
         )
         displaced: list[Outcome] = []
         former = self._table.find(command.session_id)
@@ -243,7 +242,7 @@ class Verifier:
             start = end
         return outcomes
 
-    def _answer(self, planned: _Planned, logits: torch.Tensor, argmax: torch.Tensor) -> RowReply:
+    def _answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply:
         live, row = planned.live, planned.row
         live.state.waiting = None
         self._waiting.pop(row.key)

@@ -22,6 +22,8 @@ from outrider.sampling.support import MAX_SUPPORT_SIZE, Support, truncate
 
 Ids = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+# What the engine's forward pass returns; services pass it on without knowing its type.
+Logits = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,17 @@ class GenerationSampler:
         prompt_len: int,
         vocab_size: int,
         eos_token_ids: Sequence[int],
-        device: torch.device,
+        device: str,
     ) -> None:
         self.params = params
         self._prompt_len = prompt_len
         self._vocab_size = vocab_size
-        self._device = device
-        self._token_ids = torch.arange(vocab_size, device=device)
+        self._device = torch.device(device)
+        self._token_ids = torch.arange(vocab_size, device=self._device)
         self._bias = self._bias_vector()
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
         self._stop_ids = torch.tensor(
-            sorted(i for i in stops if i < vocab_size), dtype=torch.int64, device=device
+            sorted(i for i in stops if i < vocab_size), dtype=torch.int64, device=self._device
         )
 
     @property
