@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from dataclasses import asdict
 from typing import Any
 
 import grpc
 
 from orchestrator.conversation import build_turn
-from orchestrator.generation import Chunk, Generation, Result, Tiers
+from orchestrator.emitter import Chunk
+from orchestrator.generation import Generation, Result, Tiers
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.store import KvHandle, Lease, SessionRecord, validate_session_id
@@ -62,7 +64,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 self._num_calls -= 1
 
     async def _generate(self, asked: GenerationRequest, context: Context) -> None:
-        tiers = self._tiers
+        tiers, asked_at = self._tiers, time.monotonic()
         if tiers.target.model is None or not tiers.target.is_connected:
             raise Unavailable(f"no target replica is connected at {tiers.target.endpoint}")
         session_id = asked.session_id or secrets.token_hex(8)
@@ -73,7 +75,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         )
         generation = None
         try:
-            generation = await self._begin(asked, lease, context)
+            generation = await self._begin(asked, lease, asked_at, context)
         finally:
             if generation is None:
                 await asyncio.shield(self._give_back(lease))
@@ -83,7 +85,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         finally:
             self._running.discard(generation)
 
-    async def _begin(self, asked: GenerationRequest, lease: Lease, context: Context) -> Generation:
+    async def _begin(
+        self, asked: GenerationRequest, lease: Lease, asked_at: float, context: Context
+    ) -> Generation:
         tiers = self._tiers
         turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
         params = resolve_max_tokens(asked.params, len(turn.token_ids), self._limits)
@@ -96,10 +100,10 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             sampling_json=json.dumps(asdict(params)),
         )
 
-        async def write(chunk: Chunk) -> None:
-            await context.write(_response(chunk, lease.session_id, asked))
+        async def write(chunk: Chunk, result: Result | None) -> None:
+            await context.write(_response(chunk, result, lease.session_id, asked))
 
-        return Generation(tiers, asked, lease, turn, write)
+        return Generation(tiers, asked, lease, turn, asked_at=asked_at, write=write)
 
     async def _give_back(self, lease: Lease) -> None:
         """The turn did not begin: the session is as it was, and one that was made for it goes."""
@@ -141,7 +145,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
 
 def _response(
-    chunk: Chunk, session_id: str, asked: GenerationRequest
+    chunk: Chunk, result: Result | None, session_id: str, asked: GenerationRequest
 ) -> orchestrator_pb2.GenerateResponse:
     return orchestrator_pb2.GenerateResponse(
         session_id=session_id,
@@ -150,7 +154,7 @@ def _response(
         text_ends=chunk.text_ends,
         origins=[_ORIGINS[token.origin] for token in chunk.tokens],
         logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
-        result=_result(chunk.result, asked) if chunk.result else None,
+        result=_result(result, asked) if result else None,
     )
 
 
@@ -190,7 +194,7 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             verification=verification_to_proto(asked.verification),
             draft_wire_bytes=result.draft_wire_bytes,
             target_wire_bytes=result.target_wire_bytes,
-            num_lookahead_hits=counts.num_lookahead_hits,
+            num_lookahead_hits=result.num_lookahead_hits,
         ),
         seed=asked.params.seed,
     )

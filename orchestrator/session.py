@@ -72,7 +72,6 @@ class SpeculationCounts:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    num_lookahead_hits: int = 0
     num_accepted_per_pos: list[int] = field(default_factory=list)
 
     @property

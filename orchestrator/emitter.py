@@ -1,0 +1,109 @@
+"""What a generation's rounds have committed, recorded in Redis and then shown to the caller.
+
+Runs beside the round loop, so that durability costs the next round nothing; whatever gathers while
+a write is under way is recorded and shown as one. Knows nothing of rounds, drafts or protobuf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from orchestrator.session import Commitment, EmittedToken, Finish
+from orchestrator.store import Lease, RoundRecord, SessionStore
+from outrider.errors import Unavailable
+
+log = structlog.get_logger()
+
+# Commitments that may wait for Redis and the caller before the rounds pause.
+MAX_UNSEEN_COMMITMENTS = 64
+# Must be well below the store's lease_ttl_s: long rounds renew the lease so often.
+RENEW_INTERVAL_S = 3.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that are in Redis; `finish` in the last one.
+
+    `text_ends[i]`: how many characters of `text` are certain after token i.
+    """
+
+    tokens: tuple[EmittedToken, ...]
+    text: str
+    text_ends: tuple[int, ...]
+    finish: Finish | None
+
+
+class Emitter:
+    """Of one generation. `put` by the round loop, `run` as a task of its own."""
+
+    def __init__(
+        self, store: SessionStore, lease: Lease, write: Callable[[Chunk], Awaitable[None]]
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._write = write
+        self._unseen: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
+            MAX_UNSEEN_COMMITMENTS
+        )
+        self._unrecorded: RoundRecord | None = None
+        # The text that the caller has been sent.
+        self.text = ""
+        # When the first chunk was ready to be sent (time.monotonic), and its number of tokens.
+        self.first_chunk_at: float | None = None
+        self.num_first_tokens = 0
+
+    async def put(self, commitment: Commitment, record: RoundRecord) -> None:
+        """Hands over a round; waits while too many are unseen."""
+        await self._unseen.put((commitment, record))
+
+    async def run(self) -> None:
+        """Until the last commitment is shown. Raises LeaseLost."""
+        while True:
+            batch = [await self._next()]
+            while not self._unseen.empty():
+                batch.append(self._unseen.get_nowait())
+            for _, record in batch:
+                self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
+            await self.record()
+            chunk = _joined([commitment for commitment, _ in batch])
+            if self.first_chunk_at is None:
+                self.first_chunk_at = time.monotonic()
+                self.num_first_tokens = len(chunk.tokens)
+            self.text += chunk.text
+            await self._write(chunk)
+            if chunk.finish is not None:
+                return
+
+    async def _next(self) -> tuple[Commitment, RoundRecord]:
+        while True:
+            try:
+                async with asyncio.timeout(RENEW_INTERVAL_S):
+                    return await self._unseen.get()
+            except TimeoutError:
+                with contextlib.suppress(Unavailable):
+                    await self._store.renew(self._lease)
+
+    async def record(self) -> None:
+        """Writes what is owed. Without Redis the generation goes on and it stays owed."""
+        if self._unrecorded is None:
+            return
+        try:
+            await self._store.record(self._lease, self._unrecorded)
+            self._unrecorded = None
+        except Unavailable as error:
+            log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
+
+
+def _joined(commitments: Sequence[Commitment]) -> Chunk:
+    text, text_ends = "", []
+    for commitment in commitments:
+        text_ends += [len(text) + end for end in commitment.text_ends]
+        text += commitment.text
+    tokens = tuple(token for c in commitments for token in c.tokens)
+    return Chunk(tokens, text, tuple(text_ends), commitments[-1].finish)
