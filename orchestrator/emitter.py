@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import structlog
 
+from orchestrator.conversation import Turn
 from orchestrator.session import Commitment, EmittedToken, Finish
 from orchestrator.store import Lease, RoundRecord, SessionStore
 from outrider.errors import Unavailable
+from outrider.sampling.params import SamplingParams
 
 log = structlog.get_logger()
 
@@ -43,10 +46,18 @@ class Emitter:
     """Of one generation. `put` by the round loop, `run` as a task of its own."""
 
     def __init__(
-        self, store: SessionStore, lease: Lease, write: Callable[[Chunk], Awaitable[None]]
+        self,
+        store: SessionStore,
+        lease: Lease,
+        turn: Turn,
+        params: SamplingParams,
+        write: Callable[[Chunk], Awaitable[None]],
     ) -> None:
         self._store = store
         self._lease = lease
+        self._turn = turn
+        self._params = params
+        self.turn_recorded = False
         self._write = write
         self._unseen: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
             MAX_UNSEEN_COMMITMENTS
@@ -90,10 +101,23 @@ class Emitter:
                     await self._store.renew(self._lease)
 
     async def record(self) -> None:
-        """Writes what is owed. Without Redis the generation goes on and it stays owed."""
+        """Writes what is owed. Without Redis the generation goes on and it stays owed.
+
+        The turn's prompt goes with its first tokens: a turn that never came to an answer leaves
+        the session as it was, so that the caller can ask again.
+        """
         if self._unrecorded is None:
             return
         try:
+            if not self.turn_recorded:
+                await self._store.begin_turn(
+                    self._lease,
+                    self._turn.token_ids[self._turn.keep_len :],
+                    keep_len=self._turn.keep_len,
+                    messages=self._turn.messages,
+                    sampling_json=json.dumps(asdict(self._params)),
+                )
+                self.turn_recorded = True
             await self._store.record(self._lease, self._unrecorded)
             self._unrecorded = None
         except Unavailable as error:

@@ -101,7 +101,7 @@ class Generation:
         self._drafting = Drafting(
             tiers.draft if request.gamma > 0 else None, self._open_draft, self._patience
         )
-        self._emitter = Emitter(tiers.store, lease, self._show)
+        self._emitter = Emitter(tiers.store, lease, turn, request.params, self._show)
         self._target: TargetHandle | None = None
         self._cached_len = self._kept_len()
         self._num_reused = self._cached_len
@@ -256,16 +256,17 @@ class Generation:
         if self._target is not None:
             self._target.close(keep=keep)
         self._drafting.close(keep=keep)
-        messages = self._turn.messages
-        if messages:
-            messages = (*messages, {"role": "assistant", "content": self._emitter.text})
+        messages = None
+        if self._turn.messages and self._emitter.turn_recorded:
+            answer = {"role": "assistant", "content": self._emitter.text}
+            messages = (*self._turn.messages, answer)
         try:
             await self._emitter.record()
             await self._tiers.store.release(
                 self._lease,
                 target_kv=target_kv,
                 draft_kv=draft_kv,
-                messages=messages or None,
+                messages=messages,
                 delete=not is_named,
             )
         except OutriderError as error:  # the lease lapses by itself

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from dataclasses import asdict
 from typing import Any
 
 import grpc
+import structlog
 
 from orchestrator.conversation import build_turn
 from orchestrator.emitter import Chunk
@@ -17,10 +16,12 @@ from orchestrator.generation import Generation, Result, Tiers
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.store import KvHandle, Lease, SessionRecord, validate_session_id
-from outrider.errors import CapacityExceeded, Unavailable
+from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 from outrider.rpc import translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from outrider.wire import verification_to_proto
+
+log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -92,13 +93,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
         params = resolve_max_tokens(asked.params, len(turn.token_ids), self._limits)
         asked = asked.with_params(params)
-        await tiers.store.begin_turn(
-            lease,
-            turn.token_ids[turn.keep_len :],
-            keep_len=turn.keep_len,
-            messages=turn.messages,
-            sampling_json=json.dumps(asdict(params)),
-        )
 
         async def write(chunk: Chunk, result: Result | None) -> None:
             await context.write(_response(chunk, result, lease.session_id, asked))
@@ -108,9 +102,12 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _give_back(self, lease: Lease) -> None:
         """The turn did not begin: the session is as it was, and one that was made for it goes."""
         record = lease.record
-        await self._tiers.store.release(
-            lease, target_kv=record.target_kv, draft_kv=record.draft_kv, delete=lease.created
-        )
+        try:
+            await self._tiers.store.release(
+                lease, target_kv=record.target_kv, draft_kv=record.draft_kv, delete=lease.created
+            )
+        except OutriderError as error:  # the lease lapses by itself
+            log.warning("not_released", session_id=lease.session_id, why=str(error))
 
     async def GetSession(
         self, request: orchestrator_pb2.GetSessionRequest, context: Context

@@ -115,12 +115,20 @@ ModelCheck = Callable[[model_pb2.ModelInfo], None]
 
 
 def _target_check(tokenizer: Tokenizer | None) -> ModelCheck:
+    served: list[model_pb2.ModelInfo] = []
+
     def check(model: model_pb2.ModelInfo) -> None:
         if tokenizer is not None and model.tokenizer_fingerprint != tokenizer.fingerprint:
             raise IncompatiblePair(
                 f"the target {model.name} has tokenizer {_short(model.tokenizer_fingerprint)}, "
                 f"this orchestrator {_short(tokenizer.fingerprint)}"
             )
+        if served and model.model_fingerprint != served[0].model_fingerprint:
+            raise IncompatiblePair(
+                f"the target is {model.name} {_short(model.model_fingerprint)} now, and was "
+                f"{served[0].name} {_short(served[0].model_fingerprint)}: restart the orchestrator"
+            )
+        served[:] = [model]
 
     return check
 
