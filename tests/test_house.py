@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,15 +51,15 @@ def _code_without_strings(path: Path) -> str:
 def test_files_stay_readable() -> None:
     """No source file grows beyond 320 lines."""
     long = {
-        str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.open().readlines())) > 320
+        str(p.relative_to(ROOT)): n
+        for p in sources()
+        if (n := len(p.read_text().splitlines())) > 320
     }
     assert long == {}
 
 
 def test_the_orchestrator_runs_without_torch() -> None:
     """Importing all of it brings neither torch nor transformers, in a fresh interpreter."""
-    import subprocess
-
     program = (
         "import sys, orchestrator.service; "
         "sys.exit(str([m for m in ('torch', 'transformers') if m in sys.modules] or ''))"

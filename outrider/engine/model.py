@@ -38,43 +38,55 @@ def load_engine(options: EngineOptions) -> Engine:
     correctly, and ConfigError for options that make no sense.
     """
     device = _device(options)
-    if options.num_threads is not None:
-        if options.num_threads < 1:
-            raise ConfigError(f"num_threads must be at least 1, not {options.num_threads}")
-        torch.set_num_threads(options.num_threads)
+    _set_threads(options)
     config = checkpoint.load_config(options.model)
     guards.check_config(options.model, config)
     module = _load_module(options, config, device)
     guards.check_interface(options.model, module)
     layers = guards.discover_layers(options.model, module)
-    identity = checkpoint.fingerprint(module)
-    num_parameters = module.num_parameters()
-
     model = _bind(options.model, module)
     tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
     expected = probe.eager_logits(module, tokens)
     model = replace(model, vocab_size=expected[0].shape[-1])
+    info = _describe(options.model, model, layers)
     num_prepacked = _prepack(options, module)
-    info = EngineInfo(
-        name=options.model,
+    trial = Engine(model, KVStore(layers, _PROBE_PAGES), info)
+    difference = probe.compare(options.model, trial, tokens, expected)
+    store = KVStore(layers, _num_pages(options, layers))
+    info = replace(
+        info,
+        kv_capacity_tokens=store.capacity_tokens,
+        attention_backend=f"sdpa, {num_prepacked} linears prepacked" if num_prepacked else "sdpa",
+        probe_max_difference=difference,
+    )
+    _log.info("loaded %s", info)
+    return Engine(model, store, info)
+
+
+def _describe(name: str, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:
+    """What can be said before the weights are prepacked and the memory is there."""
+    module = model.module
+    return EngineInfo(
+        name=name,
         architecture=module.config.model_type,
         vocab_size=model.vocab_size,
         max_context_len=model.max_context_len,
         eos_token_ids=_eos_token_ids(module),
         dtype=str(module.dtype).removeprefix("torch."),
         device=_device_names(layers),
-        num_parameters=num_parameters,
+        num_parameters=module.num_parameters(),
         kv_capacity_tokens=0,
-        model_fingerprint=identity,
-        attention_backend=f"sdpa, {num_prepacked} linears prepacked" if num_prepacked else "sdpa",
+        model_fingerprint=checkpoint.fingerprint(module),
+        attention_backend="sdpa",
         probe_max_difference=0.0,
     )
-    trial = Engine(model, KVStore(layers, _PROBE_PAGES), info)
-    difference = probe.compare(options.model, trial, tokens, expected)
-    store = KVStore(layers, _num_pages(options, layers))
-    info = replace(info, kv_capacity_tokens=store.capacity_tokens, probe_max_difference=difference)
-    _log.info("loaded %s", info)
-    return Engine(model, store, info)
+
+
+def _set_threads(options: EngineOptions) -> None:
+    if options.num_threads is not None:
+        if options.num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, not {options.num_threads}")
+        torch.set_num_threads(options.num_threads)
 
 
 def _device(options: EngineOptions) -> torch.device:

@@ -134,6 +134,7 @@ class GenerationSampler:
         )
         return noise
 
+    @torch.inference_mode()
     def reply(
         self,
         logits: torch.Tensor,
@@ -188,6 +189,7 @@ class GenerationSampler:
             top=top.values.cpu().numpy(),
         )
 
+    @torch.inference_mode()
     def draft(
         self,
         logits: torch.Tensor,
@@ -211,6 +213,7 @@ class GenerationSampler:
         token_id = Support.normalised(ids, weights).draw(uniform(key))
         return token_id, (ids, weights)
 
+    @torch.inference_mode()
     def guess(self, logits: torch.Tensor, history: Ids, position: int) -> int:
         """What the target would emit here were its logits these: its own noise, or the argmax."""
         row = self._cut(logits)

@@ -1,13 +1,10 @@
-"""The KV store's accounting under any order of operations, and what forks see of each other."""
+"""Where the KV store puts sequences, what forks see of each other, and what it refuses."""
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from outrider.engine import KVStore, Sequence
 from outrider.engine.kv_store import PAGE_SIZE, LayerLayout
@@ -34,111 +31,6 @@ def contents(store: KVStore, sequence: Sequence) -> list[int]:
     assert torch.equal(store.values[0][rows, 0, 0], -keys)
     values: list[int] = keys.tolist()
     return values
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Every sequence must hold exactly the values appended to it, whatever happens around it."""
-
-    @initialize(num_pages=st.integers(1, 24))
-    def make(self, num_pages: int) -> None:
-        self.store = make_store(num_pages)
-        self.held: dict[Sequence, list[int]] = {}
-        self.next_value = 1
-
-    def pick(self, index: int) -> Sequence:
-        return list(self.held)[index % len(self.held)]
-
-    def snapshot(self) -> tuple[int, list[tuple[int, int]]]:
-        return self.store.used_tokens, [(s.length, s.max_len) for s in self.held]
-
-    @rule(max_len=st.integers(1, 100))
-    def open(self, max_len: int) -> None:
-        before = self.snapshot()
-        try:
-            self.held[self.store.open(max_len)] = []
-        except KVFull:
-            free = self.store.capacity_tokens - self.store.used_tokens
-            assert max_len > free, "refused although there was room"
-            assert self.snapshot() == before
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), count=st.integers(1, 60))
-    def append(self, index: int, count: int) -> None:
-        sequence = self.pick(index)
-        count = min(count, sequence.max_len - sequence.length)
-        values = list(range(self.next_value, self.next_value + count))
-        self.next_value += count
-        if values:
-            append(self.store, sequence, values)
-            self.held[sequence] += values
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), part=st.floats(0, 1))
-    def truncate(self, index: int, part: float) -> None:
-        sequence = self.pick(index)
-        length = int(part * sequence.length)
-        before = self.snapshot()
-        try:
-            self.store.truncate(sequence, length)
-            del self.held[sequence][length:]
-        except KVFull:
-            assert self.snapshot() == before
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), more=st.integers(-20, 60))
-    def extend(self, index: int, more: int) -> None:
-        sequence = self.pick(index)
-        before = self.snapshot()
-        max_len = sequence.max_len
-        try:
-            self.store.extend(sequence, max_len + more)
-            assert sequence.max_len == max(max_len, max_len + more)
-        except KVFull:
-            assert self.snapshot() == before
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), more=st.integers(1, 40))
-    def fork(self, index: int, more: int) -> None:
-        sequence = self.pick(index)
-        before = self.snapshot()
-        try:
-            child = self.store.fork(sequence, sequence.length + more)
-            self.held[child] = list(self.held[sequence])
-        except KVFull:
-            assert self.snapshot() == before
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9))
-    def compact(self, index: int) -> None:
-        self.store.compact(self.pick(index))
-
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9))
-    def free(self, index: int) -> None:
-        sequence = self.pick(index)
-        self.store.free(sequence)
-        del self.held[sequence]
-        with pytest.raises(ValueError, match="not open"):
-            self.store.free(sequence)
-
-    @invariant()
-    def everything_agrees(self) -> None:
-        self.store.check_integrity()
-        assert self.store.num_sequences == len(self.held)
-        for sequence, values in self.held.items():
-            assert contents(self.store, sequence) == values
-
-    def teardown(self) -> None:
-        for sequence in list(getattr(self, "held", ())):
-            self.store.free(sequence)
-        if hasattr(self, "store"):
-            assert self.store.used_tokens == 0
-
-
-TestStore = StoreMachine.TestCase
-TestStore.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
-)
 
 
 def test_open_beyond_capacity_says_how_much_is_free() -> None:
