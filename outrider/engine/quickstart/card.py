@@ -26,10 +26,12 @@ decoding, not to be useful.
 | acceptance on held-out files | |
 |---|---|
 | greedy: the draft's argmax is the target's, along the target's greedy text | {greedy_alpha:.3f} |
+| the same over the first 32 new tokens only | {early_greedy_alpha:.3f} |
 | temperature 1: mean 1 - TV(target, draft), along the target's sampled text | {sampled_alpha:.3f} |
 
-Measured in float32 on the files in this directory, 96 prompts of 64 tokens, 128 new tokens
-each. Greedy text of so small a model repeats itself, which makes it easier to draft.
+Measured in float32 on the files in this directory, {num_prompts} prompts of 64 tokens, 128 new
+tokens each. Greedy text of so small a model soon repeats itself, and repetition is easy to draft:
+hence the second line. Short or varied outputs are accepted at the lower rates.
 
 ## Training
 
@@ -39,6 +41,7 @@ each. Greedy text of so small a model repeats itself, which makes it easier to d
 - Target: next-token loss on windows of 512 to 2048 tokens. Draft: KL divergence from the target,
   half on that text, half on the target's own greedy and sampled continuations.
 - Trained on a CPU in bfloat16 autocast; stored as bfloat16.
+- {steps}
 - Repeat with `python -m outrider.engine.quickstart.train --out DIR`. A run that reaches its
   step limits repeats up to floating-point order; one cut short by its wall-clock limits does not.
 
@@ -50,16 +53,22 @@ The models can reproduce short passages of it; such passages remain under that l
 """
 
 
-def write_card(pair_dir: Path, report: PairReport, *, vocab_size: int) -> None:
-    """Writes `pair_dir/CARD.md` for a pair trained on the running Python's library."""
+def write_card(pair_dir: Path, report: PairReport, *, vocab_size: int, steps: str) -> None:
+    """Writes `pair_dir/CARD.md` for a pair trained on the running Python's library.
+
+    `steps` is one sentence on how long it was trained.
+    """
     text = _TEXT.format(
         vocab_size=vocab_size,
+        num_prompts=report.num_prompts,
         num_target_parameters=report.num_target_parameters,
         num_draft_parameters=report.num_draft_parameters,
         held_out_loss=report.held_out_loss,
         draft_held_out_loss=report.draft_held_out_loss,
+        early_greedy_alpha=report.early_greedy_alpha,
         greedy_alpha=report.greedy_alpha,
         sampled_alpha=report.sampled_alpha,
+        steps=steps,
         python_version=platform.python_version(),
     )
     (pair_dir / "CARD.md").write_text(text, encoding="utf-8")

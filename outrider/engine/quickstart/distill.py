@@ -20,7 +20,7 @@ from outrider.engine.quickstart.rollout import continue_rows
 # The draft is asked along the target's own text: greedy and at temperature 1 are what users
 # run, 0.7 lies between.
 _TEMPERATURES = (0.0, 0.0, 0.7, 1.0, 1.0)
-_LIMITS = Limits(num_steps=2500, time_budget_s=900.0)
+_LIMITS = Limits(num_steps=1500, time_budget_s=3600.0)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DistillConfig:
     rollout_batch: int = 256
     num_prompt_tokens: int = 48
     num_new_tokens: int = 144
-    rollout_budget_s: float = 200.0
+    rollout_budget_s: float = 900.0
     rows: int = 20
     num_window_tokens: int = 192
     limits: Limits = _LIMITS

@@ -21,6 +21,7 @@ from outrider.engine.quickstart.storage import load, load_tokenizer
 
 _LOSS_WINDOW = 512
 _LOSS_ROWS_AT_ONCE = 8
+_EARLY_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class PairReport:
     """What the card says of a pair; losses in nats a token on held-out files."""
 
     greedy_alpha: float
+    early_greedy_alpha: float  # over the first 32 new tokens, before greedy text repeats itself
     sampled_alpha: float
     held_out_loss: float
     draft_held_out_loss: float
     num_target_parameters: int
     num_draft_parameters: int
+    num_prompts: int
 
 
 def evaluate(
@@ -59,6 +62,9 @@ def evaluate(
     length = config.num_new_tokens
     return PairReport(
         greedy_alpha=greedy_alpha(target, draft, prompts, num_new_tokens=length),
+        early_greedy_alpha=greedy_alpha(
+            target, draft, prompts, num_new_tokens=min(length, _EARLY_TOKENS)
+        ),
         sampled_alpha=sampled_alpha(
             target, draft, prompts, num_new_tokens=length, seed=config.seed
         ),
@@ -66,6 +72,7 @@ def evaluate(
         draft_held_out_loss=held_out_loss(draft, stream),
         num_target_parameters=num_parameters(target),
         num_draft_parameters=num_parameters(draft),
+        num_prompts=config.num_prompts,
     )
 
 

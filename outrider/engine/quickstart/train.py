@@ -42,12 +42,15 @@ from outrider.engine.quickstart.storage import load, load_tokenizer, save
 # Training rows x tokens: mostly short, some as long as the positions go, so that 2048 tokens
 # of context are not new to the target. Every entry costs about the same.
 _WINDOWS = ((8, 512), (8, 512), (8, 512), (4, 1024), (8, 512), (8, 512), (8, 512), (2, 2048))
-_TARGET_LIMITS = Limits(num_steps=2000, time_budget_s=1500.0)
+_TARGET_LIMITS = Limits(num_steps=1100, time_budget_s=3600.0)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides the pair; the defaults are those of the shipped one."""
+    """Everything that decides a pair; the defaults take as long as the shipped one did, or longer.
+
+    The shipped pair was cut short by wall-clock limits: its `CARD.md` says after how many steps.
+    """
 
     seed: int = 1
     vocab_size: int = 4096
@@ -66,6 +69,9 @@ class TrainingResult:
 
     num_target_steps: int
     num_draft_steps: int
+
+    def sentence(self) -> str:
+        return f"Steps taken: target {self.num_target_steps:,}, draft {self.num_draft_steps:,}."
 
 
 def train(
@@ -187,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = replace(TrainingConfig(), seed=parsed.seed)
     result = train(parsed.out, config, trained_target=parsed.target, progress=print_progress)
     report = evaluate(parsed.out)
-    write_card(parsed.out, report, vocab_size=config.vocab_size)
+    write_card(parsed.out, report, vocab_size=config.vocab_size, steps=result.sentence())
     sys.stdout.write(f"{result}\n{report}\n")
 
 
