@@ -16,12 +16,12 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+from outrider.child import tied_to_this_process
 from outrider.errors import ConfigError
 
 # A few tens of ms on an idle machine (measured); the rest is for a busy one.
@@ -30,18 +30,6 @@ START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 2.0
 # A socket's path holds 108 bytes on Linux, 104 on macOS, its end included.
 _MAX_SOCKET_PATH = 103
-
-# Runs in the new process before it becomes the server. Not a preexec_fn: that would fork this
-# process, with its threads and whatever locks they hold.
-_LAUNCH = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(0)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def find_server() -> Path:
@@ -89,6 +77,10 @@ class RedisServer:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    def exit_status(self) -> int | None:
+        """None while it runs, or has not been started."""
+        return self._process.poll() if self._process else None
 
     def start(self) -> None:
         """Returns when it answers. Raises ConfigError, with what it said, where it does not."""
@@ -139,8 +131,7 @@ class RedisServer:
         server = [str(self._binary), "--port", "0", "--unixsocket", str(path)]
         server += ["--unixsocketperm", "700", "--dir", str(path.parent)]
         server += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
-        # -I -S: 10 ms to start, and nothing of the user's is imported.
-        return [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *server]
+        return tied_to_this_process(server)
 
     def _wait_until_up(self, log_path: Path) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -96,7 +96,7 @@ class GenerationSampler:
         return torch.from_numpy(bias).to(self._device)
 
     def _adjust(self, logits: torch.Tensor, history: Ids, position: int) -> torch.Tensor:
-        """Bias, min_tokens and penalties; row i stands at `position` + i after `history[:position + i]`."""
+        """Bias, min_tokens, penalties; row i stands at position + i, after history[:position + i]."""
         if self._bias is not None:
             logits = logits + self._bias
         num_forbidden = self.params.min_tokens - (position - self._prompt_len)
@@ -201,7 +201,8 @@ class GenerationSampler:
     ) -> tuple[int, tuple[Ids, Floats] | None]:
         """One draft token and, for rejection and block verification, the support it was drawn from.
 
-        `logits` float32 [vocab], raw; `position` of the drawn token; `base_len` where its block starts.
+        `logits` float32 [vocab], raw; `position` of the drawn token, whose block starts at
+        `base_len`.
         """
         if self.params.greedy or verification is Verification.COUPLED:
             return self.guess(logits, history, position), None

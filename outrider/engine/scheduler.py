@@ -48,7 +48,7 @@ class Worker(Protocol[CommandIn, ResultOut]):
         """Whether a step without commands would do something."""
 
     def step(self, commands: Sequence[CommandIn]) -> Sequence[ResultOut]:
-        """Applies the commands in order and does one batch of work. Never raises for one of them."""
+        """Applies the commands in order, does one batch of work. Raises for none of them."""
 
     def tidy(self) -> None:
         """For idle moments."""

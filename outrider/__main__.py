@@ -1,0 +1,6 @@
+"""`python -m outrider`: the command line where the `outrider` script is not on PATH."""
+
+from outrider.cli import main
+
+if __name__ == "__main__":
+    main()

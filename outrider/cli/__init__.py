@@ -1,0 +1,32 @@
+"""The command line: `outrider up | generate | demo | bench | session | model | quickstart`.
+
+Starts the services as child processes and talks to them as any client does; imports none of them,
+nor torch. Commands import what they need when they run, so that `--help` is quick.
+
+Reading order: options, stack_options, supervisor, stack, view, up; request, client, paint, result,
+generate; demo, bench.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from outrider.cli.failures import Signalled, explain
+from outrider.errors import OutriderError
+
+
+def main() -> None:
+    """The entry point of `outrider`. 2: a mistake of the operator; 128 + n: signal n."""
+    from outrider.cli.app import app
+
+    try:
+        app()
+    except OutriderError as error:
+        sys.exit(explain(error))
+    except Signalled as error:
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `outrider generate … | head`: not worth a word
+        # Else Python says so when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,28 @@
+"""The table of commands. Knows what each is called, not what it does."""
+
+from __future__ import annotations
+
+import typer
+
+from outrider.cli.bench import bench
+from outrider.cli.demo import demo
+from outrider.cli.generate import generate
+from outrider.cli.quickstart import quickstart
+from outrider.cli.sessions import model, sessions
+from outrider.cli.up import up
+
+app = typer.Typer(
+    name="outrider",
+    help="Distributed speculative decoding for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command()(up)
+app.command()(generate)
+app.command()(demo)
+app.command()(model)
+app.add_typer(sessions, name="session")
+app.add_typer(bench, name="bench")
+app.add_typer(quickstart, name="quickstart")

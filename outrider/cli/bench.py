@@ -1,0 +1,217 @@
+"""`outrider bench wire`: what speculation costs on the internal links, in bytes a token.
+
+Owns the comparison; the bytes are counted by the orchestrator, link by link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.child import tied_to_this_process
+from outrider.cli.options import parse_count, takes
+from outrider.cli.request import Method
+from outrider.cli.stack_options import StackOptions, on_free_port
+from outrider.errors import ConfigError, InternalError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from outrider.cli.client import Client
+    from outrider.v1.model_pb2 import ModelInfo
+    from outrider.v1.orchestrator_pb2 import GenerateRequest
+
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+
+TEXT_PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
+_NUM_PROMPT_IDS = 16
+_KV_TOKENS = 16_384
+# Bytes are counted, not time: every round is to have its draft.
+_DRAFT_WAIT_MS = 20_000.0
+# float32: what travels for each draft token where whole distributions are sent.
+_BYTES_PER_PROBABILITY = 4
+
+
+@dataclass(frozen=True)
+class WireOptions:
+    endpoint: Annotated[
+        str | None, typer.Option(help="host:port of a running orchestrator. Default: its own.")
+    ] = None
+    vocab_sizes: Annotated[
+        str | None,
+        typer.Option(help="Random model pairs with these vocabularies: 4096,32768,131072."),
+    ] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128
+    runs: Annotated[int, typer.Option(min=1, help="Outputs for each line.")] = 3
+    gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
+    json: Annotated[bool, typer.Option("--json", help="One JSON array, nothing else.")] = False
+
+
+@dataclass(frozen=True)
+class WireCost:
+    """Bytes on each link, both ways, per emitted token; the prompt's and all frames' included."""
+
+    vocab_size: int
+    method: str
+    temperature: float
+    gamma: int
+    num_tokens: int
+    acceptance_rate: float | None
+    draft_bytes_per_token: float
+    target_bytes_per_token: float
+
+
+@bench.command()
+@takes(WireOptions)
+def wire(options: WireOptions) -> None:
+    """Bytes per token between orchestrator, draft and target, by verification method."""
+    from rich.console import Console
+
+    from outrider.cli.running import run
+
+    if options.endpoint and options.vocab_sizes:
+        raise ConfigError("--vocab-sizes: not with --endpoint, whose models are what they are")
+    console = Console(stderr=options.json)
+    costs = run(_wire(options, console))
+    if options.json:
+        typer.echo(json.dumps([asdict(cost) for cost in costs]))
+    else:
+        console.print(_table(costs))
+
+
+async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
+    from outrider.cli.client import connected
+    from outrider.cli.up import described_models, shown_stack
+    from outrider.cli.view import StackView
+
+    if options.endpoint:
+        async with connected(options.endpoint) as client:
+            return await _measure_all(client, options, console)
+    costs: list[WireCost] = []
+    sizes = (options.vocab_sizes or "").split(",")
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
+            models = await _random_pair(Path(directory), size, console) if size else {}
+            stack_options = on_free_port(
+                StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
+            )
+            view = StackView(console, models=described_models(stack_options), stays=False)
+            async with (
+                shown_stack(stack_options, view) as stack,
+                connected(stack.endpoint) as client,
+            ):
+                costs += await _measure_all(client, options, console)
+    return costs
+
+
+async def _random_pair(directory: Path, size: str, console: Console) -> dict[str, Any]:
+    """Made by a process of its own: it takes torch, which has no business here."""
+    vocab_size = parse_count(size, "--vocab-sizes")
+    if vocab_size < 2:
+        raise ConfigError(f"--vocab-sizes: {vocab_size} is too small")
+    module = ["-m", "outrider.engine.synthetic", str(directory), str(vocab_size)]
+    with console.status(f"making a random pair with {vocab_size} tokens"):
+        process = await asyncio.create_subprocess_exec(
+            *tied_to_this_process([sys.executable, *module]),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, said = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    if process.returncode:
+        raise InternalError(f"{' '.join(module)} failed:\n{said.decode(errors='replace')[-2000:]}")
+    models = {name: str(directory / name) for name in ("target", "draft")}
+    return {**models, "kv_cache_tokens": _KV_TOKENS, "log_dir": directory}
+
+
+async def _measure_all(client: Client, options: WireOptions, console: Console) -> list[WireCost]:
+    info = await client.model_info()
+    if not info.HasField("draft"):
+        raise ConfigError("bench wire: no draft is connected, so there is nothing to compare")
+    costs = []
+    for temperature in (0.0, 1.0):
+        for method in Method:
+            with console.status(f"{method} at temperature {temperature:g}"):
+                costs.append(await _measure(client, info.target, method, temperature, options))
+    return costs
+
+
+async def _measure(
+    client: Client, target: ModelInfo, method: Method, temperature: float, options: WireOptions
+) -> WireCost:
+    outputs = [
+        await client.generate(_request(target, method, temperature, seed, options))
+        for seed in range(options.runs)
+    ]
+    stats = [output.result.speculation for output in outputs]
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    num_drafted = sum(s.num_draft_tokens for s in stats)
+    num_accepted = sum(s.num_accepted_tokens for s in stats)
+    return WireCost(
+        vocab_size=target.vocab_size,
+        method=method.value,
+        temperature=temperature,
+        gamma=options.gamma,
+        num_tokens=num_tokens,
+        acceptance_rate=num_accepted / num_drafted if num_drafted else None,
+        draft_bytes_per_token=sum(s.draft_wire_bytes for s in stats) / num_tokens,
+        target_bytes_per_token=sum(s.target_wire_bytes for s in stats) / num_tokens,
+    )
+
+
+def _request(
+    target: ModelInfo, method: Method, temperature: float, seed: int, options: WireOptions
+) -> GenerateRequest:
+    from outrider.sampling.params import Verification
+    from outrider.v1 import orchestrator_pb2
+    from outrider.wire import verification_to_proto
+
+    request = orchestrator_pb2.GenerateRequest(gamma=options.gamma)
+    request.verification = verification_to_proto(Verification(method.value))
+    request.sampling.temperature = temperature
+    request.sampling.seed = seed
+    request.sampling.max_tokens = options.max_tokens
+    request.sampling.ignore_eos = True
+    if target.tokenizer_fingerprint:
+        request.text = TEXT_PROMPT
+    else:  # 7919 is prime: ids from all over the vocabulary, the same each time
+        ids = [(1 + i + seed) * 7919 % target.vocab_size for i in range(_NUM_PROMPT_IDS)]
+        request.token_ids.ids.extend(ids)
+    return request
+
+
+def _table(costs: list[WireCost]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="bytes per emitted token on the internal links", show_edge=False)
+    for name in ("vocabulary", "temperature", "verification", "α", "draft link", "target link"):
+        table.add_column(name, justify="left" if name == "verification" else "right")
+    table.add_column("a whole distribution", justify="right", style="dim")
+    previous = None
+    for cost in costs:
+        if previous not in (None, cost.vocab_size):
+            table.add_section()
+        previous = cost.vocab_size
+        table.add_row(
+            f"{cost.vocab_size:,}",
+            "greedy" if cost.temperature == 0 else f"{cost.temperature:g}",
+            cost.method,
+            "none" if cost.acceptance_rate is None else f"{cost.acceptance_rate:.2f}",
+            f"{cost.draft_bytes_per_token:.0f}",
+            f"{cost.target_bytes_per_token:.0f}",
+            f"{cost.vocab_size * _BYTES_PER_PROBABILITY:,}",
+        )
+    return table

@@ -1,0 +1,116 @@
+"""Calls of the orchestrator, and what their failures mean to a person. Prints nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from outrider.cli.failures import CallFailed
+from outrider.errors import InternalError
+from outrider.rpc import CHANNEL_OPTIONS
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+
+# The short calls read a few rows of Redis.
+SHORT_TIMEOUT_S = 10.0
+_NOBODY = ("failed to connect", "connection refused", "dns resolution failed", "name resolution")
+
+
+@dataclass
+class Output:
+    """All that one Generate call sent."""
+
+    session_id: str = ""
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    logprobs: list[orchestrator_pb2.TokenLogprobs] = field(default_factory=list)
+    result: orchestrator_pb2.GenerateResult = field(default_factory=orchestrator_pb2.GenerateResult)
+
+    def add(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
+        self.session_id = chunk.session_id
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.origins += chunk.origins
+        self.logprobs += chunk.logprobs
+        if chunk.HasField("result"):
+            self.result = chunk.result
+
+
+Show = Callable[[orchestrator_pb2.GenerateResponse], None]
+
+
+class Client:
+    """Made by `connected`."""
+
+    def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        self._stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+        self._endpoint = endpoint
+
+    async def generate(
+        self,
+        request: orchestrator_pb2.GenerateRequest,
+        *,
+        show: Show | None = None,
+        timeout_s: float | None = None,
+    ) -> Output:
+        """Hands every message to `show` as it comes. Raises CallFailed; cancelled, it cancels."""
+        output = Output()
+        call: Any = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            async for chunk in call:
+                output.add(chunk)
+                if show is not None:
+                    show(chunk)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from error
+        finally:
+            call.cancel()  # leaving the loop alone would let the server go on (facts.md §2)
+        if not output.result.finish_reason:
+            raise InternalError("the orchestrator ended the stream without a result")
+        return output
+
+    async def get_session(self, session_id: str) -> orchestrator_pb2.GetSessionResponse:
+        """Raises CallFailed."""
+        request = orchestrator_pb2.GetSessionRequest(session_id=session_id)
+        answer: orchestrator_pb2.GetSessionResponse = await self._ask(
+            self._stub.GetSession, request
+        )
+        return answer
+
+    async def delete_session(self, session_id: str) -> None:
+        """Raises CallFailed."""
+        request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
+        await self._ask(self._stub.DeleteSession, request)
+
+    async def model_info(self) -> orchestrator_pb2.GetModelInfoResponse:
+        """Raises CallFailed."""
+        answer: orchestrator_pb2.GetModelInfoResponse = await self._ask(
+            self._stub.GetModelInfo, orchestrator_pb2.GetModelInfoRequest()
+        )
+        return answer
+
+    async def _ask(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=SHORT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: grpc.aio.AioRpcError) -> CallFailed:
+        code, said = error.code().name, " ".join((error.details() or "").split())
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            if any(words in said.lower() for words in _NOBODY):
+                said = f"nothing answers at {self._endpoint}; start it with: outrider up"
+            else:
+                said += f" (at {self._endpoint}; is it still up? start it with: outrider up)"
+        return CallFailed(f"{code}: {said}")
+
+
+@contextlib.asynccontextmanager
+async def connected(endpoint: str) -> AsyncIterator[Client]:
+    """Connects with the first call."""
+    async with grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
+        yield Client(channel, endpoint)

@@ -1,0 +1,54 @@
+"""What ends a command early, and what a person is told then. Light to import."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+from outrider.errors import ConfigError, InvalidRequest, OutriderError
+
+
+class CallFailed(OutriderError):
+    """The server refused or failed: its status, then what it said."""
+
+
+class ProgramFailed(OutriderError):
+    """A program ended before it served. `said`: the end of what it said, its error first."""
+
+    def __init__(self, what: str, *, exit_code: int, said: list[str], log_path: Path) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
+        self.said = said
+        self.log_path = log_path
+
+
+class Signalled(Exception):
+    """The command was asked to stop."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_code = 128 + number
+
+
+def explain(error: OutriderError) -> int:
+    """Says on standard error what went wrong; the exit status: 2 for the operator's mistakes."""
+    if isinstance(error, ProgramFailed):
+        _explain_program(error)
+        return error.exit_code
+    if isinstance(error, ConfigError):
+        print(f"outrider: {error}", file=sys.stderr)
+        return 2
+    status = "INVALID_ARGUMENT: " if isinstance(error, InvalidRequest) else ""
+    print(f"error: {status}{error}", file=sys.stderr)
+    return 1
+
+
+def _explain_program(error: ProgramFailed) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"✘ {error}", style="bold red", markup=False)
+    for line in error.said:
+        console.print(f"  {line}", markup=False)
+    console.print(f"  its log: {error.log_path}", style="dim", markup=False)

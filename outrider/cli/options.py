@@ -1,0 +1,73 @@
+"""Commands that take one dataclass: its fields are the flags. Knows no command.
+
+A field is `Annotated[its type, typer.Option(help=…)] = its default`; so a command's options have
+names, types and a place to be passed on from, instead of thirty parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from outrider.errors import ConfigError
+
+Options = TypeVar("Options")
+
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Makes a function of a dataclass into one of its fields, as typer wants it."""
+
+    def decorate(run: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            run(kind(**given))
+
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields: list[dataclasses.Field[Any]] = list(dataclasses.fields(kind))  # type: ignore[arg-type]
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=(
+                    inspect.Parameter.empty
+                    if field.default is dataclasses.MISSING
+                    else field.default
+                ),
+                annotation=hints[field.name],
+            )
+            for field in fields
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__doc__ = run.__doc__
+        command.__name__ = run.__name__
+        return command
+
+    return decorate
+
+
+def parse_count(text: str, flag: str) -> int:
+    """300M, 1.2B, 300_000_000. Raises ConfigError naming the flag."""
+    number, unit = (text[:-1], _UNITS[text[-1].upper()]) if _has_unit(text) else (text, 1)
+    try:
+        count = float(number.replace("_", "")) * unit
+        if count >= 0 and count == int(count):
+            return int(count)
+    except (ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{flag}: {text!r} is no number such as 300M or 300_000_000")
+
+
+def _has_unit(text: str) -> bool:
+    return text[-1:].upper() in _UNITS and text[-1:] != ""
+
+
+def parse_ids(text: str, field: str) -> list[int]:
+    """1,2,3. Raises ConfigError naming the flag."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{field}: {text!r} is no comma-separated list of token ids") from None

@@ -1,0 +1,29 @@
+"""Protobuf messages as plain values for JSON, in the contract's order. Knows no message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """Every field by name; None where it is absent."""
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if field.has_presence and not message.HasField(field.name):
+            values[field.name] = None
+        else:
+            values[field.name] = _plain(getattr(message, field.name), field)
+    return values
+
+
+def _plain(value: Any, field: Any) -> Any:
+    if isinstance(value, Message):
+        return plain(value)
+    if isinstance(value, float) and field.type == field.TYPE_FLOAT:
+        return float(str(np.float32(value)))  # the shortest decimal, not the double beside it
+    if isinstance(value, int | float | str):
+        return value
+    return [_plain(entry, field) for entry in value]

@@ -1,0 +1,181 @@
+"""The flags of `outrider generate` and the GenerateRequest they make. Sends nothing.
+
+Values go out as given: what is allowed is the server's to say, by the field's name.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.options import parse_ids
+from outrider.errors import ConfigError, InvalidRequest
+
+if TYPE_CHECKING:
+    from outrider.v1 import orchestrator_pb2, sampling_pb2
+
+DEFAULT_ENDPOINT = "127.0.0.1:50051"
+EndpointOption = Annotated[
+    str, typer.Option(envvar="OUTRIDER_ENDPOINT", help="host:port of the orchestrator.")
+]
+
+
+class Method(StrEnum):
+    """The names of `outrider.sampling.params.Verification`."""
+
+    rejection = "rejection"
+    coupled = "coupled"
+    block = "block"
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """None: the server's default."""
+
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads it from standard input.")
+    ] = None
+    token_ids: Annotated[
+        str | None, typer.Option(help="The prompt as comma-separated token ids.")
+    ] = None
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message.")] = False
+    system: Annotated[str | None, typer.Option(help="The system's message of a chat.")] = None
+    session: Annotated[
+        str | None, typer.Option(help="Name of a session to continue, or to begin.")
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default 1.")] = None
+    top_p: Annotated[float | None, typer.Option(help="(0, 1].")] = None
+    top_k: Annotated[int | None, typer.Option(help="0 or -1 keeps all.")] = None
+    min_p: Annotated[float | None, typer.Option(help="[0, 1].")] = None
+    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None
+    gamma: Annotated[int | None, typer.Option(help="Draft tokens per round; 0: none.")] = None
+    verification: Annotated[
+        Method | None, typer.Option(help="How drafts are judged. Default: rejection.")
+    ] = None
+    lookahead: Annotated[
+        int | None, typer.Option(help="Proposals drafted ahead of the verdict: 0 or 1.")
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the output. Repeatable.")
+    ] = None
+    stop_token_ids: Annotated[
+        str | None, typer.Option(help="Token ids that end the output: 1,2,3.")
+    ] = None
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")
+    ] = False
+    min_tokens: Annotated[int | None, typer.Option(help="No end before so many tokens.")] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="[-2, 2].")] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="[-2, 2].")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="(0, 10].")] = None
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="[-100, 100]. Repeatable.")
+    ] = None
+    allowed_token_ids: Annotated[str | None, typer.Option(help="No others are written: 1,2,3.")] = (
+        None
+    )
+    logprobs: Annotated[
+        int | None, typer.Option(help="Log-probabilities of so many likeliest tokens (--json).")
+    ] = None
+    json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON object, nothing else.")
+    ] = False
+    endpoint: EndpointOption = DEFAULT_ENDPOINT
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None
+
+
+_SCALARS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
+)  # fmt: skip
+
+
+def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
+    """Reads standard input where asked to.
+
+    Raises ConfigError for flags that make no sense together, InvalidRequest for a number that
+    its field cannot hold.
+    """
+    from outrider.sampling.params import Verification
+    from outrider.v1 import orchestrator_pb2
+    from outrider.wire import verification_to_proto
+
+    request = orchestrator_pb2.GenerateRequest(session_id=options.session or "")
+    request.create_session = bool(options.session)
+    for name in ("gamma", "lookahead"):
+        _set(request, name, getattr(options, name))
+    if options.verification is not None:
+        request.verification = verification_to_proto(Verification(options.verification.value))
+    _set_input(request, options)
+    _set_sampling(request.sampling, options)
+    return request
+
+
+def _set(message: Any, field: str, value: Any, path: str = "") -> None:
+    if value is None:
+        return
+    try:
+        setattr(message, field, value)
+    except ValueError as error:
+        raise InvalidRequest(path or field, f"{value}: {error}") from None
+
+
+def _extend(message: Any, field: str, values: list[int], path: str) -> None:
+    try:
+        getattr(message, field).extend(values)
+    except ValueError as error:
+        raise InvalidRequest(path, str(error)) from None
+
+
+def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptions) -> None:
+    if (options.prompt is None) == (options.token_ids is None):
+        raise ConfigError("give either PROMPT or --token-ids")
+    if options.system is not None and not options.chat:
+        raise ConfigError("--system: only with --chat")
+    if options.token_ids is not None:
+        if options.chat:
+            raise ConfigError("--chat: only with PROMPT")
+        request.token_ids.SetInParent()
+        ids = parse_ids(options.token_ids, "--token-ids")
+        _extend(request.token_ids, "ids", ids, "token_ids")
+        return
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    assert prompt is not None
+    if not options.chat:
+        request.text = prompt
+        return
+    if options.system is not None:
+        request.chat.messages.add(role="system", content=options.system)
+    request.chat.messages.add(role="user", content=prompt)
+
+
+def _set_sampling(sampling: sampling_pb2.SamplingParams, options: GenerateOptions) -> None:
+    for name in _SCALARS:
+        _set(sampling, name, getattr(options, name), f"sampling.{name}")
+    if options.ignore_eos:
+        sampling.ignore_eos = True
+    sampling.stop.extend(options.stop or [])
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        text = getattr(options, name)
+        if text is not None:
+            ids = parse_ids(text, f"--{name.replace('_', '-')}")
+            _extend(sampling, name, ids, f"sampling.{name}")
+    for entry in options.logit_bias or []:
+        token_id, bias = _parse_bias(entry)
+        try:
+            sampling.logit_bias[token_id] = bias
+        except ValueError as error:
+            raise InvalidRequest("sampling.logit_bias", str(error)) from None
+
+
+def _parse_bias(entry: str) -> tuple[int, float]:
+    token_id, _, bias = entry.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise ConfigError(f"--logit-bias: {entry!r} is not ID=BIAS") from None

@@ -1,0 +1,78 @@
+"""The end of a generation: a JSON object for programs, a few lines for people. Sends nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from outrider.cli.client import Output
+from outrider.cli.paint import ORIGIN_NAMES
+from outrider.cli.plain import plain
+from outrider.v1 import orchestrator_pb2, sampling_pb2
+
+
+def to_dict(output: Output) -> dict[str, Any]:
+    """The whole result with plain names; what does not apply is None."""
+    result = output.result
+    matched = result.WhichOneof("stop")
+    return {
+        "session_id": output.session_id,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "origins": [ORIGIN_NAMES.get(origin, "unknown") for origin in output.origins],
+        "logprobs": [plain(entry) for entry in output.logprobs] or None,
+        "finish_reason": finish_reason(result),
+        "stopped_by": {matched: getattr(result, matched)} if matched else None,
+        "usage": plain(result.usage),
+        "speculation": plain(result.speculation) | {"verification": _verification(result)},
+        "verification": _verification(result),
+        "seed": result.seed,
+    }
+
+
+def finish_reason(result: orchestrator_pb2.GenerateResult) -> str:
+    name = orchestrator_pb2.FinishReason.Name(result.finish_reason)
+    return name.removeprefix("FINISH_REASON_").lower()
+
+
+def _verification(result: orchestrator_pb2.GenerateResult) -> str:
+    name = sampling_pb2.Verification.Name(result.speculation.verification)
+    return name.removeprefix("VERIFICATION_").lower()
+
+
+def summary(output: Output) -> list[tuple[str, str]]:
+    """What a person wants to know: (name, value)."""
+    result, stats = output.result, output.result.speculation
+    num_tokens = result.usage.completion_tokens
+    rows = [("finish", _finish(result)), ("tokens", _tokens(result.usage))]
+    speed = f"{stats.tokens_per_s:.1f} tokens/s, " if stats.HasField("tokens_per_s") else ""
+    rows.append(("speed", f"{speed}first token after {stats.time_to_first_token_s * 1e3:.0f} ms"))
+    if stats.HasField("acceptance_rate"):
+        alpha = f"α {stats.acceptance_rate:.2f}"
+        tau = f"τ {stats.mean_acceptance_length:.2f} tokens a round"
+        how = f"γ {stats.gamma}, {_verification(result)}"
+        rows.append(("drafts", f"{alpha} accepted, {tau}, {how}"))
+        hits = f"{stats.num_lookahead_hits} of {stats.num_drafts} drafted ahead"
+        rows.append(("rounds", f"{stats.num_rounds}, {hits}"))
+    else:
+        rows.append(("rounds", f"{stats.num_rounds}, without drafts"))
+    if num_tokens:
+        draft, target = (
+            f"{num_bytes / num_tokens:.0f}"
+            for num_bytes in (stats.draft_wire_bytes, stats.target_wire_bytes)
+        )
+        rows.append(("wire", f"{draft} + {target} bytes a token (draft + target)"))
+    rows.append(("seed", str(result.seed)))
+    return rows
+
+
+def _finish(result: orchestrator_pb2.GenerateResult) -> str:
+    matched = result.WhichOneof("stop")
+    if matched is None:
+        return finish_reason(result)
+    name = {"stop_text": "text", "stop_token_id": "token", "eos_token_id": "end of sequence"}
+    return f"{finish_reason(result)}: {name[matched]} {getattr(result, matched)!r}"
+
+
+def _tokens(usage: orchestrator_pb2.Usage) -> str:
+    cached = f", {usage.cached_tokens} of it cached" if usage.cached_tokens else ""
+    return f"{usage.completion_tokens} after a prompt of {usage.prompt_tokens}{cached}"

@@ -1,0 +1,41 @@
+"""One event loop for one command, ended by signals. Knows no command."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from outrider.cli.failures import Signalled
+
+Result = TypeVar("Result")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Runs it to its end. A signal cancels it, a second one also what it does on its way out.
+
+    Raises Signalled then.
+    """
+    received: list[signal.Signals] = []
+
+    async def body() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop(number: signal.Signals) -> None:
+            received.append(number)
+            task.cancel()
+
+        for number in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+        return await main
+
+    try:
+        return asyncio.run(body())
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        raise Signalled(received[0]) from None

@@ -1,0 +1,103 @@
+"""What the operator chooses about a system on this machine: the flags of `outrider up`.
+
+Plain data, light to import. Knows nothing of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import outrider
+from outrider.cli.options import parse_count
+
+# What `outrider.engine.quickstart` says as well; importing it would import torch (a test compares).
+PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
+DEFAULT_INFLATE = "300M"
+NO_DRAFT = "none"
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """The flags of `outrider up`; None leaves a program's own default."""
+
+    target: Annotated[
+        str | None, typer.Option(help="Directory or hub name. Default: the quickstart target.")
+    ] = None
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub name; 'none': no draft. Default: the quickstart draft "
+            "with the quickstart target, else none."
+        ),
+    ] = None
+    inflate: Annotated[
+        str | None,
+        typer.Option(
+            help="Pad the quickstart target to the cost of so many parameters (300M); 0: off. "
+            f"Default: {DEFAULT_INFLATE}."
+        ),
+    ] = None
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    draft_device: Annotated[str | None, typer.Option(help="The draft's, where it is another.")] = (
+        None
+    )
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 50051
+    redis_url: Annotated[
+        str | None,
+        typer.Option(envvar="REDIS_URL", help="Default: a server of our own, without persistence."),
+    ] = None
+    gamma: Annotated[int | None, typer.Option(help="Draft tokens per round.")] = None
+    max_gamma: Annotated[
+        int | None, typer.Option(help="Most draft tokens per round a request may ask for.")
+    ] = None
+    lookahead: Annotated[
+        int | None, typer.Option(help="Proposals drafted ahead of the verdict: 0 or 1.")
+    ] = None
+    draft_wait_ms: Annotated[
+        float | None,
+        typer.Option(help="Longest wait for a proposal. Default: as long as it is worth."),
+    ] = None
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache in each model service.")
+    ] = None
+    target_threads: Annotated[
+        int | None, typer.Option(help="CPU threads. Default: all cores but one.")
+    ] = None
+    draft_threads: Annotated[int | None, typer.Option(help="CPU threads. Default: 1.")] = None
+    log_dir: Annotated[Path, typer.Option(help="One log file for each program.")] = Path(
+        ".outrider/logs"
+    )
+
+    @property
+    def target_model(self) -> str:
+        return self.target or str(PAIR_PATH / "target")
+
+    @property
+    def draft_model(self) -> str | None:
+        if self.draft == NO_DRAFT:
+            return None
+        return self.draft or (None if self.target else str(PAIR_PATH / "draft"))
+
+    @property
+    def inflate_parameters(self) -> int:
+        """0: off."""
+        if self.inflate is None:
+            return 0 if self.target else parse_count(DEFAULT_INFLATE, "--inflate")
+        return parse_count(self.inflate, "--inflate")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """A directory without one is served by token ids; a hub name is for the program to see."""
+        directory = Path(self.target_model).expanduser()
+        return not directory.is_dir() or (directory / "tokenizer.json").is_file()
+
+
+def on_free_port(options: StackOptions) -> StackOptions:
+    """For a system that one command keeps to itself."""
+    return replace(options, host="127.0.0.1", port=0)

@@ -1,0 +1,227 @@
+"""Child processes: started, awaited until they serve, watched, stopped in reverse order.
+
+Owns processes and their log files. Knows neither which programs make up the system nor how
+progress is shown. Everything here is for the event loop of the main thread: Linux ends a child
+with the thread that started it (`outrider.child`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from outrider.child import tied_to_this_process
+from outrider.cli.failures import ProgramFailed
+from outrider.errors import ConfigError
+from outrider.program import LISTENING_PREFIX
+from outrider.redis_server import RedisServer
+
+# Longer than any program's own grace (a model service finishes its streams within 5 s).
+STOP_GRACE_S = 10.0
+REDIS_NAME = "redis"
+# The embedded server is watched by asking: it has no pipe to us whose end would tell.
+REDIS_POLL_INTERVAL_S = 0.25
+_NUM_LINES_SHOWN = 15
+
+
+class State(Enum):
+    WAITING = "waiting"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a program, `after_s` since it was started."""
+
+    name: str
+    state: State
+    after_s: float = 0.0
+    detail: str = ""
+
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Death:
+    """A program ended that nobody had stopped."""
+
+    name: str
+    status: int
+    log_path: Path | None
+
+    def __str__(self) -> str:
+        log = f"; its log: {self.log_path}" if self.log_path else ""
+        return f"{self.name} died ({describe_status(self.status)}){log}"
+
+
+def describe_status(status: int) -> str:
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"exit code {status}"
+
+
+class Program:
+    """One child process that says on standard output where it listens; the rest is its log."""
+
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, log_path: Path, log_start: int
+    ) -> None:
+        self.name = name
+        self.process = process
+        self._log_path = log_path
+        self._log_start = log_start
+
+    @classmethod
+    async def start(cls, name: str, arguments: list[str], log_dir: Path) -> Program:
+        """`python -m` with the arguments; its log is appended to."""
+        log_path = log_dir / f"{name}.log"
+        with log_path.open("ab") as log:
+            log_start = log.tell()
+            process = await asyncio.create_subprocess_exec(
+                *tied_to_this_process([sys.executable, "-m", *arguments]),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us, who stop the programs in order
+            )
+        return cls(name, process, log_path, log_start)
+
+    async def listening(self) -> str:
+        """host:port, once it serves. Raises ProgramFailed if it ends before that."""
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            text = line.decode(errors="replace").strip()
+            if text.startswith(LISTENING_PREFIX):
+                return text.removeprefix(LISTENING_PREFIX)
+        status = (await self.death()).status
+        raise ProgramFailed(
+            f"{self.name} did not start ({describe_status(status)})",
+            exit_code=max(1, status),  # a signal's is negative, and 0 was no success
+            said=await asyncio.to_thread(self._last_words),
+            log_path=self._log_path,
+        )
+
+    async def death(self) -> Death:
+        """Returns when it has ended."""
+        assert self.process.stdout is not None
+        while await self.process.stdout.read(1 << 16):
+            pass
+        return Death(self.name, await self.process.wait(), self._log_path)
+
+    async def stop(self) -> None:
+        """SIGTERM, then after a grace SIGKILL; returns when it is gone."""
+        self._send(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self.process.wait()
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def _last_words(self) -> list[str]:
+        with self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        errors = [i for i, line in enumerate(lines) if line.startswith(f"{self.name}: ")]
+        if errors:  # from `outrider.program`: all that is wrong with the settings
+            return lines[errors[0] :][:_NUM_LINES_SHOWN]
+        return lines[-_NUM_LINES_SHOWN:]
+
+
+class Supervisor:
+    """Programs in the order of their start. `stop` must be called, whatever became of them."""
+
+    def __init__(self, log_dir: Path, report: Report) -> None:
+        self._log_dir = log_dir
+        self._report = report
+        self._redis: RedisServer | None = None
+        self._programs: list[Program] = []
+        self._watches: dict[asyncio.Task[Death], str] = {}
+
+    def start_redis(self) -> str:
+        """The URL of an embedded server of our own; blocks for some tens of ms."""
+        started_at = time.monotonic()
+        self._report(Event(REDIS_NAME, State.LOADING))
+        self._redis = RedisServer()
+        self._redis.start()
+        self._watch(REDIS_NAME, asyncio.create_task(_redis_death(self._redis)))
+        self._report(Event(REDIS_NAME, State.READY, time.monotonic() - started_at))
+        return self._redis.url
+
+    async def start(self, name: str, arguments: list[str]) -> str:
+        """host:port of the program, once it serves. Raises ProgramFailed if it ends before."""
+        started_at = time.monotonic()
+        self._report(Event(name, State.LOADING))
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            program = await Program.start(name, arguments, self._log_dir)
+        except OSError as error:
+            raise ConfigError(f"{name} cannot be started: {error}") from error
+        self._programs.append(program)
+        try:
+            address = await program.listening()
+        except ProgramFailed as error:
+            self._report(Event(name, State.FAILED, time.monotonic() - started_at, str(error)))
+            raise
+        self._watch(name, asyncio.create_task(program.death()))
+        self._report(Event(name, State.READY, time.monotonic() - started_at, address))
+        return address
+
+    def _watch(self, name: str, death: asyncio.Task[Death]) -> None:
+        self._watches[death] = name
+
+    async def next_death(self) -> Death:
+        """Waits for the next program that ends; each is told once. One caller at a time."""
+        done, _ = await asyncio.wait(self._watches, return_when=asyncio.FIRST_COMPLETED)
+        first = min(done, key=list(self._watches).index)
+        self._report(Event(self._watches.pop(first), State.FAILED))
+        return first.result()
+
+    async def stop(self) -> None:
+        """Stops the programs, the last started first. Cancelled, it kills them. Leaves none."""
+        try:
+            await self._stop_watches()
+            for program in reversed(self._programs):
+                if program.process.returncode is not None:
+                    continue
+                self._report(Event(program.name, State.STOPPING))
+                await program.stop()
+                self._report(Event(program.name, State.STOPPED))
+        finally:
+            for program in self._programs:
+                program.kill()
+            if self._redis is not None:
+                self._redis.stop()
+                self._report(Event(REDIS_NAME, State.STOPPED))
+
+    async def _stop_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        self._watches.clear()
+
+
+async def _redis_death(server: RedisServer) -> Death:
+    while (status := server.exit_status()) is None:  # noqa: ASYNC110 (a process, not ours to set)
+        await asyncio.sleep(REDIS_POLL_INTERVAL_S)
+    return Death(REDIS_NAME, status, None)

@@ -1,0 +1,99 @@
+"""`outrider up`: the whole system on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from outrider.cli.options import takes
+from outrider.cli.stack_options import PAIR_PATH, StackOptions
+
+if TYPE_CHECKING:
+    from outrider.cli.stack import Stack
+    from outrider.cli.view import StackView
+
+
+@takes(StackOptions)
+def up(options: StackOptions) -> None:
+    """Start draft, target, orchestrator and Redis here, and keep them until Ctrl-C.
+
+    Without options: the quickstart pair that comes with Outrider.
+    """
+    from rich.console import Console
+
+    from outrider.cli.failures import Signalled
+    from outrider.cli.running import run
+    from outrider.cli.view import StackView
+
+    view = StackView(Console(), models=described_models(options), shows_end=True)
+    served: list[str] = []  # not empty once it came so far: a stop is then no failure
+    try:
+        status = run(_up(options, view, served))
+    except Signalled as error:
+        status = 0 if served else error.exit_code
+    raise typer.Exit(status)
+
+
+async def _up(options: StackOptions, view: StackView, served: list[str]) -> int:
+    async with shown_stack(options, view) as stack:
+        served.append(stack.endpoint)
+        _welcome(stack, options, view)
+        return await _until_death(stack, view)
+
+
+@contextlib.asynccontextmanager
+async def shown_stack(options: StackOptions, view: StackView) -> AsyncIterator[Stack]:
+    """Serves on entering, which the view shows; leaves no process.
+
+    Raises ConfigError or ProgramFailed.
+    """
+    from outrider.cli.stack import Stack
+
+    stack = Stack(options, view.report)
+    try:
+        with view:
+            await stack.start()
+        yield stack
+    finally:
+        await stack.stop()
+
+
+async def _until_death(stack: Stack, view: StackView) -> int:
+    while True:
+        death, can_go_on = await stack.next_death()
+        view.console.print(f"✘ {death}", style="bold red", highlight=False, soft_wrap=True)
+        if not can_go_on:
+            return 1
+        view.console.print(
+            "  Generation goes on without a draft: the same output, slower.", style="red"
+        )
+
+
+def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
+    from outrider.program import LISTENING_PREFIX
+
+    console = view.console
+    if not console.is_terminal:
+        console.print(f"{LISTENING_PREFIX}{stack.endpoint}", highlight=False, soft_wrap=True)
+        return
+    port = stack.endpoint.rpartition(":")[2]
+    elsewhere = "" if port == "50051" else f" --endpoint {stack.endpoint}"
+    console.print(f"\n[bold green]Outrider is up[/] at [bold]{stack.endpoint}[/]", highlight=False)
+    prompt = '"def fibonacci(n):"' if options.has_tokenizer else "--token-ids 1,2,3"
+    console.print(f"  try    outrider generate {prompt}{elsewhere}", highlight=False)
+    console.print(f"  logs   {options.log_dir}", highlight=False, soft_wrap=True)
+    console.print("  stop   Ctrl-C\n", highlight=False)
+
+
+def described_models(options: StackOptions) -> dict[str, str]:
+    """For people: what each model service holds."""
+    told = {}
+    for name, model in (("target", options.target_model), ("draft", options.draft_model)):
+        if model is not None:
+            told[name] = "quickstart pair" if model.startswith(str(PAIR_PATH)) else model
+    if options.inflate_parameters:
+        told["target"] += f", at the cost of {options.inflate_parameters / 1e6:.0f} M parameters"
+    return told

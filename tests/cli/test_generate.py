@@ -1,0 +1,230 @@
+"""`outrider generate` and the short commands against a running system, as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.cli.paint import pieces
+from outrider.cli.request import GenerateOptions, Method, build_request
+from outrider.errors import ConfigError, InvalidRequest
+from outrider.v1 import orchestrator_pb2, sampling_pb2
+from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, run
+
+pytestmark = pytest.mark.timeout(200)
+
+PROMPT = ("the quick", "--max-tokens=24", "--temperature=0", "--ignore-eos")
+
+
+def result(*arguments: str) -> dict[str, Any]:
+    ended = run(*arguments, "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("\n") == 1
+    values: dict[str, Any] = json.loads(ended.stdout)
+    return values
+
+
+def test_json_is_the_whole_result(endpoint: str) -> None:
+    """One line with everything; nothing else on standard output."""
+    said = result("generate", *PROMPT, "--endpoint", endpoint, "--logprobs=2", "--seed=5")
+    assert len(said["token_ids"]) == len(said["origins"]) == len(said["logprobs"]) == 24
+    assert set(said["origins"]) <= {"accepted", "recovered", "bonus", "plain"}
+    assert len(said["logprobs"][0]["top_ids"]) == 2
+    assert (said["finish_reason"], said["stopped_by"]) == ("length", None)
+    assert said["usage"]["completion_tokens"] == 24
+    assert said["seed"] == 5
+    assert said["verification"] == "rejection"
+    stats = said["speculation"]
+    assert stats["num_accepted_tokens"] == said["origins"].count("accepted")
+    assert stats["draft_wire_bytes"] > 0
+
+
+def test_plain_output_is_the_text_alone(endpoint: str) -> None:
+    """The summary goes to standard error; `-` reads the prompt from standard input."""
+    text = result("generate", *PROMPT, "--endpoint", endpoint)["text"]
+    piped = run("generate", "-", *PROMPT[1:], "--endpoint", endpoint, stdin="the quick")
+    assert piped.stdout == text
+    assert "tokens/s" in piped.stderr
+    assert "α" in piped.stderr
+
+
+def test_colours_on_a_terminal(endpoint: str) -> None:
+    """The same text with colours taken away, a legend and the summary."""
+    text = result("generate", *PROMPT, "--endpoint", endpoint)["text"]
+    shown = _on_a_terminal("generate", *PROMPT, "--endpoint", endpoint)
+    assert "\x1b[32m" in shown  # an accepted token
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", shown).replace("\r\n", "\n")
+    assert "■ accepted" in bare
+    assert "first token after" in bare
+    assert text in bare.translate({0x2400 + code: code for code in range(0x20)})
+
+
+def _on_a_terminal(*arguments: str) -> str:
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        command(*arguments), stdin=follower, stdout=follower, stderr=follower,
+        cwd=ROOT, env=environment(),
+    ):  # fmt: skip
+        os.close(follower)
+        data = b""
+        try:
+            while block := os.read(leader, 1 << 16):
+                data += block
+        except OSError:  # how a terminal ends
+            pass
+    os.close(leader)
+    return data.decode()
+
+
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [
+        ("--top-p=7", "sampling.top_p"),
+        ("--gamma=99", "gamma"),
+        ("--gamma=-1", "gamma"),
+        ("--stop-token-ids=1,99999", "sampling.stop_token_ids"),
+    ],
+)
+def test_bad_values_are_named(endpoint: str, flag: str, field: str) -> None:
+    """Exit 1, one line with status and field, nothing on standard output."""
+    ended = run("generate", "x", flag, "--endpoint", endpoint)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: INVALID_ARGUMENT: {field}: ")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
+
+
+def test_nobody_there() -> None:
+    """Exit 1; the endpoint and what to do."""
+    ended = run("generate", "x", "--endpoint=127.0.0.1:1")
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: UNAVAILABLE: nothing answers at 127.0.0.1:1; start it with: outrider up\n"
+    )
+
+
+def test_ctrl_c_cancels_the_call(endpoint: str) -> None:
+    """Exit 130; the server lets go of the session."""
+    arguments = ["x", "--session=c", "--max-tokens=480", "--ignore-eos", "--gamma=0"]
+    with subprocess.Popen(
+        command("generate", *arguments, "--endpoint", endpoint),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == 130
+        process.communicate()
+    deadline = time.monotonic() + 10
+    while (session := result("session", "get", "c", "--endpoint", endpoint))["in_use"]:
+        assert time.monotonic() < deadline
+    assert session["num_emitted_tokens"] < 480
+
+
+def test_sessions(endpoint: str) -> None:
+    """Begun, continued, looked at, deleted, gone."""
+    first = result("generate", *PROMPT, "--session=s", "--endpoint", endpoint)
+    result("generate", *PROMPT, "--session=s", "--endpoint", endpoint)
+    session = result("session", "get", "s", "--endpoint", endpoint)
+    assert session["num_turns"] == 2
+    assert session["num_emitted_tokens"] == 48
+    assert first["session_id"] == "s"
+    assert "num emitted tokens" in run("session", "get", "s", "--endpoint", endpoint).stdout
+    assert run("session", "delete", "s", "--endpoint", endpoint).returncode == 0
+    gone = run("session", "get", "s", "--endpoint", endpoint)
+    assert gone.returncode == 1
+    assert gone.stderr.startswith("error: NOT_FOUND: ")
+
+
+def test_chat_and_token_ids(endpoint: str) -> None:
+    """The other two kinds of prompt."""
+    limits = ("--max-tokens=4", "--ignore-eos", "--endpoint", endpoint)
+    chat = result("generate", "hello", "--chat", "--system=be brief", *limits)
+    assert chat["usage"]["prompt_tokens"] > 10
+    assert result("generate", "--token-ids=1,2,3", *limits)["usage"]["prompt_tokens"] == 3
+
+
+def test_model(endpoint: str, target: Path) -> None:
+    """Both tiers' models."""
+    said = result("model", "--endpoint", endpoint)
+    assert said["target"]["name"] == str(target)
+    assert said["draft"]["vocab_size"] == said["target"]["vocab_size"]
+
+
+def test_wire_bytes(endpoint: str) -> None:
+    """Each method at both temperatures; coupled sends no probabilities."""
+    lines = json.loads(
+        run("bench", "wire", "--endpoint", endpoint, "--runs=1", "--max-tokens=32", "--json").stdout
+    )
+    assert len(lines) == 6
+    by_kind = {(line["method"], line["temperature"]): line for line in lines}
+    coupled, rejection = by_kind["coupled", 1.0], by_kind["rejection", 1.0]
+    assert coupled["draft_bytes_per_token"] < rejection["draft_bytes_per_token"]
+
+
+def test_every_flag_becomes_its_field() -> None:
+    """All of them at once."""
+    options = GenerateOptions(
+        prompt="p", session="s", max_tokens=1, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125,
+        seed=7, gamma=2, verification=Method.block, lookahead=0, stop=["a", "b"],
+        stop_token_ids="1, 2", ignore_eos=True, min_tokens=1, presence_penalty=1.0,
+        frequency_penalty=-1.0, repetition_penalty=1.5, logit_bias=["5=-2.5"],
+        allowed_token_ids="8,9", logprobs=0,
+    )  # fmt: skip
+    assert build_request(options) == orchestrator_pb2.GenerateRequest(
+        text="p", session_id="s", create_session=True, gamma=2, lookahead=0,
+        verification=sampling_pb2.VERIFICATION_BLOCK,
+        sampling=sampling_pb2.SamplingParams(
+            max_tokens=1, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=7,
+            stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True, min_tokens=1,
+            presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
+            logit_bias={5: -2.5}, allowed_token_ids=[8, 9], logprobs=0,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerateOptions(),
+        GenerateOptions(prompt="p", token_ids="1"),
+        GenerateOptions(prompt="p", system="s"),
+        GenerateOptions(token_ids="1", chat=True),
+        GenerateOptions(token_ids="1;2"),
+        GenerateOptions(prompt="p", logit_bias=["5"]),
+    ],
+)
+def test_flags_that_make_no_sense(options: GenerateOptions) -> None:
+    """The operator's mistake, before anything is sent."""
+    with pytest.raises(ConfigError):
+        build_request(options)
+
+
+def test_numbers_that_a_field_cannot_hold() -> None:
+    """Named like the server would."""
+    with pytest.raises(InvalidRequest, match=r"^sampling\.seed: -1"):
+        build_request(GenerateOptions(prompt="p", seed=-1))
+    with pytest.raises(InvalidRequest, match=r"^token_ids: "):
+        build_request(GenerateOptions(token_ids="-4"))
+
+
+def test_text_is_split_by_token() -> None:
+    """Tokens without text of their own are skipped; text past the last end is the last token's."""
+    accepted, bonus = (
+        orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
+        orchestrator_pb2.TOKEN_ORIGIN_BONUS,
+    )
+    chunk = orchestrator_pb2.GenerateResponse(
+        text="añ世cd", origins=[accepted, accepted, bonus], text_ends=[1, 1, 4]
+    )
+    assert list(pieces(chunk)) == [("a", accepted), ("ñ世c", bonus), ("d", bonus)]
+    assert list(pieces(orchestrator_pb2.GenerateResponse(text="x"))) == [("x", 0)]

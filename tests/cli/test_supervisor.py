@@ -1,0 +1,118 @@
+"""Child processes: watched, stopped in order, killed where they do not stop; settings passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.cli.failures import ProgramFailed
+from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
+from outrider.cli.stack_options import PAIR_PATH, StackOptions
+from outrider.cli.supervisor import Event, State, Supervisor
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from tests.cli.processes import ROOT, descendants, environment, wait_until_dead
+
+
+async def test_a_program_that_does_not_stop_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the grace; events tell all of its life."""
+    monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 0.1)
+    events: list[Event] = []
+    supervisor = Supervisor(tmp_path, events.append)
+    assert await supervisor.start("stubborn", ["tests.cli.stubborn"]) == "127.0.0.1:1"
+    children = descendants(os.getpid())
+    assert any("stubborn" in line for line in children.values())
+    await supervisor.stop()
+    wait_until_dead({p: c for p, c in children.items() if "stubborn" in c}, timeout_s=0.5)
+    states = [event.state for event in events]
+    assert states == [State.LOADING, State.READY, State.STOPPING, State.STOPPED]
+
+
+async def test_a_second_request_to_stop_kills(tmp_path: Path) -> None:
+    """Cancelled while it waits for a program, `stop` waits no longer."""
+    supervisor = Supervisor(tmp_path, lambda event: None)
+    await supervisor.start("stubborn", ["tests.cli.stubborn"])
+    children = {p: c for p, c in descendants(os.getpid()).items() if "stubborn" in c}
+    stopping = asyncio.create_task(supervisor.stop())
+    await asyncio.sleep(0.1)
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    await asyncio.to_thread(wait_until_dead, children, 2.0)
+
+
+async def test_a_program_that_ends_at_once(tmp_path: Path) -> None:
+    """Its exit code, and the end of what it said; an earlier run's log stays and is not shown."""
+    (tmp_path / "odd.log").write_text("earlier\n")
+    supervisor = Supervisor(tmp_path, lambda event: None)
+    with pytest.raises(ProgramFailed, match=r"odd did not start \(exit code 1\)") as caught:
+        await supervisor.start("odd", ["tests.cli.no_such_module"])
+    await supervisor.stop()
+    assert "no_such_module" in caught.value.said[-1]
+    assert "earlier" not in caught.value.said
+    assert (tmp_path / "odd.log").read_text().startswith("earlier\n")
+
+
+async def test_a_death_of_the_embedded_redis_is_told(tmp_path: Path) -> None:
+    """Whatever else runs."""
+    supervisor = Supervisor(tmp_path, lambda event: None)
+    earlier = descendants(os.getpid())
+    supervisor.start_redis()
+    (pid,) = descendants(os.getpid()).keys() - earlier.keys()
+    os.kill(pid, signal.SIGKILL)
+    death = await asyncio.wait_for(supervisor.next_death(), 10)
+    await supervisor.stop()
+    assert str(death) == "redis died (killed by SIGKILL)"
+
+
+def test_every_flag_arrives() -> None:
+    """The programs take what `up` passes them."""
+    options = StackOptions(
+        target="t", draft="d", inflate="1.5M", dtype="bfloat16", device="cuda:0",
+        draft_device="cuda:1", host="0.0.0.0", port=1234, gamma=3, max_gamma=7, lookahead=0,
+        kv_cache_tokens=99, target_threads=5, draft_threads=2,
+        draft_wait_ms=2.5,
+    )  # fmt: skip
+    shared: dict[str, Any] = {"port": 0, "dtype": "bfloat16", "kv_cache_tokens": 99, "max_gamma": 7}
+    assert load(TargetConfig, "target", target_arguments(options)[1:], {}) == TargetConfig(
+        model="t", device="cuda:0", num_threads=5, inflate_parameters=1_500_000, **shared
+    )
+    assert load(DraftConfig, "draft", draft_arguments(options, "d")[1:], {}) == DraftConfig(
+        model="d", device="cuda:1", num_threads=2, **shared
+    )
+    given = orchestrator_arguments(options, "h:1", None, "redis://r")[1:]
+    assert load(OrchestratorConfig, "orchestrator", given, {}) == OrchestratorConfig(
+        target_endpoint="h:1", draft_endpoint=None, tokenizer="t", redis_url="redis://r",
+        host="0.0.0.0", port=1234, gamma=3, max_gamma=7, lookahead=0, draft_wait_ms=2.5,
+    )  # fmt: skip
+
+
+def test_the_defaults_are_the_quickstart_pair() -> None:
+    """Inflated; another target goes without its draft, and as it is."""
+    from outrider.engine import quickstart
+
+    assert quickstart.pair_path() == PAIR_PATH
+    options = StackOptions()
+    assert options.draft_model == str(quickstart.draft_path())
+    assert options.inflate_parameters == 300_000_000
+    assert StackOptions(target="other").draft_model is None
+    assert StackOptions(target="other").inflate_parameters == 0
+    assert StackOptions(draft="none").draft_model is None
+    assert StackOptions(inflate="0").inflate_parameters == 0
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """`outrider --help` is quick: no gRPC, numpy or torch until a command runs."""
+    code = "import sys; from outrider.cli.app import app; print(*sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=ROOT, env=environment(),
+    )  # fmt: skip
+    assert {"torch", "grpc", "numpy", "rich.live"}.isdisjoint(said.stdout.split())

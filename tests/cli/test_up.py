@@ -1,0 +1,131 @@
+"""`outrider up`: what it starts it stops, however it ends; what cannot start is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import write_tokenizer
+from tests.cli.processes import descendants, run, up, wait_until_dead
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def test_ctrl_c_leaves_nothing(target: Path, tmp_path: Path) -> None:
+    """Exit 0, every process gone by then, in order; the private Redis folder too."""
+    with up(f"--target={target}", f"--log-dir={tmp_path}") as started:
+        children = descendants(started.process.pid)
+        assert len(children) == 3, children  # no draft: it would be another model's
+        redis = next(line for line in children.values() if "unixsocket" in line)
+        assert started.signal(signal.SIGINT) == 0
+        assert not [pid for pid in children if pid in descendants(1)]
+        assert started.process.stdout is not None
+        assert started.process.stdout.read().split("\n")[:3] == [
+            "orchestrator: stopped",
+            "target: stopped",
+            "redis: stopped",
+        ]
+    assert not Path(redis.partition("unixsocket:")[2].strip()).parent.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"target.log", "orchestrator.log"}
+
+
+def test_a_stop_while_loading(target: Path, tmp_path: Path) -> None:
+    """SIGTERM before it served is a failure, by its number, and leaves nothing either."""
+    with up(f"--target={target}", f"--log-dir={tmp_path}", serving=False) as started:
+        started.read_until("target: loading")
+        children = descendants(started.process.pid)
+        assert started.signal(signal.SIGTERM) == 128 + signal.SIGTERM
+        wait_until_dead(children, timeout_s=0.5)
+
+
+def test_a_dead_draft_costs_only_speed_and_a_killed_parent_leaves_nothing(
+    target: Path, draft: Path, tmp_path: Path
+) -> None:
+    """The same output without the draft; SIGKILL of `up` ends all of its processes."""
+    with up(f"--target={target}", f"--draft={draft}", f"--log-dir={tmp_path}") as started:
+        question = ["the quick", "--endpoint", started.endpoint, "--temperature=0", "--json"]
+        question += ["--max-tokens=16"]
+        before = json.loads(run("generate", *question).stdout)
+        assert before["speculation"]["num_draft_tokens"] > 0
+
+        subprocess.run(["kill", "-9", str(started.pid_of("draft_service"))], check=True)
+        assert "killed by SIGKILL" in started.read_until("draft died")
+        after = json.loads(run("generate", *question).stdout)
+        assert after["token_ids"] == before["token_ids"]
+        assert after["origins"] == ["plain"] * 16
+
+        children = descendants(started.process.pid)
+        assert len(children) == 3, children
+        started.process.kill()
+        wait_until_dead(children)
+
+
+def test_a_dead_target_ends_it(target: Path, tmp_path: Path) -> None:
+    """Exit 1, by name, and nothing is left."""
+    with up(f"--target={target}", f"--log-dir={tmp_path}") as started:
+        children = descendants(started.process.pid)
+        subprocess.run(["kill", "-9", str(started.pid_of("target_service"))], check=True)
+        line = started.read_until("target died")
+        assert "target.log" in line
+        assert started.process.wait(60) == 1
+        wait_until_dead(children, timeout_s=0.5)
+
+
+def test_a_missing_model(tmp_path: Path) -> None:
+    """Exit 2; the program, the directory and the log are named."""
+    missing = tmp_path / "nowhere"
+    ended = run("up", f"--target={missing}", "--port=0", f"--log-dir={tmp_path / 'logs'}")
+    assert ended.returncode == 2
+    assert "target did not start (exit code 2)" in ended.stderr
+    assert str(missing) in ended.stderr
+    assert "target.log" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_broken_model(target: Path, tmp_path: Path) -> None:
+    """Exit 2 and its name, where the weights are cut short."""
+    broken = shutil.copytree(target, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    ended = run("up", f"--target={broken}", "--port=0", f"--log-dir={tmp_path / 'logs'}")
+    assert ended.returncode == 2
+    assert str(broken) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_mismatched_tokenizers(target: Path, draft: Path, tmp_path: Path) -> None:
+    """Exit 2; the orchestrator says that draft and target do not fit."""
+    other = shutil.copytree(draft, tmp_path / "other")
+    write_tokenizer(other, ["entirely another text"] * 5)
+    logs = f"--log-dir={tmp_path / 'logs'}"
+    ended = run("up", f"--target={target}", f"--draft={other}", "--port=0", logs)
+    assert ended.returncode == 2
+    assert "orchestrator did not start (exit code 2)" in ended.stderr
+    assert f"do not share a tokenizer: the draft {other}" in ended.stderr
+
+
+def test_a_port_in_use() -> None:
+    """Exit 2 before any model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("up", f"--port={port}")
+    assert ended.returncode == 2
+    assert f"outrider: port: cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "loading" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--inflate=lots", "--inflate: 'lots'"), ("--port=70000", "port: 70000 is not in")],
+)
+def test_wrong_flags(flag: str, words: str) -> None:
+    """Exit 2 and the flag's name, before anything is started."""
+    ended = run("up", flag)
+    assert ended.returncode == 2
+    assert words in ended.stderr
