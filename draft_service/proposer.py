@@ -144,7 +144,10 @@ class Proposer:
             why = f"epoch {command.epoch} took over session {command.session_id}"
             displaced.append(self._lose(former.state.key, LostReason.DISPLACED, why))
         generation = _Generation(command.key, sampler, command.verification)
-        live = self._table.open(command.session_id, command.epoch, None, max_len, generation)
+        try:
+            live = self._table.open(command.session_id, command.epoch, None, max_len, generation)
+        except KVFull as error:  # the displaced one is told all the same
+            return [*displaced, self._lose(command.key, LostReason.KV_FULL, str(error))]
         num_same = _common_prefix_len(live.token_ids[: live.sequence.length], command.token_ids)
         # The last token is run again: its logits draw the next one.
         self._engine.store.truncate(live.sequence, min(num_same, committed_len - 1))

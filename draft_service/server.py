@@ -108,6 +108,7 @@ class _Peer:
                 commands.append(_open(key, item))
             except InvalidRequest as error:
                 self.deliver([Lost(key, LostReason.BAD_MESSAGE, str(error))])
+                commands.append(Close(key, keep=False))  # should the id be in use
         for commit in frame.commits:
             commands.append(
                 Commit(

@@ -30,7 +30,7 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         )
         scheduler = Scheduler(proposer, device)
         servicer = DraftServicer(scheduler, model, proposer.statistics)
-        draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.grpc_server)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
         return scheduler
 
     return model_serving(config, SERVICE_NAME, mount)

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 # Commitments that may wait for Redis and the caller before the rounds pause.
 MAX_UNSEEN_COMMITMENTS = 64
-# Must be well below the store's lease_ttl_s: long rounds renew the lease so often.
+# Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
 
 
@@ -75,8 +75,14 @@ class Emitter:
 
     async def run(self) -> None:
         """Until the last commitment is shown. Raises LeaseLost."""
+        async with asyncio.TaskGroup() as tasks:
+            renewing = tasks.create_task(self._keep_lease(), name="lease")
+            await self._show_all()
+            renewing.cancel()
+
+    async def _show_all(self) -> None:
         while True:
-            batch = [await self._next()]
+            batch = [await self._unseen.get()]
             while not self._unseen.empty():
                 batch.append(self._unseen.get_nowait())
             for _, record in batch:
@@ -91,14 +97,12 @@ class Emitter:
             if chunk.finish is not None:
                 return
 
-    async def _next(self) -> tuple[Commitment, RoundRecord]:
+    async def _keep_lease(self) -> None:
+        """Long rounds and callers that read slowly must not lose the session to another call."""
         while True:
-            try:
-                async with asyncio.timeout(RENEW_INTERVAL_S):
-                    return await self._unseen.get()
-            except TimeoutError:
-                with contextlib.suppress(Unavailable):
-                    await self._store.renew(self._lease)
+            await asyncio.sleep(RENEW_INTERVAL_S)
+            with contextlib.suppress(Unavailable):
+                await self._store.renew(self._lease)
 
     async def record(self) -> None:
         """Writes what is owed. Without Redis the generation goes on and it stays owed.

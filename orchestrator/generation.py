@@ -256,18 +256,20 @@ class Generation:
         if self._target is not None:
             self._target.close(keep=keep)
         self._drafting.close(keep=keep)
-        messages = None
-        if self._turn.messages and self._emitter.turn_recorded:
-            answer = {"role": "assistant", "content": self._emitter.text}
-            messages = (*self._turn.messages, answer)
         try:
             await self._emitter.record()
+            has_begun = self._emitter.turn_recorded
+            messages = None
+            if self._turn.messages and has_begun:
+                answer = {"role": "assistant", "content": self._emitter.text}
+                messages = (*self._turn.messages, answer)
             await self._tiers.store.release(
                 self._lease,
                 target_kv=target_kv,
                 draft_kv=draft_kv,
                 messages=messages,
-                delete=not is_named,
+                # Neither does a session stay that was made for a turn that never began.
+                delete=not is_named or (self._lease.created and not has_begun),
             )
         except OutriderError as error:  # the lease lapses by itself
             log.warning("not_released", session_id=self._lease.session_id, why=str(error))

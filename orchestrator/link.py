@@ -83,9 +83,12 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 self.refused = error
             except asyncio.InvalidStateError:  # a write after an abrupt end (facts.md §2)
                 why = "the stream broke"
-            finally:
+            except asyncio.CancelledError:
                 self._disconnected("the link is closed")
-            log.debug("replica_unreachable", tier=self.tier, endpoint=self.endpoint, why=why)
+                raise
+            if self.is_connected:
+                log.warning("replica_lost", tier=self.tier, endpoint=self.endpoint, why=why)
+            self._disconnected(why)
             self._changed.set()
             await asyncio.sleep(RECONNECT_DELAY_S)
 
@@ -120,12 +123,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 await sending
 
     def _disconnected(self, why: str) -> None:
-        was_connected, self._outbox = self.is_connected, None
+        self._outbox = None
         handles, self._handles = self._handles, {}
-        if was_connected:
-            log.warning(
-                "replica_lost", tier=self.tier, endpoint=self.endpoint, num_open=len(handles)
-            )
         for handle in handles.values():
             handle.link_lost(f"the {self.tier} replica {self.endpoint} is gone: {why}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from typing import Any
@@ -69,11 +70,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         if tiers.target.model is None or not tiers.target.is_connected:
             raise Unavailable(f"no target replica is connected at {tiers.target.endpoint}")
         session_id = asked.session_id or secrets.token_hex(8)
-        lease = await tiers.store.acquire(
-            session_id,
-            create=asked.create_session or asked.session_id is None,
-            model=tiers.target.model.model_fingerprint,
-        )
+        lease = await self._acquire(asked, session_id, tiers.target.model.model_fingerprint)
         generation = None
         try:
             generation = await self._begin(asked, lease, asked_at, context)
@@ -85,6 +82,19 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             await generation.run()
         finally:
             self._running.discard(generation)
+
+    async def _acquire(self, asked: GenerationRequest, session_id: str, model: str) -> Lease:
+        """A caller that leaves meanwhile leaves neither a lease nor a session behind."""
+        create = asked.create_session or asked.session_id is None
+        acquiring = asyncio.create_task(
+            self._tiers.store.acquire(session_id, create=create, model=model)
+        )
+        try:
+            return await asyncio.shield(acquiring)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OutriderError):
+                await self._give_back(await asyncio.shield(acquiring))
+            raise
 
     async def _begin(
         self, asked: GenerationRequest, lease: Lease, asked_at: float, context: Context
@@ -181,6 +191,7 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             num_draft_tokens=counts.num_draft_tokens,
             num_accepted_tokens=counts.num_accepted_tokens,
             num_accepted_tokens_per_pos=counts.num_accepted_per_pos,
+            num_rejected_tokens=counts.num_rejected_tokens,
             acceptance_rate=counts.acceptance_rate,
             mean_acceptance_length=counts.mean_acceptance_length,
             num_rounds=counts.num_rounds,

@@ -16,7 +16,7 @@ from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
 from orchestrator.target_link import TargetLink
 from outrider.config import OrchestratorConfig
-from outrider.errors import ConfigError, IncompatiblePair
+from outrider.errors import ConfigError, IncompatiblePair, Unavailable
 from outrider.rpc import Server
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
@@ -34,7 +34,7 @@ DRAFT_START_TIMEOUT_S = 5.0
 async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     """Listens at once, serves (health) when store and target are there; stops on leaving.
 
-    Raises ConfigError if the port cannot be had, IncompatiblePair if the models do not fit.
+    Raises ConfigError if port or Redis cannot be had, IncompatiblePair if the models do not fit.
     """
     server = Server([SERVICE_NAME])
     tokenizer = None
@@ -49,7 +49,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         draft = DraftLink(config.draft_endpoint, _draft_check(target))
     try:
         await server.start(config.host, config.port)
-        await store.start()
+        await _start(store)
         async with running(target):
             await target.settled()
             async with running(draft):
@@ -64,7 +64,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 tiers = Tiers(target, draft, store, tokenizer, timing)
                 servicer = OrchestratorServicer(tiers, limits, config.max_generations)
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
-                    servicer, server.grpc_server
+                    servicer, server.services
                 )
                 await server.set_serving(True)
                 log.info("serving", port=server.port, max_gamma=limits.max_gamma)
@@ -75,6 +75,13 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     finally:
         await server.stop(0)
         await store.close()
+
+
+async def _start(store: SessionStore) -> None:
+    try:
+        await store.start()
+    except Unavailable as error:
+        raise ConfigError(f"redis_url: {error}") from error
 
 
 async def _settle_draft(draft: DraftLink | None) -> None:

@@ -72,25 +72,33 @@ class SpeculationCounts:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
     num_accepted_per_pos: list[int] = field(default_factory=list)
 
     @property
     def acceptance_rate(self) -> float | None:
-        """α, over all draft tokens; None without any."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+        """α: the share accepted of the draft tokens that were judged; None without any.
+
+        Those behind a rejection were not. So it is the α of Leviathan et al. 2023, from which
+        τ follows; accepted over drafted falls with γ and says little.
+        """
+        num_judged = self.num_accepted_tokens + self.num_rejected_tokens
+        return self.num_accepted_tokens / num_judged if num_judged else None
 
     @property
     def mean_acceptance_length(self) -> float | None:
         """τ, tokens per round with drafts; None without any."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
-    def add(self, num_draft_tokens: int, num_accepted: int) -> None:
+    def add(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        """Counts a round; `is_rejected` where its last token stands for a rejected one."""
         self.num_rounds += 1
         if not num_draft_tokens:
             return
         self.num_drafts += 1
         self.num_draft_tokens += num_draft_tokens
         self.num_accepted_tokens += num_accepted
+        self.num_rejected_tokens += is_rejected
         missing = num_draft_tokens - len(self.num_accepted_per_pos)
         self.num_accepted_per_pos += [0] * missing
         for position in range(num_accepted):
@@ -149,7 +157,8 @@ class GenerationState:
             if self.finish is not None:
                 break
         num_accepted = sum(token.origin is TokenOrigin.ACCEPTED for token in tokens)
-        self.counts.add(len(drafts), num_accepted)
+        is_rejected = tokens[-1].origin is TokenOrigin.RECOVERED
+        self.counts.add(len(drafts), num_accepted, is_rejected=is_rejected)
         if self.finish is not None and self.finish.stop_text is None:
             self._text.finish()
             text_ends[-1] = self._text.num_ready
@@ -168,7 +177,9 @@ class GenerationState:
         """Makes the round just committed the last one."""
         self.finish = Finish(FinishReason.CANCELLED)
         self._text.finish()
-        return replace(commitment, text=commitment.text + self._text.take(), finish=self.finish)
+        text = commitment.text + self._text.take()
+        text_ends = (*commitment.text_ends[:-1], len(text))
+        return replace(commitment, text=text, text_ends=text_ends, finish=self.finish)
 
     def _finish_at(self, token_id: int) -> Finish | None:
         params = self.params

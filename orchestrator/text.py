@@ -39,12 +39,16 @@ class TextStream:
             return None
         self._token_ids.append(token_id)
         text = self._tokenizer.decode(self._token_ids)
-        if text.endswith(_INCOMPLETE) or len(text) <= len(self._known_text):
+        certain = text.rstrip(_INCOMPLETE)
+        if len(certain) <= len(self._known_text):
             return None
-        self._held += text[len(self._known_text) :]
-        self._token_ids = self._token_ids[self._num_known :]
-        self._num_known = len(self._token_ids)
-        self._known_text = self._tokenizer.decode(self._token_ids)
+        self._held += certain[len(self._known_text) :]
+        if certain == text:
+            self._token_ids = self._token_ids[self._num_known :]
+            self._num_known = len(self._token_ids)
+            self._known_text = self._tokenizer.decode(self._token_ids)
+        else:  # the token's last bytes begin a character: what is before it is certain
+            self._known_text = certain
         return self._release(check_stop)
 
     def _release(self, check_stop: bool) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -82,16 +83,22 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
 
 @contextlib.asynccontextmanager
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup."""
+    """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup.
+
+    Ends it quietly where the caller has gone in the midst of a write.
+    """
     try:
         yield
     except errors.OutriderError as error:
         await _abort(context, error)
     except BaseExceptionGroup as group:
         known = _first_known(group)
-        if known is None:
+        if known is not None:
+            await _abort(context, known)
+        elif group.split(grpc.aio.InternalError)[1] is not None:
             raise
-        await _abort(context, known)
+    except grpc.aio.InternalError:  # a write to a caller that has gone
+        pass
 
 
 def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderError | None:
@@ -109,8 +116,40 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Outr
     await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
 
 
+class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """Methods that may be added to a server that listens already; UNAVAILABLE until then.
+
+    gRPC itself would say UNIMPLEMENTED, which tells callers never to ask again.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+        self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        """As grpc.aio.Server's."""
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """As grpc.aio.Server's: the same methods once more, for a faster look-up."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        found = (handler.service(details) for handler in self._handlers)
+        handler = next((method for method in found if method is not None), None)
+        if handler is None and not self._handlers and details.method.split("/")[1] in self._names:
+            return grpc.stream_stream_rpc_method_handler(_not_yet)
+        return handler
+
+
+async def _not_yet(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is starting")
+
+
 class Server:
-    """A gRPC server with health and reflection. Lives on one event loop."""
+    """A gRPC server with health and reflection. Lives on one event loop.
+
+    Servicers are added to `services`, before or after `start`.
+    """
 
     def __init__(self, service_names: Sequence[str]) -> None:
         self.grpc_server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -120,10 +159,13 @@ class Server:
         reflection.enable_server_reflection(
             (*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc_server
         )
+        self.services = _Services(self._service_names)
+        self.grpc_server.add_generic_rpc_handlers((self.services,))
         self.port = 0
 
     async def start(self, host: str, port: int) -> None:
         """Listens, not yet serving (health). Raises ConfigError if the port cannot be had."""
+        _check_port(host, port)
         try:
             self.port = self.grpc_server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
@@ -143,6 +185,16 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         await self.set_serving(False)
         await self.grpc_server.stop(grace_s)
+
+
+def _check_port(host: str, port: int) -> None:
+    """The system says why a port cannot be had; gRPC says that to standard error only."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), port), family=family).close()
+    except OSError as error:
+        why = error.strerror
+        raise errors.ConfigError(f"port: cannot listen on {host}:{port}: {why}") from error
 
 
 async def until_signalled() -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractAsyncContextManager
 
 from outrider.config import TargetConfig
 from outrider.program import run_until_signalled
-from target_service.service import serving
+from outrider.rpc import Server
+
+
+def _serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
+    # Imports torch, which takes seconds: a wrong setting is told before that.
+    from target_service.service import serving
+
+    return serving(config)
+
 
 if __name__ == "__main__":
-    sys.exit(run_until_signalled("target", TargetConfig, serving))
+    sys.exit(run_until_signalled("target", TargetConfig, _serving))

@@ -127,7 +127,7 @@ class _Peer:
         drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids").astype(np.int64)
         context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
         supports = None
-        if item.support_sizes:
+        if item.support_sizes or item.support_ids:
             sizes = unpack(item.support_sizes, UINT16, "support_sizes").astype(np.int64)
             ids = unpack(item.support_ids, UINT32, "support_ids").astype(np.int64)
             if len(sizes) != len(drafts) or sizes.sum() != len(ids):

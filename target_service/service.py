@@ -30,7 +30,7 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
         )
         scheduler = Scheduler(verifier, device)
         servicer = TargetServicer(scheduler, model, verifier.statistics)
-        target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.grpc_server)
+        target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
         return scheduler
 
     return model_serving(config, SERVICE_NAME, mount)

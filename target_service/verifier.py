@@ -146,14 +146,16 @@ class Verifier:
         if former is not None and former.epoch < command.epoch:
             why = f"epoch {command.epoch} took over session {command.session_id}"
             displaced.append(self._fail(former.state.key, RowErrorReason.DISPLACED, why))
-        live = self._table.open(
-            command.session_id,
-            command.epoch,
-            command.kept_epoch,
-            command.max_len,
-            _Generation(command.key, sampler),
-        )
-        self._generations[command.key] = live
+        try:
+            self._generations[command.key] = self._table.open(
+                command.session_id,
+                command.epoch,
+                command.kept_epoch,
+                command.max_len,
+                _Generation(command.key, sampler),
+            )
+        except KVFull as error:  # the displaced one is told all the same
+            return [*displaced, self._fail(command.key, RowErrorReason.KV_FULL, str(error))]
         return displaced
 
     def _enqueue(self, row: Row) -> None:

@@ -38,6 +38,8 @@ class Output:
     origins: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    # Per token: how many characters of `text` were certain after it.
+    text_ends: list[int] = field(default_factory=list)
     result: orchestrator_pb2.GenerateResult | None = None
 
     @property
@@ -48,6 +50,7 @@ class Output:
     def add(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
         self.session_id = chunk.session_id
         self.token_ids += chunk.token_ids
+        self.text_ends += [len(self.text) + end for end in chunk.text_ends]
         self.text += chunk.text
         self.texts.append(chunk.text)
         self.origins += chunk.origins
@@ -74,9 +77,7 @@ class Stack:
         return output
 
     async def target_load(self) -> target_pb2.TargetLoad:
-        return (
-            await self.target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
-        ).load
+        return (await self.target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())).load
 
     async def draft_load(self) -> draft_pb2.DraftLoad:
         assert self.draft is not None
@@ -98,22 +99,26 @@ def request(
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    target: Path, draft: Path | None, redis_url: str, **settings: Any
+    target: Path,
+    draft: Path | None,
+    redis_url: str,
+    *,
+    target_settings: dict[str, Any] | None = None,
+    draft_settings: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Stack]:
     """All services up and ready; `settings` are the orchestrator's. A patient one, unless told."""
     settings.setdefault("draft_wait_ms", 20_000.0)
+    target_fields: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, **(target_settings or {})}
+    draft_fields: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, **(draft_settings or {})}
     async with contextlib.AsyncExitStack() as stack:
         target_server = await stack.enter_async_context(
-            target_service.service.serving(
-                TargetConfig(model=str(target), port=0, kv_cache_tokens=KV_TOKENS)
-            )
+            target_service.service.serving(TargetConfig(model=str(target), port=0, **target_fields))
         )
         draft_endpoint = None
         if draft is not None:
             draft_server = await stack.enter_async_context(
-                draft_service.service.serving(
-                    DraftConfig(model=str(draft), port=0, kv_cache_tokens=KV_TOKENS)
-                )
+                draft_service.service.serving(DraftConfig(model=str(draft), port=0, **draft_fields))
             )
             draft_endpoint = f"127.0.0.1:{draft_server.port}"
         settings.setdefault("draft_endpoint", draft_endpoint)

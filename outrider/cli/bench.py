@@ -158,15 +158,16 @@ async def _measure(
     ]
     stats = [output.result.speculation for output in outputs]
     num_tokens = sum(len(output.token_ids) for output in outputs)
-    num_drafted = sum(s.num_draft_tokens for s in stats)
+    num_rejected = sum(s.num_rejected_tokens for s in stats)
     num_accepted = sum(s.num_accepted_tokens for s in stats)
+    num_judged = num_accepted + num_rejected
     return WireCost(
         vocab_size=target.vocab_size,
         method=method.value,
         temperature=temperature,
         gamma=options.gamma,
         num_tokens=num_tokens,
-        acceptance_rate=num_accepted / num_drafted if num_drafted else None,
+        acceptance_rate=num_accepted / num_judged if num_judged else None,
         draft_bytes_per_token=sum(s.draft_wire_bytes for s in stats) / num_tokens,
         target_bytes_per_token=sum(s.target_wire_bytes for s in stats) / num_tokens,
     )

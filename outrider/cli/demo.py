@@ -153,7 +153,7 @@ def _table(comparison: Comparison, options: DemoOptions) -> Table:
     stats = [o.result.speculation for outputs in comparison.drafted for o in outputs]
     num_drafts = sum(s.num_drafts for s in stats)
     num_accepted = sum(s.num_accepted_tokens for s in stats)
-    alpha = num_accepted / max(1, sum(s.num_draft_tokens for s in stats))
+    alpha = num_accepted / max(1, num_accepted + sum(s.num_rejected_tokens for s in stats))
     tau = 1 + num_accepted / max(1, num_drafts)
     drafted, plain = _speed(comparison.drafted), _speed(comparison.plain)
     table = Table(show_edge=False, header_style="bold")

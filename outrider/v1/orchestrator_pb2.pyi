@@ -132,7 +132,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits")
+    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits", "num_rejected_tokens")
     NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class SpeculationStats(_message.Message):
     DRAFT_WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TARGET_WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_LOOKAHEAD_HITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
@@ -163,7 +164,8 @@ class SpeculationStats(_message.Message):
     draft_wire_bytes: int
     target_wire_bytes: int
     num_lookahead_hits: int
-    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ...) -> None: ...
+    num_rejected_tokens: int
+    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)

@@ -1,0 +1,38 @@
+"""What the end-to-end tests share: one Redis, one thread for both models, models made once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.redis_server import RedisServer
+from tests import redis_fixture
+from tests.e2e.pairs import SpreadPair, TextPair, TinyPair
+
+redis_server = redis_fixture.redis_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def redis(redis_server: RedisServer) -> str:
+    """The URL. Nothing is flushed: sessions are one-off."""
+    return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def spread_pair(tmp_path_factory: pytest.TempPathFactory) -> SpreadPair:
+    return SpreadPair(tmp_path_factory.mktemp("spread"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    return TinyPair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_pair(tmp_path_factory: pytest.TempPathFactory) -> TextPair:
+    return TextPair(tmp_path_factory.mktemp("text"))

@@ -1,0 +1,93 @@
+"""Pairs of tiny models that several files use, and every way of sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+
+from tests.e2e import byte_tokenizer
+from tests.e2e.reference import Reference, Sampling
+from tests.tiny_models import make_tiny_draft, make_tiny_model
+
+# Of SpreadPair.
+VOCAB_SIZE = 8  # the last is EOS
+PROMPT = [1, 4, 2, 0, 3]
+
+# EOS is ignored where nothing else is said.
+CASES: dict[str, Sampling] = {
+    "plain": {},
+    "cold": {"temperature": 0.6},
+    "hot": {"temperature": 1.7},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.15},
+    "penalties": {
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.3,
+    },
+    "rewards": {"presence_penalty": -0.3, "frequency_penalty": -0.05, "repetition_penalty": 0.9},
+    "logit_bias": {"logit_bias": {0: 1.5, 3: -2.0, 6: 0.7}},
+    "allowed": {"allowed_token_ids": [0, 2, 3, 5, 6]},
+    "stops": {"min_tokens": 14, "stop_token_ids": [2, 5], "ignore_eos": False},
+    "all": {
+        "temperature": 0.9,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+        "logit_bias": {1: 0.5},
+        "allowed_token_ids": [0, 1, 2, 3, 4, 6, 7],
+        "min_tokens": 15,
+        "stop_token_ids": [6],
+        "ignore_eos": False,
+    },
+}
+
+
+class TinyPair:
+    """256 tokens, a draft that mostly agrees, and laws so spread that the seed matters."""
+
+    def __init__(self, directory: Path) -> None:
+        self.target = make_tiny_model(
+            "llama", directory / "target", scale=0.5, max_position_embeddings=2048
+        )
+        self.draft = make_tiny_draft(self.target, directory / "draft", noise=0.05)
+        self.reference = Reference(self.target)
+
+
+class SpreadPair:
+    """8 tokens, that laws can be enumerated; the draft often disagrees, and is surer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.target = make_tiny_model(
+            "llama", directory / "target", vocab_size=VOCAB_SIZE, scale=0.25, num_layers=1
+        )
+        self.draft = sharpened(make_tiny_draft(self.target, directory / "draft", noise=0.2))
+        self.reference = Reference(self.target)
+        self.draft_reference = Reference(self.draft)
+
+
+class TextPair:
+    """With a byte-level tokenizer, whose EOS is the last token."""
+
+    def __init__(self, directory: Path) -> None:
+        self.target = make_tiny_model(
+            "llama", directory / "target", scale=0.5, vocab_size=byte_tokenizer.VOCAB_SIZE
+        )
+        self.draft = make_tiny_draft(self.target, directory / "draft", noise=0.05)
+        for model in (self.target, self.draft):
+            byte_tokenizer.add_byte_tokenizer(model)
+        self.reference = Reference(self.target)
+
+
+def sharpened(directory: Path, factor: float = 2.0) -> Path:
+    """Multiplies the logits: surer than the target, its supports leave much outside."""
+    path = directory / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["model.norm.weight"] *= factor
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    return directory

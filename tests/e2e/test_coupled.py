@@ -1,0 +1,203 @@
+"""With `coupled`, the output is the target's own seeded sample: a function of the seed alone.
+
+The same tokens whatever γ, look-ahead, company and fate of the draft, and the same as Gumbel-max by
+hand on Hugging Face's logits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import draft_service.service
+from outrider.config import DraftConfig
+from tests.e2e.pairs import CASES, PROMPT, SpreadPair, TinyPair
+from tests.e2e.reference import Reference, Sampling, assert_seeded
+from tests.e2e.traffic import (
+    ACCEPTED,
+    BLOCK,
+    COUPLED,
+    PLAIN,
+    REJECTION,
+    assert_speculated,
+    generate_all,
+    prompt_of,
+)
+from tests.stack import KV_TOKENS, Output, Stack, request, running_stack
+from tests.tiny_models import make_tiny_draft, make_tiny_model
+
+_NUM_TOKENS = 20
+_GAMMAS = range(9)
+
+_SAMPLINGS: list[Sampling] = [
+    {"temperature": 0.7, "seed": 11},
+    {"temperature": 1.0, "seed": 2**63 + 12},
+    {"temperature": 0.7, "top_p": 0.8, "seed": 13},
+    {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.7, "repetition_penalty": 1.2}
+    | {"frequency_penalty": 0.2, "seed": 14},
+]
+
+
+def _call(
+    prompt: list[int], sampling: Sampling, num_tokens: int = _NUM_TOKENS, **fields: Any
+) -> dict[str, Any]:
+    given = {"ignore_eos": True, **sampling, "max_tokens": num_tokens}
+    return {"prompt": prompt, "sampling": given, "verification": COUPLED, **fields}
+
+
+async def test_no_setting_changes_a_token(tiny_pair: TinyPair, redis: str) -> None:
+    """γ 0 to 8, look-ahead off and on; alone, among few, and with 15 others."""
+    prompts = [prompt_of(3 + 5 * i) for i in range(len(_SAMPLINGS))]
+    asked = list(zip(prompts, _SAMPLINGS, strict=True))
+    outputs: list[Output] = []
+    async with running_stack(tiny_pair.target, tiny_pair.draft, redis) as stack:
+        for gamma in _GAMMAS:
+            for lookahead in (0, 1):
+                how = {"gamma": gamma, "lookahead": lookahead}
+                calls = [_call(prompt, sampling, **how) for prompt, sampling in asked]
+                for i in range(12 if (gamma + lookahead) % 2 else 0):
+                    other = {"temperature": 1.0, "seed": 1000 * gamma + i}
+                    calls.append(_call(prompt_of(1 + 4 * i + gamma), other, gamma=(gamma + i) % 9))
+                together = await generate_all(stack, calls)
+                alone = await stack.generate(**calls[gamma % len(asked)])
+                assert alone.token_ids == together[gamma % len(asked)].token_ids
+                outputs += together[: len(asked)]
+    for i, (prompt, sampling) in enumerate(asked):
+        theirs = outputs[i :: len(asked)]
+        assert {tuple(output.token_ids) for output in theirs} == {tuple(theirs[0].token_ids)}
+        assert_seeded(tiny_pair.reference, prompt, theirs[0].token_ids, sampling)
+    assert_speculated(outputs)
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_every_processor_by_hand(case: str, spread_pair: SpreadPair, redis: str) -> None:
+    """The draft is far off, so that most blocks end early; EOS and stop tokens end outputs."""
+    sampling = {"ignore_eos": True, **CASES[case]}
+    calls = [
+        _call(PROMPT, {**sampling, "seed": seed}, gamma=1 + seed % 6, lookahead=seed % 2)
+        for seed in range(24)
+    ]
+    async with running_stack(spread_pair.target, spread_pair.draft, redis) as stack:
+        outputs = await generate_all(stack, calls)
+    for seed, output in enumerate(outputs):
+        assert_seeded(spread_pair.reference, PROMPT, output.token_ids, {**sampling, "seed": seed})
+        assert len(output.token_ids) == _NUM_TOKENS or case in ("stops", "all")
+    assert_speculated(outputs)
+
+
+@pytest.mark.parametrize("verification", [REJECTION, BLOCK, COUPLED])
+async def test_a_draft_that_knows_none_of_the_allowed_tokens(
+    verification: int, tmp_path: Path, redis: str
+) -> None:
+    """Its distribution is empty. It may propose what it will; it costs speed, not the output."""
+    target = make_tiny_model("llama", tmp_path / "target", vocab_size=300, scale=0.5)
+    draft = make_tiny_draft(target, tmp_path / "draft", vocab_size=256)
+    allowed = list(range(256, 299))
+    calls = [
+        _call([1, 280, 3], {"seed": seed, "allowed_token_ids": allowed}, gamma=3)
+        | {"verification": verification}
+        for seed in range(6)
+    ]
+    async with running_stack(target, draft, redis) as stack:
+        outputs = await generate_all(stack, calls)
+        assert (await stack.generate([1, 2], gamma=3)).speculation.num_drafts > 0
+    reference = Reference(target)
+    for call, output in zip(calls, outputs, strict=True):
+        assert len(output.token_ids) == _NUM_TOKENS
+        assert set(output.token_ids) <= set(allowed)
+        if verification == COUPLED:
+            assert_seeded(reference, call["prompt"], output.token_ids, call["sampling"])
+
+
+class DraftProcess:
+    """`python -m draft_service`, ended by SIGKILL."""
+
+    def __init__(self, model: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        flags = {"model": model, "port": self.port, "kv-cache-tokens": KV_TOKENS, "num-threads": 1}
+        self._command = [sys.executable, "-m", "draft_service"]
+        self._command += [f"--{name}={value}" for name, value in flags.items()]
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+        assert self._process.stdout is not None
+        async with asyncio.timeout(40):
+            while not (line := await self._process.stdout.readline()).startswith(b"listening"):
+                assert line, "the draft ended"
+
+    async def kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+
+
+class Running:
+    """A call under way."""
+
+    def __init__(self, stack: Stack, call: dict[str, Any]) -> None:
+        self.output = Output()
+        self._chunks = stack.client.Generate(request(**call), timeout=50)
+
+    async def until(self, num_tokens: int) -> Output:
+        """Reads until the output has so many tokens, or has ended."""
+        async for chunk in self._chunks:
+            self.output.add(chunk)
+            if len(self.output.token_ids) >= num_tokens and self.output.result is None:
+                break
+        return self.output
+
+
+async def test_a_draft_that_is_killed_and_comes_back_changes_no_token(
+    tiny_pair: TinyPair, redis: str
+) -> None:
+    """It goes while outputs are half-way, and is back before the long one ends."""
+    sampling = {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 0.3}
+    prompts = [prompt_of(4 + 3 * i) for i in range(5)]
+    num_tokens = [900, 60, 100, 150, 200]
+    calls = [
+        _call(prompts[i], {**sampling, "seed": i}, num_tokens[i], gamma=4, lookahead=i % 2)
+        for i in range(len(prompts))
+    ]
+    draft = DraftProcess(tiny_pair.draft)
+    await draft.start()
+    endpoint = f"127.0.0.1:{draft.port}"
+    async with contextlib.AsyncExitStack() as successor:
+        successor.push_async_callback(draft.kill)
+        async with running_stack(tiny_pair.target, None, redis, draft_endpoint=endpoint) as stack:
+            running = [Running(stack, call) for call in calls]
+            await asyncio.gather(*(generation.until(20) for generation in running))
+            await draft.kill()
+            # Up in a moment, as no new process is.
+            config = DraftConfig(
+                model=str(tiny_pair.draft), port=draft.port, kv_cache_tokens=KV_TOKENS
+            )
+            await successor.enter_async_context(draft_service.service.serving(config))
+            outputs = await asyncio.gather(*(generation.until(2000) for generation in running))
+    for i, output in enumerate(outputs):
+        assert len(output.token_ids) == num_tokens[i]
+        assert_seeded(tiny_pair.reference, prompts[i], output.token_ids, {**sampling, "seed": i})
+    assert_was_without_a_draft(outputs[0])
+
+
+def assert_was_without_a_draft(output: Output) -> None:
+    """Speculated, then not for a while, then again."""
+    origins = "".join("p" if origin == PLAIN else "." for origin in output.origins)
+    start = origins.find("ppp")
+    assert start > 0, "killed too late"
+    back = origins.find(".", start)
+    assert ACCEPTED in output.origins[:start]
+    assert back > 0, "never came back"
+    assert ACCEPTED in output.origins[back:]

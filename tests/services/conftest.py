@@ -1,0 +1,50 @@
+"""Model pairs, made once for all tests of the services."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import redis_fixture
+from tests.services.parts import CONTEXT_LEN, Greedy, Pair
+from tests.services.tokenizer_files import write_tokenizer
+from tests.tiny_models import make_tiny_draft, make_tiny_model
+
+redis_server = redis_fixture.redis_server
+redis_url = redis_fixture.redis_url
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Without tokenizer; 256 tokens, of which the last is the end of sequence."""
+    root = tmp_path_factory.mktemp("pair")
+    target = make_tiny_model("llama", root / "target", max_position_embeddings=CONTEXT_LEN)
+    return Pair(target, make_tiny_draft(target, root / "draft"))
+
+
+@pytest.fixture(scope="session")
+def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """With a byte-level tokenizer and a chat template."""
+    root = tmp_path_factory.mktemp("chat_pair")
+    target = make_tiny_model(
+        "llama", root / "target", vocab_size=300, seed=5, max_position_embeddings=CONTEXT_LEN
+    )
+    pair = Pair(target, make_tiny_draft(target, root / "draft"))
+    for directory in pair:
+        write_tokenizer(directory)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def greedy(pair: Pair) -> Greedy:
+    return Greedy(pair.target)
+
+
+@pytest.fixture(scope="session")
+def chat_greedy(chat_pair: Pair) -> Greedy:
+    return Greedy(chat_pair.target)

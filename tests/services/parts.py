@@ -1,0 +1,180 @@
+"""What the services' tests share: tiers with settings of their own, a reference, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import pytest
+import torch
+import transformers
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+import draft_service.service
+import orchestrator.service
+import target_service.service
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+from outrider.rpc import Server
+from tests.stack import Stack
+
+KV_TOKENS = 16_384
+CONTEXT_LEN = 2_048
+GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+
+
+class Pair(NamedTuple):
+    target: Path
+    draft: Path
+
+
+class Tiers(NamedTuple):
+    target: Server
+    draft: Server | None
+
+    @property
+    def endpoints(self) -> tuple[str, str | None]:
+        draft = f"127.0.0.1:{self.draft.port}" if self.draft else None
+        return f"127.0.0.1:{self.target.port}", draft
+
+
+class System(Stack):
+    """Clients of all three services, and where the orchestrator listens."""
+
+    endpoint: str
+
+
+class Greedy:
+    """Plain Hugging Face greedy decoding of a model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        auto: Any = transformers.AutoModelForCausalLM
+        self._model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+        self._model.generation_config.eos_token_id = None
+
+    def __call__(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        """The tokens that follow."""
+        ids = torch.tensor([list(token_ids)])
+        output = self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+        tokens: list[int] = output[0, len(token_ids) :].tolist()
+        return tokens
+
+
+@contextlib.asynccontextmanager
+async def both_tiers(
+    pair: Pair,
+    *,
+    target_kv: int = KV_TOKENS,
+    draft_kv: int | None = KV_TOKENS,
+    **target_settings: Any,
+) -> AsyncIterator[Tiers]:
+    """Target and draft replica; draft_kv None: no draft."""
+    async with contextlib.AsyncExitStack() as stack:
+        target = await stack.enter_async_context(
+            target_service.service.serving(
+                TargetConfig(
+                    model=str(pair.target), port=0, kv_cache_tokens=target_kv, **target_settings
+                )
+            )
+        )
+        draft = None
+        if draft_kv is not None:
+            draft = await stack.enter_async_context(
+                draft_service.service.serving(
+                    DraftConfig(model=str(pair.draft), port=0, kv_cache_tokens=draft_kv)
+                )
+            )
+        yield Tiers(target, draft)
+
+
+@contextlib.asynccontextmanager
+async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncIterator[System]:
+    """An orchestrator of these tiers, and clients of all three."""
+    target, draft = tiers.endpoints
+    settings.setdefault("draft_wait_ms", 20_000.0)
+    settings.setdefault("draft_endpoint", draft)
+    config = OrchestratorConfig(target_endpoint=target, redis_url=redis_url, port=0, **settings)
+    async with (
+        orchestrator.service.serving(config) as server,
+        clients(tiers, f"127.0.0.1:{server.port}") as system,
+    ):
+        yield system
+
+
+@contextlib.asynccontextmanager
+async def clients(tiers: Tiers, endpoint: str = "127.0.0.1:1") -> AsyncIterator[System]:
+    """Of both tiers, and of the orchestrator at `endpoint`."""
+    target, draft = tiers.endpoints
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(address))
+            for address in (endpoint, target, draft)
+            if address
+        ]
+        system = System(channels[0], channels[1], channels[2] if draft else None)
+        system.endpoint = endpoint
+        yield system
+
+
+@contextlib.asynccontextmanager
+async def whole(pair: Pair, redis_url: str, **settings: Any) -> AsyncIterator[System]:
+    """Everything, with the default KV budgets."""
+    async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url, **settings) as stack:
+        yield stack
+
+
+class Refusal(NamedTuple):
+    """A call's failure as a caller sees it."""
+
+    code: grpc.StatusCode
+    message: str
+    status: status_pb2.Status | None
+
+    @property
+    def fields(self) -> list[str]:
+        """Named by the BadRequest detail."""
+        detail = error_details_pb2.BadRequest()
+        for packed in self.status.details if self.status else ():
+            if packed.Unpack(detail):
+                return [violation.field for violation in detail.field_violations]
+        return []
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Of the RetryInfo detail."""
+        detail = error_details_pb2.RetryInfo()
+        for packed in self.status.details if self.status else ():
+            if packed.Unpack(detail):
+                return detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
+        return None
+
+
+async def refusal(call: Awaitable[Any]) -> Refusal:
+    """How the call fails; an AssertionError if it does not."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = caught.value
+    return Refusal(error.code(), error.details() or "", rpc_status.from_call(error))
+
+
+async def nothing_held(stack: Stack) -> bool:
+    """No generation open and no KV kept or reserved, on either tier."""
+    loads: list[Any] = [await stack.target_load()]
+    if stack.draft is not None:
+        loads.append(await stack.draft_load())
+    return all(
+        load.num_open_generations == 0
+        and load.num_opened_total == load.num_closed_total
+        and load.num_idle_sessions == 0
+        and load.kv_used_tokens == 0
+        for load in loads
+    )

@@ -1,0 +1,254 @@
+"""Callers that leave, are slow, or are cut off: nothing of theirs stays, nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+import orchestrator.emitter
+import orchestrator.service
+import outrider.engine.scheduler
+from orchestrator.store import SessionStore, StoreOptions
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from tests.redis_fixture import redis_command
+from tests.services.parts import (
+    GREEDY,
+    Greedy,
+    Pair,
+    System,
+    both_tiers,
+    nothing_held,
+    orchestrating,
+    refusal,
+    whole,
+)
+from tests.stack import Output, Stack, eventually, request
+
+PROMPT = list(range(10, 50))
+LONG = {**GREEDY, "max_tokens": 1_500}
+# "Within a round": a second for a busy machine.
+SOON_S = 2.0
+
+
+def asked(prompt: list[int] = PROMPT, **fields: object) -> orchestrator_pb2.GenerateRequest:
+    return request(prompt, LONG, gamma=4, **fields)
+
+
+async def session(stack: Stack, session_id: str) -> orchestrator_pb2.GetSessionResponse:
+    return await stack.client.GetSession(
+        orchestrator_pb2.GetSessionRequest(session_id=session_id), timeout=10
+    )
+
+
+async def _is_free(stack: Stack, session_id: str) -> bool:
+    return not (await session(stack, session_id)).in_use
+
+
+@pytest.mark.parametrize("way", ["cancelled", "deadline", "connection closed"])
+async def test_a_caller_that_leaves_frees_everything(
+    way: str, pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """KV on both tiers, the lease, and what Redis has of one-off calls; the session goes on."""
+    async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
+        channel = grpc.aio.insecure_channel(stack.endpoint)
+        client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+        timeout_s = 0.4 if way == "deadline" else 30.0
+        calls = [
+            client.Generate(asked(session_id="s", create_session=True), timeout=timeout_s),
+            client.Generate(asked(), timeout=timeout_s),
+        ]
+        streams = [aiter(call) for call in calls]
+        received = Output()
+        for stream in streams:
+            received.add(await anext(stream))
+        assert (await stack.target_load()).num_open_generations == 2
+        if way == "cancelled":
+            for call in calls:
+                call.cancel()
+        elif way == "connection closed":
+            await channel.close()
+        else:
+            for stream in streams:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    async for _ in stream:
+                        pass
+                assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: nothing_held(stack), SOON_S)
+        await eventually(lambda: _is_free(stack, "s"), SOON_S)
+        await channel.close()
+        assert redis_command(redis_url, "DBSIZE") == b":2", "the named session and its tokens"
+        held = list((await session(stack, "s")).token_ids)
+        assert held[: len(PROMPT)] == PROMPT
+        assert held == PROMPT + greedy(PROMPT, len(held) - len(PROMPT)), "a prefix, not a hole"
+        output = await stack.generate([5, 6], sampling={**GREEDY, "max_tokens": 9}, session_id="s")
+        assert output.token_ids == greedy([*held, 5, 6], 9)
+
+
+async def _leave(stack: System, number: int, chance: random.Random) -> None:
+    named = {"session_id": f"n-{number}", "create_session": True} if number % 3 == 0 else {}
+    prompt = [chance.randrange(250) for _ in range(chance.choice((3, 40, 700)))]
+    call = stack.client.Generate(asked(prompt, **named), timeout=30)
+    with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+        if number % 2:
+            await asyncio.sleep(chance.random() ** 2 * 0.15)
+        else:
+            async for _ in call:
+                if chance.random() < 0.2:
+                    break
+    call.cancel()
+
+
+async def test_two_hundred_sessions_dropped_at_random_leak_nothing(
+    pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outrider.engine.scheduler, "TIDY_INTERVAL_S", 0.2)
+    async with whole(pair, redis_url) as stack:
+        chance = random.Random(1)
+        waiting = iter(range(200))
+
+        async def leaver() -> None:
+            for number in waiting:
+                await _leave(stack, number, chance)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(12):
+                tasks.create_task(leaver())
+        await eventually(lambda: nothing_held(stack), 5.0)
+        opened = (await stack.target_load()).num_opened_total
+        assert opened > 40, "many had begun"
+
+        async def only_named_ones_are_left() -> bool:
+            return b"session:{n-" in await _keys(redis_url, "n-*") and not await _keys(
+                redis_url, "[0-9a-f]*"
+            )
+
+        await eventually(only_named_ones_are_left, 3.0)
+        # The idle tidy asserts the integrity of the KV accounting: a service that fails it is gone.
+        await asyncio.sleep(0.6)
+        output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 20})
+        assert output.token_ids == greedy(PROMPT, 20)
+        assert output.speculation.num_drafts > 0, "the draft lives too"
+
+
+async def _keys(redis_url: str, pattern: str) -> bytes:
+    reply = await asyncio.to_thread(
+        redis_command, redis_url, "KEYS", f"outrider:session:{{{pattern}}}"
+    )
+    return b"" if reply == b"*0" else reply
+
+
+@contextlib.asynccontextmanager
+async def unread(stack: System, **fields: object) -> AsyncIterator[grpc.aio.UnaryStreamCall]:
+    """A call whose caller stops reading after the first chunk, its connection's window small."""
+    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(stack.endpoint, options=options) as channel:
+        client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+        sampling = {**LONG, "logprobs": 20}
+        call = client.Generate(request(PROMPT, sampling, gamma=4, **fields), timeout=50)
+        await anext(aiter(call))
+        yield call
+        call.cancel()
+
+
+async def test_a_slow_reader_holds_nobody(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+    async with whole(pair, redis_url) as stack, unread(stack):
+        started_at = time.monotonic()
+        outputs = await asyncio.gather(
+            *(stack.generate([7, n], sampling={**GREEDY, "max_tokens": 40}) for n in range(4))
+        )
+        assert time.monotonic() - started_at < 10
+        for number, output in enumerate(outputs):
+            assert output.token_ids == greedy([7, number], 40)
+
+
+async def test_a_slow_reader_keeps_its_session(
+    pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that waits for its caller to read still holds the session: its lease is renewed."""
+    monkeypatch.setattr(orchestrator.emitter, "RENEW_INTERVAL_S", 0.3)
+    monkeypatch.setattr(
+        orchestrator.service,
+        "SessionStore",
+        lambda url, options: SessionStore(
+            url, StoreOptions(session_ttl_s=options.session_ttl_s, lease_ttl_s=1.0)
+        ),
+    )
+    async with (
+        whole(pair, redis_url) as stack,
+        unread(stack, session_id="s", create_session=True),
+    ):
+        last = -1
+        while (now := len((await session(stack, "s")).token_ids)) != last:
+            last = now
+            await asyncio.sleep(0.4)
+        assert last < len(PROMPT) + 1_500, "it is held by its reader"
+        await asyncio.sleep(1.5)
+        assert (await session(stack, "s")).in_use
+        refused = await refusal(stack.generate([5], sampling=LONG, session_id="s"))
+        assert refused.code is grpc.StatusCode.ABORTED
+
+
+async def test_a_stop_ends_running_streams_as_cancelled(
+    pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams that run when the orchestrator stops end with a result, and can be continued."""
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.2)
+    async with both_tiers(pair) as tiers:
+        async with contextlib.AsyncExitStack() as serving:
+            stack = await serving.enter_async_context(orchestrating(tiers, redis_url))
+            channel = grpc.aio.insecure_channel(stack.endpoint)  # not the one that it closes
+            client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            output = Output()
+            stream = aiter(
+                client.Generate(
+                    request(PROMPT, {**LONG, "max_tokens": 1_900}, gamma=0, session_id="s",
+                            create_session=True),
+                    timeout=50,
+                )
+            )  # fmt: skip
+            output.add(await anext(stream))
+
+            async def read() -> None:
+                async for chunk in stream:
+                    output.add(chunk)
+
+            reading = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+            stopping = asyncio.create_task(serving.aclose())
+            await reading
+            await stopping
+            await channel.close()
+        assert output.result is not None
+        assert output.result.finish_reason == orchestrator_pb2.FINISH_REASON_CANCELLED
+        assert len(output.token_ids) == output.result.usage.completion_tokens < 1_900
+        assert output.token_ids == greedy(PROMPT, len(output.token_ids))
+        async with orchestrating(tiers, redis_url) as stack:
+            held = list((await session(stack, "s")).token_ids)
+            assert held == PROMPT + output.token_ids
+            again = await stack.generate(
+                [5, 6], sampling={**GREEDY, "max_tokens": 9}, session_id="s"
+            )
+            assert again.token_ids == greedy([*held, 5, 6], 9)
+
+
+async def test_a_stop_does_not_wait_for_a_slow_reader(
+    pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the session is free for the next orchestrator at once, not when its lease lapses."""
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.2)
+    async with both_tiers(pair) as tiers:
+        async with contextlib.AsyncExitStack() as reader:
+            async with orchestrating(tiers, redis_url) as stack:
+                await reader.enter_async_context(unread(stack, session_id="s", create_session=True))
+                await asyncio.sleep(0.5)
+                started_at = time.monotonic()
+            assert time.monotonic() - started_at < 5
+        async with orchestrating(tiers, redis_url) as stack:
+            assert not (await session(stack, "s")).in_use
+            await eventually(lambda: nothing_held(stack), SOON_S)

@@ -1,0 +1,275 @@
+"""The draft's stream by hand: proposals for right and wrong guesses, and every bad message."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from outrider.v1 import draft_pb2, sampling_pb2
+from tests.services.parts import CONTEXT_LEN, Greedy, Pair, System, both_tiers, clients
+from tests.services.streams import Stream, draft_open, ids, numbers, raw
+from tests.stack import eventually
+
+PROMPT = [3, 1, 4, 1]
+HEALTHY, BAD = 1, 2
+GAMMA = 4
+Frame = draft_pb2.ProposeRequest
+Reason = draft_pb2.DraftLost
+
+
+@pytest.fixture(scope="session")
+def draft_greedy(pair: Pair) -> Greedy:
+    return Greedy(pair.draft)
+
+
+@pytest.fixture
+async def system(pair: Pair) -> AsyncIterator[System]:
+    async with both_tiers(pair, draft_kv=4096) as tiers, clients(tiers) as system:
+        yield system
+
+
+@contextlib.asynccontextmanager
+async def proposing(system: System) -> AsyncIterator[Stream]:
+    assert system.draft is not None
+    async with raw(system.draft.Propose()) as stream:
+        yield stream
+
+
+def commit(generation_id: int, **fields: int) -> draft_pb2.DraftCommit:
+    return draft_pb2.DraftCommit(generation_id=generation_id, **{"gamma": GAMMA, **fields})
+
+
+class Following:
+    """One generation by hand: outcomes that accept all, some or none of a proposal."""
+
+    def __init__(self, stream: Stream, generation_id: int, prompt: list[int], truth: Greedy):
+        self._stream = stream
+        self._id = generation_id
+        self._chance = random.Random(generation_id)
+        self._truth = truth
+        self.committed = list(prompt)
+        self._proposal: draft_pb2.Proposal | None = None
+
+    async def step(self) -> None:
+        parent, num_accepted, tokens = 0, 0, []
+        if self._proposal is not None:
+            parent, tokens = self._proposal.id, numbers(self._proposal.token_ids)
+            num_accepted = self._chance.randrange(len(tokens) + 1)
+        likely = self._truth(self.committed + tokens[:num_accepted], 1)[0]
+        next_token = likely if self._chance.random() < 0.7 else (likely + 1) % 256
+        self.committed += [*tokens[:num_accepted], next_token]
+        outcome = (parent, num_accepted, next_token)
+        message = commit(
+            self._id,
+            parent=parent,
+            num_accepted=num_accepted,
+            next_token=next_token,
+            committed_len=len(self.committed),
+        )
+        await self._stream.write(Frame(commits=[message]))
+        self._proposal = await self._proposal_for(outcome)
+        expected = self._truth(self.committed, GAMMA)
+        assert numbers(self._proposal.token_ids) == expected
+
+    async def _proposal_for(self, outcome: tuple[int, int, int]) -> draft_pb2.Proposal:
+        """Passes over what was drafted ahead of another outcome."""
+        while True:
+            answer = await self._stream.answer(self._id)
+            assert isinstance(answer, draft_pb2.Proposal), answer
+            named = (answer.parent, answer.num_accepted, answer.next_token)
+            if (named, answer.base_len) == (outcome, len(self.committed)):
+                return answer
+
+    async def run(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            await self.step()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+async def test_proposals_follow_what_is_committed(
+    lookahead: int, system: System, draft_greedy: Greedy
+) -> None:
+    """Every proposal is the draft's own greedy continuation of exactly the committed context."""
+    async with proposing(system) as stream:
+        prompts = [[n, 1, 2, 3] * (1 + 3 * n) for n in range(3)]
+        opens = [
+            draft_open(n + 1, prompt, lookahead=lookahead, max_len=len(prompt) + 120)
+            for n, prompt in enumerate(prompts)
+        ]
+        await stream.write(Frame(opens=opens))
+        await asyncio.gather(
+            *(
+                Following(stream, n + 1, prompt, draft_greedy).run(15)
+                for n, prompt in enumerate(prompts)
+            )
+        )
+
+
+@contextlib.asynccontextmanager
+async def beside_a_healthy_one(system: System, truth: Greedy) -> AsyncIterator[Stream]:
+    async with proposing(system) as stream:
+        healthy = Following(stream, HEALTHY, PROMPT, truth)
+        await stream.write(Frame(opens=[draft_open(HEALTHY, PROMPT, lookahead=1)]))
+        await healthy.run(2)
+        running = asyncio.create_task(healthy.run(8))
+        yield stream
+        await running
+        await healthy.run(2)
+        assert (await system.draft_load()).num_open_generations == 1, "the bad one is closed"
+        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=HEALTHY)]))
+        await eventually(lambda: _nothing_is_held(system))
+
+
+async def _nothing_is_held(system: System) -> bool:
+    load = await system.draft_load()
+    return (load.num_open_generations, load.kv_used_tokens) == (0, 0)
+
+
+async def lost(stream: Stream, generation_id: int = BAD) -> draft_pb2.DraftLost:
+    while isinstance(answer := await stream.answer(generation_id), draft_pb2.Proposal):
+        pass
+    assert isinstance(answer, draft_pb2.DraftLost)
+    return answer
+
+
+NAN = sampling_pb2.SamplingParams(temperature=math.nan)
+OUTSIDE = sampling_pb2.SamplingParams(logit_bias={256: 1.0})
+BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
+    "no context": ({"token_ids": b""}, "token_ids"),
+    "half a token": ({"token_ids": b"\1\0\0"}, "token_ids"),
+    "token out of range": ({"token_ids": ids([1, 2, 3, 256])}, "token_ids"),
+    "token absurd": ({"token_ids": ids([1, 2, 3, 2**32 - 1])}, "token_ids"),
+    "prompt_len 0": ({"prompt_len": 0}, "prompt_len"),
+    "prompt_len absurd": ({"prompt_len": 2**32 - 1}, "prompt_len"),
+    "vocab_size 0": ({"vocab_size": 0}, "token_ids"),
+    "gamma 17": ({"gamma": 17}, "gamma"),
+    "gamma absurd": ({"gamma": 2**32 - 1}, "gamma"),
+    "verification 9": ({"verification": 9}, "verification"),
+    "temperature NaN": ({"sampling": NAN}, "temperature"),
+    "bias out of range": ({"sampling": OUTSIDE}, "logit_bias"),
+}
+# After a good open and its first round: 5 tokens committed, proposal 1 of four tokens is out.
+BAD_COMMITS: dict[str, tuple[dict[str, int], str]] = {
+    "unknown parent": ({"parent": 7, "committed_len": 6}, "parent"),
+    "absurd parent": ({"parent": 2**32 - 1, "committed_len": 6}, "parent"),
+    "accepts too many": ({"parent": 1, "num_accepted": 5, "committed_len": 11}, "num_accepted"),
+    "accepts of nothing": ({"parent": 0, "num_accepted": 1, "committed_len": 7}, "num_accepted"),
+    "length too small": ({"parent": 1, "num_accepted": 2, "committed_len": 7}, "committed_len"),
+    "length too large": ({"parent": 1, "num_accepted": 2, "committed_len": 9}, "committed_len"),
+    "length absurd": ({"parent": 1, "committed_len": 2**32 - 1}, "committed_len"),
+    "length 0": ({"parent": 1}, "committed_len"),
+    "gamma 17": ({"parent": 1, "committed_len": 6, "gamma": 17}, "gamma"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPENS)
+async def test_bad_opens(name: str, system: System, draft_greedy: Greedy) -> None:
+    fields, said = BAD_OPENS[name]
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT, **fields)]))
+        answer = await lost(stream)
+        assert (answer.reason, said in answer.detail) == (Reason.REASON_BAD_MESSAGE, True), answer
+
+
+@pytest.mark.parametrize("name", BAD_COMMITS)
+async def test_bad_commits(name: str, system: System, draft_greedy: Greedy) -> None:
+    fields, said = BAD_COMMITS[name]
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT)]))
+        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
+        proposal = await stream.answer(BAD)
+        assert (proposal.id, len(numbers(proposal.token_ids))) == (1, 4)
+        await stream.write(Frame(commits=[commit(BAD, next_token=9, **fields)]))
+        answer = await lost(stream)
+        assert (answer.reason, said in answer.detail) == (Reason.REASON_BAD_MESSAGE, True), answer
+
+
+async def test_commits_for_nobody_are_passed_over(system: System, draft_greedy: Greedy) -> None:
+    """They may be on their way when the replica loses a generation: no news."""
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        for number in (0, 99, 2**32 - 1):
+            await stream.write(Frame(commits=[commit(number, committed_len=5)]))
+            await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=number)]))
+        await stream.write(Frame(opens=[draft_open(BAD, [])]))
+        await lost(stream)
+        assert not any(stream.num_unread(number) for number in (0, 99, 2**32 - 1))
+
+
+@pytest.mark.parametrize("second", [{}, {"token_ids": b"\1"}])
+async def test_open_twice(second: dict[str, Any], system: System, draft_greedy: Greedy) -> None:
+    """Well-formed or not: what was said lost is not drafted any more."""
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT)]))
+        again = draft_open(BAD, PROMPT, session_id="other", **second)
+        await stream.write(Frame(opens=[again]))
+        assert (await lost(stream)).reason == Reason.REASON_BAD_MESSAGE
+        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
+        await asyncio.sleep(0.1)
+        assert stream.num_unread(BAD) == 0
+
+
+async def test_no_room(system: System, draft_greedy: Greedy) -> None:
+    """Neither where the context is full nor where the KV budget is."""
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=5)]))
+        assert (await lost(stream)).reason == Reason.REASON_KV_FULL
+        opens = [draft_open(n, PROMPT, max_len=2**32 - 1) for n in (5, 6)]
+        await stream.write(Frame(opens=opens))
+        assert (await lost(stream, 6)).reason == Reason.REASON_KV_FULL
+        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
+
+
+@pytest.mark.parametrize("epoch", [4, 5])
+async def test_an_older_epoch_is_refused(epoch: int, system: System, draft_greedy: Greedy) -> None:
+    async with beside_a_healthy_one(system, draft_greedy) as stream, proposing(system) as other:
+        await stream.write(Frame(opens=[draft_open(5, PROMPT, session_id="s", epoch=5)]))
+        holder = Following(stream, 5, PROMPT, draft_greedy)
+        await holder.run(2)
+        await other.write(Frame(opens=[draft_open(BAD, PROMPT, session_id="s", epoch=epoch)]))
+        assert (await lost(other)).reason == Reason.REASON_DISPLACED
+        await holder.run(2)
+        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
+
+
+@pytest.mark.parametrize("max_len", [200, CONTEXT_LEN])
+async def test_a_newer_epoch_displaces(max_len: int, system: System, draft_greedy: Greedy) -> None:
+    """The older one is told, also where there is no room for the newer."""
+    async with beside_a_healthy_one(system, draft_greedy) as stream, proposing(system) as other:
+        opens = [
+            draft_open(BAD, PROMPT, session_id="s", epoch=5),
+            draft_open(8, PROMPT, max_len=CONTEXT_LEN),
+        ]
+        await stream.write(Frame(opens=opens))
+        await Following(stream, BAD, PROMPT, draft_greedy).run(2)
+        newer = draft_open(5, PROMPT, session_id="s", epoch=6, max_len=max_len)
+        await other.write(Frame(opens=[newer]))
+        answer = await lost(stream)
+        assert (answer.reason, "epoch 6" in answer.detail) == (Reason.REASON_DISPLACED, True)
+        if max_len == CONTEXT_LEN:
+            assert (await lost(other, 5)).reason == Reason.REASON_KV_FULL
+        else:
+            await Following(other, 5, PROMPT, draft_greedy).run(2)
+            await other.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
+        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=8)]))
+
+
+async def test_the_length_runs_out(system: System, draft_greedy: Greedy) -> None:
+    """Proposals shrink to what fits; the commit that fills max_len is no mistake."""
+    async with beside_a_healthy_one(system, draft_greedy) as stream:
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=8, lookahead=1)]))
+        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
+        while (proposal := await stream.answer(BAD)).next_token != 9:
+            assert proposal.base_len == 5, "drafted ahead of another outcome"
+        assert len(numbers(proposal.token_ids)) == 3
+        last = commit(BAD, parent=proposal.id, num_accepted=2, next_token=9, committed_len=8)
+        await stream.write(Frame(commits=[last]))
+        beyond = commit(BAD, next_token=9, committed_len=9)
+        await stream.write(Frame(commits=[beyond]))
+        answer = await lost(stream)
+        assert "max_len" in answer.detail

@@ -1,0 +1,180 @@
+"""What probes and tools are told: health, reflection, and calls that come too early."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import outrider.engine.serving
+import target_service.service
+from outrider.config import TargetConfig
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
+from tests.services.parts import GREEDY, Pair, both_tiers, orchestrating, refusal
+from tests.stack import request
+
+Status = health_pb2.HealthCheckResponse
+TARGET = target_service.service.SERVICE_NAME
+
+
+async def health(channel: grpc.aio.Channel, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(channel)
+    asked = health_pb2.HealthCheckRequest(service=service)
+    return int((await stub.Check(asked, timeout=5)).status)
+
+
+@contextlib.asynccontextmanager
+async def still_loading(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[int, threading.Event, asyncio.Event]]:
+    """A target whose model waits to be loaded: its port, what lets it go on, when it serves."""
+    go_on, serves, stop = threading.Event(), asyncio.Event(), asyncio.Event()
+    ports: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    load, start = outrider.engine.serving.load_served_engine, outrider.rpc.Server.start
+
+    def slow_load(config: Any) -> Any:
+        assert go_on.wait(20)
+        return load(config)
+
+    async def telling_start(server: Any, host: str, port: int) -> None:
+        await start(server, host, port)
+        loop.call_soon(ports.put_nowait, server.port)
+
+    monkeypatch.setattr(outrider.engine.serving, "load_served_engine", slow_load)
+    monkeypatch.setattr(outrider.rpc.Server, "start", telling_start)
+
+    async def serve() -> None:
+        config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=1024)
+        async with target_service.service.serving(config):
+            serves.set()
+            await stop.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve())
+        try:
+            yield await ports.get(), go_on, serves
+        finally:
+            go_on.set()
+            stop.set()
+
+
+async def test_health_while_loading_and_after(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        still_loading(pair, monkeypatch) as (port, go_on, serves),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        for service in ("", TARGET):
+            assert await health(channel, service) == Status.NOT_SERVING
+        stub = target_pb2_grpc.TargetServiceStub(channel)
+        early = await refusal(stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest()))
+        # UNIMPLEMENTED would tell callers never to try again.
+        assert early.code is grpc.StatusCode.UNAVAILABLE
+        go_on.set()
+        await serves.wait()
+        for service in ("", TARGET):
+            assert await health(channel, service) == Status.SERVING
+        await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+        unknown = await refusal(health(channel, "no.such.Service"))
+        assert unknown.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) -> None:
+    """It waits for the target, and says so to probes; calls meanwhile are told to come again."""
+    import orchestrator.service as service
+    from outrider.config import OrchestratorConfig
+
+    ports: asyncio.Queue[int] = asyncio.Queue()
+    start = outrider.rpc.Server.start
+
+    async def telling_start(server: Any, host: str, port: int) -> None:
+        await start(server, host, port)
+        ports.put_nowait(server.port)
+
+    async def serve() -> None:
+        config = OrchestratorConfig(
+            target_endpoint="127.0.0.1:1", draft_endpoint=None, redis_url=redis_url, port=0
+        )
+        async with service.serving(config):
+            raise AssertionError("it serves without a target")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outrider.rpc.Server, "start", telling_start)
+        serving = asyncio.create_task(serve())
+        port = await ports.get()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert await health(channel) == Status.NOT_SERVING
+            stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            early = await refusal(anext(aiter(stub.Generate(request([1]), timeout=5))))
+            assert early.code is grpc.StatusCode.UNAVAILABLE
+    finally:
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+async def test_health_answers_while_a_prompt_is_read(pair: Pair, redis_url: str) -> None:
+    """The event loop never computes: probes do not wait for a forward pass."""
+    async with (
+        both_tiers(pair, target_kv=65_536, max_step_tokens=4096) as tiers,
+        orchestrating(tiers, redis_url) as stack,
+        grpc.aio.insecure_channel(stack.endpoint) as channel,
+        grpc.aio.insecure_channel(tiers.endpoints[0]) as target_channel,
+    ):
+        prompts = [[n] * 1_900 for n in range(12)]
+        running = [
+            asyncio.create_task(stack.generate(p, sampling={**GREEDY, "max_tokens": 4}))
+            for p in prompts
+        ]
+        delays = []
+        while not all(task.done() for task in running):
+            for probed in (channel, target_channel):
+                started_at = time.monotonic()
+                assert await health(probed) == Status.SERVING
+                delays.append(time.monotonic() - started_at)
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*running)
+        assert len(delays) > 4
+        assert max(delays) < 1.0
+        assert sorted(delays)[len(delays) // 2] < 0.2
+
+
+async def test_reflection_lists_the_services(pair: Pair, redis_url: str) -> None:
+    async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
+        for endpoint, name in zip(
+            (stack.endpoint, *tiers.endpoints),
+            ("OrchestratorService", "TargetService", "DraftService"),
+            strict=True,
+        ):
+            async with grpc.aio.insecure_channel(str(endpoint)) as channel:
+                listed, described = await _reflected(channel, f"outrider.v1.{name}")
+            assert listed == {
+                f"outrider.v1.{name}",
+                "grpc.health.v1.Health",
+                "grpc.reflection.v1alpha.ServerReflection",
+            }
+            assert described
+        assert isinstance(
+            await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest()),
+            orchestrator_pb2.GetModelInfoResponse,
+        )
+
+
+async def _reflected(channel: grpc.aio.Channel, name: str) -> tuple[set[str], bool]:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    call = stub.ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    listed = {service.name for service in (await call.read()).list_services_response.service}
+    await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name))
+    described = (await call.read()).HasField("file_descriptor_response")
+    call.cancel()
+    return listed, described

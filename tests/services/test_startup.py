@@ -1,0 +1,188 @@
+"""Programs that cannot start say why in one line, with status 2; those that can, stop clean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from outrider.program import LISTENING_PREFIX
+from tests.services.parts import Pair, both_tiers
+from tests.services.tokenizer_files import write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+# Importing torch and transformers on a busy machine is most of it.
+END_TIMEOUT_S = 40.0
+_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT?.*\[(debug|info|warning|error) *\]")
+
+
+class Ended(NamedTuple):
+    status: int | None
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> list[str]:
+        """What is on standard error and is no log line."""
+        return [line for line in self.stderr.splitlines() if not _LOG_LINE.match(line)]
+
+
+@contextlib.asynccontextmanager
+async def program(*words: str, **environ: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OUTRIDER_", "REDIS_"))}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *words,
+        cwd=ROOT,
+        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def ended(process: asyncio.subprocess.Process) -> Ended:
+    async with asyncio.timeout(END_TIMEOUT_S):
+        stdout, stderr = await process.communicate()
+    return Ended(process.returncode, stdout.decode(), stderr.decode())
+
+
+async def refused(*words: str, **environ: str) -> str:
+    """The one line that a program which does not start leaves."""
+    async with program(*words, **environ) as process:
+        end = await ended(process)
+    assert end.status == 2, end
+    assert end.stdout == "", "it never says that it listens"
+    assert len(end.said) == 1, end.stderr
+    return end.said[0]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
+
+
+async def test_settings_that_are_wrong() -> None:
+    """Named by flag or variable; no model is looked at."""
+    for words, environ, said in (
+        (("orchestrator", "--gama", "3"), {}, "--gama"),
+        (("orchestrator", "--gamma", "three"), {}, "gamma"),
+        (("orchestrator", "--gamma", "17"), {}, "gamma"),
+        (("orchestrator",), {"OUTRIDER_ORCHESTRATOR_PORT": "x"}, "OUTRIDER_ORCHESTRATOR_PORT"),
+        (("orchestrator",), {"OUTRIDER_ORCHESTRATOR_GAMA": "1"}, "OUTRIDER_ORCHESTRATOR_GAMA"),
+        (("orchestrator", "--log-level", "loud"), {}, "log_level"),
+        (("orchestrator", "--redis-url", "http://x"), {}, "redis"),
+    ):
+        line = await refused(*words, **environ)
+        assert line.startswith("orchestrator: "), line
+        assert said in line.lower() or said in line, line
+
+
+async def test_settings_of_the_tiers_that_are_wrong() -> None:
+    """Told before torch is imported."""
+    for words, environ, said in (
+        (("target_service",), {}, "target: model"),
+        (("target_service", "--model", "x", "--port", "65536"), {}, "target: port"),
+        (("draft_service", "--modle", "x"), {}, "--modle"),
+        (("draft_service",), {"OUTRIDER_DRAFT_PREPACK": "maybe"}, "OUTRIDER_DRAFT_PREPACK"),
+    ):
+        async with asyncio.timeout(10):
+            line = await refused(*words, **environ)
+        assert said in line
+
+
+@pytest.mark.parametrize("way", ["absent", "broken weights"])
+async def test_models_that_cannot_be_loaded(way: str, pair: Pair, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    if way == "broken weights":
+        shutil.copytree(pair.target, directory)
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    line = await refused("target_service", "--model", str(directory), "--port", "0")
+    assert line.startswith(f"target: {directory}: "), line
+
+
+async def test_a_port_in_use(pair: Pair, taken_port: str, redis_url: str) -> None:
+    lines = await asyncio.gather(
+        refused("target_service", "--model", str(pair.target), "--port", taken_port),
+        refused("orchestrator", "--redis-url", redis_url, "--port", taken_port),
+    )
+    for line in lines:
+        assert taken_port in line
+        assert "in use" in line
+
+
+async def test_tokenizers_that_differ(chat_pair: Pair, tmp_path: Path, redis_url: str) -> None:
+    """Refused with both fingerprints, whether the draft's or the orchestrator's own is another."""
+    other = tmp_path / "other"
+    shutil.copytree(chat_pair.draft, other)
+    write_tokenizer(other, corpus="zebras quiz quotes")
+    async with both_tiers(Pair(chat_pair.target, other)) as tiers:
+        target, draft = tiers.endpoints
+        words = ("orchestrator", "--port", "0", "--redis-url", redis_url)
+        words += ("--target-endpoint", target, "--draft-endpoint", draft or "")
+        line = await refused(*words)
+        assert "tokenizer" in line
+        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line))) == 2, "both fingerprints"
+        line = await refused(*words, "--tokenizer", str(other))
+        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line))) == 2
+        assert "no tokenizer.json" in await refused(*words, "--tokenizer", str(tmp_path))
+
+
+async def test_redis_that_is_not_there(pair: Pair) -> None:
+    """Not a setting that is wrong for certain, but the same manners: one line, no traceback."""
+    async with both_tiers(pair, draft_kv=None) as tiers:
+        words = ("orchestrator", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0")
+        words += ("--target-endpoint", tiers.endpoints[0], "--draft-endpoint", "")
+        async with program(*words) as process:
+            end = await ended(process)
+    assert end.status not in (0, None)
+    assert len(end.said) == 1, end.stderr
+    assert "redis" in end.said[0]
+
+
+async def test_programs_stop_clean(pair: Pair, redis_url: str) -> None:
+    """SIGTERM: status 0, within a few seconds, nothing on standard error but logs."""
+    async with contextlib.AsyncExitStack() as stack:
+        target = await stack.enter_async_context(
+            program("target_service", "--model", str(pair.target), "--port", "0",
+                    "--kv-cache-tokens", "1024")
+        )  # fmt: skip
+        port = await _port(target)
+        orchestrator = await stack.enter_async_context(
+            program("orchestrator", "--port", "0", "--redis-url", redis_url,
+                    "--target-endpoint", f"127.0.0.1:{port}", "--draft-endpoint", "")
+        )  # fmt: skip
+        await _port(orchestrator)
+        for process in (orchestrator, target):
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                end = await ended(process)
+            assert (end.status, end.said) == (0, []), end
+
+
+async def _port(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(END_TIMEOUT_S):
+        line = (await process.stdout.readline()).decode()
+    assert line.startswith(LISTENING_PREFIX), line
+    return line.strip().rpartition(":")[2]
