@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 from outrider.config import DraftConfig
 from outrider.program import run_until_signalled
-from outrider.rpc import Server
+from outrider.server import Server
 
 
 def _serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:

@@ -122,6 +122,9 @@ class Proposer:
         except OutriderError as error:
             reasons = (r for kind, r in _REASONS if isinstance(error, kind))
             return [self._lose(command.key, next(reasons, LostReason.BAD_MESSAGE), str(error))]
+        except Exception as error:  # that generation is lost by name; the service lives
+            log.error("command_failed", exc_info=error)
+            return [self._lose(command.key, LostReason.INTERNAL, str(error))]
         return []
 
     def _open(self, command: Open) -> list[Event]:
@@ -140,7 +143,7 @@ class Proposer:
         )
         displaced: list[Event] = []
         former = self._table.find(command.session_id)
-        if former is not None and former.epoch < command.epoch:
+        if former is not None and former.epoch <= command.epoch:
             why = f"epoch {command.epoch} took over session {command.session_id}"
             displaced.append(self._lose(former.state.key, LostReason.DISPLACED, why))
         generation = _Generation(command.key, sampler, command.verification)
@@ -216,8 +219,17 @@ class Proposer:
             if is_last:
                 drawing.append(drafting)
         logits = self._engine.forward(appends)
-        completed = (self._draw(d, row) for d, row in zip(drawing, logits, strict=True))
-        return [proposal for proposal in completed if proposal is not None]
+        events = (self._try_draw(d, row) for d, row in zip(drawing, logits, strict=True))
+        return [event for event in events if event is not None]
+
+    def _try_draw(self, drafting: _Drafting, logits: Logits) -> Event | None:
+        try:
+            return self._draw(drafting, logits)
+        except InvalidRequest as error:
+            return self._lose(drafting.live.state.key, LostReason.BAD_MESSAGE, str(error))
+        except Exception as error:  # this chain's own; the others go on
+            log.error("draw_failed", exc_info=error)
+            return self._lose(drafting.live.state.key, LostReason.INTERNAL, str(error))
 
     def _draw(self, drafting: _Drafting, logits: Logits) -> Proposal | None:
         chain, generation = drafting.chain, drafting.live.state

@@ -25,7 +25,8 @@ from draft_service.messages import (
 )
 from outrider.engine.scheduler import GenerationKey, Scheduler
 from outrider.errors import InvalidRequest
-from outrider.rpc import Outbox, StreamCall, translated
+from outrider.rpc import translated
+from outrider.streams import Outbox, StreamCall
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 from outrider.wire import (
     FLOAT32,

@@ -10,7 +10,7 @@ from outrider.config import DraftConfig
 from outrider.engine import DeviceThread, Engine
 from outrider.engine.scheduler import Scheduler
 from outrider.engine.serving import Running, model_serving
-from outrider.rpc import Server
+from outrider.server import Server
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name

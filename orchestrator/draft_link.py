@@ -205,6 +205,12 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()
 
+    def _is_open(self, item: Item) -> bool:
+        return isinstance(item, draft_pb2.DraftOpen)
+
+    def _is_close(self, item: Item) -> bool:
+        return isinstance(item, draft_pb2.DraftClose)
+
     def _frame(self, items: list[Item]) -> draft_pb2.ProposeRequest:
         return draft_pb2.ProposeRequest(
             opens=[item for item in items if isinstance(item, draft_pb2.DraftOpen)],

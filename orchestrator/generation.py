@@ -167,6 +167,7 @@ class Generation:
     def _open_draft(self, link: DraftLink) -> DraftHandle:
         request = self._request
         assert self._tiers.target.model is not None, "the target is connected"
+        assert link.model is not None, "the draft is connected"
         return link.open(
             session_id=self._lease.session_id,
             epoch=self._lease.epoch,
@@ -175,7 +176,7 @@ class Generation:
             max_len=self._state.prompt_len + request.params.max_tokens,
             params=request.params,
             verification=request.verification,
-            gamma=request.gamma,
+            gamma=min(request.gamma, link.model.max_gamma),
             lookahead=request.lookahead,
             vocab_size=self._tiers.target.model.vocab_size,
         )

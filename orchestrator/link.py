@@ -16,7 +16,8 @@ import grpc
 import structlog
 
 from outrider.errors import ConfigError, Unavailable
-from outrider.rpc import CHANNEL_OPTIONS, Outbox
+from outrider.rpc import CHANNEL_OPTIONS
+from outrider.streams import Outbox
 from outrider.v1 import model_pb2
 
 log = structlog.get_logger()
@@ -108,8 +109,12 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
         async def send() -> None:
-            async for items in outbox.batches():
-                await call.write(self._frame(items))
+            try:
+                async for items in outbox.batches():
+                    for part in self._in_order(items):
+                        await call.write(self._frame(part))
+            finally:  # should it fail, the reading half must not wait for answers
+                call.cancel()
 
         sending = asyncio.create_task(send())
         try:
@@ -150,6 +155,24 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     @abstractmethod
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
+
+    def _in_order(self, items: list[Item]) -> list[list[Item]]:
+        """A replica applies a frame's opens first: one that follows a close starts a new frame."""
+        parts: list[list[Item]] = [[]]
+        has_close = False
+        for item in items:
+            if has_close and self._is_open(item):
+                parts.append([])
+                has_close = False
+            has_close = has_close or self._is_close(item)
+            parts[-1].append(item)
+        return parts
+
+    @abstractmethod
+    def _is_open(self, item: Item) -> bool: ...
+
+    @abstractmethod
+    def _is_close(self, item: Item) -> bool: ...
 
     @abstractmethod
     def _frame(self, items: list[Item]) -> Frame: ...

@@ -50,6 +50,13 @@ class GenerationRequest:
     session_id: str | None
     create_session: bool
 
+    @property
+    def input_field(self) -> str:
+        """The field of the request that holds the prompt."""
+        if self.text is not None:
+            return "text"
+        return "token_ids" if self.token_ids is not None else "chat"
+
     def with_params(self, params: SamplingParams) -> GenerationRequest:
         return replace(self, params=params)
 
@@ -116,9 +123,12 @@ def _input(
     if kind is None:
         raise InvalidRequest("input", "one of text, token_ids, chat is required")
     if kind == "token_ids":
+        num_ids = len(request.token_ids.ids)
+        if not 1 <= num_ids <= limits.max_context_len:
+            raise InvalidRequest(
+                "token_ids", f"{num_ids} tokens; 1 to {limits.max_context_len} are allowed"
+            )
         ids = tuple(request.token_ids.ids)
-        if not ids:
-            raise InvalidRequest("token_ids", "the prompt is empty")
         if bad := [i for i in ids if i >= limits.vocab_size]:
             raise InvalidRequest("token_ids", f"{bad[0]} is not in [0, {limits.vocab_size})")
         return None, ids, None
@@ -140,12 +150,15 @@ def _input(
     return None, None, messages
 
 
-def resolve_max_tokens(params: SamplingParams, prompt_len: int, limits: Limits) -> SamplingParams:
+def resolve_max_tokens(
+    request: GenerationRequest, prompt_len: int, limits: Limits
+) -> GenerationRequest:
     """Fits max_tokens to the context: the caller's or refused, the server's default or cut."""
+    params = request.params
     room = limits.max_context_len - prompt_len
     if room < 1:
         raise InvalidRequest(
-            "prompt",
+            request.input_field,
             f"{prompt_len} tokens leave no room in the model's context of {limits.max_context_len}",
         )
     if params.max_tokens > room:
@@ -155,9 +168,10 @@ def resolve_max_tokens(params: SamplingParams, prompt_len: int, limits: Limits) 
             f"context of {limits.max_context_len}; at most {room}",
         )
     if params.max_tokens:
-        return params
+        return request
     if params.min_tokens > room:
         raise InvalidRequest(
             "sampling.min_tokens", f"{params.min_tokens}; the context leaves {room}"
         )
-    return replace(params, max_tokens=min(room, max(limits.default_max_tokens, params.min_tokens)))
+    max_tokens = min(room, max(limits.default_max_tokens, params.min_tokens))
+    return request.with_params(replace(params, max_tokens=max_tokens))

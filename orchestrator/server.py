@@ -101,8 +101,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> Generation:
         tiers = self._tiers
         turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
-        params = resolve_max_tokens(asked.params, len(turn.token_ids), self._limits)
-        asked = asked.with_params(params)
+        asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
 
         async def write(chunk: Chunk, result: Result | None) -> None:
             await context.write(_response(chunk, result, lease.session_id, asked))

@@ -17,7 +17,7 @@ from orchestrator.store import SessionStore, StoreOptions
 from orchestrator.target_link import TargetLink
 from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError, IncompatiblePair, Unavailable
-from outrider.rpc import Server
+from outrider.server import Server
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 

@@ -179,6 +179,12 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return target_pb2_grpc.TargetServiceStub(channel).Verify()
 
+    def _is_open(self, item: Item) -> bool:
+        return isinstance(item, target_pb2.TargetOpen)
+
+    def _is_close(self, item: Item) -> bool:
+        return isinstance(item, target_pb2.TargetClose)
+
     def _frame(self, items: list[Item]) -> target_pb2.VerifyRequest:
         return target_pb2.VerifyRequest(
             opens=[item for item in items if isinstance(item, target_pb2.TargetOpen)],

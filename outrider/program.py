@@ -11,7 +11,7 @@ import uvloop
 
 from outrider.config import load
 from outrider.errors import ConfigError
-from outrider.rpc import Server, until_signalled
+from outrider.server import Server, stop_signal
 from outrider.telemetry import configure_logs
 
 LISTENING_PREFIX = "listening on "
@@ -42,8 +42,9 @@ def run_until_signalled(
 
     async def body(config: Config) -> None:
         async with serving(config) as server:
+            stopped = stop_signal()  # whoever reads the line may send SIGTERM at once
             print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
-            await until_signalled()
+            await stopped.wait()
 
     try:
         config = load(kind, name, sys.argv[1:])

@@ -5,19 +5,14 @@ The only place where an error of `outrider.errors` becomes a gRPC status. Knows 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from outrider import errors
@@ -38,15 +33,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-)
-
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # else two servers silently share a port
-    # Must allow the clients' keepalive_time_ms, or they are sent away for too many pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
 )
 
 _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
@@ -114,162 +100,3 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Outr
     if status.code == code_pb2.INTERNAL:
         log.error("call_failed", error=str(error), exc_info=error)
     await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
-
-
-class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """Methods that may be added to a server that listens already; UNAVAILABLE until then.
-
-    gRPC itself would say UNIMPLEMENTED, which tells callers never to ask again.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-        self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
-        """As grpc.aio.Server's."""
-        self._handlers += handlers
-
-    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """As grpc.aio.Server's: the same methods once more, for a faster look-up."""
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        found = (handler.service(details) for handler in self._handlers)
-        handler = next((method for method in found if method is not None), None)
-        if handler is None and not self._handlers and details.method.split("/")[1] in self._names:
-            return grpc.stream_stream_rpc_method_handler(_not_yet)
-        return handler
-
-
-async def _not_yet(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is starting")
-
-
-class Server:
-    """A gRPC server with health and reflection. Lives on one event loop.
-
-    Servicers are added to `services`, before or after `start`.
-    """
-
-    def __init__(self, service_names: Sequence[str]) -> None:
-        self.grpc_server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._service_names = tuple(service_names)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
-        reflection.enable_server_reflection(
-            (*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc_server
-        )
-        self.services = _Services(self._service_names)
-        self.grpc_server.add_generic_rpc_handlers((self.services,))
-        self.port = 0
-
-    async def start(self, host: str, port: int) -> None:
-        """Listens, not yet serving (health). Raises ConfigError if the port cannot be had."""
-        _check_port(host, port)
-        try:
-            self.port = self.grpc_server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise errors.ConfigError(
-                f"port: cannot listen on {host}:{port}; is it in use?"
-            ) from error
-        await self.set_serving(False)
-        await self.grpc_server.start()
-
-    async def set_serving(self, serving: bool) -> None:
-        """What readiness probes of each service's name and of "" are told."""
-        status = health_pb2.HealthCheckResponse
-        value = status.SERVING if serving else status.NOT_SERVING
-        for name in ("", *self._service_names):
-            await self._health.set(name, value)
-
-    async def stop(self, grace_s: float) -> None:
-        await self.set_serving(False)
-        await self.grpc_server.stop(grace_s)
-
-
-def _check_port(host: str, port: int) -> None:
-    """The system says why a port cannot be had; gRPC says that to standard error only."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host.strip("[]"), port), family=family).close()
-    except OSError as error:
-        why = error.strerror
-        raise errors.ConfigError(f"port: cannot listen on {host}:{port}: {why}") from error
-
-
-async def until_signalled() -> None:
-    """Returns at SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-
-
-Item = TypeVar("Item")
-
-
-class Outbox(Generic[Item]):
-    """What a stream still has to send: writers never wait, the stream takes all that is pending.
-
-    Bounded by its users: at most one answer is due for each request on the stream.
-    """
-
-    def __init__(self) -> None:
-        self._items: list[Item] = []
-        self._ready = asyncio.Event()
-        self._closed = False
-
-    def put(self, items: Iterable[Item]) -> None:
-        self._items.extend(items)
-        self._ready.set()
-
-    def close(self) -> None:
-        """Ends `batches` once all is taken."""
-        self._closed = True
-        self._ready.set()
-
-    async def batches(self) -> AsyncIterator[list[Item]]:
-        """Everything pending, again and again; one consumer."""
-        while True:
-            await self._ready.wait()
-            self._ready.clear()
-            items, self._items = self._items, []
-            if items:
-                yield items
-            elif self._closed:
-                return
-
-
-class StreamCall(Generic[Item]):
-    """The reading half of a bidirectional stream, beside the handler that writes.
-
-    `read` gets each frame and may wait: the peer is then held by flow control. At the stream's end
-    the outbox is closed, so that the writing half ends too. Raises on exit what `read` raised.
-    """
-
-    def __init__(
-        self,
-        frames: AsyncIterator[Item],
-        read: Callable[[Item], Awaitable[None]],
-        outbox: Outbox[Any],
-    ) -> None:
-        self._frames = frames
-        self._read = read
-        self._outbox = outbox
-
-    async def _pump(self) -> None:
-        try:
-            async for frame in self._frames:
-                await self._read(frame)
-        finally:
-            self._outbox.close()
-
-    async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._pump())
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._task.cancel()
-        (result,) = await asyncio.gather(self._task, return_exceptions=True)
-        if error is None and isinstance(result, Exception):
-            raise result

@@ -12,7 +12,8 @@ import numpy as np
 
 from outrider.engine.scheduler import GenerationKey, Scheduler
 from outrider.errors import InvalidRequest
-from outrider.rpc import Outbox, StreamCall, translated
+from outrider.rpc import translated
+from outrider.streams import Outbox, StreamCall
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_from_proto, unpack
 from target_service.rows import (

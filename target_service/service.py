@@ -8,7 +8,7 @@ from outrider.config import TargetConfig
 from outrider.engine import DeviceThread, Engine
 from outrider.engine.scheduler import Scheduler
 from outrider.engine.serving import Running, model_serving
-from outrider.rpc import Server
+from outrider.server import Server
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.server import TargetServicer
 from target_service.verifier import Verifier

@@ -123,6 +123,9 @@ class Verifier:
             if reason is RowErrorReason.KV_LOST:  # the generation stays: its next row brings all
                 return [RowFailure(command.key, reason, str(error))]
             return [self._fail(command.key, reason, str(error))]
+        except Exception as error:  # that generation fails by name; the service lives
+            log.error("command_failed", exc_info=error)
+            return [self._fail(command.key, RowErrorReason.INTERNAL, str(error))]
         return []
 
     def _open(self, command: Open) -> list[Outcome]:
@@ -143,7 +146,7 @@ class Verifier:
         )
         displaced: list[Outcome] = []
         former = self._table.find(command.session_id)
-        if former is not None and former.epoch < command.epoch:
+        if former is not None and former.epoch <= command.epoch:
             why = f"epoch {command.epoch} took over session {command.session_id}"
             displaced.append(self._fail(former.state.key, RowErrorReason.DISPLACED, why))
         try:
@@ -240,9 +243,17 @@ class Verifier:
         for planned in plan:
             end = start + planned.append.num_logits
             if planned.is_last:
-                outcomes.append(self._answer(planned, logits[start:end], argmax[start:end]))
+                outcomes.append(self._try_answer(planned, logits[start:end], argmax[start:end]))
             start = end
         return outcomes
+
+    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> Outcome:
+        try:
+            return self._answer(planned, logits, argmax)
+        except Exception as error:  # this row's own; the others are answered
+            log.error("answer_failed", exc_info=error)
+            why = f"the answer failed: {error}"
+            return self._fail(planned.row.key, RowErrorReason.INTERNAL, why)
 
     def _answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply:
         live, row = planned.live, planned.row

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.errors import InvalidRequest
 from outrider.sampling import warp
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.random import Purpose, stream_key, token_gumbels, uniform
@@ -96,7 +97,7 @@ class GenerationSampler:
         return torch.from_numpy(bias).to(self._device)
 
     def _adjust(self, logits: torch.Tensor, history: Ids, position: int) -> torch.Tensor:
-        """Bias, min_tokens, penalties; row i stands at position + i, after history[:position + i]."""
+        """Bias, min_tokens, penalties; row i is for position + i, after history[:position + i]."""
         if self._bias is not None:
             logits = logits + self._bias
         num_forbidden = self.params.min_tokens - (position - self._prompt_len)
@@ -209,6 +210,8 @@ class GenerationSampler:
         logprobs = warp.warp(self._adjust(self._cut(logits), history, position), self.params)[0]
         size = min(MAX_SUPPORT_SIZE, len(logprobs))
         top = logprobs.topk(size)
+        if not bool(top.values[0].isfinite()):
+            raise InvalidRequest("allowed_token_ids", "none of them is in the draft's vocabulary")
         ids, weights = truncate(top.indices.cpu().numpy(), top.values.exp().cpu().numpy())
         key = stream_key(self.params.seed, Purpose.DRAFT, position, base_len)
         token_id = Support.normalised(ids, weights).draw(uniform(key))

@@ -12,7 +12,7 @@ import structlog
 from outrider.config import DraftConfig, TargetConfig
 from outrider.engine import DeviceThread, Engine
 from outrider.engine.loading import load_served_engine
-from outrider.rpc import Server
+from outrider.server import Server
 from outrider.v1 import model_pb2
 
 log = structlog.get_logger()

@@ -2,7 +2,8 @@
 
 A generation is live between open and close; a session's KV may be kept for its next turn and is
 then evicted, least recently used first, when a new reservation needs room. Fencing: a later epoch
-of a session displaces an earlier one, never the reverse. Knows nothing of rows, drafts or the wire.
+of a session displaces an earlier one, never the reverse; the same epoch is its owner come again
+over a new stream. Knows nothing of rows, drafts or the wire.
 Lives on the device thread.
 """
 
@@ -71,9 +72,10 @@ class SessionTable(Generic[State]):
         The caller closes a live generation of the session first (`find`). Raises LeaseLost if that
         one is of a later epoch, KVFull if there is no room even without all that is kept.
         """
+        self.expire()
         live = self._live.get(session_id)
         if live is not None:
-            if live.epoch >= epoch:
+            if live.epoch > epoch:
                 raise LeaseLost(f"session {session_id} is held by epoch {live.epoch}, not {epoch}")
             self.close(live, keep=False)
         kept = self._kept.pop(session_id, None)

@@ -37,9 +37,9 @@ from outrider.engine.quickstart.train import TrainingConfig, TrainingResult, tra
 _PROMPTS = (
     '"""Keeps a bounded history of measurements."""\n\nimport collections\nimport time\n\n\n'
     "class History:\n    def __init__(self, size):\n        self._size = size\n",
-    "def read_records(path, encoding='utf-8'):\n    \"\"\"Yield one dictionary per line.\"\"\"\n"
+    'def read_records(path, encoding=\'utf-8\'):\n    """Yield one dictionary per line."""\n'
     "    with open(path, encoding=encoding) as file:\n        for line in file:\n",
-    "class ServerError(Exception):\n    \"\"\"Raised when the server refuses a request.\"\"\"\n\n"
+    'class ServerError(Exception):\n    """Raised when the server refuses a request."""\n\n'
     "    def __init__(self, status, message):\n        super().__init__(message)\n",
     "def main():\n    import argparse\n    parser = argparse.ArgumentParser(description=__doc__)\n"
     "    parser.add_argument('-v', '--verbose', action='store_true',\n",
@@ -123,9 +123,9 @@ def test_draft_agrees_with_its_target(
 
 def test_a_model_agrees_with_itself(target: LlamaForCausalLM, prompts: torch.Tensor) -> None:
     assert greedy_alpha(target, target, prompts, num_new_tokens=16) == 1.0
-    assert sampled_alpha(
-        target, target, prompts, num_new_tokens=16, seed=0
-    ) == pytest.approx(1.0, abs=1e-5)
+    assert sampled_alpha(target, target, prompts, num_new_tokens=16, seed=0) == pytest.approx(
+        1.0, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("part", ["target", "draft"])

@@ -18,7 +18,7 @@ import draft_service.service
 import orchestrator.service
 import target_service.service
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.rpc import Server
+from outrider.server import Server
 from tests.stack import Stack
 
 KV_TOKENS = 16_384

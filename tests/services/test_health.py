@@ -39,7 +39,7 @@ async def still_loading(
     go_on, serves, stop = threading.Event(), asyncio.Event(), asyncio.Event()
     ports: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    load, start = outrider.engine.serving.load_served_engine, outrider.rpc.Server.start
+    load, start = outrider.engine.serving.load_served_engine, outrider.server.Server.start
 
     def slow_load(config: Any) -> Any:
         assert go_on.wait(20)
@@ -50,7 +50,7 @@ async def still_loading(
         loop.call_soon(ports.put_nowait, server.port)
 
     monkeypatch.setattr(outrider.engine.serving, "load_served_engine", slow_load)
-    monkeypatch.setattr(outrider.rpc.Server, "start", telling_start)
+    monkeypatch.setattr(outrider.server.Server, "start", telling_start)
 
     async def serve() -> None:
         config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=1024)
@@ -93,7 +93,7 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
     from outrider.config import OrchestratorConfig
 
     ports: asyncio.Queue[int] = asyncio.Queue()
-    start = outrider.rpc.Server.start
+    start = outrider.server.Server.start
 
     async def telling_start(server: Any, host: str, port: int) -> None:
         await start(server, host, port)
@@ -107,7 +107,7 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
             raise AssertionError("it serves without a target")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outrider.rpc.Server, "start", telling_start)
+        patch.setattr(outrider.server.Server, "start", telling_start)
         serving = asyncio.create_task(serve())
         port = await ports.get()
     try:

@@ -36,7 +36,13 @@ CHAT_TEMPLATE = (
 # Tests are repetitive and would be more than half of the text; encodings are tables;
 # _sysconfigdata describes the machine it was built on.
 _EXCLUDED_DIRECTORIES = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "__pycache__",
 }
 _HOLD_OUT_ONE_IN = 33
 _MAX_CHAT_CHARACTERS = 1500
@@ -122,9 +128,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
     return fast
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]
-) -> torch.Tensor:
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> torch.Tensor:
     """All documents as one int64 stream, an end-of-text token after each."""
     token_ids: list[int] = []
     for encoding in tokenizer.backend_tokenizer.encode_batch_fast(list(documents)):

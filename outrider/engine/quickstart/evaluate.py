@@ -130,9 +130,7 @@ def _logits_before(
     model: LlamaForCausalLM, rows: torch.Tensor, num_new_tokens: int
 ) -> torch.Tensor:
     """The logits each of the last tokens was to be drawn from: [rows, num_new_tokens, vocab]."""
-    logits = model(
-        input_ids=rows[:, :-1], use_cache=False, logits_to_keep=num_new_tokens
-    ).logits
+    logits = model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=num_new_tokens).logits
     assert isinstance(logits, torch.Tensor)
     return logits
 

@@ -28,9 +28,11 @@ def continue_rows(
     rows = [prompts]
     step_ids = prompts
     for _ in range(num_new_tokens):
-        logits = model(
-            input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1].float()
+        logits = (
+            model(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+        )
         # argmax(logits + T * Gumbel noise) samples softmax(logits / T) and is greedy at T = 0.
         noise = -torch.empty_like(logits).exponential_(generator=generator).log()
         step_ids = (logits + temperatures[:, None] * noise).argmax(-1, keepdim=True)

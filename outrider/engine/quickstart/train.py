@@ -95,9 +95,7 @@ def train(
     if trained_target is None:
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
         stream = _training_stream(tokenizer, corpus)
-        num_target_steps = _train_target(
-            tokenizer, stream, config, target_dir, generator, progress
-        )
+        num_target_steps = _train_target(tokenizer, stream, config, target_dir, generator, progress)
     else:
         tokenizer = load_tokenizer(trained_target)
         stream = _training_stream(tokenizer, corpus)

@@ -1,0 +1,78 @@
+"""Both halves of a bidirectional stream: what is to be sent, and the reading beside it.
+
+Knows no message; lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Outbox(Generic[Item]):
+    """What a stream still has to send: writers never wait, the stream takes all that is pending.
+
+    Bounded by its users: at most one answer is due for each request on the stream.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def put(self, items: Iterable[Item]) -> None:
+        self._items.extend(items)
+        self._ready.set()
+
+    def close(self) -> None:
+        """Ends `batches` once all is taken."""
+        self._closed = True
+        self._ready.set()
+
+    async def batches(self) -> AsyncIterator[list[Item]]:
+        """Everything pending, again and again; one consumer."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            items, self._items = self._items, []
+            if items:
+                yield items
+            elif self._closed:
+                return
+
+
+class StreamCall(Generic[Item]):
+    """The reading half of a bidirectional stream, beside the handler that writes.
+
+    `read` gets each frame and may wait: the peer is then held by flow control. At the stream's end
+    the outbox is closed, so that the writing half ends too. Raises on exit what `read` raised.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncIterator[Item],
+        read: Callable[[Item], Awaitable[None]],
+        outbox: Outbox[Any],
+    ) -> None:
+        self._frames = frames
+        self._read = read
+        self._outbox = outbox
+
+    async def _pump(self) -> None:
+        try:
+            async for frame in self._frames:
+                await self._read(frame)
+        finally:
+            self._outbox.close()
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._pump())
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._task.cancel()
+        (result,) = await asyncio.gather(self._task, return_exceptions=True)
+        if error is None and isinstance(result, Exception):
+            raise result
