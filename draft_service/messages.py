@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from outrider.engine.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.serving.commands import Close, Forget
+from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
 
@@ -57,20 +58,6 @@ class Commit:
     gamma: int
 
 
-@dataclass(frozen=True)
-class Close:
-    key: GenerationKey
-    keep: bool
-
-
-@dataclass(frozen=True)
-class Forget:
-    """Of a session that is not live, the kept KV may go."""
-
-    key: GenerationKey
-    session_id: str
-
-
 Command = Open | Commit | Close | Forget
 
 
@@ -99,15 +86,3 @@ class Lost:
 
 
 Event = Proposal | Lost
-
-
-@dataclass(frozen=True)
-class DraftStatistics:
-    """Counters since the start and gauges of now; names as in draft.proto's DraftLoad."""
-
-    num_open_generations: int = 0
-    num_idle_sessions: int = 0
-    num_opened_total: int = 0
-    num_closed_total: int = 0
-    kv_used_tokens: int = 0
-    num_prefill_tokens_total: int = 0

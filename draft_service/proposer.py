@@ -15,12 +15,9 @@ import structlog
 
 from draft_service.chain import Block, Chain
 from draft_service.messages import (
-    Close,
     Command,
     Commit,
-    DraftStatistics,
     Event,
-    Forget,
     Ids,
     Lost,
     LostReason,
@@ -30,10 +27,11 @@ from draft_service.messages import (
 )
 from outrider.engine import Append, Engine
 from outrider.engine.sampler import GenerationSampler, Logits
-from outrider.engine.scheduler import GenerationKey
-from outrider.engine.sessions import Live, SessionTable
 from outrider.errors import InvalidRequest, KVFull, LeaseLost, OutriderError
 from outrider.sampling.params import Verification
+from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.scheduler import GenerationKey
+from outrider.serving.sessions import Live, SessionTable
 
 log = structlog.get_logger()
 
@@ -98,8 +96,8 @@ class Proposer:
         self._table.expire()
         self._engine.store.check_integrity()
 
-    def statistics(self) -> DraftStatistics:
-        return DraftStatistics(
+    def statistics(self) -> ServiceStatistics:
+        return ServiceStatistics(
             num_open_generations=self._table.num_live,
             num_idle_sessions=self._table.num_kept,
             num_opened_total=self._table.num_opened,
@@ -133,7 +131,7 @@ class Proposer:
         committed_len = len(command.token_ids)
         max_len = min(command.max_len, info.max_context_len)
         if max_len < committed_len + 2:
-            raise KVFull(f"{committed_len} tokens leave no room in a context of {max_len}")
+            raise InvalidRequest("token_ids", f"{committed_len} leave no room in {max_len}")
         sampler = GenerationSampler(
             command.params,
             prompt_len=command.prompt_len,
@@ -201,18 +199,25 @@ class Proposer:
         self._table.close(drafting.live, keep=keep)
 
     def _advance(self, wanting: Sequence[_Drafting]) -> list[Event]:
-        """One forward pass: whole chains first, then prompts within the token budget."""
+        """One forward pass: every chain's step, then prompts within what the budget leaves.
+
+        A quarter of the budget is the prompts' own, so that chains never starve them.
+        """
         appends: list[Append] = []
         drawing: list[_Drafting] = []
-        budget = self._max_step_tokens
-        for drafting in sorted(wanting, key=lambda d: d.num_pending):
-            if budget <= 0:
-                break
+        chains = [d for d in wanting if d.num_pending <= 2]  # a token, and one just committed
+        prompts = [d for d in wanting if d.num_pending > 2]
+        budget = max(self._max_step_tokens - len(chains), self._max_step_tokens // 4, 1)
+        for drafting in (*chains, *prompts):
             sequence, start = drafting.live.sequence, drafting.live.sequence.length
-            num_tokens = min(drafting.num_pending, budget)
-            budget -= num_tokens
-            is_last = num_tokens == drafting.num_pending
+            num_tokens = drafting.num_pending
+            if num_tokens > 2:
+                num_tokens = min(num_tokens, budget)
+                budget -= num_tokens
+            if num_tokens == 0:
+                break
             token_ids = drafting.chain.token_ids[start : start + num_tokens]
+            is_last = num_tokens == drafting.num_pending
             # A padded target vocabulary may name tokens the draft has no row for: any will do.
             known = np.where(token_ids < self._engine.info.vocab_size, token_ids, 0)
             appends.append(Append(sequence, known, int(is_last)))

@@ -11,22 +11,19 @@ import grpc
 import numpy as np
 
 from draft_service.messages import (
-    Close,
     Command,
     Commit,
-    DraftStatistics,
     Event,
-    Forget,
     Lost,
     LostReason,
     Open,
     Outcome,
     Proposal,
 )
-from outrider.engine.scheduler import GenerationKey, Scheduler
 from outrider.errors import InvalidRequest
-from outrider.rpc import translated
-from outrider.streams import Outbox, StreamCall
+from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.peers import StreamPeer, serve_stream
+from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 from outrider.wire import (
     FLOAT32,
@@ -53,7 +50,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         self,
         scheduler: Scheduler[Command, Event],
         model: model_pb2.ModelInfo,
-        statistics: Callable[[], DraftStatistics],
+        statistics: Callable[[], ServiceStatistics],
     ) -> None:
         self._scheduler = scheduler
         self._model = model
@@ -73,34 +70,18 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         request_iterator: AsyncIterator[draft_pb2.ProposeRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        """Reads and writes independently: the handler never waits for a step to read a frame."""
         peer = _Peer(next(self._peer_ids))
-        self._scheduler.attach(peer.id, peer)
-
-        async def read(frame: draft_pb2.ProposeRequest) -> None:
-            await self._scheduler.submit(peer.commands(frame))
-
-        try:
-            async with translated(context), StreamCall(request_iterator, read, peer.outbox):
-                async for events in peer.outbox.batches():
-                    await context.write(_frame(events))
-        finally:
-            self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
+        await serve_stream(self._scheduler, peer, request_iterator, context, _frame, _dropped)
 
 
-class _Peer:
-    """One stream of one orchestrator."""
+def _dropped(key: GenerationKey) -> Command:
+    return Close(key, keep=False)
 
-    def __init__(self, peer_id: int) -> None:
-        self.id = peer_id
-        self.outbox: Outbox[Event] = Outbox()
-        self.open_keys: set[GenerationKey] = set()
 
-    def deliver(self, events: Sequence[Event]) -> None:
-        self.outbox.put(events)
+class _Peer(StreamPeer[Command, Event]):
+    """Reads an orchestrator's frames."""
 
     def commands(self, frame: draft_pb2.ProposeRequest) -> list[Command]:
-        """The frame's commands in order; what cannot be read fails its generation alone."""
         commands: list[Command] = []
         for item in frame.opens:
             key = GenerationKey(self.id, item.generation_id)
@@ -149,7 +130,7 @@ def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
         if isinstance(event, Proposal):
             frame.proposals.append(_proposal(event))
         else:
-            frame.losts.add(
+            frame.errors.add(
                 generation_id=event.key.generation_id,
                 reason=_REASONS[event.reason],
                 detail=event.detail,

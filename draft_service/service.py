@@ -8,9 +8,9 @@ from draft_service.proposer import Proposer
 from draft_service.server import DraftServicer
 from outrider.config import DraftConfig
 from outrider.engine import DeviceThread, Engine
-from outrider.engine.scheduler import Scheduler
-from outrider.engine.serving import Running, model_serving
 from outrider.server import Server
+from outrider.serving.life import Running, model_serving
+from outrider.serving.scheduler import Scheduler
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name

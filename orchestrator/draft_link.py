@@ -28,23 +28,42 @@ from outrider.wire import (
 
 log = structlog.get_logger()
 
+# A replica that was lost or had no room is asked again after so long.
+RETRY_S = 1.0
+# One that takes commits and proposes nothing is given up, and asked again after longer.
+MAX_UNANSWERED = 32
+SILENT_RETRY_S = 5.0
+
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
 
 class DraftHandle:
     """One generation at the draft. Used by its generation's task only."""
 
-    def __init__(self, link: DraftLink, generation_id: int, prompt_len: int, gamma: int) -> None:
+    def __init__(
+        self,
+        link: DraftLink,
+        generation_id: int,
+        prompt_len: int,
+        gamma: int,
+        vocab_size: int,
+        *,
+        has_supports: bool,
+    ) -> None:
         self._link = link
         self._id = generation_id
         self._gamma = gamma
+        self._vocab_size = vocab_size
+        self._has_supports = has_supports
+        self._num_unanswered = 0
         self._proposals: list[Proposal] = []
         self._expected = Outcome(0, 0, 0)
         self._committed_len = prompt_len
         self._news = asyncio.Event()
         self.replica = link.endpoint
         self.lost: str | None = None
-        self.may_retry = True
+        # Whether, and after how long, the session may be opened at the replica again.
+        self.retry_after_s: float | None = RETRY_S
         self.wire_bytes = 0
         # What its proposals have proved the replica to hold.
         self.cached_len = 0
@@ -63,6 +82,10 @@ class DraftHandle:
         )
         self._count(commit)
         self._link.send(commit)
+        self._num_unanswered += 1
+        if self._num_unanswered > MAX_UNANSWERED and self.lost is None:
+            self.retry_after_s = SILENT_RETRY_S
+            self.link_lost(f"no proposal for {MAX_UNANSWERED} rounds")
 
     def take(self) -> Proposal | None:
         """The proposal for exactly what is committed, if it is here."""
@@ -91,12 +114,15 @@ class DraftHandle:
 
     def proposed(self, message: draft_pb2.Proposal) -> None:
         self._count(message)
+        if self.lost is not None:
+            return
+        self._num_unanswered = 0
         try:
-            proposal = _parse(message, self._gamma)
+            proposal = _parse(message, self._gamma, self._vocab_size, self._has_supports)
         except InvalidRequest as error:
             # A wrong draft costs speed, never an answer: nothing of it is used any more.
             log.warning("bad_proposal", replica=self.replica, why=str(error))
-            self.may_retry = False
+            self.retry_after_s = None
             self.link_lost(f"it sent a bad proposal: {error}")
             return
         self.cached_len = max(self.cached_len, min(proposal.base_len - 1, self._committed_len))
@@ -105,10 +131,11 @@ class DraftHandle:
             self._news.set()
 
     def failed(self, lost: draft_pb2.DraftLost) -> None:
-        self.may_retry = lost.reason in (
+        if lost.reason not in (
             draft_pb2.DraftLost.REASON_KV_FULL,
             draft_pb2.DraftLost.REASON_INTERNAL,
-        )
+        ):
+            self.retry_after_s = None
         log.info("draft_lost", replica=self.replica, why=lost.detail)
         self.link_lost(lost.detail)
 
@@ -121,19 +148,27 @@ class DraftHandle:
         self.wire_bytes += item.ByteSize()
 
 
-def _parse(message: draft_pb2.Proposal, gamma: int) -> Proposal:
-    """Raises InvalidRequest where the message contradicts itself."""
+def _parse(
+    message: draft_pb2.Proposal, gamma: int, vocab_size: int, has_supports: bool
+) -> Proposal:
+    """Raises InvalidRequest where the message contradicts itself or what was asked for."""
     token_ids = tuple(unpack(message.token_ids, UINT32, "token_ids").tolist())
     if not 1 <= len(token_ids) <= gamma:
         raise InvalidRequest("token_ids", f"{len(token_ids)} draft tokens; 1 to {gamma} asked for")
+    if max(token_ids) >= vocab_size:
+        raise InvalidRequest("token_ids", f"{max(token_ids)} is not in [0, {vocab_size})")
+    if has_supports != bool(message.support_sizes):
+        raise InvalidRequest("support_sizes", "supports belong to sampled, uncoupled drafts only")
     supports = None
-    if message.support_sizes:
+    if has_supports:
         supports = _supports(message)
         if len(supports) != len(token_ids):
             raise InvalidRequest("support_sizes", f"{len(supports)} for {len(token_ids)} tokens")
         for token_id, support in zip(token_ids, supports, strict=True):
             if support.index_of(token_id) < 0:
                 raise InvalidRequest("support_ids", f"token {token_id} is not in its own support")
+            if support.token_ids.max() >= vocab_size:
+                raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
             if len(np.unique(support.token_ids)) != len(support.token_ids):
                 raise InvalidRequest("support_ids", "a token stands twice in a support")
     outcome = Outcome(message.parent, message.num_accepted, message.next_token)
@@ -157,6 +192,8 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     """All generations of this orchestrator at one draft replica."""
 
     tier = "draft"
+    open_type = draft_pb2.DraftOpen
+    close_type = draft_pb2.DraftClose
 
     def open(
         self,
@@ -173,7 +210,12 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         vocab_size: int,
     ) -> DraftHandle:
         """Opens a generation whose committed context is `token_ids`. Raises Unavailable."""
-        handle = self.attach(lambda number: DraftHandle(self, number, len(token_ids), gamma))
+        has_supports = not params.greedy and verification is not Verification.COUPLED
+        handle = self.attach(
+            lambda number: DraftHandle(
+                self, number, len(token_ids), gamma, vocab_size, has_supports=has_supports
+            )
+        )
         opening = draft_pb2.DraftOpen(
             generation_id=handle._id,
             session_id=session_id,
@@ -205,12 +247,6 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()
 
-    def _is_open(self, item: Item) -> bool:
-        return isinstance(item, draft_pb2.DraftOpen)
-
-    def _is_close(self, item: Item) -> bool:
-        return isinstance(item, draft_pb2.DraftClose)
-
     def _frame(self, items: list[Item]) -> draft_pb2.ProposeRequest:
         return draft_pb2.ProposeRequest(
             opens=[item for item in items if isinstance(item, draft_pb2.DraftOpen)],
@@ -223,6 +259,6 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         for proposal in frame.proposals:
             if handle := self._handles.get(proposal.generation_id):
                 handle.proposed(proposal)
-        for lost in frame.losts:
-            if handle := self._handles.get(lost.generation_id):
-                handle.failed(lost)
+        for error in frame.errors:
+            if handle := self._handles.get(error.generation_id):
+                handle.failed(error)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 
 from orchestrator.blocks import Outcome, Proposal
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.patience import Patience
 from orchestrator.session import GenerationState
 from orchestrator.store import KvHandle
-
-# A draft replica that was lost or had no room is asked again after so long.
-RETRY_S = 1.0
 
 
 class Drafting:
@@ -32,7 +30,7 @@ class Drafting:
         self._open_handle = open_handle
         self._patience = patience
         self._handle: DraftHandle | None = None
-        self._retry_at = 0.0
+        self._opened_at = self._retry_at = 0.0
         self._former_wire_bytes = 0
         # Proposals that were here when the verdict before them came.
         self.num_lookahead_hits = 0
@@ -49,15 +47,14 @@ class Drafting:
         """Opens the session where there is a replica; again, after a while, when it was lost."""
         if self._link is None or self._is_open:
             return
-        if self._handle is not None:
-            if not self._handle.may_retry:
-                return
+        if self._handle is not None:  # it was lost
             self._former_wire_bytes += self._handle.wire_bytes
             self._handle.close(keep=False)
-            self._handle = None
+            after_s, self._handle = self._handle.retry_after_s, None
+            self._retry_at = inf if after_s is None else self._opened_at + after_s
         if not self._link.is_connected or time.monotonic() < self._retry_at:
             return
-        self._retry_at = time.monotonic() + RETRY_S
+        self._opened_at = time.monotonic()
         self._handle = self._open_handle(self._link)
 
     def commit(self, outcome: Outcome, committed_len: int, *, is_last: bool) -> None:

@@ -31,7 +31,7 @@ RENEW_INTERVAL_S = 3.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that are in Redis; `finish` in the last one.
+    """Tokens that Redis has, unless it is away; `finish` in the last one.
 
     `text_ends[i]`: how many characters of `text` are certain after token i.
     """
@@ -73,6 +73,10 @@ class Emitter:
         """Hands over a round; waits while too many are unseen."""
         await self._unseen.put((commitment, record))
 
+    async def drained(self) -> None:
+        """Waits until all that was put is shown."""
+        await self._unseen.join()
+
     async def run(self) -> None:
         """Until the last commitment is shown. Raises LeaseLost."""
         async with asyncio.TaskGroup() as tasks:
@@ -87,13 +91,15 @@ class Emitter:
                 batch.append(self._unseen.get_nowait())
             for _, record in batch:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
-            await self.record()
+            await self._try_record()
             chunk = _joined([commitment for commitment, _ in batch])
             if self.first_chunk_at is None:
                 self.first_chunk_at = time.monotonic()
                 self.num_first_tokens = len(chunk.tokens)
             self.text += chunk.text
             await self._write(chunk)
+            for _ in batch:
+                self._unseen.task_done()
             if chunk.finish is not None:
                 return
 
@@ -104,28 +110,32 @@ class Emitter:
             with contextlib.suppress(Unavailable):
                 await self._store.renew(self._lease)
 
+    async def _try_record(self) -> None:
+        """Without Redis the generation goes on; what is owed is written with a later round."""
+        try:
+            await self.record()
+        except Unavailable as error:
+            log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
+
     async def record(self) -> None:
-        """Writes what is owed. Without Redis the generation goes on and it stays owed.
+        """Writes what is owed, if anything is. Raises Unavailable, LeaseLost.
 
         The turn's prompt goes with its first tokens: a turn that never came to an answer leaves
         the session as it was, so that the caller can ask again.
         """
         if self._unrecorded is None:
             return
-        try:
-            if not self.turn_recorded:
-                await self._store.begin_turn(
-                    self._lease,
-                    self._turn.token_ids[self._turn.keep_len :],
-                    keep_len=self._turn.keep_len,
-                    messages=self._turn.messages,
-                    sampling_json=json.dumps(asdict(self._params)),
-                )
-                self.turn_recorded = True
-            await self._store.record(self._lease, self._unrecorded)
-            self._unrecorded = None
-        except Unavailable as error:
-            log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
+        if not self.turn_recorded:
+            await self._store.begin_turn(
+                self._lease,
+                self._turn.token_ids[self._turn.keep_len :],
+                keep_len=self._turn.keep_len,
+                messages=self._turn.messages,
+                sampling_json=json.dumps(asdict(self._params)),
+            )
+            self.turn_recorded = True
+        await self._store.record(self._lease, self._unrecorded)
+        self._unrecorded = None
 
 
 def _joined(commitments: Sequence[Commitment]) -> Chunk:

@@ -30,10 +30,15 @@ from orchestrator.session import (
 from orchestrator.store import Counters, KvHandle, Lease, RoundRecord, SessionStore
 from orchestrator.target_link import TargetHandle, TargetLink
 from orchestrator.text import TextStream
-from outrider.errors import KVLost, OutriderError
+from outrider.errors import KVLost, OutriderError, Unavailable
 from outrider.tokenizer import Tokenizer
 
 log = structlog.get_logger()
+
+# How long the end of a generation waits for Redis to come back, to record what is owed.
+# Must be below the store's lease_ttl_s.
+RELEASE_RETRY_S = 5.0
+RELEASE_RETRY_INTERVAL_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,23 @@ class Generation:
         self._is_stopping = True
 
     async def _rounds(self) -> None:
-        self._drafting.open()  # the first token does not wait for it
+        try:
+            await self._run_rounds()
+        except OutriderError:
+            await self._emitter.drained()  # what is committed is recorded and shown all the same
+            raise
+
+    async def _run_rounds(self) -> None:
+        if self._state.max_draft_tokens > 0:
+            self._drafting.open()  # the first token does not wait for it
         target = self._target = self._open_target()
         proposal: Proposal | None = None
         self._send_row(target, proposal)
         while True:
-            sent_at = time.monotonic()
+            sent_at, num_context = time.monotonic(), self._state.committed_len - self._cached_len
             reply = await self._reply(target, proposal)
-            self._patience.saw_round(time.monotonic() - sent_at)
+            if num_context == 1:
+                self._patience.saw_round(time.monotonic() - sent_at)
             commitment = self._commit(proposal, reply)
             record = self._record_of(commitment)
             if commitment.finish is not None:
@@ -257,20 +271,35 @@ class Generation:
         if self._target is not None:
             self._target.close(keep=keep)
         self._drafting.close(keep=keep)
-        try:
-            await self._emitter.record()
-            has_begun = self._emitter.turn_recorded
-            messages = None
-            if self._turn.messages and has_begun:
-                answer = {"role": "assistant", "content": self._emitter.text}
-                messages = (*self._turn.messages, answer)
-            await self._tiers.store.release(
-                self._lease,
-                target_kv=target_kv,
-                draft_kv=draft_kv,
-                messages=messages,
-                # Neither does a session stay that was made for a turn that never began.
-                delete=not is_named or (self._lease.created and not has_begun),
-            )
-        except OutriderError as error:  # the lease lapses by itself
-            log.warning("not_released", session_id=self._lease.session_id, why=str(error))
+        give_up_at = time.monotonic() + RELEASE_RETRY_S
+        while True:
+            try:
+                await self._release_session(target_kv, draft_kv, is_named)
+                return
+            except Unavailable as error:
+                if time.monotonic() > give_up_at:  # the lease lapses by itself
+                    log.error("not_released", session_id=self._lease.session_id, why=str(error))
+                    return
+                await asyncio.sleep(RELEASE_RETRY_INTERVAL_S)
+            except OutriderError as error:
+                log.warning("not_released", session_id=self._lease.session_id, why=str(error))
+                return
+
+    async def _release_session(
+        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool
+    ) -> None:
+        """Raises Unavailable while what is owed to Redis cannot be written."""
+        await self._emitter.record()
+        has_begun = self._emitter.turn_recorded
+        messages = None
+        if self._turn.messages and has_begun:
+            answer = {"role": "assistant", "content": self._emitter.text}
+            messages = (*self._turn.messages, answer)
+        await self._tiers.store.release(
+            self._lease,
+            target_kv=target_kv,
+            draft_kv=draft_kv,
+            messages=messages,
+            # Neither does a session stay that was made for a turn that never began.
+            delete=not is_named or (self._lease.created and not has_begun),
+        )

@@ -25,6 +25,8 @@ log = structlog.get_logger()
 MODEL_INFO_TIMEOUT_S = 5.0
 # Between attempts; the channel's own backoff (CHANNEL_OPTIONS) is of the same size.
 RECONNECT_DELAY_S = 0.2
+# The largest items are opens with a whole context: 256 of 32,000 tokens are half of the limit.
+MAX_FRAME_ITEMS = 256
 
 
 class Handle(Protocol):
@@ -42,6 +44,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     """`check_model` is asked about the replica's model at each connection; raises ConfigError."""
 
     tier: str
+    open_type: type
+    close_type: type
 
     def __init__(self, endpoint: str, check_model: Callable[[model_pb2.ModelInfo], None]) -> None:
         self.endpoint = endpoint
@@ -57,17 +61,17 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def is_connected(self) -> bool:
         return self._outbox is not None
 
-    @property
-    def num_open(self) -> int:
-        return len(self._handles)
-
     async def settled(self) -> None:
         """Returns once the link is connected; raises ConfigError once its model is refused."""
         while not self.is_connected:
             if self.refused is not None:
                 raise self.refused
-            self._changed.clear()
-            await self._changed.wait()
+            await self.change()
+
+    async def change(self) -> None:
+        """Returns at the next change of connection or refusal."""
+        self._changed.clear()
+        await self._changed.wait()
 
     async def run(self) -> None:
         """Keeps the stream up; ends by cancellation."""
@@ -86,7 +90,12 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 why = "the stream broke"
             except asyncio.CancelledError:
                 self._disconnected("the link is closed")
-                raise
+                if _is_cancelled():
+                    raise
+                why = "the stream was cancelled"
+            except Exception as error:  # a defect of ours: the stream anew, not the process down
+                log.error("link_failed", tier=self.tier, exc_info=error)
+                why = f"a failure here: {error}"
             if self.is_connected:
                 log.warning("replica_lost", tier=self.tier, endpoint=self.endpoint, why=why)
             self._disconnected(why)
@@ -157,28 +166,32 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
 
     def _in_order(self, items: list[Item]) -> list[list[Item]]:
-        """A replica applies a frame's opens first: one that follows a close starts a new frame."""
+        """A replica applies a frame's opens first: one that follows a close starts a new frame.
+
+        So does every one beyond MAX_FRAME_ITEMS, for a message's size is limited.
+        """
         parts: list[list[Item]] = [[]]
         has_close = False
         for item in items:
-            if has_close and self._is_open(item):
+            comes_late = has_close and isinstance(item, self.open_type)
+            if comes_late or len(parts[-1]) >= MAX_FRAME_ITEMS:
                 parts.append([])
                 has_close = False
-            has_close = has_close or self._is_close(item)
+            has_close = has_close or isinstance(item, self.close_type)
             parts[-1].append(item)
         return parts
-
-    @abstractmethod
-    def _is_open(self, item: Item) -> bool: ...
-
-    @abstractmethod
-    def _is_close(self, item: Item) -> bool: ...
 
     @abstractmethod
     def _frame(self, items: list[Item]) -> Frame: ...
 
     @abstractmethod
     def _dispatch(self, frame: Frame) -> None: ...
+
+
+def _is_cancelled() -> bool:
+    """Whether it is this task that is to end, and not a call it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 @contextlib.asynccontextmanager

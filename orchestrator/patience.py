@@ -20,7 +20,7 @@ class Patience:
         self._round_s: float | None = None
 
     def saw_round(self, duration_s: float) -> None:
-        """A target round trip."""
+        """A target round trip; not one that ran a prompt, which says nothing of the next."""
         last = duration_s if self._round_s is None else self._round_s
         self._round_s = last + _SMOOTHING * (duration_s - last)
 
@@ -30,6 +30,7 @@ class Patience:
 
     @property
     def wait_s(self) -> float:
+        """0 before the first round was seen."""
         if self._fixed_s is not None:
             return self._fixed_s
         return max(self._gain, _LEAST_GAIN) * (self._round_s or 0.0)

@@ -37,13 +37,15 @@ class Limits:
 class GenerationRequest:
     """Exactly one of `text`, `token_ids`, `messages` is given.
 
-    `params.max_tokens` is 0 where the caller left it to the server.
+    `max_tokens` is None where the caller left it to the server; `params` has it resolved once the
+    prompt's length is known (`resolve_max_tokens`).
     """
 
     text: str | None
     token_ids: tuple[int, ...] | None
     messages: tuple[Message, ...] | None
     params: SamplingParams
+    max_tokens: int | None
     verification: Verification
     gamma: int
     lookahead: int
@@ -56,9 +58,6 @@ class GenerationRequest:
         if self.text is not None:
             return "text"
         return "token_ids" if self.token_ids is not None else "chat"
-
-    def with_params(self, params: SamplingParams) -> GenerationRequest:
-        return replace(self, params=params)
 
 
 def parse_request(
@@ -82,6 +81,7 @@ def parse_request(
         token_ids=token_ids,
         messages=messages,
         params=params,
+        max_tokens=params.max_tokens if request.sampling.HasField("max_tokens") else None,
         verification=verification_from_proto(request.verification),
         gamma=gamma,
         lookahead=lookahead,
@@ -93,7 +93,6 @@ def parse_request(
 def _params(
     request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
 ) -> SamplingParams:
-    unset = not request.sampling.HasField("max_tokens")
     params = sampling_from_proto(
         request.sampling,
         default_max_tokens=max(limits.default_max_tokens, request.sampling.min_tokens),
@@ -113,7 +112,7 @@ def _params(
         raise InvalidRequest(
             "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
         )
-    return replace(params, max_tokens=0) if unset else params
+    return params
 
 
 def _input(
@@ -161,17 +160,17 @@ def resolve_max_tokens(
             request.input_field,
             f"{prompt_len} tokens leave no room in the model's context of {limits.max_context_len}",
         )
-    if params.max_tokens > room:
+    if request.max_tokens is not None and request.max_tokens > room:
         raise InvalidRequest(
             "sampling.max_tokens",
-            f"{params.max_tokens} after a prompt of {prompt_len} tokens exceeds the model's "
+            f"{request.max_tokens} after a prompt of {prompt_len} tokens exceeds the model's "
             f"context of {limits.max_context_len}; at most {room}",
         )
-    if params.max_tokens:
+    if request.max_tokens is not None:
         return request
     if params.min_tokens > room:
         raise InvalidRequest(
             "sampling.min_tokens", f"{params.min_tokens}; the context leaves {room}"
         )
     max_tokens = min(room, max(limits.default_max_tokens, params.min_tokens))
-    return request.with_params(replace(params, max_tokens=max_tokens))
+    return replace(request, params=replace(params, max_tokens=max_tokens))

@@ -48,9 +48,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._max_generations = max_generations
         self._running: set[Generation] = set()
         self._num_calls = 0
+        self._is_stopping = False
 
     def stop_generations(self) -> None:
         """Ends every output after its round under way, with finish reason CANCELLED."""
+        self._is_stopping = True
         for generation in self._running:
             generation.stop()
 
@@ -78,6 +80,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if generation is None:
                 await asyncio.shield(self._give_back(lease))
         self._running.add(generation)
+        if self._is_stopping:
+            generation.stop()
         try:
             await generation.run()
         finally:

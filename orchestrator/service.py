@@ -66,12 +66,14 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
                     servicer, server.services
                 )
-                await server.set_serving(True)
-                log.info("serving", port=server.port, max_gamma=limits.max_gamma)
-                try:
-                    yield server
-                finally:
-                    await _stop(server, servicer)
+                async with asyncio.TaskGroup() as tasks:
+                    following = tasks.create_task(_follow(target, server), name="health")
+                    log.info("serving", port=server.port, max_gamma=limits.max_gamma)
+                    try:
+                        yield server
+                    finally:
+                        following.cancel()
+                        await _stop(server, servicer)
     finally:
         await server.stop(0)
         await store.close()
@@ -92,6 +94,15 @@ async def _settle_draft(draft: DraftLink | None) -> None:
             await draft.settled()
     except TimeoutError:
         log.warning("serving_without_draft", endpoint=draft.endpoint)
+
+
+async def _follow(target: TargetLink, server: Server) -> None:
+    """Keeps health: without the target no call can be answered, without the draft all can."""
+    while True:
+        is_connected = target.is_connected
+        await server.set_serving(is_connected)
+        while target.is_connected == is_connected:
+            await target.change()
 
 
 async def _stop(server: Server, servicer: OrchestratorServicer) -> None:
@@ -134,6 +145,11 @@ def _target_check(tokenizer: Tokenizer | None) -> ModelCheck:
             raise IncompatiblePair(
                 f"the target is {model.name} {_short(model.model_fingerprint)} now, and was "
                 f"{served[0].name} {_short(served[0].model_fingerprint)}: restart the orchestrator"
+            )
+        if served and model.max_gamma < served[0].max_gamma:
+            raise IncompatiblePair(
+                f"the target takes {model.max_gamma} draft tokens now, and took "
+                f"{served[0].max_gamma}: restart the orchestrator"
             )
         served[:] = [model]
 

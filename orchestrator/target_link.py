@@ -11,7 +11,15 @@ import numpy as np
 
 from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.link import MODEL_INFO_TIMEOUT_S, ReplicaLink
-from outrider.errors import InternalError, KVFull, KVLost, LeaseLost, OutriderError, Unavailable
+from outrider.errors import (
+    InternalError,
+    InvalidRequest,
+    KVFull,
+    KVLost,
+    LeaseLost,
+    OutriderError,
+    Unavailable,
+)
 from outrider.sampling.params import SamplingParams
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_to_proto, unpack
@@ -70,7 +78,10 @@ class TargetHandle:
                 result = await self._answer
         except TimeoutError:
             raise Unavailable(f"the target has not answered for {timeout_s:g} s") from None
-        return self._parse(result, proposal)
+        try:
+            return self._parse(result, proposal)
+        except (InvalidRequest, ValueError) as error:
+            raise InternalError(f"the target's reply does not fit its row: {error}") from error
 
     def close(self, *, keep: bool) -> None:
         """Ends the generation at the target; `keep` leaves its KV for the session's next turn."""
@@ -116,7 +127,7 @@ class TargetHandle:
         if (len(reply.sample_ids), len(result.support_probs)) != (gamma + 1, 4 * num_support) or (
             supports and len(reply.tail_mass) != gamma
         ):
-            raise InternalError("the target's reply does not fit its row")
+            raise ValueError("wrong lengths")
         if self._num_logprobs is None:
             return reply
         top_ids = unpack(result.top_ids, UINT32, "top_ids").astype(np.int64)
@@ -139,6 +150,8 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
     """All generations of this orchestrator at one target replica."""
 
     tier = "target"
+    open_type = target_pb2.TargetOpen
+    close_type = target_pb2.TargetClose
 
     def open(
         self,
@@ -178,12 +191,6 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return target_pb2_grpc.TargetServiceStub(channel).Verify()
-
-    def _is_open(self, item: Item) -> bool:
-        return isinstance(item, target_pb2.TargetOpen)
-
-    def _is_close(self, item: Item) -> bool:
-        return isinstance(item, target_pb2.TargetClose)
 
     def _frame(self, items: list[Item]) -> target_pb2.VerifyRequest:
         return target_pb2.VerifyRequest(

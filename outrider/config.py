@@ -26,12 +26,12 @@ def setting(default: Any, help: str, env: str | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class TargetConfig:
-    """`python -m target_service`."""
+class ModelServiceConfig:
+    """What the two model services share."""
 
     model: str = setting("", "directory or hub name of a causal language model")
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(50052, "port to listen on; 0 picks a free one")
+    port: int = setting(0, "port to listen on; 0 picks a free one")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
@@ -41,37 +41,35 @@ class TargetConfig:
     inflate_parameters: int | None = setting(
         None, "pad the quickstart target to the cost of so many parameters"
     )
-    max_gamma: int = setting(16, "most draft tokens a row may carry")
+    max_gamma: int = setting(16, "most draft tokens of a round")
     max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
-        _check_model_service(self)
+        require(bool(self.model), "model", "is required: a directory or a hub name")
+        require_port(self.port)
+        require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
+        require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
+        require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
+        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, name, f"must be {least} or more")
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class TargetConfig(ModelServiceConfig):
+    """`python -m target_service`."""
+
+    port: int = setting(50052, "port to listen on; 0 picks a free one")
+
+
+@dataclass(frozen=True)
+class DraftConfig(ModelServiceConfig):
     """`python -m draft_service`."""
 
-    model: str = setting("", "directory or hub name of a causal language model")
-    host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(50053, "port to listen on; 0 picks a free one")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
-    kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
-    num_threads: int | None = setting(None, "CPU threads of the forward pass")
-    prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
-    max_gamma: int = setting(16, "most draft tokens of a proposal")
-    max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
-    idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
-    log_level: str = setting("info", "debug, info, warning or error")
-    log_json: bool = setting(False, "log JSON lines")
-
-    def __post_init__(self) -> None:
-        _check_model_service(self)
 
 
 @dataclass(frozen=True)
@@ -126,17 +124,6 @@ def require(holds: bool, name: str, why: str) -> None:
 
 def require_port(port: int) -> None:
     require(0 <= port <= 65535, "port", f"{port} is not in [0, 65535]")
-
-
-def _check_model_service(config: TargetConfig | DraftConfig) -> None:
-    require(bool(config.model), "model", "is required: a directory or a hub name")
-    require_port(config.port)
-    require(config.max_gamma >= 1, "max_gamma", "must be 1 or more")
-    require(config.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
-    require(config.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
-    for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
-        value = getattr(config, name)
-        require(value is None or value >= least, name, f"must be {least} or more")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""gRPC's edges shared by the three servers: status of errors, server life, channel settings.
+"""gRPC's edges shared by the three servers: status of errors, channel settings.
 
 The only place where an error of `outrider.errors` becomes a gRPC status. Knows no service's logic.
 """

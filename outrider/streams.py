@@ -15,7 +15,8 @@ Item = TypeVar("Item")
 class Outbox(Generic[Item]):
     """What a stream still has to send: writers never wait, the stream takes all that is pending.
 
-    Bounded by its users: at most one answer is due for each request on the stream.
+    Bounded by its users: a generation has at most one request and one answer under way, and gives
+    up a peer that does not answer.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,8 @@ class Outbox(Generic[Item]):
         """Everything pending, again and again; one consumer."""
         while True:
             await self._ready.wait()
-            self._ready.clear()
+            if not self._closed:  # once closed it stays ready: the end must not be slept through
+                self._ready.clear()
             items, self._items = self._items, []
             if items:
                 yield items

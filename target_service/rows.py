@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.engine.sampler import Reply
-from outrider.engine.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
+from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
 
@@ -51,20 +52,6 @@ class Row:
         return self.keep_len + len(self.context_token_ids) + len(self.draft_token_ids)
 
 
-@dataclass(frozen=True)
-class Close:
-    key: GenerationKey
-    keep: bool
-
-
-@dataclass(frozen=True)
-class Forget:
-    """Of a session that is not live, the kept KV may go."""
-
-    key: GenerationKey
-    session_id: str
-
-
 Command = Open | Row | Close | Forget
 
 
@@ -89,20 +76,14 @@ class RowReply:
     reply: Reply
 
 
-Outcome = RowReply | RowFailure
+RowOutcome = RowReply | RowFailure
 
 
 @dataclass(frozen=True)
-class TargetStatistics:
-    """Counters since the start and gauges of now; names as in target.proto's TargetLoad."""
+class TargetStatistics(ServiceStatistics):
+    """As in target.proto's TargetLoad."""
 
-    num_open_generations: int = 0
-    num_idle_sessions: int = 0
-    num_opened_total: int = 0
-    num_closed_total: int = 0
-    kv_used_tokens: int = 0
     num_waiting_rows: int = 0
     num_steps_total: int = 0
     num_rows_total: int = 0
     num_tokens_total: int = 0
-    num_prefill_tokens_total: int = 0

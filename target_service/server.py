@@ -10,21 +10,19 @@ from typing import Any
 import grpc
 import numpy as np
 
-from outrider.engine.scheduler import GenerationKey, Scheduler
 from outrider.errors import InvalidRequest
-from outrider.rpc import translated
-from outrider.streams import Outbox, StreamCall
+from outrider.serving.commands import Close, Forget
+from outrider.serving.peers import StreamPeer, serve_stream
+from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_from_proto, unpack
 from target_service.rows import (
-    Close,
     Command,
-    Forget,
     Open,
-    Outcome,
     Row,
     RowErrorReason,
     RowFailure,
+    RowOutcome,
     RowReply,
     TargetStatistics,
 )
@@ -43,7 +41,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     def __init__(
         self,
-        scheduler: Scheduler[Command, Outcome],
+        scheduler: Scheduler[Command, RowOutcome],
         model: model_pb2.ModelInfo,
         statistics: Callable[[], TargetStatistics],
     ) -> None:
@@ -65,34 +63,18 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         request_iterator: AsyncIterator[target_pb2.VerifyRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        """Reads and writes independently: the handler never waits for a step to read a frame."""
         peer = _Peer(next(self._peer_ids))
-        self._scheduler.attach(peer.id, peer)
-
-        async def read(frame: target_pb2.VerifyRequest) -> None:
-            await self._scheduler.submit(peer.commands(frame))
-
-        try:
-            async with translated(context), StreamCall(request_iterator, read, peer.outbox):
-                async for outcomes in peer.outbox.batches():
-                    await context.write(_frame(outcomes))
-        finally:
-            self._scheduler.detach(peer.id, [Close(key, keep=False) for key in peer.open_keys])
+        await serve_stream(self._scheduler, peer, request_iterator, context, _frame, _dropped)
 
 
-class _Peer:
-    """One stream of one orchestrator."""
+def _dropped(key: GenerationKey) -> Command:
+    return Close(key, keep=False)
 
-    def __init__(self, peer_id: int) -> None:
-        self.id = peer_id
-        self.outbox: Outbox[Outcome] = Outbox()
-        self.open_keys: set[GenerationKey] = set()
 
-    def deliver(self, outcomes: Sequence[Outcome]) -> None:
-        self.outbox.put(outcomes)
+class _Peer(StreamPeer[Command, RowOutcome]):
+    """Reads an orchestrator's frames."""
 
     def commands(self, frame: target_pb2.VerifyRequest) -> list[Command]:
-        """The frame's commands in order; what cannot be read fails its generation alone."""
         commands: list[Command] = []
         for opening in frame.opens:
             commands += self._read(self._open, opening)
@@ -148,7 +130,7 @@ class _Peer:
         return Close(key, keep=item.keep)
 
 
-def _frame(outcomes: Sequence[Outcome]) -> target_pb2.VerifyResponse:
+def _frame(outcomes: Sequence[RowOutcome]) -> target_pb2.VerifyResponse:
     frame = target_pb2.VerifyResponse()
     for outcome in outcomes:
         if isinstance(outcome, RowReply):

@@ -6,9 +6,9 @@ from contextlib import AbstractAsyncContextManager
 
 from outrider.config import TargetConfig
 from outrider.engine import DeviceThread, Engine
-from outrider.engine.scheduler import Scheduler
-from outrider.engine.serving import Running, model_serving
 from outrider.server import Server
+from outrider.serving.life import Running, model_serving
+from outrider.serving.scheduler import Scheduler
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.server import TargetServicer
 from target_service.verifier import Verifier

@@ -14,18 +14,17 @@ import structlog
 
 from outrider.engine import Append, Engine
 from outrider.engine.sampler import GenerationSampler, Logits
-from outrider.engine.scheduler import GenerationKey
-from outrider.engine.sessions import Live, SessionTable
 from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from outrider.serving.commands import Close, Forget
+from outrider.serving.scheduler import GenerationKey
+from outrider.serving.sessions import Live, SessionTable
 from target_service.rows import (
-    Close,
     Command,
-    Forget,
     Open,
-    Outcome,
     Row,
     RowErrorReason,
     RowFailure,
+    RowOutcome,
     RowReply,
     TargetStatistics,
 )
@@ -72,7 +71,7 @@ class Verifier:
     def has_work(self) -> bool:
         return bool(self._waiting)
 
-    def step(self, commands: Sequence[Command]) -> list[Outcome]:
+    def step(self, commands: Sequence[Command]) -> list[RowOutcome]:
         """Applies the commands in order, runs one forward pass if rows wait; what is done."""
         outcomes = [failure for command in commands for failure in self._apply(command)]
         plan = self._plan()
@@ -106,7 +105,7 @@ class Verifier:
             num_prefill_tokens_total=self._num_prefill_tokens,
         )
 
-    def _apply(self, command: Command) -> list[Outcome]:
+    def _apply(self, command: Command) -> list[RowOutcome]:
         try:
             match command:
                 case Open():
@@ -128,7 +127,7 @@ class Verifier:
             return [self._fail(command.key, RowErrorReason.INTERNAL, str(error))]
         return []
 
-    def _open(self, command: Open) -> list[Outcome]:
+    def _open(self, command: Open) -> list[RowOutcome]:
         info = self._engine.info
         if command.key in self._generations:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
@@ -144,7 +143,7 @@ class Verifier:
             eos_token_ids=info.eos_token_ids,
             device=info.device,
         )
-        displaced: list[Outcome] = []
+        displaced: list[RowOutcome] = []
         former = self._table.find(command.session_id)
         if former is not None and former.epoch <= command.epoch:
             why = f"epoch {command.epoch} took over session {command.session_id}"
@@ -186,7 +185,7 @@ class Verifier:
             raise InvalidRequest(
                 "context_token_ids", f"{row.num_tokens} tokens; max_len is {len(live.token_ids)}"
             )
-        if row.token_ids.max() >= vocab_size or row.token_ids.min() < 0:
+        if row.token_ids.max() >= vocab_size:
             raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
         if row.supports is None:
             return
@@ -233,12 +232,12 @@ class Verifier:
             budget -= len(planned.append.token_ids)
         return plan
 
-    def _run(self, plan: Sequence[_Planned]) -> list[Outcome]:
+    def _run(self, plan: Sequence[_Planned]) -> list[RowOutcome]:
         logits = self._engine.forward([p.append for p in plan])
         self._num_steps += 1
         self._num_tokens += sum(len(p.append.token_ids) for p in plan)
         argmax = logits.argmax(-1)
-        outcomes: list[Outcome] = []
+        outcomes: list[RowOutcome] = []
         start = 0
         for planned in plan:
             end = start + planned.append.num_logits
@@ -247,7 +246,7 @@ class Verifier:
             start = end
         return outcomes
 
-    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> Outcome:
+    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowOutcome:
         try:
             return self._answer(planned, logits, argmax)
         except Exception as error:  # this row's own; the others are answered

@@ -116,6 +116,18 @@ class KVStore:
                 self._grow(sequence, missing)
             sequence.max_len = max(sequence.max_len, max_len)
 
+    def shrink(self, sequence: Sequence, max_len: int) -> None:
+        """Gives back what the reservation has beyond `max_len` tokens, which must hold `length`."""
+        with self._lock:
+            self._check_alive(sequence)
+            if max_len < max(1, sequence.length):
+                raise ValueError(f"cannot shrink {sequence} to {max_len} tokens")
+            num_pages = _num_pages(max_len)
+            self._allocator.release(sequence._pages[num_pages:])
+            del sequence._pages[num_pages:]
+            sequence.max_len = min(sequence.max_len, max_len)
+            sequence.run_start = _find_run(sequence._pages)
+
     def fork(self, sequence: Sequence, max_len: int) -> Sequence:
         """A second sequence with the same tokens and room for `max_len`.
 

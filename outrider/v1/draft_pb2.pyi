@@ -100,12 +100,12 @@ class DraftClose(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class ProposeResponse(_message.Message):
-    __slots__ = ("proposals", "losts")
+    __slots__ = ("proposals", "errors")
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
-    LOSTS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
     proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
-    losts: _containers.RepeatedCompositeFieldContainer[DraftLost]
-    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., losts: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ...) -> None: ...
+    errors: _containers.RepeatedCompositeFieldContainer[DraftLost]
+    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ...) -> None: ...
 
 class Proposal(_message.Message):
     __slots__ = ("generation_id", "id", "parent", "num_accepted", "next_token", "base_len", "token_ids", "support_sizes", "support_ids", "support_probs")

@@ -73,6 +73,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.snapshot() == before
 
     @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), more=st.integers(0, 60))
+    def shrink(self, index: int, more: int) -> None:
+        sequence = self.pick(index)
+        max_len, used = sequence.max_len, self.store.used_tokens
+        asked = max(1, sequence.length + more)
+        self.store.shrink(sequence, asked)
+        assert sequence.max_len == min(max_len, asked)
+        assert self.store.used_tokens <= used
+
+    @precondition(lambda self: self.held)
     @rule(index=st.integers(0, 9), more=st.integers(1, 40))
     def fork(self, index: int, more: int) -> None:
         sequence = self.pick(index)

@@ -71,6 +71,7 @@ def _asked(**given: Any) -> GenerationRequest:
     fields: dict[str, Any] = {"text": None, "token_ids": None, "messages": None, **given}
     return GenerationRequest(
         params=SamplingParams(),
+        max_tokens=None,
         verification=Verification.REJECTION,
         gamma=4,
         lookahead=1,

@@ -13,7 +13,7 @@ import pytest
 
 import orchestrator.emitter
 import orchestrator.service
-import outrider.engine.scheduler
+import outrider.serving.scheduler
 from orchestrator.store import SessionStore, StoreOptions
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command
@@ -107,7 +107,7 @@ async def _leave(stack: System, number: int, chance: random.Random) -> None:
 async def test_two_hundred_sessions_dropped_at_random_leak_nothing(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outrider.engine.scheduler, "TIDY_INTERVAL_S", 0.2)
+    monkeypatch.setattr(outrider.serving.scheduler, "TIDY_INTERVAL_S", 0.2)
     async with whole(pair, redis_url) as stack:
         chance = random.Random(1)
         waiting = iter(range(200))

@@ -215,10 +215,12 @@ async def test_open_twice(second: dict[str, Any], system: System, draft_greedy: 
 
 
 async def test_no_room(system: System, draft_greedy: Greedy) -> None:
-    """Neither where the context is full nor where the KV budget is."""
+    """A full context stays full and is not asked again; a full KV budget may be."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=5)]))
-        assert (await lost(stream)).reason == Reason.REASON_KV_FULL
+        refused = await lost(stream)
+        assert refused.reason == Reason.REASON_BAD_MESSAGE
+        assert "leave no room" in refused.detail
         opens = [draft_open(n, PROMPT, max_len=2**32 - 1) for n in (5, 6)]
         await stream.write(Frame(opens=opens))
         assert (await lost(stream, 6)).reason == Reason.REASON_KV_FULL

@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import outrider.engine.serving
+import outrider.serving.life
 import target_service.service
 from outrider.config import TargetConfig
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
@@ -39,7 +39,7 @@ async def still_loading(
     go_on, serves, stop = threading.Event(), asyncio.Event(), asyncio.Event()
     ports: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    load, start = outrider.engine.serving.load_served_engine, outrider.server.Server.start
+    load, start = outrider.serving.life.load_served_engine, outrider.server.Server.start
 
     def slow_load(config: Any) -> Any:
         assert go_on.wait(20)
@@ -49,7 +49,7 @@ async def still_loading(
         await start(server, host, port)
         loop.call_soon(ports.put_nowait, server.port)
 
-    monkeypatch.setattr(outrider.engine.serving, "load_served_engine", slow_load)
+    monkeypatch.setattr(outrider.serving.life, "load_served_engine", slow_load)
     monkeypatch.setattr(outrider.server.Server, "start", telling_start)
 
     async def serve() -> None:

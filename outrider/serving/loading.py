@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from outrider.config import DraftConfig, TargetConfig
+from outrider.config import ModelServiceConfig
 from outrider.engine import Engine, EngineInfo, EngineOptions, load_engine
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2
 
 
 def load_served_engine(
-    config: TargetConfig | DraftConfig,
+    config: ModelServiceConfig,
 ) -> tuple[Engine, model_pb2.ModelInfo]:
     """Loads the model and its tokenizer's fingerprint; on the device thread. Raises ConfigError."""
     engine = load_engine(
@@ -23,9 +23,7 @@ def load_served_engine(
             kv_cache_tokens=config.kv_cache_tokens,
             num_threads=config.num_threads,
             prepack=config.prepack,
-            inflate_parameters=(
-                config.inflate_parameters if isinstance(config, TargetConfig) else None
-            ),
+            inflate_parameters=config.inflate_parameters,
         )
     )
     tokenizer = Tokenizer.load(config.model)

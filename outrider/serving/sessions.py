@@ -79,11 +79,11 @@ class SessionTable(Generic[State]):
                 raise LeaseLost(f"session {session_id} is held by epoch {live.epoch}, not {epoch}")
             self.close(live, keep=False)
         kept = self._kept.pop(session_id, None)
-        if kept is not None and (
-            kept_epoch not in (None, kept.epoch) or kept.sequence.length > max_len
-        ):
+        if kept is not None and kept_epoch not in (None, kept.epoch):
             self._store.free(kept.sequence)
             kept = None
+        if kept is not None and kept.sequence.length > max_len:
+            self._store.truncate(kept.sequence, max_len)
         sequence = self._reserve(kept.sequence if kept else None, max_len)
         token_ids = np.zeros(max_len, np.int64)
         if kept is not None:
@@ -119,7 +119,8 @@ class SessionTable(Generic[State]):
             return
         del self._live[live.session_id]
         self.num_closed += 1
-        if keep:
+        if keep:  # what was reserved for more tokens is not kept
+            self._store.shrink(live.sequence, max(1, live.sequence.length))
             self._kept[live.session_id] = _Kept(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import structlog
 
-from outrider.config import DraftConfig, TargetConfig
+from outrider.config import ModelServiceConfig
 from outrider.engine import DeviceThread, Engine
-from outrider.engine.loading import load_served_engine
 from outrider.server import Server
+from outrider.serving.loading import load_served_engine
 from outrider.v1 import model_pb2
 
 log = structlog.get_logger()
@@ -32,11 +32,12 @@ Mount = Callable[[Engine, model_pb2.ModelInfo, DeviceThread, Server], Running]
 
 @contextlib.asynccontextmanager
 async def model_serving(
-    config: TargetConfig | DraftConfig, service_name: str, mount: Mount
+    config: ModelServiceConfig, service_name: str, mount: Mount
 ) -> AsyncIterator[Server]:
     """Listens at once, serves (health) when the model is loaded; stops on leaving.
 
-    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded.
+    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded; what the
+    service's own task raises comes in an ExceptionGroup.
     """
     server = Server([service_name])
     device = DeviceThread(service_name)

@@ -1,0 +1,35 @@
+"""What both tiers are told alike, as plain values, and what both say of their load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.serving.scheduler import GenerationKey
+
+
+@dataclass(frozen=True)
+class Close:
+    """Ends a generation; `keep` leaves its KV for the session's next turn."""
+
+    key: GenerationKey
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Of a session that is not live, the kept KV may go. `key` names the stream alone."""
+
+    key: GenerationKey
+    session_id: str
+
+
+@dataclass(frozen=True)
+class ServiceStatistics:
+    """Counters since the start and gauges of now; names as in the tiers' Load messages."""
+
+    num_open_generations: int = 0
+    num_idle_sessions: int = 0
+    num_opened_total: int = 0
+    num_closed_total: int = 0
+    kv_used_tokens: int = 0
+    num_prefill_tokens_total: int = 0
