@@ -198,9 +198,9 @@ def _table(costs: list[WireCost]) -> Table:
     from rich.table import Table
 
     table = Table(title="bytes per emitted token on the internal links", show_edge=False)
-    for name in ("vocabulary", "temperature", "verification", "α", "draft link", "target link"):
+    for name in ("vocabulary", "temp.", "verification", "α", "draft", "target"):
         table.add_column(name, justify="left" if name == "verification" else "right")
-    table.add_column("a whole distribution", justify="right", style="dim")
+    table.add_column("whole law", justify="right", style="dim")
     previous = None
     for cost in costs:
         if previous not in (None, cost.vocab_size):
