@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.serving.commands import Close, Forget
+from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
@@ -71,18 +70,4 @@ class Proposal:
     supports: Sequence[SupportWeights] | None
 
 
-class LostReason(Enum):
-    KV_FULL = "kv_full"
-    BAD_MESSAGE = "bad_message"
-    DISPLACED = "displaced"
-    INTERNAL = "internal"
-
-
-@dataclass(frozen=True)
-class Lost:
-    key: GenerationKey
-    reason: LostReason
-    detail: str
-
-
-Event = Proposal | Lost
+Event = Proposal | Failure

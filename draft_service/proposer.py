@@ -11,34 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import structlog
 
 from draft_service.chain import Block, Chain
 from draft_service.messages import (
     Command,
     Commit,
-    Event,
     Ids,
-    Lost,
-    LostReason,
     Open,
     Proposal,
     SupportWeights,
 )
 from outrider.engine import Append, Engine
 from outrider.engine.sampler import GenerationSampler, Logits
-from outrider.errors import InvalidRequest, KVFull, LeaseLost, OutriderError
+from outrider.errors import InvalidRequest
 from outrider.sampling.params import Verification
-from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.scheduler import GenerationKey
-from outrider.serving.sessions import Live, SessionTable
-
-log = structlog.get_logger()
-
-_REASONS: tuple[tuple[type[OutriderError], LostReason], ...] = (
-    (KVFull, LostReason.KV_FULL),
-    (LeaseLost, LostReason.DISPLACED),
-)
+from outrider.serving.sessions import Live
+from outrider.serving.worker import GenerationWorker
 
 
 @dataclass(eq=False)
@@ -54,78 +44,46 @@ class _Drafting:
     chain: Chain
 
     @property
+    def key(self) -> GenerationKey:
+        return self.live.state.key
+
+    @property
     def num_pending(self) -> int:
         """Tokens of the chain that the model has not seen; at least 1 where one is wanted."""
         return self.chain.length - self.live.sequence.length
 
 
-class Proposer:
+class Proposer(GenerationWorker[Command, Proposal, _Generation, _Drafting]):
     """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in DraftConfig."""
 
     def __init__(
         self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, idle_session_ttl_s)
         self._max_gamma = max_gamma
         self._max_step_tokens = max_step_tokens
-        self._table: SessionTable[_Generation] = SessionTable(engine.store, idle_session_ttl_s)
         self._drafting: dict[GenerationKey, _Drafting] = {}
-        self._num_prefill_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return any(d.chain.wants_token for d in self._drafting.values())
 
-    def step(self, commands: Sequence[Command]) -> list[Event]:
-        """Applies the commands in order, then draws one token for every chain that wants one."""
-        events = [lost for command in commands for lost in self._apply(command)]
-        wanting = [d for d in self._drafting.values() if d.chain.wants_token]
-        if not wanting:
-            return events
-        try:
-            return events + self._advance(wanting)
-        except Exception as error:  # the step's chains fail by name; the service lives
-            log.error("step_failed", num_chains=len(wanting), exc_info=error)
-            return events + [
-                self._lose(d.live.state.key, LostReason.INTERNAL, f"the step failed: {error}")
-                for d in wanting
-            ]
+    def _execute(self, command: Command) -> Sequence[Failure]:
+        match command:
+            case Open():
+                return self._open(command)
+            case Commit():
+                self._commit(command)
+            case Close():
+                self._close(command.key, keep=command.keep)
+            case Forget():
+                self._table.forget(command.session_id)
+        return ()
 
-    def tidy(self) -> None:
-        """Frees what was kept too long and checks the KV accounting; for idle moments."""
-        self._table.expire()
-        self._engine.store.check_integrity()
+    def _gather(self) -> list[_Drafting]:
+        return [d for d in self._drafting.values() if d.chain.wants_token]
 
-    def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(
-            num_open_generations=self._table.num_live,
-            num_idle_sessions=self._table.num_kept,
-            num_opened_total=self._table.num_opened,
-            num_closed_total=self._table.num_closed,
-            kv_used_tokens=self._engine.store.used_tokens,
-            num_prefill_tokens_total=self._num_prefill_tokens,
-        )
-
-    def _apply(self, command: Command) -> list[Event]:
-        try:
-            match command:
-                case Open():
-                    return self._open(command)
-                case Commit():
-                    self._commit(command)
-                case Close():
-                    self._close(command.key, keep=command.keep)
-                case Forget():
-                    self._table.forget(command.session_id)
-        except OutriderError as error:
-            reasons = (r for kind, r in _REASONS if isinstance(error, kind))
-            return [self._lose(command.key, next(reasons, LostReason.BAD_MESSAGE), str(error))]
-        except Exception as error:  # that generation is lost by name; the service lives
-            log.error("command_failed", exc_info=error)
-            return [self._lose(command.key, LostReason.INTERNAL, str(error))]
-        return []
-
-    def _open(self, command: Open) -> list[Event]:
+    def _open(self, command: Open) -> Sequence[Failure]:
         self._check(command)
         info = self._engine.info
         committed_len = len(command.token_ids)
@@ -139,16 +97,10 @@ class Proposer:
             eos_token_ids=info.eos_token_ids,
             device=info.device,
         )
-        displaced: list[Event] = []
-        former = self._table.find(command.session_id)
-        if former is not None and former.epoch <= command.epoch:
-            why = f"epoch {command.epoch} took over session {command.session_id}"
-            displaced.append(self._lose(former.state.key, LostReason.DISPLACED, why))
         generation = _Generation(command.key, sampler, command.verification)
-        try:
-            live = self._table.open(command.session_id, command.epoch, None, max_len, generation)
-        except KVFull as error:  # the displaced one is told all the same
-            return [*displaced, self._lose(command.key, LostReason.KV_FULL, str(error))]
+        live, failures = self._reserve(command.session_id, command.epoch, None, max_len, generation)
+        if live is None:
+            return failures
         num_same = _common_prefix_len(live.token_ids[: live.sequence.length], command.token_ids)
         # The last token is run again: its logits draw the next one.
         self._engine.store.truncate(live.sequence, min(num_same, committed_len - 1))
@@ -156,7 +108,7 @@ class Proposer:
         chain = Chain(live.token_ids, committed_len, command.gamma, command.lookahead)
         self._drafting[command.key] = _Drafting(live, chain)
         self._num_prefill_tokens += committed_len - live.sequence.length
-        return displaced
+        return failures
 
     def _check(self, command: Open) -> None:
         if command.key in self._drafting:
@@ -184,10 +136,6 @@ class Proposer:
         sequence = drafting.live.sequence
         self._engine.store.truncate(sequence, min(sequence.length, num_right))
 
-    def _lose(self, key: GenerationKey, reason: LostReason, detail: str) -> Lost:
-        self._close(key, keep=False)
-        return Lost(key, reason, detail)
-
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         drafting = self._drafting.pop(key, None)
         if drafting is None:
@@ -198,15 +146,15 @@ class Proposer:
             self._engine.store.truncate(sequence, min(sequence.length, committed_len))
         self._table.close(drafting.live, keep=keep)
 
-    def _advance(self, wanting: Sequence[_Drafting]) -> list[Event]:
+    def _advance(self, work: Sequence[_Drafting]) -> list[Proposal | Failure]:
         """One forward pass: every chain's step, then prompts within what the budget leaves.
 
         A quarter of the budget is the prompts' own, so that chains never starve them.
         """
         appends: list[Append] = []
         drawing: list[_Drafting] = []
-        chains = [d for d in wanting if d.num_pending <= 2]  # a token, and one just committed
-        prompts = [d for d in wanting if d.num_pending > 2]
+        chains = [d for d in work if d.num_pending <= 2]  # a token, and one just committed
+        prompts = [d for d in work if d.num_pending > 2]
         budget = max(self._max_step_tokens - len(chains), self._max_step_tokens // 4, 1)
         for drafting in (*chains, *prompts):
             sequence, start = drafting.live.sequence, drafting.live.sequence.length
@@ -227,14 +175,11 @@ class Proposer:
         events = (self._try_draw(d, row) for d, row in zip(drawing, logits, strict=True))
         return [event for event in events if event is not None]
 
-    def _try_draw(self, drafting: _Drafting, logits: Logits) -> Event | None:
+    def _try_draw(self, drafting: _Drafting, logits: Logits) -> Proposal | Failure | None:
         try:
             return self._draw(drafting, logits)
-        except InvalidRequest as error:
-            return self._lose(drafting.live.state.key, LostReason.BAD_MESSAGE, str(error))
         except Exception as error:  # this chain's own; the others go on
-            log.error("draw_failed", exc_info=error)
-            return self._lose(drafting.live.state.key, LostReason.INTERNAL, str(error))
+            return self._failed(drafting.key, error)
 
     def _draw(self, drafting: _Drafting, logits: Logits) -> Proposal | None:
         chain, generation = drafting.chain, drafting.live.state

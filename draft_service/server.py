@@ -14,14 +14,12 @@ from draft_service.messages import (
     Command,
     Commit,
     Event,
-    Lost,
-    LostReason,
     Open,
     Outcome,
     Proposal,
 )
 from outrider.errors import InvalidRequest
-from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.commands import Close, Failure, FailureReason, Forget, ServiceStatistics
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
@@ -36,10 +34,10 @@ from outrider.wire import (
 )
 
 _REASONS = {
-    LostReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
-    LostReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
-    LostReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
-    LostReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,
+    FailureReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
+    FailureReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
+    FailureReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
+    FailureReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,
 }
 
 
@@ -89,7 +87,7 @@ class _Peer(StreamPeer[Command, Event]):
             try:
                 commands.append(_open(key, item))
             except InvalidRequest as error:
-                self.deliver([Lost(key, LostReason.BAD_MESSAGE, str(error))])
+                self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
                 commands.append(Close(key, keep=False))  # should the id be in use
         for commit in frame.commits:
             commands.append(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from outrider.engine.sampler import Reply
 from outrider.sampling.params import SamplingParams
-from outrider.serving.commands import Close, Forget, ServiceStatistics
+from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
 from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
@@ -55,28 +54,13 @@ class Row:
 Command = Open | Row | Close | Forget
 
 
-class RowErrorReason(Enum):
-    KV_LOST = "kv_lost"
-    KV_FULL = "kv_full"
-    BAD_ROW = "bad_row"
-    DISPLACED = "displaced"
-    INTERNAL = "internal"
-
-
-@dataclass(frozen=True)
-class RowFailure:
-    key: GenerationKey
-    reason: RowErrorReason
-    detail: str
-
-
 @dataclass(frozen=True)
 class RowReply:
     key: GenerationKey
     reply: Reply
 
 
-RowOutcome = RowReply | RowFailure
+RowOutcome = RowReply | Failure
 
 
 @dataclass(frozen=True)

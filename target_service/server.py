@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from outrider.errors import InvalidRequest
-from outrider.serving.commands import Close, Forget
+from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
@@ -20,19 +20,17 @@ from target_service.rows import (
     Command,
     Open,
     Row,
-    RowErrorReason,
-    RowFailure,
     RowOutcome,
     RowReply,
     TargetStatistics,
 )
 
 _REASONS = {
-    RowErrorReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
-    RowErrorReason.KV_FULL: target_pb2.RowError.REASON_KV_FULL,
-    RowErrorReason.BAD_ROW: target_pb2.RowError.REASON_BAD_ROW,
-    RowErrorReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
-    RowErrorReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
+    FailureReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
+    FailureReason.KV_FULL: target_pb2.RowError.REASON_KV_FULL,
+    FailureReason.BAD_MESSAGE: target_pb2.RowError.REASON_BAD_ROW,
+    FailureReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
+    FailureReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
 }
 
 
@@ -90,7 +88,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             return [parse(item)]
         except InvalidRequest as error:
             key = GenerationKey(self.id, item.generation_id)
-            self.deliver([RowFailure(key, RowErrorReason.BAD_ROW, str(error))])
+            self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
             return [Close(key, keep=False)]
 
     def _open(self, item: target_pb2.TargetOpen) -> Open:

@@ -10,31 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from outrider.engine import Append, Engine
 from outrider.engine.sampler import GenerationSampler, Logits
-from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
-from outrider.serving.commands import Close, Forget
+from outrider.errors import InvalidRequest, KVLost
+from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.scheduler import GenerationKey
-from outrider.serving.sessions import Live, SessionTable
+from outrider.serving.sessions import Live
+from outrider.serving.worker import GenerationWorker
 from target_service.rows import (
     Command,
     Open,
     Row,
-    RowErrorReason,
-    RowFailure,
-    RowOutcome,
     RowReply,
     TargetStatistics,
-)
-
-log = structlog.get_logger()
-
-_REASONS: tuple[tuple[type[OutriderError], RowErrorReason], ...] = (
-    (KVFull, RowErrorReason.KV_FULL),
-    (KVLost, RowErrorReason.KV_LOST),
-    (LeaseLost, RowErrorReason.DISPLACED),
 )
 
 
@@ -52,82 +40,50 @@ class _Planned:
     append: Append
     is_last: bool
 
+    @property
+    def key(self) -> GenerationKey:
+        return self.row.key
 
-class Verifier:
+
+class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
     """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in TargetConfig."""
 
     def __init__(
         self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, idle_session_ttl_s)
         self._max_gamma = max_gamma
         self._max_step_tokens = max_step_tokens
-        self._table: SessionTable[_Generation] = SessionTable(engine.store, idle_session_ttl_s)
         self._generations: dict[GenerationKey, Live[_Generation]] = {}
         self._waiting: dict[GenerationKey, Live[_Generation]] = {}
-        self._num_steps = self._num_rows = self._num_tokens = self._num_prefill_tokens = 0
+        self._num_steps = self._num_rows = self._num_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._waiting)
 
-    def step(self, commands: Sequence[Command]) -> list[RowOutcome]:
-        """Applies the commands in order, runs one forward pass if rows wait; what is done."""
-        outcomes = [failure for command in commands for failure in self._apply(command)]
-        plan = self._plan()
-        if not plan:
-            return outcomes
-        try:
-            return outcomes + self._run(plan)
-        except Exception as error:  # the step's rows fail by name; the service lives
-            log.error("step_failed", num_rows=len(plan), exc_info=error)
-            return outcomes + [
-                self._fail(p.row.key, RowErrorReason.INTERNAL, f"the step failed: {error}")
-                for p in plan
-            ]
-
-    def tidy(self) -> None:
-        """Frees what was kept too long and checks the KV accounting; for idle moments."""
-        self._table.expire()
-        self._engine.store.check_integrity()
-
     def statistics(self) -> TargetStatistics:
         return TargetStatistics(
-            num_open_generations=self._table.num_live,
-            num_idle_sessions=self._table.num_kept,
-            num_opened_total=self._table.num_opened,
-            num_closed_total=self._table.num_closed,
-            kv_used_tokens=self._engine.store.used_tokens,
+            **self._counts(),
             num_waiting_rows=len(self._waiting),
             num_steps_total=self._num_steps,
             num_rows_total=self._num_rows,
             num_tokens_total=self._num_tokens,
-            num_prefill_tokens_total=self._num_prefill_tokens,
         )
 
-    def _apply(self, command: Command) -> list[RowOutcome]:
-        try:
-            match command:
-                case Open():
-                    return self._open(command)
-                case Row():
-                    self._enqueue(command)
-                case Close():
-                    self._close(command.key, keep=command.keep)
-                case Forget():
-                    self._table.forget(command.session_id)
-        except OutriderError as error:
-            reasons = (r for kind, r in _REASONS if isinstance(error, kind))
-            reason = next(reasons, RowErrorReason.BAD_ROW)
-            if reason is RowErrorReason.KV_LOST:  # the generation stays: its next row brings all
-                return [RowFailure(command.key, reason, str(error))]
-            return [self._fail(command.key, reason, str(error))]
-        except Exception as error:  # that generation fails by name; the service lives
-            log.error("command_failed", exc_info=error)
-            return [self._fail(command.key, RowErrorReason.INTERNAL, str(error))]
-        return []
+    def _execute(self, command: Command) -> Sequence[Failure]:
+        match command:
+            case Open():
+                return self._open(command)
+            case Row():
+                self._enqueue(command)
+            case Close():
+                self._close(command.key, keep=command.keep)
+            case Forget():
+                self._table.forget(command.session_id)
+        return ()
 
-    def _open(self, command: Open) -> list[RowOutcome]:
+    def _open(self, command: Open) -> Sequence[Failure]:
         info = self._engine.info
         if command.key in self._generations:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
@@ -143,22 +99,16 @@ class Verifier:
             eos_token_ids=info.eos_token_ids,
             device=info.device,
         )
-        displaced: list[RowOutcome] = []
-        former = self._table.find(command.session_id)
-        if former is not None and former.epoch <= command.epoch:
-            why = f"epoch {command.epoch} took over session {command.session_id}"
-            displaced.append(self._fail(former.state.key, RowErrorReason.DISPLACED, why))
-        try:
-            self._generations[command.key] = self._table.open(
-                command.session_id,
-                command.epoch,
-                command.kept_epoch,
-                command.max_len,
-                _Generation(command.key, sampler),
-            )
-        except KVFull as error:  # the displaced one is told all the same
-            return [*displaced, self._fail(command.key, RowErrorReason.KV_FULL, str(error))]
-        return displaced
+        live, failures = self._reserve(
+            command.session_id,
+            command.epoch,
+            command.kept_epoch,
+            command.max_len,
+            _Generation(command.key, sampler),
+        )
+        if live is not None:
+            self._generations[command.key] = live
+        return failures
 
     def _enqueue(self, row: Row) -> None:
         live = self._generations.get(row.key)
@@ -197,10 +147,6 @@ class Verifier:
             if len(set(ids.tolist())) != len(ids):
                 raise InvalidRequest("support_ids", "a token stands twice in a support")
 
-    def _fail(self, key: GenerationKey, reason: RowErrorReason, detail: str) -> RowFailure:
-        self._close(key, keep=False)
-        return RowFailure(key, reason, detail)
-
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         self._waiting.pop(key, None)
         live = self._generations.pop(key, None)
@@ -208,7 +154,7 @@ class Verifier:
             # KV of a row half done is a prefix like any other, so it may be kept.
             self._table.close(live, keep=keep)
 
-    def _plan(self) -> list[_Planned]:
+    def _gather(self) -> list[_Planned]:
         """Every verification, then prompts in chunks within what the token budget leaves.
 
         A quarter of the budget is the prompts' own, so that verifications never starve them.
@@ -232,27 +178,25 @@ class Verifier:
             budget -= len(planned.append.token_ids)
         return plan
 
-    def _run(self, plan: Sequence[_Planned]) -> list[RowOutcome]:
-        logits = self._engine.forward([p.append for p in plan])
+    def _advance(self, work: Sequence[_Planned]) -> list[RowReply | Failure]:
+        logits = self._engine.forward([p.append for p in work])
         self._num_steps += 1
-        self._num_tokens += sum(len(p.append.token_ids) for p in plan)
+        self._num_tokens += sum(len(p.append.token_ids) for p in work)
         argmax = logits.argmax(-1)
-        outcomes: list[RowOutcome] = []
+        outcomes: list[RowReply | Failure] = []
         start = 0
-        for planned in plan:
+        for planned in work:
             end = start + planned.append.num_logits
             if planned.is_last:
                 outcomes.append(self._try_answer(planned, logits[start:end], argmax[start:end]))
             start = end
         return outcomes
 
-    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowOutcome:
+    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply | Failure:
         try:
             return self._answer(planned, logits, argmax)
         except Exception as error:  # this row's own; the others are answered
-            log.error("answer_failed", exc_info=error)
-            why = f"the answer failed: {error}"
-            return self._fail(planned.row.key, RowErrorReason.INTERNAL, why)
+            return self._failed(planned.key, error)
 
     def _answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply:
         live, row = planned.live, planned.row

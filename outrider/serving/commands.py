@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from outrider.serving.scheduler import GenerationKey
 
@@ -21,6 +22,24 @@ class Forget:
 
     key: GenerationKey
     session_id: str
+
+
+class FailureReason(Enum):
+    """Why a generation failed here; the tiers' protocols have a number for each they use."""
+
+    # Send the context again; the only one after which the generation is still open.
+    KV_LOST = "kv_lost"
+    KV_FULL = "kv_full"
+    BAD_MESSAGE = "bad_message"
+    DISPLACED = "displaced"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Failure:
+    key: GenerationKey
+    reason: FailureReason
+    detail: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""The device thread's half of a model service, as far as both tiers are alike.
+
+A step applies what has come in, then does one batch of work; whatever goes wrong for one generation
+fails that one by name, and the service lives. Owns the sessions' KV. Knows neither rows nor chains,
+no streams and no protobuf; every method is called on the device thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import structlog
+
+from outrider.engine import Engine
+from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from outrider.serving.commands import Failure, FailureReason, ServiceStatistics
+from outrider.serving.scheduler import GenerationKey, Keyed
+from outrider.serving.sessions import Live, SessionTable
+
+log = structlog.get_logger()
+
+_REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
+    (KVFull, FailureReason.KV_FULL),
+    (KVLost, FailureReason.KV_LOST),
+    (LeaseLost, FailureReason.DISPLACED),
+    (InvalidRequest, FailureReason.BAD_MESSAGE),
+)
+
+CommandType = TypeVar("CommandType", bound=Keyed)
+Result = TypeVar("Result", bound=Keyed)
+State = TypeVar("State", bound=Keyed)
+Work = TypeVar("Work", bound=Keyed)
+
+
+class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
+    """`State` is what the service hangs on a generation, `Work` a generation's part of a batch."""
+
+    def __init__(self, engine: Engine, idle_session_ttl_s: float) -> None:
+        self._engine = engine
+        self._table: SessionTable[State] = SessionTable(engine.store, idle_session_ttl_s)
+        self._num_prefill_tokens = 0
+
+    def step(self, commands: Sequence[CommandType]) -> list[Result | Failure]:
+        """Applies the commands in order, does one batch of work; what is done, or has failed."""
+        results: list[Result | Failure] = []
+        for command in commands:
+            try:
+                results += self._execute(command)
+            except Exception as error:
+                results.append(self._failed(command.key, error))
+        work = self._gather()
+        if not work:
+            return results
+        try:
+            return results + self._advance(work)
+        except Exception as error:
+            return results + [self._failed(part.key, error) for part in work]
+
+    def tidy(self) -> None:
+        """Frees what was kept too long and checks the KV accounting; for idle moments."""
+        self._table.expire()
+        self._engine.store.check_integrity()
+
+    def statistics(self) -> ServiceStatistics:
+        """May be called on any thread: numbers of some recent moment."""
+        return ServiceStatistics(**self._counts())
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "num_open_generations": self._table.num_live,
+            "num_idle_sessions": self._table.num_kept,
+            "num_opened_total": self._table.num_opened,
+            "num_closed_total": self._table.num_closed,
+            "kv_used_tokens": self._engine.store.used_tokens,
+            "num_prefill_tokens_total": self._num_prefill_tokens,
+        }
+
+    def _take_over(self, session_id: str, epoch: int) -> list[Failure]:
+        """Ends the session's live generation, unless it is a later one; it is told why."""
+        former = self._table.find(session_id)
+        if former is None or former.epoch > epoch:
+            return []
+        why = f"epoch {epoch} took over session {session_id}"
+        return [self._fail(former.state.key, FailureReason.DISPLACED, why)]
+
+    def _reserve(
+        self, session_id: str, epoch: int, kept_epoch: int | None, max_len: int, state: State
+    ) -> tuple[Live[State] | None, list[Failure]]:
+        """As SessionTable.open; without room None, and the displaced one is told all the same."""
+        failures = self._take_over(session_id, epoch)
+        try:
+            return self._table.open(session_id, epoch, kept_epoch, max_len, state), failures
+        except KVFull as error:
+            return None, [*failures, self._failed(state.key, error)]
+
+    def _failed(self, key: GenerationKey, error: Exception) -> Failure:
+        """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
+        reason = next((r for kind, r in _REASONS if isinstance(error, kind)), None)
+        if reason is FailureReason.KV_LOST:
+            return Failure(key, reason, str(error))
+        if reason is None:
+            log.error("generation_failed", exc_info=error)
+        return self._fail(key, reason or FailureReason.INTERNAL, str(error))
+
+    def _fail(self, key: GenerationKey, reason: FailureReason, detail: str) -> Failure:
+        self._close(key, keep=False)
+        return Failure(key, reason, detail)
+
+    @abstractmethod
+    def _execute(self, command: CommandType) -> Sequence[Failure]:
+        """Applies one command; failures of other generations are returned, its own raised."""
+
+    @abstractmethod
+    def _gather(self) -> Sequence[Work]:
+        """What the next batch would be made of."""
+
+    @abstractmethod
+    def _advance(self, work: Sequence[Work]) -> list[Result | Failure]:
+        """One forward pass."""
+
+    @abstractmethod
+    def _close(self, key: GenerationKey, *, keep: bool) -> None:
+        """Ends the generation, if it is open."""
