@@ -40,6 +40,7 @@ class Chunk:
     text: str
     text_ends: tuple[int, ...]
     finish: Finish | None
+    recorded: bool
 
 
 class Emitter:
@@ -63,6 +64,7 @@ class Emitter:
             MAX_UNSEEN_COMMITMENTS
         )
         self._unrecorded: RoundRecord | None = None
+        self._is_away = False
         # The text that the caller has been sent.
         self.text = ""
         # When the first chunk was ready to be sent (time.monotonic), and its number of tokens.
@@ -92,7 +94,8 @@ class Emitter:
             for _, record in batch:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
             await self._try_record()
-            chunk = _joined([commitment for commitment, _ in batch])
+            recorded = self._unrecorded is None
+            chunk = _joined([commitment for commitment, _ in batch], recorded=recorded)
             if self.first_chunk_at is None:
                 self.first_chunk_at = time.monotonic()
                 self.num_first_tokens = len(chunk.tokens)
@@ -112,10 +115,14 @@ class Emitter:
 
     async def _try_record(self) -> None:
         """Without Redis the generation goes on; what is owed is written with a later round."""
+        was_away = self._is_away
         try:
             await self.record()
+            self._is_away = False
         except Unavailable as error:
-            log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
+            self._is_away = True
+            if not was_away:  # said once, not at every round
+                log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
 
     async def record(self) -> None:
         """Writes what is owed, if anything is. Raises Unavailable, LeaseLost.
@@ -138,10 +145,10 @@ class Emitter:
         self._unrecorded = None
 
 
-def _joined(commitments: Sequence[Commitment]) -> Chunk:
+def _joined(commitments: Sequence[Commitment], *, recorded: bool) -> Chunk:
     text, text_ends = "", []
     for commitment in commitments:
         text_ends += [len(text) + end for end in commitment.text_ends]
         text += commitment.text
     tokens = tuple(token for c in commitments for token in c.tokens)
-    return Chunk(tokens, text, tuple(text_ends), commitments[-1].finish)
+    return Chunk(tokens, text, tuple(text_ends), commitments[-1].finish, recorded)

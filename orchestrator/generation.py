@@ -65,6 +65,7 @@ class Result:
     """Of the whole generation; times in seconds, bytes both ways."""
 
     finish: Finish
+    recorded: bool
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
@@ -238,9 +239,10 @@ class Generation:
         return KvHandle(self._target.replica, self._lease.epoch, self._cached_len)
 
     async def _show(self, chunk: Chunk) -> None:
-        await self._write(chunk, self._result(chunk.finish) if chunk.finish else None)
+        result = self._result(chunk.finish, chunk.recorded) if chunk.finish else None
+        await self._write(chunk, result)
 
-    def _result(self, finish: Finish) -> Result:
+    def _result(self, finish: Finish, recorded: bool) -> Result:
         now = time.monotonic()
         first_at = self._emitter.first_chunk_at
         assert self._target is not None, "a finished generation had a target"
@@ -249,6 +251,7 @@ class Generation:
         elapsed_s = now - first_at
         return Result(
             finish=finish,
+            recorded=recorded,
             num_prompt_tokens=self._state.prompt_len,
             num_completion_tokens=self._state.num_output_tokens,
             num_cached_tokens=self._num_reused,

@@ -208,6 +208,7 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             num_lookahead_hits=result.num_lookahead_hits,
         ),
         seed=asked.params.seed,
+        recorded=result.recorded,
     )
 
 

@@ -52,6 +52,10 @@ class WireOptions:
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128
     runs: Annotated[int, typer.Option(min=1, help="Outputs for each line.")] = 3
     gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
+    lookahead: Annotated[
+        int,
+        typer.Option(min=0, max=1, help="Proposals ahead: what is not used travels all the same."),
+    ] = 1
     json: Annotated[bool, typer.Option("--json", help="One JSON array, nothing else.")] = False
 
 
@@ -180,7 +184,7 @@ def _request(
     from outrider.v1 import orchestrator_pb2
     from outrider.wire import verification_to_proto
 
-    request = orchestrator_pb2.GenerateRequest(gamma=options.gamma)
+    request = orchestrator_pb2.GenerateRequest(gamma=options.gamma, lookahead=options.lookahead)
     request.verification = verification_to_proto(Verification(method.value))
     request.sampling.temperature = temperature
     request.sampling.seed = seed

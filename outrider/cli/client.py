@@ -17,6 +17,8 @@ from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 # The short calls read a few rows of Redis.
 SHORT_TIMEOUT_S = 10.0
 _NOBODY = ("failed to connect", "connection refused", "dns resolution failed", "name resolution")
+# In the trailers of every error that one of our servers has raised (outrider.rpc).
+_STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass
@@ -101,7 +103,9 @@ class Client:
 
     def _failed(self, error: grpc.aio.AioRpcError) -> CallFailed:
         code, said = error.code().name, " ".join((error.details() or "").split())
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        trailers: Any = error.trailing_metadata() or ()
+        is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answer:
             if any(words in said.lower() for words in _NOBODY):
                 said = f"nothing answers at {self._endpoint}; start it with: outrider up"
             else:

@@ -105,6 +105,8 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     from outrider.v1 import orchestrator_pb2
     from outrider.wire import verification_to_proto
 
+    if options.session == "":
+        raise ConfigError("--session: the name is empty")
     request = orchestrator_pb2.GenerateRequest(session_id=options.session or "")
     request.create_session = bool(options.session)
     for name in ("gamma", "lookahead"):
@@ -146,6 +148,8 @@ def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptio
         return
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     assert prompt is not None
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("the prompt is not UTF-8 text")
     if not options.chat:
         request.text = prompt
         return

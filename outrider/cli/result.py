@@ -26,6 +26,7 @@ def to_dict(output: Output) -> dict[str, Any]:
         "speculation": plain(result.speculation) | {"verification": _verification(result)},
         "verification": _verification(result),
         "seed": result.seed,
+        "recorded": result.recorded,
     }
 
 
@@ -47,12 +48,12 @@ def summary(output: Output) -> list[tuple[str, str]]:
     speed = f"{stats.tokens_per_s:.1f} tokens/s, " if stats.HasField("tokens_per_s") else ""
     rows.append(("speed", f"{speed}first token after {stats.time_to_first_token_s * 1e3:.0f} ms"))
     if stats.HasField("acceptance_rate"):
-        alpha = f"α {stats.acceptance_rate:.2f}"
-        tau = f"τ {stats.mean_acceptance_length:.2f} tokens a round"
+        alpha = f"α {stats.acceptance_rate:.2f} of those judged"
+        tau = f"τ {stats.mean_acceptance_length:.2f} tokens a drafted round"
         how = f"γ {stats.gamma}, {_verification(result)}"
-        rows.append(("drafts", f"{alpha} accepted, {tau}, {how}"))
-        hits = f"{stats.num_lookahead_hits} of {stats.num_drafts} drafted ahead"
-        rows.append(("rounds", f"{stats.num_rounds}, {hits}"))
+        rows.append(("drafts", f"{alpha}, {tau}, {how}"))
+        drafted = f"{stats.num_drafts} with drafts, {stats.num_lookahead_hits} drafted ahead"
+        rows.append(("rounds", f"{stats.num_rounds}, {drafted}"))
     else:
         rows.append(("rounds", f"{stats.num_rounds}, without drafts"))
     if num_tokens:
@@ -62,6 +63,8 @@ def summary(output: Output) -> list[tuple[str, str]]:
         )
         rows.append(("wire", f"{draft} + {target} bytes a token (draft + target)"))
     rows.append(("seed", str(result.seed)))
+    if not result.recorded:
+        rows.append(("WARNING", "Redis is away: the session lacks tokens of this answer"))
     return rows
 
 

@@ -13,6 +13,7 @@ import socket
 from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack_options import StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
+from outrider.config import OrchestratorConfig, load
 from outrider.errors import ConfigError
 
 _ANY_HOST = ("0.0.0.0", "::", "")
@@ -43,8 +44,9 @@ def _model_flags(options: StackOptions, model: str, device: str, num_threads: in
     return [
         *_flag("model", model),
         *_flag("port", 0),
-        *_flag("dtype", options.dtype),
-        *_flag("device", device),
+        # What is left to the program may come from its own environment variables.
+        *_flag("dtype", None if options.dtype == "auto" else options.dtype),
+        *_flag("device", None if device == "auto" else device),
         *_flag("num-threads", num_threads),
         *_flag("kv-cache-tokens", options.kv_cache_tokens),
         *_flag("max-gamma", options.max_gamma or None),  # 0 means no drafts, not a tiny row
@@ -69,6 +71,13 @@ def orchestrator_arguments(
     ]
 
 
+def _check_orchestrator(options: StackOptions) -> None:
+    """Finds what is wrong with its settings before minutes are spent on loading models."""
+    anywhere = "127.0.0.1:1"
+    flags = orchestrator_arguments(options, anywhere, anywhere, options.redis_url or "redis://x")
+    load(OrchestratorConfig, "orchestrator", flags[1:])
+
+
 def _flag(name: str, value: object | None) -> list[str]:
     return [] if value is None else [f"--{name}={value}"]
 
@@ -86,6 +95,7 @@ class Stack:
         """Returns when it serves. Raises ConfigError or ProgramFailed."""
         options = self._options
         _check_port(options)
+        _check_orchestrator(options)
         models = {"target": target_arguments(options)}
         if options.draft_model is not None:
             models["draft"] = draft_arguments(options, options.draft_model)

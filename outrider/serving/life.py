@@ -18,16 +18,30 @@ from outrider.v1 import model_pb2
 log = structlog.get_logger()
 
 STOP_GRACE_S = 5.0
+STOP_POLL_S = 0.05
 
 
 class Running(Protocol):
-    """A mounted service's only task."""
+    """A mounted service: `run` is its only task."""
+
+    @property
+    def is_idle(self) -> bool: ...
 
     async def run(self) -> None: ...
 
 
 # Builds the service around the loaded engine and adds its servicer to the server.
 Mount = Callable[[Engine, model_pb2.ModelInfo, DeviceThread, Server], Running]
+
+
+async def _stop(server: Server, service: Running) -> None:
+    """Open generations may end; streams without any need no grace."""
+    await server.set_serving(False)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_GRACE_S):
+            while not service.is_idle:  # noqa: ASYNC110 (changes on the device thread)
+                await asyncio.sleep(STOP_POLL_S)
+    await server.stop(0)
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +74,7 @@ async def model_serving(
             try:
                 yield server
             finally:
-                await server.stop(STOP_GRACE_S)
+                await _stop(server, service)
                 stepping.cancel()
     finally:
         await server.stop(0)

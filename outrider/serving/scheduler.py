@@ -47,6 +47,10 @@ class Worker(Protocol[CommandIn, ResultOut]):
     def has_work(self) -> bool:
         """Whether a step without commands would do something."""
 
+    @property
+    def num_open(self) -> int:
+        """Generations that are open."""
+
     def step(self, commands: Sequence[CommandIn]) -> Sequence[ResultOut]:
         """Applies the commands in order, does one batch of work. Raises for none of them."""
 
@@ -87,6 +91,11 @@ class Scheduler(Generic[Command, Result]):
             await self._taken.wait()
         self._pending.extend(commands)
         self._wake.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, and no generation is open."""
+        return not (self._pending or self._worker.has_work or self._worker.num_open)
 
     async def run(self) -> None:
         """Steps while there is work; ends by cancellation."""

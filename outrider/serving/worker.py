@@ -42,6 +42,10 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self._table: SessionTable[State] = SessionTable(engine.store, idle_session_ttl_s)
         self._num_prefill_tokens = 0
 
+    @property
+    def num_open(self) -> int:
+        return self._table.num_live
+
     def step(self, commands: Sequence[CommandType]) -> list[Result | Failure]:
         """Applies the commands in order, does one batch of work; what is done, or has failed."""
         results: list[Result | Failure] = []

@@ -175,6 +175,8 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
                 os.kill(pid, signal.SIGCONT)
             second = await calling
             session = await _session(stack, "s")
+    assert first.result is not None
+    assert first.result.recorded
     context = [*PROMPT, *first.token_ids, 9]
     assert second.token_ids == greedy(context, 40)
     assert list(session.token_ids) == context + second.token_ids
