@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,11 @@ log = structlog.get_logger()
 
 # A replica that was lost or had no room is asked again after so long.
 RETRY_S = 1.0
-# One that takes commits and proposes nothing is given up, and asked again after longer.
+# One that takes so many commits and proposes nothing for so long is given up, and asked again
+# later. Long prompts may keep a draft busy for seconds before its first proposal.
 MAX_UNANSWERED = 32
-SILENT_RETRY_S = 5.0
+SILENT_AFTER_S = 20.0
+SILENT_RETRY_S = 40.0
 
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
@@ -56,6 +59,7 @@ class DraftHandle:
         self._vocab_size = vocab_size
         self._has_supports = has_supports
         self._num_unanswered = 0
+        self._heard_at = time.monotonic()
         self._proposals: list[Proposal] = []
         self._expected = Outcome(0, 0, 0)
         self._committed_len = prompt_len
@@ -83,9 +87,10 @@ class DraftHandle:
         self._count(commit)
         self._link.send(commit)
         self._num_unanswered += 1
-        if self._num_unanswered > MAX_UNANSWERED and self.lost is None:
+        silent_s = time.monotonic() - self._heard_at
+        if self._num_unanswered > MAX_UNANSWERED and silent_s > SILENT_AFTER_S:
             self.retry_after_s = SILENT_RETRY_S
-            self.link_lost(f"no proposal for {MAX_UNANSWERED} rounds")
+            self.link_lost(f"no proposal for {self._num_unanswered} rounds and {silent_s:.0f} s")
 
     def take(self) -> Proposal | None:
         """The proposal for exactly what is committed, if it is here."""
@@ -116,7 +121,7 @@ class DraftHandle:
         self._count(message)
         if self.lost is not None:
             return
-        self._num_unanswered = 0
+        self._num_unanswered, self._heard_at = 0, time.monotonic()
         try:
             proposal = _parse(message, self._gamma, self._vocab_size, self._has_supports)
         except InvalidRequest as error:

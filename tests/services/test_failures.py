@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
+from orchestrator import draft_link
 from outrider.redis_server import RedisServer
 from outrider.v1 import (
     draft_pb2,
@@ -115,8 +116,11 @@ async def test_a_draft_that_guesses_at_random_changes_nothing(pair: Pair, redis_
     assert drafted.speculation.num_rejected_tokens > 0
 
 
-async def test_a_silent_draft_is_given_up(pair: Pair, redis_url: str) -> None:
+async def test_a_silent_draft_is_given_up(
+    pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes every commit and proposes nothing: after some rounds it is told no more."""
+    monkeypatch.setattr(draft_link, "SILENT_AFTER_S", 0.0)
     drafted, plain, fake = await _with_fake(
         pair, redis_url, lambda _: [], {"temperature": 0.0}, draft_wait_ms=0.0
     )
