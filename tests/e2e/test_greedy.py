@@ -48,23 +48,22 @@ def _check(
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_family_alone_and_in_a_crowd(family: str, tmp_path: Path, redis: str) -> None:
-    """Ragged prompts, each with its own γ and look-ahead, together and then one by one."""
+    """With every γ: 16 ragged prompts together, half of them with look-ahead, then one alone."""
     target = make_tiny_model(family, tmp_path / "target")
     draft = make_tiny_draft(target, tmp_path / "draft", noise=_NOISE)
     reference = Reference(target)
     prompts = [prompt_of(length) for length in _LENGTHS]
-    chosen = [_SETTINGS[i % len(_SETTINGS)] for i in range(len(prompts))]
-    crowd = [_call(prompt, *how, _NUM_TOKENS) for prompt, how in zip(prompts, chosen, strict=True)]
     async with running_stack(
         target, draft, redis, target_settings={"max_step_tokens": _CHUNK}
     ) as stack:
-        together = await generate_all(stack, crowd)
-        alone = [await stack.generate(**call) for call in crowd[1:12:5]]
-    for prompt, output in zip(prompts, together, strict=True):
-        _check(reference, prompt, output)
-    for prompt, output in zip(prompts[1:12:5], alone, strict=True):
-        _check(reference, prompt, output)
-    assert_speculated(together)
+        for gamma in _GAMMAS:
+            crowd = [_call(prompt, gamma, i % 2, _NUM_TOKENS) for i, prompt in enumerate(prompts)]
+            outputs = await generate_all(stack, crowd)
+            outputs.append(await stack.generate(**crowd[7]))
+            for prompt, output in zip([*prompts, prompts[7]], outputs, strict=True):
+                _check(reference, prompt, output)
+            if gamma:
+                assert_speculated(outputs)
 
 
 async def test_every_gamma_and_lookahead(tmp_path: Path, redis: str) -> None:
