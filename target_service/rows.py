@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Row:
     draft_token_ids: Ids
     supports: Sequence[Ids] | None
 
-    @property
+    @cached_property  # read by each check of a row; joined once
     def token_ids(self) -> Ids:
         return np.concatenate((self.context_token_ids, self.draft_token_ids))
 
