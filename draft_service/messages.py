@@ -19,14 +19,6 @@ from outrider.serving.scheduler import GenerationKey
 Ids = npt.NDArray[Any]
 
 
-class Outcome(NamedTuple):
-    """How a round ended, or is assumed to end: the node that a proposal continues."""
-
-    parent: int
-    num_accepted: int
-    next_token: int
-
-
 class SupportWeights(NamedTuple):
     """The truncated distribution a token was drawn from; float32 weights, likeliest first."""
 
@@ -45,16 +37,19 @@ class Open:
     params: SamplingParams
     verification: Verification
     gamma: int
+    ahead_gamma: int
     lookahead: int
+    fan_out: int
     vocab_size: int
 
 
 @dataclass(frozen=True)
 class Commit:
     key: GenerationKey
-    outcome: Outcome
+    token_ids: Sequence[int]
     committed_len: int
     gamma: int
+    ahead_gamma: int
 
 
 Command = Open | Commit | Close | Forget
@@ -63,8 +58,7 @@ Command = Open | Commit | Close | Forget
 @dataclass(frozen=True)
 class Proposal:
     key: GenerationKey
-    id: int
-    outcome: Outcome
+    assumed_token_ids: Sequence[int]
     base_len: int
     token_ids: Sequence[int]
     supports: Sequence[SupportWeights] | None

@@ -1,103 +1,81 @@
-"""The device thread's half of the draft: sessions, chains, one batched model step for all of them.
+"""The device thread's half of the draft: sessions, trees, one batched model step for all of them.
 
-A step applies what has come in (so stale drafting stops within one step), advances every chain
-that wants a token by one, prompts in chunks, and returns the proposals that became complete.
-Knows nothing of streams, protobuf or asyncio; every method is called on the device thread.
+A step applies what has come in (so stale drafting stops within one step), then draws one token for
+every row: first the blocks that somebody waits for, oldest first, then what the trees offer to
+draft ahead of the verdict, likeliest first, as far as it costs the others little (`rows`). Knows
+nothing of streams, protobuf or asyncio; every method is called on the device thread.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from draft_service.chain import Block, Chain
-from draft_service.messages import (
-    Command,
-    Commit,
-    Ids,
-    Open,
-    Proposal,
-    SupportWeights,
-)
-from outrider.engine import Append, Engine
-from outrider.engine.sampler import GenerationSampler, Logits
+from draft_service.chances import Chances
+from draft_service.drafting import Drafting, Generation, Row
+from draft_service.messages import Command, Commit, Ids, Open, Proposal, SupportWeights
+from draft_service.rows import RowBudget, best_offers
+from outrider.engine import Append, Drawn, ServedEngine
 from outrider.errors import InvalidRequest
-from outrider.sampling.params import Verification
 from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.scheduler import GenerationKey
-from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
 
-
-@dataclass(eq=False)
-class _Generation:
-    key: GenerationKey
-    sampler: GenerationSampler
-    verification: Verification
+# A row with more tokens than this that the model has not seen is a prompt: it is run in chunks.
+_MAX_ROW_TOKENS = 16
+# The orchestrator asks for 4 at most; a tree's depth is also that of the stack that walks it.
+_MAX_LOOKAHEAD = 16
 
 
-@dataclass(eq=False)
-class _Drafting:
-    live: Live[_Generation]
-    chain: Chain
-
-    @property
-    def key(self) -> GenerationKey:
-        return self.live.state.key
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens of the chain that the model has not seen; at least 1 where one is wanted."""
-        return self.chain.length - self.live.sequence.length
-
-
-class Proposer(GenerationWorker[Command, Proposal, _Generation, _Drafting]):
-    """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in DraftConfig."""
+class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
+    """Owns the engine's sequences. The settings as in DraftConfig."""
 
     def __init__(
-        self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
+        self,
+        engine: ServedEngine,
+        *,
+        max_gamma: int,
+        max_step_tokens: int,
+        max_branches: int,
+        idle_session_ttl_s: float,
     ) -> None:
-        super().__init__(engine, idle_session_ttl_s)
+        super().__init__(
+            engine, max_step_tokens=max_step_tokens, idle_session_ttl_s=idle_session_ttl_s
+        )
         self._max_gamma = max_gamma
-        self._max_step_tokens = max_step_tokens
-        self._drafting: dict[GenerationKey, _Drafting] = {}
+        self._drafting: dict[GenerationKey, Drafting] = {}
+        # Those with a row: waited for, oldest first; and with something to draft ahead.
+        self._needed: dict[GenerationKey, Drafting] = {}
+        self._ahead: dict[GenerationKey, Drafting] = {}
+        self._budget = RowBudget(self.costs, max_branches)
+        self._chances = Chances()
 
     @property
     def has_work(self) -> bool:
-        return any(d.chain.wants_token for d in self._drafting.values())
+        return bool(self._needed or self._ahead)
 
-    def _execute(self, command: Command) -> Sequence[Failure]:
+    def _execute(self, command: Command) -> Sequence[Proposal | Failure]:
         match command:
             case Open():
                 return self._open(command)
             case Commit():
-                self._commit(command)
+                return self._commit(command)
             case Close():
                 self._close(command.key, keep=command.keep)
             case Forget():
                 self._table.forget(command.session_id)
         return ()
 
-    def _gather(self) -> list[_Drafting]:
-        return [d for d in self._drafting.values() if d.chain.wants_token]
-
     def _open(self, command: Open) -> Sequence[Failure]:
         self._check(command)
-        info = self._engine.info
         committed_len = len(command.token_ids)
-        max_len = min(command.max_len, info.max_context_len)
+        max_len = min(command.max_len, self._engine.info.max_context_len)
         if max_len < committed_len + 2:
             raise InvalidRequest("token_ids", f"{committed_len} leave no room in {max_len}")
-        sampler = GenerationSampler(
-            command.params,
-            prompt_len=command.prompt_len,
-            vocab_size=min(command.vocab_size, info.vocab_size),
-            eos_token_ids=info.eos_token_ids,
-            device=info.device,
-        )
-        generation = _Generation(command.key, sampler, command.verification)
+        sampler = self._engine.sampler(command.params, command.prompt_len, command.vocab_size)
+        generation = Generation(command.key, sampler, command.verification, command.vocab_size)
         live, failures = self._reserve(command.session_id, command.epoch, None, max_len, generation)
         if live is None:
             return failures
@@ -105,10 +83,15 @@ class Proposer(GenerationWorker[Command, Proposal, _Generation, _Drafting]):
         # The last token is run again: its logits draw the next one.
         self._engine.store.truncate(live.sequence, min(num_same, committed_len - 1))
         live.token_ids[:committed_len] = command.token_ids
-        chain = Chain(live.token_ids, committed_len, command.gamma, command.lookahead)
-        self._drafting[command.key] = _Drafting(live, chain)
+        drafting = Drafting(self._engine.store, live, command)
+        self._drafting[command.key] = drafting
+        self._line_up(drafting)
         self._num_prefill_tokens += committed_len - live.sequence.length
         return failures
+
+    def _make_room(self) -> bool:
+        """Branches drafted ahead are the first to go when a session needs their memory."""
+        return any([drafting.prune() for drafting in self._drafting.values()])
 
     def _check(self, command: Open) -> None:
         if command.key in self._drafting:
@@ -119,95 +102,119 @@ class Proposer(GenerationWorker[Command, Proposal, _Generation, _Drafting]):
             raise InvalidRequest("prompt_len", f"{command.prompt_len} is not within the context")
         if command.vocab_size < 1 or command.token_ids.max() >= command.vocab_size:
             raise InvalidRequest("token_ids", f"must be in [0, {command.vocab_size})")
-        self._check_gamma(command.gamma)
+        if command.lookahead > _MAX_LOOKAHEAD:
+            raise InvalidRequest("lookahead", f"{command.lookahead} exceeds {_MAX_LOOKAHEAD}")
+        self._check_gamma(command.gamma, command.ahead_gamma)
         command.params.validate(command.vocab_size)
 
-    def _check_gamma(self, gamma: int) -> None:
-        if gamma > self._max_gamma:
-            raise InvalidRequest("gamma", f"{gamma} exceeds {self._max_gamma}")
+    def _check_gamma(self, gamma: int, ahead_gamma: int) -> None:
+        for name, value in (("gamma", gamma), ("ahead_gamma", ahead_gamma)):
+            if value > self._max_gamma:
+                raise InvalidRequest(name, f"{value} exceeds {self._max_gamma}")
 
-    def _commit(self, command: Commit) -> None:
+    def _commit(self, command: Commit) -> list[Proposal]:
+        """Cut short by it, a block may be complete without a pass."""
         drafting = self._drafting.get(command.key)
         if drafting is None:
             # Lost or closed here while the commit was on its way: already said, nothing to do.
-            return
-        self._check_gamma(command.gamma)
-        num_right = drafting.chain.commit(command.outcome, command.committed_len, command.gamma)
-        sequence = drafting.live.sequence
-        self._engine.store.truncate(sequence, min(sequence.length, num_right))
+            return []
+        self._check_gamma(command.gamma, command.ahead_gamma)
+        vocab_size = drafting.live.state.vocab_size
+        if max(command.token_ids, default=0) >= vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+        walk = drafting.commit(command)
+        self._chances.judged(walk.judged, has_supports=drafting.live.state.has_supports)
+        now = time.monotonic()
+        if command.gamma:
+            self._budget.saw_round(now - drafting.committed_at, command.ahead_gamma)
+        drafting.committed_at = now
+        self._line_up(drafting)
+        return drafting.proposals(drafting.tree.root) if walk.is_cut else []
+
+    def _line_up(self, drafting: Drafting) -> None:
+        """After a change: who waits keeps its place in the queue, or joins its end."""
+        key = drafting.key
+        if not drafting.tree.is_needed:
+            self._needed.pop(key, None)
+        elif key not in self._needed:
+            self._needed[key] = drafting
+        self._ahead[key] = drafting
 
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         drafting = self._drafting.pop(key, None)
         if drafting is None:
             return
-        sequence = drafting.live.sequence
-        if keep:  # what was drafted ahead of the end is no part of the conversation
-            committed_len = drafting.chain.committed_len
-            self._engine.store.truncate(sequence, min(sequence.length, committed_len))
+        self._needed.pop(key, None)
+        self._ahead.pop(key, None)
+        drafting.end()
         self._table.close(drafting.live, keep=keep)
 
-    def _advance(self, work: Sequence[_Drafting]) -> list[Proposal | Failure]:
-        """One forward pass: every chain's step, then prompts within what the budget leaves.
+    def _gather(self) -> list[Row]:
+        """Rows that are waited for, then the best of what the trees offer."""
+        num_needed, num_rows = self._budget.num_rows(len(self._needed))
+        if not num_rows:  # nobody waits and nothing may be drafted ahead: idle until told more
+            self._ahead.clear()
+        needed = list(self._needed.values())[:num_needed]
+        rows = [Row(drafting, drafting.tree.root) for drafting in needed]
+        return rows + self._gather_ahead(num_rows - len(rows))
 
-        A quarter of the budget is the prompts' own, so that chains never starve them.
+    def _gather_ahead(self, num_rows: int) -> list[Row]:
+        if num_rows <= 0:
+            return []
+        rows: list[Row] = []
+        for drafting, offer in best_offers(self._ahead, num_rows):
+            block = drafting.opened(offer) if offer.opens else offer.block
+            if block is not None:
+                rows.append(Row(drafting, block))
+        return rows
+
+    def _advance(self, work: Sequence[Row]) -> list[Proposal | Failure]:
+        """One forward pass: a token for every row, then prompts within what the budget leaves.
+
+        A quarter of the budget is the prompts' own, so that drafting never starves them.
         """
+        started_at = time.perf_counter()
         appends: list[Append] = []
-        drawing: list[_Drafting] = []
-        chains = [d for d in work if d.num_pending <= 2]  # a token, and one just committed
-        prompts = [d for d in work if d.num_pending > 2]
-        budget = max(self._max_step_tokens - len(chains), self._max_step_tokens // 4, 1)
-        for drafting in (*chains, *prompts):
-            sequence, start = drafting.live.sequence, drafting.live.sequence.length
-            num_tokens = drafting.num_pending
-            if num_tokens > 2:
+        drawing: list[Row] = []
+        rows = [row for row in work if row.num_pending <= _MAX_ROW_TOKENS]
+        prompts = [row for row in work if row.num_pending > _MAX_ROW_TOKENS]
+        num_row_tokens = sum(row.num_pending for row in rows)
+        budget = max(self._max_step_tokens - num_row_tokens, self._max_step_tokens // 4, 1)
+        for row in (*rows, *prompts):
+            num_tokens = row.num_pending
+            if num_tokens > _MAX_ROW_TOKENS:
                 num_tokens = min(num_tokens, budget)
                 budget -= num_tokens
             if num_tokens == 0:
                 break
-            token_ids = drafting.chain.token_ids[start : start + num_tokens]
-            is_last = num_tokens == drafting.num_pending
-            # A padded target vocabulary may name tokens the draft has no row for: any will do.
-            known = np.where(token_ids < self._engine.info.vocab_size, token_ids, 0)
-            appends.append(Append(sequence, known, int(is_last)))
-            if is_last:
-                drawing.append(drafting)
+            appends.append(row.append(num_tokens, self._engine.info.vocab_size))
+            if appends[-1].num_logits:
+                drawing.append(row)
         logits = self._engine.forward(appends)
-        events = (self._try_draw(d, row) for d, row in zip(drawing, logits, strict=True))
-        return [event for event in events if event is not None]
+        drawn = self._engine.draw([row.ask() for row in drawing], logits)
+        events: list[Proposal | Failure] = []
+        failed: set[GenerationKey] = set()
+        for row, token in zip(drawing, drawn, strict=True):
+            if row.key in failed:
+                continue
+            if isinstance(token, Exception):  # this generation's own; the others go on
+                failed.add(row.key)
+                events.append(self._failed(row.key, token))
+            else:
+                events += self._extended(row, token)
+        # With what it takes around the pass: that, too, decides how many rows a round has time for.
+        self._observe(appends, time.perf_counter() - started_at)
+        return events
 
-    def _try_draw(self, drafting: _Drafting, logits: Logits) -> Proposal | Failure | None:
-        try:
-            return self._draw(drafting, logits)
-        except Exception as error:  # this chain's own; the others go on
-            return self._failed(drafting.key, error)
-
-    def _draw(self, drafting: _Drafting, logits: Logits) -> Proposal | None:
-        chain, generation = drafting.chain, drafting.live.state
-        position = chain.length
-        if chain.next_is_guess:
-            token_id = generation.sampler.guess(logits, chain.token_ids, position)
-            chain.add(token_id, None)
-            return None
-        token_id, support = generation.sampler.draft(
-            logits,
-            chain.token_ids,
-            position,
-            base_len=chain.current_block.base_len,
-            verification=generation.verification,
-        )
-        block = chain.add(token_id, SupportWeights(*support) if support else None)
-        return _proposal(generation.key, chain, block) if block else None
-
-
-def _proposal(key: GenerationKey, chain: Chain, block: Block) -> Proposal:
-    return Proposal(
-        key=key,
-        id=block.id,
-        outcome=block.outcome,
-        base_len=block.base_len,
-        token_ids=chain.token_ids[block.base_len : block.end].tolist(),
-        supports=list(block.supports) if block.supports else None,
-    )
+    def _extended(self, row: Row, token: Drawn) -> list[Proposal]:
+        tree, generation = row.drafting.tree, row.drafting.live.state
+        candidates: Sequence[tuple[int, float]] = ()
+        if tree.looks_ahead:
+            candidates = self._chances.of(token, has_supports=generation.has_supports)
+        support = SupportWeights(*token.support) if token.support else None
+        has_news = tree.add(row.block, token.token_id, support, candidates)
+        self._line_up(row.drafting)
+        return row.drafting.proposals(row.block) if has_news else []
 
 
 def _common_prefix_len(held: Ids, wanted: Ids) -> int:

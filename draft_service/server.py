@@ -15,9 +15,9 @@ from draft_service.messages import (
     Commit,
     Event,
     Open,
-    Outcome,
     Proposal,
 )
+from outrider.costs import CostReport
 from outrider.errors import InvalidRequest
 from outrider.serving.commands import Close, Failure, FailureReason, Forget, ServiceStatistics
 from outrider.serving.peers import StreamPeer, serve_stream
@@ -27,6 +27,7 @@ from outrider.wire import (
     FLOAT32,
     UINT16,
     UINT32,
+    costs_to_proto,
     pack,
     sampling_from_proto,
     unpack,
@@ -49,10 +50,12 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         scheduler: Scheduler[Command, Event],
         model: model_pb2.ModelInfo,
         statistics: Callable[[], ServiceStatistics],
+        costs: Callable[[], CostReport],
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
+        self._costs = costs
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -61,7 +64,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         load = draft_pb2.DraftLoad(**asdict(self._statistics()))
-        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._model, load=load)
+        return draft_pb2.DraftServiceGetModelInfoResponse(
+            model=self._model, load=load, costs=costs_to_proto(self._costs())
+        )
 
     async def Propose(
         self,
@@ -69,7 +74,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         peer = _Peer(next(self._peer_ids))
-        await serve_stream(self._scheduler, peer, request_iterator, context, _frame, _dropped)
+        await serve_stream(
+            self._scheduler, peer, request_iterator, context, _frame, _dropped, self._costs
+        )
 
 
 def _dropped(key: GenerationKey) -> Command:
@@ -90,14 +97,12 @@ class _Peer(StreamPeer[Command, Event]):
                 self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
                 commands.append(Close(key, keep=False))  # should the id be in use
         for commit in frame.commits:
-            commands.append(
-                Commit(
-                    key=GenerationKey(self.id, commit.generation_id),
-                    outcome=Outcome(commit.parent, commit.num_accepted, commit.next_token),
-                    committed_len=commit.committed_len,
-                    gamma=commit.gamma,
-                )
-            )
+            key = GenerationKey(self.id, commit.generation_id)
+            try:
+                commands.append(_commit(key, commit))
+            except InvalidRequest as error:
+                self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
+                commands.append(Close(key, keep=False))
         for close in frame.closes:
             key = GenerationKey(self.id, close.generation_id)
             self.open_keys.discard(key)
@@ -117,8 +122,20 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
         params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
         verification=verification_from_proto(item.verification),
         gamma=item.gamma,
+        ahead_gamma=item.ahead_gamma,
         lookahead=item.lookahead,
+        fan_out=item.fan_out,
         vocab_size=item.vocab_size,
+    )
+
+
+def _commit(key: GenerationKey, item: draft_pb2.DraftCommit) -> Commit:
+    return Commit(
+        key=key,
+        token_ids=unpack(item.token_ids, UINT32, "token_ids").tolist(),
+        committed_len=item.committed_len,
+        gamma=item.gamma,
+        ahead_gamma=item.ahead_gamma,
     )
 
 
@@ -139,10 +156,7 @@ def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
 def _proposal(event: Proposal) -> draft_pb2.Proposal:
     message = draft_pb2.Proposal(
         generation_id=event.key.generation_id,
-        id=event.id,
-        parent=event.outcome.parent,
-        num_accepted=event.outcome.num_accepted,
-        next_token=event.outcome.next_token,
+        assumed_token_ids=pack(event.assumed_token_ids, UINT32),
         base_len=event.base_len,
         token_ids=pack(event.token_ids, UINT32),
     )

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from draft_service.proposer import Proposer
 from draft_service.server import DraftServicer
 from outrider.config import DraftConfig
-from outrider.engine import DeviceThread, Engine
+from outrider.engine import DeviceThread, ServedEngine
 from outrider.server import Server
 from outrider.serving.life import Running, model_serving
 from outrider.serving.scheduler import Scheduler
@@ -20,16 +20,19 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
     """As `model_serving`."""
 
     def mount(
-        engine: Engine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
+        engine: ServedEngine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
     ) -> Running:
         proposer = Proposer(
             engine,
             max_gamma=config.max_gamma,
             max_step_tokens=config.max_step_tokens,
+            max_branches=config.max_branches,
             idle_session_ttl_s=config.idle_session_ttl_s,
         )
         scheduler = Scheduler(proposer, device)
-        servicer = DraftServicer(scheduler, model, proposer.statistics)
+        servicer = DraftServicer(
+            scheduler, model, proposer.statistics, lambda: proposer.costs.report
+        )
         draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
         return scheduler
 

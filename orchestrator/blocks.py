@@ -7,46 +7,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.sampling.random import Purpose, uniforms
+from outrider.sampling.random import Purpose, target_gumbels, uniforms
 from outrider.sampling.support import Support
 from outrider.sampling.verify import Evidence, Verdict, verify_block, verify_equal, verify_tokens
 
 Floats = npt.NDArray[np.float32]
 
 
-class Outcome(NamedTuple):
-    """How a round ended: of proposal `parent` (0: none) so many tokens stand, this one follows."""
-
-    parent: int
-    num_accepted: int
-    next_token: int
-
-
 @dataclass(frozen=True)
 class Proposal:
-    """Draft tokens for the context of length `base_len` that `outcome` led to.
+    """Draft tokens for a context of `base_len` tokens, the last of which it may only assume.
 
+    `assumed_token_ids`: those right before base_len that were not committed when it was drafted.
     `supports`: the distribution each token was drawn from; None for greedy and coupled.
     """
 
-    id: int
-    outcome: Outcome
     base_len: int
     token_ids: tuple[int, ...]
     supports: tuple[Support, ...] | None
+    assumed_token_ids: tuple[int, ...] = ()
+
+    def agrees(self, context: Sequence[int]) -> bool:
+        """Whether it goes on from the context, or may come to; what it has left is not empty."""
+        start = self.base_len - len(self.assumed_token_ids)
+        num_known = len(context) - start
+        path = (*self.assumed_token_ids, *self.token_ids)
+        return num_known < len(path) and path[: max(0, num_known)] == tuple(context[start:])
+
+    def continuing(self, context_len: int) -> Proposal | None:
+        """What it proposes after a context that it agrees with; None: nothing yet.
+
+        The rest of a proposal whose first tokens the target has emitted by itself is drawn from
+        the same law as one drafted anew: it was drafted given just these tokens.
+        """
+        skipped = context_len - self.base_len
+        if not 0 <= skipped < len(self.token_ids):
+            return None
+        supports = self.supports[skipped:] if self.supports is not None else None
+        return Proposal(context_len, self.token_ids[skipped:], supports)
 
     def head(self, num_tokens: int) -> Proposal:
         """The same proposal with at most so many tokens."""
         if len(self.token_ids) <= num_tokens:
             return self
         supports = self.supports[:num_tokens] if self.supports is not None else None
-        return Proposal(self.id, self.outcome, self.base_len, self.token_ids[:num_tokens], supports)
+        return Proposal(self.base_len, self.token_ids[:num_tokens], supports)
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,15 @@ class TokenLogprobs:
 class TargetReply:
     """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
 
-    The support arrays are split by position. `logprobs` fields are None unless asked for.
+    The support arrays are split by position. `logprobs` fields are None unless asked for. `step_s`:
+    the target's own passes for it.
     """
 
     sample_ids: Sequence[int]
     support_probs: Sequence[npt.NDArray[np.float64]]
     tail_mass: npt.NDArray[np.float64]
+    tail_logprobs: npt.NDArray[np.float64]
+    step_s: float = 0.0
     support_logprobs: Sequence[Floats] | None = None
     sample_logprobs: Floats | None = None
     top_ids: npt.NDArray[np.int64] | None = None
@@ -91,9 +104,9 @@ def judge(
     return verify(
         proposal.token_ids,
         proposal.supports,
-        Evidence(reply.support_probs, reply.tail_mass, reply.sample_ids),
+        Evidence(reply.support_probs, reply.tail_mass, reply.tail_logprobs, reply.sample_ids),
         uniforms(params.seed, Purpose.ACCEPT, positions, committed_len),
-        uniforms(params.seed, Purpose.RECOVER, positions, committed_len),
+        lambda i, token_ids: target_gumbels(params.seed, committed_len + i, token_ids),
     )
 
 

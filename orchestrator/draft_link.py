@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import structlog
 
-from orchestrator.blocks import Outcome, Proposal
+from orchestrator.blocks import Proposal
 from orchestrator.link import MODEL_INFO_TIMEOUT_S, ReplicaLink
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
@@ -21,6 +21,7 @@ from outrider.wire import (
     FLOAT32,
     UINT16,
     UINT32,
+    costs_from_proto,
     pack,
     sampling_to_proto,
     unpack,
@@ -41,28 +42,31 @@ Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
 
 class DraftHandle:
-    """One generation at the draft. Used by its generation's task only."""
+    """One generation at the draft. Used by its generation's task only.
+
+    `context` is the generation's own list of committed tokens, which grows; it is only read here.
+    """
 
     def __init__(
         self,
         link: DraftLink,
         generation_id: int,
-        prompt_len: int,
-        gamma: int,
+        context: Sequence[int],
+        max_gamma: int,
         vocab_size: int,
         *,
         has_supports: bool,
     ) -> None:
         self._link = link
         self._id = generation_id
-        self._gamma = gamma
+        self._context = context
+        self._max_gamma = max_gamma
         self._vocab_size = vocab_size
         self._has_supports = has_supports
         self._num_unanswered = 0
         self._heard_at = time.monotonic()
         self._proposals: list[Proposal] = []
-        self._expected = Outcome(0, 0, 0)
-        self._committed_len = prompt_len
+        self._num_told = len(context)
         self._news = asyncio.Event()
         self.replica = link.endpoint
         self.lost: str | None = None
@@ -72,38 +76,48 @@ class DraftHandle:
         # What its proposals have proved the replica to hold.
         self.cached_len = 0
 
-    def commit(self, outcome: Outcome, committed_len: int, *, is_last: bool = False) -> None:
-        """Tells the round's outcome; drops every proposal that assumed another."""
-        self._expected, self._committed_len = outcome, committed_len
-        self._proposals = [p for p in self._proposals if p.base_len >= committed_len]
+    def commit(self, gamma: int, ahead_gamma: int) -> None:
+        """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
+
+        Drops every proposal that assumed something else.
+        """
+        context = self._context
+        self._proposals = [p for p in self._proposals if p.agrees(context)]
+        if len(context) == self._num_told:
+            return
         commit = draft_pb2.DraftCommit(
             generation_id=self._id,
-            parent=outcome.parent,
-            num_accepted=outcome.num_accepted,
-            next_token=outcome.next_token,
-            committed_len=committed_len,
-            gamma=0 if is_last else self._gamma,
+            token_ids=pack(context[self._num_told :], UINT32),
+            committed_len=len(context),
+            gamma=gamma,
+            ahead_gamma=ahead_gamma,
         )
+        self._num_told = len(context)
         self._count(commit)
         self._link.send(commit)
+        if gamma == 0 and ahead_gamma == 0:
+            return
         self._num_unanswered += 1
         silent_s = time.monotonic() - self._heard_at
         if self._num_unanswered > MAX_UNANSWERED and silent_s > SILENT_AFTER_S:
             self.retry_after_s = SILENT_RETRY_S
             self.link_lost(f"no proposal for {self._num_unanswered} rounds and {silent_s:.0f} s")
 
-    def take(self) -> Proposal | None:
-        """The proposal for exactly what is committed, if it is here."""
-        for index, proposal in enumerate(self._proposals):
-            if (proposal.base_len, proposal.outcome) == (self._committed_len, self._expected):
-                return self._proposals.pop(index)
-        return None
+    def proposal(self) -> Proposal | None:
+        """The longest proposal for exactly what is committed, if one is here."""
+        best: Proposal | None = None
+        for proposal in self._proposals:
+            if proposal.agrees(self._context):
+                rest = proposal.continuing(len(self._context))
+                if rest and (best is None or len(rest.token_ids) > len(best.token_ids)):
+                    best = rest
+        return best
 
     async def wait(self, timeout_s: float) -> Proposal | None:
-        """As `take`, waiting so long for it; None if it did not come or the draft is lost."""
+        """As `proposal`, waiting so long for it; None if it did not come or the draft is lost."""
         try:
             async with asyncio.timeout(timeout_s):
-                while (proposal := self.take()) is None and self.lost is None:
+                while (proposal := self.proposal()) is None and self.lost is None:
                     self._news.clear()
                     await self._news.wait()
                 return proposal
@@ -123,17 +137,26 @@ class DraftHandle:
             return
         self._num_unanswered, self._heard_at = 0, time.monotonic()
         try:
-            proposal = _parse(message, self._gamma, self._vocab_size, self._has_supports)
+            proposal = self._parse(message)
         except InvalidRequest as error:
             # A wrong draft costs speed, never an answer: nothing of it is used any more.
             log.warning("bad_proposal", replica=self.replica, why=str(error))
             self.retry_after_s = None
             self.link_lost(f"it sent a bad proposal: {error}")
             return
-        self.cached_len = max(self.cached_len, min(proposal.base_len - 1, self._committed_len))
-        if proposal.base_len >= self._committed_len:
+        proven_len = proposal.base_len - len(proposal.assumed_token_ids)
+        if proposal.agrees(self._context):
+            proven_len = min(proposal.base_len, len(self._context) + 1)
             self._proposals.append(proposal)
             self._news.set()
+        self.cached_len = max(self.cached_len, proven_len - 1)
+
+    def _parse(self, message: draft_pb2.Proposal) -> Proposal:
+        assumed = tuple(unpack(message.assumed_token_ids, UINT32, "assumed_token_ids").tolist())
+        start = message.base_len - len(assumed)
+        if not 0 < start <= len(self._context):
+            raise InvalidRequest("base_len", f"{message.base_len} does not fit {len(assumed)} more")
+        return _parse(message, assumed, self._max_gamma, self._vocab_size, self._has_supports)
 
     def failed(self, lost: draft_pb2.DraftLost) -> None:
         if lost.reason not in (
@@ -154,12 +177,16 @@ class DraftHandle:
 
 
 def _parse(
-    message: draft_pb2.Proposal, gamma: int, vocab_size: int, has_supports: bool
+    message: draft_pb2.Proposal,
+    assumed: tuple[int, ...],
+    max_gamma: int,
+    vocab_size: int,
+    has_supports: bool,
 ) -> Proposal:
     """Raises InvalidRequest where the message contradicts itself or what was asked for."""
     token_ids = tuple(unpack(message.token_ids, UINT32, "token_ids").tolist())
-    if not 1 <= len(token_ids) <= gamma:
-        raise InvalidRequest("token_ids", f"{len(token_ids)} draft tokens; 1 to {gamma} asked for")
+    if not 1 <= len(token_ids) <= max_gamma:
+        raise InvalidRequest("token_ids", f"{len(token_ids)} draft tokens; 1 to {max_gamma} may be")
     if max(token_ids) >= vocab_size:
         raise InvalidRequest("token_ids", f"{max(token_ids)} is not in [0, {vocab_size})")
     if has_supports != bool(message.support_sizes):
@@ -176,8 +203,7 @@ def _parse(
                 raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
             if len(np.unique(support.token_ids)) != len(support.token_ids):
                 raise InvalidRequest("support_ids", "a token stands twice in a support")
-    outcome = Outcome(message.parent, message.num_accepted, message.next_token)
-    return Proposal(message.id, outcome, message.base_len, token_ids, supports)
+    return Proposal(message.base_len, token_ids, supports, assumed)
 
 
 def _supports(message: draft_pb2.Proposal) -> tuple[Support, ...]:
@@ -211,14 +237,19 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         params: SamplingParams,
         verification: Verification,
         gamma: int,
+        max_gamma: int,
         lookahead: int,
+        fan_out: int,
         vocab_size: int,
     ) -> DraftHandle:
-        """Opens a generation whose committed context is `token_ids`. Raises Unavailable."""
-        has_supports = not params.greedy and verification is not Verification.COUPLED
+        """Opens a generation whose committed context is `token_ids`, a list that grows with it.
+
+        Raises Unavailable.
+        """
+        has_supports = params.needs_supports(verification)
         handle = self.attach(
             lambda number: DraftHandle(
-                self, number, len(token_ids), gamma, vocab_size, has_supports=has_supports
+                self, number, token_ids, max_gamma, vocab_size, has_supports=has_supports
             )
         )
         opening = draft_pb2.DraftOpen(
@@ -230,8 +261,11 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
             max_len=max_len,
             sampling=sampling_to_proto(params),
             verification=verification_to_proto(verification),
-            gamma=gamma,
+            # The prompt's round is under way without draft tokens.
+            gamma=0,
+            ahead_gamma=gamma,
             lookahead=lookahead,
+            fan_out=fan_out,
             vocab_size=vocab_size,
         )
         handle._count(opening)
@@ -246,6 +280,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         stub = draft_pb2_grpc.DraftServiceStub(channel)
         request = draft_pb2.DraftServiceGetModelInfoRequest()
         response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
+        self.costs = costs_from_proto(response.costs)
         model: model_pb2.ModelInfo = response.model
         return model
 
@@ -261,6 +296,8 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         )
 
     def _dispatch(self, frame: draft_pb2.ProposeResponse) -> None:
+        if frame.HasField("costs"):
+            self.costs = costs_from_proto(frame.costs)
         for proposal in frame.proposals:
             if handle := self._handles.get(proposal.generation_id):
                 handle.proposed(proposal)

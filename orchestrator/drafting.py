@@ -10,30 +10,37 @@ import time
 from collections.abc import Callable
 from math import inf
 
-from orchestrator.blocks import Outcome, Proposal
+from orchestrator.blocks import Proposal
 from orchestrator.draft_link import DraftHandle, DraftLink
-from orchestrator.patience import Patience
+from orchestrator.gamma import GammaPolicy
 from orchestrator.session import GenerationState
 from orchestrator.store import KvHandle
 
 
 class Drafting:
-    """Of one generation. `open_handle` opens the session, as it is then, at the link's replica."""
+    """Of one generation. `open_handle` opens the session, as it is then, at the link's replica.
+
+    Each round: `next` right after its commitment, and `wait` where that gave nothing.
+    """
 
     def __init__(
         self,
         link: DraftLink | None,
-        open_handle: Callable[[DraftLink], DraftHandle],
-        patience: Patience,
+        open_handle: Callable[[DraftLink, int], DraftHandle],
+        policy: GammaPolicy,
     ) -> None:
         self._link = link
         self._open_handle = open_handle
-        self._patience = patience
+        self._policy = policy
         self._handle: DraftHandle | None = None
         self._opened_at = self._retry_at = 0.0
         self._former_wire_bytes = 0
+        self._is_waiting = False
+        # With γ = 0 the replica is told once, and then nothing until drafts are wanted again.
+        self._is_quiet = False
         # Proposals that were here when the verdict before them came.
         self.num_lookahead_hits = 0
+        self.waited_s = 0.0
 
     @property
     def wire_bytes(self) -> int:
@@ -52,42 +59,56 @@ class Drafting:
             self._handle.close(keep=False)
             after_s, self._handle = self._handle.retry_after_s, None
             self._retry_at = inf if after_s is None else self._opened_at + after_s
-        if not self._link.is_connected or time.monotonic() < self._retry_at:
+        gamma = self._policy.decision.gamma
+        if gamma == 0 or not self._link.is_connected or time.monotonic() < self._retry_at:
             return
         self._opened_at = time.monotonic()
-        self._handle = self._open_handle(self._link)
+        self._handle, self._is_quiet = self._open_handle(self._link, gamma), False
 
-    def commit(self, outcome: Outcome, committed_len: int, *, is_last: bool) -> None:
-        """Tells the replica how the round ended."""
-        if self._handle is not None and self._handle.lost is None:
-            self._handle.commit(outcome, committed_len, is_last=is_last)
-
-    def verified(self, num_accepted: int) -> None:
-        self._patience.saw_proposal(num_accepted)
-
-    def take(self, state: GenerationState) -> Proposal | None:
-        """The proposal for what is committed, if it was drafted ahead and is here."""
+    def next(self, state: GenerationState) -> Proposal | None:
+        """The proposal for what is committed, if it is here; the replica is told what is wanted."""
         room = state.max_draft_tokens
-        proposal = self._handle.take() if self._handle is not None and room > 0 else None
-        if proposal is None:
-            return None
-        self.num_lookahead_hits += 1
-        return proposal.head(room)
-
-    async def wait(self, state: GenerationState) -> Proposal | None:
-        """Waits for the proposal as long as that is worth more than going without."""
-        room = state.max_draft_tokens
-        if room <= 0:
-            return None
-        if not self._is_open:
-            self.open()  # its first proposal is for a later round
+        self._is_waiting = False
+        if room <= 0 or not self._is_open:
+            if room > 0:
+                self.open()  # its first proposal is for a later round
             return None
         assert self._handle is not None, "it is open"
-        proposal = await self._handle.wait(self._patience.wait_s)
-        if proposal is None:
-            self._patience.saw_proposal(0)
+        decision = self._policy.decision
+        if decision.gamma == 0 and self._is_quiet:
             return None
-        return proposal.head(room)
+        self._is_quiet = decision.gamma == 0
+        proposal = self._handle.proposal() if decision.gamma else None
+        if decision.gamma:
+            self._policy.saw_lookahead(is_hit=proposal is not None)
+        if proposal is not None:
+            self.num_lookahead_hits += 1
+            self._handle.commit(0, decision.gamma)
+            return proposal.head(min(room, decision.gamma))
+        self._is_waiting = decision.waiting_gamma > 0
+        self._handle.commit(decision.waiting_gamma, decision.gamma)
+        return None
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether the row under way was held back for a proposal."""
+        return self._is_waiting
+
+    async def wait(self, state: GenerationState) -> Proposal | None:
+        """After `next` gave none: waits for it as long as it is worth more than going without."""
+        if not self._is_waiting:
+            return None
+        assert self._handle is not None, "it was asked"
+        started_at = time.monotonic()
+        proposal = await self._handle.wait(self._policy.decision.wait_s)
+        waited_s = time.monotonic() - started_at
+        self.waited_s += waited_s
+        if proposal is None:
+            if self._is_open:  # one that is lost says nothing of the next
+                self._policy.saw_no_proposal(waited_s)
+            return None
+        self._policy.costs.saw_proposal(waited_s, len(proposal.token_ids))
+        return proposal.head(min(state.max_draft_tokens, max(1, self._policy.decision.gamma)))
 
     def kv(self, epoch: int) -> KvHandle | None:
         """What the replica is known to hold of the session."""
@@ -97,4 +118,6 @@ class Drafting:
 
     def close(self, *, keep: bool) -> None:
         if self._handle is not None:
+            if keep and self._is_open:
+                self._handle.commit(0, 0)  # what is kept is all that was committed
             self._handle.close(keep=keep)

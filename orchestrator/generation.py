@@ -19,14 +19,11 @@ from orchestrator.conversation import Turn
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
 from orchestrator.emitter import Chunk, Emitter
-from orchestrator.patience import Patience
+from orchestrator.gamma import GammaPolicy
+from orchestrator.rates import PairCosts
 from orchestrator.request import GenerationRequest
-from orchestrator.session import (
-    Commitment,
-    Finish,
-    GenerationState,
-    SpeculationCounts,
-)
+from orchestrator.result import Result
+from orchestrator.session import Commitment, Finish, GenerationState
 from orchestrator.store import Counters, KvHandle, Lease, RoundRecord, SessionStore
 from orchestrator.target_link import TargetHandle, TargetLink
 from orchestrator.text import TextStream
@@ -58,24 +55,7 @@ class Tiers:
     store: SessionStore
     tokenizer: Tokenizer | None
     timing: Timing
-
-
-@dataclass(frozen=True)
-class Result:
-    """Of the whole generation; times in seconds, bytes both ways."""
-
-    finish: Finish
-    recorded: bool
-    num_prompt_tokens: int
-    num_completion_tokens: int
-    num_cached_tokens: int
-    counts: SpeculationCounts
-    num_lookahead_hits: int
-    time_to_first_token_s: float
-    duration_s: float
-    tokens_per_s: float | None
-    draft_wire_bytes: int
-    target_wire_bytes: int
+    costs: PairCosts
 
 
 class Generation:
@@ -103,9 +83,15 @@ class Generation:
             tiers.target.model.eos_token_ids if tiers.target.model else (),
             TextStream(tiers.tokenizer, turn.token_ids, request.params.stop),
         )
-        self._patience = Patience(request.gamma, tiers.timing.draft_wait_s)
+        self._policy = GammaPolicy(
+            tiers.costs,
+            request.max_gamma,
+            fixed=request.gamma,
+            fixed_wait_s=tiers.timing.draft_wait_s,
+        )
+        self._may_draft = tiers.draft is not None and request.max_gamma > 0 and request.gamma != 0
         self._drafting = Drafting(
-            tiers.draft if request.gamma > 0 else None, self._open_draft, self._patience
+            tiers.draft if self._may_draft else None, self._open_draft, self._policy
         )
         self._emitter = Emitter(tiers.store, lease, turn, request.params, self._show)
         self._target: TargetHandle | None = None
@@ -113,6 +99,8 @@ class Generation:
         self._num_reused = self._cached_len
         self._asked_at = asked_at
         self._is_stopping = False
+        # Of the rounds after the prompt's.
+        self._target_step_s = self._verify_s = 0.0
 
     def _kept_len(self) -> int:
         """How much of the context the target replica still holds from the turn before."""
@@ -150,16 +138,13 @@ class Generation:
         proposal: Proposal | None = None
         self._send_row(target, proposal)
         while True:
-            sent_at, num_context = time.monotonic(), self._state.committed_len - self._cached_len
-            reply = await self._reply(target, proposal)
-            if num_context == 1:
-                self._patience.saw_round(time.monotonic() - sent_at)
+            reply = await self._timed_reply(target, proposal)
             commitment = self._commit(proposal, reply)
             record = self._record_of(commitment)
             if commitment.finish is not None:
                 await self._emitter.put(commitment, record)
                 return
-            proposal = self._drafting.take(self._state)
+            proposal = self._drafting.next(self._state)
             if proposal is not None:  # the next row leaves before anything else is done
                 self._send_row(target, proposal)
                 await self._emitter.put(commitment, record)
@@ -179,7 +164,7 @@ class Generation:
             params=params,
         )
 
-    def _open_draft(self, link: DraftLink) -> DraftHandle:
+    def _open_draft(self, link: DraftLink, gamma: int) -> DraftHandle:
         request = self._request
         assert self._tiers.target.model is not None, "the target is connected"
         assert link.model is not None, "the draft is connected"
@@ -191,13 +176,27 @@ class Generation:
             max_len=self._state.prompt_len + request.params.max_tokens,
             params=request.params,
             verification=request.verification,
-            gamma=min(request.gamma, link.model.max_gamma),
-            lookahead=request.lookahead,
+            gamma=min(gamma, link.model.max_gamma),
+            max_gamma=link.model.max_gamma,
+            lookahead=self._policy.lookahead(request.lookahead),
+            fan_out=request.fan_out,
             vocab_size=self._tiers.target.model.vocab_size,
         )
 
     def _send_row(self, target: TargetHandle, proposal: Proposal | None) -> None:
         target.send_row(self._cached_len, self._state.token_ids[self._cached_len :], proposal)
+
+    async def _timed_reply(self, target: TargetHandle, proposal: Proposal | None) -> TargetReply:
+        num_context = self._state.committed_len - self._cached_len
+        reply = await self._reply(target, proposal)
+        if self._state.num_output_tokens:
+            self._verify_s += target.latency_s
+            self._target_step_s += reply.step_s
+        if num_context == 1:  # one that ran a prompt says nothing of the next
+            self._tiers.costs.saw_reply(
+                target.latency_s, reply.step_s, left_at_once=not self._drafting.has_waited
+            )
+        return reply
 
     async def _reply(self, target: TargetHandle, proposal: Proposal | None) -> TargetReply:
         try:
@@ -214,10 +213,11 @@ class Generation:
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
         self._cached_len = base_len + commitment.num_accepted_tokens
-        if proposal is not None:
-            self._drafting.verified(commitment.num_accepted_tokens)
-        is_last = commitment.finish is not None
-        self._drafting.commit(commitment.outcome, self._state.committed_len, is_last=is_last)
+        self._policy.saw_round(
+            commitment.num_draft_tokens,
+            commitment.num_accepted_tokens,
+            is_rejected=commitment.is_rejected,
+        )
         return commitment
 
     def _record_of(self, commitment: Commitment) -> RoundRecord:
@@ -262,6 +262,10 @@ class Generation:
             tokens_per_s=num_later / elapsed_s if num_later and elapsed_s > 0 else None,
             draft_wire_bytes=self._drafting.wire_bytes,
             target_wire_bytes=self._target.wire_bytes,
+            target_step_s=self._target_step_s,
+            verify_s=self._verify_s,
+            draft_wait_s=self._drafting.waited_s,
+            decision=self._policy.decision if self._may_draft else None,
         )
 
     async def _release(self, is_done: bool) -> None:

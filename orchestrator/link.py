@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 import structlog
 
+from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
 from outrider.rpc import CHANNEL_OPTIONS
 from outrider.streams import Outbox
@@ -50,6 +51,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def __init__(self, endpoint: str, check_model: Callable[[model_pb2.ModelInfo], None]) -> None:
         self.endpoint = endpoint
         self.model: model_pb2.ModelInfo | None = None
+        # What the replica's passes cost, as it last said.
+        self.costs = CostReport()
         self.refused: ConfigError | None = None
         self._check_model = check_model
         self._handles: dict[int, HandleType] = {}

@@ -15,7 +15,8 @@ from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2
 from outrider.wire import sampling_from_proto, verification_from_proto
 
-MAX_LOOKAHEAD = 1
+MAX_LOOKAHEAD = 4
+MAX_FAN_OUT = 64
 MAX_TEXT_CHARS = 4_000_000
 Message = dict[str, str]
 
@@ -27,9 +28,10 @@ class Limits:
     vocab_size: int
     max_context_len: int
     eos_token_ids: tuple[int, ...]
-    gamma: int
+    gamma: int | None
     max_gamma: int
     lookahead: int
+    fan_out: int
     default_max_tokens: int
 
 
@@ -38,7 +40,7 @@ class GenerationRequest:
     """Exactly one of `text`, `token_ids`, `messages` is given.
 
     `max_tokens` is None where the caller left it to the server; `params` has it resolved once the
-    prompt's length is known (`resolve_max_tokens`).
+    prompt's length is known (`resolve_max_tokens`). `gamma` None: chosen round by round.
     """
 
     text: str | None
@@ -47,8 +49,10 @@ class GenerationRequest:
     params: SamplingParams
     max_tokens: int | None
     verification: Verification
-    gamma: int
+    gamma: int | None
+    max_gamma: int
     lookahead: int
+    fan_out: int
     session_id: str | None
     create_session: bool
 
@@ -66,11 +70,14 @@ def parse_request(
     """Raises InvalidRequest naming the field that is wrong."""
     params = _params(request, limits, tokenizer)
     gamma = request.gamma if request.HasField("gamma") else limits.gamma
-    if gamma > limits.max_gamma:
+    if gamma is not None and gamma > limits.max_gamma:
         raise InvalidRequest("gamma", f"{gamma} is not in [0, {limits.max_gamma}]")
     lookahead = request.lookahead if request.HasField("lookahead") else limits.lookahead
     if lookahead > MAX_LOOKAHEAD:
         raise InvalidRequest("lookahead", f"{lookahead} is not in [0, {MAX_LOOKAHEAD}]")
+    fan_out = request.fan_out if request.HasField("fan_out") else limits.fan_out
+    if not 1 <= fan_out <= MAX_FAN_OUT:
+        raise InvalidRequest("fan_out", f"{fan_out} is not in [1, {MAX_FAN_OUT}]")
     if request.session_id:
         validate_session_id(request.session_id)
     elif request.create_session:
@@ -84,7 +91,9 @@ def parse_request(
         max_tokens=params.max_tokens if request.sampling.HasField("max_tokens") else None,
         verification=verification_from_proto(request.verification),
         gamma=gamma,
+        max_gamma=limits.max_gamma,
         lookahead=lookahead,
+        fan_out=fan_out,
         session_id=request.session_id or None,
         create_session=request.create_session,
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ import structlog
 
 from orchestrator.conversation import build_turn
 from orchestrator.emitter import Chunk
-from orchestrator.generation import Generation, Result, Tiers
+from orchestrator.gamma import GammaDecision
+from orchestrator.generation import Generation, Tiers
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
+from orchestrator.result import Result
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.store import KvHandle, Lease, SessionRecord, validate_session_id
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
@@ -206,10 +209,21 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             draft_wire_bytes=result.draft_wire_bytes,
             target_wire_bytes=result.target_wire_bytes,
             num_lookahead_hits=result.num_lookahead_hits,
+            num_rounds_per_gamma=counts.num_rounds_per_gamma,
+            target_step_s=result.target_step_s,
+            verify_s=result.verify_s,
+            draft_wait_s=result.draft_wait_s,
+            decision=_decision(result.decision) if result.decision else None,
         ),
         seed=asked.params.seed,
         recorded=result.recorded,
     )
+
+
+def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:
+    said = asdict(decision)
+    del said["wait_s"]
+    return orchestrator_pb2.GammaDecision(**said)
 
 
 def _session(record: SessionRecord) -> orchestrator_pb2.GetSessionResponse:

@@ -11,11 +11,13 @@ import structlog
 from orchestrator.draft_link import DraftLink
 from orchestrator.generation import Tiers, Timing
 from orchestrator.link import running
+from orchestrator.rates import PairCosts
 from orchestrator.request import Limits
 from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
 from orchestrator.target_link import TargetLink
 from outrider.config import OrchestratorConfig
+from outrider.costs import CostReport
 from outrider.errors import ConfigError, IncompatiblePair, Unavailable
 from outrider.server import Server
 from outrider.tokenizer import Tokenizer
@@ -61,7 +63,11 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                         None if config.draft_wait_ms is None else config.draft_wait_ms / 1000
                     ),
                 )
-                tiers = Tiers(target, draft, store, tokenizer, timing)
+                costs = PairCosts(
+                    target=lambda: target.costs,
+                    draft=lambda: draft.costs if draft is not None else CostReport(),
+                )
+                tiers = Tiers(target, draft, store, tokenizer, timing, costs)
                 servicer = OrchestratorServicer(tiers, limits, config.max_generations)
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
                     servicer, server.services
@@ -122,9 +128,10 @@ def _limits(config: OrchestratorConfig, target: TargetLink, draft: DraftLink | N
         vocab_size=model.vocab_size,
         max_context_len=min(model.max_context_len, model.kv_capacity_tokens),
         eos_token_ids=tuple(model.eos_token_ids),
-        gamma=min(config.gamma, max_gamma),
+        gamma=None if config.gamma is None else min(config.gamma, max_gamma),
         max_gamma=max_gamma,
         lookahead=config.lookahead,
+        fan_out=config.fan_out,
         default_max_tokens=config.default_max_tokens,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from orchestrator.blocks import Outcome, Proposal, TargetReply, TokenLogprobs, judge, logprobs_of
+from orchestrator.blocks import Proposal, TargetReply, TokenLogprobs, judge, logprobs_of
 from orchestrator.text import TextStream
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
@@ -50,7 +50,7 @@ class EmittedToken:
 
 @dataclass(frozen=True)
 class Commitment:
-    """What one round added. `outcome` is what the draft is told of it.
+    """What one round added.
 
     `text_ends[i]`: how many characters of `text` are certain after token i.
     """
@@ -58,9 +58,9 @@ class Commitment:
     tokens: tuple[EmittedToken, ...]
     text: str
     text_ends: tuple[int, ...]
-    outcome: Outcome
     num_draft_tokens: int
     num_accepted_tokens: int
+    is_rejected: bool
     finish: Finish | None
 
 
@@ -74,6 +74,8 @@ class SpeculationCounts:
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
     num_accepted_per_pos: list[int] = field(default_factory=list)
+    # [g]: rounds after the prompt's that were verified with g draft tokens.
+    num_rounds_per_gamma: list[int] = field(default_factory=list)
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -93,6 +95,10 @@ class SpeculationCounts:
     def add(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
         """Counts a round; `is_rejected` where its last token stands for a rejected one."""
         self.num_rounds += 1
+        if self.num_rounds > 1:
+            missing = num_draft_tokens + 1 - len(self.num_rounds_per_gamma)
+            self.num_rounds_per_gamma += [0] * missing
+            self.num_rounds_per_gamma[num_draft_tokens] += 1
         if not num_draft_tokens:
             return
         self.num_drafts += 1
@@ -162,14 +168,13 @@ class GenerationState:
         if self.finish is not None and self.finish.stop_text is None:
             self._text.finish()
             text_ends[-1] = self._text.num_ready
-        outcome = Outcome(proposal.id if proposal else 0, len(tokens) - 1, tokens[-1].token_id)
         return Commitment(
             tokens=tuple(tokens),
             text=self._text.take(),
             text_ends=tuple(text_ends),
-            outcome=outcome,
             num_draft_tokens=len(drafts),
             num_accepted_tokens=num_accepted,
+            is_rejected=is_rejected,
             finish=self.finish,
         )
 

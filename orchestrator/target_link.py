@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,15 @@ from outrider.errors import (
 )
 from outrider.sampling.params import SamplingParams
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
-from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_to_proto, unpack
+from outrider.wire import FLOAT32, UINT16, UINT32, costs_from_proto, pack, sampling_to_proto, unpack
 
 _ERRORS: dict[int, type[OutriderError]] = {
     target_pb2.RowError.REASON_KV_LOST: KVLost,
     target_pb2.RowError.REASON_KV_FULL: KVFull,
     target_pb2.RowError.REASON_DISPLACED: LeaseLost,
 }
+
+_NOTHING = np.zeros(0)
 
 Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | str
 
@@ -42,6 +45,9 @@ class TargetHandle:
         self._num_logprobs = num_logprobs
         self._answer: asyncio.Future[target_pb2.VerifyResult] | None = None
         self._failure: OutriderError | None = None
+        self._sent_at = 0.0
+        # From the row sent last to its answer, however late somebody asks for it.
+        self.latency_s = 0.0
         self.replica = link.endpoint
         self.wire_bytes = 0
 
@@ -64,6 +70,7 @@ class TargetHandle:
         if self._failure is not None:
             self._fail(self._failure)
         self._count(row)
+        self._sent_at = time.monotonic()
         self._link.send(row)
 
     async def reply(self, proposal: Proposal | None, timeout_s: float) -> TargetReply:
@@ -93,11 +100,14 @@ class TargetHandle:
     def answered(self, result: target_pb2.VerifyResult) -> None:
         self._count(result)
         if self._answer is not None and not self._answer.done():
+            self.latency_s = time.monotonic() - self._sent_at
             self._answer.set_result(result)
 
     def failed(self, error: target_pb2.RowError) -> None:
         kind = _ERRORS.get(error.reason, InternalError)
         failure = kind(f"the target: {error.detail}")
+        if error.detail.startswith("sampling."):  # what this target does not serve, by its field
+            failure = InvalidRequest(*error.detail.split(": ", 1))
         if not isinstance(failure, KVLost):  # the generation is closed there
             self._failure = failure
         self._fail(failure)
@@ -116,17 +126,25 @@ class TargetHandle:
 
     def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> TargetReply:
         gamma = len(proposal.token_ids) if proposal is not None else 0
+        if self._num_logprobs is None and (proposal is None or proposal.supports is None):
+            sample_ids = unpack(result.sample_ids, UINT32, "sample_ids").tolist()
+            told = result.support_probs or result.tail_mass or result.tail_logprobs
+            if len(sample_ids) != gamma + 1 or told:
+                raise ValueError("wrong lengths")
+            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
         reply = TargetReply(
             sample_ids=unpack(result.sample_ids, UINT32, "sample_ids").tolist(),
             support_probs=np.split(_floats(result.support_probs).astype(np.float64), splits),
             tail_mass=_floats(result.tail_mass).astype(np.float64),
+            tail_logprobs=_floats(result.tail_logprobs).astype(np.float64),
+            step_s=result.step_s,
         )
         num_support = sum(len(support.token_ids) for support in supports)
-        if (len(reply.sample_ids), len(result.support_probs)) != (gamma + 1, 4 * num_support) or (
-            supports and len(reply.tail_mass) != gamma
-        ):
+        lengths = (len(reply.sample_ids), len(result.support_probs))
+        tails = (len(reply.tail_mass), len(reply.tail_logprobs))
+        if lengths != (gamma + 1, 4 * num_support) or (supports and tails != (gamma, gamma)):
             raise ValueError("wrong lengths")
         if self._num_logprobs is None:
             return reply
@@ -135,6 +153,8 @@ class TargetHandle:
             reply.sample_ids,
             reply.support_probs,
             reply.tail_mass,
+            reply.tail_logprobs,
+            reply.step_s,
             support_logprobs=np.split(_floats(result.support_logprobs), splits),
             sample_logprobs=_floats(result.sample_logprobs),
             top_ids=top_ids.reshape(gamma + 1, -1),
@@ -186,6 +206,7 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         stub = target_pb2_grpc.TargetServiceStub(channel)
         request = target_pb2.TargetServiceGetModelInfoRequest()
         response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
+        self.costs = costs_from_proto(response.costs)
         model: model_pb2.ModelInfo = response.model
         return model
 
@@ -201,6 +222,8 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         )
 
     def _dispatch(self, frame: target_pb2.VerifyResponse) -> None:
+        if frame.HasField("costs"):
+            self.costs = costs_from_proto(frame.costs)
         for result in frame.results:
             if handle := self._handles.get(result.generation_id):
                 handle.answered(result)

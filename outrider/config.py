@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from outrider.errors import ConfigError
+from outrider.simulation import Simulation
 
 Config = TypeVar("Config")
 
@@ -30,6 +31,9 @@ class ModelServiceConfig:
     """What the two model services share."""
 
     model: str = setting("", "directory or hub name of a causal language model")
+    simulate: str | None = setting(
+        None, "no model: passes of given cost and acceptance, as in step_ms=25,row_ms=0.5"
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(0, "port to listen on; 0 picks a free one")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
@@ -38,21 +42,29 @@ class ModelServiceConfig:
     kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
     num_threads: int | None = setting(None, "CPU threads of the forward pass")
     prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
+    attention_backend: str = setting("auto", "auto, torch or flashinfer")
+    cuda_graphs: bool = setting(True, "replay single-token steps from CUDA graphs where faster")
     inflate_parameters: int | None = setting(
         None, "pad the quickstart target to the cost of so many parameters"
     )
     max_gamma: int = setting(16, "most draft tokens of a round")
     max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
+    calibration_s: float = setting(3.0, "how long to measure what passes cost, at the start")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "model", "is required: a directory or a hub name")
+        if self.simulate is None:
+            require(bool(self.model), "model", "is required: a directory or a hub name")
+        else:
+            require(not self.model, "simulate", "not together with a model")
+            Simulation.parse(self.simulate, is_draft=isinstance(self, DraftConfig))
         require_port(self.port)
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
+        require(self.calibration_s >= 0, "calibration_s", "must be 0 or more")
         for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
@@ -70,6 +82,11 @@ class DraftConfig(ModelServiceConfig):
     """`python -m draft_service`."""
 
     port: int = setting(50053, "port to listen on; 0 picks a free one")
+    max_branches: int = setting(64, "most branches drafted ahead of verdicts at a time")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_branches >= 0, "max_branches", "must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -84,9 +101,12 @@ class OrchestratorConfig:
     redis_url: str = setting("redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL")
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(50051, "port to listen on; 0 picks a free one")
-    gamma: int = setting(5, "draft tokens per round where a request does not say")
+    gamma: int | None = setting(
+        None, "draft tokens per round where a request does not say; unset: by what they are worth"
+    )
     max_gamma: int = setting(16, "most draft tokens per round a request may ask for")
-    lookahead: int = setting(1, "proposals drafted ahead of the verdict")
+    lookahead: int = setting(4, "most rounds drafted ahead of the one under verification")
+    fan_out: int = setting(32, "most outcomes of one round that are drafted ahead")
     default_max_tokens: int = setting(256, "max_tokens where a request does not say")
     max_generations: int = setting(256, "generations at a time; more are refused")
     draft_wait_ms: float | None = setting(
@@ -102,14 +122,17 @@ class OrchestratorConfig:
         require(bool(self.target_endpoint), "target_endpoint", "is required: host:port")
         require(self.max_gamma >= 0, "max_gamma", "must be 0 or more")
         require(
-            0 <= self.gamma <= self.max_gamma, "gamma", f"must be 0 to max_gamma ({self.max_gamma})"
+            self.gamma is None or 0 <= self.gamma <= self.max_gamma,
+            "gamma",
+            f"must be 0 to max_gamma ({self.max_gamma})",
         )
         require(
             self.draft_wait_ms is None or self.draft_wait_ms >= 0,
             "draft_wait_ms",
             "must be 0 or more",
         )
-        require(0 <= self.lookahead <= 1, "lookahead", "must be 0 or 1")
+        require(0 <= self.lookahead <= 4, "lookahead", "must be 0 to 4")
+        require(1 <= self.fan_out <= 64, "fan_out", "must be 1 to 64")
         require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")
         require(self.max_generations >= 1, "max_generations", "must be 1 or more")
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")

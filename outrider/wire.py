@@ -5,15 +5,18 @@ Used at the edges only (servers, clients, CLI). Knows no service's logic.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from outrider.costs import CostReport
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.v1 import sampling_pb2
+from outrider.v1 import model_pb2, sampling_pb2
 
 UINT16 = np.dtype("<u2")
 UINT32 = np.dtype("<u4")
@@ -103,3 +106,25 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
         logit_bias=dict(params.logit_bias),
         allowed_token_ids=params.allowed_token_ids,
     )
+
+
+def costs_to_proto(report: CostReport) -> model_pb2.StepCosts:
+    return model_pb2.StepCosts(
+        num_tokens=report.num_tokens,
+        step_s=report.step_s,
+        row_s=report.row_s,
+        mean_num_rows=report.mean_num_rows,
+    )
+
+
+def costs_from_proto(message: model_pb2.StepCosts) -> CostReport:
+    """A replica that says nothing of use costs nothing known."""
+    sizes, seconds = tuple(message.num_tokens), tuple(message.step_s)
+    rising = all(a < b for a, b in itertools.pairwise(sizes))
+    numbers = (*seconds, message.row_s, message.mean_num_rows)
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        return CostReport()
+    if not sizes or len(sizes) != len(seconds) or not rising:
+        return CostReport()
+    rows = max(1.0, message.mean_num_rows)
+    return CostReport(sizes, seconds, message.row_s, rows)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from outrider.engine.sampler import Reply
+from outrider.engine.draws import Reply
 from outrider.sampling.params import SamplingParams
 from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
 from outrider.serving.scheduler import GenerationKey
@@ -57,8 +57,11 @@ Command = Open | Row | Close | Forget
 
 @dataclass(frozen=True)
 class RowReply:
+    """`step_s`: time of the passes that the row took part in."""
+
     key: GenerationKey
     reply: Reply
+    step_s: float
 
 
 RowOutcome = RowReply | Failure

@@ -10,12 +10,21 @@ from typing import Any
 import grpc
 import numpy as np
 
+from outrider.costs import CostReport
 from outrider.errors import InvalidRequest
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
-from outrider.wire import FLOAT32, UINT16, UINT32, pack, sampling_from_proto, unpack
+from outrider.wire import (
+    FLOAT32,
+    UINT16,
+    UINT32,
+    costs_to_proto,
+    pack,
+    sampling_from_proto,
+    unpack,
+)
 from target_service.rows import (
     Command,
     Open,
@@ -42,10 +51,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         scheduler: Scheduler[Command, RowOutcome],
         model: model_pb2.ModelInfo,
         statistics: Callable[[], TargetStatistics],
+        costs: Callable[[], CostReport],
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
+        self._costs = costs
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -54,7 +65,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
         load = target_pb2.TargetLoad(**asdict(self._statistics()))
-        return target_pb2.TargetServiceGetModelInfoResponse(model=self._model, load=load)
+        return target_pb2.TargetServiceGetModelInfoResponse(
+            model=self._model, load=load, costs=costs_to_proto(self._costs())
+        )
 
     async def Verify(
         self,
@@ -62,7 +75,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         peer = _Peer(next(self._peer_ids))
-        await serve_stream(self._scheduler, peer, request_iterator, context, _frame, _dropped)
+        await serve_stream(
+            self._scheduler, peer, request_iterator, context, _frame, _dropped, self._costs
+        )
 
 
 def _dropped(key: GenerationKey) -> Command:
@@ -148,7 +163,9 @@ def _result(outcome: RowReply) -> target_pb2.VerifyResult:
         generation_id=outcome.key.generation_id,
         support_probs=pack(reply.support_probs, FLOAT32),
         tail_mass=pack(reply.tail_mass, FLOAT32),
+        tail_logprobs=pack(reply.tail_logprobs, FLOAT32),
         sample_ids=pack(reply.sample_ids, UINT32),
+        step_s=outcome.step_s,
     )
     if reply.logprobs is not None:
         result.support_logprobs = pack(reply.logprobs.support, FLOAT32)

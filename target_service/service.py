@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 
 from outrider.config import TargetConfig
-from outrider.engine import DeviceThread, Engine
+from outrider.engine import DeviceThread, ServedEngine
 from outrider.server import Server
 from outrider.serving.life import Running, model_serving
 from outrider.serving.scheduler import Scheduler
@@ -13,6 +13,8 @@ from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.server import TargetServicer
 from target_service.verifier import Verifier
 
+# Longer than a verdict takes to become the next row, on passes of 25 ms and more.
+REJOIN_SHARE = 0.05
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 
 
@@ -20,7 +22,7 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
     """As `model_serving`."""
 
     def mount(
-        engine: Engine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
+        engine: ServedEngine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
     ) -> Running:
         verifier = Verifier(
             engine,
@@ -28,8 +30,10 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
             max_step_tokens=config.max_step_tokens,
             idle_session_ttl_s=config.idle_session_ttl_s,
         )
-        scheduler = Scheduler(verifier, device)
-        servicer = TargetServicer(scheduler, model, verifier.statistics)
+        scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
+        servicer = TargetServicer(
+            scheduler, model, verifier.statistics, lambda: verifier.costs.report
+        )
         target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
         return scheduler
 

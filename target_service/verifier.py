@@ -7,11 +7,11 @@ of streams, protobuf or asyncio; every method is called on the device thread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.engine import Append, Engine
-from outrider.engine.sampler import GenerationSampler, Logits
+from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
 from outrider.errors import InvalidRequest, KVLost
 from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.scheduler import GenerationKey
@@ -29,8 +29,10 @@ from target_service.rows import (
 @dataclass(eq=False)
 class _Generation:
     key: GenerationKey
-    sampler: GenerationSampler
+    sampler: Sampler
     waiting: Row | None = None
+    # Time of the passes that the waiting row took part in.
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,33 @@ class _Planned:
     def key(self) -> GenerationKey:
         return self.row.key
 
+    @property
+    def ask(self) -> ReplyAsk:
+        row = self.row
+        return ReplyAsk(
+            self.live.state.sampler,
+            self.live.token_ids,
+            row.keep_len + len(row.context_token_ids),
+            self.append.num_logits,
+            row.supports,
+        )
+
 
 class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
     """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in TargetConfig."""
 
     def __init__(
-        self, engine: Engine, *, max_gamma: int, max_step_tokens: int, idle_session_ttl_s: float
+        self,
+        engine: ServedEngine,
+        *,
+        max_gamma: int,
+        max_step_tokens: int,
+        idle_session_ttl_s: float,
     ) -> None:
-        super().__init__(engine, idle_session_ttl_s)
+        super().__init__(
+            engine, max_step_tokens=max_step_tokens, idle_session_ttl_s=idle_session_ttl_s
+        )
         self._max_gamma = max_gamma
-        self._max_step_tokens = max_step_tokens
         self._generations: dict[GenerationKey, Live[_Generation]] = {}
         self._waiting: dict[GenerationKey, Live[_Generation]] = {}
         self._num_steps = self._num_rows = self._num_tokens = 0
@@ -92,13 +111,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         if command.max_len > info.max_context_len:
             raise InvalidRequest("max_len", f"{command.max_len} exceeds the model's context")
         command.params.validate(info.vocab_size)
-        sampler = GenerationSampler(
-            command.params,
-            prompt_len=command.prompt_len,
-            vocab_size=info.vocab_size,
-            eos_token_ids=info.eos_token_ids,
-            device=info.device,
-        )
+        sampler = self._engine.sampler(command.params, command.prompt_len, info.vocab_size)
         live, failures = self._reserve(
             command.session_id,
             command.epoch,
@@ -179,38 +192,28 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         return plan
 
     def _advance(self, work: Sequence[_Planned]) -> list[RowReply | Failure]:
-        logits = self._engine.forward([p.append for p in work])
+        appends = [p.append for p in work]
+        complete = [p for p in work if p.is_last]
+        started_at = time.perf_counter()
+        logits = self._engine.forward(appends)
+        replies = self._engine.reply([p.ask for p in complete], logits)
+        step_s = time.perf_counter() - started_at
+        self._observe(appends, step_s)
         self._num_steps += 1
-        self._num_tokens += sum(len(p.append.token_ids) for p in work)
-        argmax = logits.argmax(-1)
-        outcomes: list[RowReply | Failure] = []
-        start = 0
+        self._num_tokens += sum(len(append.token_ids) for append in appends)
         for planned in work:
-            end = start + planned.append.num_logits
-            if planned.is_last:
-                outcomes.append(self._try_answer(planned, logits[start:end], argmax[start:end]))
-            start = end
+            planned.live.state.step_s += step_s
+        outcomes: list[RowReply | Failure] = []
+        for planned, reply in zip(complete, replies, strict=True):
+            if isinstance(reply, Exception):  # this row's own; the others are answered
+                outcomes.append(self._failed(planned.key, reply))
+                continue
+            state = planned.live.state
+            outcomes.append(RowReply(planned.key, reply, state.step_s))
+            state.waiting, state.step_s = None, 0.0
+            del self._waiting[planned.key]
+            self._num_rows += 1
         return outcomes
-
-    def _try_answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply | Failure:
-        try:
-            return self._answer(planned, logits, argmax)
-        except Exception as error:  # this row's own; the others are answered
-            return self._failed(planned.key, error)
-
-    def _answer(self, planned: _Planned, logits: Logits, argmax: Logits) -> RowReply:
-        live, row = planned.live, planned.row
-        live.state.waiting = None
-        self._waiting.pop(row.key)
-        self._num_rows += 1
-        reply = live.state.sampler.reply(
-            logits,
-            live.token_ids,
-            row.keep_len + len(row.context_token_ids),
-            row.supports,
-            argmax,
-        )
-        return RowReply(row.key, reply)
 
 
 def _row_of(live: Live[_Generation]) -> Row:

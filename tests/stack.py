@@ -26,6 +26,7 @@ from outrider.v1 import (
 )
 
 KV_TOKENS = 16_384
+QUICK: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
 
 
 @dataclass
@@ -99,7 +100,7 @@ def request(
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    target: Path,
+    target: Path | None,
     draft: Path | None,
     redis_url: str,
     *,
@@ -107,18 +108,26 @@ async def running_stack(
     draft_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
-    """All services up and ready; `settings` are the orchestrator's. A patient one, unless told."""
+    """All services up and ready; `settings` are the orchestrator's. A patient one, unless told.
+
+    A tier whose settings have `simulate` has no model.
+    """
     settings.setdefault("draft_wait_ms", 20_000.0)
-    target_fields: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, **(target_settings or {})}
-    draft_fields: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, **(draft_settings or {})}
+    # Three services share one process: wide trees would be most of the work. Who wants one asks.
+    settings.setdefault("lookahead", 1)
+    settings.setdefault("fan_out", 1)
+    target_fields: dict[str, Any] = {**QUICK, **(target_settings or {})}
+    draft_fields: dict[str, Any] = {**QUICK, **(draft_settings or {})}
+    target_fields |= {"model": str(target or ""), "port": 0}
+    draft_fields |= {"model": str(draft or ""), "port": 0}
     async with contextlib.AsyncExitStack() as stack:
         target_server = await stack.enter_async_context(
-            target_service.service.serving(TargetConfig(model=str(target), port=0, **target_fields))
+            target_service.service.serving(TargetConfig(**target_fields))
         )
         draft_endpoint = None
-        if draft is not None:
+        if draft is not None or "simulate" in draft_fields:
             draft_server = await stack.enter_async_context(
-                draft_service.service.serving(DraftConfig(model=str(draft), port=0, **draft_fields))
+                draft_service.service.serving(DraftConfig(**draft_fields))
             )
             draft_endpoint = f"127.0.0.1:{draft_server.port}"
         settings.setdefault("draft_endpoint", draft_endpoint)

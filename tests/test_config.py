@@ -90,7 +90,11 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
         {"gamma": 17},
         {"gamma": -1},
         {"max_gamma": -1},
-        {"lookahead": 2},
+        {"lookahead": -1},
+        {"lookahead": 5},
+        {"fan_out": 0},
+        {"fan_out": 65},
+        {"draft_wait_ms": -1.0},
         {"default_max_tokens": 0},
         {"max_generations": 0},
         {"session_ttl_s": 0.0},
@@ -142,6 +146,9 @@ def test_optional_values() -> None:
     assert _orchestrator(["--draft-endpoint", ""]).draft_endpoint is None
     assert _orchestrator([], {"OUTRIDER_ORCHESTRATOR_DRAFT_ENDPOINT": ""}).draft_endpoint is None
     assert _orchestrator(["--draft-wait-ms", "2.5"]).draft_wait_ms == 2.5
+    assert _orchestrator().gamma is None
+    assert _orchestrator(["--gamma", "0"]).gamma == 0, "no drafts is not the same as unset"
+    assert _orchestrator(["--gamma="], {"OUTRIDER_ORCHESTRATOR_GAMMA": "3"}).gamma is None
 
 
 def test_the_name_that_users_know() -> None:

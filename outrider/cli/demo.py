@@ -32,7 +32,10 @@ class DemoOptions:
     inflate: Annotated[
         str, typer.Option(help="Cost of the target in parameters, for instance 300M; 0: its own.")
     ] = DEFAULT_INFLATE
-    gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
+    gamma: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draft tokens per round. Default: what they are worth."),
+    ] = None
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 128
     rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is run each way.")] = 3
     seconds: Annotated[
@@ -129,7 +132,7 @@ async def _show_one(client: Client, prompt: str, options: DemoOptions, console: 
     return output
 
 
-def _request(prompt: str, gamma: int, options: DemoOptions) -> GenerateRequest:
+def _request(prompt: str, gamma: int | None, options: DemoOptions) -> GenerateRequest:
     """Greedy, or the target's own seeded sample: either way drafts must not change the output."""
     from outrider.v1 import orchestrator_pb2, sampling_pb2
 
@@ -162,7 +165,7 @@ def _table(comparison: Comparison, options: DemoOptions) -> Table:
     table.add_row("plain decoding", f"{plain:.1f}", "1.00×", "", "1.00")
     colour = "green" if drafted > plain else "red"
     speed_up = f"[bold {colour}]{drafted / plain:.2f}×[/]"
-    name = f"speculative, γ {options.gamma}"
+    name = "speculative" if options.gamma is None else f"speculative, γ {options.gamma}"
     table.add_row(name, f"{drafted:.1f}", speed_up, f"{alpha:.2f}", f"{tau:.2f}")
     return table
 

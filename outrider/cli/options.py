@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from outrider.errors import ConfigError
 
 Options = TypeVar("Options")
+Number = TypeVar("Number", int, float)
 
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -63,6 +65,35 @@ def parse_count(text: str, flag: str) -> int:
 
 def _has_unit(text: str) -> bool:
     return text[-1:].upper() in _UNITS and text[-1:] != ""
+
+
+def parse_cpus(text: str, flag: str) -> frozenset[int]:
+    """0, 0,2 or 0-3,6: cores as taskset names them. Raises ConfigError naming the flag."""
+    cpus: set[int] = set()
+    num_cpus = os.cpu_count() or 1
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            span = range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            span = range(0)
+        if not span:
+            raise ConfigError(f"{flag}: {text!r} names no cores; for instance 0 or 0-3,6")
+        if span[0] < 0 or span[-1] >= num_cpus:
+            raise ConfigError(f"{flag}: {text!r}: this machine has cores 0 to {num_cpus - 1}")
+        cpus.update(span)
+    return frozenset(cpus)
+
+
+def parse_list(text: str, flag: str, kind: Callable[[str], Number]) -> list[Number]:
+    """1,2,4 as numbers, none of them negative. Raises ConfigError naming the flag."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise ConfigError(f"{flag}: {text!r} is no list of numbers such as 1,2,4")
+    return numbers
 
 
 def parse_ids(text: str, field: str) -> list[int]:

@@ -53,12 +53,18 @@ class GenerateOptions:
     top_k: Annotated[int | None, typer.Option(help="0 or -1 keeps all.")] = None
     min_p: Annotated[float | None, typer.Option(help="[0, 1].")] = None
     seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None
-    gamma: Annotated[int | None, typer.Option(help="Draft tokens per round; 0: none.")] = None
+    gamma: Annotated[
+        int | None,
+        typer.Option(help="Draft tokens per round; 0: none. Default: what they are worth."),
+    ] = None
     verification: Annotated[
         Method | None, typer.Option(help="How drafts are judged. Default: rejection.")
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(help="Proposals drafted ahead of the verdict: 0 or 1.")
+        int | None, typer.Option(help="Rounds drafted ahead of the verdict; 0: none.")
+    ] = None
+    fan_out: Annotated[
+        int | None, typer.Option(help="Most outcomes of a round that are drafted ahead.")
     ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the output. Repeatable.")
@@ -109,7 +115,7 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
         raise ConfigError("--session: the name is empty")
     request = orchestrator_pb2.GenerateRequest(session_id=options.session or "")
     request.create_session = bool(options.session)
-    for name in ("gamma", "lookahead"):
+    for name in ("gamma", "lookahead", "fan_out"):
         _set(request, name, getattr(options, name))
     if options.verification is not None:
         request.verification = verification_to_proto(Verification(options.verification.value))

@@ -50,7 +50,7 @@ def summary(output: Output) -> list[tuple[str, str]]:
     if stats.HasField("acceptance_rate"):
         alpha = f"α {stats.acceptance_rate:.2f} of those judged"
         tau = f"τ {stats.mean_acceptance_length:.2f} tokens a drafted round"
-        how = f"γ {stats.gamma}, {_verification(result)}"
+        how = f"γ {_gamma(stats)}, {_verification(result)}"
         rows.append(("drafts", f"{alpha}, {tau}, {how}"))
         drafted = f"{stats.num_drafts} with drafts, {stats.num_lookahead_hits} drafted ahead"
         rows.append(("rounds", f"{stats.num_rounds}, {drafted}"))
@@ -66,6 +66,14 @@ def summary(output: Output) -> list[tuple[str, str]]:
     if not result.recorded:
         rows.append(("WARNING", "Redis is away: the session lacks tokens of this answer"))
     return rows
+
+
+def _gamma(stats: orchestrator_pb2.SpeculationStats) -> str:
+    if stats.HasField("gamma"):
+        return str(stats.gamma)
+    by_gamma = stats.num_rounds_per_gamma
+    mean = sum(gamma * num for gamma, num in enumerate(by_gamma)) / max(1, sum(by_gamma))
+    return f"{mean:.1f} chosen"
 
 
 def _finish(result: orchestrator_pb2.GenerateResult) -> str:

@@ -7,25 +7,44 @@ Knows nothing of terminals.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+from typing import TYPE_CHECKING
 
 from outrider.cli.failures import ProgramFailed
-from outrider.cli.stack_options import StackOptions
+from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
 from outrider.config import OrchestratorConfig, load
 from outrider.errors import ConfigError
+from outrider.simulation import Simulation
+
+if TYPE_CHECKING:
+    from outrider.relay import Relay
 
 _ANY_HOST = ("0.0.0.0", "::", "")
 
 
 def target_arguments(options: StackOptions) -> list[str]:
     """Of `python -m`."""
-    num_threads = options.target_threads or max(1, _num_cores() - 1)
+    if options.simulate_target is not None:
+        return _simulated_arguments(options, "target_service", options.simulate_target)
+    num_cores = len(options.cpus("target")) or _num_cores() - 1
+    num_threads = options.target_threads or max(1, num_cores)
     return [
         "target_service",
         *_model_flags(options, options.target_model, options.device, num_threads),
         *_flag("inflate-parameters", options.inflate_parameters or None),
+    ]
+
+
+def _simulated_arguments(options: StackOptions, service: str, simulation: str) -> list[str]:
+    return [
+        service,
+        *_flag("simulate", simulation),
+        *_flag("port", 0),
+        *_flag("kv-cache-tokens", options.kv_cache_tokens),
+        *_flag("max-gamma", options.max_gamma or None),
     ]
 
 
@@ -67,7 +86,9 @@ def orchestrator_arguments(
         *_flag("gamma", options.gamma),
         *_flag("max-gamma", options.max_gamma),
         *_flag("lookahead", options.lookahead),
+        *_flag("fan-out", options.fan_out),
         *_flag("draft-wait-ms", options.draft_wait_ms),
+        *_flag("max-generations", options.max_generations),
     ]
 
 
@@ -78,6 +99,25 @@ def _check_orchestrator(options: StackOptions) -> None:
     load(OrchestratorConfig, "orchestrator", flags[1:])
 
 
+def _check_simulation(options: StackOptions) -> None:
+    """Both tiers or the target alone: a draft that guesses at random says nothing of drafts."""
+    target, draft = options.simulate_target, options.simulate_draft
+    if target is None:
+        if draft is not None:
+            raise ConfigError("--simulate-draft: needs --simulate-target")
+        return
+    if options.target is not None:
+        raise ConfigError("--simulate-target: not together with --target")
+    if options.draft not in (None, NO_DRAFT) or (options.draft and draft is not None):
+        raise ConfigError("--simulate-target: not together with --draft")
+    truth = Simulation.parse(target, is_draft=False)
+    if draft is not None:
+        guess = Simulation.parse(draft)
+        for name in ("vocab_size", "seed"):
+            if getattr(truth, name) != getattr(guess, name):
+                raise ConfigError(f"--simulate-draft: its {name} must be the target's")
+
+
 def _flag(name: str, value: object | None) -> list[str]:
     return [] if value is None else [f"--{name}={value}"]
 
@@ -85,35 +125,67 @@ def _flag(name: str, value: object | None) -> list[str]:
 class Stack:
     """A running system. `stop` must be called, whatever became of `start`."""
 
-    def __init__(self, options: StackOptions, report: Report) -> None:
+    def __init__(self, options: StackOptions, report: Report, target: str | None = None) -> None:
+        """`target`: host:port of a target that runs already, for one more orchestrator on it."""
         self._options = options
         self._report = report
+        self._target = target
         self._supervisor = Supervisor(options.log_dir, report)
+        self._resources = contextlib.AsyncExitStack()
         self.endpoint = ""
+        # host:port of the model services, by name.
+        self.addresses: dict[str, str] = {}
+        # Where the draft's link is delayed.
+        self.relay: Relay | None = None
 
     async def start(self) -> None:
         """Returns when it serves. Raises ConfigError or ProgramFailed."""
         options = self._options
         _check_port(options)
+        _check_simulation(options)
         _check_orchestrator(options)
-        models = {"target": target_arguments(options)}
-        if options.draft_model is not None:
+        for name in ("target", "draft", "orchestrator"):
+            options.cpus(name)
+        models = {} if self._target else {"target": target_arguments(options)}
+        if options.simulate_draft is not None:
+            models["draft"] = _simulated_arguments(options, "draft_service", options.simulate_draft)
+        elif options.draft_model is not None:
             models["draft"] = draft_arguments(options, options.draft_model)
         redis_url = options.redis_url or self._supervisor.start_redis()
         for name in (*models, "orchestrator"):
             self._report(Event(name, State.WAITING))
-        addresses = await self._start_all(models)
-        arguments = orchestrator_arguments(
-            options, addresses["target"], addresses.get("draft"), redis_url
-        )
-        address = await self._supervisor.start("orchestrator", arguments)
+        self.addresses = await self._start_all(models)
+        if self._target:
+            self.addresses["target"] = self._target
+        draft = await self._delayed(self.addresses.get("draft"))
+        arguments = orchestrator_arguments(options, self.addresses["target"], draft, redis_url)
+        address = await self._start_program("orchestrator", arguments)
         self.endpoint = _reachable(address)
+
+    async def _delayed(self, draft: str | None) -> str | None:
+        """The draft's address, or one behind which it is farther away."""
+        delay_ms = self._options.draft_delay_ms
+        if draft is None or delay_ms is None:
+            return draft
+        from outrider.relay import Relay
+
+        host, _, port = draft.rpartition(":")
+        relay = Relay("127.0.0.1", 0, host, int(port), delay_ms / 1000)
+        self.relay = await self._resources.enter_async_context(relay)
+        return f"127.0.0.1:{self.relay.port}"
+
+    async def _start_program(self, name: str, arguments: list[str]) -> str:
+        return await self._supervisor.start(name, arguments, self._options.cpus(name))
+
+    def pid(self, name: str) -> int:
+        """Of a program that runs."""
+        return self._supervisor.pid(name)
 
     async def _start_all(self, models: dict[str, list[str]]) -> dict[str, str]:
         try:
             async with asyncio.TaskGroup() as tasks:
                 started = {
-                    name: tasks.create_task(self._supervisor.start(name, arguments))
+                    name: tasks.create_task(self._start_program(name, arguments))
                     for name, arguments in models.items()
                 }
         except* (ProgramFailed, ConfigError) as group:
@@ -126,7 +198,10 @@ class Stack:
         return death, death.name == "draft"
 
     async def stop(self) -> None:
-        await self._supervisor.stop()
+        try:
+            await self._supervisor.stop()
+        finally:
+            await self._resources.aclose()
 
 
 def _reachable(address: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import outrider
-from outrider.cli.options import parse_count
+from outrider.cli.options import parse_count, parse_cpus
 
 # What `outrider.engine.quickstart` says as well; importing it would import torch (a test compares).
 PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
@@ -41,6 +41,14 @@ class StackOptions:
             f"Default: {DEFAULT_INFLATE}."
         ),
     ] = None
+    simulate_target: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="No model: passes that cost step_ms=25,row_ms=0.5."),
+    ] = None
+    simulate_draft: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Likewise, with survival=0.8/0.75 and ranks=0.5/0.2."),
+    ] = None
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     draft_device: Annotated[str | None, typer.Option(help="The draft's, where it is another.")] = (
@@ -52,12 +60,17 @@ class StackOptions:
         str | None,
         typer.Option(envvar="REDIS_URL", help="Default: a server of our own, without persistence."),
     ] = None
-    gamma: Annotated[int | None, typer.Option(help="Draft tokens per round.")] = None
+    gamma: Annotated[
+        int | None, typer.Option(help="Draft tokens per round. Default: what they are worth.")
+    ] = None
     max_gamma: Annotated[
         int | None, typer.Option(help="Most draft tokens per round a request may ask for.")
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(help="Proposals drafted ahead of the verdict: 0 or 1.")
+        int | None, typer.Option(help="Rounds drafted ahead of the verdict; 0: none.")
+    ] = None
+    fan_out: Annotated[
+        int | None, typer.Option(help="Most outcomes of a round that are drafted ahead.")
     ] = None
     draft_wait_ms: Annotated[
         float | None,
@@ -70,6 +83,20 @@ class StackOptions:
         int | None, typer.Option(help="CPU threads. Default: all cores but one.")
     ] = None
     draft_threads: Annotated[int | None, typer.Option(help="CPU threads. Default: 1.")] = None
+    target_cpus: Annotated[
+        str | None, typer.Option(help="Cores of its own, as taskset names them: 0 or 0-3,6.")
+    ] = None
+    draft_cpus: Annotated[str | None, typer.Option(help="Likewise the draft's.")] = None
+    orchestrator_cpus: Annotated[str | None, typer.Option(help="Likewise the orchestrator's.")] = (
+        None
+    )
+    draft_delay_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="Delay the draft's link by so much, each way: a network to try."),
+    ] = None
+    max_generations: Annotated[
+        int | None, typer.Option(help="Generations at a time; more are refused.")
+    ] = None
     log_dir: Annotated[Path, typer.Option(help="One log file for each program.")] = Path(
         ".outrider/logs"
     )
@@ -80,9 +107,15 @@ class StackOptions:
 
     @property
     def draft_model(self) -> str | None:
-        if self.draft == NO_DRAFT:
+        """None: no draft, or a simulated one."""
+        if self.draft == NO_DRAFT or self.simulate_target is not None:
             return None
         return self.draft or (None if self.target else str(PAIR_PATH / "draft"))
+
+    def cpus(self, program: str) -> frozenset[int]:
+        """The cores that are kept for `target`, `draft` or `orchestrator`; empty: any."""
+        cores = getattr(self, f"{program}_cpus")
+        return parse_cpus(cores, f"--{program}-cpus") if cores else frozenset()
 
     @property
     def inflate_parameters(self) -> int:
@@ -94,6 +127,8 @@ class StackOptions:
     @property
     def has_tokenizer(self) -> bool:
         """A directory without one is served by token ids; a hub name is for the program to see."""
+        if self.simulate_target is not None:
+            return False
         directory = Path(self.target_model).expanduser()
         return not directory.is_dir() or (directory / "tokenizer.json").is_file()
 

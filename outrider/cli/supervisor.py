@@ -12,7 +12,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -85,13 +85,15 @@ class Program:
         self._log_start = log_start
 
     @classmethod
-    async def start(cls, name: str, arguments: list[str], log_dir: Path) -> Program:
-        """`python -m` with the arguments; its log is appended to."""
+    async def start(
+        cls, name: str, arguments: list[str], log_dir: Path, cpus: Collection[int] = ()
+    ) -> Program:
+        """`python -m` with the arguments, on these cores (none: any); its log is appended to."""
         log_path = log_dir / f"{name}.log"
         with log_path.open("ab") as log:
             log_start = log.tell()
             process = await asyncio.create_subprocess_exec(
-                *tied_to_this_process([sys.executable, "-m", *arguments]),
+                *tied_to_this_process([sys.executable, "-m", *arguments], cpus),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -168,13 +170,13 @@ class Supervisor:
         self._report(Event(REDIS_NAME, State.READY, time.monotonic() - started_at))
         return self._redis.url
 
-    async def start(self, name: str, arguments: list[str]) -> str:
+    async def start(self, name: str, arguments: list[str], cpus: Collection[int] = ()) -> str:
         """host:port of the program, once it serves. Raises ProgramFailed if it ends before."""
         started_at = time.monotonic()
         self._report(Event(name, State.LOADING))
         try:
             self._log_dir.mkdir(parents=True, exist_ok=True)
-            program = await Program.start(name, arguments, self._log_dir)
+            program = await Program.start(name, arguments, self._log_dir, cpus)
         except OSError as error:
             raise ConfigError(f"{name} cannot be started: {error}") from error
         self._programs.append(program)
@@ -186,6 +188,10 @@ class Supervisor:
         self._watch(name, asyncio.create_task(program.death()))
         self._report(Event(name, State.READY, time.monotonic() - started_at, address))
         return address
+
+    def pid(self, name: str) -> int:
+        """Of a program that was started, by its name."""
+        return next(p.process.pid for p in self._programs if p.name == name)
 
     def _watch(self, name: str, death: asyncio.Task[Death]) -> None:
         self._watches[death] = name

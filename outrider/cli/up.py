@@ -45,14 +45,16 @@ async def _up(options: StackOptions, view: StackView, served: list[str]) -> int:
 
 
 @contextlib.asynccontextmanager
-async def shown_stack(options: StackOptions, view: StackView) -> AsyncIterator[Stack]:
-    """Serves on entering, which the view shows; leaves no process.
+async def shown_stack(
+    options: StackOptions, view: StackView, target: str | None = None
+) -> AsyncIterator[Stack]:
+    """Serves on entering, which the view shows; leaves no process. `target` as of Stack.
 
     Raises ConfigError or ProgramFailed.
     """
     from outrider.cli.stack import Stack
 
-    stack = Stack(options, view.report)
+    stack = Stack(options, view.report, target)
     try:
         with view:
             await stack.start()
@@ -91,9 +93,15 @@ def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
 def described_models(options: StackOptions) -> dict[str, str]:
     """For people: what each model service holds."""
     told = {}
+    for name, simulation in (
+        ("target", options.simulate_target),
+        ("draft", options.simulate_draft),
+    ):
+        if simulation is not None:
+            told[name] = f"simulated: {simulation}"
     for name, model in (("target", options.target_model), ("draft", options.draft_model)):
-        if model is not None:
+        if model is not None and name not in told:
             told[name] = "quickstart pair" if model.startswith(str(PAIR_PATH)) else model
-    if options.inflate_parameters:
+    if options.inflate_parameters and options.simulate_target is None:
         told["target"] += f", at the cost of {options.inflate_parameters / 1e6:.0f} M parameters"
     return told

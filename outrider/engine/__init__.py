@@ -4,11 +4,13 @@
     sequence = engine.store.open(max_len=100)
     logits = engine.forward([Append(sequence, prompt_ids, num_logits=1)])
 
-Reading order: options, pages, kv_store, attention, packed, engine, then what loading needs:
-checkpoint, guards, prepack, probe, memory, model. It knows nothing of sampling or sessions.
+Reading order: options, pages, kv_rows, kv_store, attention, segments, branches, packed, bound,
+flashinfer_backend, graphs, engine, then what loading needs: checkpoint, guards, prepack, probe,
+memory, backends, model. It knows nothing of sampling or sessions.
 """
 
 from outrider.engine.device_thread import DeviceThread
+from outrider.engine.draws import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
 from outrider.engine.engine import Append, Engine
 from outrider.engine.kv_store import KVStore, Sequence
 from outrider.engine.model import load_engine
@@ -17,10 +19,15 @@ from outrider.engine.options import EngineInfo, EngineOptions
 __all__ = [
     "Append",
     "DeviceThread",
+    "DrawAsk",
+    "Drawn",
     "Engine",
     "EngineInfo",
     "EngineOptions",
     "KVStore",
+    "ReplyAsk",
+    "Sampler",
     "Sequence",
+    "ServedEngine",
     "load_engine",
 ]

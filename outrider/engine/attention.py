@@ -4,11 +4,12 @@ Owns the one function registered with transformers, and the mathematics of one l
 engine a call belongs to comes from a context variable that only `Engine.forward` sets, so any
 number of engines can live in a process. Knows nothing about models or sessions.
 
-Two ways to compute: `attend_fused` (torch's kernel) and `attend_explicit` (scores, softmax,
+Ways to compute: `attend_fused` (torch's kernel) and `attend_explicit` (scores, softmax,
 product), for what no kernel of torch's offers: soft-capped scores (Gemma 2) and attention sinks
 (gpt-oss). Both take queries whose heads are folded: the query heads that share a key head lie
 one after another as rows of that head. This reads each key once for its whole group, and was
 the fastest on CPU for every length from 1 to 512 (`enable_gqa` is up to 6 times slower).
+`attend_part` is either over some of the keys only, with what is needed to merge the parts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from transformers import AttentionInterface
 from outrider.errors import InternalError
 
 ATTENTION_NAME = "outrider"
+
+HIDDEN = -1e30
+"""In masks of parts: a part may hide all keys from a row, and -inf would make that row NaN."""
+
+# Internal to torch, but the only kernel for CPU that also tells the log-sums.
+_flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +157,7 @@ def attend_explicit(
     call: LayerCall,
 ) -> torch.Tensor:
     """As `attend_fused`, with soft-capped scores and sinks; computed in float32."""
-    scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    scores = torch.matmul(query.float() * scaling, key.float().transpose(1, 2))
-    if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
+    scores = _scores(query, key, call)
     if mask is not None:
         scores += mask.float()
     if call.sinks is None:
@@ -164,3 +168,46 @@ def attend_explicit(
         sinks = sinks.expand(-1, -1, rows // sinks.shape[1]).reshape(num_kv_heads, rows, 1)
         weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
     return torch.matmul(weights, value.float()).to(value.dtype)
+
+
+def attend_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    call: LayerCall,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over part of the keys, sinks left out; `merge_parts` makes it whole.
+
+    query [B, Hkv, rows, D], key [B, Hkv, keys, D], value [B, Hkv, keys, Dv], mask float32
+    [B, 1, rows, keys] of 0 and HIDDEN → ([B, Hkv, rows, Dv], float32 [B, Hkv, rows]: the log of
+    the sum of exp(score)).
+    """
+    fused = _flash_cpu is not None and query.device.type == "cpu" and call.softcap is None
+    if fused and key.shape[-1] == value.shape[-1]:
+        out, log_sum = _flash_cpu(query, key, value, attn_mask=mask, scale=call.scaling)
+        return out, log_sum
+    scores = _scores(query, key, call)
+    if mask is not None:
+        scores += mask
+    log_sum = torch.logsumexp(scores, dim=-1)
+    weights = scores.sub_(log_sum[..., None]).exp_()
+    return torch.matmul(weights, value.float()).to(value.dtype), log_sum
+
+
+def merge_parts(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys of both parts, which are disjoint; any shapes [..., Dv], [...]."""
+    share = torch.sigmoid(first[1] - second[1])[..., None]
+    out = torch.lerp(second[0].float(), first[0].float(), share).to(second[0].dtype)
+    return out, torch.logaddexp(first[1], second[1])
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """float32 [..., rows, keys], scaled and soft-capped."""
+    scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    scores = torch.matmul(query.float() * scaling, key.float().transpose(-1, -2))
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    return scores

@@ -1,13 +1,13 @@
 """The engine's one primitive: append tokens to many sequences in one pass and read logits.
 
 Prefill, decoding, verification and drafting are the same call with other lengths. Knows how to
-pack a step and run the model; nothing about loading, sampling, sessions or speculation.
+pack a step and run the model, and hands its logits to the samplers; nothing about loading, sessions
+or speculation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,14 @@ import numpy.typing as npt
 import torch
 
 from outrider.engine.attention import attending
+from outrider.engine.bound import BoundModel
+from outrider.engine.draws import DrawAsk, Drawn, Reply, ReplyAsk
+from outrider.engine.graphs import GraphedSteps
 from outrider.engine.kv_store import KVStore, Sequence
 from outrider.engine.options import EngineInfo
-from outrider.engine.packed import PackedStep, Segment
+from outrider.engine.sampler import GenerationSampler, draw_all, reply_all
+from outrider.engine.segments import Backend, Segment
+from outrider.sampling.params import SamplingParams
 
 
 class Append(NamedTuple):
@@ -28,25 +33,20 @@ class Append(NamedTuple):
     num_logits: int
 
 
-@dataclass(frozen=True, slots=True)
-class BoundModel:
-    """A transformers causal LM whose attention is ours, and what a step needs to know of it."""
-
-    module: Any
-    windows: tuple[int | None, ...]
-    """Sliding window per layer by the configuration; None where a layer sees everything."""
-    num_embeddings: int
-    vocab_size: int
-    max_context_len: int
-    device: torch.device
-    """Where token ids go in."""
-
-
 class Engine:
     """A model, its KV memory, and `forward`."""
 
-    def __init__(self, model: BoundModel, store: KVStore, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        model: BoundModel,
+        store: KVStore,
+        info: EngineInfo,
+        backend: Backend,
+        graphs: GraphedSteps | None = None,
+    ) -> None:
         self._model = model
+        self._backend = backend
+        self._graphs = graphs
         self.store = store
         self.info = info
 
@@ -64,15 +64,13 @@ class Engine:
         segments = self._plan(appends, tokens)
         if not segments:
             return torch.empty(0, self._model.vocab_size)
-        for segment in segments:
-            self.store.compact(segment.sequence)
         rows = [
             np.arange(segment.stop - append.num_logits, segment.stop)
             for segment, append in zip(segments, appends, strict=True)
         ]
         logits = self._run(segments, np.concatenate(tokens), np.concatenate(rows))
         for segment in segments:
-            segment.sequence.length = segment.past + segment.stop - segment.start
+            segment.sequence.length = segment.total
         return logits
 
     def _plan(self, appends: Seq[Append], tokens: list[npt.NDArray[np.int64]]) -> list[Segment]:
@@ -111,16 +109,44 @@ class Engine:
         token_ids: npt.NDArray[np.int64],
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
-        positions = np.concatenate([np.arange(s.past, s.past + s.stop - s.start) for s in segments])
+        with torch.inference_mode():
+            if self._graphs is not None and self._graphs.ready_for(segments):
+                return self._graphs.run(segments, token_ids, rows)
+            return self._run_packed(segments, token_ids, rows)
+
+    def _run_packed(
+        self,
+        segments: list[Segment],
+        token_ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        positions = np.concatenate([np.arange(s.past, s.total) for s in segments])
         device = self._model.device
-        step = PackedStep(self.store, segments, self._model.windows)
-        with torch.inference_mode(), attending(step):
-            logits: torch.Tensor = self._model.module(
-                input_ids=torch.from_numpy(token_ids)[None].to(device),
-                position_ids=torch.from_numpy(positions)[None].to(device),
-                past_key_values=None,
-                use_cache=False,
+        with attending(self._backend.step(segments)):
+            logits = self._model(
+                torch.from_numpy(token_ids)[None].to(device),
+                torch.from_numpy(positions)[None].to(device),
                 # On the CPU it can select from hidden states on whichever device is last.
-                logits_to_keep=torch.from_numpy(rows),
-            ).logits
-        return logits[0].float()
+                torch.from_numpy(rows),
+            )
+        return logits.float()
+
+    def sampler(
+        self, params: SamplingParams, prompt_len: int, vocab_size: int
+    ) -> GenerationSampler:
+        """A generation's sampling state; tokens at or beyond `vocab_size` are never drawn."""
+        return GenerationSampler(
+            params,
+            prompt_len=prompt_len,
+            vocab_size=min(vocab_size, self.info.vocab_size),
+            eos_token_ids=self.info.eos_token_ids,
+            device=self.info.device,
+        )
+
+    def draw(self, asks: Seq[DrawAsk], logits: torch.Tensor) -> list[Drawn | Exception]:
+        """One token for each row of logits, as `ServedEngine.draw`."""
+        return draw_all(asks, logits)
+
+    def reply(self, asks: Seq[ReplyAsk], logits: torch.Tensor) -> list[Reply | Exception]:
+        """One answer for each block of logits, as `ServedEngine.reply`."""
+        return reply_all(asks, logits)

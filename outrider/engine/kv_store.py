@@ -11,47 +11,42 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from outrider.engine.kv_rows import KVRows, LayerLayout
 from outrider.engine.pages import PageAllocator
+
+__all__ = ["PAGE_SIZE", "KVStore", "LayerLayout", "Sequence"]
 
 PAGE_SIZE = 16
 """Tokens in a page. Every paged attention kernel takes 16."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerLayout:
-    """What one layer keeps for a token: `num_heads` keys and values, and where."""
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
-
-    def empty(self, rows: int, dim: int) -> torch.Tensor:
-        return torch.empty(rows, self.num_heads, dim, dtype=self.dtype, device=self.device)
-
-
 class Sequence:
     """A handle on the cached tokens of one sequence. Made and changed by its KVStore only."""
 
-    __slots__ = ("_pages", "_store", "length", "max_len", "run_start")
+    __slots__ = ("_num_lent", "_pages", "_store", "length", "max_len", "num_leading")
 
-    def __init__(self, store: KVStore, max_len: int, pages: list[int]) -> None:
+    def __init__(self, store: KVStore, max_len: int, pages: list[int], num_leading: int) -> None:
         self._store: KVStore | None = store
         self._pages = pages
-        self.run_start = _find_run(pages)
-        """Row of position 0 in the layers' tensors if the rows are consecutive, else None."""
+        self._num_lent = 0
+        """Pages from this one on are certainly not shared."""
+        self.num_leading = num_leading
+        """Pages that follow one another in memory, from the first on."""
         self.length = 0
         self.max_len = max_len
+
+    @property
+    def first_row(self) -> int:
+        """Row of position 0 in the layers' tensors; num_leading pages follow it in place."""
+        return self._pages[0] * PAGE_SIZE
+
+    @property
+    def run_start(self) -> int | None:
+        """`first_row` if all rows are consecutive, else None."""
+        return self.first_row if self.num_leading == len(self._pages) > 0 else None
 
     def __repr__(self) -> str:
         state = "" if self._store is not None else ", freed"
@@ -59,7 +54,7 @@ class Sequence:
 
 
 class KVStore:
-    """Memory for keys and values: per layer, K and V as [num_pages, 16, num_heads, dim].
+    """Memory for keys and values: per layer, K and V as [num_pages * 16, num_heads, dim].
 
     The accounting is behind a lock, so admission may run beside a forward pass; but a sequence
     must not be truncated, extended or freed while a forward that appends to it is running.
@@ -69,10 +64,10 @@ class KVStore:
         self._allocator = PageAllocator(num_pages)
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
-        rows = num_pages * PAGE_SIZE
-        # torch.empty is committed by the system page by page as it is first written.
-        self.keys = [layer.empty(rows, layer.key_dim) for layer in layers]
-        self.values = [layer.empty(rows, layer.value_dim) for layer in layers]
+        self.scratch_page = num_pages
+        """A page that no sequence has: rows that only fill up a batch may be written there."""
+        self._rows = KVRows(layers, (num_pages + 1) * PAGE_SIZE)
+        self.keys, self.values = self._rows.keys, self._rows.values
 
     @property
     def capacity_tokens(self) -> int:
@@ -92,7 +87,8 @@ class KVStore:
         if max_len < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
         with self._lock:
-            return self._adopt(max_len, self._allocator.take(_num_pages(max_len)))
+            pages = self._allocator.take(_num_pages(max_len))
+            return self._adopt(max_len, pages, _num_leading(pages, 1))
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forgets the tokens from `length` on; the reservation stays.
@@ -126,27 +122,49 @@ class KVStore:
             self._allocator.release(sequence._pages[num_pages:])
             del sequence._pages[num_pages:]
             sequence.max_len = min(sequence.max_len, max_len)
-            sequence.run_start = _find_run(sequence._pages)
+            sequence.num_leading = min(sequence.num_leading, num_pages)
 
-    def fork(self, sequence: Sequence, max_len: int) -> Sequence:
-        """A second sequence with the same tokens and room for `max_len`.
+    def fork(self, sequence: Sequence, max_len: int, length: int | None = None) -> Sequence:
+        """A second sequence with the first `length` tokens (None: all) and room for `max_len`.
 
-        Full pages are shared, the partly filled last one is copied; neither sequence sees what
+        Full pages are shared, a partly filled last one is copied; neither sequence sees what
         the other does from here on. Raises KVFull, changing nothing.
         """
         with self._lock:
             self._check_alive(sequence)
-            if max_len < max(1, sequence.length):
+            length = sequence.length if length is None else length
+            if not 0 <= length <= sequence.length:
+                raise ValueError(f"cannot fork {sequence} at {length} tokens")
+            if max_len < max(1, length):
                 raise ValueError(f"a fork of {sequence} cannot have room for {max_len} tokens")
-            num_shared = sequence.length // PAGE_SIZE
+            num_shared, num_copied = divmod(length, PAGE_SIZE)
             own = self._allocator.take(_num_pages(max_len) - num_shared)
             shared = sequence._pages[:num_shared]
             self._allocator.share(shared)
-            child = self._adopt(max_len, shared + own)
-            if sequence.length % PAGE_SIZE:
-                self._copy_pages(sequence._pages[num_shared : num_shared + 1], own[:1])
-            child.length = sequence.length
+            pages = shared + own
+            known = min(sequence.num_leading, num_shared)
+            child = self._adopt(max_len, pages, _num_leading(pages, known))
+            child._num_lent = num_shared
+            sequence._num_lent = max(sequence._num_lent, num_shared)
+            if num_copied:
+                source = sequence._pages[num_shared] * PAGE_SIZE
+                self._rows.copy(source, own[0] * PAGE_SIZE, num_copied)
+            child.length = length
             return child
+
+    def graft(self, sequence: Sequence, source: Sequence, length: int) -> None:
+        """Appends to `sequence` what `source` holds of positions [sequence.length, length).
+
+        `source` keeps its own. Raises ValueError where there is nothing such or no room for it.
+        """
+        with self._lock:
+            self._check_alive(sequence)
+            self._check_alive(source)
+            if not sequence.length <= length <= min(sequence.max_len, source.length):
+                raise ValueError(f"cannot append to {sequence} up to {length} of {source}")
+            start = sequence.length
+            self._copy(self.slots(source, start, length), self.slots(sequence, start, length))
+            sequence.length = length
 
     def free(self, sequence: Sequence) -> None:
         """Gives the reservation back. Raises ValueError for a sequence that is not open here."""
@@ -156,7 +174,7 @@ class KVStore:
             self._allocator.release(sequence._pages)
             sequence._store = None
             sequence._pages = []
-            sequence.run_start = None
+            sequence.num_leading = 0
 
     def compact(self, sequence: Sequence) -> None:
         """Moves a scattered sequence to consecutive pages if it shares none and there are any.
@@ -171,11 +189,24 @@ class KVStore:
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
         """Rows of the layers' tensors that hold positions [start, stop): int64 [stop - start]."""
-        if sequence.run_start is not None:
-            return np.arange(sequence.run_start + start, sequence.run_start + stop)
+        if stop <= sequence.num_leading * PAGE_SIZE:
+            return np.arange(sequence.first_row + start, sequence.first_row + stop)
+        first = start // PAGE_SIZE
+        if _num_pages(stop) == first + 1:
+            row = sequence._pages[first] * PAGE_SIZE + start % PAGE_SIZE
+            return np.arange(row, row + stop - start)
         positions = np.arange(start, stop)
-        pages = np.asarray(sequence._pages, dtype=np.int64)
-        return pages[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        pages = np.asarray(sequence._pages[first : _num_pages(stop)], dtype=np.int64)
+        return pages[positions // PAGE_SIZE - first] * PAGE_SIZE + positions % PAGE_SIZE
+
+    def page_ids(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+        """The pages that hold the first `num_tokens` positions, in order: int32."""
+        count = _num_pages(num_tokens)
+        leading = min(sequence.num_leading, count)
+        run = np.arange(sequence._pages[0], sequence._pages[0] + leading, dtype=np.int32)
+        if leading == count:
+            return run
+        return np.append(run, np.asarray(sequence._pages[leading:count], dtype=np.int32))
 
     def owns(self, sequence: Sequence) -> bool:
         return sequence._store is self
@@ -189,12 +220,14 @@ class KVStore:
                 assert sequence._store is self, f"{sequence} belongs to another store"
                 assert 0 <= sequence.length <= sequence.max_len, f"{sequence} is too long"
                 assert _num_pages(sequence.max_len) <= len(pages), f"{sequence}: pages missing"
-                assert sequence.run_start == _find_run(pages), f"{sequence}: wrong run"
+                assert sequence.num_leading == _num_leading(pages, 1), f"{sequence}: wrong run"
+                for page in pages[sequence._num_lent :]:
+                    assert not self._allocator.is_shared(page), f"{sequence}: {page} is lent"
                 for page in pages[sequence.length // PAGE_SIZE :]:
                     assert not self._allocator.is_shared(page), f"{sequence} may write page {page}"
 
-    def _adopt(self, max_len: int, pages: list[int]) -> Sequence:
-        sequence = Sequence(self, max_len, pages)
+    def _adopt(self, max_len: int, pages: list[int], num_leading: int) -> Sequence:
+        sequence = Sequence(self, max_len, pages, num_leading)
         self._sequences.add(sequence)
         return sequence
 
@@ -206,16 +239,18 @@ class KVStore:
         """Replaces shared pages from the page of position `length` on (copy-on-write)."""
         first = length // PAGE_SIZE
         pages = sequence._pages
-        stale = [i for i in range(first, len(pages)) if self._allocator.is_shared(pages[i])]
-        if not stale:
-            return
-        fresh = self._allocator.take(len(stale))
-        if stale[0] == first and length % PAGE_SIZE:
-            self._copy_pages([pages[first]], fresh[:1])
-        self._allocator.release([pages[i] for i in stale])
-        for index, page in zip(stale, fresh, strict=True):
-            pages[index] = page
-        sequence.run_start = _find_run(pages)
+        lent = range(first, min(sequence._num_lent, len(pages)))
+        stale = [i for i in lent if self._allocator.is_shared(pages[i])]
+        if stale:
+            fresh = self._allocator.take(len(stale))
+            if stale[0] == first and length % PAGE_SIZE:
+                source = pages[first] * PAGE_SIZE
+                self._rows.copy(source, fresh[0] * PAGE_SIZE, length % PAGE_SIZE)
+            self._allocator.release([pages[i] for i in stale])
+            for index, page in zip(stale, fresh, strict=True):
+                pages[index] = page
+            sequence.num_leading = _num_leading(pages, min(sequence.num_leading, stale[0]))
+        sequence._num_lent = min(sequence._num_lent, first)
 
     def _grow(self, sequence: Sequence, missing: int) -> None:
         """Adds pages: the next ones if they are free, else by moving, else from anywhere."""
@@ -224,36 +259,42 @@ class KVStore:
             adjacent = self._allocator.take_at(pages[-1] + 1, missing)
             if adjacent is not None:
                 pages += adjacent
+                sequence.num_leading = len(pages)
                 return
         if not self._move(sequence, len(pages) + missing):
             pages += self._allocator.take(missing)
-            sequence.run_start = _find_run(pages)
+            sequence.num_leading = _num_leading(pages, sequence.num_leading)
 
     def _move(self, sequence: Sequence, num_pages: int) -> bool:
         """Moves a sequence without shared pages to a run of `num_pages`; False if it cannot."""
-        if any(self._allocator.is_shared(page) for page in sequence._pages):
+        if any(self._allocator.is_shared(page) for page in sequence._pages[: sequence._num_lent]):
             return False
+        sequence._num_lent = 0
         run = self._allocator.take_run(num_pages)
         if run is None:
             return False
-        num_filled = _num_pages(sequence.length)
-        self._copy_pages(sequence._pages[:num_filled], run[:num_filled])
+        rows = self.slots(sequence, 0, sequence.length)
+        self._copy(rows, np.arange(rows.size) + run[0] * PAGE_SIZE)
         self._allocator.release(sequence._pages)
         sequence._pages = run
-        sequence.run_start = run[0] * PAGE_SIZE
+        sequence.num_leading = num_pages
         return True
 
-    def _copy_pages(self, source: list[int], target: list[int]) -> None:
-        for tensor in (*self.keys, *self.values):
-            paged = tensor.view(-1, PAGE_SIZE, *tensor.shape[1:])
-            index = torch.tensor([source, target], dtype=torch.long, device=tensor.device)
-            paged[index[1]] = paged[index[0]]
+    def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies rows in all layers, as many at a time as are consecutive on both sides."""
+        jumps = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
+        for run in np.split(np.arange(source.size), jumps):
+            if run.size:
+                self._rows.copy(int(source[run[0]]), int(target[run[0]]), run.size)
 
 
 def _num_pages(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
-def _find_run(pages: list[int]) -> int | None:
-    consecutive = pages == list(range(pages[0], pages[0] + len(pages)))
-    return pages[0] * PAGE_SIZE if consecutive else None
+def _num_leading(pages: list[int], known: int) -> int:
+    """How many pages follow one another from the first on, of which the first `known` do."""
+    count = max(known, 1)
+    while count < len(pages) and pages[count] == pages[count - 1] + 1:
+        count += 1
+    return count

@@ -1,4 +1,4 @@
-"""Loads an engine: checkpoint → guards → prepacked weights → probe → KV memory.
+"""Loads an engine: checkpoint → guards → prepacked weights → back end and probe → KV memory.
 
 The order matters: the fingerprint and the eager reference need the weights as they were stored,
 the probe tests the engine as it will serve, and the KV memory takes what is left.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from outrider.engine import checkpoint, guards, memory, prepack, probe
+from outrider.engine import backends, checkpoint, guards, memory, prepack, probe
 from outrider.engine.attention import ATTENTION_NAME
-from outrider.engine.engine import BoundModel, Engine
+from outrider.engine.bound import BoundModel
+from outrider.engine.engine import Engine
 from outrider.engine.kv_store import PAGE_SIZE, KVStore, LayerLayout
 from outrider.engine.options import EngineInfo, EngineOptions
 from outrider.errors import ConfigError, ModelError
@@ -50,17 +51,59 @@ def load_engine(options: EngineOptions) -> Engine:
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options.model, model, layers)
     num_prepacked = _prepack(options, module)
-    trial = Engine(model, KVStore(layers, _PROBE_PAGES), info)
-    difference = probe.compare(options.model, trial, tokens, expected)
+    backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected))
     store = KVStore(layers, _num_pages(options, layers))
+    said = "sdpa" if backend_name == backends.TORCH else backend_name
     info = replace(
         info,
         kv_capacity_tokens=store.capacity_tokens,
-        attention_backend=f"sdpa, {num_prepacked} linears prepacked" if num_prepacked else "sdpa",
+        attention_backend=f"{said}, {num_prepacked} linears prepacked" if num_prepacked else said,
         probe_max_difference=difference,
     )
+    backend = backends.make(backend_name, model, store)
+    engine = Engine(model, store, info, backend)
+    if options.cuda_graphs and options.device_map is None:
+        graphs = backends.choose_graphs(engine, model, backend)
+        info = replace(info, cuda_graphs=graphs is not None)
+        engine = Engine(model, store, info, backend, graphs)
     _log.info("loaded %s", info)
-    return Engine(model, store, info)
+    return engine
+
+
+class _Trial(NamedTuple):
+    """A model that is loaded but not yet served, and what eager attention says to `tokens`."""
+
+    model: BoundModel
+    layers: list[LayerLayout]
+    info: EngineInfo
+    tokens: tuple[probe.Tokens, probe.Tokens]
+    expected: list[torch.Tensor]
+
+    def difference(self, backend_name: str) -> float:
+        """From eager attention, largest; with a small store of its own. Raises ModelError."""
+        store = KVStore(self.layers, _PROBE_PAGES)
+        backend = backends.make(backend_name, self.model, store)
+        engine = Engine(self.model, store, self.info, backend)
+        return probe.compare(self.info.name, engine, self.tokens, self.expected)
+
+
+def _prove(options: EngineOptions, trial: _Trial) -> tuple[str, float]:
+    """The back end that serves this model, and its largest difference from eager attention.
+
+    FlashInfer compiles its kernels here, which may fail: then it is torch, unless it was asked for.
+    """
+    name = backends.choose(options.attention_backend, trial.model, trial.layers)
+    if name == backends.TORCH:
+        return name, trial.difference(name)
+    try:
+        return name, trial.difference(name)
+    except ModelError:
+        raise
+    except Exception as error:  # a compiler run by someone else's code may fail in any way
+        if options.attention_backend == name:
+            raise ConfigError(f"attention_backend {name!r} fails here: {error}") from error
+        _log.warning("attention is torch's, FlashInfer fails here: %s", error)
+    return backends.TORCH, trial.difference(backends.TORCH)
 
 
 def _describe(name: str, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:

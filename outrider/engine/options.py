@@ -26,6 +26,10 @@ class EngineOptions:
     """Threads torch uses inside one operation (the whole process shares the setting)."""
     prepack: bool = True
     """On CPU, lay the weights of linear layers out for oneDNN once instead of at every call."""
+    attention_backend: str = "auto"
+    """auto | torch | flashinfer. auto: FlashInfer on CUDA where it can serve the model."""
+    cuda_graphs: bool = True
+    """With FlashInfer: replay single-token steps from CUDA graphs if that is faster here."""
     inflate_parameters: int | None = None
     """Quickstart only: grow the model to about this many parameters, with the same outputs."""
 
@@ -49,3 +53,5 @@ class EngineInfo:
     attention_backend: str
     probe_max_difference: float
     """Largest |difference| of a logit between this engine and plain eager attention, at load."""
+    cuda_graphs: bool = False
+    """Single-token steps are replayed from CUDA graphs."""

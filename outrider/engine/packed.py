@@ -6,52 +6,49 @@ carries it out layer by layer. Knows nothing about models or logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
 
 from outrider.engine.attention import Block, LayerCall, attend_explicit, attend_fused
-from outrider.engine.kv_store import PAGE_SIZE, KVStore, Sequence
-
-# Queries attended at once: a long prefill skips the keys after each block, and the explicit
-# path's scores stay small. Decoding and verification never reach it.
-_BLOCK_TOKENS = 128
+from outrider.engine.branches import group_branches
+from outrider.engine.kv_store import PAGE_SIZE, KVStore
+from outrider.engine.segments import OnDevices, Segment
 
 # Masks above this size are made anew for every layer rather than kept for the whole step.
 _KEPT_MASK_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One sequence's share of a step: packed rows [start, stop), after `past` cached tokens."""
+class TorchBackend:
+    """Attention by torch's own kernels, on any device."""
 
-    sequence: Sequence
-    start: int
-    stop: int
-    past: int
+    def __init__(self, store: KVStore, windows: tuple[int | None, ...]) -> None:
+        """windows: per layer, from the configuration; what the model passes goes before it."""
+        self._store = store
+        self._windows = windows
 
-    def blocks(self, window: int | None) -> list[Block]:
-        total = self.past + self.stop - self.start
-        return [
-            Block.of(first, min(first + _BLOCK_TOKENS, total) - 1, window)
-            for first in range(self.past, total, _BLOCK_TOKENS)
-        ]
+    def step(self, segments: Seq[Segment]) -> PackedStep:
+        for segment in segments:
+            self._store.compact(segment.sequence)
+        return PackedStep(self._store, segments, self._windows)
 
 
 class PackedStep:
     """Carries the attention of one step; made for it and dropped with it."""
 
     def __init__(
-        self, store: KVStore, segments: list[Segment], windows: tuple[int | None, ...]
+        self, store: KVStore, segments: Seq[Segment], windows: tuple[int | None, ...]
     ) -> None:
-        """windows: per layer, from the configuration; what the model passes goes before it."""
         self._store = store
-        self._segments = segments
         self._windows = windows
+        self._alone, self._branches = group_branches(store, segments)
+        self._order = self._find_order() if self._branches else None
         self._blocks: dict[int | None, list[tuple[Segment, Block]]] = {}
         self._masks: dict[tuple[Block, int, torch.dtype, torch.device], torch.Tensor | None] = {}
-        self._slots: dict[torch.device, torch.Tensor] = {}
+        self._slots = OnDevices(
+            np.concatenate([store.slots(s.sequence, s.past, s.total) for s in segments])
+        )
         self._pages: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def attend(
@@ -66,19 +63,28 @@ class PackedStep:
         layer: int = module.layer_idx  # type: ignore[assignment]
         window = self._windows[layer] if call.window is None else call.window
         keys, values = self._store.keys[layer], self._store.values[layer]
-        slots = self._slots_on(keys.device)
+        slots = self._slots.get(keys.device)
         keys.index_copy_(0, slots, key[0].transpose(0, 1))
         values.index_copy_(0, slots, value[0].transpose(0, 1))
         outs = [
             self._attend_block(segment, block, query, (keys, values), call)
             for segment, block in self._blocks_with(window)
         ]
+        outs += [b.attend(query, (keys, values), call, window) for b in self._branches]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if self._order is not None:
+            out = out.index_select(0, self._order.get(out.device))
         return out[None]
+
+    def _find_order(self) -> OnDevices | None:
+        """Where the packed rows are among those attended alone, then by branches."""
+        alone = [np.arange(s.start, s.stop) for s in self._alone]
+        rows = np.concatenate([*alone, *(b.rows for b in self._branches)])
+        return None if np.array_equal(rows, np.arange(rows.size)) else OnDevices(np.argsort(rows))
 
     def _blocks_with(self, window: int | None) -> list[tuple[Segment, Block]]:
         if window not in self._blocks:
-            self._blocks[window] = [(s, b) for s in self._segments for b in s.blocks(window)]
+            self._blocks[window] = [(s, b) for s in self._alone for b in s.blocks(window)]
         return self._blocks[window]
 
     def _attend_block(
@@ -128,18 +134,9 @@ class PackedStep:
             self._masks[place] = mask
         return mask
 
-    def _slots_on(self, device: torch.device) -> torch.Tensor:
-        if device not in self._slots:
-            slots = [
-                self._store.slots(s.sequence, s.past, s.past + s.stop - s.start)
-                for s in self._segments
-            ]
-            self._slots[device] = torch.from_numpy(np.concatenate(slots)).to(device)
-        return self._slots[device]
-
     def _pages_on(self, segment: Segment, device: torch.device) -> torch.Tensor:
         place = (segment.start, device)
         if place not in self._pages:
-            slots = self._store.slots(segment.sequence, 0, segment.sequence.max_len)
-            self._pages[place] = torch.from_numpy(slots[::PAGE_SIZE] // PAGE_SIZE).to(device)
+            pages = self._store.page_ids(segment.sequence, segment.total)
+            self._pages[place] = torch.from_numpy(pages).to(device)
         return self._pages[place]

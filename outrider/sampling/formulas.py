@@ -7,15 +7,18 @@ c: time of one draft step over the time of one target pass.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
-Floats = npt.NDArray[np.float64]
+if TYPE_CHECKING:  # the command line reads these formulas, and loads nothing heavy for it
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float64]
 
 
 def total_variation(target_probs: Floats, draft_probs: Floats) -> float:
     """1 - TV is the acceptance of rejection verification (Leviathan et al. 2023, Corollary 3.6)."""
-    return float(0.5 * np.abs(target_probs - draft_probs).sum())
+    return float(0.5 * abs(target_probs - draft_probs).sum())
 
 
 def coupled_acceptance_bound(total_variation: float) -> float:

@@ -49,6 +49,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    def needs_supports(self, verification: Verification) -> bool:
+        """Whether draft tokens are drawn from a law of their own, which has to go with them."""
+        return not self.greedy and verification is not Verification.COUPLED
+
     @property
     def penalises(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)

@@ -5,12 +5,20 @@ outside it (`tail_mass`) and one draw from its own distribution outside it (`sam
 that speculative sampling needs: outside the support the draft's probability is zero, so the
 residual max(p - q, 0) is p itself there. No approximation is made.
 
-Pure: uniforms are arguments. Knows nothing of sessions, stops or randomness.
+After a rejection one Gumbel-max over the whole residual gives the recovered token, with the noise
+by which the target has drawn the sample: the argmax of log p + noise outside the support, thus the
+outside's champion, so that the maximum over the support and the sample is the maximum over all. A
+draft that knows the noise can foresee it. This is exact, for a position's noise is looked at once,
+by the verdict that ends there: acceptance sees uniforms of its own, and the mass outside rather
+than who was drawn from it.
+
+Pure: uniforms and noise are arguments. Knows nothing of sessions, stops or randomness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +27,23 @@ import numpy.typing as npt
 from outrider.sampling.support import Support
 
 Floats = npt.NDArray[np.float64]
+# Standard Gumbel noise, float64 [n], of token ids int64 [n] at a draft position of the block.
+Noise = Callable[[int, npt.NDArray[np.int64]], Floats]
 
 
 @dataclass(frozen=True)
 class Evidence:
     """The target's reply for a block of γ draft tokens.
 
-    `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ];
-    `samples` γ + 1 token ids: outside the support at i < γ, from all tokens at γ.
+    `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ]; `samples` γ + 1 token
+    ids: outside the support at i < γ, from all tokens at γ. `tail_logprobs` float64 [γ]: log p of
+    the samples at i < γ, -inf where nothing is outside; rounded to float32 they move a
+    distribution by at most 2**-24 times its entropy in nats, about as its rounded probabilities do.
     """
 
     target_probs: Sequence[Floats]
     tail_mass: Floats
+    tail_logprobs: Floats
     samples: Sequence[int]
 
 
@@ -55,22 +68,21 @@ def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verd
     return Verdict(num_accepted, samples[num_accepted])
 
 
-def _recover(support: Support, evidence: Evidence, i: int, reach: float, uniform: float) -> int:
-    """One draw from max(reach * target - draft, 0), normalised, at draft position i."""
-    target_probs = evidence.target_probs[i]
+def _recover(support: Support, evidence: Evidence, i: int, reach: float, noise: Noise) -> int:
+    """One draw from max(reach * target - draft, 0), normalised, at draft position i.
+
+    By Gumbel-max: the argmax of log weight + noise has the law of the weights.
+    """
+    target_probs, tail = evidence.target_probs[i], float(evidence.tail_logprobs[i])
     residual = np.maximum(reach * target_probs - support.probs, 0.0)
-    tail = reach * float(evidence.tail_mass[i])
-    if tail == 0.0 and not residual.any():
+    if tail == -math.inf and not residual.any():
         # Draft and target agree but for rounding, which alone has rejected: any law between
         # the two is right, and there is no sample outside the support.
         residual = target_probs
-    point = uniform * (float(residual.sum()) + tail)
-    if point < tail:
-        return evidence.samples[i]
-    index = int(np.searchsorted(np.cumsum(residual), point - tail, side="right"))
-    # Rounding may carry the point past the end: the last token with any mass is meant.
-    last = int(np.flatnonzero(residual)[-1]) if residual.any() else -1
-    return int(support.token_ids[min(index, last)]) if last >= 0 else evidence.samples[i]
+    token_ids = np.append(support.token_ids, evidence.samples[i])
+    with np.errstate(divide="ignore"):
+        log_weights = np.append(np.log(residual), math.log(reach) + tail)
+    return int(token_ids[np.argmax(log_weights + noise(i, token_ids))])
 
 
 def verify_tokens(
@@ -78,18 +90,18 @@ def verify_tokens(
     supports: Sequence[Support],
     evidence: Evidence,
     accept_uniforms: Sequence[float] | Floats,
-    recover_uniforms: Sequence[float] | Floats,
+    noise: Noise,
 ) -> Verdict:
     """Speculative sampling, token by token (Leviathan et al. 2023, Theorem 1; Chen et al. 2023).
 
-    Uniforms: one per draft position each, in [0, 1).
+    `accept_uniforms` in [0, 1): one per draft position. `noise`: as the samples were drawn with.
     """
     for i, (token_id, support) in enumerate(zip(draft_token_ids, supports, strict=True)):
         target_probs = evidence.target_probs[i]
         index = support.index_of(token_id)
         if accept_uniforms[i] * support.probs[index] < target_probs[index]:
             continue
-        return Verdict(i, _recover(support, evidence, i, 1.0, recover_uniforms[i]))
+        return Verdict(i, _recover(support, evidence, i, 1.0, noise))
     return Verdict(len(draft_token_ids), evidence.samples[len(draft_token_ids)])
 
 
@@ -98,7 +110,7 @@ def verify_block(
     supports: Sequence[Support],
     evidence: Evidence,
     accept_uniforms: Sequence[float] | Floats,
-    recover_uniforms: Sequence[float] | Floats,
+    noise: Noise,
 ) -> Verdict:
     """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): never accepts less.
 
@@ -120,4 +132,4 @@ def verify_block(
     if num_accepted == gamma:
         return Verdict(gamma, evidence.samples[gamma])
     i = num_accepted
-    return Verdict(i, _recover(supports[i], evidence, i, reach_accepted, recover_uniforms[i]))
+    return Verdict(i, _recover(supports[i], evidence, i, reach_accepted, noise))

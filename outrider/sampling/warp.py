@@ -1,11 +1,14 @@
 """From logits to the distribution that is sampled, in vLLM's order.
 
-allowed tokens · logit bias · min_tokens · penalties (`adjust`), then temperature · min_p · top_k ·
-top_p (`warp`). Array-API functions: numpy or torch, any device. Knows nothing of sampling, drafts
-or sessions: a row is a row.
+allowed tokens · logit bias · min_tokens · penalties, then temperature · min_p · top_k · top_p
+(`warp`). A cut is a floor: the least logit that is kept. Array-API functions: numpy or torch, any
+device. Knows nothing of sampling, drafts or sessions: a row is a row.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
 
 from array_api_compat import array_namespace
 
@@ -13,26 +16,46 @@ from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Array
 
 
+class Penalties(Protocol):
+    """Numbers, as in `SamplingParams`, or arrays of them."""
+
+    @property
+    def presence_penalty(self) -> Any: ...
+
+    @property
+    def frequency_penalty(self) -> Any: ...
+
+    @property
+    def repetition_penalty(self) -> Any: ...
+
+
+class Cuts(NamedTuple):
+    """What is kept of each row, arrays [n, 1]. `top_k` int64: 0 or less keeps all tokens."""
+
+    log_min_p: Array
+    top_k: Array
+    top_p: Array
+
+
 def needs_adjustment(params: SamplingParams) -> bool:
     """Whether `adjust` would change anything (min_tokens is the caller's, by position)."""
     return bool(params.penalises or params.logit_bias or params.allowed_token_ids)
 
 
-def penalise(logits: Array, output_counts: Array, seen: Array, params: SamplingParams) -> Array:
+def penalise(logits: Array, output_counts: Array, seen: Array, penalties: Penalties) -> Array:
     """Penalties for repetition, frequency and presence.
 
-    `logits` [n, vocab]; `output_counts` [n, vocab], how often each token stands in the output
-    before the row's position; `seen` bool [n, vocab], whether it stands in prompt or output.
+    `logits`; `output_counts`, how often each token stands in the output before the row's position;
+    `seen` bool, whether it stands in prompt or output: one shape, that of `penalties` or wider.
     Repetition: Keskar et al. 2019 (arXiv 1909.05858); the others as OpenAI defines them.
     """
     xp = array_namespace(logits)
-    repetition = params.repetition_penalty
-    if repetition != 1.0:
-        weakened = xp.where(logits > 0, logits / repetition, logits * repetition)
-        logits = xp.where(seen, weakened, logits)
+    repetition = penalties.repetition_penalty
+    weakened = xp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = xp.where(seen, weakened, logits)
     counts = xp.astype(output_counts, logits.dtype)
-    logits = logits - params.frequency_penalty * counts
-    return logits - params.presence_penalty * xp.astype(output_counts > 0, logits.dtype)
+    logits = logits - penalties.frequency_penalty * counts
+    return logits - penalties.presence_penalty * xp.astype(output_counts > 0, logits.dtype)
 
 
 def log_softmax(logits: Array) -> Array:
@@ -43,30 +66,71 @@ def log_softmax(logits: Array) -> Array:
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 
 
+def cuts_off(params: SamplingParams) -> bool:
+    """Whether min_p, top_k or top_p may rule tokens out."""
+    return params.min_p > 0 or params.top_k > 0 or params.top_p < 1
+
+
+def log_min_p(params: SamplingParams) -> float:
+    """min_p as a floor of scaled logits."""
+    return math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+def limit_floor(ordered: Array, cuts: Cuts) -> Array:
+    """The least logit that min_p and top_k keep, float64 [n, 1]; -inf for all of them.
+
+    `ordered` float64 [n, m]: each row's greatest m scaled logits (`scale`), falling, with m at
+    least every top_k that is less than the vocabulary's size.
+    """
+    xp = array_namespace(ordered)
+    column = xp.clip(cuts.top_k, 1, ordered.shape[-1]) - 1
+    kth = xp.take_along_axis(ordered, column, axis=-1)
+    is_limited = (cuts.top_k > 0) & (cuts.top_k <= ordered.shape[-1])
+    return xp.where(is_limited, xp.maximum(kth, cuts.log_min_p), cuts.log_min_p)
+
+
+def nucleus_floor(ordered: Array, floor: Array, mass: Array, cuts: Cuts) -> tuple[Array, Array]:
+    """The least logit that top_p keeps as well, float64 [n, 1]; and whether m logits tell, bool.
+
+    `floor` from `limit_floor`; `mass` float64 [n, 1], the sum of exp of the row's logits from it
+    up. Too few are `ordered` if the nucleus does not end among them.
+    """
+    xp = array_namespace(ordered)
+    kept = ordered >= floor
+    probs = xp.where(kept, xp.exp(ordered), xp.zeros_like(ordered)) / mass
+    through = xp.cumulative_sum(probs, axis=-1)
+    is_inside = (through - probs < cuts.top_p) & kept
+    num_inside = xp.sum(xp.astype(is_inside, xp.int64), axis=-1, keepdims=True)
+    last = xp.take_along_axis(ordered, xp.clip(num_inside - 1, 0, ordered.shape[-1]), axis=-1)
+    ends = (through[:, -1:] >= cuts.top_p) | (ordered[:, -1:] <= floor)
+    limits = cuts.top_p < 1
+    return xp.where(limits, xp.maximum(last, floor), floor), ends | ~limits
+
+
+def scale(logits: Array, temperature: Array) -> Array:
+    """Float64 [n, vocab], divided by `temperature` (a number or [n, 1], > 0), the greatest 0."""
+    xp = array_namespace(logits)
+    scaled = xp.astype(logits, xp.float64) / temperature
+    return scaled - xp.max(scaled, axis=-1, keepdims=True)
+
+
 def warp(logits: Array, params: SamplingParams) -> Array:
     """Log-probabilities float64 [n, vocab] after temperature, min_p, top_k and top_p.
 
     Tokens cut off have -inf. At equal logits a cut keeps all of them. Temperature must be > 0.
     """
     xp = array_namespace(logits)
-    minus_inf = xp.asarray(-float("inf"), dtype=xp.float64)
-    if hasattr(logits, "device") and minus_inf.device != logits.device:
-        minus_inf = xp.asarray(minus_inf, device=logits.device)
-    logits = xp.astype(logits, xp.float64) / params.temperature
-    logits = logits - xp.max(logits, axis=-1, keepdims=True)
-    if params.min_p > 0:
-        floor = xp.log(xp.asarray(params.min_p, dtype=xp.float64))
-        logits = xp.where(logits >= float(floor), logits, minus_inf)
-    vocab_size = logits.shape[-1]
-    limits_k = 0 < params.top_k < vocab_size
-    if limits_k or params.top_p < 1:
+    logits = scale(logits, params.temperature)
+    if cuts_off(params):
         ordered = xp.sort(logits, axis=-1, descending=True)
-        last = ordered[:, params.top_k - 1 : params.top_k] if limits_k else ordered[:, -1:]
-        if params.top_p < 1:
-            probs = xp.exp(xp.where(ordered >= last, ordered, minus_inf))
-            probs = probs / xp.sum(probs, axis=-1, keepdims=True)
-            before = xp.cumulative_sum(probs, axis=-1) - probs
-            num_kept = xp.sum(xp.astype(before < params.top_p, xp.int64), axis=-1, keepdims=True)
-            last = xp.take_along_axis(ordered, num_kept - 1, axis=-1)
-        logits = xp.where(logits >= last, logits, minus_inf)
+        like = ordered[:, :1]
+        cuts = Cuts(
+            xp.full_like(like, log_min_p(params)),
+            xp.full_like(like, params.top_k, dtype=xp.int64),
+            xp.full_like(like, params.top_p),
+        )
+        floor = limit_floor(ordered, cuts)
+        kept = xp.where(ordered >= floor, xp.exp(ordered), xp.zeros_like(ordered))
+        floor, _ = nucleus_floor(ordered, floor, xp.sum(kept, axis=-1, keepdims=True), cuts)
+        logits = xp.where(logits >= floor, logits, xp.full_like(logits, -math.inf))
     return logits - xp.log(xp.sum(xp.exp(logits), axis=-1, keepdims=True))

@@ -10,7 +10,7 @@ from typing import Protocol
 import structlog
 
 from outrider.config import ModelServiceConfig
-from outrider.engine import DeviceThread, Engine
+from outrider.engine import DeviceThread, ServedEngine
 from outrider.server import Server
 from outrider.serving.loading import load_served_engine
 from outrider.v1 import model_pb2
@@ -22,7 +22,9 @@ STOP_POLL_S = 0.05
 
 
 class Running(Protocol):
-    """A mounted service: `run` is its only task."""
+    """A mounted service: `prepare` before it serves, then `run` is its only task."""
+
+    async def prepare(self, budget_s: float) -> None: ...
 
     @property
     def is_idle(self) -> bool: ...
@@ -31,7 +33,7 @@ class Running(Protocol):
 
 
 # Builds the service around the loaded engine and adds its servicer to the server.
-Mount = Callable[[Engine, model_pb2.ModelInfo, DeviceThread, Server], Running]
+Mount = Callable[[ServedEngine, model_pb2.ModelInfo, DeviceThread, Server], Running]
 
 
 async def _stop(server: Server, service: Running) -> None:
@@ -59,6 +61,7 @@ async def model_serving(
         await server.start(config.host, config.port)
         engine, model = await device.run(load_served_engine, config)
         service = mount(engine, model, device, server)
+        await service.prepare(config.calibration_s)
         async with asyncio.TaskGroup() as tasks:
             stepping = tasks.create_task(service.run(), name=service_name)
             await server.set_serving(True)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from outrider.config import ModelServiceConfig
-from outrider.engine import Engine, EngineInfo, EngineOptions, load_engine
+from outrider.config import DraftConfig, ModelServiceConfig
+from outrider.engine import EngineInfo, EngineOptions, ServedEngine, load_engine
+from outrider.engine.simulated import SimulatedEngine
+from outrider.simulation import Simulation
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2
 
 
 def load_served_engine(
     config: ModelServiceConfig,
-) -> tuple[Engine, model_pb2.ModelInfo]:
+) -> tuple[ServedEngine, model_pb2.ModelInfo]:
     """Loads the model and its tokenizer's fingerprint; on the device thread. Raises ConfigError."""
+    if config.simulate is not None:
+        simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
+        simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
+        return simulated, _model_info(simulated.info, None, config.max_gamma)
     engine = load_engine(
         EngineOptions(
             model=config.model,
@@ -23,6 +29,8 @@ def load_served_engine(
             kv_cache_tokens=config.kv_cache_tokens,
             num_threads=config.num_threads,
             prepack=config.prepack,
+            attention_backend=config.attention_backend,
+            cuda_graphs=config.cuda_graphs,
             inflate_parameters=config.inflate_parameters,
         )
     )

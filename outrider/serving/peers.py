@@ -11,11 +11,13 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from outrider.costs import CostReport
 from outrider.rpc import translated
 from outrider.serving.scheduler import GenerationKey, Keyed, Scheduler
 from outrider.streams import Outbox, StreamCall
+from outrider.wire import costs_to_proto
 
-Command = TypeVar("Command")
+Command = TypeVar("Command", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
 Frame = Any
 
@@ -43,19 +45,26 @@ async def serve_stream(
     context: grpc.aio.ServicerContext[Any, Any],
     to_frame: Callable[[Sequence[Result]], Frame],
     close: Callable[[GenerationKey], Command],
+    costs: Callable[[], CostReport],
 ) -> None:
     """Reads and writes independently: reading a frame never waits for a step.
 
-    `close` makes the command that frees a generation, for those open when the stream ends.
+    `close` makes the command that frees a generation, for those open when the stream ends; `costs`
+    are told with the frame after each change.
     """
 
     async def read(frame: Frame) -> None:
         await scheduler.submit(peer.commands(frame))
 
     scheduler.attach(peer.id, peer)
+    told = costs()  # with the model's description, before the stream
     try:
         async with translated(context), StreamCall(frames, read, peer.outbox):
             async for results in peer.outbox.batches():
-                await context.write(to_frame(results))
+                frame = to_frame(results)
+                if (report := costs()) is not told:
+                    told = report
+                    frame.costs.CopyFrom(costs_to_proto(report))
+                await context.write(frame)
     finally:
         scheduler.detach(peer.id, [close(key) for key in peer.open_keys])

@@ -1,14 +1,16 @@
 """Continuous batching, for both tiers: commands gather while a step runs; the next takes them all.
 
-No timers: the batch is whatever has gathered. Owns the hand-over between event loop and device
-thread and the routing of results to the streams they belong to. Knows neither protobuf nor what a
-step does; lives on the event loop.
+The batch is whatever has gathered; a service may wait a moment for those it has just answered. Owns
+the hand-over between event loop and device thread and the routing of results to the streams they
+belong to. Knows neither protobuf nor what a step does; lives on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -16,6 +18,8 @@ from outrider.engine.device_thread import DeviceThread
 
 # How often an idle service looks for what it kept too long.
 TIDY_INTERVAL_S = 5.0
+# However long a step: those who wait for their draft do not come back at once.
+MAX_REJOIN_S = 0.005
 # A stream that has more than this waiting is not read further: gRPC's flow control takes over.
 MAX_PENDING_COMMANDS = 16_384
 
@@ -33,7 +37,7 @@ class Keyed(Protocol):
     def key(self) -> GenerationKey: ...
 
 
-Command = TypeVar("Command")
+Command = TypeVar("Command", bound=Keyed)
 CommandIn = TypeVar("CommandIn", contravariant=True)
 Result = TypeVar("Result", bound=Keyed)
 ResultOut = TypeVar("ResultOut", bound=Keyed, covariant=True)
@@ -51,8 +55,16 @@ class Worker(Protocol[CommandIn, ResultOut]):
     def num_open(self) -> int:
         """Generations that are open."""
 
-    def step(self, commands: Sequence[CommandIn]) -> Sequence[ResultOut]:
-        """Applies the commands in order, does one batch of work. Raises for none of them."""
+    def prepare(self, budget_s: float) -> None:
+        """Before the first step; takes about so long."""
+
+    def step(
+        self, commands: Sequence[CommandIn], is_interrupted: Callable[[], bool]
+    ) -> Sequence[ResultOut]:
+        """Applies the commands in order, works until there are results. Raises for none of them.
+
+        Returns after the batch under way once `is_interrupted`, which any thread may call.
+        """
 
     def tidy(self) -> None:
         """For idle moments."""
@@ -67,8 +79,16 @@ class Peer(Protocol[ResultIn]):
 class Scheduler(Generic[Command, Result]):
     """One per service; `run` is its only task."""
 
-    def __init__(self, worker: Worker[Command, Result], device: DeviceThread) -> None:
+    def __init__(
+        self, worker: Worker[Command, Result], device: DeviceThread, *, rejoin_share: float = 0.0
+    ) -> None:
+        """`rejoin_share` of a step is waited at most for those it answered to be back.
+
+        For a service whose generations ask again at once. A step that left without them would take
+        the others alone, and they the next: two cohorts for ever, and twice the steps.
+        """
         self._worker = worker
+        self._rejoin_share = rejoin_share
         self._device = device
         self._pending: list[Command] = []
         self._peers: dict[int, Peer[Result]] = {}
@@ -97,6 +117,10 @@ class Scheduler(Generic[Command, Result]):
         """Nothing waits, and no generation is open."""
         return not (self._pending or self._worker.has_work or self._worker.num_open)
 
+    async def prepare(self, budget_s: float) -> None:
+        """To be awaited before `run`; takes about so long."""
+        await self._device.run(self._worker.prepare, budget_s)
+
     async def run(self) -> None:
         """Steps while there is work; ends by cancellation."""
         while True:
@@ -105,7 +129,23 @@ class Scheduler(Generic[Command, Result]):
             commands, self._pending = self._pending, []
             self._wake.clear()
             self._taken.set()
-            self._deliver(await self._device.run(self._worker.step, commands))
+            started_at = time.monotonic()
+            results = await self._device.run(self._worker.step, commands, self._has_news)
+            self._deliver(results)
+            if results and self._rejoin_share:
+                step_s = time.monotonic() - started_at
+                await self._rejoined({result.key for result in results}, step_s)
+
+    async def _rejoined(self, answered: set[GenerationKey], step_s: float) -> None:
+        """Returns when all of them have asked again or ended, or it would cost too much."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(self._rejoin_share * step_s, MAX_REJOIN_S)):
+                while not answered <= {command.key for command in self._pending}:
+                    self._wake.clear()
+                    await self._wake.wait()
+
+    def _has_news(self) -> bool:
+        return bool(self._pending)
 
     async def _idle(self) -> None:
         while not self._wake.is_set():

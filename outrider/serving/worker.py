@@ -8,14 +8,15 @@ no streams and no protobuf; every method is called on the device thread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import structlog
 
-from outrider.engine import Engine
+from outrider.engine import Append, ServedEngine
 from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
 from outrider.serving.commands import Failure, FailureReason, ServiceStatistics
+from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey, Keyed
 from outrider.serving.sessions import Live, SessionTable
 
@@ -37,30 +38,59 @@ Work = TypeVar("Work", bound=Keyed)
 class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     """`State` is what the service hangs on a generation, `Work` a generation's part of a batch."""
 
-    def __init__(self, engine: Engine, idle_session_ttl_s: float) -> None:
+    def __init__(
+        self, engine: ServedEngine, *, max_step_tokens: int, idle_session_ttl_s: float
+    ) -> None:
         self._engine = engine
         self._table: SessionTable[State] = SessionTable(engine.store, idle_session_ttl_s)
+        self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
+        self.costs = StepCosts()
+
+    def prepare(self, budget_s: float) -> None:
+        """Measures what passes cost, before anything is served."""
+        self.costs.calibrate(self._engine, self._max_step_tokens, budget_s)
+
+    def _observe(self, appends: Sequence[Append], seconds: float) -> None:
+        num_tokens = sum(len(append.token_ids) for append in appends)
+        self.costs.observe(num_tokens, len(appends), seconds)
 
     @property
     def num_open(self) -> int:
         return self._table.num_live
 
-    def step(self, commands: Sequence[CommandType]) -> list[Result | Failure]:
-        """Applies the commands in order, does one batch of work; what is done, or has failed."""
+    def step(
+        self, commands: Sequence[CommandType], is_interrupted: Callable[[], bool]
+    ) -> list[Result | Failure]:
+        """Applies the commands in order, then works until there is something to tell.
+
+        Ends after the batch under way when `is_interrupted`: new commands have come.
+        """
         results: list[Result | Failure] = []
         for command in commands:
             try:
                 results += self._execute(command)
             except Exception as error:
                 results.append(self._failed(command.key, error))
+        while self.has_work and not results:
+            results += self._batch()
+            if is_interrupted():
+                break
+        return results
+
+    def _batch(self) -> list[Result | Failure]:
         work = self._gather()
         if not work:
-            return results
+            return []
         try:
-            return results + self._advance(work)
+            return self._advance(work)
         except Exception as error:
-            return results + [self._failed(part.key, error) for part in work]
+            return [self._failed(key, error) for key in dict.fromkeys(part.key for part in work)]
+
+    @property
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether a batch would do something."""
 
     def tidy(self) -> None:
         """Frees what was kept too long and checks the KV accounting; for idle moments."""
@@ -94,10 +124,16 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     ) -> tuple[Live[State] | None, list[Failure]]:
         """As SessionTable.open; without room None, and the displaced one is told all the same."""
         failures = self._take_over(session_id, epoch)
-        try:
-            return self._table.open(session_id, epoch, kept_epoch, max_len, state), failures
-        except KVFull as error:
-            return None, [*failures, self._failed(state.key, error)]
+        while True:
+            try:
+                return self._table.open(session_id, epoch, kept_epoch, max_len, state), failures
+            except KVFull as error:
+                if not self._make_room():
+                    return None, [*failures, self._failed(state.key, error)]
+
+    def _make_room(self) -> bool:
+        """Frees KV that no session needs; whether there was any."""
+        return False
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
@@ -113,7 +149,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return Failure(key, reason, detail)
 
     @abstractmethod
-    def _execute(self, command: CommandType) -> Sequence[Failure]:
+    def _execute(self, command: CommandType) -> Sequence[Result | Failure]:
         """Applies one command; failures of other generations are returned, its own raised."""
 
     @abstractmethod

@@ -14,12 +14,14 @@ class DraftServiceGetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DraftServiceGetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "load")
+    __slots__ = ("model", "load", "costs")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelInfo
     load: DraftLoad
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ...) -> None: ...
+    costs: _model_pb2.StepCosts
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
 
 class DraftLoad(_message.Message):
     __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total")
@@ -50,7 +52,7 @@ class ProposeRequest(_message.Message):
     def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size")
+    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +64,8 @@ class DraftOpen(_message.Message):
     GAMMA_FIELD_NUMBER: _ClassVar[int]
     LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    FAN_OUT_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     session_id: str
     epoch: int
@@ -73,23 +77,23 @@ class DraftOpen(_message.Message):
     gamma: int
     lookahead: int
     vocab_size: int
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    ahead_gamma: int
+    fan_out: int
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ahead_gamma: _Optional[int] = ..., fan_out: _Optional[int] = ...) -> None: ...
 
 class DraftCommit(_message.Message):
-    __slots__ = ("generation_id", "parent", "num_accepted", "next_token", "committed_len", "gamma")
+    __slots__ = ("generation_id", "token_ids", "committed_len", "gamma", "ahead_gamma")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
-    PARENT_FIELD_NUMBER: _ClassVar[int]
-    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
-    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
     GAMMA_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_GAMMA_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
-    parent: int
-    num_accepted: int
-    next_token: int
+    token_ids: bytes
     committed_len: int
     gamma: int
-    def __init__(self, generation_id: _Optional[int] = ..., parent: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., committed_len: _Optional[int] = ..., gamma: _Optional[int] = ...) -> None: ...
+    ahead_gamma: int
+    def __init__(self, generation_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., committed_len: _Optional[int] = ..., gamma: _Optional[int] = ..., ahead_gamma: _Optional[int] = ...) -> None: ...
 
 class DraftClose(_message.Message):
     __slots__ = ("generation_id", "keep")
@@ -100,36 +104,32 @@ class DraftClose(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class ProposeResponse(_message.Message):
-    __slots__ = ("proposals", "errors")
+    __slots__ = ("proposals", "errors", "costs")
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
     errors: _containers.RepeatedCompositeFieldContainer[DraftLost]
-    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ...) -> None: ...
+    costs: _model_pb2.StepCosts
+    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
 
 class Proposal(_message.Message):
-    __slots__ = ("generation_id", "id", "parent", "num_accepted", "next_token", "base_len", "token_ids", "support_sizes", "support_ids", "support_probs")
+    __slots__ = ("generation_id", "assumed_token_ids", "base_len", "token_ids", "support_sizes", "support_ids", "support_probs")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
-    ID_FIELD_NUMBER: _ClassVar[int]
-    PARENT_FIELD_NUMBER: _ClassVar[int]
-    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
-    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ASSUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BASE_LEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_SIZES_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_IDS_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
-    id: int
-    parent: int
-    num_accepted: int
-    next_token: int
+    assumed_token_ids: bytes
     base_len: int
     token_ids: bytes
     support_sizes: bytes
     support_ids: bytes
     support_probs: bytes
-    def __init__(self, generation_id: _Optional[int] = ..., id: _Optional[int] = ..., parent: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., support_sizes: _Optional[bytes] = ..., support_ids: _Optional[bytes] = ..., support_probs: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, generation_id: _Optional[int] = ..., assumed_token_ids: _Optional[bytes] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., support_sizes: _Optional[bytes] = ..., support_ids: _Optional[bytes] = ..., support_probs: _Optional[bytes] = ...) -> None: ...
 
 class DraftLost(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")

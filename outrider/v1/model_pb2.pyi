@@ -33,3 +33,15 @@ class ModelInfo(_message.Message):
     kv_capacity_tokens: int
     max_gamma: int
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ...) -> None: ...
+
+class StepCosts(_message.Message):
+    __slots__ = ("num_tokens", "step_s", "row_s", "mean_num_rows")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_S_FIELD_NUMBER: _ClassVar[int]
+    MEAN_NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    step_s: _containers.RepeatedScalarFieldContainer[float]
+    row_s: float
+    mean_num_rows: float
+    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., row_s: _Optional[float] = ..., mean_num_rows: _Optional[float] = ...) -> None: ...

@@ -54,7 +54,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead")
+    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead", "fan_out")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_SESSION_FIELD_NUMBER: _ClassVar[int]
     LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    FAN_OUT_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     chat: ChatMessages
@@ -73,7 +74,8 @@ class GenerateRequest(_message.Message):
     session_id: str
     create_session: bool
     lookahead: int
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ...) -> None: ...
+    fan_out: int
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ..., fan_out: _Optional[int] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -134,7 +136,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits", "num_rejected_tokens")
+    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits", "num_rejected_tokens", "num_rounds_per_gamma", "target_step_s", "verify_s", "draft_wait_s", "decision")
     NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +153,11 @@ class SpeculationStats(_message.Message):
     TARGET_WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_LOOKAHEAD_HITS_FIELD_NUMBER: _ClassVar[int]
     NUM_REJECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROUNDS_PER_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    TARGET_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
@@ -167,7 +174,40 @@ class SpeculationStats(_message.Message):
     target_wire_bytes: int
     num_lookahead_hits: int
     num_rejected_tokens: int
-    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ...) -> None: ...
+    num_rounds_per_gamma: _containers.RepeatedScalarFieldContainer[int]
+    target_step_s: float
+    verify_s: float
+    draft_wait_s: float
+    decision: GammaDecision
+    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ..., num_rounds_per_gamma: _Optional[_Iterable[int]] = ..., target_step_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., draft_wait_s: _Optional[float] = ..., decision: _Optional[_Union[GammaDecision, _Mapping]] = ...) -> None: ...
+
+class GammaDecision(_message.Message):
+    __slots__ = ("gamma", "waiting_gamma", "is_fixed", "survival", "target_step_s", "mean_num_rows", "draft_step_s", "draft_overhead_s", "target_overhead_s", "lookahead_hit_rate", "tokens_per_s", "waiting_tokens_per_s")
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
+    WAITING_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    IS_FIXED_FIELD_NUMBER: _ClassVar[int]
+    SURVIVAL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    MEAN_NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_OVERHEAD_S_FIELD_NUMBER: _ClassVar[int]
+    TARGET_OVERHEAD_S_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_HIT_RATE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    gamma: int
+    waiting_gamma: int
+    is_fixed: bool
+    survival: _containers.RepeatedScalarFieldContainer[float]
+    target_step_s: _containers.RepeatedScalarFieldContainer[float]
+    mean_num_rows: float
+    draft_step_s: float
+    draft_overhead_s: float
+    target_overhead_s: float
+    lookahead_hit_rate: float
+    tokens_per_s: _containers.RepeatedScalarFieldContainer[float]
+    waiting_tokens_per_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, gamma: _Optional[int] = ..., waiting_gamma: _Optional[int] = ..., is_fixed: bool = ..., survival: _Optional[_Iterable[float]] = ..., target_step_s: _Optional[_Iterable[float]] = ..., mean_num_rows: _Optional[float] = ..., draft_step_s: _Optional[float] = ..., draft_overhead_s: _Optional[float] = ..., target_overhead_s: _Optional[float] = ..., lookahead_hit_rate: _Optional[float] = ..., tokens_per_s: _Optional[_Iterable[float]] = ..., waiting_tokens_per_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)

@@ -14,12 +14,14 @@ class TargetServiceGetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TargetServiceGetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "load")
+    __slots__ = ("model", "load", "costs")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelInfo
     load: TargetLoad
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[TargetLoad, _Mapping]] = ...) -> None: ...
+    costs: _model_pb2.StepCosts
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[TargetLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
 
 class TargetLoad(_message.Message):
     __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_waiting_rows", "num_steps_total", "num_rows_total", "num_tokens_total", "num_prefill_tokens_total")
@@ -100,15 +102,17 @@ class TargetClose(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("results", "errors")
+    __slots__ = ("results", "errors", "costs")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[VerifyResult]
     errors: _containers.RepeatedCompositeFieldContainer[RowError]
-    def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ...) -> None: ...
+    costs: _model_pb2.StepCosts
+    def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs")
+    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +121,8 @@ class VerifyResult(_message.Message):
     SAMPLE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    TAIL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     support_probs: bytes
     tail_mass: bytes
@@ -125,7 +131,9 @@ class VerifyResult(_message.Message):
     sample_logprobs: bytes
     top_ids: bytes
     top_logprobs: bytes
-    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
+    step_s: float
+    tail_logprobs: bytes
+    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")

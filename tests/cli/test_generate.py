@@ -51,7 +51,9 @@ def test_json_is_the_whole_result(endpoint: str) -> None:
 def test_plain_output_is_the_text_alone(endpoint: str) -> None:
     """The summary goes to standard error; `-` reads the prompt from standard input."""
     text = result("generate", *PROMPT, "--endpoint", endpoint)["text"]
-    piped = run("generate", "-", *PROMPT[1:], "--endpoint", endpoint, stdin="the quick")
+    piped = run(
+        "generate", "-", *PROMPT[1:], "--gamma=3", "--endpoint", endpoint, stdin="the quick"
+    )
     assert piped.stdout == text
     assert "tokens/s" in piped.stderr
     assert "α" in piped.stderr

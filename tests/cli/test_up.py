@@ -120,9 +120,39 @@ def test_a_port_in_use() -> None:
     assert "loading" not in ended.stdout
 
 
+def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
+    """No model is loaded; drafts come from afar, and change no token."""
+    flags = ("--simulate-target=step_ms=5", "--simulate-draft=step_ms=0.5,survival=0.9")
+    with up(*flags, "--draft-delay-ms=20", f"--log-dir={tmp_path}") as started:
+        children = descendants(started.process.pid)
+        assert len(children) == 4, children
+        question = ["--token-ids=1,2,3", "--endpoint", started.endpoint, "--json"]
+        question += ["--max-tokens=48"]
+        drafted = json.loads(run("generate", *question, "--gamma=4").stdout)
+        plain = json.loads(run("generate", *question, "--gamma=0").stdout)
+        assert drafted["token_ids"] == plain["token_ids"]
+        assert drafted["speculation"]["num_accepted_tokens"] > 0
+        assert started.signal(signal.SIGINT) == 0
+        wait_until_dead(children, timeout_s=0.5)
+
+
+def test_a_simulated_target_alone(tmp_path: Path) -> None:
+    """Without a draft of any kind: the quickstart one would guess at random."""
+    with up("--simulate-target=step_ms=1", f"--log-dir={tmp_path}") as started:
+        assert len(descendants(started.process.pid)) == 3
+        question = ["--token-ids=1,2,3", "--endpoint", started.endpoint, "--json"]
+        answered = json.loads(run("generate", *question, "--max-tokens=8").stdout)
+        assert answered["origins"] == ["plain"] * 8
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--inflate=lots", "--inflate: 'lots'"), ("--port=70000", "port: 70000 is not in")],
+    [
+        ("--inflate=lots", "--inflate: 'lots'"),
+        ("--port=70000", "port: 70000 is not in"),
+        ("--simulate-draft=step_ms=1", "--simulate-draft: needs --simulate-target"),
+        ("--simulate-target=step_ms=-1", "simulate: step_ms: '-1' is not 0 to 60000 milliseconds"),
+    ],
 )
 def test_wrong_flags(flag: str, words: str) -> None:
     """Exit 2 and the flag's name, before anything is started."""

@@ -26,7 +26,10 @@ from tests.e2e.traffic import (
     COUPLED,
     PLAIN,
     REJECTION,
+    SETTINGS,
     assert_speculated,
+    check_setting,
+    far_target,
     generate_all,
     prompt_of,
 )
@@ -34,7 +37,6 @@ from tests.stack import KV_TOKENS, Output, Stack, request, running_stack
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
 _NUM_TOKENS = 20
-_GAMMAS = range(9)
 
 _SAMPLINGS: list[Sampling] = [
     {"temperature": 0.7, "seed": 11},
@@ -52,28 +54,33 @@ def _call(
     return {"prompt": prompt, "sampling": given, "verification": COUPLED, **fields}
 
 
-async def test_no_setting_changes_a_token(tiny_pair: TinyPair, redis: str) -> None:
-    """γ 0 to 8, look-ahead off and on; alone, among few, and with 15 others."""
+@pytest.mark.timeout(150)
+async def test_no_setting_changes_a_token(
+    tiny_pair: TinyPair, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every γ, look-ahead and fan-out; alone, and with 15 others of other settings."""
+    far_target(monkeypatch, 0.003)
     prompts = [prompt_of(3 + 5 * i) for i in range(len(_SAMPLINGS))]
     asked = list(zip(prompts, _SAMPLINGS, strict=True))
-    outputs: list[Output] = []
+    outputs: list[list[Output]] = [[] for _ in asked]
     async with running_stack(tiny_pair.target, tiny_pair.draft, redis) as stack:
-        for gamma in _GAMMAS:
-            for lookahead in (0, 1):
-                how = {"gamma": gamma, "lookahead": lookahead}
-                calls = [_call(prompt, sampling, **how) for prompt, sampling in asked]
-                for i in range(12 if (gamma + lookahead) % 2 else 0):
-                    other = {"temperature": 1.0, "seed": 1000 * gamma + i}
-                    calls.append(_call(prompt_of(1 + 4 * i + gamma), other, gamma=(gamma + i) % 9))
-                together = await generate_all(stack, calls)
-                alone = await stack.generate(**calls[gamma % len(asked)])
-                assert alone.token_ids == together[gamma % len(asked)].token_ids
-                outputs += together[: len(asked)]
-    for i, (prompt, sampling) in enumerate(asked):
-        theirs = outputs[i :: len(asked)]
+        for start in range(0, len(SETTINGS), 12):
+            calls = []
+            for i in range(16):  # each asked for four times at once
+                prompt, sampling = asked[i % len(asked)]
+                how = SETTINGS[(start + i + i // len(asked)) % len(SETTINGS)]
+                calls.append(_call(prompt, sampling, **how))
+            for i, output in enumerate(await generate_all(stack, calls)):
+                outputs[i % len(asked)].append(output)
+        for number, how in enumerate(SETTINGS):
+            prompt, sampling = asked[number % len(asked)]
+            output = await stack.generate(**_call(prompt, sampling, **how))
+            check_setting(how, output)
+            outputs[number % len(asked)].append(output)
+    for (prompt, sampling), theirs in zip(asked, outputs, strict=True):
         assert {tuple(output.token_ids) for output in theirs} == {tuple(theirs[0].token_ids)}
         assert_seeded(tiny_pair.reference, prompt, theirs[0].token_ids, sampling)
-    assert_speculated(outputs)
+        assert_speculated(theirs)
 
 
 @pytest.mark.parametrize("case", CASES)

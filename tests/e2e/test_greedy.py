@@ -11,17 +11,18 @@ import pytest
 from tests.e2e.reference import Reference, assert_greedy
 from tests.e2e.traffic import (
     LENGTH,
+    SETTINGS,
     STOP,
     assert_speculated,
+    check_setting,
+    far_target,
     generate_all,
-    num_drafted,
     prompt_of,
 )
 from tests.stack import Output, running_stack
 from tests.tiny_models import FAMILIES, make_tiny_draft, make_tiny_model
 
 _GAMMAS = (0, 1, 3, 5, 8)
-_SETTINGS = [(gamma, ahead) for gamma in _GAMMAS for ahead in (0, 1) if gamma or not ahead]
 _NUM_TOKENS = 20
 # Prompts beyond it go in chunks; shorter than the packed rows of a few sessions.
 _CHUNK = 24
@@ -33,6 +34,10 @@ _NOISE = 0.05
 def _call(prompt: list[int], gamma: int, lookahead: int, num_tokens: int) -> dict[str, Any]:
     sampling = {"temperature": 0.0, "max_tokens": num_tokens}
     return {"prompt": prompt, "sampling": sampling, "gamma": gamma, "lookahead": lookahead}
+
+
+def _how(prompt: list[int], how: dict[str, int], num_tokens: int) -> dict[str, Any]:
+    return {"prompt": prompt, "sampling": {"temperature": 0.0, "max_tokens": num_tokens}, **how}
 
 
 def _check(
@@ -66,8 +71,12 @@ async def test_every_family_alone_and_in_a_crowd(family: str, tmp_path: Path, re
                 assert_speculated(outputs)
 
 
-async def test_every_gamma_and_lookahead(tmp_path: Path, redis: str) -> None:
-    """16 sessions of ragged prompts at a time, then each setting alone."""
+@pytest.mark.timeout(150)
+async def test_every_gamma_lookahead_and_fan_out(
+    tmp_path: Path, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 sessions of ragged prompts at a time, each with a setting of its own; then each alone."""
+    far_target(monkeypatch, 0.005)
     target = make_tiny_model("llama", tmp_path / "target")
     draft = make_tiny_draft(target, tmp_path / "draft", noise=_NOISE)
     reference = Reference(target)
@@ -75,18 +84,25 @@ async def test_every_gamma_and_lookahead(tmp_path: Path, redis: str) -> None:
     async with running_stack(
         target, draft, redis, target_settings={"max_step_tokens": _CHUNK}
     ) as stack:
-        for gamma, lookahead in _SETTINGS:
-            calls = [_call(prompt, gamma, lookahead, _NUM_TOKENS) for prompt in prompts]
+        num_hits = 0
+        # Ever another setting meets a prompt: 16 and their number have no common factor.
+        for start in range(0, len(SETTINGS), 8):
+            crowd = [SETTINGS[(start + i) % len(SETTINGS)] for i in range(len(prompts))]
+            calls = [
+                _how(prompt, how, _NUM_TOKENS) for prompt, how in zip(prompts, crowd, strict=True)
+            ]
             outputs = await generate_all(stack, calls)
-            outputs.append(await stack.generate(**calls[5]))
-            for prompt, output in zip([*prompts, prompts[5]], outputs, strict=True):
+            for prompt, how, output in zip(prompts, crowd, outputs, strict=True):
                 _check(reference, prompt, output)
-            hits = sum(output.speculation.num_lookahead_hits for output in outputs)
-            if gamma:
-                assert_speculated(outputs)
-                assert lookahead or not hits
-            else:
-                assert num_drafted(outputs) == (0, 0)
+                check_setting(how, output)
+            assert_speculated(outputs)
+            num_hits += sum(output.speculation.num_lookahead_hits for output in outputs)
+        assert num_hits > 20
+        for i, how in enumerate(SETTINGS):
+            prompt = prompts[i % len(prompts)]
+            output = await stack.generate(**_how(prompt, how, _NUM_TOKENS // 2))
+            _check(reference, prompt, output, _NUM_TOKENS // 2)
+            check_setting(how, output)
 
 
 @pytest.mark.parametrize(("vocab_size", "draft_vocab_size"), [(300, 256), (256, 300)])

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.request import Limits, parse_request
+from outrider.errors import InvalidRequest
 from outrider.v1 import orchestrator_pb2
 from tests.e2e.byte_tokenizer import EOS, LONGER, text_of
 from tests.e2e.pairs import TextPair
@@ -29,9 +31,11 @@ from tests.e2e.traffic import (
     generate_all,
     num_drafted,
 )
-from tests.stack import Output, running_stack
+from tests.stack import Output, request, running_stack
 
 _NUM_TOKENS = 40
+# The services' own limit where nothing else is set.
+MAX_GAMMA = 16
 # 你 and é in bytes and in pieces, what stop strings are made of, and EOS.
 _ALLOWED = [*b"abc th", *"你é".encode(), *range(256, 256 + len(LONGER)), EOS]
 _ab, _half = 256 + LONGER.index(b"ab"), 256 + LONGER.index(b"c\xe4")
@@ -109,8 +113,18 @@ def _assert_statistics_agree(output: Output) -> None:
     assert sum(stats.num_accepted_tokens_per_pos) == stats.num_accepted_tokens
     per_pos = list(stats.num_accepted_tokens_per_pos)
     assert per_pos == sorted(per_pos, reverse=True)
-    assert len(per_pos) <= stats.gamma
-    assert stats.num_accepted_tokens <= stats.num_draft_tokens <= stats.gamma * stats.num_drafts
+    most = stats.gamma if stats.HasField("gamma") else MAX_GAMMA
+    assert len(per_pos) <= most
+    assert stats.num_accepted_tokens <= stats.num_draft_tokens <= most * stats.num_drafts
+    rounds = list(enumerate(stats.num_rounds_per_gamma))
+    assert sum(count for _, count in rounds) == stats.num_rounds - 1
+    assert sum(count for gamma, count in rounds if gamma) == stats.num_drafts
+    assert sum(gamma * count for gamma, count in rounds) == stats.num_draft_tokens
+    # A decision where a draft may be used.
+    assert stats.HasField("decision") == (not stats.HasField("gamma") or stats.gamma > 0)
+    assert stats.decision.is_fixed == (stats.gamma > 0)
+    assert 0 <= stats.target_step_s <= stats.verify_s
+    assert 0 <= stats.draft_wait_s <= stats.duration_s
     # A round emits at most one token that is not accepted; only a stop leaves it out.
     last_was_accepted = output.origins[-1] == ACCEPTED
     assert count[RECOVERED] + count[BONUS] == stats.num_drafts - last_was_accepted
@@ -138,14 +152,19 @@ def _assert_text_ends(output: Output) -> None:
 
 @pytest.mark.parametrize("case", _CASES)
 async def test_a_field_means_the_same(case: str, text_pair: TextPair, redis: str) -> None:
-    """Greedy, and sampled by `coupled`: speculated in two ways, and plain."""
+    """Greedy, and sampled by `coupled`: speculated in three ways, and plain."""
     base = {"max_tokens": _NUM_TOKENS, **_CASES[case]}
     asked = [
         (prompt, base | {"temperature": temperature, "seed": seed})
         for prompt in _PROMPTS
         for temperature, seed in ((0.0, 0), (1.0, 1), (0.8, 2))
     ]
-    ways = ({"gamma": 0}, {"gamma": 4, "lookahead": 1}, {"gamma": 6, "lookahead": 0})
+    ways: tuple[dict[str, int], ...] = (
+        {"gamma": 0},
+        {"gamma": 4, "lookahead": 1, "fan_out": 1},
+        {"gamma": 6, "lookahead": 0},
+        {"lookahead": 2, "fan_out": 16},
+    )
     calls = [
         {"prompt": prompt, "sampling": sampling, "verification": COUPLED, **way}
         for prompt, sampling in asked
@@ -240,3 +259,54 @@ async def test_an_unset_seed_is_drawn_and_reported(text_pair: TextPair, redis: s
     assert len({tuple(output.token_ids) for output in drawn}) == 3
     for one, other in zip(drawn, again, strict=True):
         assert one.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+async def test_who_chooses_gamma(has_draft: bool, text_pair: TextPair, redis: str) -> None:
+    """The request, else the server's setting, else the policy; said in result and model info."""
+    sampling: Sampling = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+    draft = text_pair.draft if has_draft else None
+    for own in (None, 3):
+        async with running_stack(text_pair.target, draft, redis, gamma=own) as stack:
+            info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
+            assert (info.default_gamma if info.HasField("default_gamma") else None) == own
+            for asked in (None, 0, 2, MAX_GAMMA):
+                fields = {} if asked is None else {"gamma": asked}
+                stats = (await stack.generate([1, 2, 3], sampling=sampling, **fields)).speculation
+                fixed = own if asked is None else asked
+                assert stats.HasField("gamma") == (fixed is not None)
+                assert stats.gamma == (fixed or 0)
+                assert stats.HasField("decision") == (has_draft and fixed != 0)
+                assert stats.decision.is_fixed == (has_draft and bool(fixed))
+                if stats.HasField("decision"):
+                    assert len(stats.decision.survival) == MAX_GAMMA
+                    assert len(stats.decision.tokens_per_s) == MAX_GAMMA + 1
+                    assert stats.decision.gamma >= stats.decision.waiting_gamma
+                if fixed and has_draft:
+                    assert stats.decision.gamma == fixed
+                    assert max(g for g, n in enumerate(stats.num_rounds_per_gamma) if n) <= fixed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("gamma", 17), ("lookahead", 5), ("fan_out", 0), ("fan_out", 65), ("fan_out", 2**32 - 1)],
+)
+async def test_drafting_out_of_range_is_refused_by_name(field: str, value: int) -> None:
+    limits = Limits(
+        vocab_size=256,
+        max_context_len=512,
+        eos_token_ids=(),
+        gamma=None,
+        max_gamma=MAX_GAMMA,
+        lookahead=2,
+        fan_out=16,
+        default_max_tokens=16,
+    )
+    with pytest.raises(InvalidRequest) as refused:
+        parse_request(request([1, 2], **{field: value}), limits, None)
+    assert refused.value.field == field
+    largest = {"gamma": 16, "lookahead": 4, "fan_out": 64}
+    asked = parse_request(request([1, 2], **largest), limits, None)
+    assert (asked.gamma, asked.lookahead, asked.fan_out) == (16, 4, 64)
+    unset = parse_request(request([1, 2]), limits, None)
+    assert (unset.gamma, unset.lookahead, unset.fan_out) == (None, 2, 16)

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
+import orchestrator.draft_link
+import orchestrator.target_link
+from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.target_link import TargetHandle
+from outrider.costs import CostReport
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.stack import Output, Stack
 
@@ -22,6 +28,32 @@ PLAIN = orchestrator_pb2.TOKEN_ORIGIN_PLAIN
 
 STOP = orchestrator_pb2.FINISH_REASON_STOP
 LENGTH = orchestrator_pb2.FINISH_REASON_LENGTH
+
+# How drafts may be asked for: every γ, chosen and fixed, with look-ahead and fan-out of each kind.
+SETTINGS: list[dict[str, int]] = [
+    {"lookahead": lookahead, "fan_out": fan_out} | ({} if gamma is None else {"gamma": gamma})
+    for gamma in (None, 0, 1, 3, 5, 8, 16)
+    for lookahead, fan_out in ((0, 1), (1, 1), (1, 16), (2, 4), (4, 16))
+]
+
+
+def far_target(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    """Its verdicts take so much longer, and passes are said to be long, whatever they hold.
+
+    So a few draft tokens are worth while, and there is time to draft ahead.
+    """
+    target, draft = CostReport((1, 256), (0.05, 0.051)), CostReport((1,), (0.012,))
+    monkeypatch.setattr(orchestrator.target_link, "costs_from_proto", lambda _: target)
+    monkeypatch.setattr(orchestrator.draft_link, "costs_from_proto", lambda _: draft)
+    reply = TargetHandle.reply
+
+    async def late_reply(
+        self: TargetHandle, proposal: Proposal | None, timeout_s: float
+    ) -> TargetReply:
+        await asyncio.sleep(delay_s)
+        return await reply(self, proposal, timeout_s)
+
+    monkeypatch.setattr(TargetHandle, "reply", late_reply)
 
 
 async def generate_all(
@@ -53,3 +85,23 @@ def assert_speculated(outputs: Sequence[Output]) -> None:
     """Drafts were used, and were rejected too: else nothing was tested."""
     drafted, accepted = num_drafted(outputs)
     assert 0 < accepted < drafted, f"{accepted} of {drafted} draft tokens accepted"
+
+
+def check_setting(how: dict[str, int], output: Output) -> None:
+    """That the output was made as was asked, as far as its statistics tell."""
+    stats, gamma = output.speculation, how.get("gamma")
+    assert stats.HasField("gamma") == (gamma is not None)
+    assert stats.HasField("decision") == (gamma != 0)
+    assert stats.decision.is_fixed == bool(gamma)
+    assert sum(stats.num_rounds_per_gamma) == stats.num_rounds - 1
+    by_gamma = list(enumerate(stats.num_rounds_per_gamma))
+    assert sum(gamma * count for gamma, count in by_gamma) == stats.num_draft_tokens
+    assert sum(count for gamma, count in by_gamma if gamma) == stats.num_drafts
+    assert 0 < stats.target_step_s <= stats.verify_s
+    if gamma is not None:
+        assert len(stats.num_rounds_per_gamma) <= gamma + 1
+        assert stats.gamma == gamma
+    if gamma == 0:
+        assert stats.num_drafts == stats.draft_wire_bytes == stats.draft_wait_s == 0
+    if gamma is not None and not how["lookahead"]:
+        assert stats.num_lookahead_hits == 0

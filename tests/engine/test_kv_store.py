@@ -99,6 +99,39 @@ def test_fork_shares_full_pages_only() -> None:
     store.check_integrity()
 
 
+@pytest.mark.parametrize("length", [0, 5, 16, 33, 40])
+def test_fork_of_the_first_tokens(length: int) -> None:
+    store = make_store(16)
+    parent = store.open(64)
+    append(store, parent, list(range(1, 41)))
+    used = store.used_tokens
+    child = store.fork(parent, 50, length=length)
+    assert contents(store, child) == list(range(1, length + 1))
+    assert store.used_tokens - used == (4 - length // PAGE_SIZE) * PAGE_SIZE
+    append(store, child, [200])
+    append(store, parent, [100])
+    assert contents(store, child) == [*range(1, length + 1), 200]
+    assert contents(store, parent) == [*range(1, 41), 100]
+    store.truncate(parent, 3)
+    append(store, parent, [300] * 20)
+    assert contents(store, child) == [*range(1, length + 1), 200]
+    store.check_integrity()
+
+
+def test_a_fork_of_a_fork_begins_with_the_same_rows() -> None:
+    store = make_store(16)
+    parent = store.open(64)
+    append(store, parent, list(range(1, 41)))
+    child = store.fork(parent, 64)
+    append(store, child, [100] * 10)
+    grandchild = store.fork(child, 64, length=49)
+    assert parent.first_row == child.first_row == grandchild.first_row
+    assert (parent.num_leading, child.num_leading, grandchild.num_leading) == (4, 2, 2)
+    store.free(child)
+    assert contents(store, grandchild) == [*range(1, 41), *[100] * 9]
+    store.check_integrity()
+
+
 @pytest.mark.parametrize("writer", ["parent", "child"])
 def test_rewriting_a_shared_page_is_not_seen_by_the_other(writer: str) -> None:
     store = make_store(16)
@@ -137,8 +170,9 @@ def test_misuse_is_refused() -> None:
             store.truncate(sequence, length)
     with pytest.raises(ValueError, match="max_len"):
         store.open(0)
-    with pytest.raises(ValueError, match="fork"):
-        store.fork(sequence, 2)
+    for max_len, length in ((2, None), (2, 3), (20, 4), (20, -1)):
+        with pytest.raises(ValueError, match="fork"):
+            store.fork(sequence, max_len, length=length)
     with pytest.raises(ValueError, match="not open in this store"):
         other.free(sequence)
     store.free(sequence)

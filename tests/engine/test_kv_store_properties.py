@@ -83,13 +83,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.used_tokens <= used
 
     @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), more=st.integers(1, 40))
-    def fork(self, index: int, more: int) -> None:
+    @rule(index=st.integers(0, 9), more=st.integers(1, 40), part=st.none() | st.floats(0, 1))
+    def fork(self, index: int, more: int, part: float | None) -> None:
         sequence = self.pick(index)
         before = self.snapshot()
+        length = None if part is None else int(part * sequence.length)
         try:
-            child = self.store.fork(sequence, sequence.length + more)
-            self.held[child] = list(self.held[sequence])
+            child = self.store.fork(sequence, sequence.length + more, length=length)
+            self.held[child] = self.held[sequence][:length]
         except KVFull:
             assert self.snapshot() == before
 

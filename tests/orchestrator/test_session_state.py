@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from orchestrator.blocks import Outcome, Proposal, TargetReply
+from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.session import Commitment, Finish, FinishReason, GenerationState, TokenOrigin
 from orchestrator.text import TextStream
 from outrider.errors import InternalError
@@ -45,28 +45,29 @@ def rounds(tokens: st.SearchStrategy[int], max_gamma: int = 5) -> st.SearchStrat
 
 
 def proposal_and_reply(
-    number: int, made: Round, base_len: int
+    made: Round, base_len: int
 ) -> tuple[Proposal | None, TargetReply, list[int]]:
     """And the tokens that the round is bound to bring, stops apart."""
     gamma, num_right = len(made.drafts), made.num_right
     samples = list(made.samples)
     nothing = np.zeros(0)
     if not gamma:
-        return None, TargetReply(samples, [nothing], nothing), samples[:1]
+        return None, TargetReply(samples, [nothing], nothing, nothing), samples[:1]
     if made.with_supports:  # p(x) of a right one is 1, of a wrong one 0: all is outside
         supports = tuple(Support(np.array([d], np.int64), np.ones(1)) for d in made.drafts)
         probs = [np.array([float(i < num_right)]) for i in range(gamma)]
         tail = np.array([float(i >= num_right) for i in range(gamma)])
         for i in range(num_right, gamma):  # drawn from outside the support
             samples[i] = samples[i] if samples[i] != made.drafts[i] else (samples[i] + 1) % 8
-        reply = TargetReply(samples, probs, tail)
-        proposal = Proposal(number, Outcome(0, 0, 0), base_len, made.drafts, supports)
+        with np.errstate(divide="ignore"):
+            reply = TargetReply(samples, probs, tail, np.log(tail))
+        proposal = Proposal(base_len, made.drafts, supports)
         return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
     samples[:num_right] = made.drafts[:num_right]
     while num_right < gamma and samples[num_right] == made.drafts[num_right]:
         num_right += 1
-    proposal = Proposal(number, Outcome(0, 0, 0), base_len, made.drafts, None)
-    reply = TargetReply(samples, [nothing], nothing)
+    proposal = Proposal(base_len, made.drafts, None)
+    reply = TargetReply(samples, [nothing], nothing, nothing)
     return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
 
 
@@ -114,11 +115,11 @@ def test_outputs_end_where_a_reading_token_by_token_would(
     state = state_of(params)
     output: list[int] = []
     commitments: list[Commitment] = []
-    for number, one in enumerate(made, start=1):
+    for one in made:
         room = state.max_draft_tokens
         assert room == max_tokens - len(output) - 1 >= 0
         base_len = state.committed_len
-        proposal, reply, brought = proposal_and_reply(number, _cut(one, room), base_len)
+        proposal, reply, brought = proposal_and_reply(_cut(one, room), base_len)
         finish = None
         emitted: list[int] = []
         for token_id in brought:
@@ -132,13 +133,12 @@ def test_outputs_end_where_a_reading_token_by_token_would(
         assert [token.token_id for token in commitment.tokens] == emitted
         assert commitment.finish == state.finish == finish
         assert state.token_ids == PROMPT + output
-        # What the draft is told: so many of the proposal, then the last token.
-        number_told, num_accepted, next_token = commitment.outcome
-        assert number_told == (number if proposal else 0)
-        assert (num_accepted, next_token) == (len(emitted) - 1, emitted[-1])
         drafts = proposal.token_ids if proposal else ()
         assert tuple(emitted[:-1]) == drafts[: len(emitted) - 1], "of the proposal"
-        assert base_len + num_accepted + 1 == state.committed_len
+        assert base_len + len(emitted) == state.committed_len
+        # The target holds the keys and values of so many more tokens that stand.
+        assert commitment.num_accepted_tokens in (len(emitted) - 1, len(emitted))
+        assert commitment.is_rejected == (commitment.tokens[-1].origin is TokenOrigin.RECOVERED)
         _check_origins(commitment, drafts, brought)
         if finish is not None:
             with pytest.raises(InternalError):
@@ -177,6 +177,9 @@ def _check_counts(state: GenerationState, commitments: list[Commitment]) -> None
     assert counts.num_accepted_tokens == sum(counts.num_accepted_per_pos)
     assert counts.num_accepted_per_pos == sorted(counts.num_accepted_per_pos, reverse=True)
     assert len(counts.num_accepted_per_pos) == max((c.num_draft_tokens for c in drafted), default=0)
+    by_gamma = [c.num_draft_tokens for c in commitments[1:]]
+    expected = [by_gamma.count(gamma) for gamma in range(max(by_gamma, default=-1) + 1)]
+    assert counts.num_rounds_per_gamma == expected, "the prompt's round is not among them"
     emitted = [token for c in commitments for token in c.tokens]
     assert state.num_output_tokens == len(emitted)
     others = sum(token.origin is not TokenOrigin.ACCEPTED for token in emitted)
@@ -224,7 +227,7 @@ def test_text_is_cut_at_stop_strings(
             False,
         )
         proposal, reply, _ = proposal_and_reply(
-            number, _cut(named, state.max_draft_tokens), state.committed_len
+            _cut(named, state.max_draft_tokens), state.committed_len
         )
         commitment = state.commit(proposal, reply)
         if commitment.finish is None and number == cancelled_after:

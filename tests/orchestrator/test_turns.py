@@ -1,4 +1,4 @@
-"""What a turn's prompt is made of, and how long a round waits for the draft. Pure."""
+"""What a turn's prompt is made of. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 
 from orchestrator.conversation import build_turn
-from orchestrator.patience import Patience
 from orchestrator.request import GenerationRequest
 from orchestrator.store import Counters, SessionRecord
 from outrider.errors import InvalidRequest
@@ -28,27 +27,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = Tokenizer.load(str(directory))
     assert tokenizer is not None
     return tokenizer
-
-
-@given(
-    gamma=st.integers(0, 16),
-    events=st.lists(st.tuples(st.floats(1e-4, 10.0), st.integers(0, 16))),
-)
-def test_patience_is_bounded_by_what_waiting_has_brought(
-    gamma: int, events: list[tuple[float, int]]
-) -> None:
-    patience, longest, most = Patience(gamma), 0.0, gamma / 2
-    assert patience.wait_s == 0.0, "nothing is known yet"
-    for duration_s, num_accepted in events:
-        patience.saw_round(duration_s)
-        patience.saw_proposal(num_accepted)
-        longest, most = max(longest, duration_s), max(most, num_accepted)
-        assert 0.0 < patience.wait_s <= max(most, 0.25) * longest * (1 + 1e-9)
-    for _ in range(60):
-        patience.saw_round(0.01)
-        patience.saw_proposal(0)
-    assert patience.wait_s == pytest.approx(0.25 * 0.01, rel=1e-3), "a little is left"
-    assert Patience(gamma, 0.5).wait_s == 0.5
 
 
 def _record(token_ids: Sequence[int], messages: Sequence[dict[str, str]] = ()) -> SessionRecord:
@@ -74,7 +52,9 @@ def _asked(**given: Any) -> GenerationRequest:
         max_tokens=None,
         verification=Verification.REJECTION,
         gamma=4,
+        max_gamma=16,
         lookahead=1,
+        fan_out=4,
         session_id="s",
         create_session=True,
         **fields,

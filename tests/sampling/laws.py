@@ -1,12 +1,15 @@
 """Laws of small models by exhaustive enumeration: nothing here knows how verification decides.
 
 A case is a pair of tables, context -> distribution. `emitted_law` runs the function under test at
-a representative of every cell of its uniforms, and finds the cells by bisecting its answers.
+a representative of every cell of its accept uniforms, and finds the cells by bisecting its answers.
+What it does with Gumbel noise is measured the same way: the weights that it adds the noise to are
+where its answers flip, and by the Gumbel-max theorem they are the law.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Verdict
+from outrider.sampling.verify import Evidence, Noise, Verdict
+
+from .cells import cells
 
 Floats = npt.NDArray[np.float64]
 Context = tuple[int, ...]
-Verify = Callable[
-    [Sequence[int], Sequence[Support], Evidence, Sequence[float], Sequence[float]], Verdict
-]
+Verify = Callable[[Sequence[int], Sequence[Support], Evidence, Sequence[float], Noise], Verdict]
 
 # Stands for a draw outside a support that leaves nothing outside: must never be emitted.
 NO_TOKEN = -1
 
-_GRID = np.linspace(0.0, 1.0 - 2.0**-53, 6).tolist()
-_NARROWEST = 2.0**-58
+# Noise of tokens that are to lose, and more than the log of any ratio of two weights that occur.
+_LOST, _WIDEST = -1e6, 1e3
+_GUMBELS = np.random.default_rng(3).gumbel(size=(3, 16))
 
 
 @dataclass(frozen=True)
@@ -116,17 +120,22 @@ def emitted_law(verify: Verify, case: Case) -> tuple[Floats, float]:
     return law, mean_accepted
 
 
+def law_error(verify: Verify, case: Case) -> float:
+    """The largest difference to the target's law over all sequences of γ + 1 tokens."""
+    law, _ = emitted_law(verify, case)
+    return float(np.abs(law - target_law(case)).max())
+
+
 def mean_accepted(verify: Verify, case: Case) -> float:
     """The mean number of accepted draft tokens, over drafts and accept uniforms only."""
     mean = 0.0
-    recover = [0.5] * case.gamma
     for draft_tokens, chance in _drafts(case):
         supports, evidence = _evidence(case, draft_tokens, [0] * (case.gamma + 1))
 
         block = (draft_tokens, supports, evidence)
 
         def count(point: Sequence[float], block: Any = block) -> int:
-            return verify(*block, point, recover).num_accepted
+            return verify(*block, point, silence).num_accepted
 
         for volume, point in cells(count, case.gamma):
             mean += chance * volume * count(point)
@@ -144,6 +153,11 @@ def _drafts(case: Case) -> Iterator[tuple[Context, float]]:
     yield from paths
 
 
+def silence(position: int, token_ids: npt.NDArray[np.int64]) -> Floats:
+    """No noise: what is recovered is the likeliest, and does not matter."""
+    return np.zeros(len(token_ids))
+
+
 def _evidence(
     case: Case, draft_tokens: Context, samples: Sequence[int]
 ) -> tuple[list[Support], Evidence]:
@@ -151,7 +165,12 @@ def _evidence(
     rows = [case.target[draft_tokens[:i]] for i in range(case.gamma)]
     on_support = [row[s.token_ids] for row, s in zip(rows, supports, strict=True)]
     tail = [np.delete(row, s.token_ids).sum() for row, s in zip(rows, supports, strict=True)]
-    return supports, Evidence(on_support, np.array(tail), samples)
+    with np.errstate(divide="ignore"):
+        of_samples = [
+            -math.inf if mass == 0 else float(np.log(row[sample]))
+            for row, mass, sample in zip(rows, tail, samples, strict=False)
+        ]
+    return supports, Evidence(on_support, np.array(tail), np.array(of_samples), samples)
 
 
 def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, float]]]:
@@ -172,82 +191,69 @@ def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, floa
 
 def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[Verdict, float]:
     laws = _sample_laws(case, draft_tokens)
-    assignments = [
-        (tuple(token for token, _ in draws), float(np.prod([chance for _, chance in draws])))
-        for draws in itertools.product(*laws)
-    ]
-
-    def with_samples(samples: Sequence[int]) -> Callable[[Sequence[float]], Verdict]:
-        supports, evidence = _evidence(case, draft_tokens, samples)
-        gamma = case.gamma
-        return lambda u: verify(draft_tokens, supports, evidence, u[:gamma], u[gamma:])
-
-    boxes = cells(with_samples(assignments[0][0]), 2 * case.gamma)
+    first = [draws[0][0] for draws in laws]
+    block = (draft_tokens, *_evidence(case, draft_tokens, first))
     verdicts: dict[Verdict, float] = {}
-    for samples, chance in assignments:
-        decide = with_samples(samples)
-        for volume, point in boxes:
-            verdict = decide(point)
-            verdicts[verdict] = verdicts.get(verdict, 0.0) + volume * chance
+    for volume, point in cells(lambda u: verify(*block, u, silence).num_accepted, case.gamma):
+        at = verify(*block, point, silence).num_accepted
+        for sample, chance in laws[at]:
+            samples = [*first[:at], sample, *first[at + 1 :]]
+            told = (draft_tokens, *_evidence(case, draft_tokens, samples), point)
+            if at == case.gamma:
+                found = {verify(*told, silence): 1.0}
+            else:
+                outside = math.fsum(
+                    case.target[draft_tokens[:at]][t] for t, _ in laws[at] if t >= 0
+                )
+                found = _recovered(verify, told, at, outside)
+            for verdict, share in found.items():
+                assert verdict.num_accepted == at, "noise must not decide what is accepted"
+                verdicts[verdict] = verdicts.get(verdict, 0.0) + volume * chance * share
     return verdicts
 
 
-def cells(
-    decide: Callable[[Sequence[float]], Any], num_uniforms: int
-) -> list[tuple[float, list[float]]]:
-    """Boxes of the unit cube on which `decide` is constant: their volume and a point of each.
+def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[Verdict, float]:
+    """The law of the verdict given the sample of position `at`, over the noise.
 
-    One uniform after the other is cut where the answers change, given the cells of those before.
+    On the support noise is standard Gumbel. That of the sample is not, for it has won a race: its
+    log p + noise is a Gumbel variable that is shifted by the log of all the mass `outside`.
     """
-    boxes: list[tuple[float, list[float]]] = [(1.0, [])]
-    for i in range(num_uniforms):
-        num_left = num_uniforms - i - 1
-        boxes = [
-            (volume * (high - low), [*head, (low + high) / 2])
-            for volume, head in boxes
-            for low, high in _intervals(decide, head, num_left)
-        ]
-    return boxes
+    support, evidence = told[1][at], told[2]
+    sample, logprob = evidence.samples[at], evidence.tail_logprobs[at]
+    weights = _weights(verify, told, at, [*support.token_ids.tolist(), sample])
+    if sample in weights:
+        weights[sample] *= outside / math.exp(logprob)
+    total = math.fsum(weights.values())
+    return {Verdict(at, token): weight / total for token, weight in weights.items()}
 
 
-def _intervals(
-    decide: Callable[[Sequence[float]], Any], head: list[float], num_left: int
-) -> list[tuple[float, float]]:
-    """Where [0, 1) must be cut, judged at several settings of the uniforms still to come."""
-    probes = _probes(num_left)
+def _weights(verify: Verify, told: Any, at: int, tokens: Sequence[int]) -> dict[int, float]:
+    """What the function adds the noise of position `at` to, up to a common factor; without zeros.
 
-    def answer(value: float, probe: list[float]) -> Any:
-        return decide([*head, value, *probe])
+    Tokens a and b of noise 0 and d change places where d is the log of the ratio of their weights.
+    """
 
-    def cuts(low: float, high: float, at_low: list[Any], at_high: list[Any]) -> list[float]:
-        differing = [j for j in range(len(probes)) if at_low[j] != at_high[j]]
-        if not differing:
-            return []
-        j = differing[0]
-        a, b = low, high
-        while b - a > _NARROWEST:
-            middle = (a + b) / 2
-            if not a < middle < b:
-                break
-            if answer(middle, probes[j]) == at_low[j]:
-                a = middle
+    def winner(noise: Mapping[int, float]) -> int:
+        def of(position: int, token_ids: npt.NDArray[np.int64]) -> Floats:
+            if position != at:
+                return np.zeros(len(token_ids))
+            return np.array([noise.get(token, _LOST) for token in token_ids.tolist()])
+
+        return verify(*told, of).next_token
+
+    possible = [token for token in tokens if winner({token: 0.0}) == token]
+    assert possible, "the noise of the position does not decide"
+    weights = {possible[0]: 1.0}
+    for token in possible[1:]:
+        low, high = -_WIDEST, _WIDEST
+        while low < (middle := (low + high) / 2) < high:
+            if winner({possible[0]: 0.0, token: middle}) == token:
+                high = middle
             else:
-                b = middle
-        at_a = [answer(a, probe) for probe in probes]
-        at_b = [answer(b, probe) for probe in probes]
-        return [*cuts(low, a, at_low, at_a), b, *cuts(b, high, at_b, at_high)]
-
-    answers = [[answer(value, probe) for probe in probes] for value in _GRID]
-    points = [0.0]
-    for i in range(len(_GRID) - 1):
-        points += cuts(_GRID[i], _GRID[i + 1], answers[i], answers[i + 1])
-    points.append(1.0)
-    return list(itertools.pairwise(points))
-
-
-def _probes(num_left: int) -> list[list[float]]:
-    if num_left == 0:
-        return [[]]
-    rng = np.random.default_rng(num_left)
-    edges = [[0.0] * num_left, [1.0 - 2.0**-53] * num_left]
-    return edges + rng.random((2, num_left)).tolist()
+                low = middle
+        weights[token] = math.exp(-high)
+    for draw in _GUMBELS[:, : len(weights)]:  # and all of them together
+        noise = dict(zip(weights, draw.tolist(), strict=True))
+        scores = {token: math.log(weight) + noise[token] for token, weight in weights.items()}
+        assert winner(noise) == max(scores, key=lambda token: scores[token])
+    return weights

@@ -1,12 +1,12 @@
 """Losslessness by enumeration: the law of what is emitted is the target's own within 1e-12.
 
-Every draft, every sample of the target and every cell of the uniforms is enumerated; the cells
-are found by bisecting the function's answers (`laws.py`), so that nothing is taken from its text.
+Every draft, every sample of the target and every cell of the uniforms is enumerated, and the law
+over the noise is computed from the weights it is added to; cells and weights are found by bisecting
+the function's answers (`laws.py`), so that nothing is taken from its text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,19 @@ from outrider.sampling.verify import (
     verify_tokens,
 )
 
-from .laws import NO_TOKEN, Case, Verify, emitted_law, mean_accepted, random_case, target_law
+from .laws import (
+    NO_TOKEN,
+    Case,
+    Verify,
+    emitted_law,
+    law_error,
+    mean_accepted,
+    random_case,
+    silence,
+    target_law,
+)
 
 _EXACT = 1e-12
-_WRONG = 1e-3
 
 _both = pytest.mark.parametrize("verify", [verify_tokens, verify_block], ids=["tokens", "block"])
 
@@ -39,12 +48,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "no tail": {"no_tail": True},
     "no tail, zeros": {"no_tail": True, "target_zeros": 0.3},
 }
-
-
-def law_error(verify: Verify, case: Case) -> float:
-    """The largest difference to the target's law over all sequences of γ + 1 tokens."""
-    law, _ = emitted_law(verify, case)
-    return float(np.abs(law - target_law(case)).max())
 
 
 @_both
@@ -155,89 +158,8 @@ def test_each_token_is_accepted_with_one_minus_tv() -> None:
 @_both
 def test_no_draft_gives_the_targets_token(verify: Verify) -> None:
     """γ = 0 is plain decoding."""
-    assert verify([], [], Evidence([], np.zeros(0), [5]), [], []) == Verdict(0, 5)
-
-
-# Planted bugs: the check above must see them, or it proves nothing.
-
-
-def _recover_with_accept_uniform(verify: Verify) -> Verify:
-    def planted(
-        draft: Sequence[int],
-        supports: Sequence[Support],
-        evidence: Evidence,
-        accept: Sequence[float],
-        recover: Sequence[float],
-    ) -> Verdict:
-        return verify(draft, supports, evidence, accept, accept)
-
-    return planted
-
-
-def _one_accept_uniform_for_all(verify: Verify) -> Verify:
-    def planted(
-        draft: Sequence[int],
-        supports: Sequence[Support],
-        evidence: Evidence,
-        accept: Sequence[float],
-        recover: Sequence[float],
-    ) -> Verdict:
-        return verify(draft, supports, evidence, [accept[0]] * len(draft), recover)
-
-    return planted
-
-
-@pytest.mark.parametrize("plant", [_recover_with_accept_uniform, _one_accept_uniform_for_all])
-@_both
-def test_a_reused_uniform_is_caught(verify: Verify, plant: Any) -> None:
-    """One uniform for accepting and recovering, or for two positions, changes the law visibly."""
-    errors = [law_error(plant(verify), random_case(seed, 3, 2)) for seed in range(12)]
-    assert max(errors) > 5 * _WRONG
-
-
-def _copied_loop(
-    draft: Sequence[int],
-    supports: Sequence[Support],
-    evidence: Evidence,
-    accept: Sequence[float],
-    recover: Sequence[float],
-    bug: str,
-) -> Verdict:
-    """Speculative sampling written out again, with one of the bugs seen in other codebases."""
-    for i, token in enumerate(draft):
-        where = int(np.flatnonzero(supports[i].token_ids == token)[0])
-        p, q = evidence.target_probs[i], supports[i].probs
-        if bug == "at least half" and p[where] >= q[where] / 2:
-            continue
-        if accept[i] < p[where] / q[where]:
-            continue
-        weights = p if bug == "recover from the target" else np.maximum(p - q, 0)
-        tail = 0.0 if bug == "forget the tail" and weights.any() else float(evidence.tail_mass[i])
-        u = accept[i] if bug == "one uniform" else recover[i]
-        point = u * (weights.sum() + tail)
-        for token_id, weight in zip(supports[i].token_ids.tolist(), weights, strict=True):
-            if point < weight:
-                return Verdict(i, token_id)
-            point -= weight
-        return Verdict(i, evidence.samples[i])
-    return Verdict(len(draft), evidence.samples[len(draft)])
-
-
-@pytest.mark.parametrize(
-    "bug", ["one uniform", "recover from the target", "forget the tail", "at least half"]
-)
-def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
-    """An independent copy of the loop passes the check as it is and fails it with each bug."""
-    case = random_case(2, 4, 2)
-
-    def copied(*arguments: Any) -> Verdict:
-        return _copied_loop(*arguments, bug="none")
-
-    def planted(*arguments: Any) -> Verdict:
-        return _copied_loop(*arguments, bug=bug)
-
-    assert law_error(copied, case) < _EXACT
-    assert law_error(planted, case) > _WRONG
+    nothing = np.zeros(0)
+    assert verify([], [], Evidence([], nothing, nothing, [5]), [], silence) == Verdict(0, 5)
 
 
 @_both
@@ -249,8 +171,10 @@ def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -
     """
     weights = np.array([0.6, 0.3, 0.1], np.float32) / np.float32(1.0000002)
     support = Support.normalised(np.array([4, 5, 6]), weights)
-    evidence = Evidence([weights.astype(np.float64)], np.zeros(1), [NO_TOKEN, 4])
-    verdict = verify([4], [support], evidence, [1 - 2.0**-53], [0.5])
+    evidence = Evidence(
+        [weights.astype(np.float64)], np.zeros(1), np.array([-np.inf]), [NO_TOKEN, 4]
+    )
+    verdict = verify([4], [support], evidence, [1 - 2.0**-53], silence)
     emitted = 4 if verdict.num_accepted else verdict.next_token
     assert emitted in (4, 5, 6)
 
@@ -279,10 +203,15 @@ def test_extreme_uniforms_emit_possible_tokens(verify: Verify, uniform: float) -
         sample = int(outside.argmax()) if outside.any() else -1
         bonus = {int(t): int(case.target[(int(t),)].argmax()) for t in support.token_ids}
         for token in support.token_ids.tolist():
+            with np.errstate(divide="ignore"):
+                of_sample = np.log([outside[sample] if sample >= 0 else 0.0])
             evidence = Evidence(
-                [row[support.token_ids]], np.array([outside.sum()]), [sample, bonus[token]]
+                [row[support.token_ids]],
+                np.array([outside.sum()]),
+                of_sample,
+                [sample, bonus[token]],
             )
-            verdict = verify([token], [support], evidence, [uniform], [uniform])
+            verdict = verify([token], [support], evidence, [uniform], silence)
             first = token if verdict.num_accepted else verdict.next_token
             assert first >= 0
             assert row[first] > 0

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.sampling.params import SamplingParams
-from outrider.sampling.warp import log_softmax, needs_adjustment, penalise, warp
+from outrider.sampling.warp import (
+    Cuts,
+    limit_floor,
+    log_softmax,
+    needs_adjustment,
+    nucleus_floor,
+    penalise,
+    scale,
+    warp,
+)
 
 Floats = npt.NDArray[Any]
 
@@ -130,6 +139,31 @@ def test_a_top_k_of_all_tokens_keeps_all(top_k: int) -> None:
     """-1, 0, the vocabulary's size and more limit nothing."""
     logits = np.array([[3.0, 1.0, 2.0, 0.0]])
     assert np.abs(warp(logits, SamplingParams(top_k=top_k)) - log_softmax(logits)).max() < 1e-15
+
+
+def test_the_head_of_a_row_tells_its_floor_or_says_not() -> None:
+    """From its greatest m logits alone: the whole row's floor, wherever that is among them."""
+    logits = scale(np.random.default_rng(2).normal(0, 3, (200, 40)).round(1), 1.0)
+    ordered = -np.sort(-logits, -1)
+    rng = np.random.default_rng(3)
+    cuts = Cuts(
+        np.log(rng.choice([1e-9, 0.05, 0.5], (200, 1))),
+        rng.choice([0, 1, 4, 20, 99], (200, 1)),
+        rng.choice([0.3, 0.9, 0.999, 1.0], (200, 1)),
+    )
+    limits = limit_floor(ordered, cuts)
+    mass = np.where(logits >= limits, np.exp(logits), 0.0).sum(-1, keepdims=True)
+    floors, is_told = nucleus_floor(ordered, limits, mass, cuts)
+    for num in (4, 10, 30):
+        head = ordered[:, :num]
+        told_rows = (cuts.top_k <= num) | (cuts.top_k > 40)
+        head_limits = limit_floor(head, cuts)
+        assert (head_limits == limits)[told_rows].all()
+        head_floors, is_told = nucleus_floor(head, head_limits, mass, cuts)
+        assert (head_floors == floors)[is_told & told_rows].all()
+        assert is_told.mean() > 0.3
+        missing = (cuts.top_p < 1) & (floors < head[:, -1:]) & told_rows
+        assert not is_told[missing].any()
 
 
 def test_ties_are_kept_together() -> None:

@@ -82,7 +82,11 @@ async def both_tiers(
         target = await stack.enter_async_context(
             target_service.service.serving(
                 TargetConfig(
-                    model=str(pair.target), port=0, kv_cache_tokens=target_kv, **target_settings
+                    model=str(pair.target),
+                    port=0,
+                    kv_cache_tokens=target_kv,
+                    calibration_s=0.0,
+                    **target_settings,
                 )
             )
         )
@@ -90,7 +94,12 @@ async def both_tiers(
         if draft_kv is not None:
             draft = await stack.enter_async_context(
                 draft_service.service.serving(
-                    DraftConfig(model=str(pair.draft), port=0, kv_cache_tokens=draft_kv)
+                    DraftConfig(
+                        model=str(pair.draft),
+                        port=0,
+                        kv_cache_tokens=draft_kv,
+                        calibration_s=0.0,
+                    )
                 )
             )
         yield Tiers(target, draft)

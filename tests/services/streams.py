@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from outrider.v1 import draft_pb2, sampling_pb2, target_pb2
+from outrider.v1 import draft_pb2, model_pb2, sampling_pb2, target_pb2
 from outrider.wire import UINT16, UINT32, pack, unpack
 
 ANSWER_TIMEOUT_S = 10.0
+# The tokens that a model says after these, so many.
+Truth = Callable[[Sequence[int], int], list[int]]
 
 
 def ids(values: Sequence[int]) -> bytes:
@@ -52,7 +54,7 @@ def row(
 
 
 def draft_open(generation_id: int, context: Sequence[int], **fields: Any) -> draft_pb2.DraftOpen:
-    """Greedy, four tokens a proposal, sequential, room for 200 tokens."""
+    """Greedy, four tokens a block, sequential, room for 200 tokens; quiet until a commit."""
     given = {
         "session_id": f"session-{generation_id}",
         "epoch": 1,
@@ -60,21 +62,39 @@ def draft_open(generation_id: int, context: Sequence[int], **fields: Any) -> dra
         "prompt_len": len(context),
         "max_len": 200,
         "sampling": sampling_pb2.SamplingParams(temperature=0, ignore_eos=True),
-        "gamma": 4,
+        "gamma": 0,
+        "ahead_gamma": 4,
+        "fan_out": 1,
         "vocab_size": 256,
         **fields,
     }
     return draft_pb2.DraftOpen(generation_id=generation_id, **given)
 
 
+def draft_commit(
+    generation_id: int, token_ids: Sequence[int] | bytes, committed_len: int, **fields: int
+) -> draft_pb2.DraftCommit:
+    """`committed_len` with them; four draft tokens wanted, and four in blocks ahead."""
+    return draft_pb2.DraftCommit(
+        generation_id=generation_id,
+        token_ids=token_ids if isinstance(token_ids, bytes) else ids(token_ids),
+        committed_len=committed_len,
+        **{"gamma": 4, "ahead_gamma": 4, **fields},
+    )
+
+
 class Stream:
-    """A raw bidirectional call. `answer` hands out what came for a generation, in order."""
+    """A raw bidirectional call. `answer` hands out what came for a generation, in order.
+
+    `costs` are those told last.
+    """
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self._writing = asyncio.Lock()
         self._news = asyncio.Condition()
         self._answers: dict[int, list[Any]] = {}
+        self.costs: model_pb2.StepCosts | None = None
 
     async def write(self, frame: Any) -> None:
         async with self._writing:  # two writes at a time break the call
@@ -82,8 +102,9 @@ class Stream:
 
     async def listen(self) -> None:
         async for frame in self._call:
-            fields = [values for _, values in frame.ListFields()]
+            fields = [values for field, values in frame.ListFields() if field.name != "costs"]
             async with self._news:
+                self.costs = frame.costs if frame.HasField("costs") else self.costs
                 for answer in (answer for values in fields for answer in values):
                     self._answers.setdefault(answer.generation_id, []).append(answer)
                 self._news.notify_all()
@@ -148,4 +169,47 @@ class Decoding:
 
     async def run(self, num_tokens: int) -> None:
         while len(self.output) < num_tokens:
+            await self.step()
+
+
+class Following:
+    """One generation by hand: rounds that accept all, some or none of a proposal."""
+
+    def __init__(self, stream: Stream, generation_id: int, prompt: list[int], truth: Truth):
+        self._stream = stream
+        self._id = generation_id
+        self._chance = random.Random(generation_id)
+        self._truth = truth
+        self.committed = list(prompt)
+        self._proposals: list[draft_pb2.Proposal] = []
+
+    async def step(self) -> None:
+        """The rest of a proposal that is not used up is what the next round goes on with."""
+        drafts = self._rest()
+        new = drafts[: self._chance.randrange(len(drafts) + 1)]
+        likely = self._truth(self.committed + new, 1)[0]
+        new.append(likely if self._chance.random() < 0.7 else (likely + 1) % 256)
+        self.committed += new
+        message = draft_commit(self._id, new, len(self.committed))
+        await self._stream.write(draft_pb2.ProposeRequest(commits=[message]))
+        while not (drafts := self._rest()):
+            answer = await self._stream.answer(self._id)
+            assert isinstance(answer, draft_pb2.Proposal), answer
+            self._proposals.append(answer)
+        assert drafts == self._truth(self.committed, len(drafts))
+
+    def _rest(self) -> list[int]:
+        """The longest of what is proposed for exactly what is committed."""
+        return max((self._rest_of(proposal) for proposal in self._proposals), key=len, default=[])
+
+    def _rest_of(self, proposal: draft_pb2.Proposal) -> list[int]:
+        assumed = numbers(proposal.assumed_token_ids)
+        start, drafts = proposal.base_len - len(assumed), numbers(proposal.token_ids)
+        assert 1 <= len(drafts) <= 4
+        known = self.committed[start:]
+        same = [*assumed, *drafts][: len(known)] == known and len(known) >= len(assumed)
+        return drafts[len(known) - len(assumed) :] if same else []
+
+    async def run(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
             await self.step()

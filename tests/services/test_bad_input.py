@@ -116,7 +116,9 @@ SAMPLING: list[tuple[str, dict[str, Any]]] = [
 FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("gamma", {"gamma": 17}),
     ("gamma", {"gamma": 2**32 - 1}),
-    ("lookahead", {"lookahead": 2}),
+    ("lookahead", {"lookahead": 5}),
+    ("fan_out", {"fan_out": 0}),
+    ("fan_out", {"fan_out": 65}),
     ("verification", {"verification": 9}),
     ("session_id", {"session_id": "a b", "create_session": True}),
     ("session_id", {"session_id": "{x}", "create_session": True}),

@@ -131,7 +131,7 @@ async def test_two_hundred_sessions_dropped_at_random_leak_nothing(
         await eventually(only_named_ones_are_left, 3.0)
         # The idle tidy asserts the integrity of the KV accounting: a service that fails it is gone.
         await asyncio.sleep(0.6)
-        output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 20})
+        output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 20}, gamma=4)
         assert output.token_ids == greedy(PROMPT, 20)
         assert output.speculation.num_drafts > 0, "the draft lives too"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,12 +12,19 @@ import pytest
 
 from outrider.v1 import draft_pb2, sampling_pb2
 from tests.services.parts import CONTEXT_LEN, Greedy, Pair, System, both_tiers, clients
-from tests.services.streams import Stream, draft_open, ids, numbers, raw
+from tests.services.streams import (
+    Following,
+    Stream,
+    draft_commit,
+    draft_open,
+    ids,
+    numbers,
+    raw,
+)
 from tests.stack import eventually
 
 PROMPT = [3, 1, 4, 1]
 HEALTHY, BAD = 1, 2
-GAMMA = 4
 Frame = draft_pb2.ProposeRequest
 Reason = draft_pb2.DraftLost
 
@@ -41,65 +47,17 @@ async def proposing(system: System) -> AsyncIterator[Stream]:
         yield stream
 
 
-def commit(generation_id: int, **fields: int) -> draft_pb2.DraftCommit:
-    return draft_pb2.DraftCommit(generation_id=generation_id, **{"gamma": GAMMA, **fields})
-
-
-class Following:
-    """One generation by hand: outcomes that accept all, some or none of a proposal."""
-
-    def __init__(self, stream: Stream, generation_id: int, prompt: list[int], truth: Greedy):
-        self._stream = stream
-        self._id = generation_id
-        self._chance = random.Random(generation_id)
-        self._truth = truth
-        self.committed = list(prompt)
-        self._proposal: draft_pb2.Proposal | None = None
-
-    async def step(self) -> None:
-        parent, num_accepted, tokens = 0, 0, []
-        if self._proposal is not None:
-            parent, tokens = self._proposal.id, numbers(self._proposal.token_ids)
-            num_accepted = self._chance.randrange(len(tokens) + 1)
-        likely = self._truth(self.committed + tokens[:num_accepted], 1)[0]
-        next_token = likely if self._chance.random() < 0.7 else (likely + 1) % 256
-        self.committed += [*tokens[:num_accepted], next_token]
-        outcome = (parent, num_accepted, next_token)
-        message = commit(
-            self._id,
-            parent=parent,
-            num_accepted=num_accepted,
-            next_token=next_token,
-            committed_len=len(self.committed),
-        )
-        await self._stream.write(Frame(commits=[message]))
-        self._proposal = await self._proposal_for(outcome)
-        expected = self._truth(self.committed, GAMMA)
-        assert numbers(self._proposal.token_ids) == expected
-
-    async def _proposal_for(self, outcome: tuple[int, int, int]) -> draft_pb2.Proposal:
-        """Passes over what was drafted ahead of another outcome."""
-        while True:
-            answer = await self._stream.answer(self._id)
-            assert isinstance(answer, draft_pb2.Proposal), answer
-            named = (answer.parent, answer.num_accepted, answer.next_token)
-            if (named, answer.base_len) == (outcome, len(self.committed)):
-                return answer
-
-    async def run(self, num_rounds: int) -> None:
-        for _ in range(num_rounds):
-            await self.step()
-
-
-@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize(("lookahead", "fan_out"), [(0, 1), (1, 1), (1, 6), (2, 16), (3, 4)])
 async def test_proposals_follow_what_is_committed(
-    lookahead: int, system: System, draft_greedy: Greedy
+    lookahead: int, fan_out: int, system: System, draft_greedy: Greedy
 ) -> None:
     """Every proposal is the draft's own greedy continuation of exactly the committed context."""
     async with proposing(system) as stream:
         prompts = [[n, 1, 2, 3] * (1 + 3 * n) for n in range(3)]
         opens = [
-            draft_open(n + 1, prompt, lookahead=lookahead, max_len=len(prompt) + 120)
+            draft_open(
+                n + 1, prompt, lookahead=lookahead, fan_out=fan_out, max_len=len(prompt) + 120
+            )
             for n, prompt in enumerate(prompts)
         ]
         await stream.write(Frame(opens=opens))
@@ -115,7 +73,7 @@ async def test_proposals_follow_what_is_committed(
 async def beside_a_healthy_one(system: System, truth: Greedy) -> AsyncIterator[Stream]:
     async with proposing(system) as stream:
         healthy = Following(stream, HEALTHY, PROMPT, truth)
-        await stream.write(Frame(opens=[draft_open(HEALTHY, PROMPT, lookahead=1)]))
+        await stream.write(Frame(opens=[draft_open(HEALTHY, PROMPT, lookahead=1, fan_out=4)]))
         await healthy.run(2)
         running = asyncio.create_task(healthy.run(8))
         yield stream
@@ -150,21 +108,25 @@ BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
     "vocab_size 0": ({"vocab_size": 0}, "token_ids"),
     "gamma 17": ({"gamma": 17}, "gamma"),
     "gamma absurd": ({"gamma": 2**32 - 1}, "gamma"),
+    "ahead_gamma 17": ({"ahead_gamma": 17}, "ahead_gamma"),
+    "lookahead absurd": ({"lookahead": 2**32 - 1}, "lookahead"),
     "verification 9": ({"verification": 9}, "verification"),
     "temperature NaN": ({"sampling": NAN}, "temperature"),
     "bias out of range": ({"sampling": OUTSIDE}, "logit_bias"),
 }
-# After a good open and its first round: 5 tokens committed, proposal 1 of four tokens is out.
-BAD_COMMITS: dict[str, tuple[dict[str, int], str]] = {
-    "unknown parent": ({"parent": 7, "committed_len": 6}, "parent"),
-    "absurd parent": ({"parent": 2**32 - 1, "committed_len": 6}, "parent"),
-    "accepts too many": ({"parent": 1, "num_accepted": 5, "committed_len": 11}, "num_accepted"),
-    "accepts of nothing": ({"parent": 0, "num_accepted": 1, "committed_len": 7}, "num_accepted"),
-    "length too small": ({"parent": 1, "num_accepted": 2, "committed_len": 7}, "committed_len"),
-    "length too large": ({"parent": 1, "num_accepted": 2, "committed_len": 9}, "committed_len"),
-    "length absurd": ({"parent": 1, "committed_len": 2**32 - 1}, "committed_len"),
-    "length 0": ({"parent": 1}, "committed_len"),
-    "gamma 17": ({"parent": 1, "committed_len": 6, "gamma": 17}, "gamma"),
+# After a good open and its first round: 5 tokens committed, a proposal of four tokens is out.
+BAD_COMMITS: dict[str, tuple[dict[str, Any], str]] = {
+    "no token": ({"token_ids": b""}, "committed_len"),
+    "half a token": ({"token_ids": b"\1\0\0"}, "token_ids"),
+    "token out of range": ({"token_ids": ids([256])}, "token_ids"),
+    "token absurd": ({"token_ids": ids([2**32 - 1])}, "token_ids"),
+    "more tokens than said": ({"token_ids": ids([9, 9])}, "committed_len"),
+    "length too small": ({"committed_len": 5}, "committed_len"),
+    "length too large": ({"committed_len": 7}, "committed_len"),
+    "length absurd": ({"committed_len": 2**32 - 1}, "committed_len"),
+    "length 0": ({"committed_len": 0}, "committed_len"),
+    "gamma 17": ({"gamma": 17}, "gamma"),
+    "ahead_gamma absurd": ({"ahead_gamma": 2**32 - 1}, "ahead_gamma"),
 }
 
 
@@ -182,10 +144,11 @@ async def test_bad_commits(name: str, system: System, draft_greedy: Greedy) -> N
     fields, said = BAD_COMMITS[name]
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT)]))
-        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
+        await stream.write(Frame(commits=[draft_commit(BAD, [9], 5)]))
         proposal = await stream.answer(BAD)
-        assert (proposal.id, len(numbers(proposal.token_ids))) == (1, 4)
-        await stream.write(Frame(commits=[commit(BAD, next_token=9, **fields)]))
+        assert numbers(proposal.token_ids) == draft_greedy([*PROMPT, 9], 4)
+        bad = draft_commit(BAD, **{"token_ids": [9], "committed_len": 6, **fields})
+        await stream.write(Frame(commits=[bad]))
         answer = await lost(stream)
         assert (answer.reason, said in answer.detail) == (Reason.REASON_BAD_MESSAGE, True), answer
 
@@ -194,7 +157,7 @@ async def test_commits_for_nobody_are_passed_over(system: System, draft_greedy: 
     """They may be on their way when the replica loses a generation: no news."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         for number in (0, 99, 2**32 - 1):
-            await stream.write(Frame(commits=[commit(number, committed_len=5)]))
+            await stream.write(Frame(commits=[draft_commit(number, [9], 5)]))
             await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=number)]))
         await stream.write(Frame(opens=[draft_open(BAD, [])]))
         await lost(stream)
@@ -209,7 +172,7 @@ async def test_open_twice(second: dict[str, Any], system: System, draft_greedy: 
         again = draft_open(BAD, PROMPT, session_id="other", **second)
         await stream.write(Frame(opens=[again]))
         assert (await lost(stream)).reason == Reason.REASON_BAD_MESSAGE
-        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
+        await stream.write(Frame(commits=[draft_commit(BAD, [9], 5)]))
         await asyncio.sleep(0.1)
         assert stream.num_unread(BAD) == 0
 
@@ -265,13 +228,13 @@ async def test_the_length_runs_out(system: System, draft_greedy: Greedy) -> None
     """Proposals shrink to what fits; the commit that fills max_len is no mistake."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=8, lookahead=1)]))
-        await stream.write(Frame(commits=[commit(BAD, next_token=9, committed_len=5)]))
-        while (proposal := await stream.answer(BAD)).next_token != 9:
+        other = (draft_greedy(PROMPT, 1)[0] + 1) % 256
+        await stream.write(Frame(commits=[draft_commit(BAD, [other], 5)]))
+        while (proposal := await stream.answer(BAD)).assumed_token_ids:
             assert proposal.base_len == 5, "drafted ahead of another outcome"
-        assert len(numbers(proposal.token_ids)) == 3
-        last = commit(BAD, parent=proposal.id, num_accepted=2, next_token=9, committed_len=8)
-        await stream.write(Frame(commits=[last]))
-        beyond = commit(BAD, next_token=9, committed_len=9)
-        await stream.write(Frame(commits=[beyond]))
+        drafts = numbers(proposal.token_ids)
+        assert drafts == draft_greedy([*PROMPT, other], 3)
+        await stream.write(Frame(commits=[draft_commit(BAD, [*drafts[:2], 9], 8)]))
+        await stream.write(Frame(commits=[draft_commit(BAD, [9], 9)]))
         answer = await lost(stream)
         assert "max_len" in answer.detail

@@ -37,10 +37,6 @@ def _proposal(asked: Any, token_ids: list[int], **fields: Any) -> list[draft_pb2
     return [
         draft_pb2.Proposal(
             generation_id=asked.generation_id,
-            id=asked.committed_len,
-            parent=asked.parent,
-            num_accepted=asked.num_accepted,
-            next_token=asked.next_token,
             base_len=asked.committed_len,
             token_ids=pack(token_ids, UINT32),
             **fields,
@@ -82,13 +78,13 @@ async def _with_fake(
 
 WRONG: dict[str, Answer] = {
     "a token beyond the vocabulary": lambda asked: _proposal(asked, [70_000]),
-    "too many tokens": lambda asked: _proposal(asked, [1] * 9),
+    "too many tokens": lambda asked: _proposal(asked, [1] * 17),
     "no token": lambda asked: _proposal(asked, []),
     "a support where none belongs": lambda asked: _proposal(
         asked, [1], **_support([[1, 2]], [0.5, 0.5])
     ),
     "odd bytes": lambda asked: [
-        draft_pb2.Proposal(generation_id=asked.generation_id, id=1, token_ids=b"abc")
+        draft_pb2.Proposal(generation_id=asked.generation_id, base_len=1, token_ids=b"abc")
     ],
 }
 

@@ -5,9 +5,7 @@ Owns the comparison; the bytes are counted by the orchestrator, link by link.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.child import tied_to_this_process
 from outrider.cli.options import parse_count, takes
 from outrider.cli.request import Method
 from outrider.cli.stack_options import StackOptions, on_free_port
-from outrider.errors import ConfigError, InternalError
+from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,10 +26,12 @@ if TYPE_CHECKING:
     from outrider.v1.model_pb2 import ModelInfo
     from outrider.v1.orchestrator_pb2 import GenerateRequest
 
-bench = typer.Typer(help="Measure.", no_args_is_help=True)
-
 TEXT_PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 _NUM_PROMPT_IDS = 16
+# Bytes depend on the vocabulary and on α, not on what a pass costs.
+_PAIR_SIZE = "tiny"
+# Instead of a search for some acceptance: it is much the same at every vocabulary.
+_EPSILON = 0.2
 _KV_TOKENS = 16_384
 # Bytes are counted, not time: every round is to have its draft.
 _DRAFT_WAIT_MS = 20_000.0
@@ -54,7 +53,10 @@ class WireOptions:
     gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
     lookahead: Annotated[
         int,
-        typer.Option(min=0, max=1, help="Proposals ahead: what is not used travels all the same."),
+        typer.Option(min=0, help="Rounds ahead: what is not used travels all the same."),
+    ] = 1
+    fan_out: Annotated[
+        int, typer.Option(min=1, help="Outcomes ahead: likewise, all but one in vain.")
     ] = 1
     json: Annotated[bool, typer.Option("--json", help="One JSON array, nothing else.")] = False
 
@@ -73,7 +75,6 @@ class WireCost:
     target_bytes_per_token: float
 
 
-@bench.command()
 @takes(WireOptions)
 def wire(options: WireOptions) -> None:
     """Bytes per token between orchestrator, draft and target, by verification method."""
@@ -117,26 +118,13 @@ async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
 
 
 async def _random_pair(directory: Path, size: str, console: Console) -> dict[str, Any]:
-    """Made by a process of its own: it takes torch, which has no business here."""
+    from outrider.cli.pair import PairOptions, made_pair
+
     vocab_size = parse_count(size, "--vocab-sizes")
-    if vocab_size < 2:
-        raise ConfigError(f"--vocab-sizes: {vocab_size} is too small")
-    module = ["-m", "outrider.engine.synthetic", str(directory), str(vocab_size)]
     with console.status(f"making a random pair with {vocab_size} tokens"):
-        process = await asyncio.create_subprocess_exec(
-            *tied_to_this_process([sys.executable, *module]),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
+        await made_pair(
+            PairOptions(directory, size=_PAIR_SIZE, epsilon=_EPSILON, vocab_size=vocab_size)
         )
-        try:
-            _, said = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-    if process.returncode:
-        raise InternalError(f"{' '.join(module)} failed:\n{said.decode(errors='replace')[-2000:]}")
     models = {name: str(directory / name) for name in ("target", "draft")}
     return {**models, "kv_cache_tokens": _KV_TOKENS, "log_dir": directory}
 
@@ -184,7 +172,9 @@ def _request(
     from outrider.v1 import orchestrator_pb2
     from outrider.wire import verification_to_proto
 
-    request = orchestrator_pb2.GenerateRequest(gamma=options.gamma, lookahead=options.lookahead)
+    request = orchestrator_pb2.GenerateRequest(
+        gamma=options.gamma, lookahead=options.lookahead, fan_out=options.fan_out
+    )
     request.verification = verification_to_proto(Verification(method.value))
     request.sampling.temperature = temperature
     request.sampling.seed = seed

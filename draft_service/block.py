@@ -1,0 +1,72 @@
+"""A block of draft tokens in the tree of one generation, and what may follow it. Plain data.
+
+Knows its parent and children; nothing of what is committed, which the tree does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from draft_service.messages import SupportWeights
+from draft_service.strand import Strand
+
+
+class Alternative(NamedTuple):
+    """The target may emit `token_id` after the block's first `position` tokens.
+
+    `chance`: given that the block's own context comes about.
+    """
+
+    chance: float
+    position: int
+    token_id: int
+
+
+@dataclass(eq=False)
+class Block:
+    """`gamma` draft tokens from `base_len` on, some of them drawn; continues `parent`.
+
+    `reach[j]`: chance that the first j tokens stand. `alternatives`: not opened yet, likeliest
+    first. `children` by (position, token).
+    """
+
+    id: int
+    base_len: int
+    gamma: int
+    strand: Strand
+    parent: Block | None = None
+    position: int = 0
+    next_token: int = 0
+    chance: float = 1.0
+    token_ids: list[int] = field(default_factory=list)
+    supports: list[SupportWeights] = field(default_factory=list)
+    reach: list[float] = field(default_factory=lambda: [1.0])
+    has_guess: bool = False
+    # The line of the likeliest guesses goes on in its parent's strand; only one child can.
+    is_continued: bool = False
+    alternatives: list[Alternative] = field(default_factory=list)
+    children: dict[tuple[int, int], Block] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.token_ids) >= self.gamma
+
+    @property
+    def end(self) -> int:
+        return self.base_len + len(self.token_ids)
+
+    def descendants(self) -> Iterator[Block]:
+        """The block itself and all below it."""
+        yield self
+        for child in self.children.values():
+            yield from child.descendants()
+
+
+class Offer(NamedTuple):
+    """A token to draw for `block`; or (`opens`) its likeliest alternative, to be opened first."""
+
+    chance: float
+    block: Block
+    opens: bool

@@ -1,0 +1,69 @@
+"""Keys and values of a line of blocks, forked off another line or the trunk itself.
+
+Owns how a generation's forks share and move keys and values; knows neither tokens nor chances.
+Device thread only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.engine import KVStore, Sequence
+
+
+@dataclass(eq=False)
+class Strand:
+    """`parent` None: the trunk, which holds the committed context. Else forked at `fork_len`."""
+
+    sequence: Sequence
+    parent: Strand | None = None
+    fork_len: int = 0
+
+    @property
+    def num_shared(self) -> int:
+        """How many tokens it has in common with the trunk."""
+        shared, strand = self.sequence.length, self
+        while strand.parent is not None:
+            shared = min(shared, strand.fork_len)
+            strand = strand.parent
+        return shared
+
+
+class Strands:
+    """All strands of one generation. `trunk` keeps its place in memory for the session's life."""
+
+    def __init__(self, store: KVStore, sequence: Sequence) -> None:
+        self._store = store
+        self.trunk = Strand(sequence)
+        self._forks: set[Strand] = set()
+
+    def fork(self, strand: Strand, length: int, max_len: int) -> Strand:
+        """A strand that shares the first `length` tokens. Raises KVFull, changing nothing."""
+        sequence = self._store.fork(strand.sequence, max_len, length=length)
+        fork = Strand(sequence, strand, length)
+        self._forks.add(fork)
+        return fork
+
+    def settle(self, winner: Strand, num_right: int) -> None:
+        """What `winner` holds becomes the trunk's, cut to `num_right` tokens.
+
+        The trunk stays one run of memory, read in place: the few tokens that the winner has of its
+        own are copied into it. `winner` is the trunk from here on.
+        """
+        store, trunk = self._store, self.trunk
+        if winner is not trunk:
+            length = min(winner.sequence.length, num_right)
+            store.truncate(trunk.sequence, min(winner.num_shared, length, trunk.sequence.length))
+            store.graft(trunk.sequence, winner.sequence, length)
+            store.free(winner.sequence)
+            self._forks.discard(winner)
+            winner.sequence, winner.parent, winner.fork_len = trunk.sequence, None, 0
+            self.trunk = winner
+        elif num_right < trunk.sequence.length:
+            store.truncate(trunk.sequence, num_right)
+
+    def keep(self, used: set[Strand]) -> None:
+        """Frees every fork that is not among `used`."""
+        for fork in self._forks - used:
+            self._store.free(fork.sequence)
+        self._forks &= used

@@ -1,0 +1,197 @@
+"""How many draft tokens a round is worth: γ by value, and how long to wait for them.
+
+A round with γ draft tokens emits 1 + Σ S_k tokens (S_k: chance that k are accepted) in the time of
+a target pass over all rows' γ + 1 tokens, the round trip, and whatever the draft is waited for. The
+γ of the highest rate is chosen; a wait is worth it while the tokens it brings outweigh, at that
+rate, the time it takes (the renewal-reward argument). γ = 0 where speculation does not pay: plain
+decoding, tried again now and then. Pure: told what happened, knows no clock, link or wire; what
+rounds cost and bring is in `rates`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.rates import SMOOTHING, PairCosts, RoundValues
+from orchestrator.survival import Survival
+
+# A γ is left only for one this much better, so that noise does not make it flutter.
+_HYSTERESIS = 1.03
+# A decision stands for so many rounds.
+_ROUNDS_PER_DECISION = 4
+# While γ is 0 a round in so many tries drafts again, the fewer the longer they do not pay.
+_FIRST_PROBE_ROUNDS = 32
+_MAX_PROBE_ROUNDS = 512
+_PROBE_GAMMA = 2
+# What it finds out must not depend on what is thought: it waits for the draft's own steps and this
+# many rounds, whatever that is worth.
+_PROBE_WAIT_ROUNDS = 2.0
+# What is not measured yet: this γ, and a wait of so much of a round.
+_FIRST_GAMMA = 5
+_FIRST_WAIT_S = 0.5
+# Below this share of look-ahead hits, drafts are known from waits alone.
+_FEW_HITS = 0.1
+# A request's own γ is waited for up to so many rounds.
+_FIXED_PATIENCE_ROUNDS = 4.0
+# A wait may take this many times what is expected, if it is worth it.
+_LATE_RATIO = 3.0
+
+
+@dataclass(frozen=True)
+class GammaDecision:
+    """The choice and its inputs; as orchestrator.proto's GammaDecision. `wait_s`: at most."""
+
+    gamma: int
+    waiting_gamma: int
+    wait_s: float
+    is_fixed: bool
+    survival: tuple[float, ...] = ()
+    target_step_s: tuple[float, ...] = ()
+    mean_num_rows: float = 1.0
+    draft_step_s: float = 0.0
+    draft_overhead_s: float = 0.0
+    target_overhead_s: float = 0.0
+    lookahead_hit_rate: float = 0.0
+    tokens_per_s: tuple[float, ...] = ()
+    waiting_tokens_per_s: tuple[float, ...] = ()
+
+
+class GammaPolicy:
+    """Of one generation. `fixed`: the request's own γ; `fixed_wait_s`: the operator's patience."""
+
+    def __init__(
+        self,
+        costs: PairCosts,
+        max_gamma: int,
+        *,
+        fixed: int | None = None,
+        fixed_wait_s: float | None = None,
+    ) -> None:
+        self.costs = costs
+        self._max_gamma = max_gamma
+        self._fixed = fixed
+        self._fixed_wait_s = fixed_wait_s
+        self._survival = Survival(costs.survival)
+        self._hit_rate = 0.5
+        self._decision: GammaDecision | None = None
+        self._num_rounds_left = 0
+        self._num_plain_rounds = 0
+        self._probe_rounds = _FIRST_PROBE_ROUNDS
+        # The round before was a probe, and all its draft tokens stood.
+        self._is_promising = False
+
+    @property
+    def decision(self) -> GammaDecision:
+        """What stands; made anew every few rounds."""
+        if self._decision is None or self._num_rounds_left <= 0:
+            self._num_rounds_left = _ROUNDS_PER_DECISION
+            self._decision = self._decide(self._decision)
+        return self._decision
+
+    def lookahead(self, most: int) -> int:
+        """How many rounds ahead the draft has to work for its proposals to be in time.
+
+        What it drafts between hearing of one verdict and the next one needing its proposal; deeper
+        work is better done later, when more is known.
+        """
+        decision = self.decision
+        if not decision.target_step_s or most == 0:
+            return min(1, most)
+        ready_s = decision.draft_overhead_s + (decision.gamma + 1) * decision.draft_step_s
+        round_s = decision.target_step_s[0] + decision.target_overhead_s
+        return max(1, min(most, math.ceil(ready_s / round_s)))
+
+    def saw_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        self._num_rounds_left -= 1
+        self._is_promising = num_draft_tokens > 0 and not is_rejected
+        if num_draft_tokens:
+            if self._decision is not None and self._decision.gamma > _PROBE_GAMMA:
+                self._num_plain_rounds, self._probe_rounds = 0, _FIRST_PROBE_ROUNDS
+            self._survival.saw(num_draft_tokens, num_accepted, is_rejected=is_rejected)
+
+    def saw_lookahead(self, *, is_hit: bool) -> None:
+        """A round's proposal was here when the verdict before it came, or was not."""
+        self._hit_rate += SMOOTHING * (is_hit - self._hit_rate)
+
+    def saw_no_proposal(self, waited_s: float) -> None:
+        """It was waited for so long, in vain."""
+        self.costs.saw_no_proposal(waited_s, self.decision.waiting_gamma)
+        self._num_rounds_left = 0
+
+    def _decide(self, last: GammaDecision | None) -> GammaDecision:
+        costs = self.costs
+        steps_s = costs.target_steps_s(self._max_gamma)
+        survival = tuple(self._survival.prefixes(self._max_gamma))
+        if steps_s[0] <= 0:
+            gamma = min(_FIRST_GAMMA, self._max_gamma) if self._fixed is None else self._fixed
+            wait_s = _FIRST_WAIT_S if self._fixed_wait_s is None else self._fixed_wait_s
+            return GammaDecision(gamma, gamma, wait_s, self._fixed is not None, survival)
+        values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
+        gamma = self._chosen(values.at_hand, last)
+        is_probe = gamma == 0 and values.may_pay and self._fixed is None
+        is_probe = is_probe and self._is_time_to_probe()
+        if is_probe:
+            gamma = min(_PROBE_GAMMA, self._max_gamma)
+        waiting_gamma = gamma
+        if self._fixed is None and not is_probe:
+            waiting_gamma = max(range(gamma + 1), key=lambda g: (values.of_waiting(g), -g))
+            if waiting_gamma == 0 and gamma:
+                costs.forget_lateness()
+                if self._is_promising and self._hit_rate < _FEW_HITS:
+                    waiting_gamma = gamma  # else nothing more would be learnt of what went well
+        return GammaDecision(
+            gamma=gamma,
+            waiting_gamma=waiting_gamma,
+            wait_s=self._wait_s(values, waiting_gamma, is_probe),
+            is_fixed=self._fixed is not None,
+            survival=survival,
+            target_step_s=steps_s,
+            mean_num_rows=costs.target().mean_num_rows,
+            draft_step_s=costs.draft_step_s,
+            draft_overhead_s=costs.draft_overhead_s,
+            target_overhead_s=costs.target_overhead_s,
+            lookahead_hit_rate=self._hit_rate,
+            tokens_per_s=values.at_hand,
+            waiting_tokens_per_s=values.waited,
+        )
+
+    def _chosen(self, rates: Sequence[float], last: GammaDecision | None) -> int:
+        if self._fixed is not None:
+            return self._fixed
+        best = max(range(len(rates)), key=lambda gamma: (rates[gamma], -gamma))
+        if best and last is not None and rates[best] < _HYSTERESIS * rates[last.gamma]:
+            # What was chosen goes on while it is better than nothing.
+            best = last.gamma if rates[last.gamma] >= rates[0] else 0
+        return best
+
+    def _is_time_to_probe(self) -> bool:
+        """Called at a decision for γ = 0: nothing is learnt of a draft that is not asked.
+
+        A probe that went well is followed by the next at once, till the choice is another one.
+        """
+        self._num_plain_rounds += _ROUNDS_PER_DECISION
+        if self._num_plain_rounds < self._probe_rounds and not self._is_promising:
+            return False
+        if not self._is_promising:
+            self._probe_rounds = min(2 * self._probe_rounds, _MAX_PROBE_ROUNDS)
+        self._num_plain_rounds = 0
+        self._num_rounds_left = 1
+        return True
+
+    def _wait_s(self, values: RoundValues, gamma: int, is_probe: bool) -> float:
+        """As long as it is worth; but not for ever for a draft that is always late."""
+        if self._fixed_wait_s is not None:
+            return self._fixed_wait_s
+        expected_s, round_s = values.waits_s[gamma], values.rounds_s[0]
+        worth_s = values.worth_s(gamma)
+        if self._fixed:  # the request's γ holds, worth it or not, up to a point
+            is_probe = expected_s > _FIXED_PATIENCE_ROUNDS * round_s and self._is_time_to_probe()
+            worth_s = _LATE_RATIO * expected_s
+            if expected_s > _FIXED_PATIENCE_ROUNDS * round_s:
+                worth_s = 0.0
+        if is_probe:
+            worth_s = gamma * self.costs.draft_step_s + _PROBE_WAIT_ROUNDS * round_s
+        # With nothing gained of late, a little patience is left: a draft may have recovered.
+        return max(min(worth_s, _LATE_RATIO * expected_s + round_s), 0.1 * round_s)

@@ -1,0 +1,141 @@
+"""What rounds with γ draft tokens take and bring, with one pair of replicas as it is now. Pure.
+
+Puts together what the tiers report of their passes and what is measured here of the way to them.
+Knows nothing of choosing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from orchestrator.survival import Survival
+from outrider.costs import CostReport
+
+SMOOTHING = 0.1
+# Of the draft's lateness, at each decision not to wait for it.
+_LATENESS_LEFT = 0.99
+# The least overhead seen is forgotten slowly.
+_LEAST_RISES = 1.01
+
+
+@dataclass
+class PairCosts:
+    """What rounds cost with one pair of replicas; shared by all generations that use it.
+
+    `target` and `draft` give what the replicas have last reported.
+    """
+
+    target: Callable[[], CostReport] = CostReport
+    draft: Callable[[], CostReport] = CostReport
+    survival: Survival = field(default_factory=Survival)
+    # Beyond the tiers' own passes: from a row to its reply, from a commit to its proposal.
+    target_overhead_s: float = 0.001
+    draft_overhead_s: float = 0.001
+    least_overhead_s: float = 0.001
+    # Reports come seldom, decisions often.
+    _report: CostReport | None = None
+    _steps_s: tuple[float, ...] = ()
+
+    def saw_reply(self, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
+        """`left_at_once`: the row, right after the verdict before it."""
+        overhead_s = max(0.0, latency_s - step_s)
+        self.least_overhead_s = min(overhead_s, self.least_overhead_s * _LEAST_RISES)
+        if left_at_once:
+            self.target_overhead_s += SMOOTHING * (overhead_s - self.target_overhead_s)
+
+    def wait_costs_s(self, wait_s: float) -> float:
+        """What a wait adds to a round. Where rows queue behind others' passes, it costs less.
+
+        A row that would have queued for the next pass anyway can as well wait for its draft: this
+        is how sessions under load come to work in cohorts.
+        """
+        return max(0.0, self.least_overhead_s + wait_s - self.target_overhead_s)
+
+    def saw_proposal(self, waited_s: float, num_tokens: int) -> None:
+        """Waited for, so long from its commit on."""
+        overhead_s = max(0.0, waited_s - num_tokens * self.draft_step_s)
+        self.draft_overhead_s += SMOOTHING * (overhead_s - self.draft_overhead_s)
+
+    def saw_no_proposal(self, waited_s: float, num_tokens: int) -> None:
+        """Waited for in vain: it would have taken longer, say twice as long; never a good sign."""
+        if 2 * waited_s - num_tokens * self.draft_step_s > self.draft_overhead_s:
+            self.saw_proposal(2 * waited_s, num_tokens)
+
+    def forget_lateness(self) -> None:
+        """Nobody waits any more, so nothing new is learnt of it; a wait is tried again some day."""
+        self.draft_overhead_s *= _LATENESS_LEFT
+
+    @property
+    def draft_step_s(self) -> float:
+        report = self.draft()
+        return report.pass_s(report.mean_num_rows, report.mean_num_rows)
+
+    def target_steps_s(self, max_gamma: int) -> tuple[float, ...]:
+        """[γ]: a pass if every row of the batch brings so many draft tokens."""
+        report = self.target()
+        if report is not self._report or len(self._steps_s) <= max_gamma:
+            rows = report.mean_num_rows
+            self._report = report
+            self._steps_s = tuple(report.pass_s(rows * (g + 1), rows) for g in range(max_gamma + 1))
+        return self._steps_s[: max_gamma + 1]
+
+
+@dataclass(frozen=True)
+class RoundValues:
+    """What rounds with γ = 0, 1 ... draft tokens take and bring; times in seconds.
+
+    `rounds_s`: with a proposal at hand; `waits_s`: until one is here that is asked for now, and
+    `added_s` what that adds to a round; `at_hand`, `waited`: tokens per second.
+    """
+
+    tokens: tuple[float, ...]
+    waits_s: tuple[float, ...]
+    added_s: tuple[float, ...]
+    rounds_s: tuple[float, ...]
+    at_hand: tuple[float, ...]
+    waited: tuple[float, ...]
+    may_pay: bool
+    slack_s: float
+
+    @classmethod
+    def of(
+        cls,
+        costs: PairCosts,
+        steps_s: tuple[float, ...],
+        survival: tuple[float, ...],
+        miss_rate: float,
+    ) -> RoundValues:
+        draft_s, overhead_s = costs.draft_step_s, costs.target_overhead_s
+        gammas = range(len(steps_s))
+        tokens = tuple(accumulate((1.0, *survival)))
+        waits_s = tuple(costs.draft_overhead_s + g * draft_s if g else 0.0 for g in gammas)
+        added_s = tuple(costs.wait_costs_s(wait_s) if wait_s else 0.0 for wait_s in waits_s)
+        # A round is no shorter than the drafting that it hides: a token more, the guess.
+        hidden_s = tuple((g + 1) * draft_s if g else 0.0 for g in gammas)
+        rounds_s = tuple(max(s + overhead_s, h) for s, h in zip(steps_s, hidden_s, strict=True))
+        at_hand = tuple(tokens[g] / (rounds_s[g] + miss_rate * added_s[g]) for g in gammas)
+        waited = tuple(tokens[g] / (rounds_s[g] + added_s[g]) for g in gammas)
+        # If all draft tokens stood, and came at once.
+        best_case = max((g + 1) / (rounds_s[g] + miss_rate * g * draft_s) for g in gammas)
+        return cls(
+            tokens=tokens,
+            waits_s=waits_s,
+            added_s=added_s,
+            rounds_s=rounds_s,
+            at_hand=at_hand,
+            waited=waited,
+            may_pay=best_case > at_hand[0],
+            slack_s=max(0.0, overhead_s - costs.least_overhead_s),
+        )
+
+    def of_waiting(self, gamma: int) -> float:
+        """Tokens that a round with a wait brings beyond what its time would bring anyway."""
+        duration_s = self.tokens[gamma] / self.waited[gamma]
+        return self.tokens[gamma] - max(self.at_hand) * duration_s
+
+    def worth_s(self, gamma: int) -> float:
+        """The wait that is worth as much as none; what would be queued is had for nothing."""
+        gain = self.of_waiting(gamma) - self.of_waiting(0)
+        return self.added_s[gamma] + gain / max(self.at_hand) + self.slack_s

@@ -1,0 +1,151 @@
+"""The JSON beside every table: what was run, where, with which versions, and every raw sample.
+
+Owns the document's frame; results and samples are the benchmarks'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import outrider
+from outrider.cli.bench.cores import CoreLayout
+from outrider.cli.bench.system import BenchOptions, System
+from outrider.cli.plain import plain
+from outrider.errors import ConfigError
+
+_PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "redis", "numpy", "uvloop")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for and what came of it. `got` None: nothing was measured that would say."""
+
+    text: str
+    asked: float
+    got: float | None
+    is_most: bool = False
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.got is None:
+            return None
+        return self.got <= self.asked if self.is_most else self.got >= self.asked
+
+
+class Document:
+    """Filled while measuring, written at the end."""
+
+    def __init__(self, name: str, options: BenchOptions) -> None:
+        """`name`: the benchmark's, and of its files. Raises ConfigError if `out` cannot be had."""
+        self.name = name
+        self.results: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.goals: list[Goal] = []
+        self._options = options
+        self._about: dict[str, Any] = {}
+        self._began = datetime.now(UTC)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
+
+    @property
+    def path(self) -> Path:
+        return self._options.out / f"{self.name}.json"
+
+    @property
+    def plot_path(self) -> Path:
+        return self._options.out / f"{self.name}.svg"
+
+    def about(self, system: System) -> None:
+        """Notes the models and the cores."""
+        self._about = {"models": plain(system.info), "cores": _cores(system.layout)}
+
+    def write(self) -> None:
+        head = {
+            "benchmark": self.name,
+            "command": shlex.join(["outrider", *sys.argv[1:]]),
+            "date": self._began.isoformat(timespec="seconds"),
+            "duration_s": round((datetime.now(UTC) - self._began).total_seconds(), 1),
+            "git_commit": _git_commit(),
+            "machine": _machine(),
+            "versions": _versions(),
+            "options": {name: _plain(value) for name, value in vars(self._options).items()},
+            **self._about,
+            "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals],
+            "results": self.results,
+        }
+        text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+        # One line each: there are hundreds.
+        lines = ",\n    ".join(json.dumps(sample, ensure_ascii=False) for sample in self.samples)
+        self.path.write_text(f'{text},\n  "samples": [\n    {lines}\n  ]\n}}\n', "utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cores(layout: CoreLayout) -> dict[str, str]:
+    return {name: cores or "any" for name, cores in vars(layout).items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """Of the source this runs from, with a mark if it was changed; None if it is no checkout."""
+    root = Path(outrider.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
+        "num_cores": os.cpu_count(),
+        "memory": _field(Path("/proc/meminfo"), "MemTotal"),
+        "platform": platform.platform(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _field(path: Path, name: str) -> str | None:
+    """The first `name: value` of a file of /proc."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in found if key.strip() == name), None)

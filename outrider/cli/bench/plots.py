@@ -1,0 +1,135 @@
+"""Plots in one style, as SVG. The only place of matplotlib, which comes with the extra `bench`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.errors import ConfigError
+
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#8c8c8c")
+_STYLE: Any = {
+    "figure.figsize": (7.2, 4.2),
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    # Text as text: small files that can be searched. Fixed ids: the same data, the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "outrider",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by x; `ranges`: (least, most) of each, shown as bars."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    ranges: Sequence[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. `level`: a dashed line to compare with."""
+
+    x: str
+    y: str
+    lines: Sequence[Line]
+    is_log_x: bool = False
+    level: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A median and its range. `is_peer`: in another colour."""
+
+    name: str
+    value: float
+    least: float
+    most: float
+    is_peer: bool = False
+
+
+def require_matplotlib() -> None:
+    """Before minutes are spent on measuring. Raises ConfigError."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "matplotlib is missing, which draws the plots: pip install 'outrider[bench]'"
+        ) from None
+
+
+def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Panels side by side. Raises ConfigError without matplotlib."""
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        width, height = _STYLE["figure.figsize"]
+        scale = 1 if len(panels) == 1 else 0.72
+        figure = Figure(figsize=(width * scale * len(panels), height), layout="constrained")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+        # A line of one name has one colour in all panels.
+        names = dict.fromkeys(line.name for panel in panels for line in panel.lines)
+        colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+        for place, panel in enumerate(panels):
+            _draw_panel(figure.add_subplot(1, len(panels), place + 1), panel, colours)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar]) -> None:
+    """One below the other. Raises ConfigError without matplotlib."""
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        width, _ = _STYLE["figure.figsize"]
+        figure = Figure(figsize=(width, 1.2 + 0.32 * len(bars)), layout="constrained")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+        axes: Any = figure.add_subplot()
+        places, values = range(len(bars)), [bar.value for bar in bars]
+        reach = [[b.value - b.least for b in bars], [b.most - b.value for b in bars]]
+        colours = [_COLOURS[1 if bar.is_peer else 0] for bar in bars]
+        axes.barh(places, values, color=colours, height=0.62)
+        axes.errorbar(values, places, xerr=reach, fmt="none", ecolor="#333333", capsize=2, lw=1)
+        axes.set_yticks(places, [bar.name for bar in bars])
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
+    for line in panel.lines:
+        colour = colours[line.name]
+        axes.plot(line.xs, line.ys, marker="o", ms=4, lw=1.6, color=colour, label=line.name)
+        if line.ranges:
+            least, most = zip(*line.ranges, strict=True)
+            axes.fill_between(line.xs, least, most, color=colour, alpha=0.15, lw=0)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#888888", lw=1, ls="--")
+    if panel.is_log_x:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in panel.lines for x in line.xs})
+        axes.set_xticks(ticks, [_number(tick) for tick in ticks])
+        axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.legend()
+
+
+def _number(value: float) -> str:
+    whole = value >= 1000 and value % 1024 == 0
+    return f"{value / 1024:g}k" if whole else f"{value:g}"

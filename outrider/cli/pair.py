@@ -1,0 +1,141 @@
+"""`outrider bench pair`: makes a synthetic pair of models to measure with.
+
+Owns the child process that makes it, which takes torch, and what is shown of it meanwhile. How a
+pair is made is `outrider.engine.synthetic`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.child import tied_to_this_process
+from outrider.cli.options import takes
+from outrider.errors import ConfigError, InternalError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_TIERS = ("target", "draft")
+_LAWS = ("greedy", "sampled")
+_MODULE = "outrider.engine.synthetic"
+# Its exit status where an argument is wrong; the last line it says is why.
+_USAGE_STATUS = 2
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    directory: Annotated[
+        Path, typer.Argument(help="Where target/, draft/ and pair.json are written.")
+    ]
+    size: Annotated[
+        str,
+        typer.Option(help="p1: 104M parameters, draft 10x cheaper; p2: 439M, 15x; tiny: tests."),
+    ] = "p1"
+    alpha: Annotated[float, typer.Option(help="Share of draft tokens that are accepted.")] = 0.8
+    temperature: Annotated[float, typer.Option(help="Where α is meant: 0 or 1.")] = 0.0
+    epsilon: Annotated[
+        float | None, typer.Option(help="Taken instead of a search for --alpha: quick.")
+    ] = None
+    vocab_size: Annotated[int | None, typer.Option(help="Default: the size's.")] = None
+    seed: Annotated[int, typer.Option(help="Another seed, another pair.")] = 0
+    json: Annotated[bool, typer.Option("--json", help="The report as JSON, nothing else.")] = False
+
+
+@takes(PairOptions)
+def pair(options: PairOptions) -> None:
+    """Make a model pair of realistic cost and chosen acceptance; nothing is downloaded."""
+    from rich.console import Console
+
+    from outrider.cli.running import run
+
+    console = Console(stderr=options.json)
+    report = run(_shown(options, console))
+    if options.json:
+        typer.echo(json.dumps(report))
+    else:
+        console.print(_table(options, report))
+
+
+async def _shown(options: PairOptions, console: Console) -> dict[str, Any]:
+    with console.status(f"making {options.size}: random weights") as status:
+
+        def hear(measured: dict[str, float]) -> None:
+            found = f"ε {measured['epsilon']:.4g} gives α {measured['alpha']:.3f}"
+            status.update(f"making {options.size}: {found}")
+
+        return await made_pair(options, hear)
+
+
+async def made_pair(
+    options: PairOptions, hear: Callable[[dict[str, float]], None] = lambda measured: None
+) -> dict[str, Any]:
+    """Makes it in a process of its own; the content of its pair.json.
+
+    `hear` gets each measurement of the search: `epsilon` and `alpha`. Cancelling stops the child.
+    Raises ConfigError for what cannot be made, InternalError where the child failed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *tied_to_this_process([sys.executable, "-m", _MODULE, *_arguments(options)]),
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    assert process.stdout is not None, "its output is a pipe"
+    assert process.stderr is not None, "its output is a pipe"
+    told: dict[str, Any] = {}
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            said = tasks.create_task(process.stderr.read())
+            async for line in process.stdout:
+                told = json.loads(line)
+                if "size" not in told:  # the report has; it comes last
+                    hear(told)
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    words = said.result().decode(errors="replace")
+    if process.returncode == _USAGE_STATUS:
+        raise ConfigError(words.rstrip().rpartition("\n")[2])
+    if process.returncode:
+        raise InternalError(f"{_MODULE} failed:\n{words[-2000:]}")
+    return told
+
+
+def _arguments(options: PairOptions) -> list[str]:
+    given = {"--epsilon": options.epsilon, "--vocab-size": options.vocab_size}
+    return [
+        str(options.directory),
+        f"--size={options.size}",
+        f"--alpha={options.alpha}",
+        f"--temperature={options.temperature}",
+        f"--seed={options.seed}",
+        *(f"{flag}={value}" for flag, value in given.items() if value is not None),
+    ]
+
+
+def _table(options: PairOptions, report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=str(options.directory), show_header=False, show_edge=False)
+    table.add_row("target, draft", *(_millions(report[f"{name}_parameters"]) for name in _TIERS))
+    table.add_row("α greedy, at T = 1", *(f"{report[f'{law}_acceptance']:.3f}" for law in _LAWS))
+    table.add_row("vocabulary", f"{report['vocab_size']:,}", "tokens")
+    table.add_row("entropy", f"{report['entropy_nats']:.2f}", "nats")
+    table.add_row("ε", f"{report['epsilon']:g}", "")
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M"

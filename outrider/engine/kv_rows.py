@@ -1,0 +1,55 @@
+"""The tensors behind the KV memory: a row for each token that fits, in every layer.
+
+Owns their shapes and how rows are copied; knows nothing of who holds which rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """What one layer keeps for a token: `num_heads` keys and values, and where."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+    def empty(self, num_layers: int, rows: int, dim: int) -> torch.Tensor:
+        shape = (num_layers, rows, self.num_heads, dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class KVRows:
+    """Per layer, K and V as [rows, num_heads, dim].
+
+    Layers of one layout are one block of memory, so that a row is copied for all at once.
+    """
+
+    def __init__(self, layers: Seq[LayerLayout], num_rows: int) -> None:
+        keys, values = [torch.empty(0)] * len(layers), [torch.empty(0)] * len(layers)
+        self._blocks: list[torch.Tensor] = []
+        for layout in dict.fromkeys(layers):
+            alike = [i for i, layer in enumerate(layers) if layer == layout]
+            # torch.empty is committed by the system page by page as it is first written.
+            block_k = layout.empty(len(alike), num_rows, layout.key_dim)
+            block_v = layout.empty(len(alike), num_rows, layout.value_dim)
+            self._blocks += [block_k, block_v]
+            for index, layer in enumerate(alike):
+                keys[layer], values[layer] = block_k[index], block_v[index]
+        self.keys, self.values = keys, values
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Rows [source, source + count) to [target, target + count), which do not overlap."""
+        for block in self._blocks:
+            block[:, target : target + count] = block[:, source : source + count]

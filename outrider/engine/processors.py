@@ -1,0 +1,139 @@
+"""What changes logits before they are scaled: bias, allowed tokens, min_tokens, penalties.
+
+For all generations of a step together, but only where a generation has such parameters, and of
+penalties only the entries of tokens that its context holds. Order and meaning as in vLLM
+(`outrider/sampling/warp.py`). Knows nothing of draws, KV or the wire. Device thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.sampling import warp
+from outrider.sampling.params import SamplingParams
+
+Ids = npt.NDArray[Any]
+
+
+class GenerationSampler:
+    """Sampling state of one generation: fixed parameters and what follows from them.
+
+    `vocab_size` cuts the logits: tokens at or beyond it are never drawn or drafted.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt_len: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: str,
+    ) -> None:
+        self.params = params
+        self.prompt_len = prompt_len
+        self.vocab_size = vocab_size
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+        self.stop_ids = np.array(sorted(i for i in stops if i < vocab_size), np.int64)
+        self.bias = self._bias_vector(torch.device(device))
+        self.adjusts = warp.needs_adjustment(params) or bool(params.min_tokens)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """The token is the argmax of the raw logits, at any position."""
+        return self.params.greedy and not self.adjusts
+
+    def _bias_vector(self, device: torch.device) -> torch.Tensor | None:
+        """Float32 [vocab]."""
+        params, size = self.params, self.vocab_size
+        if not (params.logit_bias or params.allowed_token_ids):
+            return None
+        bias = np.zeros(size, np.float32)
+        if params.allowed_token_ids:
+            bias[:] = -np.inf
+            bias[[i for i in params.allowed_token_ids if i < size]] = 0.0
+        for token_id, value in params.logit_bias.items():
+            if token_id < size:
+                bias[token_id] += value
+        return torch.from_numpy(bias).to(device)
+
+
+class Span(NamedTuple):
+    """Rows [start, stop) of one generation; the first is for `position`, after history[:position].
+
+    `history` holds the tokens before the last row's position at least.
+    """
+
+    sampler: GenerationSampler
+    start: int
+    stop: int
+    position: int
+    history: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalised:
+    """Entries of the flattened rows, each with its counts and its generation's penalties: [m]."""
+
+    entries: torch.Tensor
+    output_counts: torch.Tensor
+    seen: torch.Tensor
+    presence_penalty: torch.Tensor
+    frequency_penalty: torch.Tensor
+    repetition_penalty: torch.Tensor
+
+
+def adjust(logits: torch.Tensor, spans: Sequence[Span]) -> None:
+    """Changes float32 [n, vocab], contiguous, in place."""
+    for span in spans:
+        if span.sampler.bias is not None:
+            logits[span.start : span.stop] += span.sampler.bias
+    flat, size = logits.view(-1), logits.shape[-1]
+    if forbidden := [_forbidden(span, size) for span in spans if span.sampler.params.min_tokens]:
+        entries = torch.from_numpy(np.concatenate(forbidden)).to(logits.device)
+        flat.index_fill_(0, entries, -torch.inf)
+    if penalised := [_penalised(span, size) for span in spans if span.sampler.params.penalises]:
+        columns = (np.concatenate(parts) for parts in zip(*penalised, strict=True))
+        terms = _Penalised(*(torch.from_numpy(column).to(logits.device) for column in columns))
+        flat[terms.entries] = warp.penalise(
+            flat[terms.entries], terms.output_counts, terms.seen, terms
+        )
+
+
+def _forbidden(span: Span, size: int) -> Ids:
+    """Entries of stop tokens in the rows before min_tokens."""
+    num_output = span.position - span.sampler.prompt_len
+    num_rows = min(max(span.sampler.params.min_tokens - num_output, 0), span.stop - span.start)
+    rows = np.arange(span.start, span.start + num_rows)
+    return (rows[:, None] * size + span.sampler.stop_ids).reshape(-1)
+
+
+def _penalised(span: Span, size: int) -> tuple[Ids, ...]:
+    """Entries, counts, seen and the three penalties of one generation's rows, flattened.
+
+    Every token of the history has an entry in each row: one not seen before the row is unchanged.
+    """
+    params, prompt_len = span.sampler.params, span.sampler.prompt_len
+    num_rows = span.stop - span.start
+    history = span.history[: span.position + num_rows - 1]
+    ids, where = np.unique(history, return_inverse=True)
+    counts = np.zeros((num_rows, len(ids)), np.int64)
+    seen = np.zeros((num_rows, len(ids)), np.bool_)
+    counts[:] = np.bincount(where[prompt_len : span.position], minlength=len(ids))
+    seen[:, where[: span.position]] = True
+    for row, column in enumerate(where[span.position :].tolist(), 1):
+        seen[row:, column] = True
+        if span.position + row - 1 >= prompt_len:
+            counts[row:, column] += 1
+    is_known = ids < size
+    columns, counts, seen = ids[is_known], counts[:, is_known], seen[:, is_known]
+    entries = np.arange(span.start, span.stop)[:, None] * size + columns.astype(np.int64)
+    numbers = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    penalties = (np.full(entries.size, number, np.float32) for number in numbers)
+    return entries.reshape(-1), counts.reshape(-1), seen.reshape(-1), *penalties

@@ -1,0 +1,222 @@
+"""Passes over many rows of logits at once, on their device: maxima, masses, races.
+
+Rows are worked through in blocks that stay in a core's cache; what a row gives does not depend on
+the rows beside it. Owns no state; knows nothing of generations, parameters or the wire. Called on
+the device thread only, in inference mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.sampling.random import token_bounds, token_gumbels, token_offsets
+
+Ids = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
+
+# Entries of a block: on a CPU a block's temporaries (about 24 bytes an entry) fit a core's L2
+# cache, and torch gives each thread so many of an element-wise operation; elsewhere a bound of
+# memory (0.4 GB) is all that is wanted.
+_CPU_BLOCK = 32768
+_DEVICE_BLOCK = 1 << 24
+# Entries whose scores are kept at once (16 MB), for selections to be made of many rows.
+_SLAB = 1 << 22
+# Rows shorter than this are not worth two steps of selection.
+_LONG_ROW = 1024
+
+
+_Weighed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Excluded(NamedTuple):
+    """Entries left out of the tails and races: int64 [m] each, `rows` falling nowhere."""
+
+    rows: Ids
+    columns: Ids
+
+
+class Masses(NamedTuple):
+    """Per row, float64 [n]: the greatest scaled logit, and the sums of exp(scaled - peak).
+
+    `kept` is of all entries at or above the floor, `tails` of those that are not excluded.
+    """
+
+    peaks: Doubles
+    kept: Doubles
+    tails: Doubles
+
+
+class Entrants(NamedTuple):
+    """Who may win a race: `ids` int64 [n, width] by falling `bounds` float32 of their scores.
+
+    A score is scaled logit - peak + Gumbel noise. No token but these exceeds the last bound;
+    -inf: it has no probability.
+    """
+
+    ids: Ids
+    bounds: npt.NDArray[np.float32]
+
+
+def first_max(scores: torch.Tensor) -> Ids:
+    """int64 [n]: where each row's greatest entry is, the first at ties, as torch's argmax."""
+    if scores.device.type == "cpu":  # numpy's is ten times faster and says the same
+        return np.asarray(scores.numpy().argmax(-1))
+    return np.asarray(scores.argmax(-1).cpu().numpy())
+
+
+def best(scores: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest `num` entries of each row, falling, and their ids; at most all.
+
+    On a CPU from the columns of a grid that hold the greatest maxima: no others can have them.
+    """
+    num_rows, size = scores.shape
+    num = min(num, size)
+    length = math.isqrt(size // num)
+    if scores.device.type != "cpu" or size < _LONG_ROW or length < 2:
+        top = scores.topk(num)
+        return top.values, top.indices
+    width = size // length
+    whole = length * width
+    columns = scores[:, :whole].view(num_rows, length, width).amax(1).topk(num).indices
+    steps = torch.arange(0, whole, width)
+    rest = torch.arange(whole, size).expand(num_rows, -1)
+    ids = torch.cat([(columns[:, None, :] + steps[:, None]).flatten(1), rest], -1)
+    top = scores.gather(-1, ids).topk(num)
+    return top.values, ids.gather(-1, top.indices)
+
+
+class Sweep:
+    """Rows of logits with their temperatures and floors, ready to be measured and raced.
+
+    `logits` float32 [n, vocab]; `temperatures` float64 [n]; `floors` float64 [n]: scaled logits
+    less the peak below them are ruled out; None for none.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        temperatures: Doubles,
+        floors: Doubles | None = None,
+        excluded: Excluded | None = None,
+    ) -> None:
+        self._logits = logits
+        self._size = logits.shape[-1]
+        device = logits.device
+        self._temperatures = torch.from_numpy(temperatures).to(device)[:, None]
+        self._floors = None if floors is None else torch.from_numpy(floors).to(device)[:, None]
+        some = excluded or Excluded(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        flat = torch.from_numpy(some.rows * self._size + some.columns)
+        self._excluded = flat.to(device)
+        self._starts = np.searchsorted(some.rows, np.arange(len(logits) + 1)).tolist()
+
+    def masses(self) -> Masses:
+        """Without a race."""
+        blocks = self._slices(slice(0, len(self._logits)), _block_size(self._logits))
+        return _gathered([self._weigh(block, None) for block in blocks])
+
+    def race(self, keys: Ids, width: int) -> tuple[Masses, Entrants]:
+        """`keys` int64 [n] of the noise."""
+        masses, values, ids = [], [], []
+        for slab in self._slices(slice(0, len(self._logits)), _SLAB):
+            scores = self._logits.new_empty(slab.stop - slab.start, self._size)
+            for block in self._slices(slab, _block_size(self._logits)):
+                some = scores[block.start - slab.start : block.stop - slab.start]
+                masses.append(self._weigh(block, some))
+                _add_bounds(some, keys[block])
+            bounds, entrants = best(scores, width)
+            values.append(bounds)
+            ids.append(entrants)
+        return _gathered(masses), Entrants(_joined(ids), _joined(values))
+
+    def full_race(self, row: int, key: int, width: int) -> Entrants:
+        """One row with every score in double precision: slow, never wrong."""
+        block = slice(row, row + 1)
+        scaled, _ = self._scaled(block)
+        scaled.view(-1).index_fill_(0, self._excluded_in(block), -torch.inf)
+        device = self._logits.device
+        keys = torch.tensor([key], dtype=torch.int64, device=device)
+        scaled += token_gumbels(keys, torch.arange(self._size, device=device))
+        top = scaled.topk(min(width, self._size))
+        return Entrants(top.indices.cpu().numpy(), top.values.to(torch.float32).cpu().numpy())
+
+    def _slices(self, rows: slice, num_entries: int) -> Iterator[slice]:
+        step = max(1, num_entries // self._size)
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop))
+
+    def _scaled(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float64 [rows, vocab], new, with -inf below the floor; and the peaks [rows, 1].
+
+        Division is monotone, so this is `warp.scale`, bit for bit.
+        """
+        logits, temperatures = self._logits[block], self._temperatures[block]
+        peaks = logits.amax(-1, keepdim=True).to(torch.float64) / temperatures
+        # A row that allows nothing is nothing, not NaN.
+        peaks = torch.where(peaks.isfinite(), peaks, 0.0)
+        scaled = logits.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        scaled /= temperatures
+        scaled -= peaks
+        if self._floors is not None:
+            scaled.masked_fill_(scaled < self._floors[block], -torch.inf)
+        return scaled, peaks
+
+    def _weigh(self, block: slice, scores: torch.Tensor | None) -> _Weighed:
+        """Peaks, kept masses and tails [rows]; `scores` gets the scaled logits not excluded."""
+        scaled, peaks = self._scaled(block)
+        ids = self._excluded_in(block)
+        if scores is not None:
+            scores.copy_(scaled)
+            scores.view(-1).index_fill_(0, ids, -torch.inf)
+        weights = scaled.exp_()
+        kept = weights.sum(-1)
+        if not len(ids):
+            return peaks[:, 0], kept, kept
+        weights.view(-1).index_fill_(0, ids, 0.0)
+        return peaks[:, 0], kept, weights.sum(-1)
+
+    def _excluded_in(self, block: slice) -> torch.Tensor:
+        """Where the excluded entries of a block stand in it, flattened."""
+        first, last = self._starts[block.start], self._starts[block.stop]
+        return torch.sub(self._excluded[first:last], block.start * self._size)
+
+
+def _add_bounds(scores: torch.Tensor, keys: Ids) -> None:
+    """Adds what the noise is at most to float32 [rows, vocab], in place."""
+    size, device = scores.shape[-1], scores.device
+    offsets = _offsets(size, device)
+    # One thread hashes twice as fast with numpy, to the same bits; torch uses all there are.
+    by_numpy = device.type == "cpu" and torch.get_num_threads() == 1
+    noise_keys = keys if by_numpy else torch.from_numpy(keys).to(device)
+    step = max(1, _block_size(scores) // len(keys))
+    for start in range(0, size, step):
+        columns = slice(start, start + step)
+        if by_numpy:
+            bounds = torch.from_numpy(token_bounds(noise_keys, offsets.numpy()[columns]))
+        else:
+            bounds = token_bounds(noise_keys, offsets[columns])
+        scores[:, columns].sub_(bounds.log_())
+
+
+@functools.lru_cache(maxsize=4)
+def _offsets(size: int, device: torch.device) -> torch.Tensor:
+    """A constant of the vocabulary's size."""
+    return torch.as_tensor(token_offsets(torch.arange(size, device=device)))
+
+
+def _gathered(parts: Sequence[_Weighed]) -> Masses:
+    return Masses(*(_joined(column) for column in zip(*parts, strict=True)))
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).cpu().numpy()
+
+
+def _block_size(tensor: torch.Tensor) -> int:
+    return _CPU_BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else _DEVICE_BLOCK

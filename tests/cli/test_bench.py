@@ -1,0 +1,94 @@
+"""`outrider bench` as users run it: every command's smoke test, and the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.processes import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def bench(name: str, out: Path, *arguments: str, file: str | None = None) -> dict[str, Any]:
+    """The document of a quick run, its plot checked to be one."""
+    ended = run("bench", name, "--quick", f"--out={out}", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    document: dict[str, Any] = json.loads((out / f"{file or name}.json").read_text("utf-8"))
+    plot = xml.etree.ElementTree.parse(out / f"{file or name}.svg")
+    assert plot.getroot().tag.endswith("svg")
+    assert document["samples"]
+    return document
+
+
+def test_speed_compares_ways_of_the_same_output(target: Path, draft: Path, tmp_path: Path) -> None:
+    """Ours and the peer's, token for token; in float32."""
+    models = (f"--target={target}", f"--draft={draft}")
+    told = bench("speed", tmp_path, *models, "--peer=huggingface", "--temperature=1")
+    results = {result["name"]: result for result in told["results"]}
+    assert {"plain", "sequential", "chain", "full", "γ 2", "HF plain, 1 core"} <= results.keys()
+    assert {"plain T 1", "full T 1 coupled", "HF assisted default, 1 core"} <= results.keys()
+    assert all(not result["num_different"] for result in told["results"])
+    assert results["plain"]["speed_up"] == 1
+    assert results["full"]["rounds"]["target_step_s"] > 0
+    assert told["cores"]["target"] != told["cores"]["draft"]
+
+
+def test_speed_explains_the_choice_of_gamma(tmp_path: Path) -> None:
+    ended = run("bench", "speed", "--quick", "--gammas=", "--explain-gamma", f"--out={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    assert "chosen" in ended.stdout
+    assert "draft step" in ended.stdout
+
+
+def test_concurrency_runs_every_number_of_streams_each_way(tmp_path: Path) -> None:
+    told = bench("concurrency", tmp_path, "--gammas=2")
+    ways = [(result["num_streams"], result["variant"]) for result in told["results"]]
+    assert ways == [(num, way) for num in (1, 2) for way in ("plain", "full", "γ 2")]
+    assert all(result["over_plain"] > 0 for result in told["results"])
+
+
+def test_delay_compares_with_none(tmp_path: Path) -> None:
+    told = bench("delay", tmp_path)
+    rows = {(result["variant"], result["delay_ms"]): result for result in told["results"]}
+    assert rows["full", 0]["lost"] == 0
+    assert rows["ahead 1, fan 1", 5]["lost"] is not None
+
+
+def test_rounds_reads_the_orchestrators_own_time(tmp_path: Path) -> None:
+    told = bench("rounds", tmp_path, "--max-tokens=64")
+    assert [result["num_streams"] for result in told["results"]] == [1, 4]
+    for result in told["results"]:
+        assert result["cpu_us_mean"] > 0
+        assert result["memory_bytes"] > 1e6
+        assert result["num_windows"] >= 1
+
+
+@pytest.mark.parametrize("over", ["context"])
+def test_growth(over: str, tmp_path: Path) -> None:
+    """Two points of each."""
+    told = bench("growth", tmp_path, f"--over={over}", file=f"growth-{over}")
+    assert len({result["value"] for result in told["results"]}) == 2
+    assert all(result["tokens_per_s"] > 0 for result in told["results"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("growth", "--over=vocabulary", "--target=here"), "--over vocabulary"),
+        (("growth", "--points=x"), "--points"),
+        (("speed", "--draft=none"), "--draft"),
+        (("speed", "--peer=huggingface", "--inflate=20M"), "--peer"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    arguments: tuple[str, ...], flag: str, tmp_path: Path
+) -> None:
+    name, *rest = arguments
+    ended = run("bench", name, "--quick", f"--out={tmp_path}", *rest)
+    assert ended.returncode == 2, ended.stderr
+    assert flag in ended.stderr

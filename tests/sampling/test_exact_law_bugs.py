@@ -1,0 +1,107 @@
+"""Planted bugs: the check of test_exact_law must see them, or it proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outrider.sampling.support import Support
+from outrider.sampling.verify import Evidence, Noise, Verdict, verify_block, verify_tokens
+
+from .laws import Verify, law_error, random_case
+
+_EXACT = 1e-12
+_WRONG = 1e-3
+
+_both = pytest.mark.parametrize("verify", [verify_tokens, verify_block], ids=["tokens", "block"])
+
+
+def _one_accept_uniform_for_all(verify: Verify) -> Verify:
+    def planted(
+        draft: Sequence[int],
+        supports: Sequence[Support],
+        evidence: Evidence,
+        accept: Sequence[float],
+        noise: Noise,
+    ) -> Verdict:
+        return verify(draft, supports, evidence, [accept[0]] * len(draft), noise)
+
+    return planted
+
+
+@_both
+def test_a_reused_uniform_is_caught(verify: Verify) -> None:
+    """One uniform for two positions changes the law visibly."""
+    planted = _one_accept_uniform_for_all(verify)
+    errors = [law_error(planted, random_case(seed, 3, 2)) for seed in range(12)]
+    assert max(errors) > 5 * _WRONG
+
+
+def _copied_loop(
+    draft: Sequence[int],
+    supports: Sequence[Support],
+    evidence: Evidence,
+    accept: Sequence[float],
+    noise: Noise,
+    bug: str,
+) -> Verdict:
+    """Speculative sampling written out again, with one of the bugs that are easily made."""
+    for i, token in enumerate(draft):
+        where = int(np.flatnonzero(supports[i].token_ids == token)[0])
+        p, q = evidence.target_probs[i], supports[i].probs
+        if bug == "at least half" and p[where] >= q[where] / 2:
+            continue
+        if accept[i] < p[where] / q[where]:
+            continue
+        weights = p if bug == "recover from the target" else np.maximum(p - q, 0)
+        tail = float(np.exp(evidence.tail_logprobs[i]))
+        if bug == "forget the tail" and weights.any():
+            tail = 0.0
+        elif bug == "the mass for the log-probability":
+            tail = float(evidence.tail_mass[i])
+        elif bug == "no log-probability" and tail:
+            tail = 1.0
+        found = {t: w for t, w in zip(supports[i].token_ids.tolist(), weights, strict=True) if w}
+        if tail:
+            found[evidence.samples[i]] = tail
+        scores = np.log(list(found.values())) + noise(i, np.array(list(found)))
+        return Verdict(i, list(found)[int(scores.argmax())])
+    return Verdict(len(draft), evidence.samples[len(draft)])
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "recover from the target",
+        "forget the tail",
+        "the mass for the log-probability",
+        "no log-probability",
+        "at least half",
+    ],
+)
+def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
+    """An independent copy of the loop passes the check as it is and fails it with each bug."""
+    case = random_case(2, 4, 2)
+
+    def copied(*arguments: Any) -> Verdict:
+        return _copied_loop(*arguments, bug="none")
+
+    def planted(*arguments: Any) -> Verdict:
+        return _copied_loop(*arguments, bug=bug)
+
+    assert law_error(copied, case) < _EXACT
+    assert law_error(planted, case) > _WRONG
+
+
+@_both
+def test_noise_of_another_position_is_caught(verify: Verify) -> None:
+    """The position after the rejected one: its noise is still to draw another token."""
+
+    def planted(*block: Any) -> Verdict:
+        *others, noise = block
+        return verify(*others, lambda position, token_ids: noise(position + 1, token_ids))
+
+    assert law_error(planted, random_case(2, 4, 2)) > _WRONG

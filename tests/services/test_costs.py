@@ -1,0 +1,150 @@
+"""What passes cost: measured at the start, followed while working, told over the wire."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from outrider.costs import CostReport
+from outrider.engine import Engine, EngineOptions, load_engine
+from outrider.serving import costs
+from outrider.serving.costs import StepCosts
+from outrider.wire import costs_from_proto, costs_to_proto
+from tests.services.noting import Clock, NotingEngine
+from tests.services.parts import Pair
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Pair) -> Engine:
+    return load_engine(EngineOptions(str(pair.draft), kv_cache_tokens=1024))
+
+
+Noted = Callable[..., NotingEngine]
+
+
+@pytest.fixture
+def noted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Noted:
+    """The engine on a clock of its own, which the costs read."""
+    clock = Clock()
+    monkeypatch.setattr(costs, "time", clock)
+    return lambda **seconds: NotingEngine(engine, clock, **seconds)
+
+
+def test_calibration_measures_and_leaves_nothing(noted: Noted) -> None:
+    noting = noted(base_s=0.01, token_s=0.001, row_s=0.002)
+    measured = StepCosts()
+    measured.calibrate(noting, 64)
+    report = measured.report
+    assert report.num_tokens == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    assert report.step_s == pytest.approx([0.01 + 0.001 * n for n in report.num_tokens])
+    assert report.row_s == pytest.approx(0.002)
+    assert report.pass_s(5, 1) == pytest.approx(0.015), "between the points"
+    assert report.pass_s(100, 10) == pytest.approx(0.11 + 9 * 0.002), "and beyond"
+    assert (noting.store.used_tokens, noting.store.num_sequences) == (0, 0)
+    noting.store.check_integrity()
+
+
+def test_a_longer_pass_never_takes_less(noted: Noted) -> None:
+    """What seems so is noise; a further row never pays either."""
+    noting = noted(base_s=1.0, token_s=-0.001, row_s=-0.01)
+    measured = StepCosts()
+    measured.calibrate(noting, 32)
+    assert all(a <= b for a, b in itertools.pairwise(measured.report.step_s))
+    assert measured.report.row_s == 0
+
+
+@pytest.mark.parametrize(("num_free", "most"), [(64, 32), (32, 0), (1024, 256)])
+def test_calibration_takes_what_room_there_is(num_free: int, most: int, noted: Noted) -> None:
+    noting = noted(base_s=0.01, token_s=0.001)
+    taken = noting.store.open(1024 - num_free) if num_free < 1024 else None
+    measured = StepCosts()
+    measured.calibrate(noting, 512)
+    assert max(measured.report.num_tokens) == (most or 1)
+    assert (measured.report == StepCosts().report) == (most == 0), "nothing known, nothing said"
+    if taken is not None:
+        noting.store.free(taken)
+    assert noting.store.used_tokens == 0
+
+
+def test_a_slow_model_has_fewer_points(noted: Noted) -> None:
+    measured = StepCosts()
+    measured.calibrate(noted(base_s=2.0), 512)
+    assert measured.report.num_tokens == (1, 2, 3)
+
+
+def test_what_is_observed_is_followed(noted: Noted) -> None:
+    """A machine three times slower is known as that after some passes of all sizes, then told."""
+    noting = noted(base_s=0.01, token_s=0.001, row_s=0.002)
+    measured = StepCosts()
+    measured.calibrate(noting, 64)
+    first = measured.report
+    for index in range(600):
+        noting.clock.now += 0.1
+        num_tokens = (2, 4, 10, 20, 40)[index % 5]
+        measured.observe(num_tokens, 2, 3 * first.pass_s(num_tokens, 2))
+    assert measured.report is not first
+    for num_tokens in (2, 4, 10, 20, 40):
+        real_s = 3 * first.pass_s(num_tokens, 2)
+        assert measured.step_s(num_tokens, 2) == pytest.approx(real_s, rel=0.05)
+        assert measured.report.pass_s(num_tokens, 2) == pytest.approx(real_s, rel=0.1)
+    assert measured.report.mean_num_rows == pytest.approx(2, rel=0.05)
+
+
+def test_one_size_that_is_slower_is_told_and_the_curve_rises(noted: Noted) -> None:
+    """Found so: only the cost of a single token was looked at, and a bent curve fell behind."""
+    noting = noted(base_s=0.01, token_s=0.001)
+    measured = StepCosts()
+    measured.calibrate(noting, 64)
+    first = measured.report
+    for _ in range(300):
+        noting.clock.now += 0.1
+        measured.observe(12, 1, 1.5 * first.pass_s(12, 1))
+        measured.observe(1, 1, first.pass_s(1, 1))
+        assert all(a <= b for a, b in itertools.pairwise(measured.report.step_s))
+    assert measured.report.pass_s(12, 1) == pytest.approx(1.5 * first.pass_s(12, 1), rel=0.1)
+    assert measured.report.pass_s(1, 1) == pytest.approx(first.pass_s(1, 1), rel=0.1)
+
+
+def test_a_single_stall_is_no_slower_machine(noted: Noted) -> None:
+    noting = noted(base_s=0.01)
+    measured = StepCosts()
+    measured.calibrate(noting, 8)
+    measured.observe(1, 1, 100.0)
+    assert measured.step_s(1, 1) < 0.011
+
+
+def test_no_news_is_not_told(noted: Noted) -> None:
+    noting = noted(base_s=0.01)
+    measured = StepCosts()
+    measured.calibrate(noting, 8)
+    told = measured.report
+    for _ in range(50):
+        noting.clock.now += 1.0
+        measured.observe(1, 1, 0.0101)
+    assert measured.report is told
+
+
+def test_reports_travel() -> None:
+    report = CostReport((1, 2, 8), (0.5, 0.5, 2.0), 0.25, 3.0)
+    assert costs_from_proto(costs_to_proto(report)) == report
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        CostReport((), (), 0.1, 1.0),
+        CostReport((1, 2), (0.1,), 0.1, 1.0),
+        CostReport((2, 1), (0.1, 0.2), 0.1, 1.0),
+        CostReport((1, 2), (0.1, float("nan")), 0.1, 1.0),
+        CostReport((1, 2), (-0.1, 0.1), 0.1, 1.0),
+    ],
+)
+def test_reports_without_sense_say_nothing(report: CostReport) -> None:
+    assert costs_from_proto(costs_to_proto(report)) == CostReport()
+
+
+def test_odd_numbers_beside_a_curve_are_none() -> None:
+    read = costs_from_proto(costs_to_proto(CostReport((1,), (0.5,), -1.0, 0.0)))
+    assert (read.row_s, read.mean_num_rows) == (0.0, 1.0)
