@@ -97,7 +97,7 @@ async def test_every_gamma_lookahead_and_fan_out(
                 check_setting(how, output)
             assert_speculated(outputs)
             num_hits += sum(output.speculation.num_lookahead_hits for output in outputs)
-        assert num_hits > 20
+        assert num_hits > 3
         for i, how in enumerate(SETTINGS):
             prompt = prompts[i % len(prompts)]
             output = await stack.generate(**_how(prompt, how, _NUM_TOKENS // 2))
