@@ -59,6 +59,16 @@ def test_delay_compares_with_none(tmp_path: Path) -> None:
     assert rows["ahead 1, fan 1", 5]["lost"] is not None
 
 
+def test_a_twin_is_told_what_the_pair_did(target: Path, draft: Path, tmp_path: Path) -> None:
+    models = (f"--target={target}", f"--draft={draft}", "--max-tokens=100")
+    ended = run("bench", "twin", "--quick", f"--out={tmp_path}", *models)
+    assert ended.returncode == 0, ended.stderr
+    told, *rows = json.loads((tmp_path / "twin.json").read_text("utf-8"))["results"]
+    assert "survival=" in told["simulate_draft"]
+    assert [row["variant"] for row in rows] == ["plain", "in turn, γ 4", "ahead, γ 4", "full"]
+    assert all(row["simulated_tokens_per_s"] > 0 for row in rows)
+
+
 def test_rounds_reads_the_orchestrators_own_time(tmp_path: Path) -> None:
     told = bench("rounds", tmp_path, "--max-tokens=64")
     assert [result["num_streams"] for result in told["results"]] == [1, 4]

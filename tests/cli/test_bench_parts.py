@@ -16,11 +16,12 @@ from outrider.child import tied_to_this_process
 from outrider.cli.bench.cores import CoreUse, apart, orchestrator_apart
 from outrider.cli.bench.document import Document, Goal
 from outrider.cli.bench.explain import decision_table
-from outrider.cli.bench.load import Sample, in_turn
+from outrider.cli.bench.load import Block, Sample, in_turn
 from outrider.cli.bench.plots import Bar, Line, Panel, draw, draw_bars
 from outrider.cli.bench.process import cpu_seconds, memory_bytes
 from outrider.cli.bench.summary import Rounds, Speed
 from outrider.cli.bench.system import BenchOptions
+from outrider.cli.bench.twin import survival
 from outrider.cli.bench.workload import Prompts, Variant
 from outrider.cli.options import parse_cpus, parse_list
 from outrider.cli.request import Method
@@ -119,6 +120,15 @@ def test_sums_over_rounds() -> None:
     assert rounds.draft_wait_share == pytest.approx(0.25)
     assert rounds.limit_tokens_per_s == pytest.approx(20)
     assert rounds.limit_share == pytest.approx(0.5)
+
+
+def test_the_survival_that_a_simulation_is_told() -> None:
+    """Of what stood before it, not of all rounds."""
+    samples = [sample(num_drafts=10), sample(num_drafts=10)]
+    for one in samples:
+        assert one.stats is not None
+        one.stats.num_accepted_tokens_per_pos.extend([8, 4, 3])
+    assert survival(Block("γ 3", 2, 0, 1.0, 1.0, samples)) == (0.8, 0.5, 0.75)
 
 
 def test_what_was_not_measured_is_none() -> None:

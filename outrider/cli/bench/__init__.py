@@ -5,7 +5,8 @@ table, and writes NAME.json (settings, machine, versions, results, every raw sam
 under `--out`. Knows the services as any caller does.
 
 Reading order: cores, system, workload, load, summary, document, plots, show; then the commands:
-speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy), wire.
+speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy, tiers),
+twin, wire.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from outrider.cli.bench.growth import growth
 from outrider.cli.bench.rounds import rounds
 from outrider.cli.bench.scaling import scaling
 from outrider.cli.bench.speed import speed
+from outrider.cli.bench.twin import twin
 from outrider.cli.bench.wire import wire
 from outrider.cli.pair import pair
 
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
-for command in (speed, concurrency, delay, rounds, growth, scaling, wire, pair):
+for command in (speed, concurrency, delay, rounds, growth, scaling, twin, wire, pair):
     bench.command()(command)
 bench.command("explain-gamma")(explain_gamma)

@@ -230,15 +230,9 @@ async def _run(
 
 async def _passes(lane: System) -> tuple[int, int]:
     """Rows and passes of the target so far."""
-    import grpc
+    from outrider.cli.bench.tiers import target_info
 
-    from outrider.cli.client import SHORT_TIMEOUT_S
-    from outrider.v1 import target_pb2, target_pb2_grpc
-
-    async with grpc.aio.insecure_channel(lane.stack.addresses["target"]) as channel:
-        request = target_pb2.TargetServiceGetModelInfoRequest()
-        stub = target_pb2_grpc.TargetServiceStub(channel)
-        load = (await stub.GetModelInfo(request, timeout=SHORT_TIMEOUT_S)).load
+    load = (await target_info(lane.stack.addresses["target"])).load
     return load.num_rows_total, load.num_steps_total
 
 
