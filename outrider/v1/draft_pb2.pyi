@@ -14,30 +14,36 @@ class DraftServiceGetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DraftServiceGetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "load", "costs")
+    __slots__ = ("model", "load", "costs", "state")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelInfo
     load: DraftLoad
     costs: _model_pb2.StepCosts
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
+    state: _model_pb2.ReplicaState
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class DraftLoad(_message.Message):
-    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total")
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total")
     NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_CLOSED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_QUERIED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     num_open_generations: int
     num_idle_sessions: int
     num_opened_total: int
     num_closed_total: int
     kv_used_tokens: int
     num_prefill_tokens_total: int
-    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ...) -> None: ...
+    num_prefix_queried_tokens_total: int
+    num_prefix_hit_tokens_total: int
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class ProposeRequest(_message.Message):
     __slots__ = ("opens", "commits", "closes", "forget_session_ids")
@@ -104,14 +110,16 @@ class DraftClose(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class ProposeResponse(_message.Message):
-    __slots__ = ("proposals", "errors", "costs")
+    __slots__ = ("proposals", "errors", "costs", "state")
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
     errors: _containers.RepeatedCompositeFieldContainer[DraftLost]
     costs: _model_pb2.StepCosts
-    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
+    state: _model_pb2.ReplicaState
+    def __init__(self, proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[DraftLost, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class Proposal(_message.Message):
     __slots__ = ("generation_id", "assumed_token_ids", "base_len", "token_ids", "support_sizes", "support_ids", "support_probs")

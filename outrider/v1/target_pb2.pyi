@@ -14,17 +14,19 @@ class TargetServiceGetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TargetServiceGetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "load", "costs")
+    __slots__ = ("model", "load", "costs", "state")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelInfo
     load: TargetLoad
     costs: _model_pb2.StepCosts
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[TargetLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
+    state: _model_pb2.ReplicaState
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[TargetLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class TargetLoad(_message.Message):
-    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_waiting_rows", "num_steps_total", "num_rows_total", "num_tokens_total", "num_prefill_tokens_total")
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_waiting_rows", "num_steps_total", "num_rows_total", "num_tokens_total", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total")
     NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +37,8 @@ class TargetLoad(_message.Message):
     NUM_ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_QUERIED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     num_open_generations: int
     num_idle_sessions: int
     num_opened_total: int
@@ -45,7 +49,9 @@ class TargetLoad(_message.Message):
     num_rows_total: int
     num_tokens_total: int
     num_prefill_tokens_total: int
-    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_waiting_rows: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_rows_total: _Optional[int] = ..., num_tokens_total: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ...) -> None: ...
+    num_prefix_queried_tokens_total: int
+    num_prefix_hit_tokens_total: int
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_waiting_rows: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_rows_total: _Optional[int] = ..., num_tokens_total: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
     __slots__ = ("opens", "rows", "closes", "forget_session_ids")
@@ -102,17 +108,19 @@ class TargetClose(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("results", "errors", "costs")
+    __slots__ = ("results", "errors", "costs", "state")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[VerifyResult]
     errors: _containers.RepeatedCompositeFieldContainer[RowError]
     costs: _model_pb2.StepCosts
-    def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ...) -> None: ...
+    state: _model_pb2.ReplicaState
+    def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs")
+    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +131,7 @@ class VerifyResult(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     TAIL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     support_probs: bytes
     tail_mass: bytes
@@ -133,7 +142,8 @@ class VerifyResult(_message.Message):
     top_logprobs: bytes
     step_s: float
     tail_logprobs: bytes
-    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ...) -> None: ...
+    num_reused_tokens: int
+    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")
