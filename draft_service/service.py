@@ -9,8 +9,9 @@ from draft_service.server import DraftServicer
 from outrider.config import DraftConfig
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.server import Server
-from outrider.serving.life import Running, model_serving
+from outrider.serving.life import Mounted, model_serving
 from outrider.serving.scheduler import Scheduler
+from outrider.serving.status import ReplicaStatus
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
@@ -20,20 +21,24 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
     """As `model_serving`."""
 
     def mount(
-        engine: ServedEngine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
-    ) -> Running:
+        engine: ServedEngine,
+        model: model_pb2.ModelInfo,
+        device: DeviceThread,
+        server: Server,
+        status: ReplicaStatus,
+    ) -> Mounted:
         proposer = Proposer(
             engine,
             max_gamma=config.max_gamma,
             max_step_tokens=config.max_step_tokens,
             max_branches=config.max_branches,
             idle_session_ttl_s=config.idle_session_ttl_s,
+            prefix_cache=config.prefix_cache,
         )
         scheduler = Scheduler(proposer, device)
-        servicer = DraftServicer(
-            scheduler, model, proposer.statistics, lambda: proposer.costs.report
-        )
+        mounted = Mounted(scheduler, proposer.statistics, lambda: proposer.costs.report)
+        servicer = DraftServicer(scheduler, model, proposer.statistics, mounted.costs, status)
         draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
-        return scheduler
+        return mounted
 
-    return model_serving(config, SERVICE_NAME, mount)
+    return model_serving(config, "draft", SERVICE_NAME, mount)

@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from outrider.errors import ConfigError
+from outrider.replica import split_address
 from outrider.simulation import Simulation
 
 Config = TypeVar("Config")
@@ -24,6 +25,12 @@ Config = TypeVar("Config")
 def setting(default: Any, help: str, env: str | None = None) -> Any:
     """A field with its help text and, where users know one, a further variable's name."""
     return field(default=default, metadata={"help": help, "env": env})
+
+
+_OF_MODELS = (
+    "dtype", "device", "device_map", "num_threads", "prepack", "attention_backend", "cuda_graphs",
+    "inflate_parameters",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,17 @@ class ModelServiceConfig:
     max_gamma: int = setting(16, "most draft tokens of a round")
     max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
+    prefix_cache: bool = setting(True, "re-use keys and values of prompts that begin alike")
     calibration_s: float = setting(3.0, "how long to measure what passes cost, at the start")
+    redis_url: str | None = setting(None, "where the replica announces itself; unset: nowhere")
+    advertise: str | None = setting(
+        None, "host:port that others reach it at; unset: where it listens"
+    )
+    stuck_after_s: float = setting(
+        3.0, "a pass that takes so long, and ten times what is usual, makes the replica not ready"
+    )
+    stuck_exit_s: float = setting(300.0, "stuck for so long, the program ends")
+    stop_grace_s: float = setting(5.0, "how long open generations may go on at a stop")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
@@ -60,11 +77,23 @@ class ModelServiceConfig:
         else:
             require(not self.model, "simulate", "not together with a model")
             Simulation.parse(self.simulate, is_draft=isinstance(self, DraftConfig))
+            for entry in fields(self):
+                is_default = getattr(self, entry.name) == entry.default
+                require(
+                    is_default or entry.name not in _OF_MODELS,
+                    entry.name,
+                    "not together with simulate: there is no model",
+                )
         require_port(self.port)
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
         require(self.calibration_s >= 0, "calibration_s", "must be 0 or more")
+        require(self.stuck_after_s > 0, "stuck_after_s", "must be more than 0")
+        require(self.stuck_exit_s > 0, "stuck_exit_s", "must be more than 0")
+        require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
+        if self.advertise is not None:
+            require_address(self.advertise, "advertise")
         for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
@@ -93,9 +122,11 @@ class DraftConfig(ModelServiceConfig):
 class OrchestratorConfig:
     """`python -m orchestrator`."""
 
-    target_endpoint: str = setting("127.0.0.1:50052", "host:port of the target service")
+    target_endpoint: str = setting(
+        "127.0.0.1:50052", "host:port of each target replica, with commas between; or: registry"
+    )
     draft_endpoint: str | None = setting(
-        "127.0.0.1:50053", "host:port of the draft service; empty: no draft"
+        "127.0.0.1:50053", "likewise of the draft replicas; empty: no draft"
     )
     tokenizer: str | None = setting(None, "directory or hub name; unset: token ids only")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL")
@@ -113,6 +144,14 @@ class OrchestratorConfig:
         None, "longest wait for a proposal; unset: as long as it is worth"
     )
     verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
+    target_wait_s: float = setting(15.0, "longest wait for a target replica when none is there")
+    durability: str = setting(
+        "durable", "durable: tokens are in Redis before they are sent; fast: as soon as can be"
+    )
+    without_redis: str = setting(
+        "refuse", "new one-off generations while Redis is away: refuse, or unrecorded"
+    )
+    stop_grace_s: float = setting(2.0, "how long running outputs may go on at a stop")
     session_ttl_s: float = setting(3600.0, "sessions unused for so long expire")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
@@ -137,12 +176,43 @@ class OrchestratorConfig:
         require(self.max_generations >= 1, "max_generations", "must be 1 or more")
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
+        require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
+        require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
+        for name, values in _CHOICES:
+            require(getattr(self, name) in values, name, f"must be {' or '.join(values)}")
+
+    @property
+    def target_endpoints(self) -> tuple[str, ...]:
+        """Empty where the registry tells."""
+        return _endpoints(self.target_endpoint)
+
+    @property
+    def draft_endpoints(self) -> tuple[str, ...]:
+        """Likewise."""
+        return _endpoints(self.draft_endpoint or "")
+
+
+_CHOICES = (("durability", ("durable", "fast")), ("without_redis", ("refuse", "unrecorded")))
+REGISTRY = "registry"
+
+
+def _endpoints(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    return () if parts == (REGISTRY,) else parts
 
 
 def require(holds: bool, name: str, why: str) -> None:
     """Raises ConfigError that names the setting unless `holds`."""
     if not holds:
         raise ConfigError(f"{name}: {why}")
+
+
+def require_address(address: str, name: str) -> None:
+    """Raises ConfigError that names the setting unless it is host:port."""
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def require_port(port: int) -> None:

@@ -18,12 +18,20 @@ from grpc_reflection.v1alpha import reflection
 from outrider import errors
 from outrider.rpc import MAX_MESSAGE_BYTES
 
+# More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
+MAX_CONCURRENT_CALLS = 4_096
+
+# The health name for liveness probes; "" and the services' names are for readiness.
+LIVENESS = "liveness"
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Of one connection; those beyond it wait at the client, within their deadlines.
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
     ("grpc.so_reuseport", 0),  # else two servers silently share a port
     # Must allow the clients' keepalive_time_ms, or they are sent away for too many pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
@@ -87,6 +95,7 @@ class Server:
                 f"port: cannot listen on {host}:{port}; is it in use?"
             ) from error
         await self.set_serving(False)
+        await self.set_alive(True)
         await self.grpc_server.start()
 
     async def set_serving(self, serving: bool) -> None:
@@ -95,6 +104,11 @@ class Server:
         value = status.SERVING if serving else status.NOT_SERVING
         for name in ("", *self._service_names):
             await self._health.set(name, value)
+
+    async def set_alive(self, alive: bool) -> None:
+        """What liveness probes are told: not alive is what only a new process can cure."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(LIVENESS, status.SERVING if alive else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         await self.set_serving(False)

@@ -7,8 +7,9 @@ from contextlib import AbstractAsyncContextManager
 from outrider.config import TargetConfig
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.server import Server
-from outrider.serving.life import Running, model_serving
+from outrider.serving.life import Mounted, model_serving
 from outrider.serving.scheduler import Scheduler
+from outrider.serving.status import ReplicaStatus
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.server import TargetServicer
 from target_service.verifier import Verifier
@@ -22,19 +23,23 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
     """As `model_serving`."""
 
     def mount(
-        engine: ServedEngine, model: model_pb2.ModelInfo, device: DeviceThread, server: Server
-    ) -> Running:
+        engine: ServedEngine,
+        model: model_pb2.ModelInfo,
+        device: DeviceThread,
+        server: Server,
+        status: ReplicaStatus,
+    ) -> Mounted:
         verifier = Verifier(
             engine,
             max_gamma=config.max_gamma,
             max_step_tokens=config.max_step_tokens,
             idle_session_ttl_s=config.idle_session_ttl_s,
+            prefix_cache=config.prefix_cache,
         )
         scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
-        servicer = TargetServicer(
-            scheduler, model, verifier.statistics, lambda: verifier.costs.report
-        )
+        mounted = Mounted(scheduler, verifier.statistics, lambda: verifier.costs.report)
+        servicer = TargetServicer(scheduler, model, verifier.statistics, mounted.costs, status)
         target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
-        return scheduler
+        return mounted
 
-    return model_serving(config, SERVICE_NAME, mount)
+    return model_serving(config, "target", SERVICE_NAME, mount)

@@ -56,6 +56,11 @@ def test_other_programs_variables_are_none_of_ours() -> None:
         (["--kv-cache-tokens", "15"], "kv_cache_tokens"),
         (["--max-gamma", "0"], "max_gamma"),
         (["--max-step-tokens", "0"], "max_step_tokens"),
+        (["--advertise", "nowhere"], "advertise"),
+        (["--advertise", "host:0"], "advertise"),
+        (["--stuck-after-s", "0"], "stuck_after_s"),
+        (["--stuck-exit-s", "0"], "stuck_exit_s"),
+        (["--stop-grace-s", "-1"], "stop_grace_s"),
         (["--prepack=yes"], "--prepack"),
     ],
 )
@@ -100,6 +105,10 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
         {"session_ttl_s": 0.0},
         {"session_ttl_s": float("nan")},
         {"verdict_timeout_s": 0.0},
+        {"target_wait_s": -1.0},
+        {"stop_grace_s": -1.0},
+        {"durability": "sometimes"},
+        {"without_redis": "pray"},
     ],
 )
 def test_settings_out_of_range_are_named(given: dict[str, Any]) -> None:
@@ -114,6 +123,23 @@ def test_a_model_is_required(kind: type[Any], program: str) -> None:
     """A model tier without a model says so."""
     with pytest.raises(ConfigError, match="model"):
         load(kind, program, [], {})
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dtype=float32", "--device=cpu", "--num-threads=2", "--no-prepack", "--model=m"]
+)
+def test_a_simulation_has_no_model(flag: str) -> None:
+    with pytest.raises(ConfigError, match="simulate"):
+        load(TargetConfig, "target", ["--simulate=step_ms=1", flag], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoints"),
+    [("a:1", ("a:1",)), ("a:1, b:2,", ("a:1", "b:2")), ("registry", ())],
+)
+def test_endpoints_are_a_list(text: str, endpoints: tuple[str, ...]) -> None:
+    config = _orchestrator([f"--target-endpoint={text}", f"--draft-endpoint={text}"])
+    assert (config.target_endpoints, config.draft_endpoints) == (endpoints, endpoints)
 
 
 @pytest.mark.parametrize("port", [0, 65535])

@@ -1,8 +1,8 @@
 """Sessions in Redis: the committed conversation, its lease, and where its keys and values lie.
 
-Owns every key `{prefix}:session:*` and is the only place that imports `redis`; callers see the
-records below and the errors of `outrider.errors`, nothing of Redis. Knows nothing of models,
-rounds or transport.
+Owns every key `{prefix}:session:*`; callers see the records below and the errors of
+`outrider.errors`, nothing of Redis (`outrider.redis_link` is the connection). Knows nothing of
+models, rounds or transport.
 """
 
 from orchestrator.store.records import (
@@ -12,6 +12,7 @@ from orchestrator.store.records import (
     RoundRecord,
     SessionRecord,
     StoreOptions,
+    unrecorded,
     validate_session_id,
 )
 from orchestrator.store.store import SessionStore
@@ -24,5 +25,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "StoreOptions",
+    "unrecorded",
     "validate_session_id",
 ]

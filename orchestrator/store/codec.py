@@ -79,5 +79,6 @@ def unpack_snapshot(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
         messages=unpack_messages(fields.get(b"messages", b"")),
         model=fields[b"model"].decode(),
         expires_in_s=max(0, remaining_ms) / 1000,
-        sampling_json=fields.get(b"sampling", b"").decode(),
+        turn_json=fields.get(b"turn", b"").decode(),
+        turn_epoch=number(b"turn_epoch"),
     )

@@ -3,7 +3,7 @@
 Hash `{prefix}:session:{id}`:
   model, epoch (last given), lease_epoch + owner + lease_until (while leased; microseconds of Redis'
   own clock), created_by, num_tokens, num_turns, turn_epoch (epoch of the last begin_turn), the four
-  counters, target_kv, draft_kv, messages, sampling.
+  counters, target_kv, draft_kv, messages, turn.
 String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
 Every script touches only these two keys, which share a hash slot, and may be sent twice: a reply
@@ -70,9 +70,11 @@ class Script:
         object.__setattr__(self, "sha", digest.encode())
 
 
-# owner, create, model, lease_us, session_ttl_ms -> ok epoch created snapshot
+# owner, create, takeover, model, lease_us, session_ttl_ms -> ok epoch created snapshot
+# A takeover asks nobody: the former holder is fenced from now on. The last turn is then the new
+# holder's to go on with, hence its epoch.
 ACQUIRE = Script("""
-local owner, create, model, lease_us, session_ttl_ms = unpack(ARGV)
+local owner, create, takeover, model, lease_us, session_ttl_ms = unpack(ARGV)
 local now = now_us()
 local seen = snapshot()
 if not seen then
@@ -82,12 +84,15 @@ if not seen then
   redis.call('HSET', key, 'model', model, 'num_tokens', 0, 'created_by', owner)
   seen = snapshot()
 end
-local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by')
+local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch')
 if had[1] ~= model then return {'other_model', had[1]} end
 local epoch = had[2]
 if had[3] ~= owner then  -- equal: this very call, sent again
-  if seen[2] == 1 then return {'in_use'} end
+  if seen[2] == 1 and takeover ~= '1' then return {'in_use'} end
   epoch = digits(math.max(now, (tonumber(epoch) or 0) + 1))
+  if takeover == '1' and had[5] and had[5] == had[2] then
+    redis.call('HSET', key, 'turn_epoch', epoch)
+  end
 end
 redis.call('HSET', key, 'epoch', epoch, 'lease_epoch', epoch, 'owner', owner,
            'lease_until', digits(now + lease_us))
@@ -95,9 +100,9 @@ expire(session_ttl_ms)
 return {'ok', epoch, had[4] == owner and 1 or 0, seen}
 """)
 
-# epoch, previous bytes, kept bytes, tokens, messages, sampling, lease_us, session_ttl_ms
+# epoch, previous bytes, kept bytes, tokens, messages, turn, lease_us, session_ttl_ms
 BEGIN_TURN = Script("""
-local epoch, previous, kept, tokens, messages, sampling, lease_us, session_ttl_ms = unpack(ARGV)
+local epoch, previous, kept, tokens, messages, turn, lease_us, session_ttl_ms = unpack(ARGV)
 previous, kept = tonumber(previous), tonumber(kept)
 local why = refusal(epoch)
 if why then return {why} end
@@ -119,7 +124,7 @@ else
   redis.call('HINCRBY', key, 'num_turns', 1)
 end
 redis.call('HSET', key, 'turn_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
-           'messages', messages, 'sampling', sampling, 'lease_until', digits(now_us() + lease_us))
+           'messages', messages, 'turn', turn, 'lease_until', digits(now_us() + lease_us))
 expire(session_ttl_ms)
 return {'ok'}
 """)

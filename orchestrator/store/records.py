@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,8 +79,10 @@ class SessionRecord:
     messages: tuple[dict[str, str], ...]
     model: str
     expires_in_s: float
-    sampling_json: str = ""
+    turn_json: str = ""
     """As given to the last begin_turn."""
+    turn_epoch: int = 0
+    """Of the lease that began the last turn, or took it over."""
 
 
 @dataclass(slots=True)
@@ -104,7 +107,28 @@ class Lease:
     record: SessionRecord
     """As it was before this lease."""
     created: bool
+    is_recorded: bool = True
+    """False: Redis was away when it was asked for; nothing is ever written for it."""
     cursor: Cursor = field(default_factory=Cursor, repr=False)
+
+
+def unrecorded(session_id: str, model: str) -> Lease:
+    """Of a generation that goes on without Redis, and leaves nothing there."""
+    record = SessionRecord(
+        session_id=session_id,
+        epoch=0,
+        in_use=False,
+        token_ids=np.zeros(0, np.uint32),
+        num_turns=0,
+        counters=Counters(),
+        target_kv=None,
+        draft_kv=None,
+        messages=(),
+        model=model,
+        expires_in_s=0.0,
+    )
+    # As Redis' own epochs; the id is this generation's alone.
+    return Lease(session_id, time.time_ns() // 1000, record, created=True, is_recorded=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

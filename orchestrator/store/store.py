@@ -19,7 +19,6 @@ from orchestrator.store.codec import (
     pack_tokens,
     unpack_snapshot,
 )
-from orchestrator.store.link import Command, Link
 from orchestrator.store.records import (
     Cursor,
     KvHandle,
@@ -39,6 +38,7 @@ from outrider.errors import (
     SessionNotFound,
     Unavailable,
 )
+from outrider.redis_link import Command, Link
 
 
 class SessionStore:
@@ -78,9 +78,12 @@ class SessionStore:
         except Unavailable:
             return False
 
-    async def acquire(self, session_id: str, *, create: bool, model: str) -> Lease:
+    async def acquire(
+        self, session_id: str, *, create: bool, model: str, takeover: bool = False
+    ) -> Lease:
         """Raises SessionNotFound, SessionInUse, InvalidRequest.
 
+        `takeover` asks nobody: whoever holds the session can write no more, from this very moment.
         A caller cancelled here may leave a lease behind; it lapses after lease_ttl_s.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
@@ -90,6 +93,7 @@ class SessionStore:
             (
                 owner.encode(),
                 b"1" if create else b"0",
+                b"1" if takeover else b"0",
                 model.encode(),
                 self._lease_us,
                 self._session_ttl_ms,
@@ -105,7 +109,7 @@ class SessionStore:
         snapshot[1] = 0  # not in use but by this very call, if that had to be sent twice
         record = unpack_snapshot(session_id, snapshot)
         cursor = Cursor(committed_len=len(record.token_ids), counters=record.counters)
-        return Lease(session_id, int(epoch), record, bool(created), cursor)
+        return Lease(session_id, int(epoch), record, bool(created), cursor=cursor)
 
     async def begin_turn(
         self,
@@ -114,7 +118,7 @@ class SessionStore:
         *,
         keep_len: int,
         messages: Sequence[dict[str, str]],
-        sampling_json: str,
+        turn_json: str,
     ) -> None:
         """Once per lease: the committed tokens become the first keep_len of them + token_ids.
 
@@ -133,7 +137,7 @@ class SessionStore:
                 _bytes_of(keep_len),
                 tokens,
                 pack_messages(messages),
-                sampling_json.encode(),
+                turn_json.encode(),
                 self._lease_us,
                 self._session_ttl_ms,
             )

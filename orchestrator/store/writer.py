@@ -11,9 +11,9 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from orchestrator.store.link import Command, Link, NoScript, Reply
 from orchestrator.store.lua import Script
 from outrider.errors import InternalError, OutriderError, Unavailable
+from outrider.redis_link import Command, Link, NoScript, Reply
 
 # A pipeline has one deadline (1 s by default); 256 commands take some 10 ms, or some 0.1 s where
 # each carries a conversation of 100,000 tokens.

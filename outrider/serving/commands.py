@@ -33,6 +33,8 @@ class FailureReason(Enum):
     BAD_MESSAGE = "bad_message"
     DISPLACED = "displaced"
     INTERNAL = "internal"
+    # The replica takes no new generations now; nothing was opened.
+    DRAINING = "draining"
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,5 @@ class ServiceStatistics:
     num_closed_total: int = 0
     kv_used_tokens: int = 0
     num_prefill_tokens_total: int = 0
+    num_prefix_queried_tokens_total: int = 0
+    num_prefix_hit_tokens_total: int = 0

@@ -1,24 +1,40 @@
-"""The life of a model service, for both tiers: listen, load, serve, stop."""
+"""The life of a model service, for both tiers: listen, load, serve, drain, stop.
+
+Announced all the while, where there is a registry; watched while it serves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from outrider.config import ModelServiceConfig
+from outrider.costs import CostReport
 from outrider.engine import DeviceThread, ServedEngine
+from outrider.errors import InternalError
+from outrider.replica import ReplicaState
 from outrider.server import Server
+from outrider.serving.announcing import Card, advertised_address
+from outrider.serving.commands import ServiceStatistics
 from outrider.serving.loading import load_served_engine
+from outrider.serving.progress import Watchdog, WatchedEngine
+from outrider.serving.status import ReplicaStatus
 from outrider.v1 import model_pb2
 
 log = structlog.get_logger()
 
-STOP_GRACE_S = 5.0
 STOP_POLL_S = 0.05
+# Streams stay so long at least when the replica drains: who opens something just then is refused
+# by name, and those who listen have heard.
+TELLING_S = 0.2
+# A pass under way may end before the thread is left to itself. With the default stop_grace_s (5)
+# less than supervisors wait (`outrider up`: 10).
+DEVICE_END_TIMEOUT_S = 3.0
 
 
 class Running(Protocol):
@@ -32,53 +48,115 @@ class Running(Protocol):
     async def run(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Mounted:
+    """A service around an engine. `statistics` and `costs` may be called on any thread."""
+
+    service: Running
+    statistics: Callable[[], ServiceStatistics]
+    costs: Callable[[], CostReport]
+
+
 # Builds the service around the loaded engine and adds its servicer to the server.
-Mount = Callable[[ServedEngine, model_pb2.ModelInfo, DeviceThread, Server], Running]
-
-
-async def _stop(server: Server, service: Running) -> None:
-    """Open generations may end; streams without any need no grace."""
-    await server.set_serving(False)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(STOP_GRACE_S):
-            while not service.is_idle:  # noqa: ASYNC110 (changes on the device thread)
-                await asyncio.sleep(STOP_POLL_S)
-    await server.stop(0)
+Mount = Callable[[ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus], Mounted]
 
 
 @contextlib.asynccontextmanager
 async def model_serving(
-    config: ModelServiceConfig, service_name: str, mount: Mount
+    config: ModelServiceConfig, tier: str, service_name: str, mount: Mount
 ) -> AsyncIterator[Server]:
-    """Listens at once, serves (health) when the model is loaded; stops on leaving.
+    """Listens at once, serves (health) when the model is loaded; drains and stops on leaving.
 
-    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded; what the
-    service's own task raises comes in an ExceptionGroup.
+    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded,
+    InternalError where the device was stuck for too long; alone or in an ExceptionGroup.
     """
     server = Server([service_name])
     device = DeviceThread(service_name)
+    status = ReplicaStatus()
     try:
         await server.start(config.host, config.port)
-        engine, model = await device.run(load_served_engine, config)
-        service = mount(engine, model, device, server)
-        await service.prepare(config.calibration_s)
-        async with asyncio.TaskGroup() as tasks:
-            stepping = tasks.create_task(service.run(), name=service_name)
-            await server.set_serving(True)
-            log.info(
-                "serving",
-                port=server.port,
-                model=model.name,
-                num_parameters=model.num_parameters,
-                dtype=model.dtype,
-                device=model.device,
-                kv_capacity_tokens=model.kv_capacity_tokens,
-            )
-            try:
-                yield server
-            finally:
-                await _stop(server, service)
-                stepping.cancel()
+        card = Card(tier, advertised_address(config, server.port), status)
+        async with card.announced(config.redis_url):
+            engine, model = await device.run(load_served_engine, config)
+            mounted = mount(WatchedEngine(engine, device), model, device, server, status)
+            card.loaded(model, mounted.statistics)
+            await mounted.service.prepare(config.calibration_s)
+            watching = _watch(config, server, device, status, mounted.costs)
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(mounted.service.run(), name=service_name),
+                    tasks.create_task(_tell(server, card, status), name="state"),
+                    tasks.create_task(watching, name="watchdog"),
+                ]
+                status.serve()
+                await server.set_serving(True)  # before anybody is told where it listens
+                _log_serving(server, model)
+                try:
+                    yield server
+                finally:
+                    await _stop(server, mounted.service, status, config.stop_grace_s)
+                    for task in running:
+                        task.cancel()
     finally:
         await server.stop(0)
-        device.close()
+        if not await asyncio.to_thread(device.close, DEVICE_END_TIMEOUT_S):
+            log.error("device_left_busy", stack=device.stack())
+
+
+async def _tell(server: Server, card: Card, status: ReplicaStatus) -> None:
+    """Keeps health and registry at what the replica is."""
+    while True:
+        told = status.state
+        card.renew()
+        await server.set_serving(told is ReplicaState.READY)
+        while status.state is told:
+            await status.change()
+
+
+async def _watch(
+    config: ModelServiceConfig,
+    server: Server,
+    device: DeviceThread,
+    status: ReplicaStatus,
+    costs: Callable[[], CostReport],
+) -> None:
+    watchdog = Watchdog(
+        device,
+        status,
+        costs,
+        stuck_after_s=config.stuck_after_s,
+        exit_after_s=config.stuck_exit_s,
+    )
+    try:
+        await watchdog.run()
+    except InternalError:
+        await server.set_alive(False)
+        raise
+
+
+async def _stop(server: Server, service: Running, status: ReplicaStatus, grace_s: float) -> None:
+    """Open generations may end or be moved; without any there is no need for grace."""
+    status.drain()
+    loop = asyncio.get_running_loop()
+    told_at = loop.time() + TELLING_S
+
+    def is_needed() -> bool:
+        return not service.is_idle or (status.has_followers and loop.time() < told_at)
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            while is_needed():  # noqa: ASYNC110 (changes on the device thread)
+                await asyncio.sleep(STOP_POLL_S)
+    await server.stop(0)
+
+
+def _log_serving(server: Server, model: model_pb2.ModelInfo) -> None:
+    log.info(
+        "serving",
+        port=server.port,
+        model=model.name,
+        num_parameters=model.num_parameters,
+        dtype=model.dtype,
+        device=model.device,
+        kv_capacity_tokens=model.kv_capacity_tokens,
+    )

@@ -12,14 +12,22 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from outrider.costs import CostReport
+from outrider.errors import InvalidRequest, Unavailable
+from outrider.replica import ReplicaState
 from outrider.rpc import translated
 from outrider.serving.scheduler import GenerationKey, Keyed, Scheduler
+from outrider.serving.status import ReplicaStatus
 from outrider.streams import Outbox, StreamCall
-from outrider.wire import costs_to_proto
+from outrider.wire import costs_to_proto, state_to_proto
 
 Command = TypeVar("Command", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
 Frame = Any
+
+# Opens, rows, commits, closes and names together. An orchestrator sends 256 (`orchestrator.link`).
+MAX_FRAME_ITEMS = 16_384
+# Open, or refused and not closed. The KV budget is full long before.
+MAX_OPEN_GENERATIONS = 65_536
 
 
 class StreamPeer(ABC, Generic[Command, Result]):
@@ -27,11 +35,31 @@ class StreamPeer(ABC, Generic[Command, Result]):
 
     def __init__(self, peer_id: int) -> None:
         self.id = peer_id
-        self.outbox: Outbox[Result] = Outbox()
+        # The replica's state goes the way of the results, so that it is told in their order.
+        self.outbox: Outbox[Result | ReplicaState] = Outbox()
         self.open_keys: set[GenerationKey] = set()
+        self._state = ReplicaState.READY
 
     def deliver(self, results: Sequence[Result]) -> None:
         self.outbox.put(results)
+
+    def tell(self, state: ReplicaState) -> None:
+        """What the replica has become."""
+        self._state = state
+        self.outbox.put([state])
+
+    def admit(self, key: GenerationKey) -> None:
+        """Notes that the generation is to be closed with the stream.
+
+        Raises InvalidRequest, and Unavailable where the replica takes no new ones now.
+        """
+        if self._state in (ReplicaState.DRAINING, ReplicaState.STUCK):
+            raise Unavailable(f"the replica is {self._state.value}: it takes no generations")
+        if len(self.open_keys) >= MAX_OPEN_GENERATIONS and key not in self.open_keys:
+            raise InvalidRequest(
+                "generation_id", f"{len(self.open_keys)} are open on this stream, the most allowed"
+            )
+        self.open_keys.add(key)
 
     @abstractmethod
     def commands(self, frame: Frame) -> list[Command]:
@@ -46,25 +74,50 @@ async def serve_stream(
     to_frame: Callable[[Sequence[Result]], Frame],
     close: Callable[[GenerationKey], Command],
     costs: Callable[[], CostReport],
+    status: ReplicaStatus,
 ) -> None:
     """Reads and writes independently: reading a frame never waits for a step.
 
     `close` makes the command that frees a generation, for those open when the stream ends; `costs`
-    are told with the frame after each change.
+    are told with the frame after each change, the state at the start and at each change.
     """
 
     async def read(frame: Frame) -> None:
+        await peer.outbox.room()  # who asks and does not listen waits
+        _check_size(frame)
         await scheduler.submit(peer.commands(frame))
 
-    scheduler.attach(peer.id, peer)
     told = costs()  # with the model's description, before the stream
-    try:
-        async with translated(context), StreamCall(frames, read, peer.outbox):
-            async for results in peer.outbox.batches():
-                frame = to_frame(results)
-                if (report := costs()) is not told:
-                    told = report
-                    frame.costs.CopyFrom(costs_to_proto(report))
-                await context.write(frame)
-    finally:
-        scheduler.detach(peer.id, [close(key) for key in peer.open_keys])
+    async with translated(context):
+        scheduler.attach(peer.id, peer)
+        try:
+            with status.followed_by(peer.tell):
+                async with StreamCall(frames, read, peer.outbox):
+                    async for items in peer.outbox.batches():
+                        frame = _answer(items, to_frame)
+                        if (report := costs()) is not told:
+                            told = report
+                            frame.costs.CopyFrom(costs_to_proto(report))
+                        await context.write(frame)
+        finally:
+            scheduler.detach(peer.id, [close(key) for key in peer.open_keys])
+
+
+def _answer(
+    items: Sequence[Result | ReplicaState], to_frame: Callable[[Sequence[Result]], Frame]
+) -> Frame:
+    frame = to_frame([item for item in items if not isinstance(item, ReplicaState)])
+    for item in items:
+        if isinstance(item, ReplicaState):
+            frame.state = state_to_proto(item)
+    return frame
+
+
+def _check_size(frame: Frame) -> None:
+    """Raises InvalidRequest, which ends the stream: whose item is one too many nobody can say."""
+    counts = {field.name: len(items) for field, items in frame.ListFields()}
+    if sum(counts.values()) > MAX_FRAME_ITEMS:
+        most = max(counts, key=lambda name: counts[name])
+        raise InvalidRequest(
+            most, f"{sum(counts.values())} items in one frame; at most {MAX_FRAME_ITEMS}"
+        )

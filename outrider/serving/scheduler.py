@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from outrider.engine.device_thread import DeviceThread
+from outrider.errors import CapacityExceeded
 
 # How often an idle service looks for what it kept too long.
 TIDY_INTERVAL_S = 5.0
@@ -22,6 +23,8 @@ TIDY_INTERVAL_S = 5.0
 MAX_REJOIN_S = 0.005
 # A stream that has more than this waiting is not read further: gRPC's flow control takes over.
 MAX_PENDING_COMMANDS = 16_384
+# One for each orchestrator that uses the replica, and those that are coming and going.
+MAX_STREAMS = 1_024
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class Scheduler(Generic[Command, Result]):
         self._taken = asyncio.Event()
 
     def attach(self, peer_id: int, peer: Peer[Result]) -> None:
+        """Raises CapacityExceeded."""
+        if len(self._peers) >= MAX_STREAMS:
+            raise CapacityExceeded(f"{MAX_STREAMS} streams are open, the most allowed")
         self._peers[peer_id] = peer
 
     def detach(self, peer_id: int, last_commands: Iterable[Command]) -> None:

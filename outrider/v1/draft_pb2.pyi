@@ -148,11 +148,13 @@ class DraftLost(_message.Message):
         REASON_BAD_MESSAGE: _ClassVar[DraftLost.Reason]
         REASON_DISPLACED: _ClassVar[DraftLost.Reason]
         REASON_INTERNAL: _ClassVar[DraftLost.Reason]
+        REASON_DRAINING: _ClassVar[DraftLost.Reason]
     REASON_UNSPECIFIED: DraftLost.Reason
     REASON_KV_FULL: DraftLost.Reason
     REASON_BAD_MESSAGE: DraftLost.Reason
     REASON_DISPLACED: DraftLost.Reason
     REASON_INTERNAL: DraftLost.Reason
+    REASON_DRAINING: DraftLost.Reason
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]

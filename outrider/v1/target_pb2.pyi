@@ -155,12 +155,14 @@ class RowError(_message.Message):
         REASON_BAD_ROW: _ClassVar[RowError.Reason]
         REASON_DISPLACED: _ClassVar[RowError.Reason]
         REASON_INTERNAL: _ClassVar[RowError.Reason]
+        REASON_DRAINING: _ClassVar[RowError.Reason]
     REASON_UNSPECIFIED: RowError.Reason
     REASON_KV_LOST: RowError.Reason
     REASON_KV_FULL: RowError.Reason
     REASON_BAD_ROW: RowError.Reason
     REASON_DISPLACED: RowError.Reason
     REASON_INTERNAL: RowError.Reason
+    REASON_DRAINING: RowError.Reason
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]

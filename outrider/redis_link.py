@@ -1,8 +1,8 @@
 """One connection to Redis: commands out, replies in, within a deadline.
 
 The only module that imports `redis`, for what is tedious there: URLs, TLS, logging in, parsing.
-Nothing of it is let out: a connection that fails is `Unavailable`. Knows nothing of sessions or of
-who sends; one task at a time may use a Link.
+Nothing of it is let out: a connection that fails is `Unavailable`. Knows nothing of sessions,
+replicas or who else sends; one task at a time may use a Link.
 
 Why not redis.asyncio.Redis: its pool hands each task a connection of its own, and pipelines through
 it cost a task switch, a deadline and a retry wrapper per command.
@@ -108,7 +108,10 @@ class Link:
 
     async def _pipeline(self, commands: Sequence[Command]) -> list[Reply | Exception]:
         connection = self._connection
-        await connection.send_packed_command([_pack(commands)], check_health=False)
+        try:
+            await connection.send_packed_command([_pack(commands)], check_health=False)
+        except RuntimeError as error:  # uvloop's word for a connection that broke since
+            raise ConnectionError(str(error)) from error
         replies: list[Reply | Exception] = []
         for _ in commands:
             try:
