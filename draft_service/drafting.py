@@ -40,6 +40,8 @@ class Drafting:
         self._store = store
         self.live = live
         self.committed_at = time.monotonic()
+        # A row of it has been in a pass.
+        self.is_begun = False
         self._strands = Strands(store, live.sequence)
         self.tree = Tree(
             live.token_ids,

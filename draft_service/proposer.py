@@ -40,9 +40,13 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         max_step_tokens: int,
         max_branches: int,
         idle_session_ttl_s: float,
+        prefix_cache: bool = True,
     ) -> None:
         super().__init__(
-            engine, max_step_tokens=max_step_tokens, idle_session_ttl_s=idle_session_ttl_s
+            engine,
+            max_step_tokens=max_step_tokens,
+            idle_session_ttl_s=idle_session_ttl_s,
+            prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
         self._drafting: dict[GenerationKey, Drafting] = {}
@@ -55,6 +59,9 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
     @property
     def has_work(self) -> bool:
         return bool(self._needed or self._ahead)
+
+    def _context_of(self, command: Command) -> Ids | None:
+        return command.token_ids if isinstance(command, Open) else None
 
     def _execute(self, command: Command) -> Sequence[Proposal | Failure]:
         match command:
@@ -86,7 +93,6 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         drafting = Drafting(self._engine.store, live, command)
         self._drafting[command.key] = drafting
         self._line_up(drafting)
-        self._num_prefill_tokens += committed_len - live.sequence.length
         return failures
 
     def _make_room(self) -> bool:
@@ -147,6 +153,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         self._needed.pop(key, None)
         self._ahead.pop(key, None)
         drafting.end()
+        self._table.cache_prefix(drafting.live, drafting.tree.committed_len)
         self._table.close(drafting.live, keep=keep)
 
     def _gather(self) -> list[Row]:
@@ -181,17 +188,37 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         num_row_tokens = sum(row.num_pending for row in rows)
         budget = max(self._max_step_tokens - num_row_tokens, self._max_step_tokens // 4, 1)
         for row in (*rows, *prompts):
+            if budget == 0 and row.num_pending > _MAX_ROW_TOKENS:
+                break
+            self._begin(row.drafting)
             num_tokens = row.num_pending
             if num_tokens > _MAX_ROW_TOKENS:
                 num_tokens = min(num_tokens, budget)
                 budget -= num_tokens
-            if num_tokens == 0:
-                break
             appends.append(row.append(num_tokens, self._engine.info.vocab_size))
             if appends[-1].num_logits:
                 drawing.append(row)
         logits = self._engine.forward(appends)
-        drawn = self._engine.draw([row.ask() for row in drawing], logits)
+        for row in prompts:
+            self._table.cache_prefix(row.drafting.live, row.drafting.tree.committed_len)
+        events = self._drawn(drawing, self._engine.draw([row.ask() for row in drawing], logits))
+        # With what it takes around the pass: that, too, decides how many rows a round has time for.
+        self._observe(appends, time.perf_counter() - started_at)
+        return events
+
+    def _begin(self, drafting: Drafting) -> None:
+        """Before the first pass: not sooner, for what the passes till then may cache."""
+        if drafting.is_begun:
+            return
+        drafting.is_begun = True
+        live, committed_len = drafting.live, drafting.tree.committed_len
+        self._table.reuse_prefix(live, committed_len)
+        self._num_prefill_tokens += committed_len - live.sequence.length
+
+    def _drawn(
+        self, drawing: Sequence[Row], drawn: Sequence[Drawn | Exception]
+    ) -> list[Proposal | Failure]:
+        """What comes of a token for each of the rows."""
         events: list[Proposal | Failure] = []
         failed: set[GenerationKey] = set()
         for row, token in zip(drawing, drawn, strict=True):
@@ -202,8 +229,6 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
                 events.append(self._failed(row.key, token))
             else:
                 events += self._extended(row, token)
-        # With what it takes around the pass: that, too, decides how many rows a round has time for.
-        self._observe(appends, time.perf_counter() - started_at)
         return events
 
     def _extended(self, row: Row, token: Drawn) -> list[Proposal]:

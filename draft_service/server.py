@@ -18,10 +18,11 @@ from draft_service.messages import (
     Proposal,
 )
 from outrider.costs import CostReport
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, Unavailable
 from outrider.serving.commands import Close, Failure, FailureReason, Forget, ServiceStatistics
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
+from outrider.serving.status import ReplicaStatus
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 from outrider.wire import (
     FLOAT32,
@@ -30,6 +31,8 @@ from outrider.wire import (
     costs_to_proto,
     pack,
     sampling_from_proto,
+    session_id_from_proto,
+    state_to_proto,
     unpack,
     verification_from_proto,
 )
@@ -39,6 +42,7 @@ _REASONS = {
     FailureReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
     FailureReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
     FailureReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,
+    FailureReason.DRAINING: draft_pb2.DraftLost.REASON_DRAINING,
 }
 
 
@@ -51,11 +55,13 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         model: model_pb2.ModelInfo,
         statistics: Callable[[], ServiceStatistics],
         costs: Callable[[], CostReport],
+        status: ReplicaStatus,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
         self._costs = costs
+        self._status = status
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -65,7 +71,10 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         load = draft_pb2.DraftLoad(**asdict(self._statistics()))
         return draft_pb2.DraftServiceGetModelInfoResponse(
-            model=self._model, load=load, costs=costs_to_proto(self._costs())
+            model=self._model,
+            load=load,
+            costs=costs_to_proto(self._costs()),
+            state=state_to_proto(self._status.state),
         )
 
     async def Propose(
@@ -73,9 +82,16 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         request_iterator: AsyncIterator[draft_pb2.ProposeRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        peer = _Peer(next(self._peer_ids))
+        peer = _Peer(next(self._peer_ids), self._model.max_context_len)
         await serve_stream(
-            self._scheduler, peer, request_iterator, context, _frame, _dropped, self._costs
+            self._scheduler,
+            peer,
+            request_iterator,
+            context,
+            _frame,
+            _dropped,
+            self._costs,
+            self._status,
         )
 
 
@@ -84,22 +100,28 @@ def _dropped(key: GenerationKey) -> Command:
 
 
 class _Peer(StreamPeer[Command, Event]):
-    """Reads an orchestrator's frames."""
+    """Reads an orchestrator's frames. `max_context_len` in tokens."""
+
+    def __init__(self, peer_id: int, max_context_len: int) -> None:
+        super().__init__(peer_id)
+        self._max_context_len = max_context_len
 
     def commands(self, frame: draft_pb2.ProposeRequest) -> list[Command]:
         commands: list[Command] = []
         for item in frame.opens:
             key = GenerationKey(self.id, item.generation_id)
-            self.open_keys.add(key)
             try:
-                commands.append(_open(key, item))
+                self.admit(key)
+                commands.append(_open(key, item, self._max_context_len))
             except InvalidRequest as error:
                 self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
                 commands.append(Close(key, keep=False))  # should the id be in use
+            except Unavailable as error:
+                self.deliver([Failure(key, FailureReason.DRAINING, str(error))])
         for commit in frame.commits:
             key = GenerationKey(self.id, commit.generation_id)
             try:
-                commands.append(_commit(key, commit))
+                commands.append(_commit(key, commit, self._max_context_len))
             except InvalidRequest as error:
                 self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
                 commands.append(Close(key, keep=False))
@@ -111,12 +133,12 @@ class _Peer(StreamPeer[Command, Event]):
         return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
 
 
-def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
+def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> Open:
     return Open(
         key=key,
-        session_id=item.session_id,
+        session_id=session_id_from_proto(item.session_id),
         epoch=item.epoch,
-        token_ids=unpack(item.token_ids, UINT32, "token_ids").astype(np.int64),
+        token_ids=unpack(item.token_ids, UINT32, "token_ids", most).astype(np.int64),
         prompt_len=item.prompt_len,
         max_len=item.max_len,
         params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
@@ -129,10 +151,10 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
     )
 
 
-def _commit(key: GenerationKey, item: draft_pb2.DraftCommit) -> Commit:
+def _commit(key: GenerationKey, item: draft_pb2.DraftCommit, most: int) -> Commit:
     return Commit(
         key=key,
-        token_ids=unpack(item.token_ids, UINT32, "token_ids").tolist(),
+        token_ids=unpack(item.token_ids, UINT32, "token_ids", most).tolist(),
         committed_len=item.committed_len,
         gamma=item.gamma,
         ahead_gamma=item.ahead_gamma,

@@ -57,11 +57,15 @@ Command = Open | Row | Close | Forget
 
 @dataclass(frozen=True)
 class RowReply:
-    """`step_s`: time of the passes that the row took part in."""
+    """`step_s`: time of the passes that the row took part in.
+
+    `num_reused_tokens` of its context were found in the prefix cache.
+    """
 
     key: GenerationKey
     reply: Reply
     step_s: float
+    num_reused_tokens: int
 
 
 RowOutcome = RowReply | Failure

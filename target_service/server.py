@@ -11,18 +11,22 @@ import grpc
 import numpy as np
 
 from outrider.costs import CostReport
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, Unavailable
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
+from outrider.serving.status import ReplicaStatus
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import (
     FLOAT32,
+    MAX_SUPPORT_IDS,
     UINT16,
     UINT32,
     costs_to_proto,
     pack,
     sampling_from_proto,
+    session_id_from_proto,
+    state_to_proto,
     unpack,
 )
 from target_service.rows import (
@@ -40,6 +44,7 @@ _REASONS = {
     FailureReason.BAD_MESSAGE: target_pb2.RowError.REASON_BAD_ROW,
     FailureReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
     FailureReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
+    FailureReason.DRAINING: target_pb2.RowError.REASON_DRAINING,
 }
 
 
@@ -52,11 +57,13 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         model: model_pb2.ModelInfo,
         statistics: Callable[[], TargetStatistics],
         costs: Callable[[], CostReport],
+        status: ReplicaStatus,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
         self._costs = costs
+        self._status = status
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -66,7 +73,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
         load = target_pb2.TargetLoad(**asdict(self._statistics()))
         return target_pb2.TargetServiceGetModelInfoResponse(
-            model=self._model, load=load, costs=costs_to_proto(self._costs())
+            model=self._model,
+            load=load,
+            costs=costs_to_proto(self._costs()),
+            state=state_to_proto(self._status.state),
         )
 
     async def Verify(
@@ -74,9 +84,16 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         request_iterator: AsyncIterator[target_pb2.VerifyRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        peer = _Peer(next(self._peer_ids))
+        peer = _Peer(next(self._peer_ids), self._model.max_gamma)
         await serve_stream(
-            self._scheduler, peer, request_iterator, context, _frame, _dropped, self._costs
+            self._scheduler,
+            peer,
+            request_iterator,
+            context,
+            _frame,
+            _dropped,
+            self._costs,
+            self._status,
         )
 
 
@@ -85,7 +102,11 @@ def _dropped(key: GenerationKey) -> Command:
 
 
 class _Peer(StreamPeer[Command, RowOutcome]):
-    """Reads an orchestrator's frames."""
+    """Reads an orchestrator's frames. `max_gamma`: draft tokens that a row may carry."""
+
+    def __init__(self, peer_id: int, max_gamma: int) -> None:
+        super().__init__(peer_id)
+        self._max_gamma = max_gamma
 
     def commands(self, frame: target_pb2.VerifyRequest) -> list[Command]:
         commands: list[Command] = []
@@ -105,13 +126,17 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             key = GenerationKey(self.id, item.generation_id)
             self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
             return [Close(key, keep=False)]
+        except Unavailable as error:
+            key = GenerationKey(self.id, item.generation_id)
+            self.deliver([Failure(key, FailureReason.DRAINING, str(error))])
+            return []
 
     def _open(self, item: target_pb2.TargetOpen) -> Open:
         key = GenerationKey(self.id, item.generation_id)
-        self.open_keys.add(key)
+        self.admit(key)
         return Open(
             key=key,
-            session_id=item.session_id,
+            session_id=session_id_from_proto(item.session_id),
             epoch=item.epoch,
             kept_epoch=item.kept_epoch,
             prompt_len=item.prompt_len,
@@ -120,11 +145,16 @@ class _Peer(StreamPeer[Command, RowOutcome]):
         )
 
     def _row(self, item: target_pb2.VerifyRow) -> Row:
-        drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids").astype(np.int64)
+        most = self._max_gamma
+        drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids", most).astype(np.int64)
         context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
         supports = None
         if item.support_sizes or item.support_ids:
-            sizes = unpack(item.support_sizes, UINT16, "support_sizes").astype(np.int64)
+            sizes = unpack(item.support_sizes, UINT16, "support_sizes", most).astype(np.int64)
+            if sizes.max(initial=0) > MAX_SUPPORT_IDS:
+                raise InvalidRequest(
+                    "support_sizes", f"{sizes.max()} ids of one position; at most {MAX_SUPPORT_IDS}"
+                )
             ids = unpack(item.support_ids, UINT32, "support_ids").astype(np.int64)
             if len(sizes) != len(drafts) or sizes.sum() != len(ids):
                 raise InvalidRequest("support_sizes", "do not fit draft_token_ids and support_ids")
@@ -166,6 +196,7 @@ def _result(outcome: RowReply) -> target_pb2.VerifyResult:
         tail_logprobs=pack(reply.tail_logprobs, FLOAT32),
         sample_ids=pack(reply.sample_ids, UINT32),
         step_s=outcome.step_s,
+        num_reused_tokens=outcome.num_reused_tokens,
     )
     if reply.logprobs is not None:
         result.support_logprobs = pack(reply.logprobs.support, FLOAT32)

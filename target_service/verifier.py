@@ -19,6 +19,7 @@ from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
 from target_service.rows import (
     Command,
+    Ids,
     Open,
     Row,
     RowReply,
@@ -30,8 +31,13 @@ from target_service.rows import (
 class _Generation:
     key: GenerationKey
     sampler: Sampler
+    # Of the context, by all rows so far.
+    committed_len: int = 0
     waiting: Row | None = None
-    # Time of the passes that the waiting row took part in.
+    # The waiting row's: whether it has been in a pass, tokens found in the prefix cache, and the
+    # time of the passes that it took part in.
+    is_begun: bool = False
+    num_reused: int = 0
     step_s: float = 0.0
 
 
@@ -68,9 +74,13 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         max_gamma: int,
         max_step_tokens: int,
         idle_session_ttl_s: float,
+        prefix_cache: bool = True,
     ) -> None:
         super().__init__(
-            engine, max_step_tokens=max_step_tokens, idle_session_ttl_s=idle_session_ttl_s
+            engine,
+            max_step_tokens=max_step_tokens,
+            idle_session_ttl_s=idle_session_ttl_s,
+            prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
         self._generations: dict[GenerationKey, Live[_Generation]] = {}
@@ -89,6 +99,11 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             num_rows_total=self._num_rows,
             num_tokens_total=self._num_tokens,
         )
+
+    def _context_of(self, command: Command) -> Ids | None:
+        if isinstance(command, Row) and command.keep_len == 0:
+            return command.context_token_ids
+        return None
 
     def _execute(self, command: Command) -> Sequence[Failure]:
         match command:
@@ -134,9 +149,10 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             raise KVLost(f"{live.sequence.length} tokens are held, not {row.keep_len}")
         self._engine.store.truncate(live.sequence, row.keep_len)
         live.token_ids[row.keep_len : row.num_tokens] = row.token_ids
-        live.state.waiting = row
+        state = live.state
+        state.waiting, state.is_begun = row, False
+        state.committed_len = row.keep_len + len(row.context_token_ids)
         self._waiting[row.key] = live
-        self._num_prefill_tokens += len(row.context_token_ids) - 1
 
     def _check(self, row: Row, live: Live[_Generation]) -> None:
         gamma, vocab_size = len(row.draft_token_ids), self._engine.info.vocab_size
@@ -165,6 +181,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         live = self._generations.pop(key, None)
         if live is not None:
             # KV of a row half done is a prefix like any other, so it may be kept.
+            self._table.cache_prefix(live, live.state.committed_len)
             self._table.close(live, keep=keep)
 
     def _gather(self) -> list[_Planned]:
@@ -176,26 +193,44 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         prompts: list[Live[_Generation]] = []
         budget = self._max_step_tokens
         for live in self._waiting.values():
-            num_left = _num_tokens_left(live)
-            if num_left > 1 + self._max_gamma:
+            if self._is_prompt(live):
                 prompts.append(live)
-            else:
-                plan.append(_planned(live, num_left))
-                budget -= num_left
+                continue
+            self._begin(live)
+            plan.append(_planned(live, _num_tokens_left(live)))
+            budget -= len(plan[-1].append.token_ids)
         budget = max(budget, self._max_step_tokens // 4, 1)
         for live in prompts:
             if budget <= 0:
                 break
-            planned = _planned(live, budget)
-            plan.append(planned)
-            budget -= len(planned.append.token_ids)
+            self._begin(live)
+            is_long = self._is_prompt(live)  # else the cache had nearly all of it
+            plan.append(_planned(live, budget if is_long else _num_tokens_left(live)))
+            budget -= len(plan[-1].append.token_ids)
         return plan
+
+    def _is_prompt(self, live: Live[_Generation]) -> bool:
+        """The row is longer than a verification can be; else it is run whole."""
+        return _num_tokens_left(live) > 1 + self._max_gamma
+
+    def _begin(self, live: Live[_Generation]) -> None:
+        """Before the first pass of a row: not sooner, for what the passes till then may cache."""
+        state, row = live.state, _row_of(live)
+        if state.is_begun:
+            return
+        state.is_begun = True
+        num_context = len(row.context_token_ids)
+        state.num_reused = 0 if row.keep_len else self._table.reuse_prefix(live, num_context)
+        self._num_prefill_tokens += num_context - 1 - state.num_reused
 
     def _advance(self, work: Sequence[_Planned]) -> list[RowReply | Failure]:
         appends = [p.append for p in work]
         complete = [p for p in work if p.is_last]
         started_at = time.perf_counter()
         logits = self._engine.forward(appends)
+        for planned in work:
+            if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
+                self._table.cache_prefix(planned.live, planned.live.state.committed_len)
         replies = self._engine.reply([p.ask for p in complete], logits)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
@@ -209,7 +244,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
                 outcomes.append(self._failed(planned.key, reply))
                 continue
             state = planned.live.state
-            outcomes.append(RowReply(planned.key, reply, state.step_s))
+            outcomes.append(RowReply(planned.key, reply, state.step_s, state.num_reused))
             state.waiting, state.step_s = None, 0.0
             del self._waiting[planned.key]
             self._num_rows += 1

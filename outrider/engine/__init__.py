@@ -4,9 +4,9 @@
     sequence = engine.store.open(max_len=100)
     logits = engine.forward([Append(sequence, prompt_ids, num_logits=1)])
 
-Reading order: options, pages, kv_rows, kv_store, attention, segments, branches, packed, bound,
-flashinfer_backend, graphs, engine, then what loading needs: checkpoint, guards, prepack, probe,
-memory, backends, model. It knows nothing of sampling or sessions.
+Reading order: options, pages, prefix_cache, sequence, kv_rows, kv_store, attention, segments,
+branches, packed, bound, flashinfer_backend, graphs, engine, then what loading needs: checkpoint,
+guards, prepack, probe, memory, backends, model. It knows nothing of sampling or sessions.
 """
 
 from outrider.engine.device_thread import DeviceThread

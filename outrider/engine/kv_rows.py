@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -53,3 +54,10 @@ class KVRows:
         """Rows [source, source + count) to [target, target + count), which do not overlap."""
         for block in self._blocks:
             block[:, target : target + count] = block[:, source : source + count]
+
+    def copy_scattered(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Row source[i] to row target[i], as many at a time as are consecutive on both sides."""
+        jumps = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
+        for run in np.split(np.arange(source.size), jumps):
+            if run.size:
+                self.copy(int(source[run[0]]), int(target[run[0]]), run.size)

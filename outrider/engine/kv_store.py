@@ -1,10 +1,11 @@
 """Keys and values of all sequences: paged memory, and who may write where.
 
-Knows lengths, pages and tensors; nothing about models, attention or token ids.
+Knows lengths, pages and tensors; nothing about models or attention, and of token ids only that the
+prefix cache goes by them.
 
 Invariant that the rest relies on: every page of a sequence that an append may still write
 (from the page of position `length` on) has that sequence as its only owner. So an append
-never allocates and never fails for want of room, and what is shared is never written.
+never allocates and never fails for want of room, and what is shared or cached is never written.
 """
 
 from __future__ import annotations
@@ -15,42 +16,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from outrider.engine.kv_rows import KVRows, LayerLayout
-from outrider.engine.pages import PageAllocator
+from outrider.engine.pages import PAGE_SIZE, PageAllocator
+from outrider.engine.prefix_cache import PrefixCache, TokenIds
+from outrider.engine.sequence import Sequence, leading_run, pages_for
 
 __all__ = ["PAGE_SIZE", "KVStore", "LayerLayout", "Sequence"]
-
-PAGE_SIZE = 16
-"""Tokens in a page. Every paged attention kernel takes 16."""
-
-
-class Sequence:
-    """A handle on the cached tokens of one sequence. Made and changed by its KVStore only."""
-
-    __slots__ = ("_num_lent", "_pages", "_store", "length", "max_len", "num_leading")
-
-    def __init__(self, store: KVStore, max_len: int, pages: list[int], num_leading: int) -> None:
-        self._store: KVStore | None = store
-        self._pages = pages
-        self._num_lent = 0
-        """Pages from this one on are certainly not shared."""
-        self.num_leading = num_leading
-        """Pages that follow one another in memory, from the first on."""
-        self.length = 0
-        self.max_len = max_len
-
-    @property
-    def first_row(self) -> int:
-        """Row of position 0 in the layers' tensors; num_leading pages follow it in place."""
-        return self._pages[0] * PAGE_SIZE
-
-    @property
-    def run_start(self) -> int | None:
-        """`first_row` if all rows are consecutive, else None."""
-        return self.first_row if self.num_leading == len(self._pages) > 0 else None
-
-    def __repr__(self) -> str:
-        state = "" if self._store is not None else ", freed"
-        return f"Sequence(length={self.length}, max_len={self.max_len}{state})"
 
 
 class KVStore:
@@ -62,6 +32,7 @@ class KVStore:
 
     def __init__(self, layers: Seq[LayerLayout], num_pages: int) -> None:
         self._allocator = PageAllocator(num_pages)
+        self._cache = PrefixCache(self._allocator)
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
         self.scratch_page = num_pages
@@ -75,8 +46,16 @@ class KVStore:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens in reserved pages; a page that several sequences share counts once."""
-        return (self._allocator.num_pages - self._allocator.num_free) * PAGE_SIZE
+        """Tokens in reserved pages; a page that several sequences share counts once.
+
+        Not those that are only cached: their room is there for the asking.
+        """
+        return (self._allocator.num_pages - self._cache.num_available) * PAGE_SIZE
+
+    @property
+    def idle_tokens(self) -> int:
+        """Tokens in pages that only the prefix cache holds."""
+        return self._cache.num_idle * PAGE_SIZE
 
     @property
     def num_sequences(self) -> int:
@@ -87,8 +66,7 @@ class KVStore:
         if max_len < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
         with self._lock:
-            pages = self._allocator.take(_num_pages(max_len))
-            return self._adopt(max_len, pages, _num_leading(pages, 1))
+            return self._adopt(Sequence(self, max_len, self._cache.take(pages_for(max_len))))
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forgets the tokens from `length` on; the reservation stays.
@@ -107,7 +85,7 @@ class KVStore:
         """Grows the reservation to `max_len` tokens. Raises KVFull, leaving it as it was."""
         with self._lock:
             self._check_alive(sequence)
-            missing = _num_pages(max_len) - len(sequence._pages)
+            missing = pages_for(max_len) - len(sequence._pages)
             if missing > 0:
                 self._grow(sequence, missing)
             sequence.max_len = max(sequence.max_len, max_len)
@@ -118,8 +96,8 @@ class KVStore:
             self._check_alive(sequence)
             if max_len < max(1, sequence.length):
                 raise ValueError(f"cannot shrink {sequence} to {max_len} tokens")
-            num_pages = _num_pages(max_len)
-            self._allocator.release(sequence._pages[num_pages:])
+            num_pages = pages_for(max_len)
+            self._cache.release(sequence._pages[num_pages:])
             del sequence._pages[num_pages:]
             sequence.max_len = min(sequence.max_len, max_len)
             sequence.num_leading = min(sequence.num_leading, num_pages)
@@ -138,12 +116,11 @@ class KVStore:
             if max_len < max(1, length):
                 raise ValueError(f"a fork of {sequence} cannot have room for {max_len} tokens")
             num_shared, num_copied = divmod(length, PAGE_SIZE)
-            own = self._allocator.take(_num_pages(max_len) - num_shared)
+            own = self._cache.take(pages_for(max_len) - num_shared)
             shared = sequence._pages[:num_shared]
             self._allocator.share(shared)
-            pages = shared + own
             known = min(sequence.num_leading, num_shared)
-            child = self._adopt(max_len, pages, _num_leading(pages, known))
+            child = self._adopt(Sequence(self, max_len, shared + own, known))
             child._num_lent = num_shared
             sequence._num_lent = max(sequence._num_lent, num_shared)
             if num_copied:
@@ -151,6 +128,41 @@ class KVStore:
                 self._rows.copy(source, own[0] * PAGE_SIZE, num_copied)
             child.length = length
             return child
+
+    def cache_prefix(self, sequence: Sequence, token_ids: TokenIds) -> None:
+        """Lets others re-use the full pages of `sequence`, which holds `token_ids` first."""
+        with self._lock:
+            self._check_alive(sequence)
+            num_full = min(len(token_ids), sequence.length) // PAGE_SIZE
+            pages = sequence._pages[:num_full]
+            self._cache.insert(token_ids[: num_full * PAGE_SIZE], pages)
+            sequence._num_lent = max(sequence._num_lent, num_full)
+
+    def touch_prefix(self, token_ids: TokenIds) -> None:
+        """What is cached of the tokens is about to be wanted: it counts as used just now."""
+        with self._lock:
+            self._cache.match(token_ids)
+
+    def reuse_prefix(self, sequence: Sequence, token_ids: TokenIds) -> int:
+        """Lengthens `sequence`, which holds the first of `token_ids`, by what is cached of them.
+
+        By full pages; returns by how many tokens. Takes no room, so it never fails for want of it.
+        """
+        with self._lock:
+            self._check_alive(sequence)
+            found = self._cache.match(token_ids)[: sequence.max_len // PAGE_SIZE]
+            start, stop = sequence.length, len(found) * PAGE_SIZE
+            if stop <= start:
+                return 0
+            if self._is_better_shared(sequence, found):
+                self._replace(sequence, start // PAGE_SIZE, found)
+            else:
+                rows = np.asarray(found)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)
+                self._rows.copy_scattered(
+                    rows.reshape(-1)[start:], self.slots(sequence, start, stop)
+                )
+            sequence.length = stop
+            return stop - start
 
     def graft(self, sequence: Sequence, source: Sequence, length: int) -> None:
         """Appends to `sequence` what `source` holds of positions [sequence.length, length).
@@ -163,7 +175,9 @@ class KVStore:
             if not sequence.length <= length <= min(sequence.max_len, source.length):
                 raise ValueError(f"cannot append to {sequence} up to {length} of {source}")
             start = sequence.length
-            self._copy(self.slots(source, start, length), self.slots(sequence, start, length))
+            self._rows.copy_scattered(
+                self.slots(source, start, length), self.slots(sequence, start, length)
+            )
             sequence.length = length
 
     def free(self, sequence: Sequence) -> None:
@@ -171,7 +185,7 @@ class KVStore:
         with self._lock:
             self._check_alive(sequence)
             self._sequences.remove(sequence)
-            self._allocator.release(sequence._pages)
+            self._cache.release(sequence._pages)
             sequence._store = None
             sequence._pages = []
             sequence.num_leading = 0
@@ -189,24 +203,11 @@ class KVStore:
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
         """Rows of the layers' tensors that hold positions [start, stop): int64 [stop - start]."""
-        if stop <= sequence.num_leading * PAGE_SIZE:
-            return np.arange(sequence.first_row + start, sequence.first_row + stop)
-        first = start // PAGE_SIZE
-        if _num_pages(stop) == first + 1:
-            row = sequence._pages[first] * PAGE_SIZE + start % PAGE_SIZE
-            return np.arange(row, row + stop - start)
-        positions = np.arange(start, stop)
-        pages = np.asarray(sequence._pages[first : _num_pages(stop)], dtype=np.int64)
-        return pages[positions // PAGE_SIZE - first] * PAGE_SIZE + positions % PAGE_SIZE
+        return sequence.slots(start, stop)
 
     def page_ids(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
         """The pages that hold the first `num_tokens` positions, in order: int32."""
-        count = _num_pages(num_tokens)
-        leading = min(sequence.num_leading, count)
-        run = np.arange(sequence._pages[0], sequence._pages[0] + leading, dtype=np.int32)
-        if leading == count:
-            return run
-        return np.append(run, np.asarray(sequence._pages[leading:count], dtype=np.int32))
+        return sequence.page_ids(num_tokens)
 
     def owns(self, sequence: Sequence) -> bool:
         return sequence._store is self
@@ -214,20 +215,14 @@ class KVStore:
     def check_integrity(self) -> None:
         """Asserts that pages, owners, reservations and lengths agree."""
         with self._lock:
-            self._allocator.check_integrity([s._pages for s in self._sequences])
+            owned = [sequence._pages for sequence in self._sequences]
+            self._allocator.check_integrity([*owned, self._cache.pages])
+            self._cache.check_integrity()
             for sequence in self._sequences:
-                pages = sequence._pages
                 assert sequence._store is self, f"{sequence} belongs to another store"
-                assert 0 <= sequence.length <= sequence.max_len, f"{sequence} is too long"
-                assert _num_pages(sequence.max_len) <= len(pages), f"{sequence}: pages missing"
-                assert sequence.num_leading == _num_leading(pages, 1), f"{sequence}: wrong run"
-                for page in pages[sequence._num_lent :]:
-                    assert not self._allocator.is_shared(page), f"{sequence}: {page} is lent"
-                for page in pages[sequence.length // PAGE_SIZE :]:
-                    assert not self._allocator.is_shared(page), f"{sequence} may write page {page}"
+                sequence.check_integrity(self._allocator.num_owners)
 
-    def _adopt(self, max_len: int, pages: list[int], num_leading: int) -> Sequence:
-        sequence = Sequence(self, max_len, pages, num_leading)
+    def _adopt(self, sequence: Sequence) -> Sequence:
         self._sequences.add(sequence)
         return sequence
 
@@ -236,25 +231,50 @@ class KVStore:
             raise ValueError(f"{sequence} is not open in this store")
 
     def _own_from(self, sequence: Sequence, length: int) -> None:
-        """Replaces shared pages from the page of position `length` on (copy-on-write)."""
+        """Replaces pages that others use from the page of position `length` on (copy-on-write).
+
+        Those that are only cached leave the cache instead: that needs no room.
+        """
         first = length // PAGE_SIZE
         pages = sequence._pages
         lent = range(first, min(sequence._num_lent, len(pages)))
-        stale = [i for i in lent if self._allocator.is_shared(pages[i])]
+        stale = [i for i in lent if self._cache.num_users(pages[i]) > 1]
         if stale:
-            fresh = self._allocator.take(len(stale))
+            fresh = self._cache.take(len(stale))
             if stale[0] == first and length % PAGE_SIZE:
                 source = pages[first] * PAGE_SIZE
                 self._rows.copy(source, fresh[0] * PAGE_SIZE, length % PAGE_SIZE)
-            self._allocator.release([pages[i] for i in stale])
+            self._cache.release([pages[i] for i in stale])
             for index, page in zip(stale, fresh, strict=True):
                 pages[index] = page
-            sequence.num_leading = _num_leading(pages, min(sequence.num_leading, stale[0]))
+            sequence.num_leading = leading_run(pages, min(sequence.num_leading, stale[0]))
+        for index in lent:
+            self._cache.forget(pages[index])
         sequence._num_lent = min(sequence._num_lent, first)
+
+    def _is_better_shared(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether a sequence should begin with these pages themselves, not a copy of them.
+
+        All who share a beginning read it in place, once for all of them, but gather what each has
+        behind it: three times the reading. And a copy takes as much memory again.
+        """
+        in_place = leading_run(found)
+        num_behind = len(sequence._pages) - in_place
+        is_scarce = 2 * self._cache.num_available < self._allocator.num_pages
+        return is_scarce or in_place > 2 * num_behind
+
+    def _replace(self, sequence: Sequence, first: int, found: list[int]) -> None:
+        """The pages `found` go in the place of the sequence's own from page `first` on."""
+        self._cache.share(found[first:])
+        self._cache.release(sequence._pages[first : len(found)])
+        sequence._pages[first : len(found)] = found[first:]
+        sequence._num_lent = max(sequence._num_lent, len(found))
+        sequence.num_leading = leading_run(sequence._pages)
 
     def _grow(self, sequence: Sequence, missing: int) -> None:
         """Adds pages: the next ones if they are free, else by moving, else from anywhere."""
         pages = sequence._pages
+        self._cache.make_room(missing)
         if sequence.run_start is not None:
             adjacent = self._allocator.take_at(pages[-1] + 1, missing)
             if adjacent is not None:
@@ -263,38 +283,21 @@ class KVStore:
                 return
         if not self._move(sequence, len(pages) + missing):
             pages += self._allocator.take(missing)
-            sequence.num_leading = _num_leading(pages, sequence.num_leading)
+            sequence.num_leading = leading_run(pages, sequence.num_leading)
 
     def _move(self, sequence: Sequence, num_pages: int) -> bool:
-        """Moves a sequence without shared pages to a run of `num_pages`; False if it cannot."""
-        if any(self._allocator.is_shared(page) for page in sequence._pages[: sequence._num_lent]):
+        """Moves a sequence to a run of `num_pages`; False if there is none, or others use it.
+
+        Pages that it leaves in the cache are idle from then on.
+        """
+        if not self._allocator.has_run(num_pages):
             return False
-        sequence._num_lent = 0
-        run = self._allocator.take_run(num_pages)
-        if run is None:
+        if any(self._cache.num_users(page) > 1 for page in sequence._pages[: sequence._num_lent]):
             return False
+        run = self._allocator.take(num_pages)
         rows = self.slots(sequence, 0, sequence.length)
-        self._copy(rows, np.arange(rows.size) + run[0] * PAGE_SIZE)
-        self._allocator.release(sequence._pages)
-        sequence._pages = run
+        self._rows.copy_scattered(rows, np.arange(rows.size) + run[0] * PAGE_SIZE)
+        self._cache.release(sequence._pages)
+        sequence._pages, sequence._num_lent = run, 0
         sequence.num_leading = num_pages
         return True
-
-    def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copies rows in all layers, as many at a time as are consecutive on both sides."""
-        jumps = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
-        for run in np.split(np.arange(source.size), jumps):
-            if run.size:
-                self._rows.copy(int(source[run[0]]), int(target[run[0]]), run.size)
-
-
-def _num_pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)
-
-
-def _num_leading(pages: list[int], known: int) -> int:
-    """How many pages follow one another from the first on, of which the first `known` do."""
-    count = max(known, 1)
-    while count < len(pages) and pages[count] == pages[count - 1] + 1:
-        count += 1
-    return count

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 
 from outrider.errors import KVFull
 
+PAGE_SIZE = 16
+"""Tokens in a page. Every paged attention kernel takes 16."""
+
 
 class PageAllocator:
     """Free runs of pages, and a reference count for every page."""
@@ -27,7 +30,7 @@ class PageAllocator:
         """`count` free pages, consecutive if there is such a run. Raises KVFull, taking none."""
         if count > self.num_free:
             raise KVFull(f"{count} KV pages needed, {self.num_free} of {self.num_pages} are free")
-        run = self.take_run(count)
+        run = self._take_run(count)
         if run is not None:
             return run
         pages: list[int] = []
@@ -36,7 +39,7 @@ class PageAllocator:
             pages += self._cut(start, min(count - len(pages), self._end_of[start] - start))
         return pages
 
-    def take_run(self, count: int) -> list[int] | None:
+    def _take_run(self, count: int) -> list[int] | None:
         """`count` consecutive pages from the smallest run that holds them, or None."""
         fitting = ((end - start, start) for start, end in self._end_of.items())
         best = min((run for run in fitting if run[0] >= count), default=None)
@@ -54,16 +57,24 @@ class PageAllocator:
             assert self._num_owners[page] > 0, f"page {page} is shared but has no owner"
             self._num_owners[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """One owner less for each page; a page without owners is free again."""
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """One owner less for each page; those without are free again, those with one returned."""
+        left_with_one: list[int] = []
         for page in pages:
             assert self._num_owners[page] > 0, f"page {page} is released but has no owner"
-            self._num_owners[page] -= 1
-            if self._num_owners[page] == 0:
+            self._num_owners[page] = count = self._num_owners[page] - 1
+            if count == 0:
                 self._add_free(page)
+            elif count == 1:
+                left_with_one.append(page)
+        return left_with_one
 
-    def is_shared(self, page: int) -> bool:
-        return self._num_owners[page] > 1
+    def num_owners(self, page: int) -> int:
+        return self._num_owners[page]
+
+    def has_run(self, count: int) -> bool:
+        """Whether `count` consecutive pages are free."""
+        return any(end - start >= count for start, end in self._end_of.items())
 
     def check_integrity(self, owned: Iterable[list[int]]) -> None:
         """Asserts that every page is free or owned as often as the page lists `owned` say."""

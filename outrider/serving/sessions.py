@@ -4,6 +4,10 @@ A generation is live between open and close; a session's KV may be kept for its 
 then evicted, least recently used first, when a new reservation needs room. Fencing: a later epoch
 of a session displaces an earlier one, never the reverse; the same epoch is its owner come again
 over a new stream. Knows nothing of rows, drafts or the wire.
+
+What is kept has a name and is exact to the token, so that a row can speak of it by length alone;
+the prefix cache has full pages for anybody with the same tokens. Both hold the same pages: what is
+kept and then evicted or expired is found again by its tokens, as long as its room is not wanted.
 Lives on the device thread.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +49,17 @@ class _Kept:
 class SessionTable(Generic[State]):
     """All sessions of one replica; `state` is what the service hangs on a live generation."""
 
-    def __init__(self, store: KVStore, idle_ttl_s: float) -> None:
+    def __init__(self, store: KVStore, idle_ttl_s: float, *, prefix_cache: bool = True) -> None:
         self._store = store
         self._idle_ttl_s = idle_ttl_s
+        self._prefix_cache = prefix_cache
         self._live: dict[str, Live[State]] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.num_opened = 0
         self.num_closed = 0
+        # Context tokens that the prefix cache was asked for, and those it had.
+        self.num_prefix_queried = 0
+        self.num_prefix_hits = 0
 
     @property
     def num_live(self) -> int:
@@ -112,6 +120,30 @@ class SessionTable(Generic[State]):
     def _evict(self) -> None:
         _, kept = self._kept.popitem(last=False)
         self._store.free(kept.sequence)
+
+    def touch_prefix(self, token_ids: npt.NDArray[Any]) -> None:
+        """To be called before room is reserved for these tokens: it is not made at their cost."""
+        self._store.touch_prefix(token_ids)
+
+    def reuse_prefix(self, live: Live[State], context_len: int) -> int:
+        """Begins with what is cached of the first `context_len` tokens; how many were found.
+
+        To be called before they are run. The last one is never taken: its logits are wanted.
+        """
+        if not self._prefix_cache:
+            return 0
+        self.num_prefix_queried += context_len - live.sequence.length
+        num_found = self._store.reuse_prefix(live.sequence, live.token_ids[: context_len - 1])
+        self.num_prefix_hits += num_found
+        return num_found
+
+    def cache_prefix(self, live: Live[State], committed_len: int) -> None:
+        """Lets others re-use what is held of the first `committed_len` tokens.
+
+        Committed ones only: what may still be rolled back is not worth a place.
+        """
+        if self._prefix_cache:
+            self._store.cache_prefix(live.sequence, live.token_ids[:committed_len])
 
     def close(self, live: Live[State], *, keep: bool) -> None:
         """Ends the generation; its KV is freed, or kept for a later turn. Once only."""

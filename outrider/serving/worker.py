@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy.typing as npt
 import structlog
 
 from outrider.engine import Append, ServedEngine
@@ -39,10 +40,17 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     """`State` is what the service hangs on a generation, `Work` a generation's part of a batch."""
 
     def __init__(
-        self, engine: ServedEngine, *, max_step_tokens: int, idle_session_ttl_s: float
+        self,
+        engine: ServedEngine,
+        *,
+        max_step_tokens: int,
+        idle_session_ttl_s: float,
+        prefix_cache: bool,
     ) -> None:
         self._engine = engine
-        self._table: SessionTable[State] = SessionTable(engine.store, idle_session_ttl_s)
+        self._table: SessionTable[State] = SessionTable(
+            engine.store, idle_session_ttl_s, prefix_cache=prefix_cache
+        )
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
         self.costs = StepCosts()
@@ -67,6 +75,9 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         Ends after the batch under way when `is_interrupted`: new commands have come.
         """
         results: list[Result | Failure] = []
+        for command in commands:
+            if (context := self._context_of(command)) is not None:
+                self._table.touch_prefix(context)
         for command in commands:
             try:
                 results += self._execute(command)
@@ -109,6 +120,8 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             "num_closed_total": self._table.num_closed,
             "kv_used_tokens": self._engine.store.used_tokens,
             "num_prefill_tokens_total": self._num_prefill_tokens,
+            "num_prefix_queried_tokens_total": self._table.num_prefix_queried,
+            "num_prefix_hit_tokens_total": self._table.num_prefix_hits,
         }
 
     def _take_over(self, session_id: str, epoch: int) -> list[Failure]:
@@ -147,6 +160,10 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def _fail(self, key: GenerationKey, reason: FailureReason, detail: str) -> Failure:
         self._close(key, keep=False)
         return Failure(key, reason, detail)
+
+    @abstractmethod
+    def _context_of(self, command: CommandType) -> npt.NDArray[Any] | None:
+        """The tokens that a generation begins with, if the command says them."""
 
     @abstractmethod
     def _execute(self, command: CommandType) -> Sequence[Result | Failure]:

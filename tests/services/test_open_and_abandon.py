@@ -1,0 +1,154 @@
+"""Generations that are opened and left, over and over: memory and KV stay flat, counts reconcile.
+
+On the device half of either tier, over an engine without a model whose passes take no time.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draft_service import messages
+from draft_service.proposer import Proposer
+from outrider.engine.simulated import SimulatedEngine
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
+from outrider.serving.scheduler import GenerationKey
+from outrider.serving.worker import GenerationWorker
+from outrider.simulation import Simulation
+from target_service import rows
+from target_service.verifier import Verifier
+
+VOCAB_SIZE = 1_000
+KV_TOKENS = 4_096
+PARAMS = SamplingParams(max_tokens=40, temperature=0.0, seed=1)
+SYSTEM = list(range(64))
+# What Python may hold more after many cycles than after some: nothing that grows with them.
+MAX_GROWTH_BYTES = 64 * 1024
+CYCLES = [400, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+WAYS = ("before a pass", "in a prompt", "after a pass", "kept", "kept and forgotten", "taken over")
+
+Worker = GenerationWorker[Any, Any, Any, Any]
+
+
+def engine() -> SimulatedEngine:
+    simulation = Simulation(step_ms=((1, 0.0),), vocab_size=VOCAB_SIZE, context_len=2_048)
+    return SimulatedEngine(simulation, KV_TOKENS)
+
+
+class Target:
+    """A verifier, and what is said to it."""
+
+    def __init__(self) -> None:
+        self.engine = engine()
+        self.worker: Worker = Verifier(
+            self.engine, max_gamma=4, max_step_tokens=64, idle_session_ttl_s=0.001
+        )
+
+    def opening(self, key: GenerationKey, session_id: str, epoch: int, ids: Any) -> list[Any]:
+        opened = rows.Open(key, session_id, epoch, 0, len(ids), len(ids) + 40, PARAMS)
+        return [opened, rows.Row(key, 0, ids, np.array([5, 6]), None)]
+
+
+class Draft:
+    """A proposer, likewise."""
+
+    def __init__(self) -> None:
+        self.engine = engine()
+        self.worker: Worker = Proposer(
+            self.engine,
+            max_gamma=4,
+            max_step_tokens=64,
+            max_branches=16,
+            idle_session_ttl_s=0.001,
+        )
+
+    def opening(self, key: GenerationKey, session_id: str, epoch: int, ids: Any) -> list[Any]:
+        opened = messages.Open(
+            key,
+            session_id,
+            epoch,
+            ids,
+            len(ids),
+            len(ids) + 40,
+            PARAMS,
+            Verification.REJECTION,
+            gamma=4,
+            ahead_gamma=4,
+            lookahead=2,
+            fan_out=4,
+            vocab_size=VOCAB_SIZE,
+        )
+        commit = messages.Commit(key, [5, 6], len(ids) + 2, 4, 4)
+        return [opened, commit]
+
+
+def cycle(tier: Target | Draft, number: int) -> Iterator[Sequence[Any]]:
+    """The commands of one generation that nobody waits for, a step at a time."""
+    chance, way = np.random.default_rng(number), WAYS[number % len(WAYS)]
+    own = chance.integers(VOCAB_SIZE, size=chance.integers(1, 120))
+    context = np.concatenate((SYSTEM[: chance.integers(64)], own)).astype(np.int64)
+    key, session_id = GenerationKey(1, number), f"session-{number}"
+    commands = tier.opening(key, session_id, 1, context)
+    close = Close(key, keep=way.startswith("kept"))
+    if way == "before a pass":
+        yield [*commands, close, close]
+        return
+    yield commands
+    if way != "in a prompt":
+        yield []
+        yield []
+    if way == "taken over":
+        later = GenerationKey(2, number)
+        yield tier.opening(later, session_id, 2, context)
+        yield [Close(later, keep=False)]
+    yield [close]
+    if way == "kept and forgotten":
+        yield [Forget(GenerationKey(1, 0), session_id)]
+    yield [close]  # once more: nothing happens
+
+
+def abandon(tier: Target | Draft, numbers: range) -> None:
+    for number in numbers:
+        for commands in cycle(tier, number):
+            for outcome in tier.worker.step(commands, lambda: True):
+                if isinstance(outcome, Failure):
+                    assert "took over" in outcome.detail, outcome
+        if number % 100 == 0:
+            tier.worker.tidy()
+
+
+def held_bytes() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.mark.parametrize("num_cycles", CYCLES)
+@pytest.mark.parametrize("kind", [Target, Draft])
+def test_nothing_is_left_of_what_is_abandoned(kind: type[Target | Draft], num_cycles: int) -> None:
+    tier = kind()
+    tracemalloc.start()
+    try:
+        abandon(tier, range(1, num_cycles // 2))
+        before = held_bytes()
+        abandon(tier, range(num_cycles // 2, num_cycles + 1))
+        growth = held_bytes() - before
+    finally:
+        tracemalloc.stop()
+    time.sleep(0.01)  # what is kept lapses
+    tier.worker.tidy()
+    load: ServiceStatistics = tier.worker.statistics()
+    assert (load.num_open_generations, load.kv_used_tokens) == (0, 0)
+    assert load.num_opened_total == load.num_closed_total >= num_cycles
+    assert load.num_prefix_hit_tokens_total > 0
+    store = tier.engine.store
+    store.check_integrity()
+    assert store.num_sequences == 0
+    assert store.idle_tokens <= store.capacity_tokens
+    assert growth < MAX_GROWTH_BYTES
