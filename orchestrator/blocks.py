@@ -72,8 +72,9 @@ class TokenLogprobs:
 class TargetReply:
     """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
 
-    The support arrays are split by position. `logprobs` fields are None unless asked for. `step_s`:
-    the target's own passes for it.
+    The support arrays are split by position. `logprobs` fields are None unless asked for.
+    `step_s`: the target's own passes for it. `num_reused_tokens`: tokens of the row whose keys and
+    values were in the replica's prefix cache.
     """
 
     sample_ids: Sequence[int]
@@ -81,6 +82,7 @@ class TargetReply:
     tail_mass: npt.NDArray[np.float64]
     tail_logprobs: npt.NDArray[np.float64]
     step_s: float = 0.0
+    num_reused_tokens: int = 0
     support_logprobs: Sequence[Floats] | None = None
     sample_logprobs: Floats | None = None
     top_ids: npt.NDArray[np.int64] | None = None

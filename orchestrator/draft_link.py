@@ -162,6 +162,7 @@ class DraftHandle:
         if lost.reason not in (
             draft_pb2.DraftLost.REASON_KV_FULL,
             draft_pb2.DraftLost.REASON_INTERNAL,
+            draft_pb2.DraftLost.REASON_DRAINING,
         ):
             self.retry_after_s = None
         log.info("draft_lost", replica=self.replica, why=lost.detail)
@@ -272,17 +273,12 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         self.send(opening)
         return handle
 
-    def forget(self, session_id: str) -> None:
-        """The session is deleted: what is kept of it may go."""
-        self.send(session_id)
-
-    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo:
+    async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
         stub = draft_pb2_grpc.DraftServiceStub(channel)
         request = draft_pb2.DraftServiceGetModelInfoRequest()
         response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
         self.costs = costs_from_proto(response.costs)
-        model: model_pb2.ModelInfo = response.model
-        return model
+        return response.model, response.state
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()

@@ -13,6 +13,7 @@ from math import inf
 from orchestrator.blocks import Proposal
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.gamma import GammaPolicy
+from orchestrator.pool import ReplicaPool
 from orchestrator.session import GenerationState
 from orchestrator.store import KvHandle
 
@@ -25,15 +26,20 @@ class Drafting:
 
     def __init__(
         self,
-        link: DraftLink | None,
+        pool: ReplicaPool[DraftLink] | None,
         open_handle: Callable[[DraftLink, int], DraftHandle],
         policy: GammaPolicy,
+        kept: KvHandle | None = None,
     ) -> None:
-        self._link = link
+        self._pool = pool
+        self._link: DraftLink | None = None
+        self._kept = kept
         self._open_handle = open_handle
         self._policy = policy
         self._handle: DraftHandle | None = None
-        self._opened_at = self._retry_at = 0.0
+        self._opened_at = 0.0
+        # Replicas that were lost or had no room, and from when on they are asked again.
+        self._retry_at: dict[str, float] = {}
         self._former_wire_bytes = 0
         self._is_waiting = False
         # With γ = 0 the replica is told once, and then nothing until drafts are wanted again.
@@ -51,24 +57,46 @@ class Drafting:
         return self._handle is not None and self._handle.lost is None
 
     def open(self) -> None:
-        """Opens the session where there is a replica; again, after a while, when it was lost."""
-        if self._link is None or self._is_open:
+        """Opens the session where there is a replica; when it was lost, at another.
+
+        The one that lost it is asked again after a while.
+        """
+        if self._pool is None or self._is_open:
             return
         if self._handle is not None:  # it was lost
-            self._former_wire_bytes += self._handle.wire_bytes
-            self._handle.close(keep=False)
-            after_s, self._handle = self._handle.retry_after_s, None
-            self._retry_at = inf if after_s is None else self._opened_at + after_s
-        gamma = self._policy.decision.gamma
-        if gamma == 0 or not self._link.is_connected or time.monotonic() < self._retry_at:
+            after_s = self._handle.retry_after_s
+            self._retry_at[self._handle.replica] = (
+                inf if after_s is None else self._opened_at + after_s
+            )
+            self._leave()
+        gamma, now = self._policy.decision.gamma, time.monotonic()
+        if gamma == 0:
             return
-        self._opened_at = time.monotonic()
-        self._handle, self._is_quiet = self._open_handle(self._link, gamma), False
+        preferred = self._kept.replica if self._kept else None
+        resting = [endpoint for endpoint, at in self._retry_at.items() if now < at]
+        self._link = self._pool.pick(preferred, avoid=resting)
+        if self._link is not None:
+            self._opened_at = now
+            self._handle, self._is_quiet = self._open_handle(self._link, gamma), False
+
+    def _leave(self) -> None:
+        assert self._handle is not None, "it was open"
+        self._former_wire_bytes += self._handle.wire_bytes
+        self._handle.close(keep=False)
+        self._handle = None
+
+    def _leave_if_stopping(self) -> None:
+        """A replica that is about to stop is left while another one is there."""
+        if self._is_open and self._link is not None and not self._link.takes_generations:
+            assert self._pool is not None, "there is a link"
+            if self._pool.pick() is not None:
+                self._leave()
 
     def next(self, state: GenerationState) -> Proposal | None:
         """The proposal for what is committed, if it is here; the replica is told what is wanted."""
         room = state.max_draft_tokens
         self._is_waiting = False
+        self._leave_if_stopping()
         if room <= 0 or not self._is_open:
             if room > 0:
                 self.open()  # its first proposal is for a later round

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -19,7 +18,6 @@ from orchestrator.conversation import Turn
 from orchestrator.session import Commitment, EmittedToken, Finish
 from orchestrator.store import Lease, RoundRecord, SessionStore
 from outrider.errors import Unavailable
-from outrider.sampling.params import SamplingParams
 
 log = structlog.get_logger()
 
@@ -44,32 +42,43 @@ class Chunk:
 
 
 class Emitter:
-    """Of one generation. `put` by the round loop, `run` as a task of its own."""
+    """Of one generation. `put` by the round loop, `run` as a task of its own.
+
+    `is_durable`: a token is in Redis before it is shown, unless Redis is away. Of a turn that is
+    resumed the caller has `held_text` already, and `num_unshown` tokens that are still to come.
+    """
 
     def __init__(
         self,
         store: SessionStore,
         lease: Lease,
         turn: Turn,
-        params: SamplingParams,
+        turn_json: str,
         write: Callable[[Chunk], Awaitable[None]],
+        *,
+        is_durable: bool = True,
+        is_begun: bool = False,
+        held_text: str = "",
+        num_unshown: int = 0,
     ) -> None:
         self._store = store
         self._lease = lease
         self._turn = turn
-        self._params = params
-        self.turn_recorded = False
+        self._turn_json = turn_json
+        self.turn_recorded = is_begun
         self._write = write
+        self._is_durable = is_durable
+        self._num_unshown = num_unshown
         self._unseen: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
             MAX_UNSEEN_COMMITMENTS
         )
         self._unrecorded: RoundRecord | None = None
         self._is_away = False
         # The text that the caller has been sent.
-        self.text = ""
+        self.text = held_text
         # When the first chunk was ready to be sent (time.monotonic), and its number of tokens.
         self.first_chunk_at: float | None = None
-        self.num_first_tokens = 0
+        self.num_first_tokens = self.num_shown_tokens = 0
 
     async def put(self, commitment: Commitment, record: RoundRecord) -> None:
         """Hands over a round; waits while too many are unseen."""
@@ -93,18 +102,43 @@ class Emitter:
                 batch.append(self._unseen.get_nowait())
             for _, record in batch:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
-            await self._try_record()
-            recorded = self._unrecorded is None
-            chunk = _joined([commitment for commitment, _ in batch], recorded=recorded)
-            if self.first_chunk_at is None:
-                self.first_chunk_at = time.monotonic()
-                self.num_first_tokens = len(chunk.tokens)
-            self.text += chunk.text
-            await self._write(chunk)
+            commitments = [self._shown_of(commitment) for commitment, _ in batch]
+            is_last = commitments[-1].finish is not None
+            if self._is_durable or is_last:  # the last chunk says whether all of it is recorded
+                await self._try_record()
+            recorded = self._unrecorded is None and self._lease.is_recorded
+            await self._show(_joined(commitments, recorded=recorded))
+            if not self._is_durable and not is_last:
+                await self._try_record()
             for _ in batch:
                 self._unseen.task_done()
-            if chunk.finish is not None:
+            if is_last:
                 return
+
+    async def _show(self, chunk: Chunk) -> None:
+        if not chunk.tokens and chunk.finish is None:
+            return
+        if self.first_chunk_at is None:
+            self.first_chunk_at = time.monotonic()
+            self.num_first_tokens = len(chunk.tokens)
+        self.num_shown_tokens += len(chunk.tokens)
+        self.text += chunk.text
+        await self._write(chunk)
+
+    def _shown_of(self, commitment: Commitment) -> Commitment:
+        """Without the tokens that the caller of a resumed turn holds already, and their text."""
+        num = min(self._num_unshown, len(commitment.tokens))
+        if num == 0:
+            return commitment
+        self._num_unshown -= num
+        end = commitment.text_ends[num - 1]
+        self.text += commitment.text[:end]
+        return replace(
+            commitment,
+            tokens=commitment.tokens[num:],
+            text=commitment.text[end:],
+            text_ends=tuple(at - end for at in commitment.text_ends[num:]),
+        )
 
     async def _keep_lease(self) -> None:
         """Long rounds and callers that read slowly must not lose the session to another call."""
@@ -130,7 +164,8 @@ class Emitter:
         The turn's prompt goes with its first tokens: a turn that never came to an answer leaves
         the session as it was, so that the caller can ask again.
         """
-        if self._unrecorded is None:
+        if self._unrecorded is None or not self._lease.is_recorded:
+            self._unrecorded = None
             return
         if not self.turn_recorded:
             await self._store.begin_turn(
@@ -138,7 +173,7 @@ class Emitter:
                 self._turn.token_ids[self._turn.keep_len :],
                 keep_len=self._turn.keep_len,
                 messages=self._turn.messages,
-                sampling_json=json.dumps(asdict(self._params)),
+                turn_json=self._turn_json,
             )
             self.turn_recorded = True
         await self._store.record(self._lease, self._unrecorded)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import structlog
 
@@ -20,15 +20,16 @@ from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
 from orchestrator.emitter import Chunk, Emitter
 from orchestrator.gamma import GammaPolicy
-from orchestrator.rates import PairCosts
 from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
+from orchestrator.resume import Resumed, turn_json
 from orchestrator.session import Commitment, Finish, GenerationState
-from orchestrator.store import Counters, KvHandle, Lease, RoundRecord, SessionStore
+from orchestrator.store import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.target_link import TargetHandle, TargetLink
 from orchestrator.text import TextStream
-from outrider.errors import KVLost, OutriderError, Unavailable
-from outrider.tokenizer import Tokenizer
+from orchestrator.tiers import Tiers
+from orchestrator.verifying import Verifying
+from outrider.errors import OutriderError, Unavailable
 
 log = structlog.get_logger()
 
@@ -38,28 +39,11 @@ RELEASE_RETRY_S = 5.0
 RELEASE_RETRY_INTERVAL_S = 0.3
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long a generation may wait for what."""
-
-    verdict_timeout_s: float
-    draft_wait_s: float | None
-
-
-@dataclass(frozen=True)
-class Tiers:
-    """What a generation works with."""
-
-    target: TargetLink
-    draft: DraftLink | None
-    store: SessionStore
-    tokenizer: Tokenizer | None
-    timing: Timing
-    costs: PairCosts
-
-
 class Generation:
-    """`run` once. `write` gets every chunk, in order; `asked_at` is when the call came in."""
+    """`run` once. `write` gets every chunk, in order; `asked_at` is when the call came in.
+
+    `resumed`: the turn was begun elsewhere, and goes on here.
+    """
 
     def __init__(
         self,
@@ -70,7 +54,10 @@ class Generation:
         *,
         asked_at: float,
         write: Callable[[Chunk, Result | None], Awaitable[None]],
+        resumed: Resumed | None = None,
     ) -> None:
+        assert tiers.targets.model is not None, "a target was connected"
+        self._model = tiers.targets.model
         self._tiers = tiers
         self._request = request
         self._lease = lease
@@ -80,7 +67,7 @@ class Generation:
             turn.token_ids,
             request.params,
             request.verification,
-            tiers.target.model.eos_token_ids if tiers.target.model else (),
+            self._model.eos_token_ids,
             TextStream(tiers.tokenizer, turn.token_ids, request.params.stop),
         )
         self._policy = GammaPolicy(
@@ -89,25 +76,52 @@ class Generation:
             fixed=request.gamma,
             fixed_wait_s=tiers.timing.draft_wait_s,
         )
-        self._may_draft = tiers.draft is not None and request.max_gamma > 0 and request.gamma != 0
+        self._may_draft = tiers.drafts is not None and request.max_gamma > 0 and request.gamma != 0
         self._drafting = Drafting(
-            tiers.draft if self._may_draft else None, self._open_draft, self._policy
+            tiers.drafts if self._may_draft else None,
+            self._open_draft,
+            self._policy,
+            lease.record.draft_kv,
         )
-        self._emitter = Emitter(tiers.store, lease, turn, request.params, self._show)
-        self._target: TargetHandle | None = None
-        self._cached_len = self._kept_len()
-        self._num_reused = self._cached_len
+        self._verifying = Verifying(
+            tiers.targets,
+            self._open_target,
+            self._state,
+            self._kept(is_resumed=resumed is not None),
+            verdict_timeout_s=tiers.timing.verdict_timeout_s,
+            wait_s=tiers.timing.target_wait_s,
+        )
+        self._earlier: Commitment | None = None
+        held_text, num_unshown = "", 0
+        if resumed is not None:
+            held_text, self._earlier = self._state.replay(resumed.output_ids, resumed.num_held)
+            num_unshown = max(0, resumed.num_held - len(resumed.output_ids))
+        self._emitter = Emitter(
+            tiers.store,
+            lease,
+            turn,
+            turn_json(request, len(turn.token_ids)),
+            self._show,
+            is_durable=request.is_durable,
+            is_begun=resumed is not None,
+            held_text=held_text,
+            num_unshown=num_unshown,
+        )
         self._asked_at = asked_at
         self._is_stopping = False
         # Of the rounds after the prompt's.
         self._target_step_s = self._verify_s = 0.0
 
-    def _kept_len(self) -> int:
-        """How much of the context the target replica still holds from the turn before."""
+    def _kept(self, *, is_resumed: bool) -> KvHandle | None:
+        """How much of the context some target replica still holds from the turn before.
+
+        Of a turn that broke off it has let go, but for what its prefix cache has.
+        """
         kept = self._lease.record.target_kv
-        if kept is None or kept.replica != self._tiers.target.endpoint:
-            return 0
-        return min(kept.cached_len, self._turn.keep_len, len(self._turn.token_ids) - 1)
+        if kept is None:
+            return None
+        kept_len = min(kept.cached_len, self._turn.keep_len, len(self._turn.token_ids) - 1)
+        return replace(kept, cached_len=0 if is_resumed else kept_len)
 
     async def run(self) -> None:
         """Raises what ended it early; whatever happens, both tiers and the lease are freed."""
@@ -132,13 +146,17 @@ class Generation:
             raise
 
     async def _run_rounds(self) -> None:
+        if self._earlier is not None:
+            await self._emitter.put(self._earlier, self._record_of(self._earlier, is_earlier=True))
+            if self._earlier.finish is not None:
+                return
         if self._state.max_draft_tokens > 0:
             self._drafting.open()  # the first token does not wait for it
-        target = self._target = self._open_target()
+        await self._verifying.open()
         proposal: Proposal | None = None
-        self._send_row(target, proposal)
+        self._verifying.send(proposal)
         while True:
-            reply = await self._timed_reply(target, proposal)
+            reply = await self._timed_reply()
             commitment = self._commit(proposal, reply)
             record = self._record_of(commitment)
             if commitment.finish is not None:
@@ -146,19 +164,19 @@ class Generation:
                 return
             proposal = self._drafting.next(self._state)
             if proposal is not None:  # the next row leaves before anything else is done
-                self._send_row(target, proposal)
+                self._verifying.send(proposal)
                 await self._emitter.put(commitment, record)
                 continue
             await self._emitter.put(commitment, record)
             proposal = await self._drafting.wait(self._state)
-            self._send_row(target, proposal)
+            self._verifying.send(proposal)
 
-    def _open_target(self) -> TargetHandle:
+    def _open_target(self, link: TargetLink, kept_len: int) -> TargetHandle:
         params, kept = self._request.params, self._lease.record.target_kv
-        return self._tiers.target.open(
+        return link.open(
             session_id=self._lease.session_id,
             epoch=self._lease.epoch,
-            kept_epoch=kept.epoch if kept and self._cached_len else 0,
+            kept_epoch=kept.epoch if kept and kept_len else 0,
             prompt_len=self._state.prompt_len,
             max_len=self._state.prompt_len + params.max_tokens,
             params=params,
@@ -166,7 +184,6 @@ class Generation:
 
     def _open_draft(self, link: DraftLink, gamma: int) -> DraftHandle:
         request = self._request
-        assert self._tiers.target.model is not None, "the target is connected"
         assert link.model is not None, "the draft is connected"
         return link.open(
             session_id=self._lease.session_id,
@@ -180,39 +197,28 @@ class Generation:
             max_gamma=link.model.max_gamma,
             lookahead=self._policy.lookahead(request.lookahead),
             fan_out=request.fan_out,
-            vocab_size=self._tiers.target.model.vocab_size,
+            vocab_size=self._model.vocab_size,
         )
 
-    def _send_row(self, target: TargetHandle, proposal: Proposal | None) -> None:
-        target.send_row(self._cached_len, self._state.token_ids[self._cached_len :], proposal)
-
-    async def _timed_reply(self, target: TargetHandle, proposal: Proposal | None) -> TargetReply:
-        num_context = self._state.committed_len - self._cached_len
-        reply = await self._reply(target, proposal)
-        if self._state.num_output_tokens:
-            self._verify_s += target.latency_s
+    async def _timed_reply(self) -> TargetReply:
+        verifying = self._verifying
+        num_context = self._state.committed_len - verifying.cached_len
+        reply = await verifying.reply()
+        if self._state.counts.num_rounds:
+            self._verify_s += verifying.latency_s
             self._target_step_s += reply.step_s
         if num_context == 1:  # one that ran a prompt says nothing of the next
             self._tiers.costs.saw_reply(
-                target.latency_s, reply.step_s, left_at_once=not self._drafting.has_waited
+                verifying.latency_s, reply.step_s, left_at_once=not self._drafting.has_waited
             )
         return reply
-
-    async def _reply(self, target: TargetHandle, proposal: Proposal | None) -> TargetReply:
-        try:
-            return await target.reply(proposal, self._tiers.timing.verdict_timeout_s)
-        except KVLost as error:
-            log.info("kv_lost", session_id=self._lease.session_id, why=str(error))
-            self._num_reused = self._cached_len = 0
-            self._send_row(target, proposal)
-            return await target.reply(proposal, self._tiers.timing.verdict_timeout_s)
 
     def _commit(self, proposal: Proposal | None, reply: TargetReply) -> Commitment:
         base_len = self._state.committed_len
         commitment = self._state.commit(proposal, reply)
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
-        self._cached_len = base_len + commitment.num_accepted_tokens
+        self._verifying.committed(base_len + commitment.num_accepted_tokens)
         self._policy.saw_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,
@@ -220,23 +226,20 @@ class Generation:
         )
         return commitment
 
-    def _record_of(self, commitment: Commitment) -> RoundRecord:
+    def _record_of(self, commitment: Commitment, *, is_earlier: bool = False) -> RoundRecord:
+        """`is_earlier`: its tokens are in Redis already."""
+        token_ids = [] if is_earlier else [token.token_id for token in commitment.tokens]
         return RoundRecord(
-            token_ids=[token.token_id for token in commitment.tokens],
+            token_ids=token_ids,
             counters=Counters(
                 num_drafts=int(commitment.num_draft_tokens > 0),
                 num_draft_tokens=commitment.num_draft_tokens,
                 num_accepted_tokens=commitment.num_accepted_tokens,
-                num_emitted_tokens=len(commitment.tokens),
+                num_emitted_tokens=len(token_ids),
             ),
-            target_kv=self._target_kv(),
+            target_kv=self._verifying.kv(self._lease.epoch),
             draft_kv=self._drafting.kv(self._lease.epoch),
         )
-
-    def _target_kv(self) -> KvHandle | None:
-        if self._target is None:
-            return None
-        return KvHandle(self._target.replica, self._lease.epoch, self._cached_len)
 
     async def _show(self, chunk: Chunk) -> None:
         result = self._result(chunk.finish, chunk.recorded) if chunk.finish else None
@@ -245,23 +248,22 @@ class Generation:
     def _result(self, finish: Finish, recorded: bool) -> Result:
         now = time.monotonic()
         first_at = self._emitter.first_chunk_at
-        assert self._target is not None, "a finished generation had a target"
         assert first_at is not None, "a finished generation has shown a token"
-        num_later = self._state.num_output_tokens - self._emitter.num_first_tokens
+        num_later = self._emitter.num_shown_tokens - self._emitter.num_first_tokens
         elapsed_s = now - first_at
         return Result(
             finish=finish,
             recorded=recorded,
             num_prompt_tokens=self._state.prompt_len,
             num_completion_tokens=self._state.num_output_tokens,
-            num_cached_tokens=self._num_reused,
+            num_cached_tokens=self._verifying.num_reused,
             counts=self._state.counts,
             num_lookahead_hits=self._drafting.num_lookahead_hits,
             time_to_first_token_s=first_at - self._asked_at,
             duration_s=now - self._asked_at,
             tokens_per_s=num_later / elapsed_s if num_later and elapsed_s > 0 else None,
             draft_wire_bytes=self._drafting.wire_bytes,
-            target_wire_bytes=self._target.wire_bytes,
+            target_wire_bytes=self._verifying.wire_bytes,
             target_step_s=self._target_step_s,
             verify_s=self._verify_s,
             draft_wait_s=self._drafting.waited_s,
@@ -272,12 +274,14 @@ class Generation:
         """Frees both tiers and the lease; a named session that ended well keeps its KV."""
         is_named = self._request.session_id is not None
         keep = is_done and is_named
-        target_kv, draft_kv = (
-            (self._target_kv(), self._drafting.kv(self._lease.epoch)) if keep else (None, None)
-        )
-        if self._target is not None:
-            self._target.close(keep=keep)
+        target_kv, draft_kv = None, None
+        if keep:
+            epoch = self._lease.epoch
+            target_kv, draft_kv = self._verifying.kv(epoch), self._drafting.kv(epoch)
+        self._verifying.close(keep=keep)
         self._drafting.close(keep=keep)
+        if not self._lease.is_recorded:
+            return
         give_up_at = time.monotonic() + RELEASE_RETRY_S
         while True:
             try:
@@ -302,6 +306,8 @@ class Generation:
         if self._turn.messages and has_begun:
             answer = {"role": "assistant", "content": self._emitter.text}
             messages = (*self._turn.messages, answer)
+            if self._turn.messages[-1] == answer:  # a turn that had ended, told once more
+                messages = None
         await self._tiers.store.release(
             self._lease,
             target_kv=target_kv,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -36,45 +36,62 @@ class Handle(Protocol):
     def link_lost(self, why: str) -> None: ...
 
 
+_OPEN_STATES = (model_pb2.REPLICA_STATE_UNSPECIFIED, model_pb2.REPLICA_STATE_READY)
+
 Item = TypeVar("Item")
 HandleType = TypeVar("HandleType", bound=Handle)
 Frame = Any
 
 
 class ReplicaLink(ABC, Generic[Item, HandleType]):
-    """`check_model` is asked about the replica's model at each connection; raises ConfigError."""
+    """`check_model` is asked about the replica's model at each connection; raises ConfigError.
+
+    `on_change` is called whenever the connection, a refusal or the replica's state has changed.
+    """
 
     tier: str
     open_type: type
     close_type: type
 
-    def __init__(self, endpoint: str, check_model: Callable[[model_pb2.ModelInfo], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        check_model: Callable[[model_pb2.ModelInfo], None],
+        on_change: Callable[[], None],
+    ) -> None:
         self.endpoint = endpoint
         self.model: model_pb2.ModelInfo | None = None
         # What the replica's passes cost, as it last said.
         self.costs = CostReport()
         self.refused: ConfigError | None = None
+        # Generations of other orchestrators there, as last announced.
+        self.num_others = 0
+        self._state: int = model_pb2.REPLICA_STATE_UNSPECIFIED
+        self._is_silent = False
         self._check_model = check_model
+        self._on_change = on_change
         self._handles: dict[int, HandleType] = {}
         self._outbox: Outbox[Item] | None = None
         self._next_id = 0
-        self._changed = asyncio.Event()
 
     @property
     def is_connected(self) -> bool:
         return self._outbox is not None
 
-    async def settled(self) -> None:
-        """Returns once the link is connected; raises ConfigError once its model is refused."""
-        while not self.is_connected:
-            if self.refused is not None:
-                raise self.refused
-            await self.change()
+    @property
+    def takes_generations(self) -> bool:
+        """Connected, and neither stopping nor stuck nor silent when it should have answered."""
+        return self.is_connected and not self._is_silent and self._state in _OPEN_STATES
 
-    async def change(self) -> None:
-        """Returns at the next change of connection or refusal."""
-        self._changed.clear()
-        await self._changed.wait()
+    @property
+    def load(self) -> int:
+        """Generations there, as far as is known here."""
+        return len(self._handles) + self.num_others
+
+    def fell_silent(self) -> None:
+        """It has not answered in time: nothing new goes there until it says something."""
+        self._is_silent = True
+        self._on_change()
 
     async def run(self) -> None:
         """Keeps the stream up; ends by cancellation."""
@@ -102,18 +119,19 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             if self.is_connected:
                 log.warning("replica_lost", tier=self.tier, endpoint=self.endpoint, why=why)
             self._disconnected(why)
-            self._changed.set()
+            self._on_change()
             await asyncio.sleep(RECONNECT_DELAY_S)
 
     async def _connect(self) -> None:
         async with grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
-            model = await self._get_model(channel)
+            model, self._state = await self._get_model(channel)
             self._check_model(model)
             outbox: Outbox[Item] = Outbox()
             call = self._open_stream(channel)
             try:
                 self.model, self.refused, self._outbox = model, None, outbox
-                self._changed.set()
+                self._is_silent = False
+                self._on_change()
                 log.info("replica_connected", tier=self.tier, endpoint=self.endpoint)
                 await self._exchange(call, outbox)
             finally:
@@ -131,6 +149,11 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         sending = asyncio.create_task(send())
         try:
             async for frame in call:
+                if self._is_silent:
+                    self._is_silent = False
+                    self._on_change()
+                if frame.state:
+                    self._turned(frame.state)
                 self._dispatch(frame)
         finally:
             sending.cancel()
@@ -139,11 +162,24 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             ):
                 await sending
 
+    def _turned(self, state: int) -> None:
+        if state == self._state:
+            return
+        name = model_pb2.ReplicaState.Name(state).removeprefix("REPLICA_STATE_").lower()
+        log.info("replica_state", tier=self.tier, endpoint=self.endpoint, state=name)
+        self._state = state
+        if state == model_pb2.REPLICA_STATE_STUCK:
+            self._lose_all("is stuck")
+        self._on_change()
+
     def _disconnected(self, why: str) -> None:
         self._outbox = None
+        self._lose_all(f"is gone: {why}")
+
+    def _lose_all(self, why: str) -> None:
         handles, self._handles = self._handles, {}
         for handle in handles.values():
-            handle.link_lost(f"the {self.tier} replica {self.endpoint} is gone: {why}")
+            handle.link_lost(f"the {self.tier} replica {self.endpoint} {why}")
 
     def attach(self, make_handle: Callable[[int], HandleType]) -> HandleType:
         """A new generation's handle. Raises Unavailable without a connection."""
@@ -163,7 +199,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             self._outbox.put(items)
 
     @abstractmethod
-    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo: ...
+    async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
+        """With the replica's state."""
 
     @abstractmethod
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
@@ -195,17 +232,3 @@ def _is_cancelled() -> bool:
     """Whether it is this task that is to end, and not a call it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-@contextlib.asynccontextmanager
-async def running(link: ReplicaLink[Any, Any] | None) -> AsyncIterator[None]:
-    """Runs a link for the time of a block."""
-    if link is None:
-        yield
-        return
-    async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(link.run(), name=f"{link.tier} link")
-        try:
-            yield
-        finally:
-            task.cancel()

@@ -6,6 +6,7 @@ Every field is honoured or refused by name. Knows nothing of sessions' contents.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.store import validate_session_id
@@ -17,7 +18,10 @@ from outrider.wire import sampling_from_proto, verification_from_proto
 
 MAX_LOOKAHEAD = 4
 MAX_FAN_OUT = 64
+# docs/limits.md has all limits. A million tokens are about so many characters.
 MAX_TEXT_CHARS = 4_000_000
+MAX_CHAT_MESSAGES = 4_096
+MAX_ROLE_CHARS = 64
 Message = dict[str, str]
 
 
@@ -33,14 +37,17 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
+    is_durable: bool
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Exactly one of `text`, `token_ids`, `messages` is given.
+    """Exactly one of `text`, `token_ids`, `messages` is given; none where it resumes.
 
     `max_tokens` is None where the caller left it to the server; `params` has it resolved once the
     prompt's length is known (`resolve_max_tokens`). `gamma` None: chosen round by round.
+    `is_durable`: tokens are recorded before they are sent. `resume_from`: how many tokens of the
+    session's last turn the caller holds; the rest of the request is then what that turn's was.
     """
 
     text: str | None
@@ -55,6 +62,8 @@ class GenerationRequest:
     fan_out: int
     session_id: str | None
     create_session: bool
+    is_durable: bool = True
+    resume_from: int | None = None
 
     @property
     def input_field(self) -> str:
@@ -68,6 +77,8 @@ def parse_request(
     request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
 ) -> GenerationRequest:
     """Raises InvalidRequest naming the field that is wrong."""
+    if request.HasField("resume_from"):
+        _check_resumption(request)
     params = _params(request, limits, tokenizer)
     gamma = request.gamma if request.HasField("gamma") else limits.gamma
     if gamma is not None and gamma > limits.max_gamma:
@@ -82,7 +93,9 @@ def parse_request(
         validate_session_id(request.session_id)
     elif request.create_session:
         raise InvalidRequest("create_session", "needs a session_id")
-    text, token_ids, messages = _input(request, limits, tokenizer)
+    text, token_ids, messages = None, None, None
+    if not request.HasField("resume_from"):
+        text, token_ids, messages = _input(request, limits, tokenizer)
     return GenerationRequest(
         text=text,
         token_ids=token_ids,
@@ -96,7 +109,28 @@ def parse_request(
         fan_out=fan_out,
         session_id=request.session_id or None,
         create_session=request.create_session,
+        is_durable=_is_durable(request, limits),
+        resume_from=request.resume_from if request.HasField("resume_from") else None,
     )
+
+
+def _check_resumption(request: orchestrator_pb2.GenerateRequest) -> None:
+    """The turn goes on as it was asked for."""
+    if not request.session_id:
+        raise InvalidRequest("session_id", "is required with resume_from")
+    for descriptor, _ in request.ListFields():
+        if descriptor.name not in ("session_id", "resume_from"):
+            raise InvalidRequest(
+                descriptor.name, "not together with resume_from: the turn goes on as it was begun"
+            )
+
+
+def _is_durable(request: orchestrator_pb2.GenerateRequest, limits: Limits) -> bool:
+    if request.durability not in orchestrator_pb2.Durability.values():
+        raise InvalidRequest("durability", f"{request.durability} is not one of its values")
+    if request.durability == orchestrator_pb2.DURABILITY_UNSPECIFIED:
+        return limits.is_durable
+    return request.durability == orchestrator_pb2.DURABILITY_DURABLE
 
 
 def _params(
@@ -148,14 +182,23 @@ def _input(
         if len(request.text) > MAX_TEXT_CHARS:
             raise InvalidRequest("text", f"more than {MAX_TEXT_CHARS} characters")
         return request.text, None, None
-    messages = tuple({"role": m.role, "content": m.content} for m in request.chat.messages)
-    if not messages:
+    return None, None, _messages(request.chat.messages)
+
+
+def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, ...]:
+    if not given:
         raise InvalidRequest("chat", "the conversation is empty")
-    if any(not message["role"] for message in messages):
-        raise InvalidRequest("chat.messages.role", "must not be empty")
+    if len(given) > MAX_CHAT_MESSAGES:
+        raise InvalidRequest("chat", f"{len(given)} messages; at most {MAX_CHAT_MESSAGES}")
+    messages = tuple({"role": m.role, "content": m.content} for m in given)
+    for message in messages:
+        if not 1 <= len(message["role"]) <= MAX_ROLE_CHARS:
+            raise InvalidRequest(
+                "chat.messages.role", f"must not be empty; at most {MAX_ROLE_CHARS} characters"
+            )
     if sum(len(message["content"]) for message in messages) > MAX_TEXT_CHARS:
         raise InvalidRequest("chat", f"more than {MAX_TEXT_CHARS} characters")
-    return None, None, messages
+    return messages
 
 
 def resolve_max_tokens(

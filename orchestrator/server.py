@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import grpc
@@ -15,11 +15,13 @@ import structlog
 from orchestrator.conversation import build_turn
 from orchestrator.emitter import Chunk
 from orchestrator.gamma import GammaDecision
-from orchestrator.generation import Generation, Tiers
+from orchestrator.generation import Generation
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
 from orchestrator.result import Result
+from orchestrator.resume import Resumed, resumed
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
-from orchestrator.store import KvHandle, Lease, SessionRecord, validate_session_id
+from orchestrator.store import KvHandle, Lease, SessionRecord, unrecorded, validate_session_id
+from orchestrator.tiers import Tiers
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 from outrider.rpc import translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
@@ -34,6 +36,7 @@ _ORIGINS = {
     TokenOrigin.RECOVERED: orchestrator_pb2.TOKEN_ORIGIN_RECOVERED,
     TokenOrigin.BONUS: orchestrator_pb2.TOKEN_ORIGIN_BONUS,
     TokenOrigin.PLAIN: orchestrator_pb2.TOKEN_ORIGIN_PLAIN,
+    TokenOrigin.EARLIER: orchestrator_pb2.TOKEN_ORIGIN_UNSPECIFIED,
 }
 _FINISH_REASONS = {
     FinishReason.STOP: orchestrator_pb2.FINISH_REASON_STOP,
@@ -45,10 +48,14 @@ _FINISH_REASONS = {
 class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """One per service; lives on the event loop."""
 
-    def __init__(self, tiers: Tiers, limits: Limits, max_generations: int) -> None:
+    def __init__(
+        self, tiers: Tiers, limits: Limits, max_generations: int, *, needs_redis: bool = True
+    ) -> None:
+        """`needs_redis` False: one-off generations go unrecorded while it is away."""
         self._tiers = tiers
         self._limits = limits
         self._max_generations = max_generations
+        self._needs_redis = needs_redis
         self._running: set[Generation] = set()
         self._num_calls = 0
         self._is_stopping = False
@@ -72,10 +79,10 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def _generate(self, asked: GenerationRequest, context: Context) -> None:
         tiers, asked_at = self._tiers, time.monotonic()
-        if tiers.target.model is None or not tiers.target.is_connected:
-            raise Unavailable(f"no target replica is connected at {tiers.target.endpoint}")
+        await tiers.targets.acquire(tiers.timing.target_wait_s)
+        assert tiers.targets.model is not None, "a target is connected"
         session_id = asked.session_id or secrets.token_hex(8)
-        lease = await self._acquire(asked, session_id, tiers.target.model.model_fingerprint)
+        lease = await self._acquire(asked, session_id, tiers.targets.model.model_fingerprint)
         generation = None
         try:
             generation = await self._begin(asked, lease, asked_at, context)
@@ -93,11 +100,17 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _acquire(self, asked: GenerationRequest, session_id: str, model: str) -> Lease:
         """A caller that leaves meanwhile leaves neither a lease nor a session behind."""
         create = asked.create_session or asked.session_id is None
+        takeover = asked.resume_from is not None
         acquiring = asyncio.create_task(
-            self._tiers.store.acquire(session_id, create=create, model=model)
+            self._tiers.store.acquire(session_id, create=create, model=model, takeover=takeover)
         )
         try:
             return await asyncio.shield(acquiring)
+        except Unavailable as error:
+            if self._needs_redis or asked.session_id is not None:
+                raise
+            log.warning("unrecorded", session_id=session_id, why=str(error))
+            return unrecorded(session_id, model)
         except asyncio.CancelledError:
             with contextlib.suppress(OutriderError):
                 await self._give_back(await asyncio.shield(acquiring))
@@ -106,17 +119,31 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _begin(
         self, asked: GenerationRequest, lease: Lease, asked_at: float, context: Context
     ) -> Generation:
-        tiers = self._tiers
-        turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
-        asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
+        tiers, earlier = self._tiers, None
+        if asked.resume_from is not None:
+            earlier = resumed(lease.record, asked.resume_from)
+            turn, asked = earlier.turn, self._fitted(earlier)
+        else:
+            turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
+            asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
 
         async def write(chunk: Chunk, result: Result | None) -> None:
             await context.write(_response(chunk, result, lease.session_id, asked))
 
-        return Generation(tiers, asked, lease, turn, asked_at=asked_at, write=write)
+        return Generation(
+            tiers, asked, lease, turn, asked_at=asked_at, write=write, resumed=earlier
+        )
+
+    def _fitted(self, earlier: Resumed) -> GenerationRequest:
+        """The orchestrator it was begun at may have taken more draft tokens a round."""
+        request, most = earlier.request, self._limits.max_gamma
+        gamma = None if request.gamma is None else min(request.gamma, most)
+        return replace(request, gamma=gamma, max_gamma=min(request.max_gamma, most))
 
     async def _give_back(self, lease: Lease) -> None:
         """The turn did not begin: the session is as it was, and one that was made for it goes."""
+        if not lease.is_recorded:
+            return
         record = lease.record
         try:
             await self._tiers.store.release(
@@ -139,19 +166,19 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         async with translated(context):
             validate_session_id(request.session_id)
             await self._tiers.store.delete(request.session_id)
-            for link in (self._tiers.target, self._tiers.draft):
-                if link is not None:
-                    link.forget(request.session_id)
+            for pool in (self._tiers.targets, self._tiers.drafts):
+                if pool is not None:
+                    pool.forget(request.session_id)
             return orchestrator_pb2.DeleteSessionResponse()
         return None
 
     async def GetModelInfo(
         self, request: orchestrator_pb2.GetModelInfoRequest, context: Context
     ) -> orchestrator_pb2.GetModelInfoResponse:
-        draft = self._tiers.draft
+        drafts = self._tiers.drafts
         return orchestrator_pb2.GetModelInfoResponse(
-            target=self._tiers.target.model,
-            draft=draft.model if draft is not None and draft.is_connected else None,
+            target=self._tiers.targets.model,
+            draft=drafts.model if drafts is not None and drafts.num_connected else None,
             default_gamma=self._limits.gamma,
             max_gamma=self._limits.max_gamma,
         )

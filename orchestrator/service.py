@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
+from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
-from orchestrator.generation import Tiers, Timing
-from orchestrator.link import running
+from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
 from orchestrator.request import Limits
 from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
 from orchestrator.target_link import TargetLink
+from orchestrator.tiers import Tiers, Timing
 from outrider.config import OrchestratorConfig
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, IncompatiblePair, Unavailable
@@ -26,7 +27,7 @@ from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 log = structlog.get_logger()
 
 SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
-# Running outputs may finish for so long at a stop; then they end after their round under way.
+# What is left of running outputs after the operator's grace ends after the round under way.
 STOP_GRACE_S = 2.0
 # How long a start waits for a draft before serving without one: it joins when it comes.
 DRAFT_START_TIMEOUT_S = 5.0
@@ -45,44 +46,72 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
     store = SessionStore(config.redis_url, StoreOptions(session_ttl_s=config.session_ttl_s))
-    target = TargetLink(config.target_endpoint, _target_check(tokenizer))
-    draft = None
-    if config.draft_endpoint:
-        draft = DraftLink(config.draft_endpoint, _draft_check(target))
+    targets, drafts = _pools(config, tokenizer)
     try:
         await server.start(config.host, config.port)
         await _start(store)
-        async with running(target):
-            await target.settled()
-            async with running(draft):
-                await _settle_draft(draft)
-                limits = _limits(config, target, draft)
-                timing = Timing(
-                    verdict_timeout_s=config.verdict_timeout_s,
-                    draft_wait_s=(
-                        None if config.draft_wait_ms is None else config.draft_wait_ms / 1000
-                    ),
-                )
-                costs = PairCosts(
-                    target=lambda: target.costs,
-                    draft=lambda: draft.costs if draft is not None else CostReport(),
-                )
-                tiers = Tiers(target, draft, store, tokenizer, timing, costs)
-                servicer = OrchestratorServicer(tiers, limits, config.max_generations)
+        async with discovering(config.redis_url, (targets, drafts)), targets.running():
+            await targets.settled()
+            async with drafts.running() if drafts is not None else contextlib.nullcontext():
+                await _settle_draft(drafts)
+                servicer, limits = _servicer(config, targets, drafts, store, tokenizer)
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
                     servicer, server.services
                 )
                 async with asyncio.TaskGroup() as tasks:
-                    following = tasks.create_task(_follow(target, server), name="health")
+                    following = tasks.create_task(_follow(targets, server), name="health")
                     log.info("serving", port=server.port, max_gamma=limits.max_gamma)
                     try:
                         yield server
                     finally:
                         following.cancel()
-                        await _stop(server, servicer)
+                        await _stop(server, servicer, config.stop_grace_s)
     finally:
         await server.stop(0)
         await store.close()
+
+
+def _pools(
+    config: OrchestratorConfig, tokenizer: Tokenizer | None
+) -> tuple[ReplicaPool[TargetLink], ReplicaPool[DraftLink] | None]:
+    check_target = _target_check(tokenizer)
+    targets = ReplicaPool(
+        "target",
+        lambda endpoint, on_change: TargetLink(endpoint, check_target, on_change),
+        config.target_endpoints,
+    )
+    if not config.draft_endpoint:
+        return targets, None
+    check_draft = _draft_check(targets)
+    drafts = ReplicaPool(
+        "draft",
+        lambda endpoint, on_change: DraftLink(endpoint, check_draft, on_change),
+        config.draft_endpoints,
+    )
+    return targets, drafts
+
+
+def _servicer(
+    config: OrchestratorConfig,
+    targets: ReplicaPool[TargetLink],
+    drafts: ReplicaPool[DraftLink] | None,
+    store: SessionStore,
+    tokenizer: Tokenizer | None,
+) -> tuple[OrchestratorServicer, Limits]:
+    limits = _limits(config, targets, drafts)
+    timing = Timing(
+        verdict_timeout_s=config.verdict_timeout_s,
+        target_wait_s=config.target_wait_s,
+        draft_wait_s=None if config.draft_wait_ms is None else config.draft_wait_ms / 1000,
+    )
+    costs = PairCosts(
+        target=lambda: targets.costs,
+        draft=lambda: drafts.costs if drafts is not None else CostReport(),
+    )
+    tiers = Tiers(targets, drafts, store, tokenizer, timing, costs)
+    needs_redis = config.without_redis == "refuse"
+    servicer = OrchestratorServicer(tiers, limits, config.max_generations, needs_redis=needs_redis)
+    return servicer, limits
 
 
 async def _start(store: SessionStore) -> None:
@@ -92,38 +121,42 @@ async def _start(store: SessionStore) -> None:
         raise ConfigError(f"redis_url: {error}") from error
 
 
-async def _settle_draft(draft: DraftLink | None) -> None:
-    if draft is None:
+async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:
+    if drafts is None:
         return
     try:
         async with asyncio.timeout(DRAFT_START_TIMEOUT_S):
-            await draft.settled()
+            await drafts.settled()
     except TimeoutError:
-        log.warning("serving_without_draft", endpoint=draft.endpoint)
+        log.warning("serving_without_draft")
 
 
-async def _follow(target: TargetLink, server: Server) -> None:
-    """Keeps health: without the target no call can be answered, without the draft all can."""
+async def _follow(targets: ReplicaPool[TargetLink], server: Server) -> None:
+    """Keeps health: without a target no call can be answered, without drafts all can."""
     while True:
-        is_connected = target.is_connected
-        await server.set_serving(is_connected)
-        while target.is_connected == is_connected:
-            await target.change()
+        is_served = targets.has_any
+        await server.set_serving(is_served)
+        while targets.has_any == is_served:
+            await targets.change()
 
 
-async def _stop(server: Server, servicer: OrchestratorServicer) -> None:
-    stopping = asyncio.create_task(server.stop(2 * STOP_GRACE_S))
-    await asyncio.wait([stopping], timeout=STOP_GRACE_S)
+async def _stop(server: Server, servicer: OrchestratorServicer, grace_s: float) -> None:
+    stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
+    await asyncio.wait([stopping], timeout=grace_s)
     servicer.stop_generations()
     await stopping
 
 
-def _limits(config: OrchestratorConfig, target: TargetLink, draft: DraftLink | None) -> Limits:
-    model = target.model
-    assert model is not None, "the target is connected"
+def _limits(
+    config: OrchestratorConfig,
+    targets: ReplicaPool[TargetLink],
+    drafts: ReplicaPool[DraftLink] | None,
+) -> Limits:
+    model = targets.model
+    assert model is not None, "a target is connected"
     max_gamma = min(config.max_gamma, model.max_gamma)
-    if draft is not None and draft.model is not None:
-        max_gamma = min(max_gamma, draft.model.max_gamma)
+    if drafts is not None and drafts.model is not None:
+        max_gamma = min(max_gamma, drafts.model.max_gamma)
     return Limits(
         vocab_size=model.vocab_size,
         max_context_len=min(model.max_context_len, model.kv_capacity_tokens),
@@ -133,6 +166,7 @@ def _limits(config: OrchestratorConfig, target: TargetLink, draft: DraftLink | N
         lookahead=config.lookahead,
         fan_out=config.fan_out,
         default_max_tokens=config.default_max_tokens,
+        is_durable=config.durability == "durable",
     )
 
 
@@ -163,9 +197,9 @@ def _target_check(tokenizer: Tokenizer | None) -> ModelCheck:
     return check
 
 
-def _draft_check(target: TargetLink) -> ModelCheck:
+def _draft_check(targets: ReplicaPool[TargetLink]) -> ModelCheck:
     def check(model: model_pb2.ModelInfo) -> None:
-        theirs = target.model.tokenizer_fingerprint if target.model else ""
+        theirs = targets.model.tokenizer_fingerprint if targets.model else ""
         if model.tokenizer_fingerprint != theirs:
             raise IncompatiblePair(
                 f"draft and target do not share a tokenizer: the draft {model.name} has "

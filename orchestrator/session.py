@@ -23,6 +23,8 @@ class TokenOrigin(Enum):
     RECOVERED = "recovered"
     BONUS = "bonus"
     PLAIN = "plain"
+    # Emitted before the turn was resumed here; how is not recorded.
+    EARLIER = "earlier"
 
 
 class FinishReason(Enum):
@@ -177,6 +179,34 @@ class GenerationState:
             is_rejected=is_rejected,
             finish=self.finish,
         )
+
+    def replay(self, output_ids: Sequence[int], num_held: int) -> tuple[str, Commitment | None]:
+        """Commits what was recorded of the output elsewhere; once, before anything else.
+
+        The text of the `num_held` tokens that the caller holds, and what comes after them as a
+        round; None: nothing, and the output has not ended.
+        """
+        held_text, tokens, text_ends = "", [], []
+        for index, token_id in enumerate(output_ids):
+            if index == num_held:
+                held_text = self._text.take()
+            self.token_ids.append(token_id)
+            self.finish = self._finish_at(token_id)
+            if index >= num_held:
+                tokens.append(EmittedToken(token_id, TokenOrigin.EARLIER, None))
+                text_ends.append(self._text.num_ready)
+            if self.finish is not None:
+                break
+        if self.finish is not None and self.finish.stop_text is None:
+            self._text.finish()
+            text_ends = [*text_ends[:-1], self._text.num_ready] if text_ends else []
+        if not tokens:  # the end's text came with the last of them
+            held_text = self._text.take()
+            if self.finish is None:
+                return held_text, None
+        text = self._text.take()
+        rest = Commitment(tuple(tokens), text, tuple(text_ends), 0, 0, False, self.finish)
+        return held_text, rest
 
     def cancel(self, commitment: Commitment) -> Commitment:
         """Makes the round just committed the last one."""

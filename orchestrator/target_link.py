@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -29,6 +30,7 @@ _ERRORS: dict[int, type[OutriderError]] = {
     target_pb2.RowError.REASON_KV_LOST: KVLost,
     target_pb2.RowError.REASON_KV_FULL: KVFull,
     target_pb2.RowError.REASON_DISPLACED: LeaseLost,
+    target_pb2.RowError.REASON_DRAINING: Unavailable,
 }
 
 _NOTHING = np.zeros(0)
@@ -84,6 +86,7 @@ class TargetHandle:
             async with asyncio.timeout(timeout_s):
                 result = await self._answer
         except TimeoutError:
+            self._link.fell_silent()
             raise Unavailable(f"the target has not answered for {timeout_s:g} s") from None
         try:
             return self._parse(result, proposal)
@@ -131,7 +134,8 @@ class TargetHandle:
             told = result.support_probs or result.tail_mass or result.tail_logprobs
             if len(sample_ids) != gamma + 1 or told:
                 raise ValueError("wrong lengths")
-            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s)
+            reused = result.num_reused_tokens
+            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
         reply = TargetReply(
@@ -140,6 +144,7 @@ class TargetHandle:
             tail_mass=_floats(result.tail_mass).astype(np.float64),
             tail_logprobs=_floats(result.tail_logprobs).astype(np.float64),
             step_s=result.step_s,
+            num_reused_tokens=result.num_reused_tokens,
         )
         num_support = sum(len(support.token_ids) for support in supports)
         lengths = (len(reply.sample_ids), len(result.support_probs))
@@ -149,12 +154,8 @@ class TargetHandle:
         if self._num_logprobs is None:
             return reply
         top_ids = unpack(result.top_ids, UINT32, "top_ids").astype(np.int64)
-        return TargetReply(
-            reply.sample_ids,
-            reply.support_probs,
-            reply.tail_mass,
-            reply.tail_logprobs,
-            reply.step_s,
+        return replace(
+            reply,
             support_logprobs=np.split(_floats(result.support_logprobs), splits),
             sample_logprobs=_floats(result.sample_logprobs),
             top_ids=top_ids.reshape(gamma + 1, -1),
@@ -198,17 +199,12 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         self.send(opening)
         return handle
 
-    def forget(self, session_id: str) -> None:
-        """The session is deleted: what is kept of it may go."""
-        self.send(session_id)
-
-    async def _get_model(self, channel: grpc.aio.Channel) -> model_pb2.ModelInfo:
+    async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
         stub = target_pb2_grpc.TargetServiceStub(channel)
         request = target_pb2.TargetServiceGetModelInfoRequest()
         response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
         self.costs = costs_from_proto(response.costs)
-        model: model_pb2.ModelInfo = response.model
-        return model
+        return response.model, response.state
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return target_pb2_grpc.TargetServiceStub(channel).Verify()

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -20,15 +21,18 @@ from outrider import errors
 log = structlog.get_logger()
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# A status travels in HTTP/2 headers, of which peers take 8 KiB: with more the code is lost, too.
+MAX_STATUS_CHARS = 1_000
 
 # A frozen peer is noticed after keepalive_time + ping timeout (facts.md §2: without
-# ping_timeout_ms it takes a minute).
+# ping_timeout_ms it takes a minute). gRPC's own threads answer pings, however busy Python is.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 2_000),
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 1_500),
+    ("grpc.http2.ping_timeout_ms", 1_500),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
@@ -52,11 +56,11 @@ RETRY_HINT_S = 1
 def status_of(error: errors.OutriderError) -> status_pb2.Status:
     """The rich status of an error: a field violation or a retry hint where there is one."""
     code = next((c for kind, c in _STATUS if isinstance(error, kind)), code_pb2.INTERNAL)
-    status = status_pb2.Status(code=code, message=str(error))
+    status = status_pb2.Status(code=code, message=_short(str(error)))
     detail = any_pb2.Any()
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.why
+            field=error.field, description=_short(error.why)
         )
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         status.details.append(detail)
@@ -65,6 +69,10 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
         detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         status.details.append(detail)
     return status
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_STATUS_CHARS else f"{text[:MAX_STATUS_CHARS]} …"
 
 
 @contextlib.asynccontextmanager
@@ -83,6 +91,8 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
             await _abort(context, known)
         elif group.split(grpc.aio.InternalError)[1] is not None:
             raise
+    except DecodeError as error:  # of a frame in mid-stream; gRPC itself refuses a lone request
+        await _abort(context, errors.InvalidRequest("frame", f"cannot be read: {error}"))
     except grpc.aio.InternalError:  # a write to a caller that has gone
         pass
 
@@ -99,4 +109,5 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Outr
     status = status_of(error)
     if status.code == code_pb2.INTERNAL:
         log.error("call_failed", error=str(error), exc_info=error)
-    await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
+    with contextlib.suppress(grpc.aio.InternalError):  # the caller has gone
+        await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ async def store(redis_url: str) -> AsyncIterator[SessionStore]:
 
 
 async def begin(store: SessionStore, lease: Lease, token_ids: Ids, keep_len: int = 0) -> None:
-    await store.begin_turn(lease, token_ids, keep_len=keep_len, messages=[], sampling_json="{}")
+    await store.begin_turn(lease, token_ids, keep_len=keep_len, messages=[], turn_json="{}")
 
 
 async def leased(store: SessionStore, session_id: str = "s") -> Lease:
@@ -87,12 +87,12 @@ async def test_a_conversation_of_two_turns(store: SessionStore) -> None:
     assert lease.record.epoch == 0
     assert not lease.record.token_ids.size
     hello = [{"role": "user", "content": "héllo \ud83d 🦊"}]
-    await store.begin_turn(lease, [1, 2, 3], keep_len=0, messages=hello, sampling_json='{"t":1}')
+    await store.begin_turn(lease, [1, 2, 3], keep_len=0, messages=hello, turn_json='{"t":1}')
     on_target = KvHandle("target 0:7070", lease.epoch, 4)
     await store.record(lease, round_of(4, 5, kv=on_target))
     record = await store.get("s")
     assert (record.in_use, record.num_turns, record.epoch) == (True, 1, lease.epoch)
-    assert (record.model, record.sampling_json) == (MODEL, '{"t":1}')
+    assert (record.model, record.turn_json) == (MODEL, '{"t":1}')
     assert record.messages == tuple(hello)
     assert (record.target_kv, record.draft_kv) == (on_target, None)
     assert 3590 < record.expires_in_s <= 3600

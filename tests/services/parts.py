@@ -110,8 +110,9 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
     """An orchestrator of these tiers, and clients of all three."""
     target, draft = tiers.endpoints
     settings.setdefault("draft_wait_ms", 20_000.0)
+    settings.setdefault("target_endpoint", target)
     settings.setdefault("draft_endpoint", draft)
-    config = OrchestratorConfig(target_endpoint=target, redis_url=redis_url, port=0, **settings)
+    config = OrchestratorConfig(redis_url=redis_url, port=0, **settings)
     async with (
         orchestrator.service.serving(config) as server,
         clients(tiers, f"127.0.0.1:{server.port}") as system,

@@ -1,0 +1,33 @@
+"""What every generation of an orchestrator works with, put together once at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.draft_link import DraftLink
+from orchestrator.pool import ReplicaPool
+from orchestrator.rates import PairCosts
+from orchestrator.store import SessionStore
+from orchestrator.target_link import TargetLink
+from outrider.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a generation may wait for what."""
+
+    verdict_timeout_s: float
+    target_wait_s: float
+    draft_wait_s: float | None
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """What a generation works with."""
+
+    targets: ReplicaPool[TargetLink]
+    drafts: ReplicaPool[DraftLink] | None
+    store: SessionStore
+    tokenizer: Tokenizer | None
+    timing: Timing
+    costs: PairCosts

@@ -1,0 +1,232 @@
+"""Replicas come and go inside a running stream: the same tokens, at another replica."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+import draft_service.service
+import target_service.service
+from outrider.config import DraftConfig, TargetConfig
+from outrider.server import Server
+from outrider.v1 import orchestrator_pb2_grpc, sampling_pb2, target_pb2, target_pb2_grpc
+from tests.services.parts import (
+    CONTEXT_LEN,
+    GREEDY,
+    KV_TOKENS,
+    Greedy,
+    Pair,
+    Tiers,
+    orchestrating,
+    refusal,
+)
+from tests.stack import Output, eventually, request
+
+PROMPT = list(range(20, 60))
+NUM_TOKENS = 160
+ACCEPTED = 1
+
+
+class Replicas:
+    """Of one tier; each can be stopped and its place be taken."""
+
+    def __init__(self) -> None:
+        self.servers: list[Server] = []
+
+    @property
+    def endpoints(self) -> str:
+        return ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+
+
+@contextlib.asynccontextmanager
+async def replicas(pair: Pair, num_targets: int, num_drafts: int) -> AsyncIterator[list[Replicas]]:
+    settings: dict[str, Any] = {"port": 0, "kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
+    targets, drafts = Replicas(), Replicas()
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(num_targets):
+            config = TargetConfig(model=str(pair.target), **settings)
+            serving = target_service.service.serving(config)
+            targets.servers.append(await stack.enter_async_context(serving))
+        for _ in range(num_drafts):
+            draft_config = DraftConfig(model=str(pair.draft), **settings)
+            drafting = draft_service.service.serving(draft_config)
+            drafts.servers.append(await stack.enter_async_context(drafting))
+        yield [targets, drafts]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    tiers: list[Replicas], redis_url: str, **settings: Any
+) -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorServiceStub]:
+    """The clients of `parts` are of the first replica of each tier."""
+    targets, drafts = tiers
+    first = Tiers(targets.servers[0], drafts.servers[0] if drafts.servers else None)
+    async with orchestrating(
+        first,
+        redis_url,
+        **{
+            "target_endpoint": targets.endpoints,
+            "draft_endpoint": drafts.endpoints or None,
+            **settings,
+        },
+    ) as system:
+        yield system.client
+
+
+async def num_open(server: Server) -> int:
+    """Generations that a target replica holds."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = target_pb2_grpc.TargetServiceStub(channel)
+        answer = await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+    return answer.load.num_open_generations
+
+
+async def where(targets: Replicas) -> Server:
+    """The one replica that holds the one generation there is."""
+    found = [server for server in targets.servers if await num_open(server)]
+    assert len(found) == 1
+    return found[0]
+
+
+async def disturbed(client: Any, disturb: Any, num_tokens: int = NUM_TOKENS, **how: Any) -> Output:
+    """An output, with `disturb` awaited once some of it has come."""
+    output, is_disturbed = Output(), False
+    how = {"gamma": 4, "sampling": {**GREEDY, "max_tokens": num_tokens}} | how
+    async for chunk in client.Generate(request(PROMPT, **how), timeout=50):
+        output.add(chunk)
+        if not is_disturbed and len(output.token_ids) > 20:
+            is_disturbed = True
+            await disturb()
+    assert is_disturbed
+    return output
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1])
+async def test_a_target_dies_and_another_goes_on(
+    num_drafts: int, pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    async with replicas(pair, 2, num_drafts) as tiers, serving(tiers, redis_url) as client:
+
+        async def kill() -> None:
+            await (await where(tiers[0])).grpc_server.stop(0)
+
+        output = await disturbed(client, kill)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+async def test_sampled_outputs_go_on_too(verification: str, pair: Pair, redis_url: str) -> None:
+    """Coupled ones with the very tokens that they would have had."""
+    how: dict[str, Any] = {
+        "sampling": {"temperature": 1.0, "seed": 11, "max_tokens": NUM_TOKENS, "ignore_eos": True},
+        "verification": sampling_pb2.Verification.Value(f"VERIFICATION_{verification.upper()}"),
+    }
+    async with replicas(pair, 2, 1) as tiers, serving(tiers, redis_url) as client:
+        plain = Output()
+        async for chunk in client.Generate(request(PROMPT, **{**how, "gamma": 0}), timeout=50):
+            plain.add(chunk)
+
+        async def kill() -> None:
+            await (await where(tiers[0])).grpc_server.stop(0)
+
+        output = await disturbed(client, kill, **how)
+    assert len(output.token_ids) == NUM_TOKENS
+    if verification == "coupled":
+        assert output.token_ids == plain.token_ids
+
+
+async def test_a_draft_dies_and_another_drafts(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+    async with replicas(pair, 1, 2) as tiers, serving(tiers, redis_url) as client:
+
+        async def kill_first() -> None:
+            # With none of them loaded the first of the list is picked.
+            await tiers[1].servers[0].grpc_server.stop(0)
+
+        output = await disturbed(client, kill_first)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+    assert output.origins[-60:].count(ACCEPTED) > 10, "the other one drafts"
+
+
+async def test_no_target_for_a_while(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+    """The only one dies; a new one at the same address goes on with the stream."""
+    settings: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
+    async with (
+        contextlib.AsyncExitStack() as later,
+        replicas(pair, 1, 0) as tiers,
+        serving(tiers, redis_url) as client,
+    ):
+        port = tiers[0].servers[0].port
+
+        async def replace() -> None:
+            await tiers[0].servers[0].grpc_server.stop(0)
+            config = TargetConfig(model=str(pair.target), port=port, **settings)
+            await later.enter_async_context(target_service.service.serving(config))
+
+        output = await disturbed(client, replace, gamma=0)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+
+
+async def test_none_comes_back(pair: Pair, redis_url: str) -> None:
+    """What was emitted is recorded, and the call fails by name once patience is at an end."""
+    async with (
+        replicas(pair, 1, 0) as tiers,
+        serving(tiers, redis_url, target_wait_s=0.5) as client,
+    ):
+
+        async def kill() -> None:
+            await tiers[0].servers[0].grpc_server.stop(0)
+
+        refused = await refusal(disturbed(client, kill))
+    assert refused.code is grpc.StatusCode.UNAVAILABLE
+    assert "target" in refused.message
+
+
+async def test_new_streams_go_to_the_least_loaded(pair: Pair, redis_url: str) -> None:
+    async with replicas(pair, 2, 0) as tiers, serving(tiers, redis_url) as client:
+        how = {"gamma": 0, "sampling": {**GREEDY, "max_tokens": CONTEXT_LEN - 100}}
+        calls = [client.Generate(request(PROMPT, **how), timeout=50) for _ in range(4)]
+        for call in calls:
+            await call.read()
+        assert [await num_open(server) for server in tiers[0].servers] == [2, 2]
+        for call in calls:
+            call.cancel()
+
+        async def are_free() -> bool:
+            return not any([await num_open(server) for server in tiers[0].servers])
+
+        await eventually(are_free)
+
+
+async def test_a_session_goes_where_its_keys_and_values_lie(pair: Pair, redis_url: str) -> None:
+    async with replicas(pair, 2, 0) as tiers, serving(tiers, redis_url) as client:
+        how = {"gamma": 0, "sampling": {**GREEDY, "max_tokens": 8}}
+        for number in range(3):
+            output = Output()
+            asked = request(PROMPT, session_id="sticky", create_session=number == 0, **how)
+            async for chunk in client.Generate(asked, timeout=50):
+                output.add(chunk)
+            assert output.result is not None
+            assert bool(output.result.usage.cached_tokens) == (number > 0)
+
+
+async def test_a_replica_with_another_model_is_not_used(pair: Pair, redis_url: str) -> None:
+    """It is refused by name in the log; the others serve."""
+    async with replicas(pair, 1, 0) as tiers:
+        stranger = TargetConfig(model=str(pair.draft), port=0, calibration_s=0.0)
+        async with target_service.service.serving(stranger) as other:
+            tiers[0].servers.append(other)
+            async with serving(tiers, redis_url) as client:
+                calls = [
+                    client.Generate(
+                        request(PROMPT, {**GREEDY, "max_tokens": 8}, gamma=0), timeout=50
+                    )
+                    for _ in range(4)
+                ]
+                for call in calls:
+                    async for _ in call:
+                        pass
+                assert 0 in [await num_open(server) for server in tiers[0].servers]

@@ -1,0 +1,239 @@
+"""A stream that broke goes on at another orchestrator, from the tokens that its caller holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from outrider.v1 import orchestrator_pb2, sampling_pb2
+from tests.services.parts import (
+    GREEDY,
+    Greedy,
+    Pair,
+    System,
+    both_tiers,
+    nothing_held,
+    orchestrating,
+    refusal,
+)
+from tests.stack import Output, eventually, request
+
+PROMPT = list(range(20, 60))
+NUM_TOKENS = 120
+HOT: dict[str, Any] = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
+
+
+@contextlib.asynccontextmanager
+async def two(pair: Pair, redis_url: str, **settings: Any) -> AsyncIterator[list[System]]:
+    """Two orchestrators of the same tiers and the same Redis."""
+    async with (
+        both_tiers(pair) as tiers,
+        orchestrating(tiers, redis_url, **settings) as first,
+        orchestrating(tiers, redis_url, **settings) as second,
+    ):
+        yield [first, second]
+
+
+def asked(sampling: dict[str, Any], **fields: Any) -> orchestrator_pb2.GenerateRequest:
+    fields = {"gamma": 4, "session_id": "s", "create_session": True} | fields
+    return request(PROMPT, {"max_tokens": NUM_TOKENS, **sampling}, **fields)
+
+
+async def resume(system: System, num_held: int, session_id: str = "s") -> Output:
+    output = Output()
+    again = orchestrator_pb2.GenerateRequest(session_id=session_id, resume_from=num_held)
+    async for chunk in system.client.Generate(again, timeout=50):
+        output.add(chunk)
+    return output
+
+
+async def some(call: Any, num_tokens: int) -> Output:
+    """The first tokens of a stream, so many or a few more."""
+    output = Output()
+    while len(output.token_ids) < num_tokens:
+        output.add(await call.read())
+    return output
+
+
+COUPLED = {"verification": sampling_pb2.VERIFICATION_COUPLED}
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": (GREEDY, {}),
+    "coupled": (HOT, COUPLED),
+    "rejection": (HOT, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_while_the_first_orchestrator_still_runs(
+    way: str, pair: Pair, redis_url: str
+) -> None:
+    """The later one has the session; the earlier one's stream ends, and it writes no more."""
+    sampling, fields = WAYS[way]
+    async with two(pair, redis_url) as (first, second):
+        whole = await first.generate(
+            PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **fields
+        )
+        call = first.client.Generate(asked(sampling, **fields), timeout=50)
+        before = await some(call, 20)
+        held = before.token_ids[:18]  # the last message never arrived
+        after = await resume(second, len(held))
+
+        async def rest() -> None:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+        refused = await refusal(rest())
+        assert refused.code is grpc.StatusCode.ABORTED
+        assert len(held) + len(after.token_ids) == NUM_TOKENS
+        if way != "rejection":
+            assert held + after.token_ids == whole.token_ids
+        got = await second.client.GetSession(
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+        )
+        assert list(got.token_ids) == [*PROMPT, *held, *after.token_ids]
+        assert not got.in_use
+        assert after.result is not None
+        assert after.result.recorded
+        assert after.result.usage.completion_tokens == NUM_TOKENS
+
+
+async def test_after_the_caller_left(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+    """A cancelled call leaves a turn that can be gone on with; several times."""
+    async with two(pair, redis_url) as (first, second):
+        call = first.client.Generate(asked(GREEDY), timeout=50)
+        held = (await some(call, 10)).token_ids
+        call.cancel()
+        again = second.client.Generate(
+            orchestrator_pb2.GenerateRequest(session_id="s", resume_from=len(held)), timeout=50
+        )
+        held += (await some(again, 30)).token_ids
+        again.cancel()
+        held += (await resume(first, len(held))).token_ids
+        assert held == greedy(PROMPT, NUM_TOKENS)
+        # And the conversation goes on as any other.
+        more = await second.generate(
+            [5, 6], sampling={**GREEDY, "max_tokens": 8}, session_id="s", gamma=2
+        )
+        assert more.token_ids == greedy([*PROMPT, *held, 5, 6], 8)
+
+
+async def test_a_finished_turn_is_told_again(pair: Pair, redis_url: str) -> None:
+    """Its last message was lost: the tokens after those held, and the result."""
+    async with two(pair, redis_url) as (first, second):
+        done = await first.generate(
+            PROMPT,
+            sampling={**GREEDY, "max_tokens": 30},
+            session_id="s",
+            create_session=True,
+        )
+        for num_held in (30, 25, 0):
+            told = await resume(second, num_held)
+            assert told.token_ids == done.token_ids[num_held:]
+            assert told.result is not None
+            assert told.result.finish_reason == orchestrator_pb2.FINISH_REASON_LENGTH
+            assert told.result.seed == done.result.seed if done.result else False
+
+
+async def test_stop_texts_and_penalties_go_on(pair: Pair, redis_url: str) -> None:
+    """What depends on the output so far is what it would have been."""
+    sampling = {**HOT, "stop_token_ids": [3], "frequency_penalty": 0.5, "logit_bias": {3: 2.5}}
+    async with two(pair, redis_url) as (first, second):
+        whole = await first.generate(
+            PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **COUPLED
+        )
+        call = first.client.Generate(asked(sampling, **COUPLED), timeout=50)
+        held = (await some(call, 5)).token_ids
+        call.cancel()
+        after = await resume(second, len(held))
+        assert held + after.token_ids == whole.token_ids
+        assert after.result is not None
+        assert whole.result is not None
+        assert after.result.stop_token_id == whole.result.stop_token_id
+
+
+async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) -> None:
+    """Neither the turn before it nor anything else is taken for it."""
+    async with two(pair, redis_url) as (first, second):
+        refused = await refusal(resume(second, 0, "nobody"))
+        assert refused.code is grpc.StatusCode.NOT_FOUND
+        await first.generate(
+            PROMPT, sampling={**GREEDY, "max_tokens": 5}, session_id="s", create_session=True
+        )
+        # A turn that fails before its first token.
+        bad = request([1, 2], {"max_tokens": 10_000_000}, session_id="s")
+        refused = await refusal(_all(first, bad))
+        assert refused.fields == ["sampling.max_tokens"]
+        refused = await refusal(resume(second, 0))
+        assert refused.code is grpc.StatusCode.NOT_FOUND
+
+
+async def _all(system: System, asked: orchestrator_pb2.GenerateRequest) -> None:
+    async for _ in system.client.Generate(asked, timeout=50):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"gamma": 4}, "gamma"),
+        ({"create_session": True}, "create_session"),
+        ({"text": "more"}, "text"),
+        ({"sampling": {"seed": 1}}, "sampling"),
+    ],
+)
+async def test_nothing_else_may_be_asked(
+    fields: dict[str, Any], named: str, pair: Pair, redis_url: str
+) -> None:
+    async with two(pair, redis_url) as (first, _):
+        again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=0, **fields)
+        refused = await refusal(_all(first, again))
+        assert refused.fields == [named]
+
+
+async def test_more_than_was_recorded(pair: Pair, redis_url: str) -> None:
+    """In mode fast a caller may hold more: what is the same again is made again, else refused."""
+    async with two(pair, redis_url) as (first, second):
+        done = await first.generate(
+            PROMPT, sampling={**GREEDY, "max_tokens": 40}, session_id="s", create_session=True
+        )
+        refused = await refusal(resume(second, 41))
+        assert refused.fields == ["resume_from"]
+        assert len(done.token_ids) == 40
+
+
+async def test_tiers_are_free_afterwards(pair: Pair, redis_url: str) -> None:
+    async with two(pair, redis_url) as (first, second):
+        call = first.client.Generate(asked(GREEDY), timeout=50)
+        held = (await some(call, 10)).token_ids
+        await resume(second, len(held))
+        await second.client.DeleteSession(
+            orchestrator_pb2.DeleteSessionRequest(session_id="s"), timeout=10
+        )
+        call.cancel()
+        await eventually(lambda: nothing_held(second))
+
+
+@pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
+async def test_both_modes_record_everything(
+    durability: str, pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    mode = orchestrator_pb2.Durability.Value(f"DURABILITY_{durability}")
+    async with two(pair, redis_url) as (first, _):
+        output = await first.generate(
+            PROMPT,
+            sampling={**GREEDY, "max_tokens": 60},
+            session_id="s",
+            create_session=True,
+            durability=mode,
+        )
+        assert output.token_ids == greedy(PROMPT, 60)
+        assert output.result is not None
+        assert output.result.recorded
+        got = await first.client.GetSession(
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+        )
+        assert list(got.token_ids) == [*PROMPT, *output.token_ids]
