@@ -1,8 +1,8 @@
 """A Redis of our own, for `outrider up` and tests where none is given.
 
-Owns one server process on a private unix socket, without persistence: its sessions live as long as
-it does, and it lives no longer than this process. Knows nothing of what is kept in it, and speaks
-just enough of the protocol (PING) to know that it is up.
+Owns one server process on a private unix socket, without persistence unless it is asked for: its
+sessions live as long as it does, and it lives no longer than this process. Knows nothing of what is
+kept in it, and speaks just enough of the protocol (PING) to know that it is up.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class RedisServer:
     for the main thread only. Elsewhere a killed parent leaves it behind; any other end does not.
     """
 
-    def __init__(self, binary: Path | None = None) -> None:
-        """Raises ConfigError where no server can be found."""
+    def __init__(self, binary: Path | None = None, *, keeps_data: bool = False) -> None:
+        """`keeps_data`: from `kill` to the next start. Raises ConfigError where none is found."""
         self._binary = binary or find_server()
+        self._keeps_data = keeps_data
         self._socket = _private_folder() / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._owner_pid = os.getpid()
@@ -86,7 +87,7 @@ class RedisServer:
         """Returns when it answers. Raises ConfigError, with what it said, where it does not."""
         assert self._process is None, "started twice"
         assert threading.current_thread() is threading.main_thread(), "it would die with the thread"
-        self._socket.parent.mkdir(mode=0o700)
+        self._socket.parent.mkdir(mode=0o700, exist_ok=self._keeps_data)
         log_path = self._socket.with_name("log")
         try:
             with log_path.open("wb") as log:
@@ -119,6 +120,14 @@ class RedisServer:
                 process.wait()
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
+    def kill(self) -> None:
+        """SIGKILL, as a crash; with `keeps_data` it may be started again. `stop` is for good."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._keeps_data:
+                self._process = None
+
     def __enter__(self) -> RedisServer:
         self.start()
         return self
@@ -130,7 +139,9 @@ class RedisServer:
         path = self._socket
         server = [str(self._binary), "--port", "0", "--unixsocket", str(path)]
         server += ["--unixsocketperm", "700", "--dir", str(path.parent)]
-        server += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
+        # Without fsync a reply still comes after the write: a killed process loses nothing.
+        server += ["--appendonly", "yes" if self._keeps_data else "no", "--appendfsync", "no"]
+        server += ["--save", "", "--daemonize", "no"]
         return tied_to_this_process(server)
 
     def _wait_until_up(self, log_path: Path) -> None:

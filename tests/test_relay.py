@@ -1,4 +1,4 @@
-"""The relay that makes a link longer: what comes out is what went in, and not before its time."""
+"""The relay: what comes out is what went in, and not before its time; or a fault, as told."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import contextlib
 import random
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
-from outrider.relay import Relay
+from outrider.relay import End, Relay
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -182,3 +184,128 @@ async def test_leaving_ends_what_is_under_way() -> None:
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     writer.close()
+
+
+async def silent(reader: asyncio.StreamReader, seconds: float = 0.2) -> bool:
+    """Nothing arrives for so long, neither bytes nor an end."""
+    try:
+        async with asyncio.timeout(seconds):
+            await reader.read(1)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def broken(reader: asyncio.StreamReader) -> bool:
+    """The connection ends, without a byte more."""
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionResetError):
+            return await reader.read() == b""
+    return True
+
+
+async def test_what_is_held_arrives_late_and_whole() -> None:
+    """Neither bytes nor a new connection come through; then everything does, in order."""
+    async with relayed(echo) as relay, connected(relay) as (reader, writer):
+        await trip_s((reader, writer))
+        relay.hold()
+        writer.write(b"abc")
+        async with connected(relay) as (later_reader, later_writer):
+            later_writer.write(b"later")
+            assert await silent(reader)
+            assert await silent(later_reader)
+            assert relay.num_connected == 1
+            writer.write(b"def")
+            relay.release()
+            assert await reader.readexactly(6) == b"abcdef"
+            assert await later_reader.readexactly(5) == b"later"
+            assert relay.num_connected == 2
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_reset_breaks_every_connection(held: bool) -> None:
+    """At both ends, with what is under way; a new one works at once."""
+    far_broken: list[bool] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.read(1) == b"1":
+            far_broken.append(await broken(reader))
+        writer.write(b"hello")
+
+    async with relayed(listen) as relay:
+        async with connected(relay) as (reader, writer):
+            writer.write(b"1")
+            while not relay.num_connected:  # noqa: ASYNC110 (not ours to set)
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            if held:
+                relay.hold()
+                writer.write(b"lost")
+                await asyncio.sleep(0.1)
+            relay.reset()
+            relay.release()
+            assert await broken(reader)
+        async with connected(relay) as (reader, writer):
+            writer.write(b"2")
+            assert await reader.readexactly(5) == b"hello"
+        assert far_broken == [True]
+
+
+async def test_a_link_that_is_cut_refuses() -> None:
+    """Until it is whole again."""
+    async with relayed(echo) as relay:
+        relay.refuses = True
+        relay.reset()
+        async with connected(relay) as (reader, _):
+            assert await broken(reader)
+        relay.refuses = False
+        async with connected(relay) as ends:
+            await trip_s(ends)
+
+
+async def test_half_closed_at_the_near_end() -> None:
+    """Its reader sees the end, what it writes still arrives, the answer is lost."""
+    received: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            received.append(data)
+            writer.write(b"answer")
+            await writer.drain()
+
+    async with relayed(listen) as relay, connected(relay) as (reader, writer):
+        writer.write(b"a")
+        assert await reader.readexactly(6) == b"answer"
+        relay.end(End.NEAR)
+        assert await broken(reader)
+        writer.write(b"b")
+        while b"".join(received) != b"ab":  # noqa: ASYNC110 (not ours to set)
+            await asyncio.sleep(0.01)
+
+
+async def test_half_closed_at_the_far_end() -> None:
+    """The service sees the end and may still answer; what the caller writes is lost."""
+    async with relayed(echo) as relay, connected(relay) as (reader, writer):
+        await trip_s((reader, writer))
+        relay.end(End.FAR)
+        writer.write(b"lost")
+        assert await broken(reader)
+
+
+async def test_a_target_may_move() -> None:
+    """Who connects afterwards is led there, also to a unix socket."""
+
+    async def shout(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read(1)).upper())
+        writer.close()
+
+    async with relayed(echo) as relay, connected(relay) as ends:
+        await trip_s(ends)
+        with tempfile.TemporaryDirectory() as directory:
+            path = str(Path(directory, "s"))
+            async with await asyncio.start_unix_server(shout, path):
+                relay.retarget(path, 0)
+                async with connected(relay) as (reader, writer):
+                    writer.write(b"x")
+                    assert await reader.readexactly(1) == b"X"
+        await trip_s(ends)

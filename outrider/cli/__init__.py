@@ -1,10 +1,10 @@
-"""The command line: `outrider up | generate | demo | bench | session | model | quickstart`.
+"""The command line: `outrider up | generate | demo | bench | chaos | session | model | quickstart`.
 
 Starts the services as child processes and talks to them as any client does; imports none of them,
 nor torch. Commands import what they need when they run, so that `--help` is quick.
 
 Reading order: options, stack_options, supervisor, stack, view, up; request, client, paint, result,
-generate; demo, bench.
+generate; demo, bench, chaos.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from outrider.cli.bench import bench
+from outrider.cli.chaos import chaos
 from outrider.cli.demo import demo
 from outrider.cli.generate import generate
 from outrider.cli.quickstart import quickstart
@@ -23,6 +24,7 @@ app.command()(up)
 app.command()(generate)
 app.command()(demo)
 app.command()(model)
+app.command()(chaos)
 app.add_typer(sessions, name="session")
 app.add_typer(bench, name="bench")
 app.add_typer(quickstart, name="quickstart")
