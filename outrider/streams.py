@@ -12,21 +12,32 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 
 
+# Far more than an orchestrator's generations have under way together.
+MAX_PENDING = 65_536
+
+
 class Outbox(Generic[Item]):
-    """What a stream still has to send: writers never wait, the stream takes all that is pending.
+    """What a stream still has to send: `put` never waits, the stream takes all that is pending.
 
     Bounded by its users: a generation has at most one request and one answer under way, and gives
-    up a peer that does not answer.
+    up a peer that does not answer. Who puts as much as a stranger asks for awaits `room` before.
     """
 
     def __init__(self) -> None:
         self._items: list[Item] = []
         self._ready = asyncio.Event()
+        self._taken = asyncio.Event()
         self._closed = False
 
     def put(self, items: Iterable[Item]) -> None:
         self._items.extend(items)
         self._ready.set()
+
+    async def room(self) -> None:
+        """Returns when fewer than MAX_PENDING items are pending; one waiter."""
+        while len(self._items) >= MAX_PENDING:
+            self._taken.clear()
+            await self._taken.wait()
 
     def close(self) -> None:
         """Ends `batches` once all is taken."""
@@ -40,6 +51,7 @@ class Outbox(Generic[Item]):
             if not self._closed:  # once closed it stays ready: the end must not be slept through
                 self._ready.clear()
             items, self._items = self._items, []
+            self._taken.set()
             if items:
                 yield items
             elif self._closed:

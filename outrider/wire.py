@@ -15,12 +15,18 @@ import numpy.typing as npt
 
 from outrider.costs import CostReport
 from outrider.errors import InvalidRequest
-from outrider.sampling.params import SamplingParams, Verification
+from outrider.replica import ReplicaState
+from outrider.sampling.params import SamplingParams, Verification, check_entries
 from outrider.v1 import model_pb2, sampling_pb2
 
 UINT16 = np.dtype("<u2")
 UINT32 = np.dtype("<u4")
 FLOAT32 = np.dtype("<f4")
+
+# docs/limits.md has all limits, and what the callers' ones are for.
+MAX_SESSION_ID_CHARS = 128
+# Of one draft position. Ours have 32 at most (`outrider.sampling.support`).
+MAX_SUPPORT_IDS = 4096
 
 _OPTIONAL_FIELDS = (
     "temperature",
@@ -44,17 +50,41 @@ _VERIFICATIONS = {
 }
 
 
+_STATES = {
+    ReplicaState.STARTING: model_pb2.REPLICA_STATE_STARTING,
+    ReplicaState.READY: model_pb2.REPLICA_STATE_READY,
+    ReplicaState.DRAINING: model_pb2.REPLICA_STATE_DRAINING,
+    ReplicaState.STUCK: model_pb2.REPLICA_STATE_STUCK,
+}
+
+
 def pack(values: Iterable[int] | Iterable[float] | npt.NDArray[Any], dtype: np.dtype[Any]) -> bytes:
     """The values as little-endian bytes of `dtype`."""
     array = values if isinstance(values, np.ndarray) else np.array(list(values))
     return array.astype(dtype, copy=False).tobytes()
 
 
-def unpack(data: bytes, dtype: np.dtype[Any], field: str) -> npt.NDArray[Any]:
-    """The array behind `data` (a read-only view). Raises InvalidRequest naming `field`."""
+def unpack(
+    data: bytes, dtype: np.dtype[Any], field: str, most: int | None = None
+) -> npt.NDArray[Any]:
+    """The array behind `data` (a read-only view), of `most` values at most.
+
+    Raises InvalidRequest naming `field`.
+    """
     if len(data) % dtype.itemsize:
         raise InvalidRequest(field, f"{len(data)} bytes are no multiple of {dtype.itemsize}")
+    if most is not None and len(data) > most * dtype.itemsize:
+        raise InvalidRequest(field, f"{len(data) // dtype.itemsize} values; at most {most}")
     return np.frombuffer(data, dtype=dtype)
+
+
+def session_id_from_proto(session_id: str) -> str:
+    """The id itself, as a tier keeps it. Raises InvalidRequest."""
+    if not 1 <= len(session_id) <= MAX_SESSION_ID_CHARS:
+        raise InvalidRequest(
+            "session_id", f"{len(session_id)} characters; 1 to {MAX_SESSION_ID_CHARS} are allowed"
+        )
+    return session_id
 
 
 def verification_from_proto(value: sampling_pb2.Verification) -> Verification:
@@ -74,7 +104,11 @@ def verification_to_proto(value: Verification) -> sampling_pb2.Verification:
 def sampling_from_proto(
     message: sampling_pb2.SamplingParams, *, default_max_tokens: int, default_seed: int
 ) -> SamplingParams:
-    """Unset fields take their defaults. float32 fields become the decimal number that was meant."""
+    """Unset fields take their defaults. float32 fields become the decimal number that was meant.
+
+    Raises InvalidRequest for lists that are too long; the rest is for `SamplingParams.validate`.
+    """
+    check_entries(message)
     given: dict[str, Any] = {
         name: _shortest(getattr(message, name))
         for name in _OPTIONAL_FIELDS
@@ -106,6 +140,10 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
         logit_bias=dict(params.logit_bias),
         allowed_token_ids=params.allowed_token_ids,
     )
+
+
+def state_to_proto(state: ReplicaState) -> model_pb2.ReplicaState:
+    return _STATES[state]
 
 
 def costs_to_proto(report: CostReport) -> model_pb2.StepCosts:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from outrider.errors import InvalidRequest
 
@@ -14,6 +15,17 @@ MAX_STOP_TEXTS = 64
 MAX_STOP_TEXT_CHARS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_TOKEN_LIST = 4096
+# Logits that are divided by less overflow float32.
+MIN_REPETITION_PENALTY = 1e-30
+# A vocabulary's size is the limit that counts; this one holds before that is known.
+MAX_ALLOWED_TOKENS = 1 << 20
+# Entries of each list. Checked on what a peer has sent before a copy is made of it.
+MAX_ENTRIES: Mapping[str, int] = {
+    "stop": MAX_STOP_TEXTS,
+    "stop_token_ids": MAX_TOKEN_LIST,
+    "logit_bias": MAX_LOGIT_BIASES,
+    "allowed_token_ids": MAX_ALLOWED_TOKENS,
+}
 
 
 class Verification(Enum):
@@ -22,6 +34,13 @@ class Verification(Enum):
     REJECTION = "rejection"
     COUPLED = "coupled"
     BLOCK = "block"
+
+
+def check_entries(given: Any, limits: Mapping[str, int] = MAX_ENTRIES) -> None:
+    """`given` has the lists as attributes. Raises InvalidRequest naming one that is too long."""
+    for name, limit in limits.items():
+        if (size := len(getattr(given, name))) > limit:
+            raise InvalidRequest(f"sampling.{name}", f"{size} entries; at most {limit}")
 
 
 @dataclass(frozen=True)
@@ -85,8 +104,8 @@ class SamplingParams:
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                "(0, 10]",
-                0 < self.repetition_penalty <= 10,
+                f"[{MIN_REPETITION_PENALTY:g}, 10]",
+                MIN_REPETITION_PENALTY <= self.repetition_penalty <= 10,
             ),
             (
                 "logprobs",
@@ -100,15 +119,7 @@ class SamplingParams:
                 raise InvalidRequest(f"sampling.{name}", f"{value:g} is not in {allowed}")
 
     def _validate_lists(self, vocab_size: int) -> None:
-        limits = (
-            ("stop", len(self.stop), MAX_STOP_TEXTS),
-            ("stop_token_ids", len(self.stop_token_ids), MAX_TOKEN_LIST),
-            ("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES),
-            ("allowed_token_ids", len(self.allowed_token_ids), vocab_size),
-        )
-        for name, size, limit in limits:
-            if size > limit:
-                raise InvalidRequest(f"sampling.{name}", f"{size} entries; at most {limit}")
+        check_entries(self, {**MAX_ENTRIES, "allowed_token_ids": vocab_size})
         for text in self.stop:
             if not 1 <= len(text) <= MAX_STOP_TEXT_CHARS:
                 raise InvalidRequest(

@@ -1,0 +1,235 @@
+"""The session state machine against a model that reads the whole output anew after every token.
+
+Any proposals and replies, half characters, stop strings over token borders, EOS, stop tokens,
+min_tokens and max_tokens together, taken over by another orchestrator at any round.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from orchestrator.blocks import TargetReply
+from orchestrator.session import Commitment, Finish, FinishReason, GenerationState, TokenOrigin
+from orchestrator.text import TextStream
+from outrider.errors import InternalError
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.tokenizer import Tokenizer
+from tests.e2e.byte_tokenizer import EOS, load_byte_tokenizer, text_of
+from tests.orchestrator.test_session_state import Round, proposal_and_reply
+
+PROMPT = list(b"say: ")
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Letters, spaces, bytes of "é" and "你", a byte that is never text, longer tokens, and the end.
+TOKENS = st.sampled_from([*b"abct ", 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xFF, *range(256, EOS), EOS])
+STOPS = st.lists(
+    st.sampled_from(["ab", "abc", "b", "c c", "the", " t", "é", "你", "a你", "caé", "aaab"]),
+    max_size=3,
+).map(tuple)
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """By another orchestrator, from a caller who holds this share of the output."""
+
+    held: float
+
+
+def _rounds(gamma: int) -> st.SearchStrategy[Round]:
+    some = st.lists(TOKENS, min_size=gamma, max_size=gamma).map(tuple)
+    more = st.lists(TOKENS, min_size=gamma + 1, max_size=gamma + 1).map(tuple)
+    return st.builds(Round, some, st.integers(0, gamma), more, st.booleans())
+
+
+ROUNDS = st.integers(0, 4).flatmap(_rounds)
+STEPS = st.lists(st.one_of(ROUNDS, ROUNDS, st.builds(TakenOver, st.floats(0, 1))), max_size=14)
+
+
+@dataclass
+class Model:
+    """What an output comes to, by its definition and at any cost."""
+
+    params: SamplingParams
+    output: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def certain(self, num_tokens: int) -> str:
+        """The text that no later token can change."""
+        return text_of(self.output[:num_tokens]).rstrip(INCOMPLETE)
+
+    @property
+    def num_unsearched(self) -> int:
+        """Characters that are not part of any stop string: of the first min_tokens."""
+        return len(self.certain(min(self.params.min_tokens, len(self.output))))
+
+    def push(self, token_id: int) -> None:
+        params = self.params
+        self.output.append(token_id)
+        if len(self.output) > params.min_tokens:
+            if token_id == EOS and not params.ignore_eos:
+                self.finish = Finish(FinishReason.STOP, eos_token_id=EOS)
+                return
+            if token_id in params.stop_token_ids:
+                self.finish = Finish(FinishReason.STOP, stop_token_id=token_id)
+                return
+            text = self.certain(len(self.output))[self.num_unsearched :]
+            found = [(text.find(stop), stop) for stop in params.stop if stop in text]
+            if found:
+                self.finish = Finish(FinishReason.STOP, stop_text=min(found)[1])
+                return
+        if len(self.output) >= params.max_tokens:
+            self.finish = Finish(FinishReason.LENGTH)
+
+    @property
+    def shown(self) -> str:
+        """All text that the caller has been sent."""
+        finish, size = self.finish, len(self.output)
+        if finish is not None and finish.stop_text is not None:
+            start = self.num_unsearched
+            return self.certain(size)[: self.certain(size).index(finish.stop_text, start)]
+        if finish is not None:
+            is_length = finish.reason is FinishReason.LENGTH
+            return text_of(self.output if is_length else self.output[:-1])
+        text = self.certain(size)
+        searched = text[self.num_unsearched :] if size > self.params.min_tokens else ""
+        return text[: len(text) - _num_suspect(searched, self.params.stop)]
+
+
+def _num_suspect(text: str, stops: tuple[str, ...]) -> int:
+    """Of its end, what may begin a stop string."""
+    sizes = range(len(text), 0, -1)
+    return next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+@dataclass
+class Played:
+    """A state machine, and what a caller has of it: text, and its length after each token."""
+
+    params: SamplingParams
+    tokenizer: Tokenizer
+    text: str = ""
+    ends: list[int] = field(default_factory=list)
+    commitments: list[Commitment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state = self._fresh()
+
+    def _fresh(self) -> GenerationState:
+        text = TextStream(self.tokenizer, PROMPT, self.params.stop)
+        return GenerationState(PROMPT, self.params, Verification.REJECTION, [EOS], text)
+
+    def taken_over(self, output: list[int], num_held: int) -> None:
+        """By a new state machine that is told the tokens alone."""
+        self.state, self.commitments = self._fresh(), []
+        held_text, rest = self.state.replay(output, num_held)
+        held_len = self.ends[num_held - 1] if num_held else 0
+        assert held_text == self.text[:held_len]
+        rest_text = rest.text if rest is not None else ""
+        assert held_text + rest_text == self.text
+        assert [t.token_id for t in rest.tokens] == output[num_held:] if rest else True
+        assert rest is not None or num_held == len(output)
+
+    def round(self, made: Round) -> tuple[Commitment, list[int]]:
+        """The commitment, and the tokens that the round would bring if nothing ended it."""
+        gamma = min(len(made.drafts), self.state.max_draft_tokens)
+        one = Round(
+            made.drafts[:gamma],
+            min(made.num_right, gamma),
+            made.samples[: gamma + 1],
+            made.with_supports,
+        )
+        proposal, reply, brought = proposal_and_reply(one, self.state.committed_len)
+        commitment = self.state.commit(proposal, reply)
+        self.commitments.append(commitment)
+        self.ends += [len(self.text) + end for end in commitment.text_ends]
+        self.text += commitment.text
+        return commitment, brought
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    return load_byte_tokenizer(directory)
+
+
+PARAMS = st.builds(
+    lambda max_tokens, min_share, ignore_eos, stop_token_ids, stop: SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=int(min_share * max_tokens),
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_ids,
+        stop=stop,
+    ),
+    st.integers(1, 24),
+    st.sampled_from([0, 0, 0.2, 0.5, 1]),
+    st.booleans(),
+    st.sampled_from([(), (ord("t"),), (0xA9, 258)]),
+    STOPS,
+)
+
+
+@given(params=PARAMS, steps=STEPS)
+@settings(deadline=None, max_examples=400)
+def test_any_output_is_what_the_model_says(
+    params: SamplingParams, steps: list[Round | TakenOver], tokenizer: Tokenizer
+) -> None:
+    model, played = Model(params), Played(params, tokenizer)
+    for step in steps:
+        if isinstance(step, TakenOver):
+            played.taken_over(model.output, round(step.held * len(model.output)))
+            continue
+        commitment, brought = played.round(step)
+        for token_id in brought:
+            model.push(token_id)
+            if model.finish is not None:
+                break
+        assert played.state.finish == commitment.finish == model.finish
+        assert played.state.token_ids == PROMPT + model.output
+        assert len(model.output) <= params.max_tokens
+        assert played.text == model.shown
+        assert played.ends == sorted(played.ends)
+        assert len(played.ends) == len(model.output)
+        assert played.ends[-1] == len(played.text), "what is shown is certain"
+        _check_counts(played)
+        if model.finish is not None:
+            with pytest.raises(InternalError):
+                played.state.commit(None, TargetReply([1], (), np.zeros(0), np.zeros(0)))
+            break
+
+
+@given(params=PARAMS, made=st.lists(ROUNDS, min_size=1, max_size=4), held=st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_what_has_ended_can_be_told_again(
+    params: SamplingParams, made: list[Round], held: float, tokenizer: Tokenizer
+) -> None:
+    """A caller who lost the end of a finished output is given it by another orchestrator."""
+    played = Played(params, tokenizer)
+    for one in itertools.cycle(made):
+        played.round(one)
+        if played.state.finish is not None:
+            break
+    output, finish = played.state.token_ids[len(PROMPT) :], played.state.finish
+    played.taken_over(output, round(held * len(output)))
+    assert played.state.finish == finish
+
+
+def _check_counts(played: Played) -> None:
+    """They are of this state machine's rounds, and reconcile with its tokens."""
+    counts, drafted = played.state.counts, [c for c in played.commitments if c.num_draft_tokens]
+    tokens = [token for commitment in played.commitments for token in commitment.tokens]
+    accepted = [token for token in tokens if token.origin is TokenOrigin.ACCEPTED]
+    recovered = [token for token in tokens if token.origin is TokenOrigin.RECOVERED]
+    assert counts.num_rounds == len(played.commitments)
+    assert counts.num_drafts == len(drafted)
+    assert counts.num_draft_tokens == sum(c.num_draft_tokens for c in drafted)
+    assert counts.num_accepted_tokens == len(accepted) == sum(counts.num_accepted_per_pos)
+    assert counts.num_rejected_tokens == len(recovered)
+    assert counts.num_accepted_tokens + counts.num_rejected_tokens <= counts.num_draft_tokens
+    assert sum(counts.num_rounds_per_gamma) == max(0, counts.num_rounds - 1)
+    assert (counts.acceptance_rate or 0) <= 1
