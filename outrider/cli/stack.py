@@ -28,7 +28,7 @@ _ANY_HOST = ("0.0.0.0", "::", "")
 def target_arguments(options: StackOptions) -> list[str]:
     """Of `python -m`."""
     if options.simulate_target is not None:
-        return _simulated_arguments(options, "target_service", options.simulate_target)
+        return simulated_arguments(options, "target_service", options.simulate_target)
     num_cores = len(options.cpus("target")) or _num_cores() - 1
     num_threads = options.target_threads or max(1, num_cores)
     return [
@@ -38,7 +38,7 @@ def target_arguments(options: StackOptions) -> list[str]:
     ]
 
 
-def _simulated_arguments(options: StackOptions, service: str, simulation: str) -> list[str]:
+def simulated_arguments(options: StackOptions, service: str, simulation: str) -> list[str]:
     return [
         service,
         *_flag("simulate", simulation),
@@ -148,7 +148,7 @@ class Stack:
             options.cpus(name)
         models = {} if self._target else {"target": target_arguments(options)}
         if options.simulate_draft is not None:
-            models["draft"] = _simulated_arguments(options, "draft_service", options.simulate_draft)
+            models["draft"] = simulated_arguments(options, "draft_service", options.simulate_draft)
         elif options.draft_model is not None:
             models["draft"] = draft_arguments(options, options.draft_model)
         redis_url = options.redis_url or self._supervisor.start_redis()

@@ -63,8 +63,7 @@ def test_a_twin_is_told_what_the_pair_did(target: Path, draft: Path, tmp_path: P
     models = (f"--target={target}", f"--draft={draft}", "--max-tokens=100")
     ended = run("bench", "twin", "--quick", f"--out={tmp_path}", *models)
     assert ended.returncode == 0, ended.stderr
-    told, *rows = json.loads((tmp_path / "twin.json").read_text("utf-8"))["results"]
-    assert "survival=" in told["simulate_draft"]
+    rows = json.loads((tmp_path / "twin.json").read_text("utf-8"))["results"]
     assert [row["variant"] for row in rows] == ["plain", "in turn, γ 4", "ahead, γ 4", "full"]
     assert all(row["simulated_tokens_per_s"] > 0 for row in rows)
 

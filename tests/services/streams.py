@@ -8,6 +8,8 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import grpc
+
 from outrider.v1 import draft_pb2, model_pb2, sampling_pb2, target_pb2
 from outrider.wire import UINT16, UINT32, pack, unpack
 
@@ -86,7 +88,7 @@ def draft_commit(
 class Stream:
     """A raw bidirectional call. `answer` hands out what came for a generation, in order.
 
-    `costs` are those told last.
+    `costs` are those told last, `states` all that were told.
     """
 
     def __init__(self, call: Any) -> None:
@@ -95,6 +97,7 @@ class Stream:
         self._news = asyncio.Condition()
         self._answers: dict[int, list[Any]] = {}
         self.costs: model_pb2.StepCosts | None = None
+        self.states: list[int] = []
 
     async def write(self, frame: Any) -> None:
         async with self._writing:  # two writes at a time break the call
@@ -102,9 +105,12 @@ class Stream:
 
     async def listen(self) -> None:
         async for frame in self._call:
-            fields = [values for field, values in frame.ListFields() if field.name != "costs"]
+            told = ("costs", "state")
+            fields = [values for field, values in frame.ListFields() if field.name not in told]
             async with self._news:
                 self.costs = frame.costs if frame.HasField("costs") else self.costs
+                if frame.state:
+                    self.states.append(frame.state)
                 for answer in (answer for values in fields for answer in values):
                     self._answers.setdefault(answer.generation_id, []).append(answer)
                 self._news.notify_all()
@@ -121,14 +127,14 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def raw(call: Any) -> AsyncIterator[Stream]:
-    """For the time of a block; then the call is cancelled."""
+    """For the time of a block; then the call is cancelled, unless the service has ended it."""
     stream = Stream(call)
     listening = asyncio.create_task(stream.listen())
     try:
         yield stream
     finally:
         call.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
             await listening
 
 

@@ -32,6 +32,9 @@ class ConcurrencyOptions(BenchOptions):
     streams: Annotated[str, typer.Option(help="Streams at a time: 1,2,4.")] = "1,2,4,8,16,32"
     requests: Annotated[int, typer.Option(min=1, help="Outputs for each stream.")] = 2
     gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 2,5. Default: none.")] = ""
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Also with tokens sent before they are recorded.")
+    ] = False
     temperature: Annotated[float, typer.Option(min=0)] = 0.0
     name: Annotated[str, typer.Option(help="Of the files.")] = "concurrency"
 
@@ -76,7 +79,8 @@ def variants(options: ConcurrencyOptions) -> list[Variant]:
 
     hot = options.temperature
     gammas = parse_list(options.gammas, "--gammas", int) if options.gammas else []
-    return [plain(hot), adaptive(hot), *(fixed(gamma, hot) for gamma in gammas)]
+    ways = [plain(hot), adaptive(hot), *(fixed(gamma, hot) for gamma in gammas)]
+    return [*ways, replace(adaptive(hot), name="fast", is_fast=True)] if options.fast else ways
 
 
 async def _measure(
@@ -153,6 +157,12 @@ def _goals(totals: list[Total]) -> list[Goal]:
     full = [total for total in totals if total.variant == "full"]
     least = min((t.over_plain for t in full if t.over_plain is not None), default=None)
     goals = [Goal("γ chosen over plain, at the worst number of streams", 0.98, least)]
+    fast = {total.num_streams: total for total in totals if total.variant == "fast"}
+    for total in full:
+        if total.num_streams in fast:
+            ratio = total.tokens_per_s / fast[total.num_streams].tokens_per_s
+            text = f"durable over fast, {total.num_streams} at a time"
+            goals.append(Goal(text, 0.98, ratio))
     for total in full:
         if total.num_streams == 8:
             goals.append(Goal("γ chosen over plain at 8 streams", 1.25, total.over_plain))

@@ -79,9 +79,9 @@ class Document:
             "command": shlex.join(["outrider", *sys.argv[1:]]),
             "date": self._began.isoformat(timespec="seconds"),
             "duration_s": round((datetime.now(UTC) - self._began).total_seconds(), 1),
-            "git_commit": _git_commit(),
-            "machine": _machine(),
-            "versions": _versions(),
+            "git_commit": git_commit(),
+            "machine": machine(),
+            "versions": versions(),
             "options": {name: _plain(value) for name, value in vars(self._options).items()},
             **self._about,
             "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals],
@@ -103,7 +103,8 @@ def _cores(layout: CoreLayout) -> dict[str, str]:
     return {name: cores or "any" for name, cores in vars(layout).items()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of what it runs on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -113,7 +114,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of the source this runs from, with a mark if it was changed; None if it is no checkout."""
     root = Path(outrider.__file__).parents[1]
     if not (root / ".git").exists():
@@ -131,7 +132,8 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """This one, for JSON."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
         "num_cores": os.cpu_count(),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from outrider.cli.bench.document import Document, Goal
-    from outrider.cli.bench.load import Block, Work
+    from outrider.cli.bench.load import Block
+    from outrider.cli.bench.show import Step
     from outrider.cli.bench.summary import Rounds
     from outrider.cli.bench.workload import Variant
     from outrider.costs import CostReport
@@ -38,6 +39,9 @@ _MOST_OFF = 0.10
 class TwinOptions(BenchOptions):
     gamma: Annotated[int, typer.Option(min=1, help="Of the variants with a fixed γ.")] = 4
     streams: Annotated[str, typer.Option(help="At a time: 1,4.")] = "1,4"
+    ranks: Annotated[
+        str, typer.Option(help="Where a draft token falls: chances of its other choices.")
+    ] = "0.6/0.2/0.1"
     name: Annotated[str, typer.Option(help="Of the files.")] = "twin"
 
 
@@ -85,36 +89,53 @@ def variants(gamma: int) -> list[Variant]:
 
 
 async def _measure(options: TwinOptions, console: Console, document: Document) -> list[Compared]:
-    from outrider.cli.bench.load import in_turn
     from outrider.cli.bench.show import progress
 
     counts = parse_list(options.streams, "--streams", int)
     ways = variants(options.gamma)
-    blocks: dict[tuple[str, int, bool], list[Block]] = {}
+    rows: list[Compared] = []
     async with measured_system(options, console) as real:
         real.require_draft()
         document.about(real)
-        first = await _block(real, ways[1], 1, options, 0)  # what the simulation is told
-        target, draft = await _simulations(real, first)
-        told = replace(
-            options,
-            target=None, draft=None, inflate=None,
-            simulate_target=str(target), simulate_draft=str(draft),
-        )  # fmt: skip
-        document.results.append({"simulate_target": str(target), "simulate_draft": str(draft)})
-        num_steps = 2 * options.repetitions * len(counts) * len(ways)
-        logs = options.out / "logs" / "twin"
-        async with measured_system(told, console, lambda _: real.layout, log_dir=logs) as twin:
-            with progress(console, num_steps) as step:
-                for repetition, num in in_turn(counts, options.repetitions):
-                    for way in ways:
-                        for system in (real, twin):
-                            step(f"{num} × {way.name}")
-                            block = await _block(system, way, num, options, repetition)
-                            key = (way.name, num, system is real)
-                            blocks.setdefault(key, []).append(block)
-                            document.samples.append({"is_real": key[2]} | block.to_dict())
-    return [_compared(way.name, num, blocks) for num in counts for way in ways]
+        stood = survival(await _block(real, ways[1], 1, options, 0))
+        with progress(console, 2 * options.repetitions * len(counts) * len(ways)) as step:
+            for num in counts:
+                for way in ways:
+                    await _block(real, way, num, options, 0)  # what passes cost when it is so
+                    told = await _told(real, options, stood)
+                    logs = options.out / "logs" / "twin"
+                    async with measured_system(
+                        told, console, lambda _: real.layout, log_dir=logs
+                    ) as simulated:
+                        rows.append(
+                            await _compared((real, simulated), way, num, options, document, step)
+                        )
+    return rows
+
+
+async def _compared(
+    systems: tuple[System, System],
+    way: Variant,
+    num_streams: int,
+    options: TwinOptions,
+    document: Document,
+    step: Step,
+) -> Compared:
+    """The real system and its simulation, in turn."""
+    from outrider.cli.bench.summary import Rounds
+
+    blocks: tuple[list[Block], list[Block]] = ([], [])
+    for repetition in range(options.repetitions):
+        for system, own in zip(systems, blocks, strict=True):
+            step(f"{num_streams} × {way.name}")
+            own.append(await _block(system, way, num_streams, options, repetition))
+            document.samples.append({"is_real": system is systems[0]} | own[-1].to_dict())
+    rate, simulated_rate = (statistics.median(b.tokens_per_s for b in own) for own in blocks)
+    real, simulated = (Rounds.of(s for b in own for s in b.samples) for own in blocks)
+    assert real is not None, "the orchestrator tells of every output"
+    assert simulated is not None, "and the other one too"
+    off = simulated_rate / rate - 1
+    return Compared(way.name, num_streams, rate, simulated_rate, off, real, simulated)
 
 
 async def _block(
@@ -133,8 +154,8 @@ async def _block(
     return await run_block(system, works(num, options.max_tokens), num_streams)
 
 
-async def _simulations(real: System, block: Block) -> tuple[Simulation, Simulation]:
-    """What the tiers say of their passes, and the draft tokens that stood at each position."""
+async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) -> TwinOptions:
+    """The simulation of what the tiers say of their passes now."""
     from outrider.cli.bench.tiers import draft_info, target_info
     from outrider.wire import costs_from_proto
 
@@ -145,11 +166,18 @@ async def _simulations(real: System, block: Block) -> tuple[Simulation, Simulati
         "vocab_size": real.info.target.vocab_size,
         "context_len": real.info.target.max_context_len,
     }
-    return (
-        Simulation(step_ms=_steps(target), row_ms=_ms(target.row_s), **shared),
-        Simulation(
-            step_ms=_steps(draft), row_ms=_ms(draft.row_s), survival=survival(block), **shared
-        ),
+    ranks = tuple(parse_list(options.ranks.replace("/", ","), "--ranks", float))
+    guess = Simulation(
+        step_ms=_steps(draft), row_ms=_ms(draft.row_s), survival=stood, ranks=ranks, **shared
+    )
+    truth = Simulation(step_ms=_steps(target), row_ms=_ms(target.row_s), **shared)
+    return replace(
+        options,
+        target=None,
+        draft=None,
+        inflate=None,
+        simulate_target=str(truth),
+        simulate_draft=str(guess),
     )
 
 
@@ -177,22 +205,6 @@ def _steps(costs: CostReport) -> tuple[tuple[int, float], ...]:
 
 def _ms(seconds: float) -> float:
     return round(1000 * seconds, 4)
-
-
-def _compared(
-    name: str, num_streams: int, blocks: dict[tuple[str, int, bool], list[Block]]
-) -> Compared:
-    from outrider.cli.bench.summary import Rounds
-
-    def of(is_real: bool) -> tuple[float, Rounds]:
-        own = blocks[name, num_streams, is_real]
-        rounds = Rounds.of(sample for block in own for sample in block.samples)
-        assert rounds is not None, "the orchestrator tells of every output"
-        return statistics.median(block.tokens_per_s for block in own), rounds
-
-    (rate, real), (simulated_rate, simulated) = of(True), of(False)
-    off = simulated_rate / rate - 1
-    return Compared(name, num_streams, rate, simulated_rate, off, real, simulated)
 
 
 def _goals(rows: Sequence[Compared]) -> list[Goal]:

@@ -63,6 +63,7 @@ class Variant:
     fan_out: int | None = None
     temperature: float = 0.0
     verification: Method = Method.rejection
+    is_fast: bool = False
 
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
@@ -72,6 +73,8 @@ class Variant:
             gamma=self.gamma, lookahead=self.lookahead, fan_out=self.fan_out
         )
         request.token_ids.ids.extend(prompt_ids)
+        if self.is_fast:
+            request.durability = orchestrator_pb2.DURABILITY_FAST
         request.verification = verification_to_proto(Verification(self.verification.value))
         request.sampling.temperature = self.temperature
         request.sampling.seed = seed
