@@ -165,7 +165,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def _turned(self, state: int) -> None:
         if state == self._state:
             return
-        name = model_pb2.ReplicaState.Name(state).removeprefix("REPLICA_STATE_").lower()
+        names = {number: name for name, number in model_pb2.ReplicaState.items()}
+        name = names.get(state, str(state)).removeprefix("REPLICA_STATE_").lower()
         log.info("replica_state", tier=self.tier, endpoint=self.endpoint, state=name)
         self._state = state
         if state == model_pb2.REPLICA_STATE_STUCK:

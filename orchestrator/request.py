@@ -37,7 +37,7 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
-    is_durable: bool
+    is_durable: bool = True
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
+import structlog
+
 from orchestrator.store.lua import Script
 from outrider.errors import InternalError, OutriderError, Unavailable
 from outrider.redis_link import Command, Link, NoScript, Reply
+
+log = structlog.get_logger()
 
 # A pipeline has one deadline (1 s by default); 256 commands take some 10 ms, or some 0.1 s where
 # each carries a conversation of 100,000 tokens.
@@ -103,9 +107,6 @@ class PipelineWriter:
         except asyncio.CancelledError:
             self._fail([*batch, *self._pending], Unavailable("the session store has stopped"))
             raise
-        except Exception as error:  # a defect: nobody may be left waiting
-            self._fail([*batch, *self._pending], InternalError(f"session store: {error!r}"))
-            raise
 
     def _next_batch(self) -> list[_Call]:
         batch: list[_Call] = []
@@ -133,6 +134,10 @@ class PipelineWriter:
             # Those behind would only wait for the same.
             self._fail([*batch, *self._pending], error)
             self._pending.clear()
+            return
+        except Exception as error:  # a defect: it is this batch's alone, and nobody is left waiting
+            log.error("store_batch_failed", exc_info=error)
+            self._fail(batch, Unavailable(f"session store: {error!r}"))
             return
         for call, reply in zip(batch, replies, strict=True):
             _resolve(call, reply)

@@ -34,6 +34,7 @@ from outrider.errors import (
     SessionNotFound,
     Unavailable,
 )
+from outrider.redis_link import Command, Link, Reply
 from outrider.redis_server import RedisServer, answers, find_server
 from tests import redis_fixture
 from tests.redis_fixture import redis_command
@@ -582,3 +583,20 @@ async def test_scripts_touch_keys_of_one_slot_only(cluster_url: str) -> None:
         await store.renew(lease)
         await store.release(lease, target_kv=None, draft_kv=None)
         assert (await store.delete("s")).token_ids.tolist() == [1, 2]
+
+
+async def test_a_defect_in_the_link_costs_one_batch(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: those who wait are told, and the next call is served."""
+    exchange, failures = Link.exchange, iter([RuntimeError("closed transport")])
+
+    async def failing(link: Link, commands: Sequence[Command]) -> Sequence[Reply]:
+        for failure in failures:
+            raise failure
+        return await exchange(link, commands)
+
+    monkeypatch.setattr(Link, "exchange", failing)
+    with pytest.raises(Unavailable, match="closed transport"):
+        await leased(store)
+    assert (await leased(store)).created
