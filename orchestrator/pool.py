@@ -11,14 +11,10 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
-import structlog
-
 from orchestrator.link import ReplicaLink
 from outrider.costs import CostReport
 from outrider.errors import Unavailable
 from outrider.v1 import model_pb2
-
-log = structlog.get_logger()
 
 Link = TypeVar("Link", bound=ReplicaLink[Any, Any])
 
@@ -100,8 +96,9 @@ class ReplicaPool(Generic[Link]):
         """Returns once a replica is connected; raises ConfigError where all were refused."""
         while not self.num_connected:
             refused = [link.refused for link in self.links.values()]
-            if refused and refused[0] is not None and all(refused) and self._wanted == self._static:
-                raise refused[0]
+            reason = refused[0] if refused and all(refused) else None
+            if reason is not None and self._wanted == self._static:
+                raise reason
             await self.change()
 
     async def change(self) -> None:

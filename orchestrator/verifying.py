@@ -57,7 +57,6 @@ class Verifying:
         # How much of the context the replica holds, and how much of the prompt was there before.
         self.cached_len = 0
         self.num_reused = 0
-        self.num_moves = 0
 
     @property
     def wire_bytes(self) -> int:
@@ -164,4 +163,3 @@ class Verifying:
         self._handle.close(keep=False)
         self._kept = None
         self._take(link)
-        self.num_moves += 1

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from outrider.chaos.audit import still_open
 from outrider.chaos.client import Stream
 from outrider.chaos.faults import PROCESS_KINDS, Fault, Tier, schedule
 from outrider.chaos.inject import Injector
+from outrider.chaos.nodes import Node
 from outrider.chaos.run import Findings, Load, Progress, Run
 from outrider.chaos.system import LinkPlace, Size, System
 from outrider.cli.stack_options import StackOptions
-from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
-
-_CALL_TIMEOUT_S = 10.0
+from outrider.cli.tiers import draft_info, target_info
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ async def _left_open(system: System) -> list[str]:
     """Generations that a replica still has when every caller is gone."""
     nodes = [node for place, node in system.nodes.items() if place.tier is Tier.TARGET]
     drafts = [node for place, node in system.nodes.items() if place.tier is Tier.DRAFT]
-    loads = [_target_load(node.address) for node in nodes]
-    loads += [_draft_load(node.address) for node in drafts]
+    loads: list[Callable[[], Awaitable[Any]]] = [partial(_load, target_info, n) for n in nodes]
+    loads += [partial(_load, draft_info, node) for node in drafts]
     try:
         counts = await still_open(loads)
     except grpc.aio.AioRpcError as error:
@@ -106,21 +106,5 @@ async def _left_open(system: System) -> list[str]:
     ]
 
 
-def _target_load(address: str) -> Callable[[], Awaitable[Any]]:
-    async def load() -> Any:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = target_pb2_grpc.TargetServiceStub(channel)
-            request = target_pb2.TargetServiceGetModelInfoRequest()
-            return (await stub.GetModelInfo(request, timeout=_CALL_TIMEOUT_S)).load
-
-    return load
-
-
-def _draft_load(address: str) -> Callable[[], Awaitable[Any]]:
-    async def load() -> Any:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = draft_pb2_grpc.DraftServiceStub(channel)
-            request = draft_pb2.DraftServiceGetModelInfoRequest()
-            return (await stub.GetModelInfo(request, timeout=_CALL_TIMEOUT_S)).load
-
-    return load
+async def _load(info: Callable[[str], Awaitable[Any]], node: Node) -> Any:
+    return (await info(node.address)).load

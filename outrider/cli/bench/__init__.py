@@ -5,7 +5,7 @@ table, and writes NAME.json (settings, machine, versions, results, every raw sam
 under `--out`. Knows the services as any caller does.
 
 Reading order: cores, system, workload, load, summary, document, plots, show; then the commands:
-speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy, tiers),
+speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy),
 twin, wire.
 """
 

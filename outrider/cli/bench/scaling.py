@@ -230,7 +230,7 @@ async def _run(
 
 async def _passes(lane: System) -> tuple[int, int]:
     """Rows and passes of the target so far."""
-    from outrider.cli.bench.tiers import target_info
+    from outrider.cli.tiers import target_info
 
     load = (await target_info(lane.stack.addresses["target"])).load
     return load.num_rows_total, load.num_steps_total

@@ -156,7 +156,7 @@ async def _block(
 
 async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) -> TwinOptions:
     """The simulation of what the tiers say of their passes now."""
-    from outrider.cli.bench.tiers import draft_info, target_info
+    from outrider.cli.tiers import draft_info, target_info
     from outrider.wire import costs_from_proto
 
     addresses = real.stack.addresses
