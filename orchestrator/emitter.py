@@ -25,6 +25,7 @@ log = structlog.get_logger()
 MAX_UNSEEN_COMMITMENTS = 64
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
+_BEGIN_RETRY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Emitter:
 
     `is_durable`: a token is in Redis before it is shown, unless Redis is away. Of a turn that is
     resumed the caller has `held_text` already, and `num_unshown` tokens that are still to come.
+    A session's later turn is begun in Redis, however long that takes, before a token of it is
+    shown: whoever holds one and resumes would else be given the turn before.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Emitter:
         self._turn = turn
         self._turn_json = turn_json
         self.turn_recorded = is_begun
+        self._has_earlier_turn = bool(lease.record.turn_json)
         self._write = write
         self._is_durable = is_durable
         self._num_unshown = num_unshown
@@ -106,6 +110,10 @@ class Emitter:
             is_last = commitments[-1].finish is not None
             if self._is_durable or is_last:  # the last chunk says whether all of it is recorded
                 await self._try_record()
+            while self._has_earlier_turn and not self.turn_recorded:
+                await self._try_record()
+                if self._is_away:
+                    await asyncio.sleep(_BEGIN_RETRY_S)
             recorded = self._unrecorded is None and self._lease.is_recorded
             await self._show(_joined(commitments, recorded=recorded))
             if not self._is_durable and not is_last:

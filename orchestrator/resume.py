@@ -47,10 +47,12 @@ def turn_json(request: GenerationRequest, prompt_len: int) -> str:
 def resumed(record: SessionRecord, num_held: int) -> Resumed:
     """The session's last turn as another orchestrator left it.
 
-    Raises SessionNotFound where the last call had recorded nothing: it is to be sent again.
+    Raises SessionNotFound where the last call had recorded nothing: it is to be sent again. A
+    caller that holds tokens means the last turn that was begun, since none are shown before; calls
+    that began none, its own late ones say, have changed nothing.
     InvalidRequest where the caller cannot be given what is between.
     """
-    if not record.turn_json or record.turn_epoch != record.epoch:
+    if not record.turn_json or (record.turn_epoch != record.epoch and not num_held):
         raise SessionNotFound(
             f"session {record.session_id}: nothing of its last call was recorded; send it again"
         )

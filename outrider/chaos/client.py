@@ -58,6 +58,12 @@ class Stream:
         """Its caller went away for good."""
         return self.job.caller is Caller.ABANDONS and self.result is None
 
+    @property
+    def is_wanted(self) -> bool:
+        """More may come of it, and its caller is there to take it."""
+        is_over = self.result is not None or self.is_lost_to_redis or bool(self.problems)
+        return not is_over and not self.has_left
+
     def take(self, attempt: Attempt, num_held: int) -> None:
         """What that call has sent behind the first `num_held` tokens; what is there must agree."""
         known = self.token_ids[num_held:]
@@ -94,7 +100,7 @@ class Follower:
                 attempt = await self._call(stream, job.request(), 0, job.leaves_at)
                 if attempt.has_left and job.caller is Caller.RESUMES_TWICE:
                     await self._resume_twice(stream)
-            while stream.result is None and not stream.is_lost_to_redis and not stream.has_left:
+            while stream.is_wanted:
                 if time.monotonic() > stream.began_at + GIVE_UP_S:
                     stream.problems.append(f"not finished within {GIVE_UP_S:g} s")
                     return

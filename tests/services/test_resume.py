@@ -160,7 +160,7 @@ async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) 
     async with two(pair, redis_url) as (first, second):
         refused = await refusal(resume(second, 0, "nobody"))
         assert refused.code is grpc.StatusCode.NOT_FOUND
-        await first.generate(
+        done = await first.generate(
             PROMPT, sampling={**GREEDY, "max_tokens": 5}, session_id="s", create_session=True
         )
         # A turn that fails before its first token.
@@ -169,6 +169,31 @@ async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) 
         assert refused.fields == ["sampling.max_tokens"]
         refused = await refusal(resume(second, 0))
         assert refused.code is grpc.StatusCode.NOT_FOUND
+        # Who holds tokens can only mean the turn that has some, a late call of theirs or not.
+        for num_held in (3, 5):
+            assert (await resume(second, num_held)).token_ids == done.token_ids[num_held:]
+        refused = await refusal(resume(second, 0))
+        assert refused.code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
+async def test_a_later_turn_is_begun_before_it_is_shown(
+    durability: str, pair: Pair, redis_url: str
+) -> None:
+    """Else its caller, resuming, would be told the turn before."""
+    mode = orchestrator_pb2.Durability.Value(f"DURABILITY_{durability}")
+    async with two(pair, redis_url) as (first, _):
+        await first.generate(PROMPT, sampling=GREEDY, session_id="s", create_session=True)
+        sampling = {**GREEDY, "max_tokens": NUM_TOKENS}
+        call = first.client.Generate(
+            request([5], sampling, session_id="s", durability=mode), timeout=50
+        )
+        await some(call, 1)
+        got = await first.client.GetSession(
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+        )
+        assert got.num_turns == 2
+        call.cancel()
 
 
 async def _all(system: System, asked: orchestrator_pb2.GenerateRequest) -> None:
