@@ -91,16 +91,24 @@ class StepCosts:
                 self.report = fresh
 
     def _bend(self, num_tokens: int, ratio: float) -> None:
-        """Passes of about this size take `ratio` of what the curve says; others stay."""
-        right = min(bisect_left(self._tokens, num_tokens), len(self._tokens) - 1)
-        for index in {max(0, right - 1), right}:
-            self._seconds[index] *= ratio
+        """Passes of about this size take `ratio` of what the curve says; others stay.
+
+        But a longer pass never takes less: what is seen now is believed, not what was seen before.
+        """
+        seconds = self._seconds
+        right = min(bisect_left(self._tokens, num_tokens), len(seconds) - 1)
+        left = max(0, right - 1)
+        for index in {left, right}:
+            seconds[index] *= ratio
+        for index in range(left):
+            seconds[index] = min(seconds[index], seconds[left])
+        for index in range(right + 1, len(seconds)):
+            seconds[index] = max(seconds[index], seconds[right])
 
     def _make_report(self) -> CostReport:
         return CostReport(
             tuple(int(n) for n in self._tokens),
-            # A longer pass never takes less, wherever the curve was bent last.
-            tuple((np.maximum.accumulate(self._seconds) * self._scale).tolist()),
+            tuple(self._scale * seconds for seconds in self._seconds),
             self._row_s * self._scale,
             self._mean_num_rows,
         )

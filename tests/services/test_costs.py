@@ -107,6 +107,20 @@ def test_one_size_that_is_slower_is_told_and_the_curve_rises(noted: Noted) -> No
     assert measured.report.pass_s(1, 1) == pytest.approx(first.pass_s(1, 1), rel=0.1)
 
 
+def test_what_is_seen_now_is_told_whatever_other_sizes_once_took(noted: Noted) -> None:
+    """Short passes on a machine that was busy then do not make the longer ones of now dearer."""
+    noting = noted(base_s=0.010)
+    measured = StepCosts()
+    measured.calibrate(noting, 64)
+    for _ in range(500):
+        measured.observe(1, 1, 0.020)
+    for _ in range(300):
+        noting.clock.now += 0.1
+        measured.observe(4, 1, 0.010)
+    assert measured.report.pass_s(4, 1) == pytest.approx(0.010, rel=0.03)
+    assert all(a <= b for a, b in itertools.pairwise(measured.report.step_s))
+
+
 def test_a_single_stall_is_no_slower_machine(noted: Noted) -> None:
     noting = noted(base_s=0.01)
     measured = StepCosts()
