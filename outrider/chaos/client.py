@@ -44,8 +44,10 @@ class Stream:
     num_resumed: int = 0
     # Calls that an orchestrator refused before they began, and that were made again.
     num_refused: int = 0
-    # Second callers of one session who were sent away.
+    # Calls told that another one has the session: of two callers, or overtaken by an earlier
+    # resumption that was thought lost and arrived after all.
     num_fenced: int = 0
+    has_stray_call: bool = False
     # From a resuming call to its first token.
     resume_waits_s: list[float] = field(default_factory=list)
     # Its tokens could not be continued, as documented: Redis was away when its caller left.
@@ -132,6 +134,8 @@ class Follower:
         await self._orchestrators.attempt(attempt, request, leaves_at)
         stream.take(attempt, num_held)
         self._judge(stream, attempt, num_held)
+        if not attempt.is_finished and not attempt.is_answer and request.HasField("resume_from"):
+            stream.has_stray_call = True
         return attempt
 
     async def _ask_twice(self, stream: Stream) -> None:
@@ -192,6 +196,8 @@ class Follower:
                 stream.problems.append(f"{where} {said} at token {len(stream.token_ids)}")
         elif not attempt.token_ids and _is_refusal(code, num_held, by_redis):
             stream.num_refused += 1
+        elif code is _Code.ABORTED and stream.has_stray_call:
+            stream.num_fenced += 1
         elif code is _Code.INVALID_ARGUMENT and by_redis and num_held:
             stream.is_lost_to_redis = True
         elif not (code in (_Code.UNAVAILABLE, _Code.ABORTED) and by_orchestrator):
