@@ -15,7 +15,15 @@ import numpy as np
 
 from draft_service.chances import Chances
 from draft_service.drafting import Drafting, Generation, Row
-from draft_service.messages import Command, Commit, Ids, Open, Proposal, SupportWeights
+from draft_service.messages import (
+    Command,
+    Commit,
+    DraftStatistics,
+    Ids,
+    Open,
+    Proposal,
+    SupportWeights,
+)
 from draft_service.rows import RowBudget, best_offers
 from outrider.engine import Append, Drawn, ServedEngine
 from outrider.errors import InvalidRequest
@@ -60,6 +68,9 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
     def has_work(self) -> bool:
         return bool(self._needed or self._ahead)
 
+    def statistics(self) -> DraftStatistics:
+        return DraftStatistics(**self._counts(), num_waiting_generations=len(self._needed))
+
     def _context_of(self, command: Command) -> Ids | None:
         return command.token_ids if isinstance(command, Open) else None
 
@@ -95,9 +106,10 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         self._line_up(drafting)
         return failures
 
-    def _make_room(self) -> bool:
+    def _make_room(self, state: Generation, max_len: int) -> list[Failure] | None:
         """Branches drafted ahead are the first to go when a session needs their memory."""
-        return any([drafting.prune() for drafting in self._drafting.values()])
+        pruned = [drafting.prune() for drafting in self._drafting.values()]
+        return [] if any(pruned) else None
 
     def _check(self, command: Open) -> None:
         if command.key in self._drafting:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +18,9 @@ from outrider.errors import Unavailable
 from outrider.v1 import model_pb2
 
 Link = TypeVar("Link", bound=ReplicaLink[Any, Any])
+
+# A link that gives way stays so long after its last generation: what it still had to send is sent.
+LINGER_S = 1.0
 
 
 class ReplicaPool(Generic[Link]):
@@ -35,6 +39,12 @@ class ReplicaPool(Generic[Link]):
         self._make_link = make_link
         self._static = frozenset(endpoints)
         self._wanted = self._static
+        # Endpoints whose link is to be made anew, and the links that are to take their places.
+        self._outdated: set[str] = set()
+        self._successors: dict[str, Link] = {}
+        # Every link that runs, former ones included, and since when each has had no use.
+        self._tasks: dict[Link, asyncio.Task[None]] = {}
+        self._unused_since: dict[Link, float] = {}
         self._changed = asyncio.Event()
 
     def offer(self, num_open: Mapping[str, int]) -> None:
@@ -47,6 +57,15 @@ class ReplicaPool(Generic[Link]):
         for endpoint, num in num_open.items():
             if (link := self.links.get(endpoint)) is not None:
                 link.num_others = max(0, num - (link.load - link.num_others))
+        self._notify()
+
+    def renew(self) -> None:
+        """Every link is made anew: there are other credentials.
+
+        The former one takes no more generations once the new one is connected, and ends with the
+        last it has. While the new one cannot connect all goes on with the former.
+        """
+        self._outdated |= self.links.keys()
         self._notify()
 
     @property
@@ -65,8 +84,9 @@ class ReplicaPool(Generic[Link]):
 
     @property
     def costs(self) -> CostReport:
-        """Of the replica that the next generation would go to: they are of one kind."""
-        link = self.pick()
+        """Of some replica that takes generations: they are of one kind."""
+        open_links = (link for link in self.links.values() if link.takes_generations)
+        link = next(open_links, None)
         return link.costs if link is not None else CostReport()
 
     def pick(self, preferred: str | None = None, avoid: Collection[str] = ()) -> Link | None:
@@ -122,17 +142,47 @@ class ReplicaPool(Generic[Link]):
                 task.cancel()
 
     async def _run(self) -> None:
-        running: dict[str, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
             while True:
-                for endpoint in self._wanted - running.keys():
-                    link = self.links[endpoint] = self._make_link(endpoint, self._notify)
-                    running[endpoint] = tasks.create_task(link.run(), name=f"link {endpoint}")
-                for endpoint in running.keys() - self._wanted:
+                for endpoint in self._wanted - self.links.keys():
+                    self.links[endpoint] = self._start(endpoint, tasks)
+                for endpoint in self.links.keys() - self._wanted:
                     if not self.links[endpoint].is_connected:
-                        running.pop(endpoint).cancel()
-                        del self.links[endpoint]
-                await self.change()
+                        self._tasks.pop(self.links.pop(endpoint)).cancel()
+                self._replace_outdated(tasks)
+                has_former = self._end_former()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_S if has_former else None):
+                        await self.change()
+
+    def _start(self, endpoint: str, tasks: asyncio.TaskGroup) -> Link:
+        link = self._make_link(endpoint, self._notify)
+        self._tasks[link] = tasks.create_task(link.run(), name=f"link {endpoint}")
+        return link
+
+    def _replace_outdated(self, tasks: asyncio.TaskGroup) -> None:
+        for endpoint in self._outdated & self.links.keys():
+            self._successors[endpoint] = self._start(endpoint, tasks)
+        self._outdated.clear()
+        for endpoint, link in list(self._successors.items()):
+            former = self.links.get(endpoint)
+            if former is None:
+                del self._successors[endpoint]
+            elif link.is_connected or not former.is_connected:
+                self.links[endpoint] = self._successors.pop(endpoint)
+
+    def _end_former(self) -> bool:
+        """Ends those that nothing needs any more; whether there are others, to be seen to later."""
+        needed = {*self.links.values(), *self._successors.values()}
+        former = [link for link in self._tasks if link not in needed]
+        now = time.monotonic()
+        for link in former:
+            if link.is_connected and not link.is_idle:
+                self._unused_since.pop(link, None)
+            elif now - self._unused_since.setdefault(link, now) >= LINGER_S:
+                del self._unused_since[link]
+                self._tasks.pop(link).cancel()
+        return any(link in self._tasks for link in former)
 
     def _notify(self) -> None:
         if self.model is None:

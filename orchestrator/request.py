@@ -47,7 +47,8 @@ class GenerationRequest:
     `max_tokens` is None where the caller left it to the server; `params` has it resolved once the
     prompt's length is known (`resolve_max_tokens`). `gamma` None: chosen round by round.
     `is_durable`: tokens are recorded before they are sent. `resume_from`: how many tokens of the
-    session's last turn the caller holds; the rest of the request is then what that turn's was.
+    session's last turn the caller holds; the rest of the request is then what that turn's was, but
+    for `priority`, the lower the more urgent.
     """
 
     text: str | None
@@ -64,6 +65,7 @@ class GenerationRequest:
     create_session: bool
     is_durable: bool = True
     resume_from: int | None = None
+    priority: int = 0
 
     @property
     def input_field(self) -> str:
@@ -111,6 +113,7 @@ def parse_request(
         create_session=request.create_session,
         is_durable=_is_durable(request, limits),
         resume_from=request.resume_from if request.HasField("resume_from") else None,
+        priority=request.priority,
     )
 
 
@@ -119,7 +122,7 @@ def _check_resumption(request: orchestrator_pb2.GenerateRequest) -> None:
     if not request.session_id:
         raise InvalidRequest("session_id", "is required with resume_from")
     for descriptor, _ in request.ListFields():
-        if descriptor.name not in ("session_id", "resume_from"):
+        if descriptor.name not in ("session_id", "resume_from", "priority"):
             raise InvalidRequest(
                 descriptor.name, "not together with resume_from: the turn goes on as it was begun"
             )

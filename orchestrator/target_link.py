@@ -23,6 +23,7 @@ from outrider.errors import (
     Unavailable,
 )
 from outrider.sampling.params import SamplingParams
+from outrider.telemetry.tracing import current_span
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import FLOAT32, UINT16, UINT32, costs_from_proto, pack, sampling_to_proto, unpack
 
@@ -52,6 +53,9 @@ class TargetHandle:
         self.latency_s = 0.0
         self.replica = link.endpoint
         self.wire_bytes = 0
+        # Of the request, where it is traced.
+        self.span = current_span()
+        self._gamma = 0
 
     def send_row(
         self, keep_len: int, context_token_ids: Sequence[int], proposal: Proposal | None
@@ -62,6 +66,7 @@ class TargetHandle:
             keep_len=keep_len,
             context_token_ids=pack(context_token_ids, UINT32),
         )
+        self._gamma = len(proposal.token_ids) if proposal is not None else 0
         if proposal is not None:
             row.draft_token_ids = pack(proposal.token_ids, UINT32)
             if proposal.supports is not None:
@@ -104,6 +109,8 @@ class TargetHandle:
         self._count(result)
         if self._answer is not None and not self._answer.done():
             self.latency_s = time.monotonic() - self._sent_at
+            if self.span is not None:
+                self.span.round("verify", self._sent_at, gamma=self._gamma, replica=self.replica)
             self._answer.set_result(result)
 
     def failed(self, error: target_pb2.RowError) -> None:
@@ -183,6 +190,8 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         prompt_len: int,
         max_len: int,
         params: SamplingParams,
+        priority: int,
+        preempts: bool,
     ) -> TargetHandle:
         """Opens a generation; its first row may follow at once. Raises Unavailable."""
         handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
@@ -194,6 +203,9 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
             prompt_len=prompt_len,
             max_len=max_len,
             sampling=sampling_to_proto(params),
+            priority=priority,
+            preempts=preempts,
+            traceparent=handle.span.traceparent if handle.span is not None else "",
         )
         handle._count(opening)
         self.send(opening)

@@ -8,11 +8,13 @@ of drafts or Redis.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
+from orchestrator.admission import Place
 from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.pool import ReplicaPool
 from orchestrator.session import GenerationState
@@ -29,7 +31,8 @@ _MAX_LOST = 3
 
 
 class Verifying:
-    """Of one generation. `open_handle` opens it at a replica that holds so much of its context.
+    """Of one generation. `open_handle` opens it at a replica that holds so much of its context;
+    less urgent ones may lose their room there to it where it is told so.
 
     `send` and `reply` in turn. A reply is waited for `verdict_timeout_s`, a replica `wait_s`.
     """
@@ -37,9 +40,10 @@ class Verifying:
     def __init__(
         self,
         pool: ReplicaPool[TargetLink],
-        open_handle: Callable[[TargetLink, int], TargetHandle],
+        open_handle: Callable[[TargetLink, int, bool], TargetHandle],
         state: GenerationState,
         kept: KvHandle | None,
+        place: Place,
         *,
         verdict_timeout_s: float,
         wait_s: float,
@@ -48,6 +52,7 @@ class Verifying:
         self._open_handle = open_handle
         self._state = state
         self._kept = kept
+        self._place = place
         self._verdict_timeout_s = verdict_timeout_s
         self._wait_s = wait_s
         self._handle: TargetHandle | None = None
@@ -84,32 +89,50 @@ class Verifying:
     async def reply(self) -> TargetReply:
         """The answer to the row sent last, from whichever replica gives it.
 
-        Raises KVFull where no replica has room for the first row, Unavailable where none comes
-        in time, LeaseLost, InvalidRequest, InternalError.
+        Where no replica has room it is waited for. Raises CapacityExceeded where too many wait
+        for that already and nothing is shown yet, Unavailable where no replica comes in time,
+        LeaseLost, InvalidRequest, InternalError.
         """
-        num_lost, give_up_at, full = 0, 0.0, set[str]()
+        assert self._handle is not None, "it is open"
+        try:
+            reply = await self._handle.reply(self._proposal, self._verdict_timeout_s)
+        except (KVLost, KVFull, Unavailable) as error:
+            with contextlib.ExitStack() as waiting:
+                reply = await self._retried(error, waiting)
+        if self._state.counts.num_rounds == 0:
+            self.num_reused = self.cached_len + reply.num_reused_tokens
+        return reply
+
+    async def _retried(
+        self, error: KVLost | KVFull | Unavailable, waiting: contextlib.ExitStack
+    ) -> TargetReply:
+        """Sends the row until it is answered; what it waits in is left with `waiting`."""
+        num_lost, full, is_short = 0, set[str](), False
         while True:
             assert self._handle is not None, "it is open"
-            try:
-                reply = await self._handle.reply(self._proposal, self._verdict_timeout_s)
-            except KVLost as error:
+            if isinstance(error, KVLost):
                 num_lost += 1
                 if num_lost > _MAX_LOST:
                     raise InternalError(f"the target keeps losing the context: {error}") from error
                 log.info("kv_lost", replica=self._handle.replica, why=str(error))
                 self.num_reused = self.cached_len = 0
                 self._send()
-                continue
-            except (Unavailable, KVFull) as error:
-                now = time.monotonic()
-                give_up_at = give_up_at or now + self._wait_s
+            else:
                 if isinstance(error, KVFull):
                     full.add(self._handle.replica)
-                await self._move(error, full, give_up_at)
-                continue
-            if self._state.counts.num_rounds == 0:
-                self.num_reused = self.cached_len + reply.num_reused_tokens
-            return reply
+                if full and self._pool.pick(avoid=full) is None:
+                    if not is_short:
+                        has_begun = self._state.counts.num_rounds > 0
+                        waiting.enter_context(self._place.short_of_room(has_begun=has_begun))
+                        log.info("short_of_room", why=str(error))
+                    await self._place.turn_for_room(at_once=not is_short)
+                    is_short = True
+                    full.clear()
+                await self._move(error, full, preempts=is_short)
+            try:
+                return await self._handle.reply(self._proposal, self._verdict_timeout_s)
+            except (KVLost, KVFull, Unavailable) as again:
+                error = again
 
     def committed(self, cached_len: int) -> None:
         """So many tokens of the context are held at the replica, and right."""
@@ -125,41 +148,39 @@ class Verifying:
         if self._handle is not None:
             self._handle.close(keep=keep)
 
-    def _take(self, link: TargetLink) -> None:
+    def _take(self, link: TargetLink, *, preempts: bool = False) -> None:
         kept_len = 0
         if self._kept is not None and self._kept.replica == link.endpoint:
             kept_len = self._kept.cached_len
         self._link, self.cached_len = link, kept_len
-        self._handle = self._open_handle(link, kept_len)
+        self._handle = self._open_handle(link, kept_len, preempts)
 
     def _send(self) -> None:
         assert self._handle is not None, "it is open"
         context = self._state.token_ids
         self._handle.send_row(self.cached_len, context[self.cached_len :], self._proposal)
 
-    async def _move(self, error: Unavailable | KVFull, full: set[str], give_up_at: float) -> None:
+    async def _move(
+        self, error: Unavailable | KVFull, full: Collection[str], *, preempts: bool
+    ) -> None:
         """The row goes to another replica, as soon as there is one. Raises `error` at the end."""
+        give_up_at = time.monotonic() + self._wait_s
         while True:
-            link = self._pool.pick(avoid=full)
-            if link is None and full:
-                if self._state.counts.num_rounds == 0:
-                    raise error  # not begun: the caller had better come back later
-                full.clear()
-            elif link is not None:
-                try:
-                    self._moved(link, str(error))
-                except Unavailable:  # gone this very moment
-                    continue
-                self._send()
-                return
+            link = self._pool.pick(avoid=full) or self._pool.pick()
+            if link is not None:
+                with contextlib.suppress(Unavailable):  # gone this very moment
+                    self._moved(link, str(error), preempts=preempts)
+                    self._send()
+                    return
             if time.monotonic() > give_up_at:
                 raise error
             await asyncio.sleep(_RETRY_S)
 
-    def _moved(self, link: TargetLink, why: str) -> None:
+    def _moved(self, link: TargetLink, why: str, *, preempts: bool = False) -> None:
         assert self._handle is not None, "it was open"
-        log.info("target_moved", former=self._handle.replica, replica=link.endpoint, why=why)
+        if not preempts:  # else it only asks again, and has said that it is short of room
+            log.info("target_moved", former=self._handle.replica, replica=link.endpoint, why=why)
         self._former_wire_bytes += self._handle.wire_bytes
         self._handle.close(keep=False)
         self._kept = None
-        self._take(link)
+        self._take(link, preempts=preempts)

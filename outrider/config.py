@@ -12,19 +12,17 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, TypeVar
 
 from outrider.errors import ConfigError
-from outrider.replica import split_address
+from outrider.redis_address import RedisAddress, has_password
+from outrider.security.settings import OrchestratorSettings, TierSettings
+from outrider.settings import require, require_address, require_port, setting
 from outrider.simulation import Simulation
+from outrider.telemetry.settings import TelemetrySettings
 
 Config = TypeVar("Config")
-
-
-def setting(default: Any, help: str, env: str | None = None) -> Any:
-    """A field with its help text and, where users know one, a further variable's name."""
-    return field(default=default, metadata={"help": help, "env": env})
 
 
 _OF_MODELS = (
@@ -34,7 +32,7 @@ _OF_MODELS = (
 
 
 @dataclass(frozen=True)
-class ModelServiceConfig:
+class ModelServiceConfig(TierSettings, TelemetrySettings):
     """What the two model services share."""
 
     model: str = setting("", "directory or hub name of a causal language model")
@@ -59,7 +57,9 @@ class ModelServiceConfig:
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
     prefix_cache: bool = setting(True, "re-use keys and values of prompts that begin alike")
     calibration_s: float = setting(3.0, "how long to measure what passes cost, at the start")
-    redis_url: str | None = setting(None, "where the replica announces itself; unset: nowhere")
+    redis_url: str | None = setting(
+        None, "where the replica announces itself; unset: nowhere", may_be_secret=True
+    )
     advertise: str | None = setting(
         None, "host:port that others reach it at; unset: where it listens"
     )
@@ -94,9 +94,18 @@ class ModelServiceConfig:
         require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
         if self.advertise is not None:
             require_address(self.advertise, "advertise")
+        self.check_server()
+        self.check_telemetry()
+        if self.redis_url is not None:
+            self.redis_at(self.redis_url)  # raises where the settings do not fit it
         for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
+
+    @property
+    def redis(self) -> RedisAddress | None:
+        """The registry's; None: there is none."""
+        return self.redis_at(self.redis_url) if self.redis_url is not None else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class DraftConfig(ModelServiceConfig):
 
 
 @dataclass(frozen=True)
-class OrchestratorConfig:
+class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     """`python -m orchestrator`."""
 
     target_endpoint: str = setting(
@@ -129,7 +138,9 @@ class OrchestratorConfig:
         "127.0.0.1:50053", "likewise of the draft replicas; empty: no draft"
     )
     tokenizer: str | None = setting(None, "directory or hub name; unset: token ids only")
-    redis_url: str = setting("redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL")
+    redis_url: str = setting(
+        "redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL", may_be_secret=True
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(50051, "port to listen on; 0 picks a free one")
     gamma: int | None = setting(
@@ -139,7 +150,8 @@ class OrchestratorConfig:
     lookahead: int = setting(4, "most rounds drafted ahead of the one under verification")
     fan_out: int = setting(32, "most outcomes of one round that are drafted ahead")
     default_max_tokens: int = setting(256, "max_tokens where a request does not say")
-    max_generations: int = setting(256, "generations at a time; more are refused")
+    max_generations: int = setting(256, "generations at a time")
+    max_waiting: int = setting(64, "requests that may wait for their turn; more are refused")
     draft_wait_ms: float | None = setting(
         None, "longest wait for a proposal; unset: as long as it is worth"
     )
@@ -174,12 +186,20 @@ class OrchestratorConfig:
         require(1 <= self.fan_out <= 64, "fan_out", "must be 1 to 64")
         require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")
         require(self.max_generations >= 1, "max_generations", "must be 1 or more")
+        require(self.max_waiting >= 0, "max_waiting", "must be 0 or more")
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
         require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
+        self.check_server()
+        self.check_telemetry()
+        self.redis_at(self.redis_url)  # raises where the settings do not fit it
         for name, values in _CHOICES:
             require(getattr(self, name) in values, name, f"must be {' or '.join(values)}")
+
+    @property
+    def redis(self) -> RedisAddress:
+        return self.redis_at(self.redis_url)
 
     @property
     def target_endpoints(self) -> tuple[str, ...]:
@@ -201,22 +221,9 @@ def _endpoints(text: str) -> tuple[str, ...]:
     return () if parts == (REGISTRY,) else parts
 
 
-def require(holds: bool, name: str, why: str) -> None:
-    """Raises ConfigError that names the setting unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{name}: {why}")
-
-
-def require_address(address: str, name: str) -> None:
-    """Raises ConfigError that names the setting unless it is host:port."""
-    try:
-        split_address(address)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def require_port(port: int) -> None:
-    require(0 <= port <= 65535, "port", f"{port} is not in [0, 65535]")
+def api_key_variable() -> str | None:
+    """A caller's own key, for the command line; None: the variable is not set."""
+    return os.environ.get("OUTRIDER_API_KEY") or None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -256,8 +263,18 @@ def load(
             values[name] = _parse(environ[alias], hints[name], alias)
     for name, value in vars(parser.parse_args(argv)).items():
         if value is not MISSING:
+            _refuse_secret(name, value)
             values[name] = value if isinstance(value, bool) else _parse(value, hints[name], name)
     return kind(**values)
+
+
+def _refuse_secret(name: str, value: Any) -> None:
+    """Every user of the machine sees its command lines."""
+    if name == "redis_url" and has_password(value):
+        raise ConfigError(
+            "--redis-url: no password on a command line; give the URL in the environment, or "
+            "--redis-password-file"
+        )
 
 
 def _add_flag(parser: _Parser, entry: Field[Any], hint: Any, prefix: str) -> None:

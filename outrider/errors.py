@@ -5,6 +5,8 @@ OutriderError
  ├─ ConfigError          a flag, variable or file of the operator is wrong
  │   ├─ ModelError       a model cannot be loaded or served correctly
  │   └─ IncompatiblePair draft and target do not share a tokenizer
+ ├─ Unauthenticated      a caller has not shown a key that is known
+ ├─ PermissionDenied     a caller is known, and may not do this
  ├─ SessionNotFound
  ├─ SessionInUse         another call holds the session's lease
  ├─ LeaseLost            a later owner has taken the session: this writer is stale
@@ -43,6 +45,14 @@ class IncompatiblePair(ConfigError):
     """Draft and target do not share a tokenizer."""
 
 
+class Unauthenticated(OutriderError):
+    """The caller has shown no key, or none that is known."""
+
+
+class PermissionDenied(OutriderError):
+    """The caller is not one of those who may ask this."""
+
+
 class SessionNotFound(OutriderError):
     """No such session, or it has expired."""
 
@@ -56,7 +66,11 @@ class LeaseLost(OutriderError):
 
 
 class CapacityExceeded(OutriderError):
-    """No room now; the same request may pass later."""
+    """No room now; the same request may pass later, in `retry_after_s` by what is known."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class KVFull(CapacityExceeded):

@@ -5,14 +5,15 @@ The only place where an error of `outrider.errors` becomes a gRPC status. Knows 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -41,6 +42,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
     (errors.InvalidRequest, code_pb2.INVALID_ARGUMENT),
+    (errors.Unauthenticated, code_pb2.UNAUTHENTICATED),
+    (errors.PermissionDenied, code_pb2.PERMISSION_DENIED),
     (errors.SessionNotFound, code_pb2.NOT_FOUND),
     (errors.SessionInUse, code_pb2.ABORTED),
     (errors.LeaseLost, code_pb2.ABORTED),
@@ -49,8 +52,6 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
     (errors.Unavailable, code_pb2.UNAVAILABLE),
     (errors.ConfigError, code_pb2.FAILED_PRECONDITION),
 )
-
-RETRY_HINT_S = 1
 
 
 def status_of(error: errors.OutriderError) -> status_pb2.Status:
@@ -65,10 +66,24 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         status.details.append(detail)
     elif isinstance(error, errors.CapacityExceeded):
-        delay = duration_pb2.Duration(seconds=RETRY_HINT_S)
+        delay = duration_pb2.Duration()
+        delay.FromTimedelta(timedelta(seconds=error.retry_after_s))
         detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         status.details.append(detail)
     return status
+
+
+def status_name(error: BaseException | None) -> str:
+    """Of the status that a call ends with by this error; None: it ended well."""
+    if isinstance(error, BaseExceptionGroup):
+        error = _first_known(error) or error.exceptions[0]
+    if error is None:
+        return "OK"
+    if isinstance(error, errors.OutriderError):
+        return str(code_pb2.Code.Name(status_of(error).code))
+    # A write to a caller that has gone fails before the call is cancelled.
+    has_gone = isinstance(error, (asyncio.CancelledError, grpc.aio.InternalError))
+    return "CANCELLED" if has_gone else "UNKNOWN"
 
 
 def _short(text: str) -> str:
@@ -91,8 +106,6 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
             await _abort(context, known)
         elif group.split(grpc.aio.InternalError)[1] is not None:
             raise
-    except DecodeError as error:  # of a frame in mid-stream; gRPC itself refuses a lone request
-        await _abort(context, errors.InvalidRequest("frame", f"cannot be read: {error}"))
     except grpc.aio.InternalError:  # a write to a caller that has gone
         pass
 
@@ -106,8 +119,17 @@ def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderErr
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.OutriderError) -> None:
+    """Returns: gRPC itself remembers that the call is over.
+
+    It keeps what `abort` raises, and that every frame it came through. What those hold, a refused
+    message of megabytes for instance, would wait for the collector.
+    """
     status = status_of(error)
     if status.code == code_pb2.INTERNAL:
         log.error("call_failed", error=str(error), exc_info=error)
-    with contextlib.suppress(grpc.aio.InternalError):  # the caller has gone
+    try:
         await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
+    except grpc.aio.AbortError as aborted:
+        aborted.__traceback__ = aborted.__context__ = None
+    except grpc.aio.InternalError:  # the caller has gone
+        pass

@@ -30,6 +30,8 @@ class Open:
     prompt_len: int
     max_len: int
     params: SamplingParams
+    priority: int = 0
+    preempts: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,4 @@ class TargetStatistics(ServiceStatistics):
     num_steps_total: int = 0
     num_rows_total: int = 0
     num_tokens_total: int = 0
+    num_preempted_total: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import TierWatch
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import (
     FLOAT32,
@@ -58,12 +59,14 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         statistics: Callable[[], TargetStatistics],
         costs: Callable[[], CostReport],
         status: ReplicaStatus,
+        watch: TierWatch,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
         self._costs = costs
         self._status = status
+        self._watch = watch
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -94,7 +97,14 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             _dropped,
             self._costs,
             self._status,
+            self._watch.stream("verify", _asked),
         )
+
+
+def _asked(frame: target_pb2.VerifyRequest) -> Iterator[tuple[target_pb2.VerifyRow, int]]:
+    """For operators: every row, with its number of draft tokens."""
+    for row in frame.rows:
+        yield row, len(row.draft_token_ids) // UINT32.itemsize
 
 
 def _dropped(key: GenerationKey) -> Command:
@@ -142,6 +152,8 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             prompt_len=item.prompt_len,
             max_len=item.max_len,
             params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
+            priority=item.priority,
+            preempts=item.preempts,
         )
 
     def _row(self, item: target_pb2.VerifyRow) -> Row:

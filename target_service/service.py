@@ -10,6 +10,7 @@ from outrider.server import Server
 from outrider.serving.life import Mounted, model_serving
 from outrider.serving.scheduler import Scheduler
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import TierWatch
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.server import TargetServicer
 from target_service.verifier import Verifier
@@ -28,6 +29,7 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
+        watch: TierWatch,
     ) -> Mounted:
         verifier = Verifier(
             engine,
@@ -36,9 +38,12 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
             idle_session_ttl_s=config.idle_session_ttl_s,
             prefix_cache=config.prefix_cache,
         )
+        verifier.meter = watch.meter
         scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
         mounted = Mounted(scheduler, verifier.statistics, lambda: verifier.costs.report)
-        servicer = TargetServicer(scheduler, model, verifier.statistics, mounted.costs, status)
+        servicer = TargetServicer(
+            scheduler, model, verifier.statistics, mounted.costs, status, watch
+        )
         target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
         return mounted
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
 from outrider.errors import InvalidRequest, KVLost
-from outrider.serving.commands import Close, Failure, Forget
+from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.scheduler import GenerationKey
 from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
@@ -31,6 +31,8 @@ from target_service.rows import (
 class _Generation:
     key: GenerationKey
     sampler: Sampler
+    priority: int = 0
+    preempts: bool = False
     # Of the context, by all rows so far.
     committed_len: int = 0
     waiting: Row | None = None
@@ -85,7 +87,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         self._max_gamma = max_gamma
         self._generations: dict[GenerationKey, Live[_Generation]] = {}
         self._waiting: dict[GenerationKey, Live[_Generation]] = {}
-        self._num_steps = self._num_rows = self._num_tokens = 0
+        self._num_steps = self._num_rows = self._num_tokens = self._num_preempted = 0
 
     @property
     def has_work(self) -> bool:
@@ -98,6 +100,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             num_steps_total=self._num_steps,
             num_rows_total=self._num_rows,
             num_tokens_total=self._num_tokens,
+            num_preempted_total=self._num_preempted,
         )
 
     def _context_of(self, command: Command) -> Ids | None:
@@ -132,11 +135,30 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             command.epoch,
             command.kept_epoch,
             command.max_len,
-            _Generation(command.key, sampler),
+            _Generation(command.key, sampler, command.priority, command.preempts),
         )
         if live is not None:
             self._generations[command.key] = live
         return failures
+
+    def _make_room(self, state: _Generation, max_len: int) -> list[Failure] | None:
+        """Closes the least urgent generation, of several the latest, where that can be enough.
+
+        Nothing is lost with it but time: its orchestrator opens it again when there is room.
+        """
+        others = [
+            live for live in self._generations.values() if live.state.priority > state.priority
+        ]
+        store = self._engine.store
+        num_free = store.capacity_tokens - store.used_tokens
+        if not state.preempts or num_free + sum(o.sequence.max_len for o in others) < max_len:
+            return None
+        victim = max(reversed(others), key=lambda live: live.state.priority, default=None)
+        if victim is None:
+            return None
+        self._num_preempted += 1
+        why = f"its room went to a generation of priority {state.priority}"
+        return [self._fail(victim.state.key, FailureReason.KV_FULL, why)]
 
     def _enqueue(self, row: Row) -> None:
         live = self._generations.get(row.key)
@@ -200,7 +222,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             plan.append(_planned(live, _num_tokens_left(live)))
             budget -= len(plan[-1].append.token_ids)
         budget = max(budget, self._max_step_tokens // 4, 1)
-        for live in prompts:
+        for live in sorted(prompts, key=lambda live: live.state.priority):
             if budget <= 0:
                 break
             self._begin(live)

@@ -18,6 +18,7 @@ from outrider.engine import Append, ServedEngine
 from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
 from outrider.serving.commands import Failure, FailureReason, ServiceStatistics
 from outrider.serving.costs import StepCosts
+from outrider.serving.metrics import TierMeter
 from outrider.serving.scheduler import GenerationKey, Keyed
 from outrider.serving.sessions import Live, SessionTable
 
@@ -54,6 +55,8 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
         self.costs = StepCosts()
+        # Told of every pass, where somebody counts.
+        self.meter: TierMeter | None = None
 
     def prepare(self, budget_s: float) -> None:
         """Measures what passes cost, before anything is served."""
@@ -62,6 +65,8 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def _observe(self, appends: Sequence[Append], seconds: float) -> None:
         num_tokens = sum(len(append.token_ids) for append in appends)
         self.costs.observe(num_tokens, len(appends), seconds)
+        if self.meter is not None:
+            self.meter.saw_pass(len(appends), num_tokens, seconds)
 
     @property
     def num_open(self) -> int:
@@ -141,12 +146,14 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             try:
                 return self._table.open(session_id, epoch, kept_epoch, max_len, state), failures
             except KVFull as error:
-                if not self._make_room():
+                made = self._make_room(state, max_len)
+                if made is None:
                     return None, [*failures, self._failed(state.key, error)]
+                failures += made
 
-    def _make_room(self) -> bool:
-        """Frees KV that no session needs; whether there was any."""
-        return False
+    @abstractmethod
+    def _make_room(self, state: State, max_len: int) -> list[Failure] | None:
+        """Frees KV that is less needed than this; whoever fails by it. None: there was none."""
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
@@ -154,8 +161,13 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         if reason is FailureReason.KV_LOST:
             return Failure(key, reason, str(error))
         if reason is None:
-            log.error("generation_failed", exc_info=error)
+            log.error("generation_failed", session_id=self._session_of(key), exc_info=error)
         return self._fail(key, reason or FailureReason.INTERNAL, str(error))
+
+    def _session_of(self, key: GenerationKey) -> str | None:
+        """For people: looked for only when something failed."""
+        live = self._table.live_sessions()
+        return next((each.session_id for each in live if each.state.key == key), None)
 
     def _fail(self, key: GenerationKey, reason: FailureReason, detail: str) -> Failure:
         self._close(key, keep=False)

@@ -26,7 +26,7 @@ class DraftServiceGetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class DraftLoad(_message.Message):
-    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total")
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total", "num_waiting_generations")
     NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class DraftLoad(_message.Message):
     NUM_PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_QUERIED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     num_open_generations: int
     num_idle_sessions: int
     num_opened_total: int
@@ -43,7 +44,8 @@ class DraftLoad(_message.Message):
     num_prefill_tokens_total: int
     num_prefix_queried_tokens_total: int
     num_prefix_hit_tokens_total: int
-    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    num_waiting_generations: int
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ..., num_waiting_generations: _Optional[int] = ...) -> None: ...
 
 class ProposeRequest(_message.Message):
     __slots__ = ("opens", "commits", "closes", "forget_session_ids")
@@ -58,7 +60,7 @@ class ProposeRequest(_message.Message):
     def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out")
+    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out", "traceparent")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +74,7 @@ class DraftOpen(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     AHEAD_GAMMA_FIELD_NUMBER: _ClassVar[int]
     FAN_OUT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     session_id: str
     epoch: int
@@ -85,7 +88,8 @@ class DraftOpen(_message.Message):
     vocab_size: int
     ahead_gamma: int
     fan_out: int
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ahead_gamma: _Optional[int] = ..., fan_out: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ahead_gamma: _Optional[int] = ..., fan_out: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class DraftCommit(_message.Message):
     __slots__ = ("generation_id", "token_ids", "committed_len", "gamma", "ahead_gamma")

@@ -26,7 +26,7 @@ class TargetServiceGetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[TargetLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class TargetLoad(_message.Message):
-    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_waiting_rows", "num_steps_total", "num_rows_total", "num_tokens_total", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total")
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_waiting_rows", "num_steps_total", "num_rows_total", "num_tokens_total", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total", "num_preempted_total")
     NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class TargetLoad(_message.Message):
     NUM_PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_QUERIED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     num_open_generations: int
     num_idle_sessions: int
     num_opened_total: int
@@ -51,7 +52,8 @@ class TargetLoad(_message.Message):
     num_prefill_tokens_total: int
     num_prefix_queried_tokens_total: int
     num_prefix_hit_tokens_total: int
-    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_waiting_rows: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_rows_total: _Optional[int] = ..., num_tokens_total: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    num_preempted_total: int
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_waiting_rows: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_rows_total: _Optional[int] = ..., num_tokens_total: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
     __slots__ = ("opens", "rows", "closes", "forget_session_ids")
@@ -66,7 +68,7 @@ class VerifyRequest(_message.Message):
     def __init__(self, opens: _Optional[_Iterable[_Union[TargetOpen, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[VerifyRow, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[TargetClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TargetOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "prompt_len", "max_len", "sampling")
+    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "prompt_len", "max_len", "sampling", "priority", "preempts", "traceparent")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +76,9 @@ class TargetOpen(_message.Message):
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_LEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     session_id: str
     epoch: int
@@ -81,7 +86,10 @@ class TargetOpen(_message.Message):
     prompt_len: int
     max_len: int
     sampling: _sampling_pb2.SamplingParams
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    priority: int
+    preempts: bool
+    traceparent: str
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., preempts: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class VerifyRow(_message.Message):
     __slots__ = ("generation_id", "keep_len", "context_token_ids", "draft_token_ids", "support_sizes", "support_ids")

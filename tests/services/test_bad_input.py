@@ -72,7 +72,7 @@ def unset() -> orchestrator_pb2.GenerateRequest:
 
 async def refused_by(stack: System, bad: orchestrator_pb2.GenerateRequest) -> Refusal:
     """How it is refused, that it left nothing, and that the next call is served."""
-    refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=10))))
+    refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=200))))
     load = await stack.target_load()
     assert load.num_open_generations == 0
     return refused
@@ -251,11 +251,11 @@ async def test_no_room_for_keys_and_values(
         refused = await refused_by(stack, request([1] * 200, {"max_tokens": 57}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["sampling.max_tokens"]
-        running = stack.client.Generate(request(PROMPT, {**GREEDY, "max_tokens": 250}), timeout=30)
+        running = stack.client.Generate(request(PROMPT, {**GREEDY, "max_tokens": 250}), timeout=200)
         stream = aiter(running)
         received = list((await anext(stream)).token_ids)
         bad = request(PROMPT, {"max_tokens": 100}, session_id="s", create_session=True)
-        refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=10))))
+        refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=200))))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.retry_after_s is not None
         assert refused.retry_after_s > 0
@@ -268,14 +268,14 @@ async def test_no_room_for_keys_and_values(
 
 
 async def test_too_many_generations(pair: Pair, redis_server: RedisServer) -> None:
-    async with whole(pair, redis_server.url, max_generations=2) as stack:
+    async with whole(pair, redis_server.url, max_generations=2, max_waiting=0) as stack:
         calls = [
-            stack.client.Generate(request([n], {**GREEDY, "max_tokens": 1_500}), timeout=30)
+            stack.client.Generate(request([n], {**GREEDY, "max_tokens": 1_500}), timeout=200)
             for n in range(2)
         ]
         for call in calls:
             await anext(aiter(call))
-        refused = await refusal(anext(aiter(stack.client.Generate(asked(), timeout=10))))
+        refused = await refusal(anext(aiter(stack.client.Generate(asked(), timeout=200))))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.retry_after_s is not None
         for call in calls:

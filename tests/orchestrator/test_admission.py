@@ -1,0 +1,188 @@
+"""Who runs, who waits, who is sent away: the order, its bounds, and that nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+import pytest
+
+from orchestrator.admission import Admission, Place
+from outrider.errors import CapacityExceeded, Unavailable
+
+
+class Caller:
+    """One call in a task of its own; runs until `end`."""
+
+    def __init__(self, admission: Admission, priority: int = 0, patience_s: float | None = None):
+        self.place: Place | None = None
+        self._ends = asyncio.Event()
+        self.task = asyncio.create_task(self._call(admission, priority, patience_s))
+        # Seen, should nobody ask how it ended.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _call(self, admission: Admission, priority: int, patience_s: float | None) -> None:
+        async with admission.admitted(priority, patience_s) as self.place:
+            await self._ends.wait()
+        self.place = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.place is not None
+
+    async def end(self) -> None:
+        self._ends.set()
+        await self.task
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def calls(admission: Admission, *priorities: int) -> list[Caller]:
+    """One after the other."""
+    made = []
+    for priority in priorities:
+        made.append(Caller(admission, priority))
+        await settle()
+    return made
+
+
+async def refusal(caller: Caller) -> CapacityExceeded:
+    with pytest.raises(CapacityExceeded) as caught:
+        await caller.task
+    return caught.value
+
+
+async def test_the_most_urgent_first_then_whoever_came_first() -> None:
+    admission = Admission(1, 8)
+    first, *waiting = await calls(admission, 0, 5, 0, -1, 0)
+    assert first.is_running
+    served = []
+    ending = first
+    for _ in waiting:
+        await ending.end()
+        (ending,) = [caller for caller in waiting if caller.is_running]
+        served.append(waiting.index(ending))
+    assert served == [2, 1, 3, 0]
+    await ending.end()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def test_a_full_line_refuses_whoever_is_no_more_urgent_than_its_last() -> None:
+    """Whom a more urgent one displaces is told so; a hint says when to come back."""
+    admission = Admission(1, 2)
+    _, kept, last, late = await calls(admission, 0, 0, 1, 1)
+    assert "2 requests wait" in str(await refusal(late))
+    (urgent,) = await calls(admission, 0)
+    displaced = await refusal(last)
+    assert "more urgent" in str(displaced)
+    assert displaced.retry_after_s > 0
+    assert admission.num_waiting == 2
+    for caller in (kept, urgent):
+        caller.task.cancel()
+
+
+async def test_without_a_line_everybody_is_refused_at_once() -> None:
+    admission = Admission(2, 0)
+    first, _, late = await calls(admission, 0, 0, -9)
+    await refusal(late)
+    await first.end()
+    (again,) = await calls(admission, 0)
+    assert again.is_running
+
+
+async def test_a_deadline_that_cannot_be_met_is_said_at_once() -> None:
+    admission = Admission(1, 8)
+    (first,) = await calls(admission, 0)
+    await asyncio.sleep(0.2)
+    await first.end()  # so generations take 0.2 s
+    await calls(admission, 0)
+    assert "to wait, more than" in str(await refusal(Caller(admission, patience_s=0.05)))
+    patient = Caller(admission, patience_s=3600)
+    await settle()
+    assert not patient.task.done()
+    patient.task.cancel()
+
+
+async def test_a_stop_sends_away_those_who_wait_and_nobody_else() -> None:
+    admission = Admission(1, 8)
+    first, waiting = await calls(admission, 0, 0)
+    admission.close()
+    with pytest.raises(Unavailable):
+        await waiting.task
+    assert first.is_running
+    await first.end()
+
+
+async def test_those_short_of_room_stand_before_the_line() -> None:
+    """What becomes free is theirs, unless somebody is more urgent."""
+    admission = Admission(3, 8)
+    first, second = await calls(admission, 0, 0)
+    assert first.place is not None
+    assert second.place is not None
+    with second.place.short_of_room(has_begun=True):
+        with first.place.short_of_room(has_begun=False):
+            assert admission.num_waiting == 1  # the one that has shown nothing
+            waits, urgent = await calls(admission, 0, -1)
+            assert not waits.is_running
+            assert urgent.is_running
+            await first.place.turn_for_room(at_once=True)
+            turn = asyncio.create_task(second.place.turn_for_room(at_once=True))
+            await settle()
+            assert not turn.done()
+            await urgent.end()
+            assert not waits.is_running
+        await turn
+        assert not waits.is_running
+    await settle()
+    assert waits.is_running
+
+
+async def test_too_many_without_room() -> None:
+    """Who has shown something is never sent away."""
+    admission = Admission(4, 1)
+    (first, second, third) = await calls(admission, 0, 0, 0)
+    assert first.place is not None
+    assert second.place is not None
+    assert third.place is not None
+    with first.place.short_of_room(has_begun=False):
+        with pytest.raises(CapacityExceeded), second.place.short_of_room(has_begun=False):
+            pass
+        with third.place.short_of_room(has_begun=True):
+            pass
+    assert admission.num_waiting == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
+    """Callers come, leave while they wait, leave when just let in, end: bounds hold throughout."""
+    generator = random.Random(seed)
+    admission = Admission(3, 5)
+    callers: list[Caller] = []
+    for _ in range(300):
+        what = generator.random()
+        if what < 0.5 or not callers:
+            callers.append(Caller(admission, generator.randint(-2, 2)))
+        else:
+            caller = callers.pop(generator.randrange(len(callers)))
+            if what < 0.75:
+                caller.task.cancel()
+            else:
+                caller._ends.set()
+        if generator.random() < 0.7:
+            await asyncio.sleep(0)
+        assert 0 <= admission.num_running <= 3
+        assert 0 <= admission.num_waiting <= 5
+    for caller in callers:
+        caller._ends.set()
+    for caller in callers:
+        with contextlib.suppress(CapacityExceeded):
+            await caller.task
+    await settle()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+    (last,) = await calls(admission, 0)
+    assert last.is_running

@@ -1,0 +1,149 @@
+"""More callers than fit: who waits, who is refused, and whose keys and values make room."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from outrider.v1 import orchestrator_pb2, sampling_pb2
+from tests.services.parts import (
+    GREEDY,
+    Greedy,
+    Pair,
+    both_tiers,
+    nothing_held,
+    orchestrating,
+    refusal,
+    whole,
+)
+from tests.stack import Output, Stack, eventually, request
+
+PROMPT = list(range(20, 60))
+LONG = {**GREEDY, "max_tokens": 1_500}
+SHORT = {**GREEDY, "max_tokens": 4}
+
+
+async def begun(stack: Stack, sampling: dict[str, Any], **fields: Any) -> Any:
+    """A stream that has shown a token."""
+    call = stack.client.Generate(request([3], sampling, **fields), timeout=50)
+    await call.read()
+    return call
+
+
+async def test_waiting_callers_are_served_in_the_order_of_urgency(
+    pair: Pair, redis_url: str
+) -> None:
+    async with whole(pair, redis_url, max_generations=1, max_waiting=4) as stack:
+        first = await begun(stack, LONG)
+        served: list[int] = []
+
+        async def ask(priority: int) -> None:
+            await stack.generate(PROMPT, sampling=SHORT, priority=priority)
+            served.append(priority)
+
+        async with asyncio.TaskGroup() as tasks:
+            for priority in (2, 1, -3, 0):
+                tasks.create_task(ask(priority))
+            await asyncio.sleep(0.5)
+            # The fifth is refused, unless it is more urgent than the last.
+            refused = await refusal(stack.generate(PROMPT, sampling=SHORT, priority=2))
+            assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert refused.retry_after_s is not None
+            assert served == []
+            first.cancel()
+        assert served == [-3, 0, 1, 2]
+        await eventually(lambda: nothing_held(stack))
+
+
+async def test_a_deadline_holds_in_the_line_and_while_it_runs(pair: Pair, redis_url: str) -> None:
+    """Whoever's time is over is told so, and leaves its place and its room to others."""
+    async with whole(pair, redis_url, max_generations=1) as stack:
+        first = await begun(stack, LONG)
+        late = stack.client.Generate(request(PROMPT, SHORT), timeout=0.5)
+        refused = await refusal(anext(aiter(late)))
+        assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        first.cancel()
+        running = stack.client.Generate(request(PROMPT, LONG, gamma=0), timeout=0.5)
+
+        async def to_its_end() -> None:
+            async for _ in running:
+                pass
+
+        assert (await refusal(to_its_end())).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: nothing_held(stack))
+        assert (await stack.generate(PROMPT, sampling=SHORT)).token_ids
+
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": (GREEDY, {}),
+    "coupled": (
+        {"temperature": 1.0, "seed": 7, "ignore_eos": True},
+        {"verification": sampling_pb2.VERIFICATION_COUPLED},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_the_less_urgent_make_room_and_lose_nothing(
+    way: str, pair: Pair, redis_url: str
+) -> None:
+    """Their keys and values are dropped and computed again; their outputs are what they were."""
+    sampling, fields = WAYS[way]
+    sampling = {**sampling, "max_tokens": 400}
+    async with (
+        both_tiers(pair, target_kv=1_024) as tiers,
+        orchestrating(tiers, redis_url) as stack,
+    ):
+        alone = await stack.generate([3], sampling=sampling, gamma=0, **fields)
+        calls = [
+            stack.client.Generate(request([3], sampling, priority=5, gamma=2, **fields), timeout=50)
+            for _ in range(2)
+        ]
+        streams, outputs = [aiter(call) for call in calls], [Output(), Output()]
+        for stream, output in zip(streams, outputs, strict=True):
+            output.add(await anext(stream))
+        urgent = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, priority=1)
+        assert len(urgent.token_ids) == 300
+        for stream, output in zip(streams, outputs, strict=True):
+            async for chunk in stream:
+                output.add(chunk)
+            assert output.token_ids == alone.token_ids
+        load = await stack.target_load()
+        assert load.num_preempted_total >= 1
+        await eventually(lambda: nothing_held(stack))
+
+
+async def test_nobody_makes_room_for_an_equal(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+    """It waits till the others are done; too many are refused."""
+    async with (
+        both_tiers(pair, target_kv=1_024) as tiers,
+        orchestrating(tiers, redis_url, max_waiting=1) as stack,
+    ):
+        calls = [await begun(stack, {**GREEDY, "max_tokens": 450}) for _ in range(2)]
+        waits = asyncio.create_task(
+            stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, gamma=2)
+        )
+        await asyncio.sleep(0.5)
+        refused = await refusal(stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}))
+        assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not waits.done()
+        for call in calls:
+            call.cancel()
+        assert (await waits).token_ids == greedy(PROMPT, 300)
+        assert (await stack.target_load()).num_preempted_total == 0
+        await eventually(lambda: nothing_held(stack))
+
+
+async def test_a_resumption_says_its_own_priority(pair: Pair, redis_url: str) -> None:
+    async with whole(pair, redis_url, max_generations=1, max_waiting=1) as stack:
+        fields: dict[str, Any] = {"session_id": "s", "create_session": True, "priority": 3}
+        call = await begun(stack, {**GREEDY, "max_tokens": 40}, **fields)
+        call.cancel()
+        again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=1, priority=-1)
+        output = Output()
+        async for chunk in stack.client.Generate(again, timeout=50):
+            output.add(chunk)
+        assert len(output.token_ids) == 39
