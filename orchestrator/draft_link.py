@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from orchestrator.link import MODEL_INFO_TIMEOUT_S, ReplicaLink
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.support import Support
+from outrider.telemetry.tracing import current_span
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 from outrider.wire import (
     FLOAT32,
@@ -66,7 +68,7 @@ class DraftHandle:
         self._num_unanswered = 0
         self._heard_at = time.monotonic()
         self._proposals: list[Proposal] = []
-        self._num_told = len(context)
+        self.num_opened_tokens = self._num_told = len(context)
         self._news = asyncio.Event()
         self.replica = link.endpoint
         self.lost: str | None = None
@@ -75,6 +77,9 @@ class DraftHandle:
         self.wire_bytes = 0
         # What its proposals have proved the replica to hold.
         self.cached_len = 0
+        # Of the request, where it is traced.
+        self.span = current_span()
+        self._request_context = contextvars.copy_context()
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
@@ -140,7 +145,7 @@ class DraftHandle:
             proposal = self._parse(message)
         except InvalidRequest as error:
             # A wrong draft costs speed, never an answer: nothing of it is used any more.
-            log.warning("bad_proposal", replica=self.replica, why=str(error))
+            self._log(log.warning, "bad_proposal", str(error))
             self.retry_after_s = None
             self.link_lost(f"it sent a bad proposal: {error}")
             return
@@ -165,8 +170,12 @@ class DraftHandle:
             draft_pb2.DraftLost.REASON_DRAINING,
         ):
             self.retry_after_s = None
-        log.info("draft_lost", replica=self.replica, why=lost.detail)
+        self._log(log.info, "draft_lost", lost.detail)
         self.link_lost(lost.detail)
+
+    def _log(self, say: Callable[..., object], event: str, why: str) -> None:
+        """With the ids of the request, though it is the link's task that has heard of it."""
+        self._request_context.run(say, event, replica=self.replica, why=why)
 
     def link_lost(self, why: str) -> None:
         self.lost = why
@@ -268,6 +277,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
             lookahead=lookahead,
             fan_out=fan_out,
             vocab_size=vocab_size,
+            traceparent=handle.span.traceparent if handle.span is not None else "",
         )
         handle._count(opening)
         self.send(opening)

@@ -38,6 +38,8 @@ class Drafting:
         self._policy = policy
         self._handle: DraftHandle | None = None
         self._opened_at = 0.0
+        # About then the replica has run the prompt, at the latest.
+        self._prompt_until = 0.0
         # Replicas that were lost or had no room, and from when on they are asked again.
         self._retry_at: dict[str, float] = {}
         self._former_wire_bytes = 0
@@ -78,6 +80,8 @@ class Drafting:
         if self._link is not None:
             self._opened_at = now
             self._handle, self._is_quiet = self._open_handle(self._link, gamma), False
+            prompt_s = self._policy.costs.draft_prompt_s(self._handle.num_opened_tokens)
+            self._prompt_until = now + prompt_s
 
     def _leave(self) -> None:
         assert self._handle is not None, "it was open"
@@ -113,8 +117,10 @@ class Drafting:
             self.num_lookahead_hits += 1
             self._handle.commit(0, decision.gamma)
             return proposal.head(min(room, decision.gamma))
-        self._is_waiting = decision.waiting_gamma > 0
-        self._handle.commit(decision.waiting_gamma, decision.gamma)
+        is_at_prompt = self._prompt_until - time.monotonic() > decision.wait_s
+        waiting_gamma = 0 if is_at_prompt else decision.waiting_gamma
+        self._is_waiting = waiting_gamma > 0
+        self._handle.commit(waiting_gamma, decision.gamma)
         return None
 
     @property
@@ -131,11 +137,13 @@ class Drafting:
         proposal = await self._handle.wait(self._policy.decision.wait_s)
         waited_s = time.monotonic() - started_at
         self.waited_s += waited_s
+        # What the prompt took says nothing of the rounds after it, nor of other generations.
+        late_s = waited_s - min(waited_s, max(0.0, self._prompt_until - started_at))
         if proposal is None:
             if self._is_open:  # one that is lost says nothing of the next
-                self._policy.saw_no_proposal(waited_s)
+                self._policy.saw_no_proposal(late_s)
             return None
-        self._policy.costs.saw_proposal(waited_s, len(proposal.token_ids))
+        self._policy.costs.saw_proposal(late_s, len(proposal.token_ids))
         return proposal.head(min(state.max_draft_tokens, max(1, self._policy.decision.gamma)))
 
     def kv(self, epoch: int) -> KvHandle | None:

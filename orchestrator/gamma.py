@@ -14,15 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.rates import SMOOTHING, PairCosts, RoundValues
+from orchestrator.rates import FIRST_PROBE_ROUNDS, SMOOTHING, PairCosts, RoundValues
 from orchestrator.survival import Survival
 
 # A γ is left only for one this much better, so that noise does not make it flutter.
 _HYSTERESIS = 1.03
 # A decision stands for so many rounds.
 _ROUNDS_PER_DECISION = 4
-# While γ is 0 a round in so many tries drafts again, the fewer the longer they do not pay.
-_FIRST_PROBE_ROUNDS = 32
 _MAX_PROBE_ROUNDS = 512
 _PROBE_GAMMA = 2
 # What it finds out must not depend on what is thought: it waits for the draft's own steps and this
@@ -74,11 +72,12 @@ class GammaPolicy:
         self._fixed = fixed
         self._fixed_wait_s = fixed_wait_s
         self._survival = Survival(costs.survival)
-        self._hit_rate = 0.5
+        self._hit_rate = costs.lookahead_hit_rate
         self._decision: GammaDecision | None = None
         self._num_rounds_left = 0
-        self._num_plain_rounds = 0
-        self._probe_rounds = _FIRST_PROBE_ROUNDS
+        # Short outputs go on counting where others were: else each would try, or none.
+        self._num_plain_rounds = costs.num_plain_rounds
+        self._probe_rounds = costs.probe_rounds
         # The round before was a probe, and all its draft tokens stood.
         self._is_promising = False
 
@@ -108,12 +107,13 @@ class GammaPolicy:
         self._is_promising = num_draft_tokens > 0 and not is_rejected
         if num_draft_tokens:
             if self._decision is not None and self._decision.gamma > _PROBE_GAMMA:
-                self._num_plain_rounds, self._probe_rounds = 0, _FIRST_PROBE_ROUNDS
+                self._count_plain(0, FIRST_PROBE_ROUNDS)
             self._survival.saw(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
     def saw_lookahead(self, *, is_hit: bool) -> None:
         """A round's proposal was here when the verdict before it came, or was not."""
         self._hit_rate += SMOOTHING * (is_hit - self._hit_rate)
+        self.costs.saw_lookahead(is_hit=is_hit)
 
     def saw_no_proposal(self, waited_s: float) -> None:
         """It was waited for so long, in vain."""
@@ -171,14 +171,18 @@ class GammaPolicy:
 
         A probe that went well is followed by the next at once, till the choice is another one.
         """
-        self._num_plain_rounds += _ROUNDS_PER_DECISION
-        if self._num_plain_rounds < self._probe_rounds and not self._is_promising:
+        num_plain = self._num_plain_rounds + _ROUNDS_PER_DECISION
+        if num_plain < self._probe_rounds and not self._is_promising:
+            self._count_plain(num_plain, self._probe_rounds)
             return False
-        if not self._is_promising:
-            self._probe_rounds = min(2 * self._probe_rounds, _MAX_PROBE_ROUNDS)
-        self._num_plain_rounds = 0
+        longer = self._probe_rounds if self._is_promising else 2 * self._probe_rounds
+        self._count_plain(0, min(longer, _MAX_PROBE_ROUNDS))
         self._num_rounds_left = 1
         return True
+
+    def _count_plain(self, num_plain_rounds: int, probe_rounds: int) -> None:
+        self._num_plain_rounds = self.costs.num_plain_rounds = num_plain_rounds
+        self._probe_rounds = self.costs.probe_rounds = probe_rounds
 
     def _wait_s(self, values: RoundValues, gamma: int, is_probe: bool) -> float:
         """As long as it is worth; but not for ever for a draft that is always late."""

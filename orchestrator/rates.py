@@ -12,10 +12,17 @@ from itertools import accumulate
 
 from orchestrator.survival import Survival
 from outrider.costs import CostReport
+from outrider.telemetry.distribution import Distribution
 
 SMOOTHING = 0.1
 # Of the draft's lateness, at each decision not to wait for it.
 _LATENESS_LEFT = 0.99
+# Of the share of look-ahead hits over all generations: the last hundred or so rounds speak.
+_HIT_SMOOTHING = 0.01
+# While γ is 0 a round in so many tries drafts again, the fewer the longer they do not pay.
+FIRST_PROBE_ROUNDS = 32
+# A prompt's pass costs more than the line says: attention grows with its square.
+_PROMPT_SLACK = 2.0
 # The least overhead seen is forgotten slowly.
 _LEAST_RISES = 1.01
 
@@ -34,12 +41,24 @@ class PairCosts:
     target_overhead_s: float = 0.001
     draft_overhead_s: float = 0.001
     least_overhead_s: float = 0.001
+    # For operators: look-ahead, and round trips where somebody wants to know.
+    num_lookahead_hits: int = 0
+    num_lookahead_misses: int = 0
+    # What a new generation starts from: the share of look-ahead hits, the plain rounds since one
+    # was tried with drafts, and after how many the next is.
+    lookahead_hit_rate: float = 0.5
+    num_plain_rounds: int = 0
+    probe_rounds: int = FIRST_PROBE_ROUNDS
+    verify_round_trip: Distribution | None = None
+    draft_round_trip: Distribution | None = None
     # Reports come seldom, decisions often.
     _report: CostReport | None = None
     _steps_s: tuple[float, ...] = ()
 
     def saw_reply(self, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
         """`left_at_once`: the row, right after the verdict before it."""
+        if self.verify_round_trip is not None:
+            self.verify_round_trip.observe(latency_s)
         overhead_s = max(0.0, latency_s - step_s)
         self.least_overhead_s = min(overhead_s, self.least_overhead_s * _LEAST_RISES)
         if left_at_once:
@@ -55,13 +74,24 @@ class PairCosts:
 
     def saw_proposal(self, waited_s: float, num_tokens: int) -> None:
         """Waited for, so long from its commit on."""
+        if self.draft_round_trip is not None:
+            self.draft_round_trip.observe(waited_s)
+        self._took(waited_s, num_tokens)
+
+    def _took(self, waited_s: float, num_tokens: int) -> None:
         overhead_s = max(0.0, waited_s - num_tokens * self.draft_step_s)
         self.draft_overhead_s += SMOOTHING * (overhead_s - self.draft_overhead_s)
 
     def saw_no_proposal(self, waited_s: float, num_tokens: int) -> None:
         """Waited for in vain: it would have taken longer, say twice as long; never a good sign."""
         if 2 * waited_s - num_tokens * self.draft_step_s > self.draft_overhead_s:
-            self.saw_proposal(2 * waited_s, num_tokens)
+            self._took(2 * waited_s, num_tokens)
+
+    def saw_lookahead(self, *, is_hit: bool) -> None:
+        """A round's proposal was here when the verdict before it came, or was not."""
+        self.num_lookahead_hits += is_hit
+        self.num_lookahead_misses += not is_hit
+        self.lookahead_hit_rate += _HIT_SMOOTHING * (is_hit - self.lookahead_hit_rate)
 
     def forget_lateness(self) -> None:
         """Nobody waits any more, so nothing new is learnt of it; a wait is tried again some day."""
@@ -71,6 +101,10 @@ class PairCosts:
     def draft_step_s(self) -> float:
         report = self.draft()
         return report.pass_s(report.mean_num_rows, report.mean_num_rows)
+
+    def draft_prompt_s(self, num_tokens: int) -> float:
+        """At most about so long the draft is busy with a prompt before it can propose."""
+        return _PROMPT_SLACK * self.draft().pass_s(num_tokens, 1)
 
     def target_steps_s(self, max_gamma: int) -> tuple[float, ...]:
         """[γ]: a pass if every row of the batch brings so many draft tokens."""
