@@ -17,7 +17,8 @@ import structlog
 
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
-from outrider.rpc import CHANNEL_OPTIONS
+from outrider.frames import SMALL_BYTES
+from outrider.security.channel import OpenChannel, open_plain
 from outrider.streams import Outbox
 from outrider.v1 import model_pb2
 
@@ -26,8 +27,12 @@ log = structlog.get_logger()
 MODEL_INFO_TIMEOUT_S = 5.0
 # Between attempts; the channel's own backoff (CHANNEL_OPTIONS) is of the same size.
 RECONNECT_DELAY_S = 0.2
-# The largest items are opens with a whole context: 256 of 32,000 tokens are half of the limit.
 MAX_FRAME_ITEMS = 256
+# An open with a whole context may be larger, and is a frame of its own then. So a frame stays far
+# from the limit of a message, and what is smaller is not looked through by the other side.
+MAX_FRAME_BYTES = SMALL_BYTES
+# Of an item in its frame: one byte of tag, and a length of at most five.
+_MAX_ITEM_HEADER_BYTES = 6
 
 
 class Handle(Protocol):
@@ -58,6 +63,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         endpoint: str,
         check_model: Callable[[model_pb2.ModelInfo], None],
         on_change: Callable[[], None],
+        open_channel: OpenChannel = open_plain,
     ) -> None:
         self.endpoint = endpoint
         self.model: model_pb2.ModelInfo | None = None
@@ -70,6 +76,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         self._is_silent = False
         self._check_model = check_model
         self._on_change = on_change
+        self._open_channel = open_channel
         self._handles: dict[int, HandleType] = {}
         self._outbox: Outbox[Item] | None = None
         self._next_id = 0
@@ -79,9 +86,26 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         return self._outbox is not None
 
     @property
+    def is_idle(self) -> bool:
+        """No generation of this orchestrator is there."""
+        return not self._handles
+
+    @property
     def takes_generations(self) -> bool:
         """Connected, and neither stopping nor stuck nor silent when it should have answered."""
         return self.is_connected and not self._is_silent and self._state in _OPEN_STATES
+
+    @property
+    def condition(self) -> str:
+        """For operators: the replica's state, or what keeps it from having one here."""
+        if not self.is_connected:
+            return "away" if self.refused is None else "refused"
+        return "silent" if self._is_silent else _state_name(self._state)
+
+    @property
+    def num_open(self) -> int:
+        """Generations of this orchestrator there."""
+        return len(self._handles)
 
     @property
     def load(self) -> int:
@@ -108,14 +132,14 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 self.refused = error
             except asyncio.InvalidStateError:  # a write after an abrupt end (facts.md §2)
                 why = "the stream broke"
-            except asyncio.CancelledError:
-                self._disconnected("the link is closed")
-                if _is_cancelled():
-                    raise
+            except asyncio.CancelledError:  # the task is to end, or only the call was cancelled
                 why = "the stream was cancelled"
             except Exception as error:  # a defect of ours: the stream anew, not the process down
                 log.error("link_failed", tier=self.tier, exc_info=error)
                 why = f"a failure here: {error}"
+            if _is_cancelled():  # even where the stream broke at the same moment
+                self._disconnected("the link is closed")
+                raise asyncio.CancelledError
             if self.is_connected:
                 log.warning("replica_lost", tier=self.tier, endpoint=self.endpoint, why=why)
             self._disconnected(why)
@@ -123,7 +147,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             await asyncio.sleep(RECONNECT_DELAY_S)
 
     async def _connect(self) -> None:
-        async with grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
+        async with self._open_channel(self.endpoint) as channel:
             model, self._state = await self._get_model(channel)
             self._check_model(model)
             outbox: Outbox[Item] = Outbox()
@@ -165,8 +189,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def _turned(self, state: int) -> None:
         if state == self._state:
             return
-        names = {number: name for name, number in model_pb2.ReplicaState.items()}
-        name = names.get(state, str(state)).removeprefix("REPLICA_STATE_").lower()
+        name = _state_name(state)
         log.info("replica_state", tier=self.tier, endpoint=self.endpoint, state=name)
         self._state = state
         if state == model_pb2.REPLICA_STATE_STUCK:
@@ -209,16 +232,21 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def _in_order(self, items: list[Item]) -> list[list[Item]]:
         """A replica applies a frame's opens first: one that follows a close starts a new frame.
 
-        So does every one beyond MAX_FRAME_ITEMS, for a message's size is limited.
+        So does every one beyond MAX_FRAME_ITEMS or MAX_FRAME_BYTES: a message that is too large
+        would end the stream of all.
         """
         parts: list[list[Item]] = [[]]
         has_close = False
+        num_bytes = 0
         for item in items:
+            size = _num_bytes(item)
             comes_late = has_close and isinstance(item, self.open_type)
-            if comes_late or len(parts[-1]) >= MAX_FRAME_ITEMS:
+            is_full = len(parts[-1]) >= MAX_FRAME_ITEMS or num_bytes + size > MAX_FRAME_BYTES
+            if parts[-1] and (comes_late or is_full):
                 parts.append([])
-                has_close = False
+                has_close, num_bytes = False, 0
             has_close = has_close or isinstance(item, self.close_type)
+            num_bytes += size
             parts[-1].append(item)
         return parts
 
@@ -227,6 +255,20 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     @abstractmethod
     def _dispatch(self, frame: Frame) -> None: ...
+
+
+def _num_bytes(item: Any) -> int:
+    """On the wire, with its tag and length."""
+    size = len(item.encode()) if isinstance(item, str) else item.ByteSize()
+    return int(size) + _MAX_ITEM_HEADER_BYTES
+
+
+def _state_name(state: int) -> str:
+    """A state of a later release is told as a number."""
+    if state == model_pb2.REPLICA_STATE_UNSPECIFIED:
+        return "ready"
+    names = {number: name for name, number in model_pb2.ReplicaState.items()}
+    return names.get(state, str(state)).removeprefix("REPLICA_STATE_").lower()
 
 
 def _is_cancelled() -> bool:
