@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from orchestrator.pool import ReplicaPool
+from outrider.redis_address import RedisAddress
 from outrider.registry import Replica, Watcher
 
 
 @contextlib.asynccontextmanager
 async def discovering(
-    redis_url: str, pools: Sequence[ReplicaPool[Any] | None]
+    redis: RedisAddress, pools: Sequence[ReplicaPool[Any] | None]
 ) -> AsyncIterator[None]:
     """For the time of a block, for those pools that have no list of their own."""
     async with asyncio.TaskGroup() as tasks:
         watching = [
-            tasks.create_task(_watcher(redis_url, pool).run(), name=f"{pool.tier} registry")
+            tasks.create_task(_watcher(redis, pool).run(), name=f"{pool.tier} registry")
             for pool in pools
             if pool is not None and pool.is_discovered
         ]
@@ -29,8 +30,8 @@ async def discovering(
                 task.cancel()
 
 
-def _watcher(redis_url: str, pool: ReplicaPool[Any]) -> Watcher:
+def _watcher(redis: RedisAddress, pool: ReplicaPool[Any]) -> Watcher:
     def offer(replicas: list[Replica]) -> None:
         pool.offer({replica.address: replica.num_open_generations for replica in replicas})
 
-    return Watcher(redis_url, pool.tier, offer)
+    return Watcher(redis, pool.tier, offer)

@@ -11,16 +11,19 @@ it cost a task switch, a deadline and a retry wrapper per command.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
-from urllib.parse import urlsplit
 
 from redis import exceptions
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
 from outrider.errors import ConfigError, InternalError, OutriderError, Unavailable
+from outrider.redis_address import RedisAddress
+from outrider.security.files import read_secret
 
 Command = tuple[bytes, ...]
 Reply = Any
@@ -54,12 +57,17 @@ class NoScript(Exception):
 
 
 class Link:
-    def __init__(self, url: str, *, timeout_s: float, preamble: Sequence[Command]) -> None:
+    def __init__(
+        self, redis: RedisAddress | str, *, timeout_s: float, preamble: Sequence[Command]
+    ) -> None:
         """Connects later. `preamble` is sent on each new connection. Raises ConfigError."""
         self._timeout_s = timeout_s
         self._preamble = tuple(preamble)
-        self._address = _address(url)
-        self._connection = _connection(url)
+        self._address = RedisAddress(redis) if isinstance(redis, str) else redis
+        self._connection = _connection(self._address)
+        if self._address.password_file is not None:
+            read_secret(self._address.password_file, "redis_password_file")
+        _tls_context(self._address)
 
     async def exchange(self, commands: Sequence[Command]) -> list[Reply | Exception]:
         """One reply per command, or the exception that is its own (an OutriderError or NoScript).
@@ -92,6 +100,7 @@ class Link:
         try:
             if not self._connection.is_connected:
                 async with asyncio.timeout(self._timeout_s):
+                    await self._renew_tls()
                     await self._connection.connect()
                     for reply in await self._pipeline(self._preamble):
                         if isinstance(reply, Exception):
@@ -105,6 +114,15 @@ class Link:
         if any(isinstance(reply, Unavailable) for reply in replies):
             await self._drop()  # after a failover the address may lead to another server
         return replies
+
+    async def _renew_tls(self) -> None:
+        """By the files as they are now: redis-py would read them once."""
+        try:
+            context = await asyncio.to_thread(_tls_context, self._address)
+        except ConfigError as error:
+            raise Unavailable(f"redis at {self._address}: {error}") from None
+        if context is not None:
+            cast(Any, self._connection).ssl_context.context = context
 
     async def _pipeline(self, commands: Sequence[Command]) -> list[Reply | Exception]:
         connection = self._connection
@@ -142,10 +160,49 @@ def _translate(error: exceptions.ResponseError) -> NoScript | OutriderError:
     return InternalError(f"redis: {error}")
 
 
-def _connection(url: str) -> _Connection:
+class _FromFile(CredentialProvider):
+    """Asked at each connection."""
+
+    def __init__(self, user: str | None, path: str) -> None:
+        self._user = user
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = read_secret(self._path, "redis_password_file")
+        except ConfigError as error:
+            raise exceptions.AuthenticationError(str(error)) from None
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return await asyncio.to_thread(self.get_credentials)
+
+
+def _tls_context(redis: RedisAddress) -> ssl.SSLContext | None:
+    """None: redis-py makes its own, of what the URL says. Raises ConfigError."""
+    if redis.ca is None and redis.cert is None:
+        return None
+    try:
+        # With an authority of its own it trusts no other; redis-py's would add the system's.
+        context = ssl.create_default_context(cafile=redis.ca)
+        if redis.cert is not None:
+            context.load_cert_chain(redis.cert, redis.key, password=lambda: b"-")
+    except (OSError, ValueError) as error:
+        names = f"{redis.ca or 'unset'}, {redis.cert or 'unset'}, {redis.key or 'unset'}"
+        raise ConfigError(f"redis_ca, redis_cert, redis_key: {names}: {error}") from None
+    return context
+
+
+def _connection(redis: RedisAddress) -> _Connection:
+    login: dict[str, Any] = {}
+    if redis.password_file is not None:
+        login["credential_provider"] = _FromFile(redis.user, redis.password_file)
+    elif redis.user is not None:
+        login["username"] = redis.user  # its password is in the URL
     try:
         pool = ConnectionPool.from_url(
-            url,
+            redis.url,
+            **login,
             protocol=2,
             # Deadlines are kept here, one for a whole pipeline: redis-py's cost a timer per reply,
             # and its default retries make a frozen server take 40 s to fail.
@@ -155,10 +212,4 @@ def _connection(url: str) -> _Connection:
         )
         return cast(_Connection, cast(Any, pool).make_connection())
     except (ValueError, TypeError, exceptions.RedisError) as error:
-        raise ConfigError(f"redis URL {_address(url)!r}: {error}") from None
-
-
-def _address(url: str) -> str:
-    """The URL as it may be shown: without user and password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise ConfigError(f"redis URL {str(redis)!r}: {error}") from None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from outrider.errors import OutriderError
+from outrider.redis_address import RedisAddress
 from outrider.redis_link import Command, Link, Reply
 from outrider.replica import Replica, ReplicaState
 
@@ -59,8 +60,8 @@ def _record_key(tier: str, replica_id: str) -> bytes:
 class _Line:
     """Exchanges with Redis; says once that it is away, and once that it is back."""
 
-    def __init__(self, url: str, who: str) -> None:
-        self._link = Link(url, timeout_s=REDIS_TIMEOUT_S, preamble=())
+    def __init__(self, redis: RedisAddress | str, who: str) -> None:
+        self._link = Link(redis, timeout_s=REDIS_TIMEOUT_S, preamble=())
         self._who = who
         self._is_away = False
 
@@ -88,10 +89,10 @@ class _Line:
 class Announcer:
     """Keeps one replica's record fresh. `run` is its only task."""
 
-    def __init__(self, url: str, describe: Callable[[], Replica]) -> None:
+    def __init__(self, redis: RedisAddress | str, describe: Callable[[], Replica]) -> None:
         """`describe`: the replica as it is now; its id stays. Raises ConfigError for the URL."""
         self._describe = describe
-        self._line = _Line(url, "announcer")
+        self._line = _Line(redis, "announcer")
         self._due = asyncio.Event()
 
     def renew(self) -> None:
@@ -133,7 +134,9 @@ class Announcer:
 class Watcher:
     """Follows the replicas of one tier. `run` is its only task."""
 
-    def __init__(self, url: str, tier: str, on_change: Callable[[list[Replica]], None]) -> None:
+    def __init__(
+        self, redis: RedisAddress | str, tier: str, on_change: Callable[[list[Replica]], None]
+    ) -> None:
         """`on_change` gets the whole list, in the order of ids, whenever it differs.
 
         It is called on the event loop and must not block. The first list is told even if it is
@@ -142,7 +145,7 @@ class Watcher:
         """
         self._tier = tier
         self._on_change = on_change
-        self._line = _Line(url, f"watcher of {tier}")
+        self._line = _Line(redis, f"watcher of {tier}")
         self._replicas: list[Replica] | None = None
         self._malformed: set[bytes] = set()
 

@@ -12,6 +12,7 @@ from orchestrator.store.records import (
     RoundRecord,
     SessionRecord,
     StoreOptions,
+    scoped_id,
     unrecorded,
     validate_session_id,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "StoreOptions",
+    "scoped_id",
     "unrecorded",
     "validate_session_id",
 ]

@@ -26,6 +26,15 @@ def validate_session_id(session_id: str) -> str:
     return session_id
 
 
+def scoped_id(session_id: str, caller: str) -> str:
+    """A session's name among those of all callers, in Redis and at the tiers.
+
+    Each caller has names of its own: another's session is not refused, it is not there. No name of
+    a caller or of a session has a slash.
+    """
+    return f"{caller}/{session_id}" if caller else session_id
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     session_ttl_s: float = 3600.0
@@ -109,10 +118,16 @@ class Lease:
     created: bool
     is_recorded: bool = True
     """False: Redis was away when it was asked for; nothing is ever written for it."""
+    caller: str = ""
+    """Whose session it is; empty where callers have no names."""
     cursor: Cursor = field(default_factory=Cursor, repr=False)
 
+    @property
+    def scoped_id(self) -> str:
+        return scoped_id(self.session_id, self.caller)
 
-def unrecorded(session_id: str, model: str) -> Lease:
+
+def unrecorded(session_id: str, model: str, caller: str = "") -> Lease:
     """Of a generation that goes on without Redis, and leaves nothing there."""
     record = SessionRecord(
         session_id=session_id,
@@ -128,7 +143,8 @@ def unrecorded(session_id: str, model: str) -> Lease:
         expires_in_s=0.0,
     )
     # As Redis' own epochs; the id is this generation's alone.
-    return Lease(session_id, time.time_ns() // 1000, record, created=True, is_recorded=False)
+    epoch = time.time_ns() // 1000
+    return Lease(session_id, epoch, record, created=True, is_recorded=False, caller=caller)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,6 +27,7 @@ from orchestrator.store.records import (
     SessionRecord,
     StoreOptions,
     TokenIds,
+    scoped_id,
     validate_session_id,
 )
 from orchestrator.store.writer import PipelineWriter
@@ -38,6 +39,7 @@ from outrider.errors import (
     SessionNotFound,
     Unavailable,
 )
+from outrider.redis_address import RedisAddress
 from outrider.redis_link import Command, Link
 
 
@@ -47,12 +49,12 @@ class SessionStore:
     Each raises Unavailable where Redis cannot be reached, within about 2 x socket_timeout_s.
     """
 
-    def __init__(self, url: str, options: StoreOptions | None = None) -> None:
-        """`url`: redis://, rediss:// or unix://. Raises ConfigError for another."""
+    def __init__(self, redis: RedisAddress | str, options: StoreOptions | None = None) -> None:
+        """A URL is redis://, rediss:// or unix://. Raises ConfigError for another."""
         self._options = options = options or StoreOptions()
         preamble = [(b"SCRIPT", b"LOAD", script.source) for script in lua.SCRIPTS]
         self._writer = PipelineWriter(
-            Link(url, timeout_s=options.socket_timeout_s, preamble=preamble)
+            Link(redis, timeout_s=options.socket_timeout_s, preamble=preamble)
         )
         self._lease_us = b"%d" % round(options.lease_ttl_s * 1e6)
         self._session_ttl_ms = b"%d" % round(options.session_ttl_s * 1e3)
@@ -72,6 +74,11 @@ class SessionStore:
         """What is pending is written first. Leases are left to their holders."""
         await self._writer.close()
 
+    @property
+    def is_away(self) -> bool:
+        """Redis has not answered when it was last asked for something."""
+        return self._writer.is_away
+
     async def ping(self) -> bool:
         try:
             return bool(await self._writer.command(b"PING") == b"PONG")
@@ -79,17 +86,24 @@ class SessionStore:
             return False
 
     async def acquire(
-        self, session_id: str, *, create: bool, model: str, takeover: bool = False
+        self,
+        session_id: str,
+        *,
+        create: bool,
+        model: str,
+        takeover: bool = False,
+        caller: str = "",
     ) -> Lease:
         """Raises SessionNotFound, SessionInUse, InvalidRequest.
 
+        `caller`: whose session; another's of the same name is another.
         `takeover` asks nobody: whoever holds the session can write no more, from this very moment.
         A caller cancelled here may leave a lease behind; it lapses after lease_ttl_s.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
         status, *rest = await self._writer.run(
             lua.ACQUIRE,
-            self._keys(session_id),
+            self._keys(session_id, caller),
             (
                 owner.encode(),
                 b"1" if create else b"0",
@@ -109,7 +123,7 @@ class SessionStore:
         snapshot[1] = 0  # not in use but by this very call, if that had to be sent twice
         record = unpack_snapshot(session_id, snapshot)
         cursor = Cursor(committed_len=len(record.token_ids), counters=record.counters)
-        return Lease(session_id, int(epoch), record, bool(created), cursor=cursor)
+        return Lease(session_id, int(epoch), record, bool(created), caller=caller, cursor=cursor)
 
     async def begin_turn(
         self,
@@ -207,29 +221,30 @@ class SessionStore:
                 self._session_ttl_ms,
             )
 
-    async def get(self, session_id: str) -> SessionRecord:
+    async def get(self, session_id: str, caller: str = "") -> SessionRecord:
         """Raises SessionNotFound. Does not make the session live longer."""
-        return await self._read(lua.GET, session_id)
+        return await self._read(lua.GET, session_id, caller)
 
-    async def delete(self, session_id: str) -> SessionRecord:
+    async def delete(self, session_id: str, caller: str = "") -> SessionRecord:
         """What it was, so that its KV can be freed. Raises SessionNotFound, SessionInUse."""
-        return await self._read(lua.DELETE, session_id)
+        return await self._read(lua.DELETE, session_id, caller)
 
-    async def _read(self, script: lua.Script, session_id: str) -> SessionRecord:
-        status, *rest = await self._writer.run(script, self._keys(session_id), ())
+    async def _read(self, script: lua.Script, session_id: str, caller: str) -> SessionRecord:
+        status, *rest = await self._writer.run(script, self._keys(session_id, caller), ())
         if status != b"ok":
             _refuse(status, rest, session_id)
         return unpack_snapshot(session_id, rest[0])
 
     async def _write(self, script: lua.Script, lease: Lease, *args: bytes) -> None:
         status, *rest = await self._writer.run(
-            script, self._keys(lease.session_id), (b"%d" % lease.epoch, *args)
+            script, self._keys(lease.session_id, lease.caller), (b"%d" % lease.epoch, *args)
         )
         if status != b"ok":
             _refuse(status, rest, lease.session_id)
 
-    def _keys(self, session_id: str) -> Command:
-        key = f"{self._options.prefix}:session:{{{validate_session_id(session_id)}}}"
+    def _keys(self, session_id: str, caller: str) -> Command:
+        name = scoped_id(validate_session_id(session_id), caller)
+        key = f"{self._options.prefix}:session:{{{name}}}"
         return key.encode(), f"{key}:tokens".encode()
 
 

@@ -57,6 +57,8 @@ class PipelineWriter:
         self._closing = False
         self._paused_until = 0.0
         self._failure = ""
+        # Redis has not answered last time.
+        self.is_away = False
 
     def start(self) -> None:
         assert self._task is None, "started twice"
@@ -129,6 +131,7 @@ class PipelineWriter:
                 for i, reply in zip(forgotten, await self._link.exchange(sources), strict=True):
                     replies[i] = reply
         except Unavailable as error:
+            self.is_away = True
             self._failure = str(error)
             self._paused_until = asyncio.get_running_loop().time() + PAUSE_S
             # Those behind would only wait for the same.
@@ -139,6 +142,7 @@ class PipelineWriter:
             log.error("store_batch_failed", exc_info=error)
             self._fail(batch, Unavailable(f"session store: {error!r}"))
             return
+        self.is_away = False
         for call, reply in zip(batch, replies, strict=True):
             _resolve(call, reply)
 

@@ -1,0 +1,108 @@
+"""Who calls: the key of each call, whose it is, and what they may use.
+
+A call's caller is a variable of its task's context, set before the method runs. Knows keys and
+quotas; nothing of requests or sessions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from orchestrator.quota import Quota
+from orchestrator.shared_quota import SharedQuotas
+from outrider.errors import Unauthenticated
+from outrider.security.files import WatchedFiles
+from outrider.security.guarding import Context, Refusals, guarded, is_open_to_all
+from outrider.security.keys import KeyLimits, KeyRing
+
+_BEARER = "bearer "
+_MAX_KEY_CHARS = 512
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`name`: of the key; empty where no keys are asked for."""
+
+    name: str
+    quota: Quota
+
+
+_ANYBODY = Caller("", Quota("", KeyLimits()))
+_CALLER: ContextVar[Caller] = ContextVar("caller", default=_ANYBODY)
+
+
+def current_caller() -> Caller:
+    """Of the call whose task this is."""
+    return _CALLER.get()
+
+
+class KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Lets in whoever shows a key that is known. Health is open; lives on the event loop.
+
+    `metered`: the full name of the method whose calls count as streams.
+    """
+
+    def __init__(self, keys: WatchedFiles[KeyRing], metered: str, shared: SharedQuotas) -> None:
+        self.keys = keys
+        self.shared = shared
+        self._metered = metered
+        self._quotas: dict[str, Quota] = {}
+        self._refusals = Refusals()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or is_open_to_all(details.method):
+            return handler
+
+        @contextlib.asynccontextmanager
+        async def admitted(context: Context) -> AsyncIterator[None]:
+            caller = self._identify(context, details.method)
+            _CALLER.set(caller)
+            structlog.contextvars.bind_contextvars(caller=caller.name)
+            if details.method != self._metered:
+                yield
+                return
+            with caller.quota.stream():
+                async with self.shared.stream(caller.quota):
+                    yield
+
+        return guarded(handler, admitted)
+
+    def _identify(self, context: Context, method: str) -> Caller:
+        presented = _presented(context)
+        key = self.keys.current.find(presented) if presented else None
+        if key is None:
+            why = "the key is not known" if presented else "no key was shown"
+            self._refusals.say(context, method, why)
+            raise Unauthenticated(
+                f"{why}: send one as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
+            )
+        quota = self._quotas.get(key.name)
+        if quota is None:
+            quota = self._quotas[key.name] = Quota(key.name, key.limits)
+        quota.limits = key.limits
+        return Caller(key.name, quota)
+
+
+def _presented(context: Context) -> str:
+    """Empty: none, or two that differ."""
+    shown: set[str] = set()
+    for name, value in context.invocation_metadata() or ():
+        if not isinstance(value, str) or len(value) > _MAX_KEY_CHARS:
+            continue
+        if name == "x-api-key":
+            shown.add(value.strip())
+        elif name == "authorization" and value[: len(_BEARER)].lower() == _BEARER:
+            shown.add(value[len(_BEARER) :].strip())
+    return shown.pop() if len(shown) == 1 else ""

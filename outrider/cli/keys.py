@@ -1,0 +1,33 @@
+"""`outrider keys new`: a key for a caller, and the line by which the orchestrator knows it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+keys = typer.Typer(help="Keys of those who may call an orchestrator.", no_args_is_help=True)
+
+
+@keys.callback()
+def _keys() -> None:
+    """Makes typer keep `new` as a command of its own."""
+
+
+@keys.command()
+def new(
+    name: Annotated[str, typer.Argument(help="The caller; keys of one name share its sessions.")],
+    streams: Annotated[int | None, typer.Option(help="Most generations at a time.", min=1)] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Of prompts and outputs together, over time.", min=1)
+    ] = None,
+) -> None:
+    """Make a key: the key on standard output, its line for --api-keys-file on standard error.
+
+    Nothing keeps the key; the line is no secret.
+    """
+    from outrider.security.keys import KeyLimits, new_key
+
+    secret, line = new_key(name, KeyLimits(streams, tokens_per_minute))
+    typer.echo(str(line), err=True)
+    typer.echo(secret)

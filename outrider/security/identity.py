@@ -1,0 +1,57 @@
+"""Lets in callers whose certificate has one of some names; that its authority is ours, TLS knows.
+
+For the tiers: whoever has a certificate of the same authority is not yet the orchestrator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any
+
+import grpc
+
+from outrider.errors import PermissionDenied
+from outrider.security.guarding import Context, Refusals, guarded, is_open_to_all
+
+# gRPC's name for the DNS names among a certificate's subject alternative names.
+_DNS_NAMES = "peer_dns"
+
+
+class IdentityGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Asked once per call; a stream's messages cost nothing. Health is open."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = frozenset(names)
+        self._refusals = Refusals()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or is_open_to_all(details.method):
+            return handler
+
+        @contextlib.asynccontextmanager
+        async def checked(context: Context) -> AsyncIterator[None]:
+            self._check(context, details.method)
+            yield
+
+        return guarded(handler, checked)
+
+    def _check(self, context: Context, method: str) -> None:
+        shown = {name.decode(errors="replace") for name in dns_names(context)}
+        if not shown & self._names:
+            self._refusals.say(context, method, f"names {sorted(shown)}")
+            raise PermissionDenied(
+                "the certificate's names are not among those that may call: "
+                f"{', '.join(sorted(shown)) or 'it has none'}"
+            )
+
+
+def dns_names(context: Context) -> list[bytes]:
+    """Of the caller's certificate, which TLS has verified."""
+    said: Any = context.auth_context()
+    return list(said.get(_DNS_NAMES, ()))

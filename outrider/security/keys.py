@@ -1,0 +1,142 @@
+"""Callers' keys: how one is made, the file that holds their digests, whose a key is.
+
+A line of the file is `NAME sha256:DIGEST [streams=N] [tokens_per_minute=N]`; `#` begins a comment.
+The file holds no key, so that who reads it can call nothing. A key is 256 random bits: a plain
+digest is enough, there is nothing to guess. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outrider.errors import ConfigError
+from outrider.security.files import WatchedFiles, read_file
+
+_PREFIX = "outrider-"
+_KEY_BYTES = 32
+# It stands in Redis' keys before the session's id.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
+# All are looked through at each call: some 0.3 us each (measured).
+MAX_KEYS = 4_096
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What a caller may use at a time; None: as much as there is."""
+
+    streams: int | None = None
+    tokens_per_minute: int | None = None
+
+    def __str__(self) -> str:
+        said = {"streams": self.streams, "tokens_per_minute": self.tokens_per_minute}
+        return " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """Lines of one name are one caller, for instance while a new key takes an old one's place."""
+
+    name: str
+    digest: bytes = field(repr=False)
+    limits: KeyLimits
+
+    def __str__(self) -> str:
+        """As a line of the file."""
+        return f"{self.name} sha256:{self.digest.hex()} {self.limits}".rstrip()
+
+
+class KeyRing:
+    """All keys that are known."""
+
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
+        self._keys = tuple(keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyRing) and self._keys == other._keys
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def find(self, presented: str) -> ApiKey | None:
+        """Whose key it is. Takes the same time whatever is presented."""
+        digest = _digest(presented)
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+    def limits_of(self, name: str) -> KeyLimits | None:
+        """None: nobody is called so (any more)."""
+        return next((key.limits for key in self._keys if key.name == name), None)
+
+
+def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
+    """A key for the caller to keep, and its line for the file. Raises ConfigError."""
+    _check_name(name)
+    secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    return secret, ApiKey(name, _digest(secret), limits)
+
+
+def watched_keys(path: str) -> WatchedFiles[KeyRing]:
+    """The file's keys, read anew when it changes. Raises ConfigError naming file and line."""
+    return WatchedFiles([path], lambda: _read(path))
+
+
+def _read(path: str) -> KeyRing:
+    try:
+        text = read_file(path, "api_keys_file").decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"api_keys_file: {path} is not UTF-8 text") from None
+    keys: list[ApiKey] = []
+    limits: dict[str, KeyLimits] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            key = _parse(words)
+            if limits.setdefault(key.name, key.limits) != key.limits:
+                raise ConfigError(f"{key.name} has other limits in an earlier line")
+        except ConfigError as error:
+            raise ConfigError(f"api_keys_file: {path}, line {number}: {error}") from None
+        keys.append(key)
+    if not keys:
+        raise ConfigError(f"api_keys_file: {path} has no keys; make one with: outrider keys new")
+    if len(keys) > MAX_KEYS:
+        raise ConfigError(f"api_keys_file: {path} has {len(keys)} keys; at most {MAX_KEYS}")
+    return KeyRing(keys)
+
+
+def _parse(words: list[str]) -> ApiKey:
+    """Never says what it was given: it may be a key, by mistake."""
+    name, *rest = words
+    _check_name(name)
+    digest = _DIGEST.fullmatch(rest[0]) if rest else None
+    if digest is None:
+        raise ConfigError(f"{name}: sha256: and 64 hexadecimal digits must follow")
+    values: dict[str, int] = {}
+    for word in rest[1:]:
+        label, _, value = word.partition("=")
+        if label not in ("streams", "tokens_per_minute") or label in values:
+            raise ConfigError(f"{name}: only streams=N and tokens_per_minute=N may follow, once")
+        if not (value.isascii() and value.isdigit() and 1 <= int(value[:16]) < 10**15):
+            raise ConfigError(f"{name}: {label} must be a number of 1 or more")
+        values[label] = int(value)
+    return ApiKey(name, bytes.fromhex(digest[1]), KeyLimits(**values))
+
+
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(
+            "a name is 1 to 63 characters of A-Z a-z 0-9 . _ -, a letter or digit first"
+        )
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).digest()

@@ -1,0 +1,60 @@
+"""Certificates, keys and authorities in PEM files, for servers and for clients.
+
+Checks that they can be used together before anybody is given them. Knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+
+from outrider.errors import ConfigError
+from outrider.security.files import WatchedFiles, read_file
+
+
+@dataclass(frozen=True)
+class Pem:
+    """PEM texts; None where the settings name no file. Shows nothing of itself in logs."""
+
+    ca: bytes | None = field(repr=False)
+    cert: bytes | None = field(repr=False)
+    key: bytes | None = field(repr=False)
+
+
+def watched_pem(
+    *, ca: str | None, cert: str | None, key: str | None, ca_name: str, cert_name: str
+) -> WatchedFiles[Pem]:
+    """Paths, and the names of their settings. Raises ConfigError."""
+
+    def read() -> Pem:
+        return Pem(
+            ca=_authorities(ca, ca_name) if ca is not None else None,
+            cert=_certificate(cert, key, cert_name) if cert is not None else None,
+            key=read_file(key, cert_name) if key is not None else None,
+        )
+
+    return WatchedFiles([path for path in (ca, cert, key) if path is not None], read)
+
+
+def _authorities(path: str, name: str) -> bytes:
+    content = read_file(path, name)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
+            cadata=content.decode("ascii")
+        )
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"{name}: {path} holds no PEM certificate: {error}") from None
+    return content
+
+
+def _certificate(path: str, key: str | None, name: str) -> bytes:
+    content = read_file(path, name)
+    try:
+        # A key that needs a password is refused: there is nobody to ask.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path, key, password=lambda: b"-")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: {path} and {key} are no certificate and its key: {error}"
+        ) from None
+    return content

@@ -1,0 +1,90 @@
+"""What protects a gRPC server: its credentials, who is let in, the probes' own port.
+
+Certificates are looked at for each connection that begins, so that new ones need no restart and
+streams that are open go on. Knows no service.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from outrider.security.files import WatchedFiles
+from outrider.security.identity import IdentityGate
+from outrider.security.pem import Pem, watched_pem
+from outrider.security.settings import ServerSettings, TierSettings
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Protection:
+    """`credentials` None: no TLS. `health_port` None: none; 0: a free one."""
+
+    credentials: grpc.ServerCredentials | None = None
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
+    health_port: int | None = None
+
+
+UNPROTECTED = Protection()
+
+
+def tier_protection(settings: TierSettings, host: str) -> Protection:
+    """Of a model service: only callers with one of the names. Raises ConfigError."""
+    gates = []
+    if settings.tls_client_ca is not None:
+        gates.append(IdentityGate(settings.client_names))
+    elif not is_loopback(host):
+        log.warning("open_to_all", host=host, why="tls_client_ca is unset: anyone may connect")
+    return Protection(_credentials(settings), gates, settings.health_port)
+
+
+def server_protection(
+    settings: ServerSettings, gates: Sequence[grpc.aio.ServerInterceptor[Any, Any]]
+) -> Protection:
+    """Of a server that asks its callers for something else than a name. Raises ConfigError."""
+    return Protection(_credentials(settings), gates, settings.health_port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None:
+        return None
+    files = watched_pem(
+        ca=settings.tls_client_ca,
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        ca_name="tls_client_ca",
+        cert_name="tls_cert",
+    )
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC's threads at each handshake: three looks at the file system."""
+        return _configuration(files) if files.refresh() else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(files),
+        renewed,  # type: ignore[arg-type]  # None: as they were
+        require_client_authentication=settings.tls_client_ca is not None,
+    )
+
+
+def _configuration(files: WatchedFiles[Pem]) -> grpc.ServerCertificateConfiguration:
+    pem = files.current
+    assert pem.key is not None, "settings have both or neither"
+    assert pem.cert is not None, "settings have both or neither"
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], pem.ca)

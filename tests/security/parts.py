@@ -1,0 +1,168 @@
+"""What the tests of security share: an authority, a secured system of simulated tiers, clients."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import trustme
+
+import draft_service.service
+import orchestrator.service
+import target_service.service
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+from outrider.security.channel import Access, open_channel
+from outrider.security.keys import KeyLimits, new_key
+from outrider.server import Server
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from tests.stack import Output, request
+
+GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+SIMULATED = "step_ms=2,vocab_size=1000"
+DRAFT = "step_ms=0.2,vocab_size=1000,survival=0.8"
+ROOM: dict[str, Any] = {"kv_cache_tokens": 65_536, "calibration_s": 0.0, "port": 0}
+
+
+class Authority:
+    """Signs certificates into files. `renew` makes it another: what it signed before is not its."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.renew()
+
+    @property
+    def ca(self) -> str:
+        return str(self.folder / "ca.pem")
+
+    def renew(self) -> None:
+        self._authority = trustme.CA()
+        replace(self.folder / "ca.pem", self._authority.cert_pem.bytes())
+
+    def issue(self, who: str, *names: str) -> tuple[str, str]:
+        """Paths of certificate and key, of these DNS names or addresses (none: its own name)."""
+        leaf = self._authority.issue_cert(*(names or (who,)))
+        cert, key = self.folder / f"{who}.pem", self.folder / f"{who}.key"
+        replace(key, leaf.private_key_pem.bytes())
+        replace(cert, b"".join(part.bytes() for part in leaf.cert_chain_pems))
+        return str(cert), str(key)
+
+    def tier(self, who: str, **more: Any) -> dict[str, Any]:
+        """Settings of a tier with mutual TLS."""
+        cert, key = self.issue(who)
+        return {"tls_cert": cert, "tls_key": key, "tls_client_ca": self.ca, **more}
+
+
+def replace(path: Path, content: bytes | str) -> None:
+    """In one step, as Kubernetes does it."""
+    new = path.with_suffix(".new")
+    new.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(new, path)
+
+
+def write_keys(path: Path, **limits: KeyLimits) -> dict[str, str]:
+    """A keys file; the keys by name."""
+    keys = {name: new_key(name, limit) for name, limit in limits.items()}
+    replace(path, "".join(f"{line}\n" for _, line in keys.values()))
+    return {name: key for name, (key, _) in keys.items()}
+
+
+@dataclass
+class Secured:
+    """A running system and how it is reached."""
+
+    target: Server
+    draft: Server
+    orchestrator: Server
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.orchestrator.port}"
+
+
+@contextlib.asynccontextmanager
+async def tiers(
+    target: dict[str, Any] | None = None, draft: dict[str, Any] | None = None
+) -> AsyncIterator[tuple[Server, Server]]:
+    """Target and draft, simulated, with further settings of each."""
+    targets = TargetConfig(simulate=SIMULATED, **ROOM, **(target or {}))
+    drafts = DraftConfig(simulate=DRAFT, **ROOM, **(draft or {}))
+    async with (
+        target_service.service.serving(targets) as target_server,
+        draft_service.service.serving(drafts) as draft_server,
+    ):
+        yield target_server, draft_server
+
+
+@contextlib.asynccontextmanager
+async def orchestrated(
+    servers: tuple[Server, Server], redis_url: str, **settings: Any
+) -> AsyncIterator[Secured]:
+    """An orchestrator of these tiers; `settings` are its own."""
+    settings.setdefault("draft_wait_ms", 2_000.0)
+    target, draft = servers
+    config = OrchestratorConfig(
+        target_endpoint=f"127.0.0.1:{target.port}",
+        draft_endpoint=f"127.0.0.1:{draft.port}",
+        redis_url=redis_url,
+        port=0,
+        **settings,
+    )
+    async with orchestrator.service.serving(config) as server:
+        yield Secured(target, draft, server)
+
+
+@contextlib.asynccontextmanager
+async def secured(authority: Authority, redis_url: str, **settings: Any) -> AsyncIterator[Secured]:
+    """Mutual TLS to the tiers, TLS for callers; `settings` are the orchestrator's."""
+    cert, key = authority.issue("server", "127.0.0.1", "localhost")
+    tier_cert, tier_key = authority.issue("orchestrator")
+    settings = {
+        "tls_cert": cert,
+        "tls_key": key,
+        "tier_tls_ca": authority.ca,
+        "tier_tls_cert": tier_cert,
+        "tier_tls_key": tier_key,
+        "tier_tls_name": "tier",
+        **settings,
+    }
+    tier = authority.tier("tier")
+    async with (
+        tiers(tier, tier) as servers,
+        orchestrated(servers, redis_url, **settings) as system,
+    ):
+        yield system
+
+
+@contextlib.asynccontextmanager
+async def client(
+    endpoint: str, access: Access | None = None
+) -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorServiceStub]:
+    async with open_channel(endpoint, access) as channel:
+        yield orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+
+
+async def generated(
+    stub: Any, prompt: Sequence[int] = (1, 2, 3), num_tokens: int = 8, **fields: Any
+) -> Output:
+    """All of one greedy call."""
+    output = Output()
+    asked = request(list(prompt), {**GREEDY, "max_tokens": num_tokens}, **fields)
+    async for chunk in stub.Generate(asked, timeout=120):
+        output.add(chunk)
+    assert output.result is not None
+    return output
+
+
+async def model_info(stub: Any) -> Any:
+    """Waits for no connection: what is refused is refused at once."""
+    return await stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=20)
+
+
+def plain(endpoint: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(endpoint)

@@ -1,0 +1,113 @@
+"""A client in another language, of the .proto files alone, runs `Generate` to its end.
+
+Node with grpc-js, which shares no code with gRPC's C core that Python uses. Skipped, and counted,
+where there is no Node or its packages cannot be had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.security.channel import Access
+from outrider.security.keys import KeyLimits
+from tests.security.parts import (
+    Authority,
+    client,
+    generated,
+    orchestrated,
+    secured,
+    tiers,
+    write_keys,
+)
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).parent / "node"
+INSTALL = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0")
+REQUEST = {
+    "token_ids": {"ids": [5, 6, 7]},
+    "sampling": {"temperature": 0, "ignore_eos": True, "max_tokens": 40},
+}
+
+pytestmark = pytest.mark.timeout(150)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client with its packages, at the versions of package-lock.json."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("no Node on this machine")
+    folder = tmp_path_factory.mktemp("node")
+    for file in SOURCE.glob("*.*js*"):
+        shutil.copy(file, folder)
+    try:
+        done = subprocess.run(
+            INSTALL, cwd=folder, capture_output=True, text=True, timeout=90, check=False
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm does not come to an end")
+    if done.returncode:
+        pytest.skip(f"npm cannot bring the packages: {done.stderr[-500:]}")
+    return folder
+
+
+async def run(node: Path, endpoint: str, ca: str = "", key: str = "") -> Any:
+    """What the call said."""
+    arguments = [str(node / "generate.mjs"), endpoint, str(ROOT / "proto"), *([ca] if ca else [])]
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "OUTRIDER_API_KEY": key},
+    )
+    said, _ = await process.communicate(json.dumps(REQUEST).encode())
+    assert process.returncode == 0
+    return json.loads(said)
+
+
+def token_ids(said: Any) -> list[int]:
+    return [token for message in said["messages"] for token in message["token_ids"]]
+
+
+async def test_generate_in_plain_text(node: Path, redis_url: str) -> None:
+    """The same tokens as Python's client, to the end, with all that the last message says."""
+    async with tiers() as servers, orchestrated(servers, redis_url) as system:
+        said = await run(node, system.endpoint)
+        async with client(system.endpoint) as stub:
+            output = await generated(stub, (5, 6, 7), num_tokens=40)
+    assert said["code"] == "OK"
+    assert token_ids(said) == output.token_ids
+    result = said["messages"][-1]["result"]
+    assert result["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert result["usage"] == {"prompt_tokens": 3, "completion_tokens": 40}
+    assert result["speculation"]["num_drafts"] > 0
+
+
+async def test_generate_over_tls_with_a_key(
+    node: Path, authority: Authority, redis_url: str
+) -> None:
+    """And refused without the one or the other."""
+    keys = write_keys(authority.folder / "keys", ada=KeyLimits())
+    file = str(authority.folder / "keys")
+    async with secured(authority, redis_url, api_keys_file=file) as system:
+        stranger = Authority(authority.folder / "stranger")
+        said, no_key, wrong_key, wrong_ca, plain = await asyncio.gather(
+            run(node, system.endpoint, authority.ca, keys["ada"]),
+            run(node, system.endpoint, authority.ca),
+            run(node, system.endpoint, authority.ca, "guess"),
+            run(node, system.endpoint, stranger.ca, keys["ada"]),
+            run(node, system.endpoint, key=keys["ada"]),
+        )
+        async with client(system.endpoint, Access(authority.ca, api_key=keys["ada"])) as stub:
+            output = await generated(stub, (5, 6, 7), num_tokens=40)
+    assert (said["code"], token_ids(said)) == ("OK", output.token_ids)
+    assert [no_key["code"], wrong_key["code"]] == ["UNAUTHENTICATED"] * 2
+    assert [wrong_ca["code"], plain["code"]] == ["UNAVAILABLE"] * 2

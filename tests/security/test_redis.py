@@ -1,0 +1,139 @@
+"""Redis behind TLS with an ACL: logging in, being refused, changing certificates and password."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.config import OrchestratorConfig, load
+from outrider.errors import ConfigError
+from outrider.redis_server import RedisServer
+from tests.redis_fixture import redis_command
+from tests.security.parts import Authority, client, generated, orchestrated, replace, tiers
+from tests.security.tls_front import TlsFront
+from tests.stack import eventually
+
+PASSWORD = "correct-horse"
+DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+
+
+def documented_rules() -> str:
+    """What docs/security.md says is enough."""
+    found = re.search(r"^user outrider on >PASSWORD (.*)$", DOCS.read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+class Guarded:
+    """A real Redis that nobody may use but the user `outrider`, behind TLS."""
+
+    def __init__(self, authority: Authority, server: RedisServer, front: TlsFront) -> None:
+        self.server, self.front, self._authority = server, front, authority
+        self.password_file = authority.folder / "password"
+        self._command(f"ACL SETUSER outrider on {documented_rules()}")
+        self.change_password(PASSWORD)
+        self._command("ACL SETUSER default -@all +acl +client")
+        self.renew()
+
+    def _command(self, words: str) -> None:
+        assert redis_command(self.server.url, words).startswith((b"+", b":")), words
+
+    def change_password(self, password: str) -> None:
+        self._command(f"ACL SETUSER outrider resetpass >{password}")
+        replace(self.password_file, f"{password}\n")
+
+    def renew(self) -> None:
+        """Certificates of both ends, by whatever the authority is now."""
+        self._authority.issue("redis-client")
+        self.front.use(self._authority.ca, *self._authority.issue("localhost"))
+
+    def settings(self, **others: Any) -> dict[str, Any]:
+        folder = self._authority.folder
+        return {
+            "redis_url": f"rediss://localhost:{self.front.port}/0",
+            "redis_ca": self._authority.ca,
+            "redis_cert": str(folder / "redis-client.pem"),
+            "redis_key": str(folder / "redis-client.key"),
+            "redis_user": "outrider",
+            "redis_password_file": str(self.password_file),
+            **others,
+        }
+
+
+@contextlib.asynccontextmanager
+async def guarded(authority: Authority) -> AsyncIterator[Guarded]:
+    with RedisServer() as server:
+        async with TlsFront(server.url.removeprefix("unix://")).listening() as front:
+            yield Guarded(authority, server, front)
+
+
+async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None:
+    """The registry and the sessions go through it; new secrets need no restart."""
+    async with guarded(authority) as redis:
+        settings = redis.settings()
+        more = {name: value for name, value in settings.items() if name != "redis_url"}
+        async with (
+            tiers(settings, settings) as servers,
+            orchestrated(servers, settings["redis_url"], **more) as system,
+            client(system.endpoint) as stub,
+        ):
+            await generated(stub, session_id="s", create_session=True)
+            for change in (redis.change_password, authority_anew(authority, redis)):
+                change("another-one")
+                redis.front.drop()
+
+                async def is_recorded() -> bool:
+                    output = await generated(stub, session_id="s")
+                    return output.result is not None and output.result.recorded
+
+                async def is_back() -> bool:
+                    with contextlib.suppress(Exception):
+                        return await is_recorded()
+                    return False
+
+                await eventually(is_back, 30)
+
+
+def authority_anew(authority: Authority, redis: Guarded) -> Any:
+    def change(_: str) -> None:
+        authority.renew()
+        redis.renew()
+
+    return change
+
+
+async def test_who_is_refused(authority: Authority) -> None:
+    """At the start, naming the setting and saying no secret."""
+    async with guarded(authority) as redis, tiers() as servers:
+        stranger = Authority(authority.folder / "stranger")
+        wrong = authority.folder / "wrong"
+        replace(wrong, "battery-staple")
+        for change, named in (
+            ({"redis_password_file": str(wrong)}, "redis_url: .*invalid username-password"),
+            ({"redis_ca": stranger.ca}, "redis_url: .*CERTIFICATE_VERIFY_FAILED"),
+            ({"redis_cert": None, "redis_key": None}, "redis_url: "),
+            ({"redis_ca": str(wrong)}, "redis_ca"),
+            ({"redis_password_file": "/nowhere"}, "redis_password_file: /nowhere"),
+        ):
+            settings = redis.settings(**change)
+            url = settings.pop("redis_url")
+            with pytest.raises(ConfigError, match=named) as caught:
+                async with orchestrated(servers, url, **settings):
+                    raise AssertionError("it serves")
+            assert "battery-staple" not in str(caught.value)
+
+
+def test_a_password_is_no_flag(tmp_path: Path) -> None:
+    """Whoever lists processes would see it; in the environment it is taken, and never shown."""
+    url = "rediss://ada:secret@redis.example:6379/0"
+    with pytest.raises(ConfigError, match="environment") as caught:
+        load(OrchestratorConfig, "orchestrator", [f"--redis-url={url}"], {})
+    assert "secret" not in str(caught.value)
+    config = load(OrchestratorConfig, "orchestrator", [], {"REDIS_URL": url})
+    assert config.redis.url == url
+    assert "secret" not in f"{config} {config.redis!r} {config.redis}"
