@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from outrider.config import ModelServiceConfig
+from outrider.redis_address import RedisAddress
 from outrider.registry import Announcer, Replica
 from outrider.serving.commands import ServiceStatistics
 from outrider.serving.status import ReplicaStatus
@@ -65,12 +66,12 @@ class Card:
         )
 
     @contextlib.asynccontextmanager
-    async def announced(self, redis_url: str | None) -> AsyncIterator[None]:
-        """For the time of a block; None: to nobody. Raises ConfigError for the URL."""
-        if redis_url is None:
+    async def announced(self, redis: RedisAddress | None) -> AsyncIterator[None]:
+        """For the time of a block; None: to nobody. Raises ConfigError for the address."""
+        if redis is None:
             yield
             return
-        self._announcer = Announcer(redis_url, self.replica)
+        self._announcer = Announcer(redis, self.replica)
         async with asyncio.TaskGroup() as tasks:
             announcing = tasks.create_task(self._announcer.run(), name="announcer")
             try:

@@ -18,12 +18,16 @@ from outrider.costs import CostReport
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.errors import InternalError
 from outrider.replica import ReplicaState
+from outrider.security.serving import tier_protection
 from outrider.server import Server
 from outrider.serving.announcing import Card, advertised_address
 from outrider.serving.commands import ServiceStatistics
 from outrider.serving.loading import load_served_engine
+from outrider.serving.metrics import TierMeter
 from outrider.serving.progress import Watchdog, WatchedEngine
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import TierWatch
+from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.v1 import model_pb2
 
 log = structlog.get_logger()
@@ -58,7 +62,9 @@ class Mounted:
 
 
 # Builds the service around the loaded engine and adds its servicer to the server.
-Mount = Callable[[ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus], Mounted]
+Mount = Callable[
+    [ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus, TierWatch], Mounted
+]
 
 
 @contextlib.asynccontextmanager
@@ -70,16 +76,21 @@ async def model_serving(
     Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded,
     InternalError where the device was stuck for too long; alone or in an ExceptionGroup.
     """
-    server = Server([service_name])
+    server = Server([service_name], tier_protection(config, config.host))
     device = DeviceThread(service_name)
     status = ReplicaStatus()
     try:
         await server.start(config.host, config.port)
         card = Card(tier, advertised_address(config, server.port), status)
-        async with card.announced(config.redis_url):
+        async with telemetry(tier, config.host, config) as told, card.announced(config.redis):
+            watch = TierWatch(_meter(told, tier, status), told.tracing)
+            server.metrics_port = told.exposition.port
             engine, model = await device.run(load_served_engine, config)
-            mounted = mount(WatchedEngine(engine, device), model, device, server, status)
+            mounted = mount(WatchedEngine(engine, device), model, device, server, status, watch)
             card.loaded(model, mounted.statistics)
+            if watch.meter is not None:
+                told.exposition.model_name = model.name
+                watch.meter.loaded(mounted.statistics, model.kv_capacity_tokens)
             await mounted.service.prepare(config.calibration_s)
             watching = _watch(config, server, device, status, mounted.costs)
             async with asyncio.TaskGroup() as tasks:
@@ -101,6 +112,14 @@ async def model_serving(
         await server.stop(0)
         if not await asyncio.to_thread(device.close, DEVICE_END_TIMEOUT_S):
             log.error("device_left_busy", stack=device.stack())
+
+
+def _meter(told: Telemetry, tier: str, status: ReplicaStatus) -> TierMeter | None:
+    if not told.is_metered:
+        return None
+    meter = TierMeter(tier, status)
+    told.exposition.source = meter.readings
+    return meter
 
 
 async def _tell(server: Server, card: Card, status: ReplicaStatus) -> None:

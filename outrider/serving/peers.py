@@ -17,6 +17,7 @@ from outrider.replica import ReplicaState
 from outrider.rpc import translated
 from outrider.serving.scheduler import GenerationKey, Keyed, Scheduler
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import StreamWatch
 from outrider.streams import Outbox, StreamCall
 from outrider.wire import costs_to_proto, state_to_proto
 
@@ -39,8 +40,11 @@ class StreamPeer(ABC, Generic[Command, Result]):
         self.outbox: Outbox[Result | ReplicaState] = Outbox()
         self.open_keys: set[GenerationKey] = set()
         self._state = ReplicaState.READY
+        self.watch: StreamWatch | None = None
 
     def deliver(self, results: Sequence[Result]) -> None:
+        if self.watch is not None:
+            self.watch.answered(results)
         self.outbox.put(results)
 
     def tell(self, state: ReplicaState) -> None:
@@ -75,6 +79,7 @@ async def serve_stream(
     close: Callable[[GenerationKey], Command],
     costs: Callable[[], CostReport],
     status: ReplicaStatus,
+    watch: StreamWatch,
 ) -> None:
     """Reads and writes independently: reading a frame never waits for a step.
 
@@ -85,11 +90,13 @@ async def serve_stream(
     async def read(frame: Frame) -> None:
         await peer.outbox.room()  # who asks and does not listen waits
         _check_size(frame)
+        watch.read(frame)
         await scheduler.submit(peer.commands(frame))
 
     told = costs()  # with the model's description, before the stream
     async with translated(context):
         scheduler.attach(peer.id, peer)
+        peer.watch = watch
         try:
             with status.followed_by(peer.tell):
                 async with StreamCall(frames, read, peer.outbox):
@@ -101,6 +108,7 @@ async def serve_stream(
                         await context.write(frame)
         finally:
             scheduler.detach(peer.id, [close(key) for key in peer.open_keys])
+            watch.closed()
 
 
 def _answer(

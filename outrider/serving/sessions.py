@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -68,6 +69,9 @@ class SessionTable(Generic[State]):
     @property
     def num_kept(self) -> int:
         return len(self._kept)
+
+    def live_sessions(self) -> Iterable[Live[State]]:
+        return self._live.values()
 
     def find(self, session_id: str) -> Live[State] | None:
         return self._live.get(session_id)

@@ -1,0 +1,33 @@
+"""What is written of telemetry is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from outrider.telemetry.catalogue import BY_NAME, CATALOGUE, Kind
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+_SUFFIXES = ("_total", "_bucket", "_sum", "_count")
+
+
+def test_every_metric_is_in_the_document_and_no_other() -> None:
+    """With its kind and vLLM's name; the expressions, too, name only what there is."""
+    for metric in CATALOGUE:
+        (row,) = re.findall(rf"^\| `{metric.exported_name}`.*$", DOCUMENT, re.MULTILINE)
+        assert f"| {metric.kind.value} |" in row
+        assert (f"`vllm:{metric.vllm}" in row) == (metric.vllm is not None)
+    for name in re.findall(r"outrider_(\w+)", DOCUMENT):
+        bare = name
+        for suffix in _SUFFIXES:
+            bare = bare.removesuffix(suffix)
+        assert bare in BY_NAME, name
+
+
+def test_the_catalogue_is_in_good_order() -> None:
+    """Names once; histograms with rising bounds, and only they."""
+    assert len(BY_NAME) == len(CATALOGUE) > 40
+    for metric in CATALOGUE:
+        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.bounds)
+        assert list(metric.bounds) == sorted(set(metric.bounds))
+        assert re.fullmatch(r"[a-z0-9_]+", metric.name)

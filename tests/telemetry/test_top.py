@@ -1,0 +1,100 @@
+"""`outrider top`: what it shows is what the programs say, and it says who does not answer."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import pytest
+from rich.console import Console
+
+from outrider.cli.top import Watched
+from outrider.cli.top_view import view
+from outrider.errors import Unavailable
+from outrider.telemetry.scraping import Change, Scrape
+from tests.cli.processes import run
+from tests.stack import eventually, request
+from tests.telemetry.parts import prompt, scrape, services
+
+LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": 60}
+
+
+def shown(watched: list[Watched]) -> str:
+    console = Console(width=160, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(view(watched))
+    return re.sub(r" +", " ", captured.get())
+
+
+async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> None:
+    async with services(redis_url, {"metrics_port": 0}) as system:
+        assert system.draft is not None
+        servers = (system.orchestrator, system.target, system.draft)
+        watched = [Watched(f"127.0.0.1:{server.metrics_port}", 10.0) for server in servers]
+        for program in watched:
+            await program.look()
+        assert "tokens/s 0 " in shown(watched)
+        num_tokens = 0
+        async for chunk in system.client.Generate(request(prompt(1), LONG), timeout=50):
+            num_tokens += len(chunk.token_ids)
+
+        async def is_over() -> bool:
+            said = await scrape(system.orchestrator)
+            return said("outrider_requests_total", status="OK") == 1
+
+        await eventually(is_over, timeout_s=30)
+        for program in watched:
+            await program.look()
+        change = watched[0].change
+        assert change is not None
+        assert change.increase("outrider_generation_tokens_total") == num_tokens == 60
+        text = shown(watched)
+    assert "still starting" not in text
+    for words in ("streams 0", "waiting 0", "failed 0", "redis up", "target ready 1"):
+        assert words in text
+    assert re.search(r"acceptance \d+%", text)
+    assert re.search(r"tokens a draft \d\.\d\d", text)
+    assert re.search(r"target 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
+    assert re.search(r"draft 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
+
+
+async def test_who_does_not_answer_is_named(redis_url: str) -> None:
+    async with services(redis_url, {"metrics_port": 0}, has_draft=False, gamma=0) as system:
+        with socket.create_server(("127.0.0.1", 0)) as nobody:
+            port = nobody.getsockname()[1]
+        watched = [Watched(f"127.0.0.1:{p}", 10.0) for p in (port, system.target.metrics_port)]
+        for program in watched:
+            await program.look()
+        text = shown(watched)
+    assert f"no metrics at 127.0.0.1:{port}" in text
+    assert "target 127.0.0.1" in text
+
+
+def test_nothing_there_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with pytest.raises(Unavailable, match=f"no metrics at 127.0.0.1:{port}"):
+        Scrape.of(f"127.0.0.1:{port}")
+    done = run("top", "--once", f"127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert f"no metrics at 127.0.0.1:{port}" in done.stderr
+
+
+def _scrape(at: float, counts: dict[str, float]) -> Scrape:
+    buckets = {frozenset({("le", bound)}): count for bound, count in counts.items()}
+    return Scrape("x", at, {"h_bucket": buckets, "n_total": {frozenset(): counts["+Inf"]}})
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 0.5), (0.5, 1.0), (0.75, 1.5), (0.99, 2)])
+def test_quantiles_are_as_prometheus_has_them(share: float, expected: float) -> None:
+    """Of what came between the two: ten values up to 1, ten up to 2."""
+    before = _scrape(0.0, {"1.0": 5.0, "2.0": 5.0, "+Inf": 5.0})
+    after = _scrape(2.0, {"1.0": 15.0, "2.0": 25.0, "+Inf": 25.0})
+    change = Change(before, after)
+    assert change.quantile("h", share) == pytest.approx(expected, abs=0.03)
+    assert change.rate("n_total") == 10.0
+
+
+def test_a_counter_that_fell_has_begun_anew() -> None:
+    before, after = _scrape(0.0, {"+Inf": 50.0}), _scrape(1.0, {"+Inf": 3.0})
+    assert Change(before, after).increase("n_total") == 3.0

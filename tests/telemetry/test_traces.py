@@ -1,0 +1,108 @@
+"""One trace of a request across the three services, as a real OTLP collector gets it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from outrider.config import OrchestratorConfig
+from outrider.errors import ConfigError
+from outrider.telemetry.settings import TelemetrySettings
+from outrider.telemetry.tracing import FIRST_ROUNDS, tracing
+from tests.stack import request
+from tests.telemetry.otlp_receiver import Receiver, receiving
+from tests.telemetry.parts import Services, prompt, services
+
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01"
+NOT_SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-00"
+NUM_TOKENS = 120
+
+
+async def generate(system: Services, *metadata: tuple[str, str]) -> int:
+    """How many tokens came."""
+    num = 0
+    asked = request(prompt(3), {"temperature": 0, "ignore_eos": True, "max_tokens": NUM_TOKENS})
+    async for chunk in system.client.Generate(asked, timeout=50, metadata=metadata):
+        num += len(chunk.token_ids)
+    return num
+
+
+def settings(receiver: Receiver, ratio: float) -> dict[str, Any]:
+    return {"otlp_endpoint": receiver.endpoint, "trace_sample_ratio": ratio}
+
+
+async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
+    """One trace id, the tiers' spans below the request's, rounds below theirs; some are left out.
+
+    Spans are sent when the services stop, at the latest.
+    """
+    async with receiving() as receiver:
+        async with services(redis_url, settings(receiver, 1.0)) as system:
+            assert await generate(system) == NUM_TOKENS
+        (whole,) = receiver.named("orchestrator", "Generate")
+        (target,) = receiver.named("target", "verify")
+        (draft,) = receiver.named("draft", "draft")
+        assert {span.trace_id for span in receiver.spans} == {whole.trace_id}
+        assert whole.parent_id == ""
+        assert target.parent_id == draft.parent_id == whole.span_id
+        assert whole.attributes["outrider.num_tokens"] == NUM_TOKENS
+        assert whole.attributes["outrider.status"] == "OK"
+        assert whole.attributes["session.id"] == target.attributes["session.id"]
+        asked = receiver.named("orchestrator", "verify")
+        rounds = receiver.named("target", "verify round")
+        assert {span.parent_id for span in asked} == {whole.span_id}
+        assert {span.parent_id for span in rounds} == {target.span_id}
+        assert len(asked) == len(rounds) >= FIRST_ROUNDS
+        # γ is 4: so many tokens take at least so many rounds, and not all of them have spans.
+        assert len(rounds) < NUM_TOKENS // 5
+        assert all(0 < span.duration_ns <= whole.duration_ns for span in rounds)
+        assert {span.attributes["gamma"] for span in rounds} >= {0, 4}
+
+
+async def test_a_callers_trace_goes_on(redis_url: str) -> None:
+    """Its sampling decision holds, whatever the share of those without one."""
+    async with receiving() as receiver:
+        async with services(redis_url, settings(receiver, 0.0)) as system:
+            await generate(system, ("traceparent", SAMPLED), ("x-request-id", "of-the-caller"))
+            await generate(system, ("traceparent", NOT_SAMPLED))
+            await generate(system)
+            await generate(system, ("traceparent", "nonsense"))
+        (whole,) = receiver.named("orchestrator", "Generate")
+        assert (whole.trace_id, whole.parent_id) == (TRACE_ID, PARENT_ID)
+        assert whole.attributes["request.id"] == "of-the-caller"
+        assert {span.trace_id for span in receiver.spans} == {TRACE_ID}
+        assert {span.service for span in receiver.spans} == {"orchestrator", "target", "draft"}
+
+
+async def test_a_collector_that_is_away_costs_no_request(redis_url: str) -> None:
+    """Spans are dropped, and the services stop all the same."""
+    nobody = {"otlp_endpoint": "http://127.0.0.1:1", "trace_sample_ratio": 1.0}
+    async with services(redis_url, nobody, has_draft=False, gamma=0) as system:
+        assert await generate(system) == NUM_TOKENS
+
+
+async def test_without_the_sdk_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, with what to install."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    asked = TelemetrySettings(otlp_endpoint="http://127.0.0.1:4317")
+    with pytest.raises(ConfigError, match=r"otlp_endpoint: .*outrider\[otel\]"):
+        async with tracing("orchestrator", asked):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"otlp_endpoint": "collector:4317"}, "otlp_endpoint"),
+        ({"trace_sample_ratio": 0.5}, "trace_sample_ratio"),
+        ({"otlp_endpoint": "http://c:4317", "trace_sample_ratio": 1.5}, "trace_sample_ratio"),
+        ({"metrics_port": 70_000}, "metrics_port"),
+        ({"metrics_vllm_names": True}, "metrics_vllm_names"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}:"):
+        OrchestratorConfig(**fields)
