@@ -1,0 +1,14 @@
+# Sets `me`, this pod's name, and `primary`, the node that the others follow: what a sentinel says,
+# or where none answers the first node. To be sourced.
+domain="outrider-redis-nodes.${POD_NAMESPACE}.svc.cluster.local"
+me="${POD_NAME}.${domain}"
+primary=""
+for number in 0 1 2; do
+  # shellcheck disable=SC2086  # flags are words
+  told=$(timeout 2 valkey-cli ${CLI_FLAGS:-} -h "outrider-redis-${number}.${domain}" -p 26379 \
+    sentinel get-master-addr-by-name outrider 2>/dev/null | head -n 1 || true)
+  case "$told" in
+    *".${domain}") primary="$told"; break ;;
+  esac
+done
+primary="${primary:-outrider-redis-0.${domain}}"

@@ -1,0 +1,33 @@
+# syntax=docker/dockerfile:1.7
+# The orchestrator and the command line, without torch.
+#   docker build -f deploy/docker/orchestrator.Dockerfile -t outrider-orchestrator:0.1.0 .
+# Everything is pinned: the base by its tag (give its digest with --build-arg PYTHON_IMAGE=…@sha256:…),
+# packages by version and hash.
+ARG PYTHON_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/venv
+COPY deploy/docker/requirements/orchestrator.txt /build/requirements.txt
+RUN /opt/venv/bin/pip install --require-hashes --no-deps -r /build/requirements.txt
+COPY pyproject.toml README.md /build/
+COPY outrider /build/outrider
+COPY orchestrator /build/orchestrator
+COPY draft_service /build/draft_service
+COPY target_service /build/target_service
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build \
+ && /opt/venv/bin/pip uninstall --yes setuptools pip \
+ && mkdir /opt/outrider \
+ && ln -s /opt/venv/lib/python3.11/site-packages/outrider/engine/quickstart/pair /opt/outrider/pair
+
+FROM ${PYTHON_IMAGE}
+# No pip, no compiler, no shell history: what runs is in /opt/venv, owned by root, read by 10001.
+RUN groupadd --gid 10001 outrider && useradd --uid 10001 --gid 10001 --no-create-home outrider
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/outrider /opt/outrider
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 50051
+# The first process gets SIGTERM itself.
+CMD ["python", "-m", "orchestrator"]

@@ -1,0 +1,218 @@
+"""Writes deploy/components/monitoring/dashboard.json: the Grafana dashboard, panel by panel.
+
+Owns what is looked at and in which order. `--check` says whether the file is what this makes.
+Knows no values; the metrics' names are those of outrider/telemetry/catalogue.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).parent.parent / "deploy/components/monitoring/dashboard.json"
+COLUMNS = 24
+HEIGHT = 8
+PER_ROW = 3
+_HERE = '{namespace="$namespace"}'
+_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`queries`: legend and PromQL."""
+
+    title: str
+    queries: tuple[tuple[str, str], ...]
+    unit: str = "short"
+    why: str = ""
+    top: float | None = None
+
+
+def _quantiles(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
+    where = f'{{namespace="$namespace"{by}}}'
+    return tuple(
+        (
+            f"p{quantile}",
+            f"histogram_quantile(0.{quantile}, sum by (le) "
+            f"(rate(outrider_{metric}_bucket{where}[$__rate_interval])))",
+        )
+        for quantile in ("50", "90", "99")
+    )
+
+
+def _rate(metric: str, by: str = "", where: str = "") -> str:
+    group = f" by ({by})" if by else ""
+    return (
+        f'sum{group} (rate(outrider_{metric}{{namespace="$namespace"{where}}}[$__rate_interval]))'
+    )
+
+
+def _ratio(above: str, below: str) -> str:
+    return f"{above} / {below}"
+
+
+_ACCEPTED = _rate("spec_decode_num_accepted_tokens_total")
+_REJECTED = _rate("spec_decode_num_rejected_tokens_total")
+_DRAFTS = _rate("spec_decode_num_drafts_total")
+
+ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    (
+        "What callers see",
+        (
+            Panel("Time to first token", _quantiles("time_to_first_token_seconds"), "s"),
+            Panel(
+                "Between chunks (ITL)",
+                _quantiles("inter_token_latency_seconds"),
+                "s",
+                "From one chunk to the next, whatever number of tokens it has.",
+            ),
+            Panel("Per output token", _quantiles("request_time_per_output_token_seconds"), "s"),
+            Panel("Tokens per second", (("{{origin}}", _rate("tokens_total", "origin")),), "short",
+                  "By where they came from; accepted ones are the draft's."),
+            Panel("Calls by status", (("{{status}}", _rate("requests_total", "status")),), "reqps"),
+            Panel("Streams", (
+                ("running {{pod}}", f"sum by (pod) (outrider_num_requests_running{_HERE})"),
+                ("waiting {{pod}}", f"sum by (pod) (outrider_num_requests_waiting{_HERE})"),
+            )),
+        ),
+    ),
+    (
+        "Speculation",
+        (
+            Panel("Acceptance α", (("α", _ratio(_ACCEPTED, f"({_ACCEPTED} + {_REJECTED})")),),
+                  "percentunit", "Of the judged draft tokens. 0.7 and more is excellent.", 1.0),
+            Panel("Tokens a round τ", (("τ", f"1 + {_ratio(_ACCEPTED, _DRAFTS)}"),)),
+            Panel("Draft tokens a round γ", (
+                ("chosen last", f"avg (outrider_gamma{_HERE})"),
+                ("γ = {{gamma}}, rounds/s", _rate("rounds_total", "gamma")),
+            )),
+            Panel("Look-ahead hits", (
+                ("of all rounds", _ratio(_rate("lookahead_rounds_total", where=',outcome="hit"'),
+                                         _rate("lookahead_rounds_total"))),
+                ("lately", f"avg (outrider_lookahead_hit_rate{_HERE})"),
+            ), "percentunit", "Proposals that were here when the verdict came.", 1.0),
+            Panel("Acceptance by position", ((
+                "{{position}}",
+                _ratio(_rate("spec_decode_num_accepted_tokens_per_pos_total", "position"),
+                       f"on () group_left () {_DRAFTS}"),
+            ),), "percentunit", "", 1.0),
+            Panel("Waited for a proposal", _quantiles("draft_round_trip_seconds"), "s"),
+        ),
+    ),
+    (
+        "Target tier",
+        (
+            Panel("KV cache in use", (("{{pod}}", "max by (pod) (outrider_kv_cache_usage_perc"
+                                      '{namespace="$namespace",tier="target"})'),),
+                  "percentunit", "", 1.0),
+            Panel("Waiting rows", (("{{pod}}", f"sum by (pod) (outrider_waiting_rows{_HERE})"),)),
+            Panel("Queue: from call to first row", _quantiles("request_queue_time_seconds"), "s"),
+            Panel("Rows of a pass", _quantiles("batch_rows", ',tier="target"')),
+            Panel("Tokens of a pass", _quantiles("batch_tokens", ',tier="target"')),
+            Panel("A pass", _quantiles("step_seconds", ',tier="target"'), "s"),
+        ),
+    ),
+    (
+        "Draft tier",
+        (
+            Panel("Queue", (("{{pod}}", f"sum by (pod) (outrider_draft_queue{_HERE})"),), "short",
+                  "Generations that wait for draft tokens."),
+            Panel("Rows of a step", _quantiles("batch_rows", ',tier="draft"')),
+            Panel("A step", _quantiles("step_seconds", ',tier="draft"'), "s"),
+        ),
+    ),
+    (
+        "What holds it together",
+        (
+            Panel("Replicas, as orchestrators see them", (
+                ("{{tier}} {{state}}", f"max by (tier, state) (outrider_replicas{_HERE})"),)),
+            Panel("Redis answers", (("{{pod}}", f"min by (pod) (outrider_redis_up{_HERE})"),)),
+            Panel("Failures and preemptions", (
+                ("{{tier}} {{reason}}", _rate("failures_total", "tier, reason")),
+                ("preempted", _rate("num_preemptions_total")),
+            )),
+        ),
+    ),
+)  # fmt: skip
+
+
+def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"unit": panel.unit, "min": 0}
+    if panel.top is not None:
+        defaults["max"] = panel.top
+    return {
+        "id": number,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.why,
+        "datasource": _SOURCE,
+        "gridPos": {"h": HEIGHT, "w": COLUMNS // PER_ROW, "x": x, "y": y},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}},
+        "targets": [
+            {"refId": chr(ord("A") + i), "expr": expr, "legendFormat": legend}
+            for i, (legend, expr) in enumerate(panel.queries)
+        ],
+    }
+
+
+def _panels() -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    y = 0
+    for title, panels in ROWS:
+        made.append({
+            "id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "panels": [],
+            "gridPos": {"h": 1, "w": COLUMNS, "x": 0, "y": y},
+        })  # fmt: skip
+        y += 1
+        for i, panel in enumerate(panels):
+            x = (i % PER_ROW) * (COLUMNS // PER_ROW)
+            made.append(_panel(panel, len(made) + 1, x, y + (i // PER_ROW) * HEIGHT))
+        y += -(-len(panels) // PER_ROW) * HEIGHT
+    return made
+
+
+def _variables() -> list[dict[str, Any]]:
+    return [
+        {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"},
+        {
+            "name": "namespace",
+            "type": "query",
+            "datasource": _SOURCE,
+            "query": "label_values(outrider_num_requests_running, namespace)",
+            "refresh": 2,
+        },
+    ]
+
+
+def dashboard() -> str:
+    """The file's content."""
+    made = {
+        "uid": "outrider",
+        "title": "Outrider",
+        "tags": ["outrider", "llm"],
+        "schemaVersion": 39,
+        "timezone": "browser",
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "15s",
+        "templating": {"list": _variables()},
+        "panels": _panels(),
+    }
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, do not write")
+    if parser.parse_args().check:
+        return 0 if PATH.read_text("utf-8") == dashboard() else 1
+    PATH.write_text(dashboard(), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

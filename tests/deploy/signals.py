@@ -1,0 +1,125 @@
+"""Rules of metrics: what dashboards, alerts and scalers ask for is what the programs export.
+
+As tests/deploy/wiring.py. The names are those of outrider/telemetry/catalogue.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Kind, Metric
+from tests.deploy.manifests import Manifests, strings, title
+
+_NAME = re.compile(r"\boutrider[_:][a-z0-9_:]+")
+_LABELS = re.compile(r"(outrider[_:][a-z0-9_:]+)\{([^}]*)\}")
+_LABEL = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
+# Added by Prometheus as it scrapes.
+SCRAPED = {"namespace", "pod", "service", "job", "instance", "container", "endpoint", "le"}
+# What the adapter calls a recorded series (components/autoscaling/prometheus-adapter-values.yaml).
+ADAPTED = {"outrider_draft_pressure"}
+
+
+def exported() -> dict[str, Metric]:
+    """Every name that a scrape may have, and what it is of."""
+    names: dict[str, Metric] = {}
+    for metric in CATALOGUE:
+        ends = ("_bucket", "_sum", "_count") if metric.kind is Kind.HISTOGRAM else ("",)
+        names.update({metric.exported_name + end: metric for end in ends})
+    return names
+
+
+def expressions(found: Manifests) -> Iterator[tuple[str, str]]:
+    """Whose, and the PromQL."""
+    for rules in found.of("PrometheusRule"):
+        for group in rules["spec"]["groups"]:
+            for rule in group["rules"]:
+                yield f"{title(rules)} {rule.get('alert', rule.get('record'))}", rule["expr"]
+    for scaler in found.of("ScaledObject"):
+        for trigger in scaler["spec"]["triggers"]:
+            yield title(scaler), trigger["metadata"]["query"]
+    for made in found.of("ConfigMap"):
+        for name, text in made.get("data", {}).items():
+            if name.endswith(".json"):
+                for panel in json.loads(text)["panels"]:
+                    for target in panel.get("targets", ()):
+                        yield f"{title(made)} {panel['title']!r}", target["expr"]
+
+
+def recorded(found: Manifests) -> set[str]:
+    """Series that rules make."""
+    return {
+        rule["record"]
+        for rules in found.of("PrometheusRule")
+        for group in rules["spec"]["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+
+
+def metrics_exist(found: Manifests) -> Iterator[str]:
+    """Every series asked for is exported, or recorded here, with the labels it is asked by."""
+    known, made = exported(), recorded(found)
+    for whose, query in expressions(found):
+        for name in _NAME.findall(query):
+            if name not in known and name not in made:
+                yield f"{whose}: there is no metric {name}"
+        for name, labels in _LABELS.findall(query):
+            own = set(known[name].labels) if name in known else set()
+            for label in sorted(set(_LABEL.findall(labels)) - own - SCRAPED):
+                yield f"{whose}: {name} has no label {label}"
+        if any(query.count(pair[0]) != query.count(pair[1]) for pair in ("()", "{}", "[]")):
+            yield f"{whose}: brackets do not match"
+
+
+def scaler_metrics_exist(found: Manifests) -> Iterator[str]:
+    """Likewise of HorizontalPodAutoscalers, through the adapter; gauges, where per pod."""
+    known = exported()
+    for scaler in found.of("HorizontalPodAutoscaler"):
+        for metric in scaler["spec"]["metrics"]:
+            kind = metric["type"].lower()
+            name = metric[kind]["metric"]["name"]
+            if name in ADAPTED and kind == "external":
+                continue
+            if name not in known:
+                yield f"{title(scaler)}: there is no metric {name}"
+            elif known[name].kind is not Kind.GAUGE:
+                yield f"{title(scaler)}: {name} is no gauge"
+    for scaler in found.of("ScaledObject"):
+        formula = scaler["spec"].get("advanced", {}).get("scalingModifiers", {}).get("formula", "")
+        names = {trigger.get("name") for trigger in scaler["spec"]["triggers"]}
+        for word in sorted(set(re.findall(r"[a-z_]+", formula)) - names):
+            yield f"{title(scaler)}: its formula has {word}, which is no trigger"
+
+
+def alerts_can_be_followed(found: Manifests, headings: set[str]) -> Iterator[str]:
+    """Each alert says how urgent it is, what it means, and where to read what to do."""
+    for rules in found.of("PrometheusRule"):
+        for group in rules["spec"]["groups"]:
+            for rule in group["rules"]:
+                if "alert" in rule:
+                    for why in _unclear(rule, headings):
+                        yield f"{title(rules)} {rule['alert']}: {why}"
+
+
+def _unclear(rule: dict[str, Any], headings: set[str]) -> Iterator[str]:
+    if rule.get("labels", {}).get("severity") not in ("page", "ticket"):
+        yield "no severity"
+    notes = rule.get("annotations", {})
+    if not notes.get("summary"):
+        yield "no summary"
+    page, _, heading = notes.get("runbook", "").partition("#")
+    if page != "docs/deploy.md" or heading not in headings:
+        yield f"no such place in docs/deploy.md: {heading!r}"
+
+
+def adapted_series(text: str) -> set[str]:
+    """Names in the adapter's rules, alternatives of a pattern written out."""
+    found: set[str] = set()
+    for word in strings(text):
+        for start, inner in re.findall(r"(outrider_)\(([^)]*)\)", word):
+            found |= {start + each for each in inner.split("|")}
+        found |= {name for name in _NAME.findall(word) if name != PREFIX}
+    return found

@@ -1,0 +1,146 @@
+"""What goes into the images, and how they run on one machine. Read: nothing here builds them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from packaging.requirements import Requirement
+
+from outrider.cli.app import app
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from tests.deploy.sources import DEPLOY, ROOT, built, script
+
+requirements = script("gen_requirements")
+dashboard = script("gen_dashboard")
+DOCKERFILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
+# What a container's life takes beyond its own grace (tests/deploy/pods.py).
+SPARE_S = 5
+
+
+@pytest.mark.parametrize("image", requirements.IMAGES, ids=lambda image: image.name)
+def test_every_package_is_pinned_as_the_project_asks(image: Any) -> None:
+    """After a change of pyproject.toml: python scripts/gen_requirements.py."""
+    text = image.path.read_text("utf-8")
+    pinned = requirements.locked(text)
+    wanted = [Requirement(line) for line in requirements.required(image)]
+    for requirement in wanted:
+        if not image.has_device and requirements.DEVICE.fullmatch(requirement.name):
+            continue  # of the image's own variant
+        name = requirements.package(requirement.name)
+        assert name in pinned, f"{image.name}: python scripts/gen_requirements.py"
+        assert requirement.specifier.contains(pinned[name]), f"{name} {pinned[name]}"
+    assert len(re.findall("--hash=sha256:", text)) >= len(pinned)
+
+
+def test_the_orchestrators_image_has_no_torch() -> None:
+    (image,) = [image for image in requirements.IMAGES if image.name == "orchestrator"]
+    pinned = requirements.locked(image.path.read_text("utf-8"))
+    assert not {"torch", "transformers", "triton", "accelerate"} & pinned.keys()
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_a_dockerfile_is_pinned_staged_and_not_root(path: Any) -> None:
+    text = path.read_text("utf-8")
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)
+    assert len(stages) > 2, "built in one stage, run in another"
+    for image in re.findall(r"^ARG \w*_IMAGE=(\S+)", text, re.MULTILINE):
+        tag = image.rpartition(":")[2]
+        assert re.match(r"\d+\.\d+\.\d+", tag), f"{image} is not pinned"
+    last = stages[-1]
+    assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
+    assert "pip install" not in last
+    assert re.search(r'^CMD \["python", "-m"', last, re.MULTILINE), "SIGTERM goes to the program"
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for name in source.split():
+            assert (ROOT / name).exists(), name
+
+
+def test_the_build_context_has_what_is_copied() -> None:
+    kept = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
+    for path in DOCKERFILES:
+        for source in re.findall(r"^COPY (?!--from)(.+) \S+$", path.read_text(), re.MULTILINE):
+            for name in source.split():
+                assert any(name == each or name.startswith(f"{each}/") for each in kept), name
+
+
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("service", "kind"),
+    [("target", TargetConfig), ("draft", DraftConfig), ("orchestrator", OrchestratorConfig)],
+)
+def test_compose_sets_settings_that_exist(service: str, kind: Any) -> None:
+    """And stops a program later than it would stop itself; its image and Redis are there."""
+    made = compose()["services"][service]
+    environment = {
+        name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+        for name, value in made["environment"].items()
+    }
+    settings = load(kind, service, [], environment)
+    assert settings.host == "0.0.0.0"
+    assert settings.redis_url == "redis://redis:6379/0"
+    assert settings.stop_grace_s + SPARE_S <= int(made["stop_grace_period"].removesuffix("s"))
+    assert made["user"] == "10001:10001"
+    assert made["read_only"]
+    assert made["cap_drop"] == ["ALL"]
+    assert (DEPLOY / made["build"]["context"] / made["build"]["dockerfile"]).resolve().is_file()
+
+
+def test_compose_and_manifests_run_the_same_redis() -> None:
+    (manifest,) = {
+        container["image"]
+        for pod in built("local").pods()
+        for container in pod.containers
+        if container["name"] == "redis"
+    }
+    assert compose()["services"]["redis"]["image"] == manifest
+
+
+def test_the_dashboard_is_what_its_script_makes() -> None:
+    """After a change: python scripts/gen_dashboard.py."""
+    assert dashboard.PATH.read_text("utf-8") == dashboard.dashboard()
+
+
+def test_secrets_that_are_not_here_are_explained() -> None:
+    from tests.deploy.wiring import EXTERNAL_SECRETS
+
+    text = (ROOT / "docs/deploy.md").read_text("utf-8")
+    for name, keys in EXTERNAL_SECRETS.items():
+        assert f"`{name}`" in text
+        for key in keys:
+            assert f"`{key}`" in text, f"{name}: {key}"
+
+
+def test_commands_of_the_guide_name_files_that_exist() -> None:
+    """Paths under deploy/ and scripts/ in docs/deploy.md and the READMEs."""
+    pages = [ROOT / "docs/deploy.md", *DEPLOY.rglob("README.md")]
+    for page in pages:
+        for path in re.findall(
+            r"(?<![\w/])((?:deploy|scripts)/[\w./-]+\w)", page.read_text("utf-8")
+        ):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("name", ["load-test", "load-test-prod"])
+def test_the_load_test_is_given_flags_that_exist(name: str) -> None:
+    """Of `outrider bench serve`, by the command itself; its files are those that are printed."""
+    command: Any = typer.main.get_command(app)
+    serve = command.commands["bench"].commands["serve"]
+    flags = {flag for parameter in serve.params for flag in parameter.opts}
+    (pod,) = built(name).pods()
+    (load_test,) = pod.spec["initContainers"]
+    assert load_test["command"] == ["outrider", "bench", "serve"]
+    given = [word for word in load_test["args"] if word.startswith("--")]
+    assert given
+    assert set(given) <= flags
+    assert [container["command"] for container in pod.containers] == [
+        ["cat", "/results/serve.json"],
+        ["cat", "/results/serve.html"],
+    ]

@@ -1,0 +1,171 @@
+"""Mistakes that tests/deploy/pods.py is for."""
+
+from __future__ import annotations
+
+from tests.deploy import pods
+from tests.deploy.planting import Mistake, container, named, pod, put, settings, spec
+
+MISTAKES: list[Mistake] = [
+    (
+        pods.pods_are_restricted,
+        lambda m: put(pod(m)["securityContext"], "runAsNonRoot", False),
+        "may run as root",
+    ),
+    (
+        pods.pods_are_restricted,
+        lambda m: pod(m)["securityContext"].pop("seccompProfile"),
+        "no seccomp profile",
+    ),
+    (
+        pods.pods_are_restricted,
+        lambda m: put(container(m)["securityContext"], "capabilities", {}),
+        "keeps capabilities",
+    ),
+    (
+        pods.pods_are_restricted,
+        lambda m: put(container(m)["securityContext"], "readOnlyRootFilesystem", False),
+        "may write to its root",
+    ),
+    (
+        pods.pods_are_restricted,
+        lambda m: put(
+            pod(m)["initContainers"][0]["securityContext"], "allowPrivilegeEscalation", True
+        ),
+        "may gain privileges",
+    ),
+    (pods.pods_are_restricted, lambda m: put(pod(m), "hostNetwork", True), "hostNetwork"),
+    (
+        pods.pods_are_restricted,
+        lambda m: put(pod(m)["volumes"], 0, {"name": "tls", "hostPath": {"path": "/"}}),
+        "not restricted",
+    ),
+    (
+        pods.pods_are_restricted,
+        lambda m: pod(m).pop("automountServiceAccountToken"),
+        "has a token",
+    ),
+    (
+        pods.resources_are_bounded,
+        lambda m: container(m)["resources"]["limits"].pop("memory"),
+        "not limited",
+    ),
+    (
+        pods.resources_are_bounded,
+        lambda m: put(container(m)["resources"]["limits"], "nvidia.com/gpu", "2"),
+        "GPUs asked for and limited differ",
+    ),
+    (
+        pods.resources_are_bounded,
+        lambda m: put(container(m), "image", "registry:5000/outrider-model"),
+        "has no version",
+    ),
+    (
+        pods.resources_are_bounded,
+        lambda m: pod(m).pop("enableServiceLinks"),
+        "Services would set variables",
+    ),
+    (
+        pods.settings_load,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_STOP_GRACE", "30"),
+        "OUTRIDER_TARGET_STOP_GRACE: no such setting",
+    ),
+    (
+        pods.settings_load,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_STOP_GRACE_S", "long"),
+        "'long' is not of type",
+    ),
+    (
+        pods.settings_load,
+        lambda m: put(settings(m), "OUTRIDER_DRAFT_PORT", "1"),
+        "of another program",
+    ),
+    (
+        pods.settings_load,
+        lambda m: settings(m).pop("OUTRIDER_TARGET_TLS_KEY"),
+        "tls_key",
+    ),
+    (
+        pods.ports_are_the_settings,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_METRICS_PORT", "9091"),
+        "port metrics is not metrics_port",
+    ),
+    (
+        pods.ports_are_the_settings,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_HOST", "127.0.0.1"),
+        "listens to nobody but itself",
+    ),
+    (
+        pods.ports_are_the_settings,
+        lambda m: put(named(container(m)["env"], "POD_IP"), "name", "POD_ADDRESS"),
+        "advertises $(POD_IP):50052",
+    ),
+    (
+        pods.probes_are_answered,
+        lambda m: put(container(m)["readinessProbe"]["grpc"], "port", 50052),
+        "does not ask health_port",
+    ),
+    (
+        pods.probes_are_answered,
+        lambda m: put(container(m)["readinessProbe"]["grpc"], "service", "outrider.Target"),
+        "which nobody serves",
+    ),
+    (
+        pods.probes_are_answered,
+        lambda m: put(container(m)["livenessProbe"]["grpc"], "service", ""),
+        "no reason to kill it",
+    ),
+    (
+        pods.probes_are_answered,
+        lambda m: put(container(m)["readinessProbe"]["grpc"], "service", "liveness"),
+        "not what is ready",
+    ),
+    (pods.probes_are_answered, lambda m: container(m).pop("livenessProbe"), "no livenessProbe"),
+    (
+        pods.stops_have_time,
+        lambda m: put(pod(m), "terminationGracePeriodSeconds", 30),
+        "its stop takes 38 s, SIGKILL comes after 30 s",
+    ),
+    (
+        pods.stops_have_time,
+        lambda m: put(settings(m, "orchestrator"), "OUTRIDER_ORCHESTRATOR_STOP_GRACE_S", "140"),
+        "its stop takes 152 s, SIGKILL comes after 150 s",
+    ),
+    (pods.stops_have_time, lambda m: container(m).pop("lifecycle"), "no preStop"),
+    (
+        pods.addresses_exist,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_REDIS_URL", "rediss://redis:6379/0"),
+        "names redis, which is no Service",
+    ),
+    (
+        pods.addresses_exist,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_REDIS_URL", "rediss://outrider-redis:6380"),
+        "has no port 6380",
+    ),
+    (
+        pods.files_are_mounted,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_TLS_CLIENT_CA", "/tls/client.crt"),
+        "tls_client_ca: nothing is mounted at /tls/client.crt",
+    ),
+    (
+        pods.files_are_mounted,
+        lambda m: put(settings(m), "OUTRIDER_TARGET_REDIS_PASSWORD_FILE", "/tls/password"),
+        "redis_password_file: nothing is mounted",
+    ),
+    (
+        pods.certificates_fit,
+        lambda m: spec(m, "Certificate", "outrider-draft")["dnsNames"].remove("tier"),
+        "outrider-draft's certificate is not for tier",
+    ),
+    (
+        pods.certificates_fit,
+        lambda m: spec(m, "Certificate", "outrider-orchestrator")["dnsNames"].remove(
+            "orchestrator"
+        ),
+        "none of the names it asks for",
+    ),
+    (
+        pods.certificates_fit,
+        lambda m: spec(m, "Certificate", "outrider-redis")["dnsNames"].remove("outrider-redis"),
+        "Service/outrider-redis: its certificate",
+    ),
+]

@@ -1,0 +1,67 @@
+"""Mistakes that schemas and tests/deploy/signals.py are for."""
+
+from __future__ import annotations
+
+from tests.deploy import signals
+from tests.deploy.lint import alerts_can_be_followed, objects_are_valid
+from tests.deploy.planting import TARGET, Mistake, alert, container, put, scaler, spec, trigger
+
+MISTAKES: list[Mistake] = [
+    (objects_are_valid, lambda m: put(container(m), "imagePulPolicy", "Always"), "imagePulPolicy"),
+    (objects_are_valid, lambda m: put(spec(m, *TARGET), "replicas", "two"), "two"),
+    (objects_are_valid, lambda m: put(trigger(m), "treshold", "8"), "treshold"),
+    (objects_are_valid, lambda m: put(trigger(m), "threshold", 8), "8 is not of type 'string'"),
+    (objects_are_valid, lambda m: put(alert(m), "for", "soon"), "soon"),
+    (
+        signals.metrics_exist,
+        lambda m: put(trigger(m), "query", "sum(outrider_draft_queue_length)"),
+        "there is no metric outrider_draft_queue_length",
+    ),
+    (
+        signals.metrics_exist,
+        lambda m: put(alert(m), "expr", 'outrider_replicas{tire="target"} == 0'),
+        "outrider_replicas has no label tire",
+    ),
+    (
+        signals.metrics_exist,
+        lambda m: put(alert(m), "expr", "outrider:acceptance:ratio1h < 0.5"),
+        "there is no metric outrider:acceptance:ratio1h",
+    ),
+    (
+        signals.metrics_exist,
+        lambda m: put(alert(m), "expr", "sum(outrider_redis_up"),
+        "brackets do not match",
+    ),
+    (
+        signals.metrics_exist,
+        lambda m: m.get("ConfigMap", "outrider-dashboard")["data"].update(
+            {"o.json": '{"panels": [{"title": "t", "targets": [{"expr": "outrider_ttft"}]}]}'}
+        ),
+        "there is no metric outrider_ttft",
+    ),
+    (
+        signals.scaler_metrics_exist,
+        lambda m: m.objects.append(scaler("other", "outrider_rows_waiting")),
+        "there is no metric outrider_rows_waiting",
+    ),
+    (
+        signals.scaler_metrics_exist,
+        lambda m: m.objects.append(scaler("other", "outrider_tokens_total")),
+        "is no gauge",
+    ),
+    (
+        signals.scaler_metrics_exist,
+        lambda m: put(
+            spec(m, "ScaledObject", "outrider-draft")["advanced"]["scalingModifiers"],
+            "formula",
+            "queue * (2 - hit)",
+        ),
+        "its formula has hit",
+    ),
+    (alerts_can_be_followed, lambda m: alert(m).pop("labels"), "no severity"),
+    (
+        alerts_can_be_followed,
+        lambda m: put(alert(m)["annotations"], "runbook", "docs/deploy.md#no-tokens"),
+        "no such place",
+    ),
+]
