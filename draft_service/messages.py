@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.serving.commands import Close, Failure, Forget
+from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
 from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
@@ -53,6 +53,13 @@ class Commit:
 
 
 Command = Open | Commit | Close | Forget
+
+
+@dataclass(frozen=True)
+class DraftStatistics(ServiceStatistics):
+    """As in draft.proto's DraftLoad."""
+
+    num_waiting_generations: int = 0
 
 
 @dataclass(frozen=True)

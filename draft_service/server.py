@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from outrider.serving.commands import Close, Failure, FailureReason, Forget, Ser
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import TierWatch
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 from outrider.wire import (
     FLOAT32,
@@ -56,12 +57,14 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         statistics: Callable[[], ServiceStatistics],
         costs: Callable[[], CostReport],
         status: ReplicaStatus,
+        watch: TierWatch,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._statistics = statistics
         self._costs = costs
         self._status = status
+        self._watch = watch
         self._peer_ids = itertools.count(1)
 
     async def GetModelInfo(
@@ -92,7 +95,15 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             _dropped,
             self._costs,
             self._status,
+            self._watch.stream("draft", _asked),
         )
+
+
+def _asked(frame: draft_pb2.ProposeRequest) -> Iterator[tuple[draft_pb2.DraftCommit, int]]:
+    """For operators: commits whose proposal is waited for, with its number of draft tokens."""
+    for commit in frame.commits:
+        if commit.gamma:
+            yield commit, commit.gamma
 
 
 def _dropped(key: GenerationKey) -> Command:

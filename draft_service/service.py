@@ -12,6 +12,7 @@ from outrider.server import Server
 from outrider.serving.life import Mounted, model_serving
 from outrider.serving.scheduler import Scheduler
 from outrider.serving.status import ReplicaStatus
+from outrider.serving.watch import TierWatch
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
@@ -26,6 +27,7 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
+        watch: TierWatch,
     ) -> Mounted:
         proposer = Proposer(
             engine,
@@ -35,9 +37,12 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
             idle_session_ttl_s=config.idle_session_ttl_s,
             prefix_cache=config.prefix_cache,
         )
+        proposer.meter = watch.meter
         scheduler = Scheduler(proposer, device)
         mounted = Mounted(scheduler, proposer.statistics, lambda: proposer.costs.report)
-        servicer = DraftServicer(scheduler, model, proposer.statistics, mounted.costs, status)
+        servicer = DraftServicer(
+            scheduler, model, proposer.statistics, mounted.costs, status, watch
+        )
         draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
         return mounted
 

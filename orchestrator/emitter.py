@@ -16,8 +16,8 @@ import structlog
 
 from orchestrator.conversation import Turn
 from orchestrator.session import Commitment, EmittedToken, Finish
-from orchestrator.store import Lease, RoundRecord, SessionStore
-from outrider.errors import Unavailable
+from orchestrator.store import KvHandle, Lease, RoundRecord, SessionStore
+from outrider.errors import OutriderError, Unavailable
 
 log = structlog.get_logger()
 
@@ -26,13 +26,17 @@ MAX_UNSEEN_COMMITMENTS = 64
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
 _BEGIN_RETRY_S = 0.1
+# How long the end of a generation waits for Redis to come back, to record what is owed.
+# Must be below the store's lease_ttl_s.
+_RELEASE_RETRY_S = 5.0
+_RELEASE_RETRY_INTERVAL_S = 0.3
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens that Redis has, unless it is away; `finish` in the last one.
 
-    `text_ends[i]`: how many characters of `text` are certain after token i.
+    `text_ends[i]`: how many characters of `text` are certain after token i. `rounds`: whose tokens.
     """
 
     tokens: tuple[EmittedToken, ...]
@@ -40,6 +44,7 @@ class Chunk:
     text_ends: tuple[int, ...]
     finish: Finish | None
     recorded: bool
+    rounds: tuple[Commitment, ...]
 
 
 class Emitter:
@@ -187,6 +192,48 @@ class Emitter:
         await self._store.record(self._lease, self._unrecorded)
         self._unrecorded = None
 
+    async def release(
+        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, *, is_named: bool
+    ) -> None:
+        """Ends the lease, once what is owed is written; a one-off session goes with it.
+
+        Where Redis stays away the lease lapses by itself.
+        """
+        if not self._lease.is_recorded:
+            return
+        give_up_at = time.monotonic() + _RELEASE_RETRY_S
+        while True:
+            try:
+                await self._try_release(target_kv, draft_kv, is_named)
+                return
+            except Unavailable as error:
+                if time.monotonic() > give_up_at:
+                    log.error("not_released", session_id=self._lease.session_id, why=str(error))
+                    return
+                await asyncio.sleep(_RELEASE_RETRY_INTERVAL_S)
+            except OutriderError as error:
+                log.warning("not_released", session_id=self._lease.session_id, why=str(error))
+                return
+
+    async def _try_release(
+        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool
+    ) -> None:
+        await self.record()
+        messages = None
+        if self._turn.messages and self.turn_recorded:
+            answer = {"role": "assistant", "content": self.text}
+            messages = (*self._turn.messages, answer)
+            if self._turn.messages[-1] == answer:  # a turn that had ended, told once more
+                messages = None
+        await self._store.release(
+            self._lease,
+            target_kv=target_kv,
+            draft_kv=draft_kv,
+            messages=messages,
+            # Neither does a session stay that was made for a turn that never began.
+            delete=not is_named or (self._lease.created and not self.turn_recorded),
+        )
+
 
 def _joined(commitments: Sequence[Commitment], *, recorded: bool) -> Chunk:
     text, text_ends = "", []
@@ -194,4 +241,11 @@ def _joined(commitments: Sequence[Commitment], *, recorded: bool) -> Chunk:
         text_ends += [len(text) + end for end in commitment.text_ends]
         text += commitment.text
     tokens = tuple(token for c in commitments for token in c.tokens)
-    return Chunk(tokens, text, tuple(text_ends), commitments[-1].finish, recorded)
+    return Chunk(
+        tokens,
+        text,
+        tuple(text_ends),
+        commitments[-1].finish,
+        recorded,
+        tuple(commitments),
+    )

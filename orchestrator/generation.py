@@ -12,8 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-import structlog
-
+from orchestrator.admission import Place
 from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.conversation import Turn
 from orchestrator.draft_link import DraftHandle, DraftLink
@@ -29,14 +28,7 @@ from orchestrator.target_link import TargetHandle, TargetLink
 from orchestrator.text import TextStream
 from orchestrator.tiers import Tiers
 from orchestrator.verifying import Verifying
-from outrider.errors import OutriderError, Unavailable
-
-log = structlog.get_logger()
-
-# How long the end of a generation waits for Redis to come back, to record what is owed.
-# Must be below the store's lease_ttl_s.
-RELEASE_RETRY_S = 5.0
-RELEASE_RETRY_INTERVAL_S = 0.3
+from outrider.errors import OutriderError
 
 
 class Generation:
@@ -51,6 +43,7 @@ class Generation:
         request: GenerationRequest,
         lease: Lease,
         turn: Turn,
+        place: Place,
         *,
         asked_at: float,
         write: Callable[[Chunk, Result | None], Awaitable[None]],
@@ -62,6 +55,7 @@ class Generation:
         self._request = request
         self._lease = lease
         self._turn = turn
+        self._place = place
         self._write = write
         self._state = GenerationState(
             turn.token_ids,
@@ -88,6 +82,7 @@ class Generation:
             self._open_target,
             self._state,
             self._kept(is_resumed=resumed is not None),
+            place,
             verdict_timeout_s=tiers.timing.verdict_timeout_s,
             wait_s=tiers.timing.target_wait_s,
         )
@@ -171,22 +166,24 @@ class Generation:
             proposal = await self._drafting.wait(self._state)
             self._verifying.send(proposal)
 
-    def _open_target(self, link: TargetLink, kept_len: int) -> TargetHandle:
+    def _open_target(self, link: TargetLink, kept_len: int, preempts: bool) -> TargetHandle:
         params, kept = self._request.params, self._lease.record.target_kv
         return link.open(
-            session_id=self._lease.session_id,
+            session_id=self._lease.scoped_id,
             epoch=self._lease.epoch,
             kept_epoch=kept.epoch if kept and kept_len else 0,
             prompt_len=self._state.prompt_len,
             max_len=self._state.prompt_len + params.max_tokens,
             params=params,
+            priority=self._place.priority,
+            preempts=preempts,
         )
 
     def _open_draft(self, link: DraftLink, gamma: int) -> DraftHandle:
         request = self._request
         assert link.model is not None, "the draft is connected"
         return link.open(
-            session_id=self._lease.session_id,
+            session_id=self._lease.scoped_id,
             epoch=self._lease.epoch,
             token_ids=self._state.token_ids,
             prompt_len=self._state.prompt_len,
@@ -280,39 +277,4 @@ class Generation:
             target_kv, draft_kv = self._verifying.kv(epoch), self._drafting.kv(epoch)
         self._verifying.close(keep=keep)
         self._drafting.close(keep=keep)
-        if not self._lease.is_recorded:
-            return
-        give_up_at = time.monotonic() + RELEASE_RETRY_S
-        while True:
-            try:
-                await self._release_session(target_kv, draft_kv, is_named)
-                return
-            except Unavailable as error:
-                if time.monotonic() > give_up_at:  # the lease lapses by itself
-                    log.error("not_released", session_id=self._lease.session_id, why=str(error))
-                    return
-                await asyncio.sleep(RELEASE_RETRY_INTERVAL_S)
-            except OutriderError as error:
-                log.warning("not_released", session_id=self._lease.session_id, why=str(error))
-                return
-
-    async def _release_session(
-        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool
-    ) -> None:
-        """Raises Unavailable while what is owed to Redis cannot be written."""
-        await self._emitter.record()
-        has_begun = self._emitter.turn_recorded
-        messages = None
-        if self._turn.messages and has_begun:
-            answer = {"role": "assistant", "content": self._emitter.text}
-            messages = (*self._turn.messages, answer)
-            if self._turn.messages[-1] == answer:  # a turn that had ended, told once more
-                messages = None
-        await self._tiers.store.release(
-            self._lease,
-            target_kv=target_kv,
-            draft_kv=draft_kv,
-            messages=messages,
-            # Neither does a session stay that was made for a turn that never began.
-            delete=not is_named or (self._lease.created and not has_begun),
-        )
+        await self._emitter.release(target_kv, draft_kv, is_named=is_named)

@@ -12,6 +12,9 @@ from typing import Any
 import grpc
 import structlog
 
+from orchestrator.admission import Admission, Place
+from orchestrator.call import Call, Calls
+from orchestrator.callers import current_caller
 from orchestrator.conversation import build_turn
 from orchestrator.emitter import Chunk
 from orchestrator.gamma import GammaDecision
@@ -20,9 +23,16 @@ from orchestrator.request import GenerationRequest, Limits, parse_request, resol
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, resumed
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
-from orchestrator.store import KvHandle, Lease, SessionRecord, unrecorded, validate_session_id
+from orchestrator.store import (
+    KvHandle,
+    Lease,
+    SessionRecord,
+    scoped_id,
+    unrecorded,
+    validate_session_id,
+)
 from orchestrator.tiers import Tiers
-from outrider.errors import CapacityExceeded, OutriderError, Unavailable
+from outrider.errors import OutriderError, Unavailable
 from outrider.rpc import translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from outrider.wire import verification_to_proto
@@ -49,43 +59,48 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """One per service; lives on the event loop."""
 
     def __init__(
-        self, tiers: Tiers, limits: Limits, max_generations: int, *, needs_redis: bool = True
+        self,
+        tiers: Tiers,
+        limits: Limits,
+        admission: Admission,
+        calls: Calls,
+        *,
+        needs_redis: bool = True,
     ) -> None:
         """`needs_redis` False: one-off generations go unrecorded while it is away."""
         self._tiers = tiers
         self._limits = limits
-        self._max_generations = max_generations
+        self._admission = admission
+        self._calls = calls
         self._needs_redis = needs_redis
         self._running: set[Generation] = set()
-        self._num_calls = 0
         self._is_stopping = False
 
     def stop_generations(self) -> None:
         """Ends every output after its round under way, with finish reason CANCELLED."""
         self._is_stopping = True
+        self._admission.close()
         for generation in self._running:
             generation.stop()
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
-        async with translated(context):
+        async with translated(context), self._calls.call(context) as call:
             asked = parse_request(request, self._limits, self._tiers.tokenizer)
-            if self._num_calls >= self._max_generations:
-                raise CapacityExceeded(f"{self._max_generations} generations are running")
-            self._num_calls += 1
-            try:
-                await self._generate(asked, context)
-            finally:
-                self._num_calls -= 1
+            async with self._admission.admitted(asked.priority, context.time_remaining()) as place:
+                await self._generate(asked, place, call, context)
 
-    async def _generate(self, asked: GenerationRequest, context: Context) -> None:
-        tiers, asked_at = self._tiers, time.monotonic()
+    async def _generate(
+        self, asked: GenerationRequest, place: Place, call: Call, context: Context
+    ) -> None:
+        tiers = self._tiers
         await tiers.targets.acquire(tiers.timing.target_wait_s)
         assert tiers.targets.model is not None, "a target is connected"
         session_id = asked.session_id or secrets.token_hex(8)
+        call.in_session(session_id)
         lease = await self._acquire(asked, session_id, tiers.targets.model.model_fingerprint)
         generation = None
         try:
-            generation = await self._begin(asked, lease, asked_at, context)
+            generation = await self._begin(asked, lease, place, call, context)
         finally:
             if generation is None:
                 await asyncio.shield(self._give_back(lease))
@@ -101,8 +116,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         """A caller that leaves meanwhile leaves neither a lease nor a session behind."""
         create = asked.create_session or asked.session_id is None
         takeover = asked.resume_from is not None
+        caller = current_caller().name
         acquiring = asyncio.create_task(
-            self._tiers.store.acquire(session_id, create=create, model=model, takeover=takeover)
+            self._tiers.store.acquire(
+                session_id, create=create, model=model, takeover=takeover, caller=caller
+            )
         )
         try:
             return await asyncio.shield(acquiring)
@@ -110,14 +128,19 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if self._needs_redis or asked.session_id is not None:
                 raise
             log.warning("unrecorded", session_id=session_id, why=str(error))
-            return unrecorded(session_id, model)
+            return unrecorded(session_id, model, caller)
         except asyncio.CancelledError:
             with contextlib.suppress(OutriderError):
                 await self._give_back(await asyncio.shield(acquiring))
             raise
 
     async def _begin(
-        self, asked: GenerationRequest, lease: Lease, asked_at: float, context: Context
+        self,
+        asked: GenerationRequest,
+        lease: Lease,
+        place: Place,
+        call: Call,
+        context: Context,
     ) -> Generation:
         tiers, earlier = self._tiers, None
         if asked.resume_from is not None:
@@ -127,11 +150,18 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
             asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
 
-        async def write(chunk: Chunk, result: Result | None) -> None:
-            await context.write(_response(chunk, result, lease.session_id, asked))
+        quota = current_caller().quota
+        quota.spend(len(turn.token_ids) - turn.keep_len)
 
+        async def write(chunk: Chunk, result: Result | None) -> None:
+            quota.spend(len(chunk.tokens))
+            ready_at = time.monotonic()
+            await context.write(_response(chunk, result, lease.session_id, asked))
+            call.sent(chunk, result, ready_at)
+
+        call.began(len(turn.token_ids))
         return Generation(
-            tiers, asked, lease, turn, asked_at=asked_at, write=write, resumed=earlier
+            tiers, asked, lease, turn, place, asked_at=call.asked_at, write=write, resumed=earlier
         )
 
     def _fitted(self, earlier: Resumed) -> GenerationRequest:
@@ -157,7 +187,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.GetSessionResponse | None:
         async with translated(context):
             validate_session_id(request.session_id)
-            return _session(await self._tiers.store.get(request.session_id))
+            caller = current_caller().name
+            return _session(await self._tiers.store.get(request.session_id, caller))
         return None
 
     async def DeleteSession(
@@ -165,10 +196,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.DeleteSessionResponse | None:
         async with translated(context):
             validate_session_id(request.session_id)
-            await self._tiers.store.delete(request.session_id)
+            caller = current_caller().name
+            await self._tiers.store.delete(request.session_id, caller)
             for pool in (self._tiers.targets, self._tiers.drafts):
                 if pool is not None:
-                    pool.forget(request.session_id)
+                    pool.forget(scoped_id(request.session_id, caller))
             return orchestrator_pb2.DeleteSessionResponse()
         return None
 

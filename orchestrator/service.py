@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
+from orchestrator.admission import Admission
+from orchestrator.call import Calls
 from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
+from orchestrator.metrics import Meter, readings
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
 from orchestrator.request import Limits
+from orchestrator.security import Security
 from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
 from orchestrator.target_link import TargetLink
@@ -20,13 +24,17 @@ from orchestrator.tiers import Tiers, Timing
 from outrider.config import OrchestratorConfig
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, IncompatiblePair, Unavailable
+from outrider.security.channel import OpenChannel
 from outrider.server import Server
+from outrider.telemetry import catalogue as metrics
+from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
 log = structlog.get_logger()
 
 SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+GENERATE = f"/{SERVICE_NAME}/Generate"
 # What is left of running outputs after the operator's grace ends after the round under way.
 STOP_GRACE_S = 2.0
 # How long a start waits for a draft before serving without one: it joins when it comes.
@@ -39,22 +47,29 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
 
     Raises ConfigError if port or Redis cannot be had, IncompatiblePair if the models do not fit.
     """
-    server = Server([SERVICE_NAME])
+    security = Security(config, GENERATE)
+    server = Server([SERVICE_NAME], security.protection)
     tokenizer = None
     if config.tokenizer:
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
-    store = SessionStore(config.redis_url, StoreOptions(session_ttl_s=config.session_ttl_s))
-    targets, drafts = _pools(config, tokenizer)
+    store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
+    targets, drafts = _pools(config, tokenizer, security.open_channel)
     try:
         await server.start(config.host, config.port)
         await _start(store)
-        async with discovering(config.redis_url, (targets, drafts)), targets.running():
+        async with (
+            telemetry("orchestrator", config.host, config) as told,
+            security.following(lambda: _renew(targets, drafts)),
+            discovering(config.redis, (targets, drafts)),
+            targets.running(),
+        ):
+            server.metrics_port = told.exposition.port
             await targets.settled()
             async with drafts.running() if drafts is not None else contextlib.nullcontext():
                 await _settle_draft(drafts)
-                servicer, limits = _servicer(config, targets, drafts, store, tokenizer)
+                servicer, limits = _servicer(config, targets, drafts, store, tokenizer, told)
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
                     servicer, server.services
                 )
@@ -72,12 +87,12 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
 
 
 def _pools(
-    config: OrchestratorConfig, tokenizer: Tokenizer | None
+    config: OrchestratorConfig, tokenizer: Tokenizer | None, open_channel: OpenChannel
 ) -> tuple[ReplicaPool[TargetLink], ReplicaPool[DraftLink] | None]:
     check_target = _target_check(tokenizer)
     targets = ReplicaPool(
         "target",
-        lambda endpoint, on_change: TargetLink(endpoint, check_target, on_change),
+        lambda endpoint, on_change: TargetLink(endpoint, check_target, on_change, open_channel),
         config.target_endpoints,
     )
     if not config.draft_endpoint:
@@ -85,7 +100,7 @@ def _pools(
     check_draft = _draft_check(targets)
     drafts = ReplicaPool(
         "draft",
-        lambda endpoint, on_change: DraftLink(endpoint, check_draft, on_change),
+        lambda endpoint, on_change: DraftLink(endpoint, check_draft, on_change, open_channel),
         config.draft_endpoints,
     )
     return targets, drafts
@@ -97,6 +112,7 @@ def _servicer(
     drafts: ReplicaPool[DraftLink] | None,
     store: SessionStore,
     tokenizer: Tokenizer | None,
+    told: Telemetry,
 ) -> tuple[OrchestratorServicer, Limits]:
     limits = _limits(config, targets, drafts)
     timing = Timing(
@@ -110,8 +126,28 @@ def _servicer(
     )
     tiers = Tiers(targets, drafts, store, tokenizer, timing, costs)
     needs_redis = config.without_redis == "refuse"
-    servicer = OrchestratorServicer(tiers, limits, config.max_generations, needs_redis=needs_redis)
+    admission = Admission(config.max_generations, config.max_waiting)
+    calls = Calls(_meter(told, admission, tiers), told.tracing)
+    servicer = OrchestratorServicer(tiers, limits, admission, calls, needs_redis=needs_redis)
     return servicer, limits
+
+
+def _meter(told: Telemetry, admission: Admission, tiers: Tiers) -> Meter | None:
+    """None where nobody could read what is counted."""
+    if not told.is_metered:
+        return None
+    meter = Meter()
+    tiers.costs.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
+    tiers.costs.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
+    told.exposition.model_name = tiers.targets.model.name if tiers.targets.model else ""
+    told.exposition.source = lambda: readings(meter, admission, tiers)
+    return meter
+
+
+def _renew(targets: ReplicaPool[TargetLink], drafts: ReplicaPool[DraftLink] | None) -> None:
+    targets.renew()
+    if drafts is not None:
+        drafts.renew()
 
 
 async def _start(store: SessionStore) -> None:

@@ -13,9 +13,10 @@ import uvloop
 from outrider.config import load
 from outrider.errors import ConfigError
 from outrider.server import Server, stop_signal
-from outrider.telemetry import configure_logs
+from outrider.telemetry.logs import configure_logs
 
 LISTENING_PREFIX = "listening on "
+METRICS_PREFIX = "metrics on "
 
 
 class ServiceConfig(Protocol):
@@ -48,6 +49,8 @@ def run_until_signalled(
         async with serving(config) as server:
             stopped = stop_signal()  # whoever reads the line may send SIGTERM at once
             _calm_collector()
+            if server.metrics_port is not None:
+                print(f"{METRICS_PREFIX}{config.host}:{server.metrics_port}", flush=True)
             print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
             await stopped.wait()
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from outrider import errors
+from outrider.frames import bounded
 from outrider.rpc import MAX_MESSAGE_BYTES
+from outrider.security.serving import UNPROTECTED, Protection
 
 # More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
 MAX_CONCURRENT_CALLS = 4_096
@@ -45,6 +47,7 @@ class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
         self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
+        self._bounded: dict[str, Any] = {}
 
     def add_generic_rpc_handlers(
         self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]
@@ -60,7 +63,9 @@ class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         handler = next((method for method in found if method is not None), None)
         if handler is None and not self._handlers and details.method.split("/")[1] in self._names:
             return grpc.stream_stream_rpc_method_handler(_not_yet)
-        return handler
+        if handler is not None and details.method not in self._bounded:
+            self._bounded[details.method] = bounded(handler, details.method)
+        return self._bounded.get(details.method)
 
 
 async def _not_yet(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -73,30 +78,45 @@ class Server:
     Servicers are added to `services`, before or after `start`.
     """
 
-    def __init__(self, service_names: Sequence[str]) -> None:
-        self.grpc_server = grpc.aio.server(options=SERVER_OPTIONS)
+    def __init__(self, service_names: Sequence[str], protection: Protection = UNPROTECTED) -> None:
+        self.grpc_server = grpc.aio.server(
+            options=SERVER_OPTIONS, interceptors=protection.interceptors
+        )
+        self._protection = protection
         self._service_names = tuple(service_names)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
-        reflection.enable_server_reflection(
-            (*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc_server
+        common = _Services(())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, common)
+        names = (*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(names),  # type: ignore[attr-defined]
+            common,
         )
         self.services = _Services(self._service_names)
-        self.grpc_server.add_generic_rpc_handlers((self.services,))
+        self.grpc_server.add_generic_rpc_handlers((common, self.services))
         self.port = 0
+        # For probes that speak no TLS: the same health, and nothing else.
+        self._probed: grpc.aio.Server | None = None
+        self.health_port: int | None = None
+        # Of HTTP /metrics, where there is one (outrider.telemetry).
+        self.metrics_port: int | None = None
 
     async def start(self, host: str, port: int) -> None:
         """Listens, not yet serving (health). Raises ConfigError if the port cannot be had."""
-        _check_port(host, port)
-        try:
-            self.port = self.grpc_server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise errors.ConfigError(
-                f"port: cannot listen on {host}:{port}; is it in use?"
-            ) from error
+        credentials = self._protection.credentials
+        self.port = _listen(self.grpc_server, host, port, credentials)
+        if self._protection.health_port is not None:
+            self._probed = grpc.aio.server(options=SERVER_OPTIONS)
+            probed = _Services(())
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
+            self._probed.add_generic_rpc_handlers((probed,))
+            health_port = self._protection.health_port
+            self.health_port = _listen(self._probed, host, health_port, None, "health_port")
         await self.set_serving(False)
         await self.set_alive(True)
         await self.grpc_server.start()
+        if self._probed is not None:
+            await self._probed.start()
 
     async def set_serving(self, serving: bool) -> None:
         """What readiness probes of each service's name and of "" are told."""
@@ -113,16 +133,36 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         await self.set_serving(False)
         await self.grpc_server.stop(grace_s)
+        if self._probed is not None:  # to the last: probes are told that it stops
+            await self._probed.stop(0)
 
 
-def _check_port(host: str, port: int) -> None:
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None,
+    name: str = "port",
+) -> int:
+    """The port it is now. Raises ConfigError naming the setting."""
+    _check_port(host, port, name)
+    address = f"{host}:{port}"
+    try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise errors.ConfigError(f"{name}: cannot listen on {address}; is it in use?") from error
+
+
+def _check_port(host: str, port: int, name: str) -> None:
     """The system says why a port cannot be had; gRPC says that to standard error only."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host.strip("[]"), port), family=family).close()
     except OSError as error:
         why = error.strerror
-        raise errors.ConfigError(f"port: cannot listen on {host}:{port}: {why}") from error
+        raise errors.ConfigError(f"{name}: cannot listen on {host}:{port}: {why}") from error
 
 
 def stop_signal() -> asyncio.Event:

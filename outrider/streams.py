@@ -6,7 +6,7 @@ Knows no message; lives on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -76,17 +76,25 @@ class StreamCall(Generic[Item]):
         self._outbox = outbox
 
     async def _pump(self) -> None:
+        frames = aiter(self._frames)
         try:
-            async for frame in self._frames:
+            async for frame in frames:
                 await self._read(frame)
         finally:
             self._outbox.close()
+            if isinstance(frames, AsyncGenerator):  # gRPC's, which else keeps the last frame
+                await frames.aclose()
 
     async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._pump())
+        self._task: asyncio.Task[None] | None = asyncio.create_task(self._pump())
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._task.cancel()
-        (result,) = await asyncio.gather(self._task, return_exceptions=True)
-        if error is None and isinstance(result, Exception):
-            raise result
+        task, self._task = self._task, None
+        assert task is not None, "it was entered"
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        try:
+            if error is None and isinstance(result, Exception):
+                raise result
+        finally:  # else it would hold this frame, which holds it, and the frame that was refused
+            del result, task
