@@ -17,6 +17,7 @@ from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
 from outrider.config import OrchestratorConfig, load
 from outrider.errors import ConfigError
+from outrider.redis_address import has_password
 from outrider.simulation import Simulation
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def orchestrator_arguments(
         *_flag("target-endpoint", target),
         *_flag("draft-endpoint", draft or ""),
         *_flag("tokenizer", options.target_model if options.has_tokenizer else None),
-        *_flag("redis-url", redis_url),
+        # A secret is for the environment, which the program has from us.
+        *_flag("redis-url", None if has_password(redis_url) else redis_url),
         *_flag("host", options.host),
         *_flag("port", options.port),
         *_flag("gamma", options.gamma),
@@ -89,6 +91,7 @@ def orchestrator_arguments(
         *_flag("fan-out", options.fan_out),
         *_flag("draft-wait-ms", options.draft_wait_ms),
         *_flag("max-generations", options.max_generations),
+        *_flag("max-waiting", options.max_waiting),
     ]
 
 
@@ -96,7 +99,9 @@ def _check_orchestrator(options: StackOptions) -> None:
     """Finds what is wrong with its settings before minutes are spent on loading models."""
     anywhere = "127.0.0.1:1"
     flags = orchestrator_arguments(options, anywhere, anywhere, options.redis_url or "redis://x")
-    load(OrchestratorConfig, "orchestrator", flags[1:])
+    config = load(OrchestratorConfig, "orchestrator", flags[1:])
+    if options.redis_url is not None and config.redis_url != options.redis_url:
+        raise ConfigError("--redis-url: no password on a command line; give it as REDIS_URL")
 
 
 def _check_simulation(options: StackOptions) -> None:
@@ -175,7 +180,15 @@ class Stack:
         return f"127.0.0.1:{self.relay.port}"
 
     async def _start_program(self, name: str, arguments: list[str]) -> str:
+        if self._options.metrics:
+            arguments = [*arguments, *_flag("metrics-port", 0)]
         return await self._supervisor.start(name, arguments, self._options.cpus(name))
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """host:port of each program's /metrics, of those that have any."""
+        told = self._supervisor.metrics()
+        return {name: _reachable(address) for name, address in told.items()}
 
     def pid(self, name: str) -> int:
         """Of a program that runs."""

@@ -94,9 +94,13 @@ class StackOptions:
         float | None,
         typer.Option(min=0, help="Delay the draft's link by so much, each way: a network to try."),
     ] = None
-    max_generations: Annotated[
-        int | None, typer.Option(help="Generations at a time; more are refused.")
+    max_generations: Annotated[int | None, typer.Option(help="Generations at a time.")] = None
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Requests that may wait for their turn; more are refused.")
     ] = None
+    metrics: Annotated[
+        bool, typer.Option(help="Serve each program's metrics on a free port, for `outrider top`.")
+    ] = False
     log_dir: Annotated[Path, typer.Option(help="One log file for each program.")] = Path(
         ".outrider/logs"
     )

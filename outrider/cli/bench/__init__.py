@@ -6,6 +6,7 @@ under `--out`. Knows the services as any caller does.
 
 Reading order: cores, system, workload, load, summary, document, plots, show; then the commands:
 speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy),
+signals (bottlenecks, fleet), overload (crowd), serve (serve_options, serve_report, serve_figures),
 twin, wire.
 """
 
@@ -17,14 +18,30 @@ from outrider.cli.bench.concurrency import concurrency
 from outrider.cli.bench.delay import delay
 from outrider.cli.bench.explain import explain_gamma
 from outrider.cli.bench.growth import growth
+from outrider.cli.bench.overload import overload
 from outrider.cli.bench.rounds import rounds
 from outrider.cli.bench.scaling import scaling
+from outrider.cli.bench.serve import serve
+from outrider.cli.bench.signals import signals
 from outrider.cli.bench.speed import speed
 from outrider.cli.bench.twin import twin
 from outrider.cli.bench.wire import wire
 from outrider.cli.pair import pair
 
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
-for command in (speed, concurrency, delay, rounds, growth, scaling, twin, wire, pair):
+for command in (
+    speed,
+    concurrency,
+    delay,
+    rounds,
+    growth,
+    scaling,
+    overload,
+    serve,
+    signals,
+    twin,
+    wire,
+    pair,
+):
     bench.command()(command)
 bench.command("explain-gamma")(explain_gamma)

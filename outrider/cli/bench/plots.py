@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """Points by x; `ranges`: (least, most) of each, shown as bars."""
+    """Points by x; `ranges`: (least, most) of each, shown as a band. `has_marks`: at each point."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     ranges: Sequence[tuple[float, float]] | None = None
+    has_marks: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def require_matplotlib() -> None:
 
 def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """Panels side by side. Raises ConfigError without matplotlib."""
+    path.write_text(svg(title, panels), "utf-8")
+
+
+def svg(title: str, panels: Sequence[Panel]) -> str:
+    """The same as text. Raises ConfigError without matplotlib."""
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -85,7 +92,9 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
         colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
         for place, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(1, len(panels), place + 1), panel, colours)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
 
 
 def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar]) -> None:
@@ -113,7 +122,8 @@ def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar]) -> None:
 def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
     for line in panel.lines:
         colour = colours[line.name]
-        axes.plot(line.xs, line.ys, marker="o", ms=4, lw=1.6, color=colour, label=line.name)
+        marker = "o" if line.has_marks else ""
+        axes.plot(line.xs, line.ys, marker=marker, ms=4, lw=1.6, color=colour, label=line.name)
         if line.ranges:
             least, most = zip(*line.ranges, strict=True)
             axes.fill_between(line.xs, least, most, color=colour, alpha=0.15, lw=0)

@@ -1,0 +1,164 @@
+"""`outrider bench serve`: a load test of any orchestrator, as its callers live through it.
+
+Owns the order of things: plan, connect, measure, report. Starts no service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from outrider.cli.bench.serve_options import (
+    ServeOptions,
+    manner,
+    promised,
+    variants,
+    visits,
+)
+from outrider.cli.options import takes
+from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outrider.loadtest.campaign import Campaign, Manner
+    from outrider.loadtest.plan import Visit
+    from outrider.loadtest.records import Record
+    from outrider.loadtest.slo import Slo
+    from outrider.loadtest.stretches import Passes
+
+
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Load an orchestrator that runs; latencies, throughput, goodput, with speculation and without.
+
+    Closed loop (--concurrency), open loop (--rate) or a trace. Ctrl-C reports what was measured.
+    """
+    from outrider.cli.bench.serve_report import report
+    from outrider.cli.bench.show import bench_console
+    from outrider.cli.running import run
+
+    options.check()
+    slo, asked = promised(options), visits(options)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
+    console = bench_console()
+    campaign, is_cut = run(_measure(options, asked, slo, console))
+    report(options, campaign, slo, console, is_cut=is_cut)
+
+
+async def _measure(
+    options: ServeOptions, asked: Sequence[Visit], slo: Slo | None, console: Console
+) -> tuple[Campaign, bool]:
+    """What was measured, and whether it was cut short. Raises CallFailed where nobody answers."""
+    from outrider.cli.client import Client
+    from outrider.loadtest.campaign import Campaign
+    from outrider.loadtest.driver import Subject
+    from outrider.security.channel import open_channel
+    from outrider.v1 import orchestrator_pb2_grpc
+
+    async with open_channel(options.endpoint, options.access) as channel:
+        info = await Client(channel, options.endpoint).model_info()
+        campaign = Campaign(
+            subject=Subject(orchestrator_pb2_grpc.OrchestratorServiceStub(channel), info),
+            run=secrets.token_hex(4),
+            seed=options.seed,
+            read_passes=_pass_reader(options),
+        )
+        if not info.HasField("draft"):
+            console.print("[yellow]no draft replica is connected: both variants are plain[/]")
+        with _progress(console, campaign):
+            try:
+                await _run(options, campaign, asked, slo, manner(options))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                assert task is not None
+                if not any(stretch.records for stretch in campaign.all_stretches):
+                    raise
+                task.uncancel()
+                return campaign, True
+    return campaign, False
+
+
+async def _run(
+    options: ServeOptions,
+    campaign: Campaign,
+    asked: Sequence[Visit],
+    slo: Slo | None,
+    how: Manner,
+) -> None:
+    ways = variants(options)
+    if options.warm_up:
+        await campaign.warm_up(ways, asked[: options.warm_up])
+    if not options.sweep:
+        await campaign.compare(ways, asked, how, options.repetitions)
+        return
+    assert slo is not None, "checked"
+    assert how.rate is not None, "checked"
+
+    def attains(records: Sequence[Record]) -> float:
+        return sum(map(slo.is_met, records)) / max(1, len(records))
+
+    for way in ways:
+        campaign.found[way.name] = await campaign.search(
+            way, asked, how.rate, attains, options.attain, how.burstiness, options.precision
+        )
+
+
+def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | None:
+    """Asks each target replica for its counters; raises CallFailed or the call's own error."""
+    if options.target_endpoint is None:
+        return None
+    from outrider.cli.tiers import target_info
+    from outrider.loadtest.stretches import Passes
+
+    addresses = [part.strip() for part in options.target_endpoint.split(",") if part.strip()]
+
+    async def read() -> Passes:
+        loads = [(await target_info(address)).load for address in addresses]
+        return Passes(
+            sum(load.num_steps_total for load in loads),
+            sum(load.num_rows_total for load in loads),
+            sum(load.num_tokens_total for load in loads),
+        )
+
+    return read
+
+
+@contextlib.contextmanager
+def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
+    """A bar of requests answered in the phase under way, and what went wrong in it."""
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("[dim]{task.description}[/]"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[red]{task.fields[failures]}[/]"),
+    )
+    shows = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
+        task = bar.add_task("warm-up", failures="")
+        num_failures = 0
+
+        def begin(name: str, num_requests: int) -> None:
+            nonlocal num_failures
+            num_failures = 0
+            bar.reset(task, total=num_requests, description=escape(name), failures="")
+
+        def end(record: Record) -> None:
+            nonlocal num_failures
+            bar.advance(task)
+            if not record.is_ok:
+                num_failures += 1
+                bar.update(task, failures=f"{num_failures} not answered: {escape(record.status)}")
+
+        campaign.on_phase, campaign.on_end = begin, end
+        yield

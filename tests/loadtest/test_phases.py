@@ -1,0 +1,196 @@
+"""Phases of load against a real system: what is noted of every call, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import grpc
+import pytest
+
+from outrider.loadtest.asking import Ask
+from outrider.loadtest.campaign import Campaign, Manner, Variant
+from outrider.loadtest.driver import Phase, Subject, subject
+from outrider.loadtest.lengths import Lengths
+from outrider.loadtest.measures import Distribution, Latencies
+from outrider.loadtest.plan import Job, Visit, Workload
+from outrider.loadtest.results import speed_up, summary_of, verify_batch
+from outrider.loadtest.slo import Slo
+from outrider.loadtest.stretches import Passes
+from outrider.v1 import orchestrator_pb2
+from tests.loadtest.conftest import simulated
+from tests.loadtest.recorder import Recorder, Seen, percentiles
+from tests.services.parts import nothing_held, refusal
+from tests.stack import eventually
+
+
+def workload(output_len: str = "8", num_turns: str = "1") -> Workload:
+    return Workload(
+        Lengths.parse("6", "input"),
+        Lengths.parse(output_len, "output"),
+        Lengths.parse(num_turns, "turns"),
+    )
+
+
+def phase(whom: Subject, ask: Ask | None = None, number: int = 0) -> Phase:
+    return Phase(whom, ask or Ask(), number=number, seed=0, run="test")
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url: str) -> None:
+    """p50 and p99 within 5 %, of every latency of the same run; no code is shared.
+
+    Each of their times is read in the same turn of the event loop, however busy the machine is.
+    """
+    recorder = Recorder()
+    async with (
+        simulated(redis_url, target="step_ms=8") as system,
+        grpc.aio.insecure_channel(system.endpoint, interceptors=[recorder]) as channel,
+    ):
+        load = phase(await subject(channel), Ask(gamma=gamma))
+        visits = workload("uniform:4:24").visits(60)
+        await load.closed_loop(iter(visits), num_callers=6)
+    found = Latencies.of(load.records)
+    assert len(recorder.seen) == len(load.records) == 60
+    seen: dict[str, Callable[[Seen], list[float]]] = {
+        "ttft": lambda call: [call.ttft],
+        "tpot": lambda call: [call.tpot],
+        "e2e": lambda call: [call.e2e],
+        "itl_chunk": lambda call: call.gaps,
+    }
+    for name, values in seen.items():
+        ours: Distribution = getattr(found, name)
+        theirs = percentiles([value for call in recorder.seen for value in values(call)])
+        assert ours.p50 == pytest.approx(theirs["p50"], rel=0.05), name
+        assert ours.p99 == pytest.approx(theirs["p99"], rel=0.05), name
+    tokens = sum(sum(call.num_tokens) for call in recorder.seen)
+    assert tokens == sum(record.num_tokens for record in load.records)
+
+
+async def test_who_could_only_be_asked_late_has_waited(redis_url: str) -> None:
+    """No coordinated omission: latencies count from when the request was meant to be sent."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        await asyncio.sleep(0.3)
+        jobs = (Job(0, 4, 4), Job(1, 4, 4))
+        await load.open_loop([Visit((jobs[0],), at_s=0.0), Visit((jobs[1],), at_s=0.1)])
+    for record in load.records:
+        assert record.is_ok
+        assert record.lateness_s >= 0.19
+        assert record.ttft_s is not None
+        assert record.ttft_s > record.lateness_s
+
+
+async def test_an_open_loop_does_not_wait_for_answers(redis_url: str) -> None:
+    """One at a time is served, all are asked at once: the last has waited for all others."""
+    async with simulated(redis_url, max_generations=1, max_waiting=16) as system:
+        load = phase(await subject(system.channel))
+        await load.open_loop([Visit((Job(i, 4, 6),), at_s=0.0) for i in range(6)])
+    assert all(record.is_ok for record in load.records)
+    first, *_, last = sorted(record.e2e_s or 0.0 for record in load.records)
+    served = [record.chunks[-1].at_s - record.chunks[0].at_s for record in load.records]
+    assert last >= sum(served)
+    assert last > first
+
+
+async def test_turns_follow_each_other_in_their_session(redis_url: str) -> None:
+    """Each when the one before has ended; keys and values are re-used; nothing is left."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        visits = workload(num_turns="3").visits(6)
+        await load.closed_loop(iter(visits), num_callers=2)
+        turns = [load.records[i] for i in range(6)]
+        gone = [
+            await refusal(
+                system.client.GetSession(
+                    orchestrator_pb2.GetSessionRequest(session_id=f"load-test-0-{first}"),
+                    timeout=10,
+                )
+            )
+            for first in (0, 3)
+        ]
+        await eventually(lambda: nothing_held(system))
+    assert [record.status for record in turns] == ["OK"] * 6
+    by_index = {record.index: record for record in turns}
+    for before, after in pairwise(by_index[index] for index in range(3)):
+        assert before.ended_s is not None
+        assert after.intended_s >= before.ended_s
+        assert after.num_cached_tokens >= before.prompt_len + before.num_tokens - 1
+    assert [answer.code for answer in gone] == [grpc.StatusCode.NOT_FOUND] * 2
+
+
+async def test_refusals_are_counted_by_their_status(redis_url: str) -> None:
+    """With when to come again; whoever was let in is served."""
+    async with simulated(redis_url, max_generations=1, max_waiting=0) as system:
+        load = phase(await subject(system.channel))
+        await load.open_loop([Visit((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
+    told = sorted(record.status for record in load.records)
+    assert told == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4
+    refused = [record for record in load.records if not record.is_ok]
+    assert all(record.retry_after_s is not None for record in refused)
+    assert all(record.ended_s is not None for record in refused)
+
+
+async def test_deadlines_are_the_requests_own(redis_url: str) -> None:
+    async with simulated(redis_url, target="step_ms=150") as system:
+        load = phase(await subject(system.channel), Ask(timeout_s=0.05))
+        await load.open_loop([Visit((Job(0, 4, 40),), at_s=0.0)])
+        await eventually(lambda: nothing_held(system))
+    (record,) = load.records
+    assert record.status == "DEADLINE_EXCEEDED"
+
+
+async def test_what_was_cut_is_kept_as_such(redis_url: str) -> None:
+    """Cancelled in mid-stream: what had come is there, and the server lets go of it."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        running = asyncio.create_task(load.open_loop([Visit((Job(0, 4, 5_000),), at_s=0.0)]))
+
+        async def has_tokens() -> bool:
+            return bool(load.records) and load.records[0].num_tokens > 3
+
+        await eventually(has_tokens)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await eventually(lambda: nothing_held(system))
+    (record,) = load.records
+    assert (record.status, record.ended_s) == ("CUT", None)
+
+
+async def test_a_campaign_compares_in_both_orders(redis_url: str) -> None:
+    """The same visits by both variants, with as many tokens; passes counted by the target."""
+    async with simulated(redis_url) as system:
+
+        async def passes() -> Passes:
+            load = await system.target_load()
+            return Passes(load.num_steps_total, load.num_rows_total, load.num_tokens_total)
+
+        begun: list[str] = []
+        campaign = Campaign(await subject(system.channel), "test", seed=0, read_passes=passes)
+        campaign.on_phase = lambda name, num: begun.append(f"{name} {num}")
+        variants = [Variant("on", Ask(gamma=4)), Variant("off", Ask(gamma=0))]
+        visits = workload("uniform:8:16").visits(12)
+        await campaign.warm_up(variants, visits[:2])
+        await campaign.compare(variants, visits, Manner(num_callers=3), repetitions=2)
+    assert begun == ["on 2", "off 2", "on 6", "off 6", "off 6", "on 6"]
+    kept: dict[str, Any] = {
+        name: [s for s in campaign.stretches if s.variant == name] for name in ("on", "off")
+    }
+    lengths = {
+        n: sorted((r.index, r.num_tokens) for s in k for r in s.records) for n, k in kept.items()
+    }
+    assert lengths["on"] == lengths["off"]
+    on, off = (summary_of(kept[name], Slo.parse("e2e=100s")) for name in ("on", "off"))
+    assert on.num_completed == off.num_completed == 12
+    assert on.attained == off.attained == 1.0
+    assert on.drafting is not None
+    assert on.drafting.num_drafts > 0
+    assert off.drafting is not None
+    assert off.drafting.num_drafts == 0
+    # Without drafts each token but a prompt's first is a row; with them fewer rows do.
+    rows = {name: sum(stretch.passes.num_rows for stretch in kept[name]) for name in kept}
+    assert rows["off"] == off.num_tokens > rows["on"]
+    assert verify_batch(kept["off"], off.drafting)["source"] == "target replicas"
+    assert set(speed_up(on, off)) >= {"tokens_per_s", "tpot_p50", "e2e_p99"}
