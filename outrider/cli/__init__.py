@@ -1,10 +1,10 @@
-"""The command line: `outrider up | generate | demo | bench | chaos | session | model | quickstart`.
+"""The command line: `outrider up | generate | demo | top | bench | chaos | session | model | …`.
 
 Starts the services as child processes and talks to them as any client does; imports none of them,
 nor torch. Commands import what they need when they run, so that `--help` is quick.
 
 Reading order: options, stack_options, supervisor, stack, view, up; request, client, paint, result,
-generate; demo, bench, chaos.
+following, generate; demo, top, bench, chaos.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ from outrider.cli.bench import bench
 from outrider.cli.chaos import chaos
 from outrider.cli.demo import demo
 from outrider.cli.generate import generate
+from outrider.cli.keys import keys
 from outrider.cli.quickstart import quickstart
 from outrider.cli.sessions import model, sessions
+from outrider.cli.top import top
 from outrider.cli.up import up
 
 app = typer.Typer(
@@ -24,7 +26,9 @@ app.command()(up)
 app.command()(generate)
 app.command()(demo)
 app.command()(model)
+app.command()(top)
 app.command()(chaos)
 app.add_typer(sessions, name="session")
+app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
 app.add_typer(quickstart, name="quickstart")

@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 
 from outrider.cli.failures import CallFailed
-from outrider.errors import InternalError
-from outrider.rpc import CHANNEL_OPTIONS
+from outrider.errors import ConfigError, InternalError
+from outrider.security.channel import Access, open_channel
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # The short calls read a few rows of Redis.
@@ -51,6 +51,10 @@ class Client:
     def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
         self._stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         self._endpoint = endpoint
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint
 
     async def generate(
         self,
@@ -104,17 +108,21 @@ class Client:
     def _failed(self, error: grpc.aio.AioRpcError) -> CallFailed:
         code, said = error.code().name, " ".join((error.details() or "").split())
         trailers: Any = error.trailing_metadata() or ()
+        was_heard = True
         is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
         if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answer:
             if any(words in said.lower() for words in _NOBODY):
                 said = f"nothing answers at {self._endpoint}; start it with: outrider up"
+                was_heard = False
             else:
                 said += f" (at {self._endpoint}; is it still up? start it with: outrider up)"
-        return CallFailed(f"{code}: {said}")
+        return CallFailed(f"{code}: {said}", was_heard=was_heard)
 
 
 @contextlib.asynccontextmanager
-async def connected(endpoint: str) -> AsyncIterator[Client]:
-    """Connects with the first call."""
-    async with grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
+async def connected(endpoint: str, access: Access | None = None) -> AsyncIterator[Client]:
+    """Connects with the first call. Raises ConfigError for files that cannot be used."""
+    if "," in endpoint:
+        raise ConfigError(f"--endpoint: {endpoint!r} is several; only `generate` follows them")
+    async with open_channel(endpoint, access) as channel:
         yield Client(channel, endpoint)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
+import shlex
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
 
 from outrider.cli.failures import CallFailed
 from outrider.cli.options import takes
-from outrider.cli.request import GenerateOptions, build_request
+from outrider.cli.request import GenerateOptions, build_request, endpoints_of
 
 if TYPE_CHECKING:
-    from outrider.cli.client import Output
+    from outrider.cli.client import Output, Show
+    from outrider.cli.following import GaveUp
     from outrider.cli.paint import Painter, Plain
+    from outrider.v1.orchestrator_pb2 import GenerateRequest
 
 
 @takes(GenerateOptions)
@@ -40,15 +47,58 @@ def generate(options: GenerateOptions) -> None:
 async def _generate(options: GenerateOptions) -> Output:
     from outrider.cli.client import connected
 
-    request = build_request(options)
-    async with connected(options.endpoint) as client:
-        if options.json:
-            return await client.generate(request, timeout_s=options.timeout)
-        writer = _writer()
-        try:
-            return await client.generate(request, show=writer.show, timeout_s=options.timeout)
-        finally:
+    request, endpoints = build_request(options), endpoints_of(options)
+    writer = None if options.json else _writer()
+    show = writer.show if writer is not None else None
+    try:
+        if len(endpoints) > 1:
+            return await _follow(options, request, endpoints, show, _sayer(writer))
+        async with connected(endpoints[0], options.access) as client:
+            return await client.generate(request, show=show, timeout_s=options.timeout)
+    finally:
+        if writer is not None:
             writer.end_line()
+
+
+async def _follow(
+    options: GenerateOptions,
+    request: GenerateRequest,
+    endpoints: list[str],
+    show: Show | None,
+    say: Callable[[str], None],
+) -> Output:
+    """A one-off is given a session for the time it takes: only those can be gone on with."""
+    from outrider.cli.client import connected
+    from outrider.cli.following import Follower, GaveUp, Patience
+
+    is_ours = not request.session_id
+    if is_ours:
+        request.session_id, request.create_session = f"cli-{secrets.token_hex(8)}", True
+    async with contextlib.AsyncExitStack() as stack:
+        access = options.access
+        clients = [await stack.enter_async_context(connected(e, access)) for e in endpoints]
+        has_turns = not is_ours and options.resume_from is None
+        patience = Patience(options.resume_for, options.timeout)
+        follower = Follower(clients, request, patience, has_turns=has_turns, show=show, say=say)
+        try:
+            return await follower.run()
+        except GaveUp as error:
+            is_ours = False  # it is what the output can be gone on with
+            raise CallFailed(f"{error}. Go on with: {_by_hand(options, error)}") from error
+        finally:
+            if is_ours:
+                await follower.forget()
+
+
+def _by_hand(options: GenerateOptions, error: GaveUp) -> str:
+    """The command that writes what is missing: of text that which was not written, else all."""
+    num_held = 0 if options.json or options.token_ids is not None else error.num_held
+    command = ["outrider", "generate", f"--endpoint={options.endpoint}"]
+    command += [f"--session={error.session_id}", f"--resume-from={num_held}"]
+    for name in ("tls_ca", "tls_cert", "tls_key", "api_key_file"):
+        if value := getattr(options, name):
+            command.append(f"--{name.replace('_', '-')}={value}")
+    return shlex.join([*command, *(["--json"] if options.json else [])])
 
 
 def _writer() -> Painter | Plain:
@@ -58,6 +108,17 @@ def _writer() -> Painter | Plain:
 
     console = Console()
     return Painter(console) if console.is_terminal else Plain()
+
+
+def _sayer(writer: Painter | Plain | None) -> Callable[[str], None]:
+    """On standard error, on a line of its own where that is the same terminal."""
+
+    def say(words: str) -> None:
+        if writer is not None:
+            writer.end_line()
+        print(f"outrider: {words}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def summarise(output: Output) -> None:

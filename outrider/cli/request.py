@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.cli.access import AccessOptions
 from outrider.cli.options import parse_ids
 from outrider.errors import ConfigError, InvalidRequest
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 EndpointOption = Annotated[
     str, typer.Option(envvar="OUTRIDER_ENDPOINT", help="host:port of the orchestrator.")
+]
+EndpointsOption = Annotated[
+    str,
+    typer.Option(
+        envvar="OUTRIDER_ENDPOINT",
+        help="host:port of the orchestrator; of several, by commas, where a stream that breaks "
+        "goes on at the next.",
+    ),
 ]
 
 
@@ -33,7 +42,7 @@ class Method(StrEnum):
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(AccessOptions):
     """None: the server's default."""
 
     prompt: Annotated[
@@ -91,7 +100,15 @@ class GenerateOptions:
     json: Annotated[
         bool, typer.Option("--json", help="The result as one JSON object, nothing else.")
     ] = False
-    endpoint: EndpointOption = DEFAULT_ENDPOINT
+    endpoint: EndpointsOption = DEFAULT_ENDPOINT
+    resume_from: Annotated[
+        int | None,
+        typer.Option(help="Go on with --session's broken output behind so many of its tokens."),
+    ] = None
+    resume_for: Annotated[
+        float,
+        typer.Option(help="With several endpoints: seconds to look for one that goes on."),
+    ] = 30.0
     timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None
 
 
@@ -108,20 +125,46 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     its field cannot hold.
     """
     from outrider.sampling.params import Verification
-    from outrider.v1 import orchestrator_pb2
+    from outrider.v1 import orchestrator_pb2, sampling_pb2
     from outrider.wire import verification_to_proto
 
     if options.session == "":
         raise ConfigError("--session: the name is empty")
     request = orchestrator_pb2.GenerateRequest(session_id=options.session or "")
-    request.create_session = bool(options.session)
+    if options.resume_from is None:
+        request.create_session = bool(options.session)
+        _set_input(request, options)
+    else:
+        _check_resumption(options)
+        _set(request, "resume_from", options.resume_from)
     for name in ("gamma", "lookahead", "fan_out"):
         _set(request, name, getattr(options, name))
     if options.verification is not None:
         request.verification = verification_to_proto(Verification(options.verification.value))
-    _set_input(request, options)
-    _set_sampling(request.sampling, options)
+    sampling = sampling_pb2.SamplingParams()
+    _set_sampling(sampling, options)
+    if sampling.ListFields():
+        request.sampling.CopyFrom(sampling)
     return request
+
+
+def endpoints_of(options: GenerateOptions) -> list[str]:
+    """Raises ConfigError."""
+    endpoints = [part.strip() for part in options.endpoint.split(",")]
+    if not all(endpoints):
+        raise ConfigError(f"--endpoint: {options.endpoint!r} is no list such as a:50051,b:50051")
+    return endpoints
+
+
+def _check_resumption(options: GenerateOptions) -> None:
+    """Of the input; of every other field the server says that it cannot be given."""
+    if not options.session:
+        raise ConfigError("--resume-from: needs the --session to go on with")
+    for flag, value in (("PROMPT", options.prompt), ("--token-ids", options.token_ids)):
+        if value is not None:
+            raise ConfigError(f"--resume-from: not with {flag}: the session has its prompt")
+    if options.chat or options.system is not None:
+        raise ConfigError("--resume-from: not with --chat or --system: the session has its prompt")
 
 
 def _set(message: Any, field: str, value: Any, path: str = "") -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.cli.access import AccessOptions
+from outrider.cli.options import takes
 from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption
 
 if TYPE_CHECKING:
@@ -17,30 +20,55 @@ sessions = typer.Typer(help="Look at or delete a session.", no_args_is_help=True
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(AccessOptions):
+    """Of every command here."""
+
+    endpoint: EndpointOption = DEFAULT_ENDPOINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(AskOptions):
+    json: JsonOption = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteOptions(AskOptions):
+    name: Annotated[str, typer.Argument()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetOptions(ModelOptions):
+    name: Annotated[str, typer.Argument()]
+
+
 @sessions.command()
-def get(name: str, json: JsonOption = False, endpoint: EndpointOption = DEFAULT_ENDPOINT) -> None:
+@takes(GetOptions)
+def get(options: GetOptions) -> None:
     """Show a session: its tokens, its drafts, where its keys and values lie."""
-    session = _ask(endpoint, lambda client: client.get_session(name))
-    _show(session, as_json=json)
+    session = _ask(options, lambda client: client.get_session(options.name))
+    _show(session, as_json=options.json)
 
 
 @sessions.command()
-def delete(name: str, endpoint: EndpointOption = DEFAULT_ENDPOINT) -> None:
+@takes(DeleteOptions)
+def delete(options: DeleteOptions) -> None:
     """Delete a session and free what both tiers keep of it."""
-    _ask(endpoint, lambda client: client.delete_session(name))
+    _ask(options, lambda client: client.delete_session(options.name))
 
 
-def model(json: JsonOption = False, endpoint: EndpointOption = DEFAULT_ENDPOINT) -> None:
+@takes(ModelOptions)
+def model(options: ModelOptions) -> None:
     """Show which models are served."""
-    _show(_ask(endpoint, lambda client: client.model_info()), as_json=json)
+    _show(_ask(options, lambda client: client.model_info()), as_json=options.json)
 
 
-def _ask(endpoint: str, question: Callable[[Client], Awaitable[Any]]) -> Any:
+def _ask(options: AskOptions, question: Callable[[Client], Awaitable[Any]]) -> Any:
     from outrider.cli.client import connected
     from outrider.cli.running import run
 
     async def body() -> Any:
-        async with connected(endpoint) as client:
+        async with connected(options.endpoint, options.access) as client:
             return await question(client)
 
     return run(body())

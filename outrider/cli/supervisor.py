@@ -20,7 +20,7 @@ from pathlib import Path
 from outrider.child import tied_to_this_process
 from outrider.cli.failures import ProgramFailed
 from outrider.errors import ConfigError
-from outrider.program import LISTENING_PREFIX
+from outrider.program import LISTENING_PREFIX, METRICS_PREFIX
 from outrider.redis_server import RedisServer
 
 # Longer than any program's own grace (a model service finishes its streams within 5 s).
@@ -83,6 +83,8 @@ class Program:
         self.process = process
         self._log_path = log_path
         self._log_start = log_start
+        # host:port of its /metrics, where it has any; known once it serves.
+        self.metrics: str | None = None
 
     @classmethod
     async def start(
@@ -106,6 +108,8 @@ class Program:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             text = line.decode(errors="replace").strip()
+            if text.startswith(METRICS_PREFIX):
+                self.metrics = text.removeprefix(METRICS_PREFIX)
             if text.startswith(LISTENING_PREFIX):
                 return text.removeprefix(LISTENING_PREFIX)
         status = (await self.death()).status
@@ -192,6 +196,10 @@ class Supervisor:
     def pid(self, name: str) -> int:
         """Of a program that was started, by its name."""
         return next(p.process.pid for p in self._programs if p.name == name)
+
+    def metrics(self) -> dict[str, str]:
+        """host:port of each program's /metrics, of those that have any."""
+        return {p.name: p.metrics for p in self._programs if p.metrics is not None}
 
     def _watch(self, name: str, death: asyncio.Task[Death]) -> None:
         self._watches[death] = name

@@ -75,10 +75,12 @@ async def _until_death(stack: Stack, view: StackView) -> int:
 
 
 def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
-    from outrider.program import LISTENING_PREFIX
+    from outrider.program import LISTENING_PREFIX, METRICS_PREFIX
 
     console = view.console
     if not console.is_terminal:
+        for name, address in stack.metrics.items():
+            console.print(f"{name}: {METRICS_PREFIX}{address}", highlight=False, soft_wrap=True)
         console.print(f"{LISTENING_PREFIX}{stack.endpoint}", highlight=False, soft_wrap=True)
         return
     port = stack.endpoint.rpartition(":")[2]
@@ -86,6 +88,9 @@ def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
     console.print(f"\n[bold green]Outrider is up[/] at [bold]{stack.endpoint}[/]", highlight=False)
     prompt = '"def fibonacci(n):"' if options.has_tokenizer else "--token-ids 1,2,3"
     console.print(f"  try    outrider generate {prompt}{elsewhere}", highlight=False)
+    if stack.metrics:
+        watched = " ".join(stack.metrics.values())
+        console.print(f"  watch  outrider top {watched}", highlight=False, soft_wrap=True)
     console.print(f"  logs   {options.log_dir}", highlight=False, soft_wrap=True)
     console.print("  stop   Ctrl-C\n", highlight=False)
 

@@ -1,0 +1,308 @@
+"""`outrider generate` with several orchestrators: the one that writes goes, and nobody sees it.
+
+Real processes where one is killed; elsewhere everything is in this one. The first orchestrator's
+link to the target is slow, so that there is something left to write when it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shlex
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+import orchestrator.service
+import target_service.service
+from outrider.cli.client import Output, connected
+from outrider.cli.failures import CallFailed
+from outrider.cli.following import Follower, GaveUp, Patience
+from outrider.cli.request import GenerateOptions, Method, build_request, endpoints_of
+from outrider.cli.supervisor import Program
+from outrider.config import OrchestratorConfig, TargetConfig
+from outrider.errors import ConfigError
+from outrider.redis_server import RedisServer
+from outrider.relay import Relay
+from tests import redis_fixture
+from tests.cli.processes import ROOT, TIMEOUT_S, command, environment
+from tests.stack import eventually
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(200)]
+redis_server = redis_fixture.redis_server
+
+# Of the slow link, each way: an output takes some seconds at the least.
+DELAY_S = 0.01
+NUM_TOKENS = 240
+NOBODY = "127.0.0.1:1"
+ASKED = GenerateOptions(
+    prompt="the quick", max_tokens=NUM_TOKENS, seed=5, verification=Method.coupled,
+    ignore_eos=True, gamma=0,
+)  # fmt: skip
+FLAGS = ("the quick", f"--max-tokens={NUM_TOKENS}", "--seed=5", "--verification=coupled",
+         "--ignore-eos", "--gamma=0")  # fmt: skip
+
+
+@dataclass
+class Place:
+    """What orchestrators are started with, and where one is that stays."""
+
+    target: str
+    tokenizer: Path
+    redis_url: str
+    log_dir: Path
+    steady: str = ""
+    whole: Output = field(default_factory=Output)
+
+    @contextlib.asynccontextmanager
+    async def slow_target(self) -> AsyncIterator[str]:
+        async with Relay("127.0.0.1", 0, *address(self.target), DELAY_S) as relay:
+            yield relay.address
+
+    @contextlib.asynccontextmanager
+    async def serving(self, target: str) -> AsyncIterator[str]:
+        """An orchestrator in this process, which stops without grace."""
+        config = OrchestratorConfig(
+            target_endpoint=target,
+            redis_url=self.redis_url,
+            tokenizer=str(self.tokenizer),
+            port=0,
+            stop_grace_s=0.0,
+        )
+        async with orchestrator.service.serving(config) as server:
+            yield f"127.0.0.1:{server.port}"
+
+    async def start(self, target: str) -> tuple[str, Program]:
+        """One in a process of its own."""
+        arguments = ["orchestrator", f"--target-endpoint={target}", f"--redis-url={self.redis_url}"]
+        arguments += ["--port=0", f"--tokenizer={self.tokenizer}"]
+        program = await Program.start("orchestrator", arguments, self.log_dir)
+        return await program.listening(), program
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def place(
+    target: Path, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Place]:
+    config = TargetConfig(model=str(target), port=0, kv_cache_tokens=4_096, calibration_s=0.0)
+    async with target_service.service.serving(config) as server:
+        log_dir = tmp_path_factory.mktemp("following")
+        place = Place(f"127.0.0.1:{server.port}", target, redis_server.url, log_dir)
+        async with place.serving(place.target) as place.steady, connected(place.steady) as client:
+            place.whole = await client.generate(build_request(ASKED))
+            yield place
+
+
+@dataclass
+class Following:
+    """A follower in this process. `begun` is set at its first text."""
+
+    text: str = ""
+    said: list[str] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(
+        self, endpoints: Sequence[str], session_id: str, *, resume_for_s: float = 60.0
+    ) -> Output:
+        def show(chunk: object) -> None:
+            self.text += getattr(chunk, "text", "")
+            self.begun.set()
+
+        request = build_request(ASKED)
+        request.session_id, request.create_session = session_id, True
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connected(e)) for e in endpoints]
+            follower = Follower(
+                clients, request, Patience(resume_for_s), has_turns=True, show=show,
+                say=self.said.append,
+            )  # fmt: skip
+            return await follower.run()
+
+
+def check(output: Output, following: Following, place: Place) -> None:
+    """It is what an undisturbed one would have been."""
+    assert output.token_ids == place.whole.token_ids
+    assert output.text == following.text == place.whole.text
+    assert output.result.usage.completion_tokens == NUM_TOKENS
+    broke, going = following.said
+    assert re.match(r"the stream broke after \d+ tokens: UNAVAILABLE: ", broke)
+    assert going == f"going on at {place.steady}"
+
+
+async def test_killed(place: Place) -> None:
+    """Processes: standard output is the text alone, the session made for this is gone."""
+    num_before = num_sessions(place)
+    async with place.slow_target() as slow:
+        endpoint, program = await place.start(slow)
+        process, begun = await begin(f"{endpoint},{place.steady}")
+        program.kill()
+        ended = await end(process, begun)
+    assert ended.status == 0, ended.said
+    assert ended.text == place.whole.text
+    assert "outrider: the stream broke after " in ended.said
+    assert f"outrider: going on at {place.steady}\n" in ended.said
+    assert f"{NUM_TOKENS} after a prompt of" in ended.said
+    assert num_sessions(place) == num_before
+
+
+async def test_frozen(place: Place) -> None:
+    """The connection stands and says nothing: its keepalive notices."""
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as first,
+        Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+    ):
+        following = Following()
+        running = asyncio.create_task(following.run([relay.address, place.steady], "frozen"))
+        await following.begun.wait()
+        relay.hold()
+        check(await running, following, place)
+
+
+async def test_stopped(place: Place) -> None:
+    """It ends its outputs after their rounds: half a character may be what it says last."""
+    following = Following()
+    async with place.slow_target() as slow:
+        async with place.serving(slow) as first:
+            running = asyncio.create_task(following.run([first, place.steady], "stopped"))
+            await following.begun.wait()
+        check(await running, following, place)
+
+
+async def test_a_second_turn(place: Place) -> None:
+    """Cut off before its first token it is not asked twice, nor is the turn before told again."""
+    async with connected(place.steady) as client:
+        request = build_request(ASKED)
+        request.session_id, request.create_session, request.sampling.max_tokens = "two", True, 3
+        await client.generate(request)
+        async with (
+            Relay("127.0.0.1", 0, *address(place.target), 0.0) as to_target,
+            place.serving(to_target.address) as first,
+            Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+        ):
+            to_target.hold()
+            endpoints = [relay.address, place.steady]
+            running = asyncio.create_task(Following().run(endpoints, "two"))
+
+            async def is_asked() -> bool:
+                return (await client.get_session("two")).in_use
+
+            await eventually(is_asked, 30.0)
+            relay.refuses = True
+            relay.reset()
+            output = await running
+        assert len(output.token_ids) == NUM_TOKENS
+        assert (await client.get_session("two")).num_turns == 2
+
+
+async def test_gives_up(place: Place) -> None:
+    """With the command that writes the rest."""
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as first,
+        Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+    ):
+        endpoints = f"{relay.address},{NOBODY}"
+        process, begun = await begin(endpoints, "--resume-for=1")
+        relay.refuses = True
+        relay.reset()
+        ended = await end(process, begun)
+    assert ended.status == 1
+    assert "nobody went on with it for" in ended.said
+    by_hand = shlex.split(ended.said.rpartition("Go on with: ")[2])
+    assert by_hand[:3] == ["outrider", "generate", f"--endpoint={endpoints}"]
+    rest = await end(await start(*by_hand[1:], f"--endpoint={place.steady}"))
+    assert rest.status == 0, rest.said
+    assert ended.text + rest.text == place.whole.text
+
+
+async def test_the_first_is_away(place: Place) -> None:
+    """The next is asked, at once."""
+    following = Following()
+    output = await following.run([NOBODY, place.steady], "away")
+    assert output.token_ids == place.whole.token_ids
+    (said,) = following.said
+    assert f"nothing answers at {NOBODY}" in said
+
+
+async def test_nobody_is_there() -> None:
+    """One pass, no waiting."""
+    with pytest.raises(CallFailed, match=r"^UNAVAILABLE: nothing answers at") as caught:
+        await Following().run([NOBODY, "127.0.0.1:2"], "nobody")
+    assert not isinstance(caught.value, GaveUp)
+
+
+async def test_a_refusal_is_told_at_once(place: Place) -> None:
+    """What is wrong here is wrong everywhere."""
+    following = Following()
+    with pytest.raises(CallFailed, match=r"^INVALID_ARGUMENT: session_id: "):
+        await following.run([place.steady, place.steady], "x" * 200)
+    assert following.said == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (GenerateOptions(prompt="x", session="s", resume_from=1), "not with PROMPT"),
+        (GenerateOptions(token_ids="1", session="s", resume_from=1), "not with --token-ids"),
+        (GenerateOptions(session="s", resume_from=1, chat=True), "not with --chat"),
+        (GenerateOptions(resume_from=1), "needs the --session"),
+    ],
+)
+async def test_resumption_by_hand(options: GenerateOptions, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--resume-from: {said}"):
+        build_request(options)
+
+
+async def test_lists_of_endpoints() -> None:
+    """Only `generate` takes them."""
+    assert endpoints_of(GenerateOptions(endpoint="a:1, b:1")) == ["a:1", "b:1"]
+    with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,,b:1'"):
+        endpoints_of(GenerateOptions(endpoint="a:1,,b:1"))
+    with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,b:1' is several"):
+        async with connected("a:1,b:1"):
+            pass
+
+
+@dataclass
+class Ended:
+    """A command's exit status, standard output and standard error."""
+
+    status: int | None
+    text: str
+    said: str
+
+
+async def start(*arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *command(*arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE, cwd=ROOT, env=environment(),
+    )  # fmt: skip
+
+
+async def begin(endpoints: str, *more: str) -> tuple[asyncio.subprocess.Process, bytes]:
+    """A command that has written something, and far from all."""
+    process = await start("generate", *FLAGS, "--endpoint", endpoints, *more)
+    assert process.stdout is not None
+    async with asyncio.timeout(TIMEOUT_S):
+        return process, await process.stdout.read(1)
+
+
+async def end(process: asyncio.subprocess.Process, begun: bytes = b"") -> Ended:
+    async with asyncio.timeout(TIMEOUT_S):
+        out, err = await process.communicate()
+    return Ended(process.returncode, (begun + out).decode(), err.decode())
+
+
+def num_sessions(place: Place) -> int:
+    keys = redis_fixture.redis_command(place.redis_url, "KEYS", "outrider:session:cli-*")
+    return int(keys.partition(b"\r\n")[0].removeprefix(b"*"))
+
+
+def address(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    return host, int(port)
