@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PROTO_VENV ?= .venv-proto
 AUDIT_VENV ?= .venv-audit
 
-.PHONY: help setup demo test lint audit proto proto-check clean
+.PHONY: help setup demo test pods lint audit proto proto-check clean
 
 help:
 	@echo "make demo    set up, run a speculative generation through four real processes, compare"
 	@echo "make test    set up, lint, type-check, check generated code, run every test"
+	@echo "make pods    run the manifests' own pods as processes in network namespaces (root)"
 	@echo "make lint    ruff, mypy, import rules"
 	@echo "make audit   look dependencies up in PyPI's advisories (needs the network)"
 	@echo "make proto   regenerate outrider/v1 from proto/"
@@ -32,6 +33,10 @@ demo: setup
 # Tests are taken over from the busier of the two: the longest are no more at its end than elsewhere.
 test: setup lint proto-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The overlay `local`, a network namespace and an address for each pod; wants root, and the cores to itself.
+pods: setup
+	OUTRIDER_TEST_PODS=1 $(BIN)/python -m pytest tests/deploy/test_pods.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ TIMEOUT_S = 560
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("OUTRIDER_TEST_PODS" not in os.environ, reason="`make pods` runs it, alone")
 @pytest.mark.timeout(TIMEOUT_S + 20)
 def test_pods_are_added_and_removed_under_load(tmp_path: Path) -> None:
     """Manifests' commands, environment, users, roots and probes; 0 streams fail, output is one."""

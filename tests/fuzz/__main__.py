@@ -45,9 +45,12 @@ def main() -> int:
     parser.add_argument("service", choices=SERVICES)
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, help="a folder for the programs' logs, to be kept")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="outrider-fuzz-") as folder:
-        report = asyncio.run(_run(given.service, given.messages, given.seed, Path(folder)))
+        logs = given.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        report = asyncio.run(_run(given.service, given.messages, given.seed, logs))
     print(report)
     return 1 if report.findings.defects else 0
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import grpc
 
+from outrider.frames import SMALL_BYTES
 from outrider.v1 import orchestrator_pb2
+from tests.fuzz.bombs import bombs
 from tests.fuzz.corpus import Dialect, oversize, session_ids
 from tests.fuzz.feed import Feed, Frame
 from tests.fuzz.findings import Findings
@@ -22,6 +24,9 @@ from tests.fuzz.values import SESSION_IDS
 # Generous: the machine may be busy. What takes longer hangs.
 HANG_S = 30.0
 _OVERSIZE_CHANCE = 1 / 5_000
+_BOMB_CHANCE = 1 / 1_000
+# One that is small enough to be parsed, and others.
+_BOMB_BYTES = (SMALL_BYTES - 64, 2 * SMALL_BYTES, 16 * SMALL_BYTES)
 Code = grpc.StatusCode
 _STREAM_CODES = (Code.OK, Code.CANCELLED, Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED)
 _CALL_CODES = (*_STREAM_CODES, Code.NOT_FOUND, Code.ABORTED, Code.DEADLINE_EXCEEDED)
@@ -65,6 +70,16 @@ class Attack(ABC):
             self._findings.session_ids.update(session_ids(frame.message))
         return frame
 
+    def _data(self, frame: Frame, chance: random.Random) -> bytes:
+        """Of the frame or, now and then, of one that is too large or would become so."""
+        if chance.random() < _OVERSIZE_CHANCE:
+            return oversize()
+        if chance.random() < _BOMB_CHANCE:
+            made = bombs(self._dialect.request)
+            self._findings.sent["bomb"] += 1
+            return made[chance.choice(sorted(made))](chance.choice(_BOMB_BYTES))
+        return frame.data
+
 
 class StreamAttack(Attack):
     """Streams that live for some frames and end in any way."""
@@ -88,9 +103,7 @@ class StreamAttack(Attack):
         for _ in range(chance.choice((1, 3, 10, 60))):
             if self._num_left <= 0 or listening.done():
                 return
-            data = self._take(feed).data
-            if chance.random() < _OVERSIZE_CHANCE:
-                data = oversize()
+            data = self._data(self._take(feed), chance)
             if not await _quietly(call.write(data)):
                 return
             pause_s = chance.choice((0, 0, 0.003, 0.012))
@@ -112,24 +125,20 @@ class CallAttack(Attack):
     num_peers = 12
 
     async def _episode(self, feed: Feed, chance: random.Random) -> None:
-        frame = self._take(feed)
-        data = oversize() if chance.random() < _OVERSIZE_CHANCE else frame.data
-        method, is_known = self._dialect.method, frame.message is not None
+        data, method = self._data(self._take(feed), chance), self._dialect.method
         if chance.random() < 0.15:
             name = chance.choice(("GetSession", "DeleteSession", "GetModelInfo"))
-            method, is_known = f"{method.rpartition('/')[0]}/{name}", False
+            method = f"{method.rpartition('/')[0]}/{name}"
             if chance.random() < 0.7:  # both of the requests with a name are alike
                 asked = orchestrator_pb2.GetSessionRequest(session_id=chance.choice(SESSION_IDS))
-                data, is_known = asked.SerializeToString(), True
+                data = asked.SerializeToString()
         call = self._channel.unary_stream(method)(data, timeout=chance.choice((0.05, 0.3, 1.0)))
         try:
             async with asyncio.timeout(HANG_S):
                 await self._read(call, method, chance.choice((0, 1, 3, 1_000)))
         finally:
             call.cancel()
-        # What is no message at all gRPC refuses by itself, as UNKNOWN.
-        allowed = _CALL_CODES if is_known else (*_CALL_CODES, Code.UNKNOWN)
-        self._findings.ended(await call.code(), await call.details(), allowed)
+        self._findings.ended(await call.code(), await call.details(), _CALL_CODES)
 
     async def _read(self, call: Any, method: str, num_chunks: int) -> None:
         try:

@@ -246,8 +246,10 @@ async def test_no_room_for_keys_and_values(
     pair: Pair, redis_server: RedisServer, greedy: Greedy
 ) -> None:
     """What can never fit is INVALID_ARGUMENT, what does not fit now RESOURCE_EXHAUSTED."""
-    url = redis_server.url
-    async with both_tiers(pair, target_kv=256) as tiers, orchestrating(tiers, url) as stack:
+    async with (
+        both_tiers(pair, target_kv=256) as tiers,
+        orchestrating(tiers, redis_server.url, max_waiting=0) as stack,
+    ):
         refused = await refused_by(stack, request([1] * 200, {"max_tokens": 57}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["sampling.max_tokens"]
