@@ -73,7 +73,7 @@ class Stack:
         self, prompt: str | Sequence[int], *, sampling: dict[str, Any] | None = None, **fields: Any
     ) -> Output:
         output = Output()
-        async for chunk in self.client.Generate(request(prompt, sampling, **fields), timeout=50):
+        async for chunk in self.client.Generate(request(prompt, sampling, **fields), timeout=200):
             output.add(chunk)
         return output
 
@@ -154,8 +154,11 @@ async def running_stack(
         yield Stack(*channels)
 
 
-async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
-    """Waits until the async condition holds; the failing value is in the error."""
+async def eventually(condition: Any, timeout_s: float = 60.0) -> None:
+    """Waits until the async condition holds; the failing value is in the error.
+
+    By default for as long as says that it will never come, on a machine of any speed.
+    """
     value = None
     for _ in range(int(timeout_s / 0.02)):
         value = await condition()

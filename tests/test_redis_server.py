@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from outrider.errors import ConfigError
 from outrider.redis_server import RedisServer, answers, find_server
 from tests import redis_fixture
+from tests.cli.processes import is_alive, wait_until_dead
 from tests.redis_fixture import redis_command
 
 redis_server = redis_fixture.redis_server
@@ -23,22 +23,6 @@ redis_url = redis_fixture.redis_url
 
 def socket_path(server: RedisServer) -> Path:
     return Path(server.url.removeprefix("unix://"))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie nobody reaps here (its parent was killed) is dead too.
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def wait_until_dead(pid: int, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while is_alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.01)
 
 
 def test_up_when_start_returns_and_gone_when_stop_does() -> None:
@@ -110,7 +94,7 @@ def test_no_process_outlives_its_parent(end: str) -> None:
         else:
             parent.stdin.close()
         parent.wait()
-        wait_until_dead(int(pid))
+        wait_until_dead({int(pid): "redis"})
     if end == "killed":  # with none to clean up after it
         (folder / "log").unlink()
         folder.rmdir()

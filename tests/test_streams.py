@@ -12,7 +12,7 @@ async def test_what_is_pending_at_the_close_comes_before_the_end() -> None:
     outbox: Outbox[int] = Outbox()
     outbox.put([1, 2])
     outbox.close()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         assert [items async for items in outbox.batches()] == [[1, 2]]
 
 

@@ -51,7 +51,8 @@ def draft(target: Path) -> Path:
 @pytest.fixture(scope="session")
 def running(target: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     log_dir = tmp_path_factory.mktemp("logs")
-    with up(f"--target={target}", f"--draft={draft}", f"--log-dir={log_dir}") as started:
+    flags = (f"--target={target}", f"--draft={draft}", f"--log-dir={log_dir}", "--metrics")
+    with up(*flags) as started:
         yield started
         started.process.terminate()
         started.process.wait(60)

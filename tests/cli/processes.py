@@ -22,9 +22,14 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without what would change the programs' settings or colours."""
+    """Without what would change the programs' settings or colours.
+
+    One thread for each of them: two on models this small wait for each other, for ever so long
+    where other tests run beside.
+    """
     hidden = ("OUTRIDER_", "REDIS_URL", "FORCE_COLOR", "NO_COLOR")
-    return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {"TERM": "xterm"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    return {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -70,7 +75,8 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: line for child, line in found.items() if is_alive(child)}
 
 
-def wait_until_dead(pids: dict[int, str], timeout_s: float = 20.0) -> None:
+def wait_until_dead(pids: dict[int, str], timeout_s: float = 60.0) -> None:
+    """By default for so long as says that they never will; a service has its grace of seconds."""
     deadline = time.monotonic() + timeout_s
     while alive := {pid: line for pid, line in pids.items() if is_alive(pid)}:
         assert time.monotonic() < deadline, f"still there: {alive}"

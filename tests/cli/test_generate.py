@@ -126,7 +126,7 @@ def test_ctrl_c_cancels_the_call(endpoint: str) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT_S) == 130
         process.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while (session := result("session", "get", "c", "--endpoint", endpoint))["in_use"]:
         assert time.monotonic() < deadline
     assert session["num_emitted_tokens"] < 480

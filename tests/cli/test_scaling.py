@@ -126,7 +126,7 @@ def test_what_makes_no_sense_is_refused_by_name(flag: str, named: str, tmp_path:
 @pytest.mark.timeout(300)
 def test_a_quick_run_has_every_point(tmp_path: Path) -> None:
     """One target, two orchestrators on it with a draft each; the files are whole."""
-    ended = run("bench", "scaling", "--quick", f"--out={tmp_path}")
+    ended = run("bench", "scaling", "--quick", "--pass-ms=25", f"--out={tmp_path}")
     assert ended.returncode == 0, ended.stderr
     document = json.loads((tmp_path / "scaling.json").read_text("utf-8"))
     results = {(r["num_sessions"], r["num_drafts"]): r for r in document["results"]}

@@ -85,24 +85,13 @@ def test_a_dead_target_ends_it(target: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_model(tmp_path: Path) -> None:
-    """Exit 2; the program, the directory and the log are named."""
+    """Exit 2; the program, the directory and the log are named: as with any that is refused."""
     missing = tmp_path / "nowhere"
     ended = run("up", f"--target={missing}", "--port=0", f"--log-dir={tmp_path / 'logs'}")
     assert ended.returncode == 2
     assert "target did not start (exit code 2)" in ended.stderr
     assert str(missing) in ended.stderr
     assert "target.log" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_broken_model(target: Path, tmp_path: Path) -> None:
-    """Exit 2 and its name, where the weights are cut short."""
-    broken = shutil.copytree(target, tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    ended = run("up", f"--target={broken}", "--port=0", f"--log-dir={tmp_path / 'logs'}")
-    assert ended.returncode == 2
-    assert str(broken) in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -140,7 +140,7 @@ class DraftProcess:
             *self._command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
         )
         assert self._process.stdout is not None
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(200):
             while not (line := await self._process.stdout.readline()).startswith(b"listening"):
                 assert line, "the draft ended"
 
@@ -156,7 +156,7 @@ class Running:
 
     def __init__(self, stack: Stack, call: dict[str, Any]) -> None:
         self.output = Output()
-        self._chunks = stack.client.Generate(request(**call), timeout=50)
+        self._chunks = stack.client.Generate(request(**call), timeout=200)
 
     async def until(self, num_tokens: int) -> Output:
         """Reads until the output has so many tokens, or has ended."""

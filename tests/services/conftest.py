@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 import torch
 
+import outrider.serving.life
 from tests import redis_fixture
-from tests.services.parts import CONTEXT_LEN, Greedy, Pair
+from tests.services.parts import CONTEXT_LEN, Greedy, Pair, System, both_tiers, clients
+from tests.services.replicas import Gate
 from tests.services.tokenizer_files import write_tokenizer
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
@@ -46,5 +50,30 @@ def greedy(pair: Pair) -> Greedy:
 
 
 @pytest.fixture(scope="session")
+def draft_greedy(pair: Pair) -> Greedy:
+    return Greedy(pair.draft)
+
+
+@pytest.fixture(scope="session")
 def chat_greedy(chat_pair: Pair) -> Greedy:
     return Greedy(chat_pair.target)
+
+
+@pytest.fixture
+async def system(pair: Pair) -> AsyncIterator[System]:
+    """Both tiers, without an orchestrator; the draft with little room."""
+    async with both_tiers(pair, draft_kv=4096) as tiers, clients(tiers) as system:
+        yield system
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Of the engine of each tier that is started."""
+    gate = Gate()
+    load = outrider.serving.life.load_served_engine
+    monkeypatch.setattr(
+        outrider.serving.life,
+        "load_served_engine",
+        lambda config: (gate.engine(config), load(config)[1]),
+    )
+    return gate

@@ -12,8 +12,9 @@ import grpc
 
 from outrider.v1 import draft_pb2, model_pb2, sampling_pb2, target_pb2
 from outrider.wire import UINT16, UINT32, pack, unpack
+from tests.services.parts import System
 
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 60.0
 # The tokens that a model says after these, so many.
 Truth = Callable[[Sequence[int], int], list[int]]
 
@@ -136,6 +137,14 @@ async def raw(call: Any) -> AsyncIterator[Stream]:
         call.cancel()
         with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
             await listening
+
+
+@contextlib.asynccontextmanager
+async def proposing(system: System) -> AsyncIterator[Stream]:
+    """A stream of the draft's own."""
+    assert system.draft is not None
+    async with raw(system.draft.Propose()) as stream:
+        yield stream
 
 
 class Decoding:

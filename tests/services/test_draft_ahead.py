@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -14,32 +12,14 @@ import pytest
 from outrider.serving import costs
 from outrider.v1 import draft_pb2, sampling_pb2, target_pb2
 from outrider.wire import FLOAT32, UINT16, unpack
-from tests.services.parts import Greedy, Pair, System, both_tiers, clients
-from tests.services.streams import Following, Stream, draft_commit, draft_open, numbers, raw
+from tests.services.parts import Greedy, System
+from tests.services.streams import Following, draft_commit, draft_open, numbers, proposing
 from tests.stack import eventually
 
 PROMPT = [3, 1, 4, 1]
 # Too short to be told half drafted.
 GAMMA = 2
 Frame = draft_pb2.ProposeRequest
-
-
-@pytest.fixture(scope="module")
-def draft_greedy(pair: Pair) -> Greedy:
-    return Greedy(pair.draft)
-
-
-@pytest.fixture
-async def system(pair: Pair) -> AsyncIterator[System]:
-    async with both_tiers(pair, draft_kv=4096) as tiers, clients(tiers) as system:
-        yield system
-
-
-@contextlib.asynccontextmanager
-async def proposing(system: System) -> AsyncIterator[Stream]:
-    assert system.draft is not None
-    async with raw(system.draft.Propose()) as stream:
-        yield stream
 
 
 async def test_outcomes_are_proposed_ahead_of_the_verdict(system: System) -> None:

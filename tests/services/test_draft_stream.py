@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outrider.v1 import draft_pb2, sampling_pb2
-from tests.services.parts import CONTEXT_LEN, Greedy, Pair, System, both_tiers, clients
+from tests.services.parts import CONTEXT_LEN, Greedy, System
 from tests.services.streams import (
     Following,
     Stream,
@@ -19,7 +19,7 @@ from tests.services.streams import (
     draft_open,
     ids,
     numbers,
-    raw,
+    proposing,
 )
 from tests.stack import eventually
 
@@ -27,24 +27,6 @@ PROMPT = [3, 1, 4, 1]
 HEALTHY, BAD = 1, 2
 Frame = draft_pb2.ProposeRequest
 Reason = draft_pb2.DraftLost
-
-
-@pytest.fixture(scope="session")
-def draft_greedy(pair: Pair) -> Greedy:
-    return Greedy(pair.draft)
-
-
-@pytest.fixture
-async def system(pair: Pair) -> AsyncIterator[System]:
-    async with both_tiers(pair, draft_kv=4096) as tiers, clients(tiers) as system:
-        yield system
-
-
-@contextlib.asynccontextmanager
-async def proposing(system: System) -> AsyncIterator[Stream]:
-    assert system.draft is not None
-    async with raw(system.draft.Propose()) as stream:
-        yield stream
 
 
 @pytest.mark.parametrize(("lookahead", "fan_out"), [(0, 1), (1, 1), (1, 6), (2, 16), (3, 4)])

@@ -96,7 +96,7 @@ async def disturbed(client: Any, disturb: Any, num_tokens: int = NUM_TOKENS, **h
     """An output, with `disturb` awaited once some of it has come."""
     output, is_disturbed = Output(), False
     how = {"gamma": 4, "sampling": {**GREEDY, "max_tokens": num_tokens}} | how
-    async for chunk in client.Generate(request(PROMPT, **how), timeout=50):
+    async for chunk in client.Generate(request(PROMPT, **how), timeout=200):
         output.add(chunk)
         if not is_disturbed and len(output.token_ids) > 20:
             is_disturbed = True
@@ -127,7 +127,7 @@ async def test_sampled_outputs_go_on_too(verification: str, pair: Pair, redis_ur
     }
     async with replicas(pair, 2, 1) as tiers, serving(tiers, redis_url) as client:
         plain = Output()
-        async for chunk in client.Generate(request(PROMPT, **{**how, "gamma": 0}), timeout=50):
+        async for chunk in client.Generate(request(PROMPT, **{**how, "gamma": 0}), timeout=200):
             plain.add(chunk)
 
         async def kill() -> None:
@@ -188,7 +188,7 @@ async def test_none_comes_back(pair: Pair, redis_url: str) -> None:
 async def test_new_streams_go_to_the_least_loaded(pair: Pair, redis_url: str) -> None:
     async with replicas(pair, 2, 0) as tiers, serving(tiers, redis_url) as client:
         how = {"gamma": 0, "sampling": {**GREEDY, "max_tokens": CONTEXT_LEN - 100}}
-        calls = [client.Generate(request(PROMPT, **how), timeout=50) for _ in range(4)]
+        calls = [client.Generate(request(PROMPT, **how), timeout=200) for _ in range(4)]
         for call in calls:
             await call.read()
         assert [await num_open(server) for server in tiers[0].servers] == [2, 2]
@@ -207,7 +207,7 @@ async def test_a_session_goes_where_its_keys_and_values_lie(pair: Pair, redis_ur
         for number in range(3):
             output = Output()
             asked = request(PROMPT, session_id="sticky", create_session=number == 0, **how)
-            async for chunk in client.Generate(asked, timeout=50):
+            async for chunk in client.Generate(asked, timeout=200):
                 output.add(chunk)
             assert output.result is not None
             assert bool(output.result.usage.cached_tokens) == (number > 0)
@@ -222,7 +222,7 @@ async def test_a_replica_with_another_model_is_not_used(pair: Pair, redis_url: s
             async with serving(tiers, redis_url) as client:
                 calls = [
                     client.Generate(
-                        request(PROMPT, {**GREEDY, "max_tokens": 8}, gamma=0), timeout=50
+                        request(PROMPT, {**GREEDY, "max_tokens": 8}, gamma=0), timeout=200
                     )
                     for _ in range(4)
                 ]

@@ -46,7 +46,7 @@ def asked(sampling: dict[str, Any], **fields: Any) -> orchestrator_pb2.GenerateR
 async def resume(system: System, num_held: int, session_id: str = "s") -> Output:
     output = Output()
     again = orchestrator_pb2.GenerateRequest(session_id=session_id, resume_from=num_held)
-    async for chunk in system.client.Generate(again, timeout=50):
+    async for chunk in system.client.Generate(again, timeout=200):
         output.add(chunk)
     return output
 
@@ -77,7 +77,7 @@ async def test_while_the_first_orchestrator_still_runs(
         whole = await first.generate(
             PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **fields
         )
-        call = first.client.Generate(asked(sampling, **fields), timeout=50)
+        call = first.client.Generate(asked(sampling, **fields), timeout=200)
         before = await some(call, 20)
         held = before.token_ids[:18]  # the last message never arrived
         after = await resume(second, len(held))
@@ -92,7 +92,7 @@ async def test_while_the_first_orchestrator_still_runs(
         if way != "rejection":
             assert held + after.token_ids == whole.token_ids
         got = await second.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
         )
         assert list(got.token_ids) == [*PROMPT, *held, *after.token_ids]
         assert not got.in_use
@@ -104,11 +104,11 @@ async def test_while_the_first_orchestrator_still_runs(
 async def test_after_the_caller_left(pair: Pair, redis_url: str, greedy: Greedy) -> None:
     """A cancelled call leaves a turn that can be gone on with; several times."""
     async with two(pair, redis_url) as (first, second):
-        call = first.client.Generate(asked(GREEDY), timeout=50)
+        call = first.client.Generate(asked(GREEDY), timeout=200)
         held = (await some(call, 10)).token_ids
         call.cancel()
         again = second.client.Generate(
-            orchestrator_pb2.GenerateRequest(session_id="s", resume_from=len(held)), timeout=50
+            orchestrator_pb2.GenerateRequest(session_id="s", resume_from=len(held)), timeout=200
         )
         held += (await some(again, 30)).token_ids
         again.cancel()
@@ -145,7 +145,7 @@ async def test_stop_texts_and_penalties_go_on(pair: Pair, redis_url: str) -> Non
         whole = await first.generate(
             PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **COUPLED
         )
-        call = first.client.Generate(asked(sampling, **COUPLED), timeout=50)
+        call = first.client.Generate(asked(sampling, **COUPLED), timeout=200)
         held = (await some(call, 5)).token_ids
         call.cancel()
         after = await resume(second, len(held))
@@ -186,18 +186,18 @@ async def test_a_later_turn_is_begun_before_it_is_shown(
         await first.generate(PROMPT, sampling=GREEDY, session_id="s", create_session=True)
         sampling = {**GREEDY, "max_tokens": NUM_TOKENS}
         call = first.client.Generate(
-            request([5], sampling, session_id="s", durability=mode), timeout=50
+            request([5], sampling, session_id="s", durability=mode), timeout=200
         )
         await some(call, 1)
         got = await first.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
         )
         assert got.num_turns == 2
         call.cancel()
 
 
 async def _all(system: System, asked: orchestrator_pb2.GenerateRequest) -> None:
-    async for _ in system.client.Generate(asked, timeout=50):
+    async for _ in system.client.Generate(asked, timeout=200):
         pass
 
 
@@ -232,11 +232,11 @@ async def test_more_than_was_recorded(pair: Pair, redis_url: str) -> None:
 
 async def test_tiers_are_free_afterwards(pair: Pair, redis_url: str) -> None:
     async with two(pair, redis_url) as (first, second):
-        call = first.client.Generate(asked(GREEDY), timeout=50)
+        call = first.client.Generate(asked(GREEDY), timeout=200)
         held = (await some(call, 10)).token_ids
         await resume(second, len(held))
         await second.client.DeleteSession(
-            orchestrator_pb2.DeleteSessionRequest(session_id="s"), timeout=10
+            orchestrator_pb2.DeleteSessionRequest(session_id="s"), timeout=200
         )
         call.cancel()
         await eventually(lambda: nothing_held(second))
@@ -259,6 +259,6 @@ async def test_both_modes_record_everything(
         assert output.result is not None
         assert output.result.recorded
         got = await first.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=10
+            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
         )
         assert list(got.token_ids) == [*PROMPT, *output.token_ids]

@@ -234,7 +234,7 @@ async def test_a_stop_token_ends_it(redis_url: str) -> None:
 
 async def test_room_is_as_large_as_it_is_told(redis_url: str) -> None:
     async with simulated(redis_url, kv_cache_tokens=4_096) as stack:
-        info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=10)
+        info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=200)
     assert info.target.kv_capacity_tokens == info.draft.kv_capacity_tokens == 4_096
     assert (info.target.architecture, info.target.vocab_size) == ("simulated", VOCAB_SIZE)
 

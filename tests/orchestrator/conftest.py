@@ -1,0 +1,20 @@
+"""What the orchestrator's tests share: a real Redis, and a store of sessions in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from orchestrator.store import SessionStore
+from tests import redis_fixture
+from tests.orchestrator.sessions import opened
+
+redis_server = redis_fixture.redis_server
+redis_url = redis_fixture.redis_url
+
+
+@pytest.fixture
+async def store(redis_url: str) -> AsyncIterator[SessionStore]:
+    async with opened(redis_url) as store:
+        yield store

@@ -1,0 +1,151 @@
+"""Redis that is killed, frozen, full, or none at all; and defects of the way to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from orchestrator.store import RoundRecord, SessionStore
+from outrider.errors import LeaseLost, Unavailable
+from outrider.redis_link import Command, Link, Reply
+from outrider.redis_server import RedisServer
+from tests.orchestrator.sessions import PER_ROUND, begin, leased, opened, round_of
+from tests.redis_fixture import redis_command
+
+# Far longer than anything here takes, and far shorter than what is told from it.
+SOON_S = 20.0
+# Of a frozen server; twenty of them would not be soon.
+FROZEN_S = 1.5
+
+
+async def is_back(store: SessionStore) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not await store.ping():  # noqa: ASYNC110 (Redis does not tell)
+            await asyncio.sleep(0.02)
+
+
+async def test_a_killed_server_is_noticed_at_once_and_so_is_its_return() -> None:
+    with RedisServer() as server:
+        async with opened(server.url, socket_timeout_s=4 * SOON_S) as store:
+            lease = await leased(store)
+            await begin(store, lease, [1])
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGKILL)
+            start = time.monotonic()
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="redis at unix:///"):
+                    await store.record(lease, round_of(2))
+            assert not await store.ping()
+            assert time.monotonic() - start < SOON_S
+            server.stop()
+            server.start()
+            await is_back(store)
+            with pytest.raises(LeaseLost, match="Redis has lost it"):
+                await store.record(lease, round_of(2))
+            assert (await leased(store)).epoch > lease.epoch
+
+
+async def test_a_restart_between_calls_goes_unnoticed() -> None:
+    with RedisServer() as server:
+        async with opened(server.url) as store:
+            first = await leased(store)
+            server.stop()
+            server.start()
+            second = await leased(store)
+            assert second.epoch > first.epoch
+
+
+async def test_a_frozen_server_costs_a_timeout_and_loses_nothing() -> None:
+    """What it had received is applied when it wakes: records sent again are not applied twice.
+
+    One timeout for all, not one for each.
+    """
+    with RedisServer() as server:
+        async with opened(server.url, socket_timeout_s=FROZEN_S) as store:
+            leases = [await leased(store, f"s{i}") for i in range(20)]
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            start = time.monotonic()
+            results = await asyncio.gather(
+                *(store.record(lease, round_of(1, 2)) for lease in leases), return_exceptions=True
+            )
+            assert all(isinstance(r, Unavailable) for r in results)
+            assert time.monotonic() - start < SOON_S
+            os.kill(server.pid, signal.SIGCONT)
+            await is_back(store)
+            for lease in leases:
+                await store.record(lease, RoundRecord([1, 2, 3], PER_ROUND, None, None))
+                record = await store.get(lease.session_id)
+                assert record.token_ids.tolist() == [1, 2, 3]
+                assert record.counters == PER_ROUND
+
+
+async def test_a_turn_in_doubt_comes_before_its_rounds() -> None:
+    with RedisServer() as server:
+        async with opened(server.url, socket_timeout_s=FROZEN_S) as store:
+            lease = await leased(store)
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            with pytest.raises(Unavailable):
+                await begin(store, lease, [1])
+            os.kill(server.pid, signal.SIGCONT)
+            await is_back(store)
+            with pytest.raises(Unavailable, match="turn itself"):
+                await store.record(lease, round_of(2))
+            await begin(store, lease, [1])
+            await store.record(lease, round_of(2))
+            record = await store.get("s")
+            assert (record.token_ids.tolist(), record.num_turns) == ([1, 2], 1)
+
+
+async def test_a_server_that_cannot_write_is_unavailable(redis_url: str) -> None:
+    async with opened(redis_url) as store:
+        redis_command(redis_url, "CONFIG", "SET", "maxmemory", "1")
+        try:
+            with pytest.raises(Unavailable, match="maxmemory"):
+                await leased(store)
+        finally:
+            redis_command(redis_url, "CONFIG", "SET", "maxmemory", "0")
+        await leased(store)
+
+
+async def test_no_server_at_start() -> None:
+    store = SessionStore("redis://user:secret@127.0.0.1:1/0")
+    with pytest.raises(Unavailable, match=r"redis://127\.0\.0\.1:1/0") as caught:
+        await store.start()
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_server_that_is_no_redis() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(64)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as web:
+        port = web.sockets[0].getsockname()[1]
+        with pytest.raises(Unavailable):
+            await SessionStore(f"redis://127.0.0.1:{port}").start()
+
+
+async def test_a_defect_in_the_link_costs_one_batch(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: those who wait are told, and the next call is served."""
+    exchange, failures = Link.exchange, iter([RuntimeError("closed transport")])
+
+    async def failing(link: Link, commands: Sequence[Command]) -> Sequence[Reply]:
+        for failure in failures:
+            raise failure
+        return await exchange(link, commands)
+
+    monkeypatch.setattr(Link, "exchange", failing)
+    with pytest.raises(Unavailable, match="closed transport"):
+        await leased(store)
+    assert (await leased(store)).created

@@ -1,0 +1,187 @@
+"""Leases, fencing and expiry of sessions in a real Redis; also in a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.store import Lease, SessionStore
+from outrider.errors import InternalError, InvalidRequest, LeaseLost, SessionInUse, SessionNotFound
+from outrider.redis_server import answers, find_server
+from tests.orchestrator.sessions import MODEL, begin, leased, opened, round_of, tokens_of
+from tests.redis_fixture import redis_command
+
+
+async def test_who_may_acquire(store: SessionStore) -> None:
+    with pytest.raises(SessionNotFound):
+        await store.acquire("s", create=False, model=MODEL)
+    lease = await leased(store)
+    with pytest.raises(SessionInUse):
+        await leased(store)
+    with pytest.raises(InvalidRequest, match="session_id: made with model"):
+        await store.acquire("s", create=True, model="other")
+    await store.release(lease, target_kv=None, draft_kv=None)
+    assert (await leased(store)).epoch > lease.epoch
+
+
+async def test_one_of_many_acquires(redis_url: str, store: SessionStore) -> None:
+    async with opened(redis_url) as other:
+        results = await asyncio.gather(
+            *(leased(s) for s in [store, other] * 20), return_exceptions=True
+        )
+        assert sum(isinstance(r, Lease) for r in results) == 1
+        assert sum(isinstance(r, SessionInUse) for r in results) == 39
+
+
+async def test_a_stale_writer_changes_nothing(redis_url: str) -> None:
+    async with opened(redis_url, lease_ttl_s=0.05) as store:
+        stale = await leased(store)
+        await begin(store, stale, [1, 2])
+        await asyncio.sleep(0.1)
+        assert not (await store.get("s")).in_use
+        lease = await leased(store)
+        await begin(store, lease, [3], keep_len=2)
+        before = await store.get("s")
+        for write in (
+            store.record(stale, round_of(9)),
+            store.renew(stale),
+            begin(store, stale, [9]),
+            store.release(stale, target_kv=None, draft_kv=None),
+            store.release(stale, target_kv=None, draft_kv=None, delete=True),
+        ):
+            with pytest.raises(LeaseLost):
+                await write
+        after = await store.get("s")
+        assert after.epoch == before.epoch
+        assert after.token_ids.tolist() == [1, 2, 3]
+
+
+def _leased_until_us(redis_url: str) -> int:
+    """By Redis' own clock."""
+    reply = redis_command(redis_url, "HGET", "outrider:session:{s}", "lease_until")
+    return int(reply.split()[-1])
+
+
+async def test_a_lease_lapses_unless_renewed_and_a_lapsed_one_nobody_took_is_good(
+    redis_url: str,
+) -> None:
+    async with opened(redis_url, lease_ttl_s=100) as store:
+        lease = await leased(store)
+        for renew in (
+            lambda: store.renew(lease),
+            lambda: store.record(lease, round_of(1)),
+            lambda: begin(store, lease, []),
+        ):
+            until_us = _leased_until_us(redis_url)
+            await asyncio.sleep(0.05)
+            await renew()
+            assert _leased_until_us(redis_url) >= until_us + 50_000
+            assert (await store.get("s")).in_use
+        async with opened(redis_url, lease_ttl_s=0.05) as hasty:
+            await hasty.renew(lease)
+            await asyncio.sleep(0.1)
+            assert not (await store.get("s")).in_use
+        await store.record(lease, round_of(2))
+        assert (await store.get("s")).in_use
+
+
+async def test_nothing_is_written_after_release(store: SessionStore) -> None:
+    lease = await leased(store)
+    for _ in range(2):  # the second as if the first reply had been lost
+        await store.release(lease, target_kv=None, draft_kv=None)
+    with pytest.raises(LeaseLost):
+        await store.record(lease, round_of(1))
+    assert not (await store.get("s")).in_use
+
+
+async def test_a_session_expires_whole(redis_url: str) -> None:
+    """So long after what was written last: all its keys together."""
+    keys = ("outrider:session:{s}", "outrider:session:{s}:tokens")
+
+    def left_ms() -> list[int]:
+        return [int(redis_command(redis_url, "PTTL", key)[1:]) for key in keys]
+
+    async with opened(redis_url, session_ttl_s=100) as store:
+        lease = await leased(store)
+        for token in range(4):
+            await store.record(lease, round_of(token))
+            await asyncio.sleep(0.05)
+            assert max(left_ms()) <= 99_950
+            before_ms = left_ms()
+        await store.record(lease, round_of(4))
+        assert all(now > before for now, before in zip(left_ms(), before_ms, strict=True))
+        assert await tokens_of(store) == list(range(5))
+        async with opened(redis_url, session_ttl_s=0.1) as hasty:
+            await hasty.renew(lease)
+            await asyncio.sleep(0.2)
+            assert redis_command(redis_url, "DBSIZE") == b":0"
+        with pytest.raises(SessionNotFound):
+            await store.get("s")
+        with pytest.raises(LeaseLost, match="expired"):
+            await store.record(lease, round_of(9))
+
+
+async def test_epochs_grow_across_deletion_and_loss_of_all_data(
+    store: SessionStore, redis_url: str
+) -> None:
+    first = await leased(store)
+    await store.release(first, target_kv=None, draft_kv=None, delete=True)
+    second = await leased(store)
+    assert redis_command(redis_url, "FLUSHALL") == b"+OK"
+    third = await leased(store)
+    assert first.epoch < second.epoch < third.epoch < 2**53
+    assert third.created
+
+
+async def test_a_session_half_evicted_is_none(store: SessionStore, redis_url: str) -> None:
+    lease = await leased(store)
+    await begin(store, lease, [1, 2])
+    assert redis_command(redis_url, "DEL", "outrider:session:{s}:tokens") == b":1"
+    with pytest.raises(SessionNotFound):
+        await store.get("s")
+    with pytest.raises(InternalError, match="Redis has 0 tokens"):
+        await store.record(lease, round_of(3))
+    assert (await leased(store)).created
+
+
+@pytest.fixture
+def cluster_url(tmp_path: Path) -> Iterator[str]:
+    """A cluster of one, over TCP."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    path = tmp_path / "s"
+    command = [str(find_server()), "--bind", "127.0.0.1", "--port", ports[0], "--save", ""]
+    command += ["--cluster-enabled", "yes", "--cluster-port", ports[1], "--dir", str(tmp_path)]
+    server = subprocess.Popen([*command, "--unixsocket", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        while not answers(path):
+            assert server.poll() is None
+            time.sleep(0.01)
+        slots = redis_command(f"unix://{path}", "CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        assert slots == b"+OK"
+        while b"cluster_state:ok" not in redis_command(f"unix://{path}", "CLUSTER", "INFO"):
+            time.sleep(0.01)
+        yield f"redis://127.0.0.1:{ports[0]}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def test_scripts_touch_keys_of_one_slot_only(cluster_url: str) -> None:
+    """A cluster refuses scripts whose keys are of several slots, or not declared."""
+    async with opened(cluster_url) as store:
+        lease = await leased(store)
+        await begin(store, lease, [1])
+        await store.record(lease, round_of(2))
+        await store.renew(lease)
+        await store.release(lease, target_kv=None, draft_kv=None)
+        assert (await store.delete("s")).token_ids.tolist() == [1, 2]

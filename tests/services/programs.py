@@ -1,0 +1,54 @@
+"""`python -m` of a service: started, its standard output and error, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+# Importing torch and transformers on a busy machine is most of it.
+END_TIMEOUT_S = 120.0
+_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT?.*\[(debug|info|warning|error) *\]")
+
+
+class Ended(NamedTuple):
+    status: int | None
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> list[str]:
+        """What is on standard error and is no log line."""
+        return [line for line in self.stderr.splitlines() if not _LOG_LINE.match(line)]
+
+
+@contextlib.asynccontextmanager
+async def program(*words: str, **environ: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OUTRIDER_", "REDIS_"))}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *words,
+        cwd=ROOT,
+        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def ended(process: asyncio.subprocess.Process) -> Ended:
+    async with asyncio.timeout(END_TIMEOUT_S):
+        stdout, stderr = await process.communicate()
+    return Ended(process.returncode, stdout.decode(), stderr.decode())
