@@ -11,8 +11,9 @@ it cost a task switch, a deadline and a retry wrapper per command.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, cast
 
 from redis import exceptions
@@ -39,6 +40,35 @@ _AWAY = (
     exceptions.TryAgainError,
 )
 _AWAY_CODES = ("BUSY", "MISCONF", "NOREPLICAS", "READONLY", "OOM", "LOADING", "UNBLOCKED")
+
+
+# How finely patience is counted.
+_TICKS = 4
+
+
+@contextlib.asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, of time that this process was there: its own stalls are not Redis'.
+
+    A stall passes as one tick, however long, and what has arrived meanwhile is read before the
+    next.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+    async with asyncio.timeout(None) as scope:
+
+        def tick(num_left: int) -> None:
+            nonlocal timer
+            if num_left:
+                timer = loop.call_later(seconds / _TICKS, tick, num_left - 1)
+            else:
+                scope.reschedule(loop.time())
+
+        timer = loop.call_later(seconds / _TICKS, tick, _TICKS - 1)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _Connection(Protocol):
@@ -91,7 +121,7 @@ class Link:
     async def close(self) -> None:
         """Harmless where there is no connection; one may exchange again afterwards."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with _patience(self._timeout_s):
                 await self._connection.disconnect()
         except (TimeoutError, *_LOST):
             await self._drop()
@@ -99,13 +129,13 @@ class Link:
     async def _attempt(self, commands: Sequence[Command]) -> list[Reply | Exception]:
         try:
             if not self._connection.is_connected:
-                async with asyncio.timeout(self._timeout_s):
+                async with _patience(self._timeout_s):
                     await self._renew_tls()
                     await self._connection.connect()
                     for reply in await self._pipeline(self._preamble):
                         if isinstance(reply, Exception):
                             raise Unavailable(f"redis at {self._address}: {reply}")
-            async with asyncio.timeout(self._timeout_s):
+            async with _patience(self._timeout_s):
                 replies = await self._pipeline(commands)
         except BaseException:
             # Replies to what was sent may still arrive: they must never meet other commands.

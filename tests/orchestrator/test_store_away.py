@@ -149,3 +149,17 @@ async def test_a_defect_in_the_link_costs_one_batch(
     with pytest.raises(Unavailable, match="closed transport"):
         await leased(store)
     assert (await leased(store)).created
+
+
+async def test_a_stall_of_our_own_is_not_held_against_it() -> None:
+    """What has arrived while this process stood still has arrived in time."""
+    with RedisServer() as server:
+        async with opened(server.url, socket_timeout_s=2.0) as store:
+            assert await store.ping()
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            asking = asyncio.create_task(store.ping())
+            await asyncio.sleep(0.2)
+            os.kill(server.pid, signal.SIGCONT)
+            time.sleep(2.5)  # noqa: ASYNC251 (the whole process)
+            assert await asking
