@@ -1,4 +1,5 @@
-"""For all tests: hypothesis tries the same examples in every run, so that a green run stays green.
+"""For all tests: hypothesis tries the same examples in every run, however slow the machine is at
+that moment, so that a green run stays green.
 
 `pytest --hypothesis-profile=default` explores anew.
 """
@@ -7,5 +8,10 @@ from __future__ import annotations
 
 import hypothesis
 
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
