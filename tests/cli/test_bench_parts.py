@@ -123,12 +123,13 @@ def test_sums_over_rounds() -> None:
 
 
 def test_the_survival_that_a_simulation_is_told() -> None:
-    """Of what stood before it, not of all rounds."""
+    """Of what stood before it, in rounds that were as long: two of ten had one draft token only."""
     samples = [sample(num_drafts=10), sample(num_drafts=10)]
     for one in samples:
         assert one.stats is not None
         one.stats.num_accepted_tokens_per_pos.extend([8, 4, 3])
-    assert survival(Block("γ 3", 2, 0, 1.0, 1.0, samples)) == (0.8, 0.5, 0.75)
+        one.stats.num_rounds_per_gamma[:] = [0, 2, 0, 8]
+    assert survival(Block("γ 3", 2, 0, 1.0, 1.0, samples)) == (0.8, 0.625, 0.75)
 
 
 def test_what_was_not_measured_is_none() -> None:

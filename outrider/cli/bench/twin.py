@@ -184,17 +184,18 @@ async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) ->
 def survival(block: Block) -> tuple[float, ...]:
     """Chance of each position's draft token, if those before it stood.
 
-    Of rounds that all had the same γ, but for the last of an output. Raises ConfigError where no
-    round had draft tokens.
+    Of the rounds that had one there: the last ones of an output have fewer. Raises ConfigError
+    where no round had draft tokens.
     """
     stats = [sample.stats for sample in block.samples if sample.stats is not None]
-    stood = [sum(s.num_drafts for s in stats)]
-    if not stood[0]:
+    reached = [1.0]
+    for position in range(max(len(s.num_accepted_tokens_per_pos) for s in stats) if stats else 0):
+        num_had = sum(sum(s.num_rounds_per_gamma[position + 1 :]) for s in stats)
+        num_stood = sum(sum(s.num_accepted_tokens_per_pos[position : position + 1]) for s in stats)
+        reached.append(num_stood / num_had)
+    if len(reached) == 1:
         raise ConfigError("--draft: it was never in time; there is nothing to tell a simulation")
-    for position in range(max(1, *(len(s.num_accepted_tokens_per_pos) for s in stats))):
-        per_pos = [s.num_accepted_tokens_per_pos for s in stats]
-        stood.append(sum(own[position] for own in per_pos if position < len(own)))
-    return tuple(round(after / before, 4) for before, after in pairwise(stood) if before)
+    return tuple(round(min(1.0, b / a), 4) for a, b in pairwise(reached) if a)
 
 
 def _steps(costs: CostReport) -> tuple[tuple[int, float], ...]:
