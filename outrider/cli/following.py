@@ -127,7 +127,11 @@ class Follower:
         is_fresh = not self._request.HasField("resume_from") and not self._output.token_ids
         if is_fresh and not (self._num_calls and await self._is_begun(client)):
             return self._request
-        return Request(session_id=self._request.session_id, resume_from=self._num_held)
+        return Request(
+            session_id=self._request.session_id,
+            resume_from=self._num_held,
+            priority=self._request.priority,
+        )
 
     async def _is_begun(self, client: Client) -> bool:
         return await _num_turns(client, self._request.session_id) > self._num_turns_before

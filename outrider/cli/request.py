@@ -41,6 +41,13 @@ class Method(StrEnum):
     block = "block"
 
 
+class Durability(StrEnum):
+    """The names of GenerateRequest's Durability."""
+
+    durable = "durable"
+    fast = "fast"
+
+
 @dataclass(frozen=True)
 class GenerateOptions(AccessOptions):
     """None: the server's default."""
@@ -74,6 +81,10 @@ class GenerateOptions(AccessOptions):
     ] = None
     fan_out: Annotated[
         int | None, typer.Option(help="Most outcomes of a round that are drafted ahead.")
+    ] = None
+    priority: Annotated[int | None, typer.Option(help="Lower is more urgent. Default 0.")] = None
+    durability: Annotated[
+        Durability | None, typer.Option(help="Tokens are recorded before they are shown, or after.")
     ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the output. Repeatable.")
@@ -137,10 +148,13 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     else:
         _check_resumption(options)
         _set(request, "resume_from", options.resume_from)
-    for name in ("gamma", "lookahead", "fan_out"):
+    for name in ("gamma", "lookahead", "fan_out", "priority"):
         _set(request, name, getattr(options, name))
     if options.verification is not None:
         request.verification = verification_to_proto(Verification(options.verification.value))
+    if options.durability is not None:
+        name = f"DURABILITY_{options.durability.name.upper()}"
+        _set(request, "durability", orchestrator_pb2.Durability.Value(name))
     sampling = sampling_pb2.SamplingParams()
     _set_sampling(sampling, options)
     if sampling.ListFields():
