@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager
 
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
@@ -37,15 +38,13 @@ class Place:
     def __lt__(self, other: Place) -> bool:
         return self._order < other._order
 
-    @contextlib.contextmanager
-    def short_of_room(self, *, has_begun: bool) -> Iterator[None]:
+    def short_of_room(self, *, has_begun: bool) -> AbstractContextManager[None]:
         """For as long as it waits, running, for keys and values to fit somewhere.
 
         Raises CapacityExceeded where it has shown nothing yet and enough others wait; one that
         has is never sent away.
         """
-        with self._admission.short_of_room(self, has_begun=has_begun):
-            yield
+        return self._admission.short_of_room(self, has_begun=has_begun)
 
     async def turn_for_room(self, *, at_once: bool) -> None:
         """While short of room: returns when it is the first to try, and trying is worth it.

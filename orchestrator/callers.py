@@ -7,19 +7,17 @@ quotas; nothing of requests or sessions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 import structlog
 
 from orchestrator.quota import Quota
 from orchestrator.shared_quota import SharedQuotas
 from outrider.errors import Unauthenticated
 from outrider.security.files import WatchedFiles
-from outrider.security.guarding import Context, Refusals, guarded, is_open_to_all
+from outrider.security.guarding import Context, Gate, Refusals
 from outrider.security.keys import KeyLimits, KeyRing
 
 _BEARER = "bearer "
@@ -43,8 +41,8 @@ def current_caller() -> Caller:
     return _CALLER.get()
 
 
-class KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Lets in whoever shows a key that is known. Health is open; lives on the event loop.
+class KeyGate(Gate):
+    """Lets in whoever shows a key that is known. Lives on the event loop.
 
     `metered`: the full name of the method whose calls count as streams.
     """
@@ -56,28 +54,17 @@ class KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._quotas: dict[str, Quota] = {}
         self._refusals = Refusals()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None or is_open_to_all(details.method):
-            return handler
-
-        @contextlib.asynccontextmanager
-        async def admitted(context: Context) -> AsyncIterator[None]:
-            caller = self._identify(context, details.method)
-            _CALLER.set(caller)
-            structlog.contextvars.bind_contextvars(caller=caller.name)
-            if details.method != self._metered:
+    @contextlib.asynccontextmanager
+    async def around(self, context: Context, method: str) -> AsyncIterator[None]:
+        caller = self._identify(context, method)
+        _CALLER.set(caller)
+        structlog.contextvars.bind_contextvars(caller=caller.name)
+        if method != self._metered:
+            yield
+            return
+        with caller.quota.stream():
+            async with self.shared.stream(caller.quota):
                 yield
-                return
-            with caller.quota.stream():
-                async with self.shared.stream(caller.quota):
-                    yield
-
-        return guarded(handler, admitted)
 
     def _identify(self, context: Context, method: str) -> Caller:
         presented = _presented(context)

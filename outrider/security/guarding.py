@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -58,8 +59,26 @@ class Refusals:
         log.warning("caller_refused", method=method, peer=peer, why=why, num_unsaid=num_unsaid)
 
 
+class Gate(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Stands before every method but health: probes have neither names nor keys."""
+
+    @abstractmethod
+    def around(self, context: Context, method: str) -> AbstractAsyncContextManager[None]:
+        """Entered before each call of the method, in its task; what it raises ends the call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or is_open_to_all(details.method):
+            return handler
+        return guarded(handler, lambda context: self.around(context, details.method))
+
+
 def is_open_to_all(method: str) -> bool:
-    """Health: probes have neither names nor keys, and learn only whether it serves."""
+    """Health: its callers learn only whether it serves."""
     return method.startswith(f"/{health.SERVICE_NAME}/")
 
 

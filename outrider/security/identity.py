@@ -6,40 +6,27 @@ For the tiers: whoever has a certificate of the same authority is not yet the or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
-import grpc
-
 from outrider.errors import PermissionDenied
-from outrider.security.guarding import Context, Refusals, guarded, is_open_to_all
+from outrider.security.guarding import Context, Gate, Refusals
 
 # gRPC's name for the DNS names among a certificate's subject alternative names.
 _DNS_NAMES = "peer_dns"
 
 
-class IdentityGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Asked once per call; a stream's messages cost nothing. Health is open."""
+class IdentityGate(Gate):
+    """Asked once per call; a stream's messages cost nothing."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
         self._refusals = Refusals()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None or is_open_to_all(details.method):
-            return handler
-
-        @contextlib.asynccontextmanager
-        async def checked(context: Context) -> AsyncIterator[None]:
-            self._check(context, details.method)
-            yield
-
-        return guarded(handler, checked)
+    @contextlib.asynccontextmanager
+    async def around(self, context: Context, method: str) -> AsyncIterator[None]:
+        self._check(context, method)
+        yield
 
     def _check(self, context: Context, method: str) -> None:
         shown = {name.decode(errors="replace") for name in dns_names(context)}
