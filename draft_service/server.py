@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,8 +18,7 @@ from draft_service.messages import (
     Proposal,
 )
 from outrider.costs import CostReport
-from outrider.errors import InvalidRequest, Unavailable
-from outrider.serving.commands import Close, Failure, FailureReason, Forget, ServiceStatistics
+from outrider.serving.commands import FailureReason, ServiceStatistics
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.serving.status import ReplicaStatus
@@ -92,7 +91,6 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             request_iterator,
             context,
             _frame,
-            _dropped,
             self._costs,
             self._status,
             self._watch.stream("draft", _asked),
@@ -106,10 +104,6 @@ def _asked(frame: draft_pb2.ProposeRequest) -> Iterator[tuple[draft_pb2.DraftCom
             yield commit, commit.gamma
 
 
-def _dropped(key: GenerationKey) -> Command:
-    return Close(key, keep=False)
-
-
 class _Peer(StreamPeer[Command, Event]):
     """Reads an orchestrator's frames. `max_context_len` in tokens."""
 
@@ -117,31 +111,14 @@ class _Peer(StreamPeer[Command, Event]):
         super().__init__(peer_id)
         self._max_context_len = max_context_len
 
-    def commands(self, frame: draft_pb2.ProposeRequest) -> list[Command]:
-        commands: list[Command] = []
-        for item in frame.opens:
-            key = GenerationKey(self.id, item.generation_id)
-            try:
-                self.admit(key)
-                commands.append(_open(key, item, self._max_context_len))
-            except InvalidRequest as error:
-                self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
-                commands.append(Close(key, keep=False))  # should the id be in use
-            except Unavailable as error:
-                self.deliver([Failure(key, FailureReason.DRAINING, str(error))])
-        for commit in frame.commits:
-            key = GenerationKey(self.id, commit.generation_id)
-            try:
-                commands.append(_commit(key, commit, self._max_context_len))
-            except InvalidRequest as error:
-                self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
-                commands.append(Close(key, keep=False))
-        for close in frame.closes:
-            key = GenerationKey(self.id, close.generation_id)
-            self.open_keys.discard(key)
-            commands.append(Close(key, keep=close.keep))
-        nobody = GenerationKey(self.id, 0)
-        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
+    def opening(self, key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
+        return _open(key, item, self._max_context_len)
+
+    def requests(self, frame: draft_pb2.ProposeRequest) -> Iterable[draft_pb2.DraftCommit]:
+        return frame.commits
+
+    def request(self, key: GenerationKey, item: draft_pb2.DraftCommit) -> Commit:
+        return _commit(key, item, self._max_context_len)
 
 
 def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> Open:

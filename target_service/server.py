@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 
 from outrider.costs import CostReport
-from outrider.errors import InvalidRequest, Unavailable
-from outrider.serving.commands import Close, Failure, FailureReason, Forget
+from outrider.errors import InvalidRequest
+from outrider.serving.commands import FailureReason
 from outrider.serving.peers import StreamPeer, serve_stream
 from outrider.serving.scheduler import GenerationKey, Scheduler
 from outrider.serving.status import ReplicaStatus
@@ -94,7 +94,6 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             request_iterator,
             context,
             _frame,
-            _dropped,
             self._costs,
             self._status,
             self._watch.stream("verify", _asked),
@@ -107,10 +106,6 @@ def _asked(frame: target_pb2.VerifyRequest) -> Iterator[tuple[target_pb2.VerifyR
         yield row, len(row.draft_token_ids) // UINT32.itemsize
 
 
-def _dropped(key: GenerationKey) -> Command:
-    return Close(key, keep=False)
-
-
 class _Peer(StreamPeer[Command, RowOutcome]):
     """Reads an orchestrator's frames. `max_gamma`: draft tokens that a row may carry."""
 
@@ -118,32 +113,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
         super().__init__(peer_id)
         self._max_gamma = max_gamma
 
-    def commands(self, frame: target_pb2.VerifyRequest) -> list[Command]:
-        commands: list[Command] = []
-        for opening in frame.opens:
-            commands += self._read(self._open, opening)
-        for row in frame.rows:
-            commands += self._read(self._row, row)
-        for close in frame.closes:
-            commands += self._read(self._close, close)
-        nobody = GenerationKey(self.id, 0)
-        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
-
-    def _read(self, parse: Callable[[Any], Command], item: Any) -> list[Command]:
-        try:
-            return [parse(item)]
-        except InvalidRequest as error:
-            key = GenerationKey(self.id, item.generation_id)
-            self.deliver([Failure(key, FailureReason.BAD_MESSAGE, str(error))])
-            return [Close(key, keep=False)]
-        except Unavailable as error:
-            key = GenerationKey(self.id, item.generation_id)
-            self.deliver([Failure(key, FailureReason.DRAINING, str(error))])
-            return []
-
-    def _open(self, item: target_pb2.TargetOpen) -> Open:
-        key = GenerationKey(self.id, item.generation_id)
-        self.admit(key)
+    def opening(self, key: GenerationKey, item: target_pb2.TargetOpen) -> Open:
         return Open(
             key=key,
             session_id=session_id_from_proto(item.session_id),
@@ -156,7 +126,10 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             preempts=item.preempts,
         )
 
-    def _row(self, item: target_pb2.VerifyRow) -> Row:
+    def requests(self, frame: target_pb2.VerifyRequest) -> Iterable[target_pb2.VerifyRow]:
+        return frame.rows
+
+    def request(self, key: GenerationKey, item: target_pb2.VerifyRow) -> Row:
         most = self._max_gamma
         drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids", most).astype(np.int64)
         context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
@@ -172,17 +145,12 @@ class _Peer(StreamPeer[Command, RowOutcome]):
                 raise InvalidRequest("support_sizes", "do not fit draft_token_ids and support_ids")
             supports = np.split(ids, np.cumsum(sizes)[:-1])
         return Row(
-            key=GenerationKey(self.id, item.generation_id),
+            key=key,
             keep_len=item.keep_len,
             context_token_ids=context,
             draft_token_ids=drafts,
             supports=supports,
         )
-
-    def _close(self, item: target_pb2.TargetClose) -> Close:
-        key = GenerationKey(self.id, item.generation_id)
-        self.open_keys.discard(key)
-        return Close(key, keep=item.keep)
 
 
 def _frame(outcomes: Sequence[RowOutcome]) -> target_pb2.VerifyResponse:

@@ -1,12 +1,13 @@
 """One orchestrator's stream at a model service: frames in, results out, and what it leaves behind.
 
-Knows neither tier's messages: subclasses read the frames. Lives on the event loop.
+Knows of either tier's frames what both have: opens, closes, names to forget. Their items are read
+by subclasses. Lives on the event loop.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -15,6 +16,7 @@ from outrider.costs import CostReport
 from outrider.errors import InvalidRequest, Unavailable
 from outrider.replica import ReplicaState
 from outrider.rpc import translated
+from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.scheduler import GenerationKey, Keyed, Scheduler
 from outrider.serving.status import ReplicaStatus
 from outrider.serving.watch import StreamWatch
@@ -32,7 +34,10 @@ MAX_OPEN_GENERATIONS = 65_536
 
 
 class StreamPeer(ABC, Generic[Command, Result]):
-    """`open_keys` are the generations to close when the stream ends."""
+    """`open_keys` are the generations to close when the stream ends.
+
+    Closes, Forgets and Failures are among either tier's commands and results.
+    """
 
     def __init__(self, peer_id: int) -> None:
         self.id = peer_id
@@ -66,8 +71,53 @@ class StreamPeer(ABC, Generic[Command, Result]):
         self.open_keys.add(key)
 
     @abstractmethod
+    def opening(self, key: GenerationKey, item: Any) -> Command:
+        """Of one of the frame's opens. Raises InvalidRequest."""
+
+    @abstractmethod
+    def requests(self, frame: Frame) -> Iterable[Any]:
+        """What the frame asks of generations that are open."""
+
+    @abstractmethod
+    def request(self, key: GenerationKey, item: Any) -> Command:
+        """Of one of them. Raises InvalidRequest."""
+
     def commands(self, frame: Frame) -> list[Command]:
         """The frame's commands in order; what cannot be read fails its generation alone."""
+        commands: list[Any] = []
+        for item in frame.opens:
+            commands += self._read(self._admitted, item)
+        for item in self.requests(frame):
+            commands += self._read(self.request, item)
+        for item in frame.closes:
+            key = GenerationKey(self.id, item.generation_id)
+            self.open_keys.discard(key)
+            commands.append(Close(key, keep=item.keep))
+        nobody = GenerationKey(self.id, 0)
+        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
+
+    def closing(self) -> list[Command]:
+        """Of all that is open, for the end of the stream."""
+        commands: list[Any] = [Close(key, keep=False) for key in self.open_keys]
+        return commands
+
+    def _admitted(self, key: GenerationKey, item: Any) -> Command:
+        self.admit(key)
+        return self.opening(key, item)
+
+    def _read(self, parse: Callable[[GenerationKey, Any], Command], item: Any) -> list[Any]:
+        key = GenerationKey(self.id, item.generation_id)
+        try:
+            return [parse(key, item)]
+        except InvalidRequest as error:
+            self._fail(Failure(key, FailureReason.BAD_MESSAGE, str(error)))
+            return [Close(key, keep=False)]  # should the id be in use
+        except Unavailable as error:
+            self._fail(Failure(key, FailureReason.DRAINING, str(error)))
+            return []
+
+    def _fail(self, failure: Any) -> None:
+        self.deliver([failure])
 
 
 async def serve_stream(
@@ -76,15 +126,13 @@ async def serve_stream(
     frames: AsyncIterator[Frame],
     context: grpc.aio.ServicerContext[Any, Any],
     to_frame: Callable[[Sequence[Result]], Frame],
-    close: Callable[[GenerationKey], Command],
     costs: Callable[[], CostReport],
     status: ReplicaStatus,
     watch: StreamWatch,
 ) -> None:
     """Reads and writes independently: reading a frame never waits for a step.
 
-    `close` makes the command that frees a generation, for those open when the stream ends; `costs`
-    are told with the frame after each change, the state at the start and at each change.
+    `costs` are told with the frame after each change, the state at the start and at each change.
     """
 
     async def read(frame: Frame) -> None:
@@ -107,7 +155,7 @@ async def serve_stream(
                             frame.costs.CopyFrom(costs_to_proto(report))
                         await context.write(frame)
         finally:
-            scheduler.detach(peer.id, [close(key) for key in peer.open_keys])
+            scheduler.detach(peer.id, peer.closing())
             watch.closed()
 
 
