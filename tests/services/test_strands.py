@@ -174,7 +174,8 @@ def test_every_strand_holds_its_own_tokens(num_taken: int, pair: Pair) -> None:
     engines = Engines(pair.draft)
     seen = Counter[str]()
 
-    @settings(max_examples=60, deadline=None)
+    # Which examples come depends on the modules that are loaded: enough for the least below.
+    @settings(max_examples=200, deadline=None)
     @given(
         prompt_len=st.integers(1, 40),
         gammas=st.tuples(gammas, gammas),
