@@ -65,24 +65,44 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return told
 
 
-class Recorder(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
-    """On the client's channel."""
+class Recorder:
+    """A client's channel that notes its streams; to be handed out in the channel's place.
 
-    def __init__(self) -> None:
+    No interceptor: those run in a task of their own, so a turn or more of the event loop later.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
         self.seen: list[Seen] = []
 
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], details: Any, request: Any
-    ) -> AsyncIterator[Any]:
-        seen = Seen(time.monotonic())
-        self.seen.append(seen)
-        call = await continuation(details, request)
-        return self._passed(call, seen)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
 
-    async def _passed(self, call: Any, seen: Seen) -> AsyncIterator[Any]:
-        async for message in call:
-            seen.note(message)
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Recorded]:
+        method: Any = self._channel.unary_stream(*args, **kwargs)
+
+        def ask(*args: Any, **kwargs: Any) -> Recorded:
+            seen = Seen(time.monotonic())
+            self.seen.append(seen)
+            return Recorded(method(*args, **kwargs), seen)
+
+        return ask
+
+
+class Recorded:
+    """A call of it, as far as a load test knows calls."""
+
+    def __init__(self, call: Any, seen: Seen) -> None:
+        self._call = call
+        self._seen = seen
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        async for message in self._call:
+            self._seen.note(message)
             yield message
+
+    def cancel(self) -> None:
+        self._call.cancel()
 
 
 class Proxy(orchestrator_pb2_grpc.OrchestratorServiceServicer):
