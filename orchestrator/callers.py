@@ -15,9 +15,9 @@ import structlog
 
 from orchestrator.quota import Quota
 from orchestrator.shared_quota import SharedQuotas
-from outrider.errors import Unauthenticated
+from outrider.errors import CapacityExceeded, Unauthenticated
 from outrider.security.files import WatchedFiles
-from outrider.security.guarding import Context, Gate, Refusals
+from outrider.security.guarding import Context, Gate, Reason
 from outrider.security.keys import KeyLimits, KeyRing
 
 _BEARER = "bearer "
@@ -48,11 +48,11 @@ class KeyGate(Gate):
     """
 
     def __init__(self, keys: WatchedFiles[KeyRing], metered: str, shared: SharedQuotas) -> None:
+        super().__init__()
         self.keys = keys
         self.shared = shared
         self._metered = metered
         self._quotas: dict[str, Quota] = {}
-        self._refusals = Refusals()
 
     @contextlib.asynccontextmanager
     async def around(self, context: Context, method: str) -> AsyncIterator[None]:
@@ -62,16 +62,22 @@ class KeyGate(Gate):
         if method != self._metered:
             yield
             return
-        with caller.quota.stream():
-            async with self.shared.stream(caller.quota):
-                yield
+        async with contextlib.AsyncExitStack() as stream:
+            try:
+                stream.enter_context(caller.quota.stream())
+                await stream.enter_async_context(self.shared.stream(caller.quota))
+            except CapacityExceeded:
+                self.refusals.count(Reason.OVER_LIMIT)
+                raise
+            yield
 
     def _identify(self, context: Context, method: str) -> Caller:
         presented = _presented(context)
         key = self.keys.current.find(presented) if presented else None
         if key is None:
+            reason = Reason.UNKNOWN_KEY if presented else Reason.NO_KEY
             why = "the key is not known" if presented else "no key was shown"
-            self._refusals.say(context, method, why)
+            self.refusals.say(context, method, reason, why)
             raise Unauthenticated(
                 f"{why}: send one as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from itertools import chain
 
 import structlog
 
@@ -25,6 +26,7 @@ from outrider.config import OrchestratorConfig
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, IncompatiblePair, Unavailable
 from outrider.security.channel import OpenChannel
+from outrider.security.serving import Protection
 from outrider.server import Server
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
@@ -69,7 +71,9 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
             await targets.settled()
             async with drafts.running() if drafts is not None else contextlib.nullcontext():
                 await _settle_draft(drafts)
-                servicer, limits = _servicer(config, targets, drafts, store, tokenizer, told)
+                servicer, limits = _servicer(
+                    config, targets, drafts, store, tokenizer, told, security.protection
+                )
                 orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
                     servicer, server.services
                 )
@@ -113,6 +117,7 @@ def _servicer(
     store: SessionStore,
     tokenizer: Tokenizer | None,
     told: Telemetry,
+    protection: Protection,
 ) -> tuple[OrchestratorServicer, Limits]:
     limits = _limits(config, targets, drafts)
     timing = Timing(
@@ -127,12 +132,14 @@ def _servicer(
     tiers = Tiers(targets, drafts, store, tokenizer, timing, costs)
     needs_redis = config.without_redis == "refuse"
     admission = Admission(config.max_generations, config.max_waiting)
-    calls = Calls(_meter(told, admission, tiers), told.tracing)
+    calls = Calls(_meter(told, admission, tiers, protection), told.tracing)
     servicer = OrchestratorServicer(tiers, limits, admission, calls, needs_redis=needs_redis)
     return servicer, limits
 
 
-def _meter(told: Telemetry, admission: Admission, tiers: Tiers) -> Meter | None:
+def _meter(
+    told: Telemetry, admission: Admission, tiers: Tiers, protection: Protection
+) -> Meter | None:
     """None where nobody could read what is counted."""
     if not told.is_metered:
         return None
@@ -140,7 +147,7 @@ def _meter(told: Telemetry, admission: Admission, tiers: Tiers) -> Meter | None:
     tiers.costs.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     told.exposition.model_name = tiers.targets.model.name if tiers.targets.model else ""
-    told.exposition.source = lambda: readings(meter, admission, tiers)
+    told.exposition.source = lambda: chain(readings(meter, admission, tiers), protection.readings())
     return meter
 
 

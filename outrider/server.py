@@ -79,9 +79,7 @@ class Server:
     """
 
     def __init__(self, service_names: Sequence[str], protection: Protection = UNPROTECTED) -> None:
-        self.grpc_server = grpc.aio.server(
-            options=SERVER_OPTIONS, interceptors=protection.interceptors
-        )
+        self.grpc_server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=protection.gates)
         self._protection = protection
         self._service_names = tuple(service_names)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]

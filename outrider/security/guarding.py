@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from enum import Enum
 from typing import Any
 
 import grpc
@@ -41,15 +42,32 @@ _NAMES = {
 }
 
 
+class Reason(Enum):
+    """Why a call did not come as far as its method; a label of a metric."""
+
+    NO_KEY = "no_key"
+    UNKNOWN_KEY = "unknown_key"
+    OVER_LIMIT = "over_limit"
+    IDENTITY = "identity"
+
+
 class Refusals:
-    """Says in the log who was refused, once a second at most: strangers must not fill it."""
+    """Counts them, and says in the log who it was: once a second at most, or strangers fill it.
+
+    Lives on the event loop; `by_reason` may be read on any thread.
+    """
 
     def __init__(self) -> None:
+        self.by_reason = {reason.value: 0 for reason in Reason}
         self._said_at = 0.0
         self._num_unsaid = 0
 
-    def say(self, context: Context, method: str, why: str) -> None:
-        """`why` must hold nothing that the caller has sent in secret."""
+    def count(self, reason: Reason) -> None:
+        self.by_reason[reason.value] += 1
+
+    def say(self, context: Context, method: str, reason: Reason, why: str) -> None:
+        """Counted, too. `why` must hold nothing that the caller has sent in secret."""
+        self.count(reason)
         now = time.monotonic()
         if now - self._said_at < _SAY_INTERVAL_S:
             self._num_unsaid += 1
@@ -61,6 +79,9 @@ class Refusals:
 
 class Gate(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Stands before every method but health: probes have neither names nor keys."""
+
+    def __init__(self) -> None:
+        self.refusals = Refusals()
 
     @abstractmethod
     def around(self, context: Context, method: str) -> AbstractAsyncContextManager[None]:

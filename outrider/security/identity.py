@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from outrider.errors import PermissionDenied
-from outrider.security.guarding import Context, Gate, Refusals
+from outrider.security.guarding import Context, Gate, Reason
 
 # gRPC's name for the DNS names among a certificate's subject alternative names.
 _DNS_NAMES = "peer_dns"
@@ -20,8 +20,8 @@ class IdentityGate(Gate):
     """Asked once per call; a stream's messages cost nothing."""
 
     def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
         self._names = frozenset(names)
-        self._refusals = Refusals()
 
     @contextlib.asynccontextmanager
     async def around(self, context: Context, method: str) -> AsyncIterator[None]:
@@ -31,7 +31,7 @@ class IdentityGate(Gate):
     def _check(self, context: Context, method: str) -> None:
         shown = {name.decode(errors="replace") for name in dns_names(context)}
         if not shown & self._names:
-            self._refusals.say(context, method, f"names {sorted(shown)}")
+            self.refusals.say(context, method, Reason.IDENTITY, f"names {sorted(shown)}")
             raise PermissionDenied(
                 "the certificate's names are not among those that may call: "
                 f"{', '.join(sorted(shown)) or 'it has none'}"

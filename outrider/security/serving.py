@@ -7,17 +7,19 @@ streams that are open go on. Knows no service.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import structlog
 
 from outrider.security.files import WatchedFiles
+from outrider.security.guarding import Gate, Reason
 from outrider.security.identity import IdentityGate
 from outrider.security.pem import Pem, watched_pem
 from outrider.security.settings import ServerSettings, TierSettings
+from outrider.telemetry import catalogue as metrics
+from outrider.telemetry.exposition import Reading
 
 log = structlog.get_logger()
 
@@ -27,8 +29,16 @@ class Protection:
     """`credentials` None: no TLS. `health_port` None: none; 0: a free one."""
 
     credentials: grpc.ServerCredentials | None = None
-    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
+    gates: Sequence[Gate] = ()
     health_port: int | None = None
+
+    def readings(self) -> Iterator[Reading]:
+        """Who was refused at the gates; on any thread."""
+        counts = [gate.refusals.by_reason for gate in self.gates]
+        yield Reading.by(
+            metrics.CALLS_REFUSED,
+            {reason.value: sum(count[reason.value] for count in counts) for reason in Reason},
+        )
 
 
 UNPROTECTED = Protection()
@@ -44,9 +54,7 @@ def tier_protection(settings: TierSettings, host: str) -> Protection:
     return Protection(_credentials(settings), gates, settings.health_port)
 
 
-def server_protection(
-    settings: ServerSettings, gates: Sequence[grpc.aio.ServerInterceptor[Any, Any]]
-) -> Protection:
+def server_protection(settings: ServerSettings, gates: Sequence[Gate]) -> Protection:
     """Of a server that asks its callers for something else than a name. Raises ConfigError."""
     return Protection(_credentials(settings), gates, settings.health_port)
 

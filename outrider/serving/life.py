@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import structlog
@@ -18,7 +19,7 @@ from outrider.costs import CostReport
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.errors import InternalError
 from outrider.replica import ReplicaState
-from outrider.security.serving import tier_protection
+from outrider.security.serving import Protection, tier_protection
 from outrider.server import Server
 from outrider.serving.announcing import Card, advertised_address
 from outrider.serving.commands import ServiceStatistics
@@ -76,14 +77,15 @@ async def model_serving(
     Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded,
     InternalError where the device was stuck for too long; alone or in an ExceptionGroup.
     """
-    server = Server([service_name], tier_protection(config, config.host))
+    protection = tier_protection(config, config.host)
+    server = Server([service_name], protection)
     device = DeviceThread(service_name)
     status = ReplicaStatus()
     try:
         await server.start(config.host, config.port)
         card = Card(tier, advertised_address(config, server.port), status)
         async with telemetry(tier, config.host, config) as told, card.announced(config.redis):
-            watch = TierWatch(_meter(told, tier, status), told.tracing)
+            watch = TierWatch(_meter(told, tier, status, protection), told.tracing)
             server.metrics_port = told.exposition.port
             engine, model = await device.run(load_served_engine, config)
             mounted = mount(WatchedEngine(engine, device), model, device, server, status, watch)
@@ -114,11 +116,13 @@ async def model_serving(
             log.error("device_left_busy", stack=device.stack())
 
 
-def _meter(told: Telemetry, tier: str, status: ReplicaStatus) -> TierMeter | None:
+def _meter(
+    told: Telemetry, tier: str, status: ReplicaStatus, protection: Protection
+) -> TierMeter | None:
     if not told.is_metered:
         return None
     meter = TierMeter(tier, status)
-    told.exposition.source = meter.readings
+    told.exposition.source = lambda: chain(meter.readings(), protection.readings())
     return meter
 
 

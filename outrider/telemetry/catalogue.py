@@ -235,6 +235,14 @@ NUM_PREEMPTIONS = _counter(
 )
 DRAFT_QUEUE = _gauge("draft_queue", "Generations that wait for draft tokens.")
 
+# --- Of all three ---
+CALLS_REFUSED = _counter(
+    "calls_refused",
+    "Calls that were refused before their method: no_key or unknown_key, over_limit (of the key), "
+    "identity (a certificate's name that may not call). Those of Generate are in no other metric.",
+    "reason",
+)
+
 CATALOGUE: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
 )

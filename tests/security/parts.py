@@ -16,10 +16,11 @@ import draft_service.service
 import orchestrator.service
 import target_service.service
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.security.channel import Access, open_channel
+from outrider.security.channel import Access, TlsChannels, open_channel
 from outrider.security.keys import KeyLimits, new_key
+from outrider.security.pem import watched_pem
 from outrider.server import Server
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
 from tests.stack import Output, request
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -166,3 +167,15 @@ async def model_info(stub: Any) -> Any:
 
 def plain(endpoint: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(endpoint)
+
+
+def channels(authority: Authority, who: str, server: str = "tier", ca: str | None = None) -> Any:
+    """As `who`, of this authority, sees a tier."""
+    cert, key = authority.issue(who)
+    files = watched_pem(ca=ca or authority.ca, cert=cert, key=key, ca_name="ca", cert_name="cert")
+    return TlsChannels(files, server)
+
+
+async def asked_target(channel: Any) -> Any:
+    stub = target_pb2_grpc.TargetServiceStub(channel)
+    return await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=20)

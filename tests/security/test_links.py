@@ -16,10 +16,12 @@ from structlog.testing import capture_logs
 from outrider.errors import ConfigError
 from outrider.security.channel import Access, TlsChannels
 from outrider.security.pem import watched_pem
-from outrider.v1 import orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.v1 import orchestrator_pb2_grpc, target_pb2_grpc
 from tests.security.parts import (
     GREEDY,
     Authority,
+    asked_target,
+    channels,
     client,
     generated,
     model_info,
@@ -33,18 +35,6 @@ from tests.services.parts import refusal
 from tests.stack import eventually, request
 
 Status = health_pb2.HealthCheckResponse
-
-
-def channels(authority: Authority, who: str, server: str = "tier", ca: str | None = None) -> Any:
-    """As `who`, of this authority, sees a tier."""
-    cert, key = authority.issue(who)
-    files = watched_pem(ca=ca or authority.ca, cert=cert, key=key, ca_name="ca", cert_name="cert")
-    return TlsChannels(files, server)
-
-
-async def asked_target(channel: Any) -> Any:
-    stub = target_pb2_grpc.TargetServiceStub(channel)
-    return await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=20)
 
 
 async def asked_health(channel: Any, service: str = "") -> int:

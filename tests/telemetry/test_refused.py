@@ -1,0 +1,69 @@
+"""Calls that come no further than the door are counted: by why, and in no other metric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from outrider.security.channel import Access
+from outrider.security.keys import KeyLimits
+from tests.security.parts import (
+    Authority,
+    asked_target,
+    channels,
+    client,
+    generated,
+    orchestrated,
+    tiers,
+    write_keys,
+)
+from tests.services.parts import refusal
+from tests.telemetry.parts import scrape
+
+METERED = {"metrics_port": 0}
+NAME = "outrider_calls_refused_total"
+NONE = {"no_key": 0, "unknown_key": 0, "over_limit": 0, "identity": 0}
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "pki")
+
+
+async def test_callers_without_a_good_key(tmp_path: Path, redis_url: str) -> None:
+    """Also one that has used up what its key allows. What the method refuses is not among them."""
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(), bob=KeyLimits(tokens_per_minute=1))
+    settings = {"api_keys_file": str(tmp_path / "keys"), **METERED}
+    async with tiers() as servers, orchestrated(servers, redis_url, **settings) as system:
+        assert (await scrape(system.orchestrator)).by(NAME, "reason") == NONE
+        async with client(system.endpoint, Access(api_key=keys["bob"])) as stub:
+            await generated(stub)
+            for _ in range(3):
+                assert (await refusal(generated(stub))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        async with client(system.endpoint) as stub:
+            assert (await refusal(generated(stub))).code is grpc.StatusCode.UNAUTHENTICATED
+        async with client(system.endpoint, Access(api_key="guess")) as stub:
+            for _ in range(2):
+                assert (await refusal(generated(stub))).code is grpc.StatusCode.UNAUTHENTICATED
+        async with client(system.endpoint, Access(api_key=keys["ada"])) as stub:
+            refused = await refusal(generated(stub, prompt=[]))
+            assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+        said = await scrape(system.orchestrator)
+    assert said.by(NAME, "reason") == NONE | {"no_key": 1, "unknown_key": 2, "over_limit": 3}
+    assert said.by("outrider_requests_total", "status") == {"OK": 1, "INVALID_ARGUMENT": 1}
+
+
+@pytest.mark.parametrize("name", ["orchestrator", "mallory"])
+async def test_callers_of_a_tier_by_their_certificate(authority: Authority, name: str) -> None:
+    tier = authority.tier("tier", tls_client_names="orchestrator", **METERED)
+    async with tiers(tier, tier) as (target, _):
+        async with channels(authority, name).open(f"127.0.0.1:{target.port}") as channel:
+            if name == "orchestrator":
+                await asked_target(channel)
+            else:
+                refused = await refusal(asked_target(channel))
+                assert refused.code is grpc.StatusCode.PERMISSION_DENIED
+        said = await scrape(target)
+    assert said.by(NAME, "reason") == NONE | {"identity": int(name == "mallory")}
