@@ -16,7 +16,15 @@ from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # The short calls read a few rows of Redis.
 SHORT_TIMEOUT_S = 10.0
-_NOBODY = ("failed to connect", "connection refused", "dns resolution failed", "name resolution")
+_NO_CONNECTION = (
+    "failed to connect",
+    "connection refused",
+    "dns resolution failed",
+    "name resolution",
+    "errors resolving",
+)
+_TLS = ("handshake", "certificate")
+_SHUT = ("socket closed", "connection reset")
 # In the trailers of every error that one of our servers has raised (outrider.rpc).
 _STATUS_DETAILS = "grpc-status-details-bin"
 
@@ -72,7 +80,7 @@ class Client:
                 if show is not None:
                     show(chunk)
         except grpc.aio.AioRpcError as error:
-            raise self._failed(error) from error
+            raise call_failed(error, self._endpoint) from error
         finally:
             call.cancel()  # leaving the loop alone would let the server go on (facts.md §2)
         if not output.result.finish_reason:
@@ -103,20 +111,32 @@ class Client:
         try:
             return await method(request, timeout=SHORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise self._failed(error) from error
+            raise call_failed(error, self._endpoint) from error
 
-    def _failed(self, error: grpc.aio.AioRpcError) -> CallFailed:
-        code, said = error.code().name, " ".join((error.details() or "").split())
-        trailers: Any = error.trailing_metadata() or ()
-        was_heard = True
-        is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
-        if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answer:
-            if any(words in said.lower() for words in _NOBODY):
-                said = f"nothing answers at {self._endpoint}; start it with: outrider up"
-                was_heard = False
-            else:
-                said += f" (at {self._endpoint}; is it still up? start it with: outrider up)"
-        return CallFailed(f"{code}: {said}", was_heard=was_heard)
+
+def call_failed(error: grpc.aio.AioRpcError, endpoint: str) -> CallFailed:
+    """What the server said, or why there was none to say anything."""
+    code, said = error.code().name, " ".join((error.details() or "").split())
+    trailers: Any = error.trailing_metadata() or ()
+    was_heard = True
+    is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answer:
+        why = _unconnected(said, endpoint)
+        was_heard = why is None
+        said = why or f"{said} (at {endpoint}; is it still up? start it with: outrider up)"
+    return CallFailed(f"{code}: {said}", was_heard=was_heard)
+
+
+def _unconnected(said: str, endpoint: str) -> str | None:
+    """Why there never was a connection, from gRPC's words for it; None: there was one."""
+    words = said.lower()
+    if any(there in words for there in _TLS):
+        return f"no TLS with {endpoint}: {said.rpartition('last error: ')[2]}"
+    if any(there in words for there in _NO_CONNECTION) and any(there in words for there in _SHUT):
+        return f"{endpoint} closes connections as they begin: does it want TLS (--tls-ca)?"
+    if any(there in words for there in _NO_CONNECTION):
+        return f"nothing answers at {endpoint}; start it with: outrider up"
+    return None
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ from outrider.errors import ConfigError
 from outrider.security.channel import Access, open_channel
 from outrider.security.keys import KeyLimits, watched_keys
 from tests.cli.processes import ROOT, command, environment
-from tests.security.parts import orchestrated, replace, tiers
+from tests.security.parts import Authority, orchestrated, replace, tiers
 
 URL = "redis://ada:secret@redis.example:6379/0"
 
@@ -111,6 +111,29 @@ async def _commands(endpoint: str, ca: str, key_file: Path, key: str) -> None:
     assert json.loads(session[1])["num_turns"] == 1
     assert json.loads(model[1])["target"]["vocab_size"] == 1_000
     assert (no_key[0], "UNAUTHENTICATED" in no_key[2]) == (1, True)
+
+
+async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: str) -> None:
+    """It is said, in the words of the command line."""
+    tier, stranger = tier_settings(pki), Authority(tmp_path / "stranger")
+    async with (
+        tiers(tier, tier) as servers,
+        orchestrated(servers, redis_url, **orchestrator_settings(pki)) as system,
+    ):
+        to, ca = f"--endpoint={system.endpoint}", f"--tls-ca={pki / 'ca.pem'}"
+        target = f"127.0.0.1:{system.target.port}"
+        plain, wrong, nowhere, of_target = await asyncio.gather(
+            outrider("model", to),
+            outrider("model", to, f"--tls-ca={stranger.ca}"),
+            outrider("model", "--endpoint=nobody.invalid:1", ca),
+            outrider("bench", "serve", to, ca, f"--target-endpoint={target}", f"--out={tmp_path}"),
+        )
+    assert f"{system.endpoint} closes connections as they begin: does it want TLS" in plain[2]
+    assert f"no TLS with {system.endpoint}: " in wrong[2]
+    assert "CERTIFICATE_VERIFY_FAILED" in wrong[2]
+    assert "nothing answers at nobody.invalid:1" in nowhere[2]
+    assert f"--target-endpoint: UNAVAILABLE: {target} closes connections" in of_target[2]
+    assert [said[0] for said in (plain, wrong, nowhere, of_target)] == [1, 1, 1, 2]
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outrider.cli.bench.serve_options import (
     ServeOptions,
@@ -111,16 +111,25 @@ async def _run(
 
 
 def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | None:
-    """Asks each target replica for its counters; raises CallFailed or the call's own error."""
+    """Asks each target replica for its counters; raises ConfigError where it does not answer."""
     if options.target_endpoint is None:
         return None
+    import grpc
+
+    from outrider.cli.client import call_failed
     from outrider.cli.tiers import target_info
     from outrider.loadtest.stretches import Passes
 
     addresses = [part.strip() for part in options.target_endpoint.split(",") if part.strip()]
 
+    async def load(address: str) -> Any:
+        try:
+            return (await target_info(address)).load
+        except grpc.aio.AioRpcError as error:
+            raise ConfigError(f"--target-endpoint: {call_failed(error, address)}") from error
+
     async def read() -> Passes:
-        loads = [(await target_info(address)).load for address in addresses]
+        loads = [await load(address) for address in addresses]
         return Passes(
             sum(load.num_steps_total for load in loads),
             sum(load.num_rows_total for load in loads),

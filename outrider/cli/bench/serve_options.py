@@ -90,7 +90,9 @@ class ServeOptions(AccessOptions):
     ] = None
     target_endpoint: Annotated[
         str | None,
-        typer.Option(help="host:port of each target replica, with commas: counts their passes."),
+        typer.Option(
+            help="host:port of each target replica without TLS, with commas: counts their passes."
+        ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths, arrivals.")] = 0
     label: Annotated[str | None, typer.Option(help="Stands in the result.")] = None
