@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from itertools import chain
 
@@ -41,6 +42,8 @@ GENERATE = f"/{SERVICE_NAME}/Generate"
 STOP_GRACE_S = 2.0
 # How long a start waits for a draft before serving without one: it joins when it comes.
 DRAFT_START_TIMEOUT_S = 5.0
+# Between two looks for a Redis that is away at the start.
+REDIS_RETRY_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +63,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     targets, drafts = _pools(config, tokenizer, security.open_channel)
     try:
         await server.start(config.host, config.port)
-        await _start(store)
+        await _start(store, config.redis_wait_s)
         async with (
             telemetry("orchestrator", config.host, config) as told,
             security.following(lambda: _renew(targets, drafts)),
@@ -157,11 +160,16 @@ def _renew(targets: ReplicaPool[TargetLink], drafts: ReplicaPool[DraftLink] | No
         drafts.renew()
 
 
-async def _start(store: SessionStore) -> None:
-    try:
-        await store.start()
-    except Unavailable as error:
-        raise ConfigError(f"redis_url: {error}") from error
+async def _start(store: SessionStore, wait_s: float) -> None:
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        try:
+            return await store.start()
+        except Unavailable as error:
+            if time.monotonic() >= give_up_at:
+                raise ConfigError(f"redis_url: {error}") from error
+            log.warning("waiting_for_redis", why=str(error))
+            await asyncio.sleep(REDIS_RETRY_S)
 
 
 async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:

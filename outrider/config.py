@@ -164,6 +164,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         "refuse", "new one-off generations while Redis is away: refuse, or unrecorded"
     )
     stop_grace_s: float = setting(2.0, "how long running outputs may go on at a stop")
+    redis_wait_s: float = setting(0.0, "how long a start waits for a Redis that is away")
     session_ttl_s: float = setting(3600.0, "sessions unused for so long expire")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
@@ -191,6 +192,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
         require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
+        require(self.redis_wait_s >= 0, "redis_wait_s", "must be 0 or more")
         self.check_server()
         self.check_telemetry()
         self.redis_at(self.redis_url)  # raises where the settings do not fit it

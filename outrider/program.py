@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -42,8 +44,10 @@ def run_until_signalled(
     """Serves with the settings of flags and environment until SIGTERM or SIGINT; the exit status.
 
     Says on standard output where it listens, once it serves. 2 if a setting is wrong, named on
-    standard error.
+    standard error; 143 at a SIGTERM before it serves.
     """
+    # A container's first process, which a service is, ignores signals that nobody has asked for.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
     async def body(config: Config) -> None:
         async with serving(config) as server:

@@ -61,7 +61,9 @@ class PipelineWriter:
         self.is_away = False
 
     def start(self) -> None:
+        """Also once more after a close."""
         assert self._task is None, "started twice"
+        self._closing = False
         self._task = asyncio.create_task(self._run(), name="store writer")
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from outrider.program import LISTENING_PREFIX
+from outrider.redis_server import RedisServer
 from tests.services.parts import Pair, both_tiers
 from tests.services.programs import END_TIMEOUT_S, ended, program
 from tests.services.tokenizer_files import write_tokenizer
@@ -114,6 +115,28 @@ async def test_redis_that_is_not_there(pair: Pair) -> None:
     assert end.status not in (0, None)
     assert len(end.said) == 1, end.stderr
     assert "redis" in end.said[0]
+
+
+async def test_redis_that_comes_later(pair: Pair) -> None:
+    """Where it is waited for. Meanwhile SIGTERM ends the program, be it a container's first."""
+    with RedisServer() as redis:
+        redis.stop()
+        async with contextlib.AsyncExitStack() as stack:
+            tiers = await stack.enter_async_context(both_tiers(pair, draft_kv=None))
+            words = ("orchestrator", "--port", "0", "--redis-url", redis.url)
+            words += ("--redis-wait-s", "600")
+            words += ("--target-endpoint", tiers.endpoints[0], "--draft-endpoint", "")
+            served, stopped = [await stack.enter_async_context(program(*words)) for _ in range(2)]
+            for process in (served, stopped):
+                assert process.stderr is not None
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    while b"waiting_for_redis" not in await process.stderr.readline():
+                        pass
+            stopped.send_signal(signal.SIGTERM)
+            end = await ended(stopped)
+            assert (end.status, end.said, end.stdout) == (128 + signal.SIGTERM, [], "")
+            redis.start()
+            await _port(served)
 
 
 async def test_programs_stop_clean(pair: Pair, redis_url: str) -> None:
