@@ -28,6 +28,7 @@ from draft_service.rows import RowBudget, best_offers
 from outrider.engine import Append, Drawn, ServedEngine
 from outrider.errors import InvalidRequest
 from outrider.serving.commands import Close, Failure, Forget
+from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
 from outrider.serving.worker import GenerationWorker
 
@@ -52,6 +53,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
     ) -> None:
         super().__init__(
             engine,
+            StepCosts(),
             max_step_tokens=max_step_tokens,
             idle_session_ttl_s=idle_session_ttl_s,
             prefix_cache=prefix_cache,

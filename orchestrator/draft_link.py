@@ -81,6 +81,11 @@ class DraftHandle:
         self.span = current_span()
         self._request_context = contextvars.copy_context()
 
+    @property
+    def num_untold_tokens(self) -> int:
+        """Committed since it was told last."""
+        return len(self._context) - self._num_told
+
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
 

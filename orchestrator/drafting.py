@@ -38,7 +38,7 @@ class Drafting:
         self._policy = policy
         self._handle: DraftHandle | None = None
         self._opened_at = 0.0
-        # About then the replica has run the prompt, at the latest.
+        # About then the replica has run what it was told at once, at the latest.
         self._prompt_until = 0.0
         # Replicas that were lost or had no room, and from when on they are asked again.
         self._retry_at: dict[str, float] = {}
@@ -80,8 +80,10 @@ class Drafting:
         if self._link is not None:
             self._opened_at = now
             self._handle, self._is_quiet = self._open_handle(self._link, gamma), False
-            prompt_s = self._policy.costs.draft_prompt_s(self._handle.num_opened_tokens)
-            self._prompt_until = now + prompt_s
+            self._expect_prompt(self._handle.num_opened_tokens)
+
+    def _expect_prompt(self, num_tokens: int) -> None:
+        self._prompt_until = time.monotonic() + self._policy.costs.draft_prompt_s(num_tokens)
 
     def _leave(self) -> None:
         assert self._handle is not None, "it was open"
@@ -109,6 +111,8 @@ class Drafting:
         decision = self._policy.decision
         if decision.gamma == 0 and self._is_quiet:
             return None
+        if self._is_quiet:  # no longer: first it has to catch up
+            self._expect_prompt(self._handle.num_untold_tokens)
         self._is_quiet = decision.gamma == 0
         proposal = self._handle.proposal() if decision.gamma else None
         if decision.gamma:
@@ -143,7 +147,7 @@ class Drafting:
             if self._is_open:  # one that is lost says nothing of the next
                 self._policy.saw_no_proposal(late_s)
             return None
-        self._policy.costs.saw_proposal(late_s, len(proposal.token_ids))
+        self._policy.saw_proposal(late_s, len(proposal.token_ids))
         return proposal.head(min(state.max_draft_tokens, max(1, self._policy.decision.gamma)))
 
     def kv(self, epoch: int) -> KvHandle | None:

@@ -14,18 +14,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.rates import FIRST_PROBE_ROUNDS, SMOOTHING, PairCosts, RoundValues
+from orchestrator.rates import SMOOTHING, PairCosts, Probing, RoundValues
 from orchestrator.survival import Survival
 
 # A γ is left only for one this much better, so that noise does not make it flutter.
 _HYSTERESIS = 1.03
 # A decision stands for so many rounds.
 _ROUNDS_PER_DECISION = 4
-_MAX_PROBE_ROUNDS = 512
 _PROBE_GAMMA = 2
 # What it finds out must not depend on what is thought: it waits for the draft's own steps and this
 # many rounds, whatever that is worth.
 _PROBE_WAIT_ROUNDS = 2.0
+# It stands until something is known: the draft may have the session to open, or much to catch up.
+_PROBE_PATIENCE_ROUNDS = 16
 # What is not measured yet: this γ, and a wait of so much of a round.
 _FIRST_GAMMA = 5
 _FIRST_WAIT_S = 0.5
@@ -75,9 +76,9 @@ class GammaPolicy:
         self._hit_rate = costs.lookahead_hit_rate
         self._decision: GammaDecision | None = None
         self._num_rounds_left = 0
-        # Short outputs go on counting where others were: else each would try, or none.
-        self._num_plain_rounds = costs.num_plain_rounds
-        self._probe_rounds = costs.probe_rounds
+        # Its drafts may be better than others': it tries by itself, too.
+        self._probing = Probing(costs.probing.interval)
+        self._num_probe_rounds_left = 0
         # The round before was a probe, and all its draft tokens stood.
         self._is_promising = False
 
@@ -104,10 +105,13 @@ class GammaPolicy:
 
     def saw_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
         self._num_rounds_left -= 1
+        self._num_probe_rounds_left -= 1
         self._is_promising = num_draft_tokens > 0 and not is_rejected
         if num_draft_tokens:
+            self._num_probe_rounds_left = 0
             if self._decision is not None and self._decision.gamma > _PROBE_GAMMA:
-                self._count_plain(0, FIRST_PROBE_ROUNDS)
+                self._probing.paid()
+                self.costs.probing.paid()
             self._survival.saw(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
     def saw_lookahead(self, *, is_hit: bool) -> None:
@@ -115,10 +119,15 @@ class GammaPolicy:
         self._hit_rate += SMOOTHING * (is_hit - self._hit_rate)
         self.costs.saw_lookahead(is_hit=is_hit)
 
+    def saw_proposal(self, waited_s: float, num_tokens: int) -> None:
+        """It was waited for, and came."""
+        is_probe = self._num_probe_rounds_left > 0
+        self.costs.saw_proposal(waited_s, num_tokens, is_probe=is_probe)
+
     def saw_no_proposal(self, waited_s: float) -> None:
         """It was waited for so long, in vain."""
         self.costs.saw_no_proposal(waited_s, self.decision.waiting_gamma)
-        self._num_rounds_left = 0
+        self._num_rounds_left = self._num_probe_rounds_left = 0
 
     def _decide(self, last: GammaDecision | None) -> GammaDecision:
         costs = self.costs
@@ -131,20 +140,21 @@ class GammaPolicy:
         values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
         gamma = self._chosen(values.at_hand, last)
         is_probe = gamma == 0 and values.may_pay and self._fixed is None
-        is_probe = is_probe and self._is_time_to_probe()
+        is_probe = is_probe and (self._num_probe_rounds_left > 0 or self._is_time_to_probe())
         if is_probe:
-            gamma = min(_PROBE_GAMMA, self._max_gamma)
-        waiting_gamma = gamma
+            gamma, self._num_rounds_left = min(_PROBE_GAMMA, self._max_gamma), 1
+        waiting_gamma, is_trial = gamma, is_probe
         if self._fixed is None and not is_probe:
             waiting_gamma = max(range(gamma + 1), key=lambda g: (values.of_waiting(g), -g))
             if waiting_gamma == 0 and gamma:
                 costs.forget_lateness()
                 if self._is_promising and self._hit_rate < _FEW_HITS:
-                    waiting_gamma = gamma  # else nothing more would be learnt of what went well
+                    # Else nothing more would be learnt of what went well.
+                    waiting_gamma, is_trial = gamma, True
         return GammaDecision(
             gamma=gamma,
             waiting_gamma=waiting_gamma,
-            wait_s=self._wait_s(values, waiting_gamma, is_probe),
+            wait_s=self._wait_s(values, waiting_gamma, is_trial),
             is_fixed=self._fixed is not None,
             survival=survival,
             target_step_s=steps_s,
@@ -167,35 +177,30 @@ class GammaPolicy:
         return best
 
     def _is_time_to_probe(self) -> bool:
-        """Called at a decision for γ = 0: nothing is learnt of a draft that is not asked.
+        """Called at a decision for γ = 0.
 
         A probe that went well is followed by the next at once, till the choice is another one.
         """
-        num_plain = self._num_plain_rounds + _ROUNDS_PER_DECISION
-        if num_plain < self._probe_rounds and not self._is_promising:
-            self._count_plain(num_plain, self._probe_rounds)
+        both = (self._probing, self.costs.probing)
+        if not any([each.is_due(_ROUNDS_PER_DECISION) for each in both]) and not self._is_promising:
             return False
-        longer = self._probe_rounds if self._is_promising else 2 * self._probe_rounds
-        self._count_plain(0, min(longer, _MAX_PROBE_ROUNDS))
-        self._num_rounds_left = 1
+        for each in both:
+            each.tried(is_promising=self._is_promising)
+        self._num_rounds_left, self._num_probe_rounds_left = 1, _PROBE_PATIENCE_ROUNDS
         return True
 
-    def _count_plain(self, num_plain_rounds: int, probe_rounds: int) -> None:
-        self._num_plain_rounds = self.costs.num_plain_rounds = num_plain_rounds
-        self._probe_rounds = self.costs.probe_rounds = probe_rounds
-
-    def _wait_s(self, values: RoundValues, gamma: int, is_probe: bool) -> float:
+    def _wait_s(self, values: RoundValues, gamma: int, is_trial: bool) -> float:
         """As long as it is worth; but not for ever for a draft that is always late."""
         if self._fixed_wait_s is not None:
             return self._fixed_wait_s
         expected_s, round_s = values.waits_s[gamma], values.rounds_s[0]
         worth_s = values.worth_s(gamma)
         if self._fixed:  # the request's γ holds, worth it or not, up to a point
-            is_probe = expected_s > _FIXED_PATIENCE_ROUNDS * round_s and self._is_time_to_probe()
+            is_trial = expected_s > _FIXED_PATIENCE_ROUNDS * round_s and self._is_time_to_probe()
             worth_s = _LATE_RATIO * expected_s
             if expected_s > _FIXED_PATIENCE_ROUNDS * round_s:
                 worth_s = 0.0
-        if is_probe:
+        if is_trial:
             worth_s = gamma * self.costs.draft_step_s + _PROBE_WAIT_ROUNDS * round_s
         # With nothing gained of late, a little patience is left: a draft may have recovered.
         return max(min(worth_s, _LATE_RATIO * expected_s + round_s), 0.1 * round_s)

@@ -15,16 +15,41 @@ from outrider.costs import CostReport
 from outrider.telemetry.distribution import Distribution
 
 SMOOTHING = 0.1
+# Of what a probe finds: there are few.
+_PROBE_SMOOTHING = 0.4
 # Of the draft's lateness, at each decision not to wait for it.
 _LATENESS_LEFT = 0.99
 # Of the share of look-ahead hits over all generations: the last hundred or so rounds speak.
 _HIT_SMOOTHING = 0.01
 # While γ is 0 a round in so many tries drafts again, the fewer the longer they do not pay.
-FIRST_PROBE_ROUNDS = 32
+_FIRST_PROBE_ROUNDS = 32
+_MAX_PROBE_ROUNDS = 512
 # A prompt's pass costs more than the line says: attention grows with its square.
 _PROMPT_SLACK = 2.0
-# The least overhead seen is forgotten slowly.
-_LEAST_RISES = 1.01
+# The least overhead seen is forgotten slowly: by so much a round, whatever number of rows it has.
+_LEAST_RISES = 0.01
+
+
+@dataclass
+class Probing:
+    """When it is time again for a round that tries drafts; nothing is learnt of one not asked."""
+
+    interval: int = _FIRST_PROBE_ROUNDS
+    num_plain_rounds: int = 0
+
+    def is_due(self, num_rounds: int) -> bool:
+        """So many more have been plain."""
+        self.num_plain_rounds += num_rounds
+        return self.num_plain_rounds >= self.interval
+
+    def tried(self, *, is_promising: bool) -> None:
+        self.num_plain_rounds = 0
+        if not is_promising:
+            self.interval = min(2 * self.interval, _MAX_PROBE_ROUNDS)
+
+    def paid(self) -> None:
+        """Drafts are chosen again."""
+        self.num_plain_rounds, self.interval = 0, _FIRST_PROBE_ROUNDS
 
 
 @dataclass
@@ -41,14 +66,15 @@ class PairCosts:
     target_overhead_s: float = 0.001
     draft_overhead_s: float = 0.001
     least_overhead_s: float = 0.001
+    # Of the passes that those overheads were beyond.
+    seen_step_s: float = 0.0
     # For operators: look-ahead, and round trips where somebody wants to know.
     num_lookahead_hits: int = 0
     num_lookahead_misses: int = 0
-    # What a new generation starts from: the share of look-ahead hits, the plain rounds since one
-    # was tried with drafts, and after how many the next is.
+    # What a new generation starts from.
     lookahead_hit_rate: float = 0.5
-    num_plain_rounds: int = 0
-    probe_rounds: int = FIRST_PROBE_ROUNDS
+    # Of all generations' plain rounds: many short ones try as often as one long one.
+    probing: Probing = field(default_factory=lambda: Probing())
     verify_round_trip: Distribution | None = None
     draft_round_trip: Distribution | None = None
     # Reports come seldom, decisions often.
@@ -60,9 +86,23 @@ class PairCosts:
         if self.verify_round_trip is not None:
             self.verify_round_trip.observe(latency_s)
         overhead_s = max(0.0, latency_s - step_s)
-        self.least_overhead_s = min(overhead_s, self.least_overhead_s * _LEAST_RISES)
+        if not self.seen_step_s:
+            self.least_overhead_s, self.seen_step_s = overhead_s, step_s
+        rises = 1 + _LEAST_RISES / max(1.0, self.target().mean_num_rows)
+        self.least_overhead_s = min(overhead_s, self.least_overhead_s * rises)
         if left_at_once:
             self.target_overhead_s += SMOOTHING * (overhead_s - self.target_overhead_s)
+            self.seen_step_s += SMOOTHING * (step_s - self.seen_step_s)
+
+    def overhead_s(self, step_s: float) -> float:
+        """Of a round whose pass takes so long. Beyond the least, rows wait for others' passes.
+
+        Those have draft tokens too, as many as are chosen here: the queue is longer with them.
+        """
+        queued_s = max(0.0, self.target_overhead_s - self.least_overhead_s)
+        if queued_s and self.seen_step_s:
+            queued_s *= step_s / self.seen_step_s
+        return min(self.least_overhead_s, self.target_overhead_s) + queued_s
 
     def wait_costs_s(self, wait_s: float) -> float:
         """What a wait adds to a round. Where rows queue behind others' passes, it costs less.
@@ -72,15 +112,15 @@ class PairCosts:
         """
         return max(0.0, self.least_overhead_s + wait_s - self.target_overhead_s)
 
-    def saw_proposal(self, waited_s: float, num_tokens: int) -> None:
-        """Waited for, so long from its commit on."""
+    def saw_proposal(self, waited_s: float, num_tokens: int, *, is_probe: bool = False) -> None:
+        """Waited for, so long from its commit on. `is_probe`: what was known before is old."""
         if self.draft_round_trip is not None:
             self.draft_round_trip.observe(waited_s)
-        self._took(waited_s, num_tokens)
+        self._took(waited_s, num_tokens, _PROBE_SMOOTHING if is_probe else SMOOTHING)
 
-    def _took(self, waited_s: float, num_tokens: int) -> None:
+    def _took(self, waited_s: float, num_tokens: int, smoothing: float = SMOOTHING) -> None:
         overhead_s = max(0.0, waited_s - num_tokens * self.draft_step_s)
-        self.draft_overhead_s += SMOOTHING * (overhead_s - self.draft_overhead_s)
+        self.draft_overhead_s += smoothing * (overhead_s - self.draft_overhead_s)
 
     def saw_no_proposal(self, waited_s: float, num_tokens: int) -> None:
         """Waited for in vain: it would have taken longer, say twice as long; never a good sign."""
@@ -141,14 +181,16 @@ class RoundValues:
         survival: tuple[float, ...],
         miss_rate: float,
     ) -> RoundValues:
-        draft_s, overhead_s = costs.draft_step_s, costs.target_overhead_s
+        draft_s = costs.draft_step_s
         gammas = range(len(steps_s))
         tokens = tuple(accumulate((1.0, *survival)))
         waits_s = tuple(costs.draft_overhead_s + g * draft_s if g else 0.0 for g in gammas)
         added_s = tuple(costs.wait_costs_s(wait_s) if wait_s else 0.0 for wait_s in waits_s)
         # A round is no shorter than the drafting that it hides: a token more, the guess.
         hidden_s = tuple((g + 1) * draft_s if g else 0.0 for g in gammas)
-        rounds_s = tuple(max(s + overhead_s, h) for s, h in zip(steps_s, hidden_s, strict=True))
+        rounds_s = tuple(
+            max(s + costs.overhead_s(s), h) for s, h in zip(steps_s, hidden_s, strict=True)
+        )
         at_hand = tuple(tokens[g] / (rounds_s[g] + miss_rate * added_s[g]) for g in gammas)
         waited = tuple(tokens[g] / (rounds_s[g] + added_s[g]) for g in gammas)
         # If all draft tokens stood, and came at once.
@@ -161,7 +203,7 @@ class RoundValues:
             at_hand=at_hand,
             waited=waited,
             may_pay=best_case > at_hand[0],
-            slack_s=max(0.0, overhead_s - costs.least_overhead_s),
+            slack_s=max(0.0, costs.target_overhead_s - costs.least_overhead_s),
         )
 
     def of_waiting(self, gamma: int) -> float:

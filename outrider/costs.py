@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CostReport:
-    """As model.proto's StepCosts: tokens of a pass, rising, and seconds it takes."""
+    """As model.proto's StepCosts: tokens of a pass, rising, and seconds it takes.
+
+    `mean_num_rows`: of the target as a row finds it, a mean over rows; of the draft over passes.
+    """
 
     num_tokens: tuple[int, ...] = (1,)
     step_s: tuple[float, ...] = (0.0,)

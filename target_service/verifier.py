@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
 from outrider.errors import InvalidRequest, KVLost
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
+from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
 from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
@@ -80,6 +81,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
     ) -> None:
         super().__init__(
             engine,
+            StepCosts(counts_rows=True),
             max_step_tokens=max_step_tokens,
             idle_session_ttl_s=idle_session_ttl_s,
             prefix_cache=prefix_cache,

@@ -17,12 +17,16 @@ from outrider.costs import CostReport, interpolated
 from outrider.engine import Append, ServedEngine
 from outrider.errors import KVFull
 
-_CURVE_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# In the order in which they are measured. The far ones first: where time is short a few points must
+# say what many tokens cost, or passes of many sessions seem as cheap as those of one.
+_CURVE_TOKENS = (1, 16, 64, 4, 256, 8, 32, 2, 128, 6, 24, 12, 48, 3, 96, 192)
 _NUM_ROWS = 8
 _CONTEXT_LEN = 32
 _NUM_REPEATS = 3
 # Points that are measured however long they take.
 _MIN_POINTS = 3
+# Of the whole time: a size that takes longer is not measured again.
+_REPEAT_SHARE = 0.1
 _SMOOTHING = 0.05
 # How much of a surprise is put down to the size of the pass rather than to the machine.
 _BENDING = 0.02
@@ -32,14 +36,20 @@ _NEWS_INTERVAL_S = 0.25
 
 
 class StepCosts:
-    """`calibrate` once, `observe` every pass."""
+    """`calibrate` once, `observe` every pass.
 
-    def __init__(self) -> None:
+    `counts_rows`: the mean number of rows is one over rows, what each finds itself among; else one
+    over passes. The first where a row is a generation, the second where one may have many.
+    """
+
+    def __init__(self, *, counts_rows: bool = False) -> None:
+        self._counts_rows = counts_rows
         self._tokens = [1.0]
         self._seconds = [0.0]
         self._row_s = 0.0
         self._scale = 1.0
-        self._mean_num_rows = 1.0
+        # Of all rows, and of their squares.
+        self._mean_num_rows = self._mean_square_rows = 1.0
         self._reported_at = 0.0
         self.report = self._make_report()
 
@@ -49,21 +59,22 @@ class StepCosts:
         No further size is begun after `budget_s`: a slow model has few points, and is the steadier.
         """
         give_up_at = time.monotonic() + budget_s
-        points: list[tuple[int, float]] = []
+        repeat_s = budget_s * _REPEAT_SHARE
+        points: dict[int, float] = {}
         for num_tokens in _CURVE_TOKENS:
-            late = time.monotonic() > give_up_at and len(points) >= _MIN_POINTS
-            if late or num_tokens > max_tokens:
+            if time.monotonic() > give_up_at and len(points) >= _MIN_POINTS:
                 break
-            seconds = _time_pass(engine, [num_tokens])
-            if seconds is None:
-                break
-            points.append((num_tokens, seconds))
+            if num_tokens <= max_tokens:
+                seconds = _time_pass(engine, [num_tokens], repeat_s)
+                if seconds is not None:
+                    points[num_tokens] = seconds
         if not points:
             return
         # A shorter pass never takes more: what seems so was disturbed, and noise only adds.
-        self._tokens = [float(n) for n, _ in points]
-        self._seconds = np.minimum.accumulate([s for _, s in points[::-1]])[::-1].tolist()
-        rows_s = _time_pass(engine, [1] * _NUM_ROWS)
+        sizes = sorted(points)
+        self._tokens = [float(n) for n in sizes]
+        self._seconds = np.minimum.accumulate([points[n] for n in sizes[::-1]])[::-1].tolist()
+        rows_s = _time_pass(engine, [1] * _NUM_ROWS, repeat_s)
         if rows_s is not None:
             self._row_s = max(0.0, rows_s - self._curve(_NUM_ROWS)) / (_NUM_ROWS - 1)
         self.report = self._make_report()
@@ -78,6 +89,7 @@ class StepCosts:
     def observe(self, num_tokens: int, num_rows: int, seconds: float) -> None:
         """A pass that was made; `num_rows` sequences."""
         self._mean_num_rows += _SMOOTHING * (num_rows - self._mean_num_rows)
+        self._mean_square_rows += _SMOOTHING * (num_rows**2 - self._mean_square_rows)
         expected = self.step_s(num_tokens, num_rows)
         if expected > 0:  # a single stall must not look like a slower machine
             ratio = min(max(seconds / expected, 0.5), 2.0)
@@ -110,7 +122,9 @@ class StepCosts:
             tuple(int(n) for n in self._tokens),
             tuple(self._scale * seconds for seconds in self._seconds),
             self._row_s * self._scale,
-            self._mean_num_rows,
+            self._mean_square_rows / self._mean_num_rows
+            if self._counts_rows
+            else self._mean_num_rows,
         )
 
 
@@ -120,8 +134,11 @@ def _differs(fresh: CostReport, former: CostReport) -> bool:
     return any(abs(new - old) > _NEWS_RATIO * max(old, 1e-9) for new, old in pairs)
 
 
-def _time_pass(engine: ServedEngine, counts: list[int]) -> float | None:
-    """Least seconds of a pass with so many tokens of each sequence; None without room for it."""
+def _time_pass(engine: ServedEngine, counts: list[int], repeat_s: float) -> float | None:
+    """Least seconds of a pass with so many tokens of each sequence; None without room for it.
+
+    Not made again once it has taken `repeat_s`.
+    """
     context_len = min(_CONTEXT_LEN, engine.info.max_context_len // 2)
     if context_len + max(counts) > engine.info.max_context_len:
         return None
@@ -131,8 +148,8 @@ def _time_pass(engine: ServedEngine, counts: list[int]) -> float | None:
         for count in counts:
             sequences.append(engine.store.open(context_len + count))
         engine.forward([Append(sequence, ids[:context_len], 0) for sequence in sequences])
-        times = []
-        for _ in range(_NUM_REPEATS):
+        times: list[float] = []
+        while len(times) < _NUM_REPEATS and sum(times) <= repeat_s:
             for sequence in sequences:
                 engine.store.truncate(sequence, context_len)
             started_at = time.perf_counter()

@@ -43,6 +43,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def __init__(
         self,
         engine: ServedEngine,
+        costs: StepCosts,
         *,
         max_step_tokens: int,
         idle_session_ttl_s: float,
@@ -54,7 +55,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         )
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
-        self.costs = StepCosts()
+        self.costs = costs
         # Told of every pass, where somebody counts.
         self.meter: TierMeter | None = None
 

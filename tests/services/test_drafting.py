@@ -226,6 +226,24 @@ async def test_a_draft_still_at_its_prompt_is_not_waited_for(
     assert output.speculation.decision.draft_overhead_s < 0.002  # as before
 
 
+async def test_a_draft_that_has_much_to_catch_up_is_not_waited_for(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """It was left alone while it did not pay; tried again, it first runs what was written since."""
+
+    def wrong(script: Script, told: Told) -> list[draft_pb2.Proposal]:
+        return [script.proposal(told, told.committed_len, 2, shift=1)]
+
+    script = Script(greedy(PROMPT, 400), wrong)
+    # A prompt of five tokens takes it a sixth of a second, thirty take it more than one.
+    async with scripted(pair, redis_url, script, token_s=0.02, draft_wait_ms=None) as stack:
+        output = await _ask(stack, 400)
+    assert output.token_ids == script.path[5:405]
+    woken = [told for told in script.told if told.num_tokens > 20]
+    assert woken, "it was left alone, and tried again"
+    assert all(told.gamma == 0 for told in woken)
+
+
 async def test_what_the_draft_is_said_to_hold_it_was_told(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
