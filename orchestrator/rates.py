@@ -26,8 +26,10 @@ _FIRST_PROBE_ROUNDS = 32
 _MAX_PROBE_ROUNDS = 512
 # A prompt's pass costs more than the line says: attention grows with its square.
 _PROMPT_SLACK = 2.0
-# The least overhead seen is forgotten slowly: by so much a round, whatever number of rows it has.
-_LEAST_RISES = 0.01
+# With fewer a row waits for no other.
+_SEVERAL_ROWS = 1.5
+# The least overhead seen is forgotten slowly.
+_LEAST_RISES = 1.01
 
 
 @dataclass
@@ -88,8 +90,7 @@ class PairCosts:
         overhead_s = max(0.0, latency_s - step_s)
         if not self.seen_step_s:
             self.least_overhead_s, self.seen_step_s = overhead_s, step_s
-        rises = 1 + _LEAST_RISES / max(1.0, self.target().mean_num_rows)
-        self.least_overhead_s = min(overhead_s, self.least_overhead_s * rises)
+        self.least_overhead_s = min(overhead_s, self.least_overhead_s * _LEAST_RISES)
         if left_at_once:
             self.target_overhead_s += SMOOTHING * (overhead_s - self.target_overhead_s)
             self.seen_step_s += SMOOTHING * (step_s - self.seen_step_s)
@@ -99,10 +100,33 @@ class PairCosts:
 
         Those have draft tokens too, as many as are chosen here: the queue is longer with them.
         """
-        queued_s = max(0.0, self.target_overhead_s - self.least_overhead_s)
-        if queued_s and self.seen_step_s:
-            queued_s *= step_s / self.seen_step_s
-        return min(self.least_overhead_s, self.target_overhead_s) + queued_s
+        least_s = min(self.least_overhead_s, self.target_overhead_s)
+        if not self.seen_step_s:
+            return self.target_overhead_s
+        return least_s + self._num_queued_passes * step_s
+
+    @property
+    def _num_queued_passes(self) -> float:
+        """Of others, that a row waits for before its own."""
+        if not self.seen_step_s:
+            return 0.0
+        return max(0.0, self.target_overhead_s - self.least_overhead_s) / self.seen_step_s
+
+    def plain_round_s(self, step_s: float) -> float:
+        """Of γ = 0, whose pass takes `step_s` now: if all do without, all come back at once.
+
+        Then the target has them in one pass: nobody waits for another's, but its rows are all. Else
+        sessions that wait for drafts in turns, at a target that has thus two passes for one, would
+        never find out what they all lose.
+        """
+        report = self.target()
+        rows = report.mean_num_rows
+        alone_s = step_s + self.overhead_s(step_s)
+        if rows < _SEVERAL_ROWS:
+            return alone_s
+        together = rows * (1 + self._num_queued_passes)
+        together_s = report.pass_s(together, together) + self.least_overhead_s
+        return min(alone_s, together_s)
 
     def wait_costs_s(self, wait_s: float) -> float:
         """What a wait adds to a round. Where rows queue behind others' passes, it costs less.
@@ -188,8 +212,10 @@ class RoundValues:
         added_s = tuple(costs.wait_costs_s(wait_s) if wait_s else 0.0 for wait_s in waits_s)
         # A round is no shorter than the drafting that it hides: a token more, the guess.
         hidden_s = tuple((g + 1) * draft_s if g else 0.0 for g in gammas)
-        rounds_s = tuple(
-            max(s + costs.overhead_s(s), h) for s, h in zip(steps_s, hidden_s, strict=True)
+        drafted_s = zip(steps_s[1:], hidden_s[1:], strict=True)
+        rounds_s = (
+            costs.plain_round_s(steps_s[0]),
+            *(max(s + costs.overhead_s(s), h) for s, h in drafted_s),
         )
         at_hand = tuple(tokens[g] / (rounds_s[g] + miss_rate * added_s[g]) for g in gammas)
         waited = tuple(tokens[g] / (rounds_s[g] + added_s[g]) for g in gammas)

@@ -135,6 +135,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ("{{tier}} {{reason}}", _rate("failures_total", "tier, reason")),
                 ("preempted", _rate("num_preemptions_total")),
             )),
+            Panel("Refused before their method", (
+                ("{{reason}}", _rate("calls_refused_total", "reason")),), "reqps",
+                "No key, an unknown one, more than a key allows; at the tiers, a stranger's name."),
         ),
     ),
 )  # fmt: skip

@@ -239,19 +239,39 @@ def test_what_a_probe_finds_counts_for_more_than_what_was_once() -> None:
     assert play(policy, 3000, 0.9)[-1].waiting_gamma > 0
 
 
+def test_sessions_in_cohorts_know_what_they_would_have_together() -> None:
+    """Each waits for the other half's pass, with drafts that bring little; one pass takes all.
+
+    Found so: four streams stayed at γ = 1, with α 0.2, at 0.75 of plain decoding.
+    """
+    tiers = Tiers(token_s=0.02 * PASS_S, draft_s=0.2 * PASS_S, num_rows=2)
+    for acceptance, is_plain in ((0.2, True), (0.8, False)):
+        policy, chance = GammaPolicy(tiers.costs(), MAX_GAMMA), random.Random(0)
+        for number in range(600):
+            gamma = min(1, policy.decision.gamma) if is_plain else policy.decision.gamma
+            num_accepted = 0
+            while num_accepted < gamma and chance.random() < acceptance:
+                num_accepted += 1
+            if gamma:
+                policy.saw_lookahead(is_hit=True)
+            policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
+            num_passes = 1 if number % 50 == 0 else 2
+            policy.costs.saw_reply(OVERHEAD_S + num_passes * PASS_S, PASS_S, left_at_once=True)
+        assert (policy.decision.gamma == 0) == is_plain
+
+
 def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
     """Rows of 64 sessions wait for one pass of others, with as many draft tokens as they choose.
 
-    So γ is what it is without the queue: found so, a wait thought to be the same for every γ made
+    So γ is no more than without the queue: found so, a wait thought to be the same for every γ made
     16 draft tokens seem cheap, at half the tokens that no draft gave.
     """
     chosen = []
     for num_passes in (1, 2):
         tiers = Tiers(token_s=0.01 * PASS_S, draft_s=0.01 * PASS_S, num_rows=64)
         policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
-        policy.costs.saw_reply(OVERHEAD_S + PASS_S, PASS_S, left_at_once=True)  # before the others
         chance = random.Random(0)
-        for _ in range(1000):
+        for number in range(1000):
             gamma, num_accepted = policy.decision.gamma, 0
             while num_accepted < gamma and chance.random() < 0.8:
                 num_accepted += 1
@@ -259,9 +279,11 @@ def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
                 policy.saw_lookahead(is_hit=True)
             policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
             step_s = policy.decision.target_step_s[gamma]
-            policy.costs.saw_reply(num_passes * step_s, step_s, left_at_once=True)
+            is_lucky = number % 50 == 0
+            latency_s = OVERHEAD_S + (1 if is_lucky else num_passes) * step_s
+            policy.costs.saw_reply(latency_s, step_s, left_at_once=True)
         chosen.append(policy.decision.gamma)
-    assert chosen[0] == chosen[1] <= 3
+    assert chosen[1] <= chosen[0] <= 3
 
 
 def test_a_draft_that_is_always_late_is_not_waited_for_again_and_again() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from outrider.errors import ConfigError
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#8c8c8c")
+# So many places along an axis are each named.
+_FEW_TICKS = 4
 _STYLE: Any = {
     "figure.figsize": (7.2, 4.2),
     "font.size": 10,
@@ -129,9 +131,10 @@ def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
             axes.fill_between(line.xs, least, most, color=colour, alpha=0.15, lw=0)
     if panel.level is not None:
         axes.axhline(panel.level, color="#888888", lw=1, ls="--")
+    ticks = sorted({x for line in panel.lines for x in line.xs})
     if panel.is_log_x:
         axes.set_xscale("log", base=2)
-        ticks = sorted({x for line in panel.lines for x in line.xs})
+    if panel.is_log_x or len(ticks) <= _FEW_TICKS:
         axes.set_xticks(ticks, [_number(tick) for tick in ticks])
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
