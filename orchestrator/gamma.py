@@ -19,6 +19,8 @@ from orchestrator.survival import Survival
 
 # A γ is left only for one this much better, so that noise does not make it flutter.
 _HYSTERESIS = 1.03
+# Plain decoding only for one that promises so much: what rounds cost is not known better.
+_LEAST_GAIN = 1.1
 # A decision stands for so many rounds.
 _ROUNDS_PER_DECISION = 4
 _PROBE_GAMMA = 2
@@ -75,6 +77,8 @@ class GammaPolicy:
         self._survival = Survival(costs.survival)
         self._hit_rate = costs.lookahead_hit_rate
         self._decision: GammaDecision | None = None
+        # What was chosen last; a probe is no choice.
+        self._choice = 0
         self._num_rounds_left = 0
         # Its drafts may be better than others': it tries by itself, too.
         self._probing = Probing(costs.probing.interval)
@@ -87,7 +91,7 @@ class GammaPolicy:
         """What stands; made anew every few rounds."""
         if self._decision is None or self._num_rounds_left <= 0:
             self._num_rounds_left = _ROUNDS_PER_DECISION
-            self._decision = self._decide(self._decision)
+            self._decision = self._decide()
         return self._decision
 
     def lookahead(self, most: int) -> int:
@@ -129,7 +133,7 @@ class GammaPolicy:
         self.costs.saw_no_proposal(waited_s, self.decision.waiting_gamma)
         self._num_rounds_left = self._num_probe_rounds_left = 0
 
-    def _decide(self, last: GammaDecision | None) -> GammaDecision:
+    def _decide(self) -> GammaDecision:
         costs = self.costs
         steps_s = costs.target_steps_s(self._max_gamma)
         survival = tuple(self._survival.prefixes(self._max_gamma))
@@ -138,7 +142,7 @@ class GammaPolicy:
             wait_s = _FIRST_WAIT_S if self._fixed_wait_s is None else self._fixed_wait_s
             return GammaDecision(gamma, gamma, wait_s, self._fixed is not None, survival)
         values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
-        gamma = self._chosen(values.at_hand, last)
+        gamma = self._choice = self._chosen(values.at_hand)
         is_probe = gamma == 0 and values.may_pay and self._fixed is None
         is_probe = is_probe and (self._num_probe_rounds_left > 0 or self._is_time_to_probe())
         if is_probe:
@@ -167,13 +171,13 @@ class GammaPolicy:
             waiting_tokens_per_s=values.waited,
         )
 
-    def _chosen(self, rates: Sequence[float], last: GammaDecision | None) -> int:
+    def _chosen(self, rates: Sequence[float]) -> int:
         if self._fixed is not None:
             return self._fixed
-        best = max(range(len(rates)), key=lambda gamma: (rates[gamma], -gamma))
-        if best and last is not None and rates[best] < _HYSTERESIS * rates[last.gamma]:
+        best, last = max(range(len(rates)), key=lambda gamma: (rates[gamma], -gamma)), self._choice
+        if rates[best] < (_HYSTERESIS if last else _LEAST_GAIN) * rates[last]:
             # What was chosen goes on while it is better than nothing.
-            best = last.gamma if rates[last.gamma] >= rates[0] else 0
+            best = last if rates[last] >= rates[0] else 0
         return best
 
     def _is_time_to_probe(self) -> bool:

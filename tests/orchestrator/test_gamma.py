@@ -413,9 +413,10 @@ def check(decision: GammaDecision, max_gamma: int) -> None:
     assert decision.wait_s <= max(3 * wait_s + round_s, round_s) * (1 + 1e-9)
     is_probe = not decision.is_fixed and decision.gamma in (1, 2)
     if not decision.is_fixed and not is_probe:
-        assert decision.tokens_per_s[decision.gamma] >= max(decision.tokens_per_s) / 1.03 * (
-            1 - 1e-9
-        )
+        # Plain decoding is left for a tenth more, one γ for another for 3 %.
+        short_of = 1.03 if decision.gamma else 1.1
+        best = max(decision.tokens_per_s)
+        assert decision.tokens_per_s[decision.gamma] >= best / short_of * (1 - 1e-9)
 
 
 def _flat(value: object) -> list[float]:
