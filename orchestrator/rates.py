@@ -76,7 +76,7 @@ class PairCosts:
     # What a new generation starts from.
     lookahead_hit_rate: float = 0.5
     # Of all generations' plain rounds: many short ones try as often as one long one.
-    probing: Probing = field(default_factory=lambda: Probing())
+    probing: Probing = field(default_factory=Probing)
     verify_round_trip: Distribution | None = None
     draft_round_trip: Distribution | None = None
     # Reports come seldom, decisions often.
@@ -101,8 +101,6 @@ class PairCosts:
         Those have draft tokens too, as many as are chosen here: the queue is longer with them.
         """
         least_s = min(self.least_overhead_s, self.target_overhead_s)
-        if not self.seen_step_s:
-            return self.target_overhead_s
         return least_s + self._num_queued_passes * step_s
 
     @property
