@@ -77,8 +77,8 @@ class GammaPolicy:
         self._survival = Survival(costs.survival)
         self._hit_rate = costs.lookahead_hit_rate
         self._decision: GammaDecision | None = None
-        # What was chosen last; a probe is no choice.
-        self._choice = 0
+        # What was chosen last; a probe is no choice. None: nothing, here or by others, but drafts.
+        self._choice: int | None = 0 if costs.probing.num_plain_rounds else None
         self._num_rounds_left = 0
         # Its drafts may be better than others': it tries by itself, too.
         self._probing = Probing(costs.probing.interval)
@@ -175,10 +175,10 @@ class GammaPolicy:
         if self._fixed is not None:
             return self._fixed
         best, last = max(range(len(rates)), key=lambda gamma: (rates[gamma], -gamma)), self._choice
-        if rates[best] < (_HYSTERESIS if last else _LEAST_GAIN) * rates[last]:
-            # What was chosen goes on while it is better than nothing.
-            best = last if rates[last] >= rates[0] else 0
-        return best
+        if last is None or rates[best] >= (_HYSTERESIS if last else _LEAST_GAIN) * rates[last]:
+            return best
+        # What was chosen goes on while it is better than nothing.
+        return last if rates[last] >= rates[0] else 0
 
     def _is_time_to_probe(self) -> bool:
         """Called at a decision for γ = 0.
