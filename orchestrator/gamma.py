@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.rates import SMOOTHING, PairCosts, Probing, RoundValues
+from orchestrator.rates import PROBE_SMOOTHING, SMOOTHING, PairCosts, Probing, RoundValues
 from orchestrator.survival import Survival
 
 # A γ is left only for one this much better, so that noise does not make it flutter.
@@ -120,7 +120,11 @@ class GammaPolicy:
 
     def saw_lookahead(self, *, is_hit: bool) -> None:
         """A round's proposal was here when the verdict before it came, or was not."""
-        self._hit_rate += SMOOTHING * (is_hit - self._hit_rate)
+        is_probe = is_hit and self._num_probe_rounds_left > 0
+        smoothing = PROBE_SMOOTHING if is_probe else SMOOTHING
+        self._hit_rate += smoothing * (is_hit - self._hit_rate)
+        if is_probe:  # what was late once is not now
+            self.costs.draft_overhead_s *= 1 - PROBE_SMOOTHING
         self.costs.saw_lookahead(is_hit=is_hit)
 
     def saw_proposal(self, waited_s: float, num_tokens: int) -> None:

@@ -16,7 +16,7 @@ from outrider.telemetry.distribution import Distribution
 
 SMOOTHING = 0.1
 # Of what a probe finds: there are few.
-_PROBE_SMOOTHING = 0.4
+PROBE_SMOOTHING = 0.4
 # Of the draft's lateness, at each decision not to wait for it.
 _LATENESS_LEFT = 0.99
 # Of the share of look-ahead hits over all generations: the last hundred or so rounds speak.
@@ -138,7 +138,7 @@ class PairCosts:
         """Waited for, so long from its commit on. `is_probe`: what was known before is old."""
         if self.draft_round_trip is not None:
             self.draft_round_trip.observe(waited_s)
-        self._took(waited_s, num_tokens, _PROBE_SMOOTHING if is_probe else SMOOTHING)
+        self._took(waited_s, num_tokens, PROBE_SMOOTHING if is_probe else SMOOTHING)
 
     def _took(self, waited_s: float, num_tokens: int, smoothing: float = SMOOTHING) -> None:
         overhead_s = max(0.0, waited_s - num_tokens * self.draft_step_s)
