@@ -132,11 +132,11 @@ def _unconnected(said: str, endpoint: str) -> str | None:
     words = said.lower()
     if any(there in words for there in _TLS):
         return f"no TLS with {endpoint}: {said.rpartition('last error: ')[2]}"
-    if any(there in words for there in _NO_CONNECTION) and any(there in words for there in _SHUT):
+    if not any(there in words for there in _NO_CONNECTION):
+        return None
+    if any(there in words for there in _SHUT):
         return f"{endpoint} closes connections as they begin: does it want TLS (--tls-ca)?"
-    if any(there in words for there in _NO_CONNECTION):
-        return f"nothing answers at {endpoint}; start it with: outrider up"
-    return None
+    return f"nothing answers at {endpoint}; start it with: outrider up"
 
 
 @contextlib.asynccontextmanager

@@ -64,6 +64,9 @@ class Sandbox:
         self._num_pods = 0
 
     def prepare(self) -> None:
+        for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)):
+            # Else no program is found, and what is waited for never comes.
+            assert not path.is_relative_to("/tmp"), f"{path}: each pod has a /tmp of its own"
         run("mount", "-t", "tmpfs", "tmpfs", str(self._directory))
         hosts, resolver = self._directory / "hosts", self._directory / "resolv.conf"
         hosts.write_text("127.0.0.1 localhost\n", "utf-8")
