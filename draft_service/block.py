@@ -12,6 +12,11 @@ from typing import NamedTuple
 from draft_service.messages import SupportWeights
 from draft_service.strand import Strand
 
+# A support has 64 times the bytes of its token, and most blocks are drafted in vain: those with
+# supports that are less likely stay here until a commit asks for them, and come a hop later.
+_MIN_TOLD_CHANCE = 0.02
+_MIN_HALF_TOLD_CHANCE = 0.1
+
 
 class Alternative(NamedTuple):
     """The target may emit `token_id` after the block's first `position` tokens.
@@ -42,6 +47,8 @@ class Block:
     chance: float = 1.0
     token_ids: list[int] = field(default_factory=list)
     supports: list[SupportWeights] = field(default_factory=list)
+    # How many of its tokens the orchestrator has been sent.
+    num_told: int = 0
     reach: list[float] = field(default_factory=lambda: [1.0])
     has_guess: bool = False
     # The line of the likeliest guesses goes on in its parent's strand; only one child can.
@@ -52,6 +59,20 @@ class Block:
     @property
     def is_complete(self) -> bool:
         return len(self.token_ids) >= self.gamma
+
+    @property
+    def has_untold(self) -> bool:
+        return self.num_told < len(self.token_ids)
+
+    @property
+    def is_worth_telling(self) -> bool:
+        """Drafted ahead: when it is complete, or half way, for a verdict that comes early."""
+        is_half = self.gamma > 2 and len(self.token_ids) == (self.gamma + 1) // 2
+        if not self.supports:
+            return self.is_complete or is_half
+        if self.is_complete:
+            return self.chance >= _MIN_TOLD_CHANCE
+        return is_half and self.chance >= _MIN_HALF_TOLD_CHANCE
 
     @property
     def end(self) -> int:

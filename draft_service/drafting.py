@@ -98,6 +98,7 @@ class Drafting:
         """The block, for the orchestrator; none if it has no tokens to offer."""
         if not block.token_ids:
             return []
+        block.num_told = len(block.token_ids)
         return [
             Proposal(
                 key=self.key,

@@ -133,7 +133,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
                 raise InvalidRequest(name, f"{value} exceeds {self._max_gamma}")
 
     def _commit(self, command: Commit) -> list[Proposal]:
-        """Cut short by it, a block may be complete without a pass."""
+        """What it asks for may be here: a block that was unlikely, or is cut short by it."""
         drafting = self._drafting.get(command.key)
         if drafting is None:
             # Lost or closed here while the commit was on its way: already said, nothing to do.
@@ -149,7 +149,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
             self._budget.saw_round(now - drafting.committed_at, command.ahead_gamma)
         drafting.committed_at = now
         self._line_up(drafting)
-        return drafting.proposals(drafting.tree.root) if walk.is_cut else []
+        return [told for block in drafting.tree.news() for told in drafting.proposals(block)]
 
     def _line_up(self, drafting: Drafting) -> None:
         """After a change: who waits keeps its place in the queue, or joins its end."""

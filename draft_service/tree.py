@@ -30,13 +30,11 @@ class Walk(NamedTuple):
     """Where a commit led: of the strand of `source`, the first `num_right` tokens are right.
 
     `judged`: for each draft token that the target has decided on, its chance and whether it stood.
-    `is_cut`: the source is the root now, and complete with fewer tokens than it was to have.
     """
 
     source: Block
     num_right: int
     judged: list[tuple[float, bool]]
-    is_cut: bool = False
 
 
 class Tree:
@@ -141,8 +139,6 @@ class Tree:
     ) -> bool:
         """A token was drawn: the block's next, or its guess; True if the block is to be told.
 
-        That is when it is complete; drafted ahead, also half way, for a verdict that comes early.
-
         `candidates`: what the target may emit there and how likely that is, the token included;
         empty where that does not matter.
         """
@@ -157,8 +153,16 @@ class Tree:
         block.reach.append(reach * stands)
         if support is not None:
             block.supports.append(support)
-        is_half = block is not self.root and len(block.token_ids) == (block.gamma + 1) // 2
-        return block.is_complete or (is_half and block.gamma > 2)
+        return self._has_news(block)
+
+    def news(self) -> list[Block]:
+        """After a commit: what is to be told by now, and was not when it was drawn."""
+        return [block for block in self.blocks() if self._has_news(block)]
+
+    def _has_news(self, block: Block) -> bool:
+        if block is self.root:
+            return self._gamma > 0 and block.is_complete and block.has_untold
+        return block.has_untold and block.is_worth_telling
 
     def _note_alternatives(
         self,
@@ -258,8 +262,8 @@ class Tree:
             self.root, self._num_root_tokens = self._fresh(block.strand), 0
             # The last token is run again at least: its logits draw the next one.
             return Walk(block, min(num_right, committed_len - 1), judged)
-        is_cut = self._take_root(block, position)
-        return Walk(block, len(self._buffer), judged, is_cut)
+        self._take_root(block, position)
+        return Walk(block, len(self._buffer), judged)
 
     def _judged(self, token_ids: Sequence[int]) -> list[tuple[float, bool]]:
         root, judged = self.root, []
@@ -286,13 +290,12 @@ class Tree:
                 return block, position, num_matched
         return block, position, len(token_ids)
 
-    def _take_root(self, block: Block, position: int) -> bool:
+    def _take_root(self, block: Block, position: int) -> None:
         """The block's first `position` tokens are committed; what contradicts them is dropped.
 
-        Whether that completes it: what is wanted now may be less than was.
+        That may complete it: what is wanted now may be less than was.
         """
-        was_complete = block.is_complete
-        if not was_complete:
+        if not block.is_complete:
             num_wanted = max(position + self._gamma, len(block.token_ids))
             block.gamma = min(block.gamma, num_wanted)
         scale = block.chance * block.reach[position]
@@ -310,4 +313,3 @@ class Tree:
         block.chance = 1.0
         block.parent = None
         self.root, self._num_root_tokens = block, position
-        return block.is_complete and not was_complete

@@ -88,6 +88,12 @@ class Draft:
             last[place] = event
         return list(last.values())
 
+    def drafted(self, number: int) -> list[tuple[int, ...]]:
+        """Of whole blocks drafted ahead, what is assumed before them; told or not."""
+        tree = self.proposer._drafting[key(number)].tree
+        ahead = [block for block in tree.blocks() if block is not tree.root]
+        return [tuple(tree.assumed(block)) for block in ahead if block.is_complete]
+
     def commit(self, number: int, new: Sequence[int], **fields: int) -> Commit:
         before = self.committed.get(number, len(PROMPT))
         self.committed[number] = before + len(new)
@@ -234,6 +240,24 @@ def test_a_commit_that_wants_less_completes_the_branch(draft: Draft, truth: Gree
     assert proposal.base_len == len(PROMPT) + 1
     assert list(proposal.token_ids) == [second, third]
     assert draft.run() == []
+
+
+def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> None:
+    """Blocks with supports: most are drafted in vain, and would be most of what the draft sends."""
+    fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "gamma": 3}
+    proposals = draft.proposals(opening(1, **fields))
+    assert all(proposal.supports for proposal in proposals)
+    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    kept = [path for path in draft.drafted(1) if path not in told]
+    assert min(len(kept), len(told)) > 2
+    draft.engine.passes.clear()
+    (proposal, *_) = draft.step(draft.commit(1, kept[-1], ahead_gamma=0))
+    assert isinstance(proposal, Proposal)
+    assert (list(proposal.assumed_token_ids), len(proposal.token_ids)) == ([], 3)
+    assert proposal.base_len == len(PROMPT) + len(kept[-1])
+    assert len(proposal.supports or ()) == 3
+    assert draft.engine.passes == [], "it was there"
+    assert draft.run() == [], "and is told once"
 
 
 def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:

@@ -26,7 +26,7 @@ def test_any_play() -> None:
     @settings(max_examples=300, deadline=None)
     @given(
         limits=st.builds(
-            Limits, st.integers(1, 3), st.integers(2, 40), numbers, numbers, numbers, numbers
+            Limits, st.integers(1, 3), st.integers(2, 40), *[numbers] * 4, st.booleans()
         ),
         seed=st.integers(0, 2**32),
         rounds=rounds,
@@ -41,7 +41,7 @@ def test_any_play() -> None:
 
     play()
     assert min(seen.values()) > 30, seen
-    assert len(seen) == 4, seen
+    assert len(seen) == 5, seen
 
 
 LONG = Limits(prompt_len=2, room=20, gamma=3, ahead_gamma=2, lookahead=2, fan_out=4)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from draft_service.block import Block
+from draft_service.messages import SupportWeights
 from draft_service.strand import Strand
 from draft_service.tree import Tree
 from outrider.engine import KVStore
@@ -17,6 +18,7 @@ from outrider.errors import InvalidRequest
 
 VOCAB_SIZE = 3  # small, so that guesses are often right by chance
 LIMIT = 1 + 1e-6
+SUPPORT = SupportWeights(np.arange(VOCAB_SIZE), np.full(VOCAB_SIZE, 1 / 3, np.float32))
 
 
 def near(first: Sequence[int], second: Sequence[int]) -> int:
@@ -35,6 +37,7 @@ class Limits:
     ahead_gamma: int
     lookahead: int
     fan_out: int
+    has_supports: bool = False
 
 
 class Play:
@@ -51,6 +54,7 @@ class Play:
         self.buffer[: limits.prompt_len] = self.committed
         self.gamma, self.ahead_gamma = limits.gamma, limits.ahead_gamma
         self.lookahead, self.fan_out = limits.lookahead, limits.fan_out
+        self.support = SUPPORT if limits.has_supports else None
         self.tree = Tree(
             self.buffer,
             limits.prompt_len,
@@ -102,15 +106,27 @@ class Play:
         if not self.tree.looks_ahead:  # then nobody asks for them
             chances = []
         was_complete, had_guess = block.is_complete, block.has_guess
-        is_told = self.tree.add(block, token, None, list(zip(candidates, chances, strict=False)))
+        pairs = list(zip(candidates, chances, strict=False))
+        is_told = self.tree.add(block, token, self.support, pairs)
         if was_complete:
             assert (had_guess, block.has_guess, is_told) == (False, True, False), "one guess"
             return
         self.drawn[block] = [*self.drawn[block], token]
-        count, is_ahead = len(self.drawn[block]), block is not self.tree.root
-        is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
-        assert is_told == (count == block.gamma or is_half)
+        assert is_told == self.is_due(block)
+        self.tell([block] * is_told)
         assert self.tree.tokens(block, position) == [token]
+
+    def is_due(self, block: Block) -> bool:
+        """Whole, or half way to be in time; with supports, only if it is likely."""
+        count, is_ahead = len(self.drawn[block]), block is not self.tree.root
+        is_whole = count == block.gamma
+        is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
+        least = (0.02 if is_whole else 0.1) if is_ahead and self.support else 0.0
+        return (is_whole or is_half) and block.chance >= least
+
+    def tell(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.num_told = len(block.token_ids)
 
     def open(self, parent: Block) -> None:
         best, strand = parent.alternatives[0], Strand(self.tree.root.strand.sequence)
@@ -156,7 +172,6 @@ class Play:
             assert left == {block for block in former if self.agrees(block, found[0])}
             self.seen["with branches"] += len(left) > 1
             assert walk.num_right >= len(self.path(found[0]))
-            assert walk.is_cut == (self.tree.root.is_complete and not was_complete)
             if not was_complete:  # no more than is wanted
                 most = max(self.num_committed_of(found[0]) + gamma, len(self.drawn[found[0]]))
                 assert self.tree.root.gamma <= most
@@ -166,7 +181,16 @@ class Play:
             self.drawn[self.tree.root] = []
             self.check_fresh()
             assert walk.num_right == min(held, len(self.committed) - 1)
-            assert not walk.is_cut
+        self.check_news()
+
+    def check_news(self) -> None:
+        """What the commit made likely, or whole, or the very thing that is asked for."""
+        blocks = list(self.tree.blocks()) if self.gamma else list(self.tree.blocks())[1:]
+        due = [b for b in blocks if self.is_due(b) and b.num_told < len(self.drawn[b])]
+        assert self.tree.news() == due
+        self.seen["told late"] += len(due) > 0
+        self.tell(due)
+        assert self.tree.news() == []
 
     def check_judged(
         self, judged: list[tuple[float, bool]], root: Block, new: list[int], num_known: int

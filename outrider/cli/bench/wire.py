@@ -52,12 +52,15 @@ class WireOptions:
     runs: Annotated[int, typer.Option(min=1, help="Outputs for each line.")] = 3
     gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
     lookahead: Annotated[
-        int,
-        typer.Option(min=0, help="Rounds ahead: what is not used travels all the same."),
-    ] = 1
+        int | None,
+        typer.Option(
+            min=0, help="Rounds ahead: what is not used travels too. Default: the service's."
+        ),
+    ] = None
     fan_out: Annotated[
-        int, typer.Option(min=1, help="Outcomes ahead: likewise, all but one in vain.")
-    ] = 1
+        int | None,
+        typer.Option(min=1, help="Outcomes ahead: all but one in vain. Default: the service's."),
+    ] = None
     json: Annotated[bool, typer.Option("--json", help="One JSON array, nothing else.")] = False
 
 
