@@ -13,7 +13,8 @@ from draft_service.messages import SupportWeights
 from draft_service.strand import Strand
 
 # A support has 64 times the bytes of its token, and most blocks are drafted in vain: those with
-# supports that are less likely stay here until a commit asks for them, and come a hop later.
+# supports that are less likely stay here until a commit asks for them, and come a hop later, which
+# costs little where hops are short.
 _MIN_TOLD_CHANCE = 0.02
 _MIN_HALF_TOLD_CHANCE = 0.1
 
@@ -65,14 +66,15 @@ class Block:
         return self.num_told < len(self.token_ids)
 
     @property
-    def is_worth_telling(self) -> bool:
-        """Drafted ahead: when it is complete, or half way, for a verdict that comes early."""
-        is_half = self.gamma > 2 and len(self.token_ids) == (self.gamma + 1) // 2
-        if not self.supports:
-            return self.is_complete or is_half
-        if self.is_complete:
-            return self.chance >= _MIN_TOLD_CHANCE
-        return is_half and self.chance >= _MIN_HALF_TOLD_CHANCE
+    def is_half(self) -> bool:
+        """Drafted ahead it is told half way, too, for a verdict that comes early."""
+        return self.gamma > 2 and len(self.token_ids) == (self.gamma + 1) // 2
+
+    @property
+    def is_likely(self) -> bool:
+        """Likely enough for its bytes; without supports these are few."""
+        least = _MIN_TOLD_CHANCE if self.is_complete else _MIN_HALF_TOLD_CHANCE
+        return not self.supports or self.chance >= least
 
     @property
     def end(self) -> int:

@@ -51,6 +51,7 @@ class Drafting:
             ahead_gamma=command.ahead_gamma,
             lookahead=command.lookahead,
             fan_out=command.fan_out,
+            tells_unlikely=command.tells_unlikely,
         )
 
     @property

@@ -41,6 +41,7 @@ class Open:
     lookahead: int
     fan_out: int
     vocab_size: int
+    tells_unlikely: bool = False
 
 
 @dataclass(frozen=True)

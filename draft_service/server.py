@@ -136,6 +136,7 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> Open:
         lookahead=item.lookahead,
         fan_out=item.fan_out,
         vocab_size=item.vocab_size,
+        tells_unlikely=item.tells_unlikely,
     )
 
 

@@ -41,7 +41,8 @@ class Tree:
     """`buffer` is the generation's, int64 [max_len]; `committed_len` tokens of it are committed.
 
     `gamma` draft tokens for the context that is committed, `ahead_gamma` for blocks drafted ahead;
-    `lookahead` rounds ahead at most, `fan_out` outcomes of each.
+    `lookahead` rounds ahead at most, `fan_out` outcomes of each; what is ready is told, of blocks
+    with supports only what is likely unless `tells_unlikely`.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Tree:
         ahead_gamma: int,
         lookahead: int,
         fan_out: int,
+        tells_unlikely: bool = False,
     ) -> None:
         self._buffer = buffer
         self.committed_len = committed_len
         self._gamma, self._ahead_gamma = gamma, ahead_gamma
         self._lookahead, self._fan_out = lookahead, fan_out
+        self._tells_unlikely = tells_unlikely
         self._num_blocks = 0
         # How many of the root's tokens are committed already.
         self._num_root_tokens = 0
@@ -162,7 +165,8 @@ class Tree:
     def _has_news(self, block: Block) -> bool:
         if block is self.root:
             return self._gamma > 0 and block.is_complete and block.has_untold
-        return block.has_untold and block.is_worth_telling
+        is_ready = block.has_untold and (block.is_complete or block.is_half)
+        return is_ready and (self._tells_unlikely or block.is_likely)
 
     def _note_alternatives(
         self,

@@ -17,6 +17,7 @@ from outrider.costs import CostReport
 from outrider.errors import InvalidRequest
 from outrider.replica import ReplicaState
 from outrider.sampling.params import SamplingParams, Verification, check_entries
+from outrider.sampling.support import Support
 from outrider.v1 import model_pb2, sampling_pb2
 
 UINT16 = np.dtype("<u2")
@@ -77,6 +78,20 @@ def unpack(
     if most is not None and len(data) > most * dtype.itemsize:
         raise InvalidRequest(field, f"{len(data) // dtype.itemsize} values; at most {most}")
     return np.frombuffer(data, dtype=dtype)
+
+
+def unpack_supports(sizes: bytes, ids: bytes, probs: bytes) -> tuple[Support, ...]:
+    """As in draft.proto's Proposal. Raises InvalidRequest where they contradict each other."""
+    counts = unpack(sizes, UINT16, "support_sizes").astype(np.int64)
+    token_ids = unpack(ids, UINT32, "support_ids").astype(np.int64)
+    weights = unpack(probs, FLOAT32, "support_probs")
+    if not len(token_ids) == len(weights) == counts.sum() or not counts.all():
+        raise InvalidRequest("support_sizes", "do not fit support_ids and support_probs")
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise InvalidRequest("support_probs", "must be finite and positive")
+    ends = np.cumsum(counts)[:-1]
+    parts = zip(np.split(token_ids, ends), np.split(weights, ends), strict=True)
+    return tuple(Support.normalised(*part) for part in parts)
 
 
 def session_id_from_proto(session_id: str) -> str:

@@ -60,7 +60,7 @@ class ProposeRequest(_message.Message):
     def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out", "traceparent")
+    __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out", "traceparent", "tells_unlikely")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class DraftOpen(_message.Message):
     AHEAD_GAMMA_FIELD_NUMBER: _ClassVar[int]
     FAN_OUT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TELLS_UNLIKELY_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     session_id: str
     epoch: int
@@ -89,7 +90,8 @@ class DraftOpen(_message.Message):
     ahead_gamma: int
     fan_out: int
     traceparent: str
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ahead_gamma: _Optional[int] = ..., fan_out: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    tells_unlikely: bool
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., gamma: _Optional[int] = ..., lookahead: _Optional[int] = ..., vocab_size: _Optional[int] = ..., ahead_gamma: _Optional[int] = ..., fan_out: _Optional[int] = ..., traceparent: _Optional[str] = ..., tells_unlikely: bool = ...) -> None: ...
 
 class DraftCommit(_message.Message):
     __slots__ = ("generation_id", "token_ids", "committed_len", "gamma", "ahead_gamma")

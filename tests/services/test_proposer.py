@@ -260,6 +260,14 @@ def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> 
     assert draft.run() == [], "and is told once"
 
 
+def test_over_a_long_link_all_is_told_at_once(draft: Draft) -> None:
+    """A hop costs more than the bytes there."""
+    fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "tells_unlikely": True}
+    proposals = draft.proposals(opening(1, **fields))
+    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    assert told == set(draft.drafted(1))
+
+
 def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
     """Nothing is drafted or told; then many tokens come at once."""
     draft.proposals(opening(1))

@@ -38,6 +38,7 @@ class Limits:
     lookahead: int
     fan_out: int
     has_supports: bool = False
+    tells_unlikely: bool = False
 
 
 class Play:
@@ -49,12 +50,14 @@ class Play:
     def __init__(self, limits: Limits, seed: int = 0) -> None:
         self.chance = np.random.default_rng(seed)
         self.seen = Counter[str]()
+        self.num_told_late = 0
         self.committed: list[int] = self.tokens(limits.prompt_len)
         self.buffer = np.full(limits.prompt_len + limits.room, -1, np.int64)
         self.buffer[: limits.prompt_len] = self.committed
         self.gamma, self.ahead_gamma = limits.gamma, limits.ahead_gamma
         self.lookahead, self.fan_out = limits.lookahead, limits.fan_out
         self.support = SUPPORT if limits.has_supports else None
+        self.tells_all = limits.tells_unlikely or not limits.has_supports
         self.tree = Tree(
             self.buffer,
             limits.prompt_len,
@@ -63,6 +66,7 @@ class Play:
             ahead_gamma=limits.ahead_gamma,
             lookahead=limits.lookahead,
             fan_out=limits.fan_out,
+            tells_unlikely=limits.tells_unlikely,
         )
         self.before = {self.tree.root: list(self.committed)}
         self.drawn: dict[Block, list[int]] = {self.tree.root: []}
@@ -117,12 +121,12 @@ class Play:
         assert self.tree.tokens(block, position) == [token]
 
     def is_due(self, block: Block) -> bool:
-        """Whole, or half way to be in time; with supports, only if it is likely."""
+        """Whole, or half way to be in time; with supports, as a rule only if it is likely."""
         count, is_ahead = len(self.drawn[block]), block is not self.tree.root
         is_whole = count == block.gamma
         is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
-        least = (0.02 if is_whole else 0.1) if is_ahead and self.support else 0.0
-        return (is_whole or is_half) and block.chance >= least
+        is_likely = block.chance >= (0.02 if is_whole else 0.1)
+        return (is_whole or is_half) and (is_likely or self.tells_all or not is_ahead)
 
     def tell(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -188,7 +192,7 @@ class Play:
         blocks = list(self.tree.blocks()) if self.gamma else list(self.tree.blocks())[1:]
         due = [b for b in blocks if self.is_due(b) and b.num_told < len(self.drawn[b])]
         assert self.tree.news() == due
-        self.seen["told late"] += len(due) > 0
+        self.num_told_late += len(due)
         self.tell(due)
         assert self.tree.news() == []
 
