@@ -5,6 +5,7 @@ Owns the settings that are compared and their table. The delay is the relay's in
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # After a change the choice of γ learns what the way costs now.
 _NUM_WARM_UP_TOKENS = 48
+_CONNECTED_S = 60.0
+_LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ async def _measure(
         document.about(system)
         with progress(console, options.repetitions * len(delays) * len(ways)) as step:
             for repetition, delay_ms in in_turn(delays, options.repetitions):
-                _set_delay(system, delay_ms)
+                await _set_delay(system, delay_ms)
                 for variant in ways if repetition % 2 == 0 else reversed(ways):
                     step(f"{delay_ms:g} ms: {variant.name}")
                     await run(system, one_output(system, variant, 0, _NUM_WARM_UP_TOKENS))
@@ -109,10 +112,22 @@ async def _measure(
     return measured
 
 
-def _set_delay(system: System, delay_ms: float) -> None:
+async def _set_delay(system: System, delay_ms: float) -> None:
+    """For a connection of its own: an orchestrator learns at the first how long its links are."""
     relay = system.stack.relay
     assert relay is not None, "the system was started with a delay"
     relay.delay_s = delay_ms / 1000
+    relay.reset()
+    async with asyncio.timeout(_CONNECTED_S):
+        for has_draft in (False, True):
+            await _until(system, has_draft)
+
+
+async def _until(system: System, has_draft: bool) -> None:
+    while True:
+        if (await system.client.model_info()).HasField("draft") == has_draft:
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 def _summarised(measured: list[tuple[float, Sample]]) -> list[Delayed]:
