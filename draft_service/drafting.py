@@ -95,20 +95,16 @@ class Drafting:
         self._strands.keep({self.tree.root.strand})
         return num_dropped > 0
 
-    def proposals(self, block: Block) -> list[Proposal]:
-        """The block, for the orchestrator; none if it has no tokens to offer."""
-        if not block.token_ids:
-            return []
+    def told(self, block: Block) -> Proposal:
+        """The block, for the orchestrator, which has then been told all its tokens."""
         block.num_told = len(block.token_ids)
-        return [
-            Proposal(
-                key=self.key,
-                assumed_token_ids=self.tree.assumed(block),
-                base_len=block.base_len,
-                token_ids=tuple(block.token_ids),
-                supports=list(block.supports) if block.supports else None,
-            )
-        ]
+        return Proposal(
+            key=self.key,
+            assumed_token_ids=self.tree.assumed(block),
+            base_len=block.base_len,
+            token_ids=tuple(block.token_ids),
+            supports=list(block.supports) if block.supports else None,
+        )
 
     def end(self) -> None:
         """Leaves the session's sequence with committed tokens only."""

@@ -149,7 +149,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
             self._budget.saw_round(now - drafting.committed_at, command.ahead_gamma)
         drafting.committed_at = now
         self._line_up(drafting)
-        return [told for block in drafting.tree.news() for told in drafting.proposals(block)]
+        return [drafting.told(block) for block in drafting.tree.news()]
 
     def _line_up(self, drafting: Drafting) -> None:
         """After a change: who waits keeps its place in the queue, or joins its end."""
@@ -253,7 +253,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         support = SupportWeights(*token.support) if token.support else None
         has_news = tree.add(row.block, token.token_id, support, candidates)
         self._line_up(row.drafting)
-        return row.drafting.proposals(row.block) if has_news else []
+        return [row.drafting.told(row.block)] if has_news else []
 
 
 def _common_prefix_len(held: Ids, wanted: Ids) -> int:

@@ -39,7 +39,7 @@ SILENT_AFTER_S = 20.0
 SILENT_RETRY_S = 40.0
 # From here on a hop costs more than the bytes that it takes to save it: 2 ms of rounds of some 30.
 _LONG_ROUND_TRIP_S = 0.004
-_NUM_PINGS = 3
+_NUM_ROUND_TRIPS = 4
 
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
@@ -284,7 +284,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         stub = draft_pb2_grpc.DraftServiceStub(channel)
         request = draft_pb2.DraftServiceGetModelInfoRequest()
         round_trips_s = []
-        for _ in range(1 + _NUM_PINGS):  # the first finds the connection
+        for _ in range(_NUM_ROUND_TRIPS):  # the first finds the connection
             asked_at = time.monotonic()
             response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
             round_trips_s.append(time.monotonic() - asked_at)

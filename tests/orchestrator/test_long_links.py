@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import grpc
 import pytest
 
 from orchestrator import draft_link
@@ -13,24 +12,8 @@ from orchestrator.draft_link import DraftLink
 from orchestrator.pool import ReplicaPool
 from outrider.relay import Relay
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.v1 import draft_pb2, draft_pb2_grpc
-
-
-class _Noting(draft_pb2_grpc.DraftServiceServicer):
-    """Proposes nothing; `opened` is what it was asked for."""
-
-    def __init__(self) -> None:
-        self.opened: asyncio.Queue[draft_pb2.DraftOpen] = asyncio.Queue(1)
-
-    async def GetModelInfo(
-        self, request: Any, context: Any
-    ) -> draft_pb2.DraftServiceGetModelInfoResponse:
-        return draft_pb2.DraftServiceGetModelInfoResponse()
-
-    async def Propose(self, request_iterator: Any, context: Any) -> None:
-        async for frame in request_iterator:
-            for opened in frame.opens:
-                await self.opened.put(opened)
+from outrider.v1 import draft_pb2, model_pb2
+from tests.services.fake_draft import FakeDraft, faking
 
 
 @pytest.mark.parametrize(("delay_s", "is_long"), [(0.02, True), (0.0, False)])
@@ -41,37 +24,38 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
     that it is less than ten seconds."""
     if not is_long:
         monkeypatch.setattr(draft_link, "_LONG_ROUND_TRIP_S", 10.0)
-    noting = _Noting()
-    server = grpc.aio.server()
-    draft_pb2_grpc.add_DraftServiceServicer_to_server(noting, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    asked: asyncio.Queue[Any] = asyncio.Queue(1)
     links: list[DraftLink] = []
+
+    def note(item: draft_pb2.DraftOpen | draft_pb2.DraftCommit) -> list[draft_pb2.Proposal]:
+        asked.put_nowait(item)
+        return []
 
     def make_link(endpoint: str, on_change: Any) -> DraftLink:
         links.append(DraftLink(endpoint, lambda model: None, on_change))
         return links[-1]
 
-    try:
-        async with asyncio.timeout(20), Relay("127.0.0.1", 0, "127.0.0.1", port, delay_s) as relay:
-            pool = ReplicaPool("draft", make_link, [f"127.0.0.1:{relay.port}"])
-            async with pool.running():
-                await pool.settled()
-                links[0].open(
-                    session_id="session",
-                    epoch=1,
-                    token_ids=[1],
-                    prompt_len=1,
-                    max_len=8,
-                    params=SamplingParams(max_tokens=1, seed=0),
-                    verification=Verification.REJECTION,
-                    gamma=3,
-                    max_gamma=8,
-                    lookahead=1,
-                    fan_out=1,
-                    vocab_size=8,
-                )
-                opened = await noting.opened.get()
-                assert opened.tells_unlikely == is_long
-    finally:
-        await server.stop(0)
+    async with (
+        asyncio.timeout(20),
+        faking(FakeDraft(model_pb2.ModelInfo(), note)) as address,
+        Relay("127.0.0.1", 0, "127.0.0.1", int(address.rpartition(":")[2]), delay_s) as relay,
+    ):
+        pool = ReplicaPool("draft", make_link, [relay.address])
+        async with pool.running():
+            await pool.settled()
+            links[0].open(
+                session_id="session",
+                epoch=1,
+                token_ids=[1],
+                prompt_len=1,
+                max_len=8,
+                params=SamplingParams(max_tokens=1, seed=0),
+                verification=Verification.REJECTION,
+                gamma=3,
+                max_gamma=8,
+                lookahead=1,
+                fan_out=1,
+                vocab_size=8,
+            )
+            opened = await asked.get()
+            assert opened.tells_unlikely == is_long

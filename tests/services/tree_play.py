@@ -117,7 +117,8 @@ class Play:
             return
         self.drawn[block] = [*self.drawn[block], token]
         assert is_told == self.is_due(block)
-        self.tell([block] * is_told)
+        if is_told:
+            self.tell([block])
         assert self.tree.tokens(block, position) == [token]
 
     def is_due(self, block: Block) -> bool:
