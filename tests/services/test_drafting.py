@@ -1,26 +1,42 @@
 """A generation and its draft: what is told, used, waited for and left alone. By a scripted draft.
 
-Greedy, so that every output has one right answer and the draft can be as right as it likes.
+Greedy, so that every output has one right answer and the draft can be as right as it likes. The
+target is simulated: what γ is chosen by must not be what a small model's passes take on a busy
+machine.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import grpc
 
+import target_service.service
+from outrider.config import TargetConfig
+from outrider.engine.simulated import SimulatedEngine
+from outrider.simulation import Simulation
 from outrider.v1 import draft_pb2, model_pb2, orchestrator_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import UINT32, pack, unpack
 from tests.services.fake_draft import FakeDraft, faking
-from tests.services.parts import GREEDY, Greedy, Pair, System, Tiers, both_tiers, orchestrating
+from tests.services.parts import (
+    GREEDY,
+    KV_TOKENS,
+    Greedy,
+    Pair,
+    System,
+    Tiers,
+    both_tiers,
+    orchestrating,
+)
 from tests.stack import Output, request
 
 PROMPT = [3, 1, 4, 1, 5]
 ACCEPTED = orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED
-# Of a draft's step; a tenth of what the target's takes, or less.
-STEP_S = 0.0003
+# A longer pass takes the target hardly more, a step of the draft a tenth of it.
+TARGET = Simulation.parse("step_ms=1:6/64:8,vocab_size=256", is_draft=False)
+STEP_S = 0.0006
 
 
 class Told(NamedTuple):
@@ -40,8 +56,11 @@ class Told(NamedTuple):
 class Script:
     """Knows the output beforehand; `answer` says what is proposed, `told` what was asked so far."""
 
-    def __init__(self, truth: Sequence[int], answer: Callable[[Script, Told], list[Any]]) -> None:
-        self.path = [*PROMPT, *truth]
+    def __init__(self, num_tokens: int, answer: Callable[[Script, Told], list[Any]]) -> None:
+        """Of so many tokens after the prompt."""
+        teller, self.path = SimulatedEngine(TARGET), list(PROMPT)
+        for _ in range(num_tokens):
+            self.path.append(teller.truth(len(self.path), self.path[-1]))
         self.told: list[Told] = []
         self.committed: list[int] = []
         self._answer = answer
@@ -109,9 +128,11 @@ async def _model_of(tiers: Tiers) -> model_pb2.ModelInfo:
 
 @contextlib.asynccontextmanager
 async def scripted(
-    pair: Pair, redis_url: str, script: Script, *, token_s: float = 0.0, **settings: Any
+    redis_url: str, script: Script, *, token_s: float = 0.0, **settings: Any
 ) -> AsyncIterator[System]:
-    async with both_tiers(pair, draft_kv=None) as tiers:
+    config = TargetConfig(simulate=str(TARGET), port=0, kv_cache_tokens=KV_TOKENS)
+    async with target_service.service.serving(config) as target:
+        tiers = Tiers(target, None)
         fake = PricedDraft(await _model_of(tiers), script, token_s)
         async with (
             faking(fake) as endpoint,
@@ -124,17 +145,15 @@ async def _ask(stack: System, num_tokens: int, **fields: Any) -> Output:
     return await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": num_tokens}, **fields)
 
 
-async def test_the_rest_of_a_late_proposal_is_used(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_the_rest_of_a_late_proposal_is_used(redis_url: str) -> None:
     """Each is for a commit before the last one: of all that is used the first tokens are gone."""
 
     def one_commit_late(script: Script, told: Told) -> list[draft_pb2.Proposal]:
         before = told.committed_len - told.num_tokens
         return [script.proposal(told, before, told.num_tokens + 4)] if told.num_tokens else []
 
-    script = Script(greedy(PROMPT, 80), one_commit_late)
-    async with scripted(pair, redis_url, script, draft_wait_ms=2_000.0) as stack:
+    script = Script(80, one_commit_late)
+    async with scripted(redis_url, script, draft_wait_ms=2_000.0) as stack:
         output = await _ask(stack, 60, gamma=8)
     assert output.token_ids == script.path[5:65]
     stats = output.speculation
@@ -144,9 +163,7 @@ async def test_the_rest_of_a_late_proposal_is_used(
     assert stats.num_rounds == 13
 
 
-async def test_outcomes_foreseen_are_used_and_others_are_not(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_outcomes_foreseen_are_used_and_others_are_not(redis_url: str) -> None:
     """For every round the draft has foreseen what comes, and something else as well."""
 
     def foresees(script: Script, told: Told) -> list[draft_pb2.Proposal]:
@@ -159,8 +176,8 @@ async def test_outcomes_foreseen_are_used_and_others_are_not(
         right = script.proposal(told, after, ahead, assumed_from=here)
         return [*first, wrong, right]
 
-    script = Script(greedy(PROMPT, 90), foresees)
-    async with scripted(pair, redis_url, script) as stack:
+    script = Script(90, foresees)
+    async with scripted(redis_url, script) as stack:
         output = await _ask(stack, 60, gamma=4)
     assert output.token_ids == script.path[5:65]
     assert output.speculation.num_rejected_tokens == 0
@@ -171,9 +188,7 @@ async def test_outcomes_foreseen_are_used_and_others_are_not(
     assert len(hits) >= output.speculation.num_lookahead_hits
 
 
-async def test_without_worth_the_draft_is_left_alone_and_found_again(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_without_worth_the_draft_is_left_alone_and_found_again(redis_url: str) -> None:
     """Wrong for so long that γ is 0: told so once, then nothing until a probe; then right."""
     num_tokens = 900
 
@@ -183,8 +198,8 @@ async def test_without_worth_the_draft_is_left_alone_and_found_again(
         gamma = min(told.gamma, num_tokens)
         return [script.proposal(told, told.committed_len, gamma, shift=shift)] if gamma else []
 
-    script = Script(greedy(PROMPT, num_tokens + 20), wrong_then_right)
-    async with scripted(pair, redis_url, script, draft_wait_ms=2_000.0) as stack:
+    script = Script(num_tokens + 20, wrong_then_right)
+    async with scripted(redis_url, script, draft_wait_ms=2_000.0) as stack:
         output = await _ask(stack, num_tokens)
     assert output.token_ids == script.path[5 : 5 + num_tokens]
     assert any(told.is_quiet for told in script.told)
@@ -200,12 +215,10 @@ async def test_without_worth_the_draft_is_left_alone_and_found_again(
     assert not stats.decision.is_fixed
 
 
-async def test_a_draft_that_never_answers_is_asked_less_and_less(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_a_draft_that_never_answers_is_asked_less_and_less(redis_url: str) -> None:
     """With the patience that is chosen by worth; it is not given up as silent for seconds yet."""
-    script = Script(greedy(PROMPT, 400), lambda script, told: [])
-    async with scripted(pair, redis_url, script, draft_wait_ms=None) as stack:
+    script = Script(400, lambda script, told: [])
+    async with scripted(redis_url, script, draft_wait_ms=None) as stack:
         output = await _ask(stack, 400)
     assert output.token_ids == script.path[5:405]
     assert output.speculation.num_drafts == 0
@@ -213,30 +226,26 @@ async def test_a_draft_that_never_answers_is_asked_less_and_less(
     assert 0 < len(script.told) < 120
 
 
-async def test_a_draft_still_at_its_prompt_is_not_waited_for(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_a_draft_still_at_its_prompt_is_not_waited_for(redis_url: str) -> None:
     """Nor is what the prompt takes learnt as the way's own lateness."""
-    script = Script(greedy(PROMPT, 40), lambda script, told: [])
+    script = Script(40, lambda script, told: [])
     # A prompt of five tokens takes it a minute.
-    async with scripted(pair, redis_url, script, token_s=6.0, draft_wait_ms=None) as stack:
+    async with scripted(redis_url, script, token_s=6.0, draft_wait_ms=None) as stack:
         output = await _ask(stack, 40)
     assert output.token_ids == script.path[5:45]
     assert all(told.gamma == 0 for told in script.told if told.num_tokens)
     assert output.speculation.decision.draft_overhead_s < 0.002  # as before
 
 
-async def test_a_draft_that_has_much_to_catch_up_is_not_waited_for(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_a_draft_that_has_much_to_catch_up_is_not_waited_for(redis_url: str) -> None:
     """It was left alone while it did not pay; tried again, it first runs what was written since."""
 
     def wrong(script: Script, told: Told) -> list[draft_pb2.Proposal]:
         return [script.proposal(told, told.committed_len, 2, shift=1)]
 
-    script = Script(greedy(PROMPT, 400), wrong)
+    script = Script(400, wrong)
     # A prompt of five tokens takes it a sixth of a second, thirty take it more than one.
-    async with scripted(pair, redis_url, script, token_s=0.02, draft_wait_ms=None) as stack:
+    async with scripted(redis_url, script, token_s=0.02, draft_wait_ms=None) as stack:
         output = await _ask(stack, 400)
     assert output.token_ids == script.path[5:405]
     woken = [told for told in script.told if told.num_tokens > 20]
@@ -244,9 +253,7 @@ async def test_a_draft_that_has_much_to_catch_up_is_not_waited_for(
     assert all(told.gamma == 0 for told in woken)
 
 
-async def test_what_the_draft_is_said_to_hold_it_was_told(
-    pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
+async def test_what_the_draft_is_said_to_hold_it_was_told(redis_url: str) -> None:
     """Proposals that assume wrongly prove nothing of what was committed meanwhile."""
 
     def mistaken(script: Script, told: Told) -> list[draft_pb2.Proposal]:
@@ -255,8 +262,8 @@ async def test_what_the_draft_is_said_to_hold_it_was_told(
             return []
         return [script.proposal(told, here + 3, 2, assumed_from=here - 1, shift=1)]
 
-    script = Script(greedy(PROMPT, 60), mistaken)
-    async with scripted(pair, redis_url, script, draft_wait_ms=50.0) as stack:
+    script = Script(60, mistaken)
+    async with scripted(redis_url, script, draft_wait_ms=50.0) as stack:
         output = await _ask(stack, 20, gamma=2, session_id="s", create_session=True)
         asked = orchestrator_pb2.GetSessionRequest(session_id="s")
         session = await stack.client.GetSession(asked)
