@@ -1,22 +1,14 @@
-"""The operator's settings of every program, and the one loader: flags, then environment.
+"""The operator's settings of every program: frozen dataclasses, which check themselves.
 
-Frozen dataclasses; a field's flag is `--its-name`, its variable `OUTRIDER_<PROGRAM>_ITS_NAME`.
-An unknown flag, an unknown variable of the program or a bad value is a ConfigError. The only
-reader of `os.environ`. Knows nothing of what the settings do.
+Knows neither where values come from (`outrider.loader`) nor what the settings do.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
-from outrider.errors import ConfigError
-from outrider.redis_address import RedisAddress, has_password
+from outrider.redis_address import RedisAddress
 from outrider.security.settings import OrchestratorSettings, TierSettings
 from outrider.settings import require, require_address, require_port, setting
 from outrider.simulation import Simulation
@@ -221,92 +213,3 @@ REGISTRY = "registry"
 def _endpoints(text: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     return () if parts == (REGISTRY,) else parts
-
-
-def api_key_variable() -> str | None:
-    """A caller's own key, for the command line; None: the variable is not set."""
-    return os.environ.get("OUTRIDER_API_KEY") or None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
-
-
-def load(
-    kind: type[Config],
-    program: str,
-    argv: Sequence[str],
-    environ: Mapping[str, str] | None = None,
-) -> Config:
-    """The program's configuration. Raises ConfigError naming the flag or variable that is wrong."""
-    environ = os.environ if environ is None else environ
-    prefix = f"OUTRIDER_{program.upper()}_"
-    hints = typing.get_type_hints(kind)
-    settings = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    parser = _Parser(
-        prog=f"python -m {kind.__doc__.split('python -m ')[1].split('`')[0]}"
-        if kind.__doc__
-        else "",
-        allow_abbrev=False,
-    )
-    for name, entry in settings.items():
-        _add_flag(parser, entry, hints[name], prefix)
-    values = {}
-    for name, text in environ.items():
-        if name.startswith(prefix):
-            setting_name = name.removeprefix(prefix).lower()
-            if setting_name not in settings:
-                raise ConfigError(f"{name}: no such setting of {program}")
-            values[setting_name] = _parse(text, hints[setting_name], name)
-    for name, entry in settings.items():
-        alias = entry.metadata["env"]
-        if alias and alias in environ and name not in values:
-            values[name] = _parse(environ[alias], hints[name], alias)
-    for name, value in vars(parser.parse_args(argv)).items():
-        if value is not MISSING:
-            _refuse_secret(name, value)
-            values[name] = value if isinstance(value, bool) else _parse(value, hints[name], name)
-    return kind(**values)
-
-
-def _refuse_secret(name: str, value: Any) -> None:
-    """Every user of the machine sees its command lines."""
-    if name == "redis_url" and has_password(value):
-        raise ConfigError(
-            "--redis-url: no password on a command line; give the URL in the environment, or "
-            "--redis-password-file"
-        )
-
-
-def _add_flag(parser: _Parser, entry: Field[Any], hint: Any, prefix: str) -> None:
-    flag = f"--{entry.name.replace('_', '-')}"
-    text = f"{entry.metadata['help']} [{prefix}{entry.name.upper()}; default {entry.default!r}]"
-    shown: dict[str, Any] = {"help": text.replace("%", "%%"), "default": MISSING}
-    if hint is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shown)
-    else:
-        parser.add_argument(flag, metavar=_type_name(hint).upper(), **shown)
-
-
-def _base_type(hint: Any) -> tuple[Any, bool]:
-    if isinstance(hint, types.UnionType):
-        (inner,) = [part for part in typing.get_args(hint) if part is not type(None)]
-        return inner, True
-    return hint, False
-
-
-def _type_name(hint: Any) -> str:
-    return str(_base_type(hint)[0].__name__)
-
-
-def _parse(text: str, hint: Any, name: str) -> Any:
-    kind, is_optional = _base_type(hint)
-    if is_optional and text == "":
-        return None
-    try:
-        if kind is bool:
-            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"{name}: {text!r} is not of type {_type_name(hint)}") from None

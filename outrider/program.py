@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 import uvloop
 
-from outrider.config import load
 from outrider.errors import ConfigError
+from outrider.loader import load
 from outrider.server import Server, stop_signal
 from outrider.telemetry.logs import configure_logs
 

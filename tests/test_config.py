@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.errors import ConfigError
+from outrider.loader import load
 
 
 def _target(argv: list[str] | None = None, environ: dict[str, str] | None = None) -> TargetConfig:
@@ -190,6 +192,29 @@ def test_the_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPa
     """`os.environ` is the default source."""
     monkeypatch.setenv("OUTRIDER_TARGET_PORT", "1234")
     assert load(TargetConfig, "target", ["--model", "m"]).port == 1234
+
+
+@pytest.mark.parametrize(
+    ("variable", "is_fine"),
+    [
+        ("OUTRIDER_TARGET_TLS_CERT", False),
+        ("OUTRIDER_DRAFT_TLS_CLIENT_CA", False),
+        ("OUTRIDER_ORCHESTRATOR_TIER_TLS_CA", False),
+        ("OUTRIDER_ORCHESTRATOR_API_KEYS_FILE", False),
+        ("OUTRIDER_TARGET_PORT", True),
+        ("OUTRIDER_TLS_CA", True),  # a client's own
+    ],
+)
+def test_a_system_of_a_commands_own_asks_it_for_nothing(
+    variable: str, is_fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the services would inherit and the command does not follow is refused by name."""
+    monkeypatch.setenv(variable, "/some/file")
+    if is_fine:
+        assert kept_to_itself(StackOptions()).port == 0
+        return
+    with pytest.raises(ConfigError, match=f"^{variable}: "):
+        kept_to_itself(StackOptions())
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,15 @@ def test_every_module_says_what_it_owns() -> None:
     assert silent == []
 
 
-def test_the_environment_is_read_by_the_configuration_only() -> None:
-    """`os.environ` and `os.getenv` stand in outrider/config.py and nowhere else."""
+def test_the_environment_is_read_by_the_loader_only() -> None:
+    """`os.environ` and `os.getenv` stand in outrider/loader.py and nowhere else."""
     readers = {
         str(path.relative_to(ROOT))
         for path in sources()
         if any(word in path.read_text() for word in ("os.environ", "os.getenv", "getenv("))
         and "os.environ" in _code_without_strings(path)
     }
-    assert readers <= {"outrider/config.py"}
+    assert readers == {"outrider/loader.py"}
 
 
 def _code_without_strings(path: Path) -> str:

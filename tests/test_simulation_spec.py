@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from outrider.cli.stack import Stack
 from outrider.cli.stack_options import StackOptions
-from outrider.config import DraftConfig, TargetConfig, load
+from outrider.config import DraftConfig, TargetConfig
 from outrider.errors import ConfigError
+from outrider.loader import load
 from outrider.simulation import Simulation
 
 TIMES = st.floats(0, 60_000)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.config import api_key_variable
+from outrider.loader import api_key_variable
 
 if TYPE_CHECKING:
     from outrider.security.channel import Access

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.options import takes
-from outrider.cli.stack_options import StackOptions, on_free_port
+from outrider.cli.stack_options import StackOptions, kept_to_itself
 from outrider.errors import ConfigError, OutriderError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _stack_options(options: ChaosOptions) -> StackOptions:
         target_threads=1,
         max_generations=max(256, 2 * options.concurrent),
     )
-    return on_free_port(own)
+    return kept_to_itself(own)
 
 
 class _Logs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider.cli.options import takes
-from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, on_free_port
+from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, kept_to_itself
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ async def _demo(options: DemoOptions, console: Console) -> bool:
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
 
-    stack_options = on_free_port(
+    stack_options = kept_to_itself(
         StackOptions(inflate=options.inflate, dtype=options.dtype, device=options.device)
     )
     view = StackView(console, models=described_models(stack_options))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
-from outrider.config import OrchestratorConfig, load
+from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
+from outrider.loader import load
 from outrider.redis_address import has_password
 from outrider.simulation import Simulation
 

@@ -13,6 +13,7 @@ import typer
 
 import outrider
 from outrider.cli.options import parse_count, parse_cpus
+from outrider.loader import require_plain_programs
 
 # What `outrider.engine.quickstart` says as well; importing it would import torch (a test compares).
 PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
@@ -137,6 +138,10 @@ class StackOptions:
         return not directory.is_dir() or (directory / "tokenizer.json").is_file()
 
 
-def on_free_port(options: StackOptions) -> StackOptions:
-    """For a system that one command keeps to itself."""
+def kept_to_itself(options: StackOptions) -> StackOptions:
+    """For a system that one command keeps to itself: on a free port.
+
+    Raises ConfigError where our environment would have it ask for TLS or keys.
+    """
+    require_plain_programs()
     return replace(options, host="127.0.0.1", port=0)

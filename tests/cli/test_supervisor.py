@@ -16,7 +16,8 @@ from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
 from outrider.cli.stack_options import PAIR_PATH, StackOptions
 from outrider.cli.supervisor import Event, State, Supervisor
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+from outrider.loader import load
 from tests.cli.processes import ROOT, descendants, environment, is_alive, wait_until_dead
 
 

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 from orchestrator.service import SERVICE_NAME as ORCHESTRATOR
 from orchestrator.service import STOP_GRACE_S
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.errors import ConfigError
+from outrider.loader import load
 from outrider.server import LIVENESS
 from outrider.v1 import draft_pb2, target_pb2
 from tests.deploy.manifests import Manifests, Object, Pod, title

@@ -11,7 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from outrider.cli.app import app
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig, load
+from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+from outrider.loader import load
 from tests.deploy.sources import DEPLOY, ROOT, built, script
 
 requirements = script("gen_requirements")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from outrider.config import OrchestratorConfig, load
+from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
+from outrider.loader import load
 from outrider.redis_server import RedisServer
 from tests.redis_fixture import redis_command
 from tests.security.parts import Authority, client, generated, orchestrated, replace, tiers

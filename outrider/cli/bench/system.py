@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from outrider.cli.bench.cores import CoreLayout, CoreUse, apart
-from outrider.cli.stack_options import StackOptions, on_free_port
+from outrider.cli.stack_options import StackOptions, kept_to_itself
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class BenchOptions:
                 given[name] = getattr(self, name)
         shared = ("target", "draft", "inflate", "dtype", "device", "draft_device")
         given |= {name: getattr(self, name) for name in (*shared, "kv_cache_tokens")}
-        return on_free_port(StackOptions(**(given | changes)))
+        return kept_to_itself(StackOptions(**(given | changes)))
 
 
 @dataclass(frozen=True)

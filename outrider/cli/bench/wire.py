@@ -15,7 +15,7 @@ import typer
 
 from outrider.cli.options import parse_count, takes
 from outrider.cli.request import Method
-from outrider.cli.stack_options import StackOptions, on_free_port
+from outrider.cli.stack_options import StackOptions, kept_to_itself
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
             models = await _random_pair(Path(directory), size, console) if size else {}
-            stack_options = on_free_port(
+            stack_options = kept_to_itself(
                 StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
             )
             view = StackView(console, models=described_models(stack_options), stays=False)
