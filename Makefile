@@ -34,7 +34,7 @@ demo: setup
 test: setup lint proto-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The overlay `local`, a network namespace and an address for each pod; wants root, and the cores to itself.
+# Overlays as processes, a network namespace and an address for each pod; wants root, and the cores to itself.
 pods: setup
 	OUTRIDER_TEST_PODS=1 $(BIN)/python -m pytest tests/deploy/test_pods.py
 

@@ -6,7 +6,7 @@ images (the machine's own Python and Redis run), no limits of memory or cores, n
 scheduling. Linux and root only; everything is in namespaces that end with the process.
 
     unshare --net --mount --pid --fork --kill-child --mount-proc --propagation private \\
-        python -m tests.deploy.cluster deploy/built/local.yaml DIRECTORY
+        python -m tests.deploy.cluster PLAY deploy/built/local.yaml DIRECTORY
 
-DIRECTORY is empty, and has each container's log in `logs` afterwards.
+PLAY: one of `plays`. DIRECTORY is empty, and has each container's log in `logs` afterwards.
 """

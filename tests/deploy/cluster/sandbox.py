@@ -103,9 +103,12 @@ class Sandbox:
         run("mount", "-t", "overlay", "overlay", "-o", options, str(root))
         for path in {ROOT, Path(sys.prefix), Path(sys.base_prefix)}:
             self._show(root, path)
-        server = root / "usr/local/bin/valkey-server"
-        server.unlink(missing_ok=True)
-        server.symlink_to(find_server())
+        # Without valkey-cli a node that starts asks no sentinel, which is right for the first ones.
+        for name, flag in (("server", ""), ("sentinel", " --sentinel")):
+            program = root / f"usr/local/bin/valkey-{name}"
+            program.unlink(missing_ok=True)
+            program.write_text(f'#!/bin/sh\nexec {find_server()} "$@"{flag}\n', "utf-8")
+            program.chmod(0o755)
         pair = root / "opt/outrider/pair"
         pair.parent.mkdir(parents=True, exist_ok=True)
         pair.symlink_to(ROOT / "outrider/engine/quickstart/pair")
