@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from outrider.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,30 @@ class RedisAddress:
 
 
 def shown(url: str) -> str:
-    """A URL without user and password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """A URL without user and password, wherever they stand in it."""
+    parts = _parts(url)
+    if parts.scheme == "unix":
+        return f"unix://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # A password with a slash in it ends what a URL's parts call the host.
+    return f"{parts.scheme}://{url.partition('://')[2].rpartition('@')[2].partition('?')[0]}"
 
 
 def has_password(url: str) -> bool:
     """Whether the URL carries a secret: it is then not for a command line."""
-    return bool(urlsplit(url).password)
+    return bool(_parts(url).password) or has_stray_login(url)
+
+
+def has_stray_login(url: str) -> bool:
+    """Whether a user or password stands where none is looked for, and would be told."""
+    parts = _parts(url)
+    if parse_qs(parts.query).keys() & {"username", "password"}:
+        return True
+    return parts.scheme != "unix" and "@" in f"{parts.path}{parts.query}{parts.fragment}"
+
+
+def _parts(url: str) -> SplitResult:
+    """Raises ConfigError, which does not say the URL: nobody knows what is what in it."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        raise ConfigError("redis_url: no URL such as redis://HOST:6379/0") from None

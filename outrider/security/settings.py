@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from outrider.redis_address import RedisAddress, has_password
+from outrider.redis_address import RedisAddress, has_password, has_stray_login
 from outrider.settings import require, require_port, setting
 
 
@@ -28,6 +28,11 @@ class RedisSettings:
 
     def redis_at(self, url: str) -> RedisAddress:
         """Raises ConfigError for settings that do not fit the URL."""
+        require(
+            not has_stray_login(url), "redis_url",
+            "user and password stand before the host, percent-encoded (%2F for a /), or in "
+            "redis_user and redis_password_file",
+        )  # fmt: skip
         parts = urlsplit(url)
         for name in ("redis_ca", "redis_cert", "redis_key"):
             has_use = getattr(self, name) is None or parts.scheme == "rediss"

@@ -13,6 +13,7 @@ import pytest
 from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
 from outrider.loader import load
+from outrider.redis_address import RedisAddress
 from outrider.redis_server import RedisServer
 from tests.redis_fixture import redis_command
 from tests.security.parts import Authority, client, generated, orchestrated, replace, tiers
@@ -138,3 +139,35 @@ def test_a_password_is_no_flag(tmp_path: Path) -> None:
     config = load(OrchestratorConfig, "orchestrator", [], {"REDIS_URL": url})
     assert config.redis.url == url
     assert "secret" not in f"{config} {config.redis!r} {config.redis}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://redis.example:6379/0?password=secret",
+        "redis://redis.example:6379/0?username=ada&password=secret",
+        "redis://ada:a/secret@redis.example:6379/0",
+        "redis://ada:12/secret@redis.example:6379/0",
+        "redis://ada:a?secret@redis.example:6379/0",
+        "redis://ada:a#secret@redis.example:6379/0",
+        "unix:///run/redis.sock?password=secret",
+    ],
+)
+def test_a_password_in_another_place_is_refused_and_not_told(url: str) -> None:
+    """redis-py would take some of these, and a URL's parts are not what they seem in others."""
+    for argv, environ in (([f"--redis-url={url}"], {}), ([], {"REDIS_URL": url})):
+        with pytest.raises(ConfigError, match=r"redis.password.file") as caught:
+            load(OrchestratorConfig, "orchestrator", argv, environ)
+        assert "secret" not in str(caught.value)
+    assert "secret" not in str(RedisAddress(url))
+
+
+def test_an_at_sign_in_a_sockets_path_is_none_of_a_password() -> None:
+    url = "unix:///run/a@b/redis.sock"
+    config = load(OrchestratorConfig, "orchestrator", [f"--redis-url={url}"], {})
+    assert str(config.redis) == url
+
+
+def test_what_is_no_url_is_said() -> None:
+    with pytest.raises(ConfigError, match="redis_url: no URL"):
+        load(OrchestratorConfig, "orchestrator", [], {"REDIS_URL": "redis://[ada:secret"})
