@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from outrider.errors import ConfigError
 from outrider.redis_address import has_password
+from outrider.security.files import check_key
 
 Config = TypeVar("Config")
 
@@ -25,8 +26,9 @@ _ASKS_CALLERS = re.compile(r"OUTRIDER_(TARGET|DRAFT|ORCHESTRATOR)_((TIER_)?TLS_\
 
 
 def api_key_variable() -> str | None:
-    """A caller's own key, for the command line; None: the variable is not set."""
-    return os.environ.get("OUTRIDER_API_KEY") or None
+    """A caller's own key, for the command line; None: it is not set. Raises ConfigError."""
+    key = os.environ.get("OUTRIDER_API_KEY")
+    return check_key(key, "OUTRIDER_API_KEY") if key else None
 
 
 def require_plain_programs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,13 +22,19 @@ def new(
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Of prompts and outputs together, over time.", min=1)
     ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Adds the line to this --api-keys-file.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Make a key: the key on standard output, its line for --api-keys-file on standard error.
 
     Nothing keeps the key; the line is no secret.
     """
-    from outrider.security.keys import KeyLimits, new_key
+    from outrider.security.keys import KeyLimits, add_key, new_key
 
     secret, line = new_key(name, KeyLimits(streams, tokens_per_minute))
-    typer.echo(str(line), err=True)
+    if file is None:
+        typer.echo(str(line), err=True)
+    else:
+        add_key(str(file), line)
     typer.echo(secret)

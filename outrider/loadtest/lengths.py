@@ -45,7 +45,7 @@ class Lengths:
                 # Without a bound one draw in a million could be beyond any context.
                 most = int(parts[2]) if len(parts) == 3 else round(16 * median)
                 return cls._checked(Shape.LOGNORMAL, 1, most, median, sigma)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise ConfigError(f"{flag}: {text!r} is no length such as {_FORMS}")
 

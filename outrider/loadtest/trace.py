@@ -19,6 +19,11 @@ from outrider.loadtest.plan import Job, Visit
 _FIELDS = ("timestamp", "input_length", "output_length", "text", "session_id", "priority")
 
 
+# As the orchestrator takes it: characters.
+_MAX_TEXT = 4_000_000
+_MOST_PRIORITY = 2**31 - 1
+
+
 class _Entry(NamedTuple):
     at_s: float
     job: Job
@@ -64,21 +69,23 @@ def _visits(entries: list[_Entry]) -> list[Visit]:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # With the mark that spreadsheets put before the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
+                csv.field_size_limit(_MAX_TEXT)
                 yield from csv.DictReader(file)
                 return
             for line in file:
                 if line.strip():
                     yield _object(line, path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--trace: {path}: {error}") from error
 
 
 def _object(line: str, path: Path) -> Mapping[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise ConfigError(f"--trace: {path}: {line[:60].strip()!r} is no JSON object")
@@ -88,11 +95,13 @@ def _object(line: str, path: Path) -> Mapping[str, Any]:
 def _entry(fields: Mapping[str, Any], index: int, where: str) -> _Entry:
     given = {name: value for name, value in fields.items() if value not in (None, "")}
     for name in given:
+        if name is None:
+            raise ConfigError(f"--trace: {where}: more fields than the first line names")
         if name not in _FIELDS:
             raise ConfigError(f"--trace: {where}: {name!r}; expected {', '.join(_FIELDS)}")
     text = given.get("text")
-    if text is not None and not isinstance(text, str):
-        raise ConfigError(f"--trace: {where}: text: {text!r} is no text")
+    if text is not None and not (isinstance(text, str) and _is_sendable(text)):
+        raise ConfigError(f"--trace: {where}: text: {str(text)[:60]!r} is no text")
     if (text is None) == ("input_length" not in given):
         raise ConfigError(f"--trace: {where}: needs either text or input_length")
     at_s = _number(given, "timestamp", where)
@@ -101,7 +110,7 @@ def _entry(fields: Mapping[str, Any], index: int, where: str) -> _Entry:
         prompt_len=0 if text is not None else _length(given, "input_length", where),
         max_tokens=_length(given, "output_length", where),
         text=text,
-        priority=int(_number(given, "priority", where)) if "priority" in given else None,
+        priority=_priority(given, where) if "priority" in given else None,
     )
     return _Entry(at_s, job, str(given.get("session_id", "")))
 
@@ -113,6 +122,22 @@ def _length(given: Mapping[str, Any], name: str, where: str) -> int:
     return int(value)
 
 
+def _priority(given: Mapping[str, Any], where: str) -> int:
+    value = _number(given, "priority", where)
+    if not abs(value) <= _MOST_PRIORITY or value != int(value):
+        raise ConfigError(f"--trace: {where}: priority: {value:g} is no whole number of 32 bits")
+    return int(value)
+
+
+def _is_sendable(text: str) -> bool:
+    """Half of a surrogate pair, which JSON may hold, is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _number(given: Mapping[str, Any], name: str, where: str) -> float:
     try:
         value = float(given[name])
@@ -120,6 +145,6 @@ def _number(given: Mapping[str, Any], name: str, where: str) -> float:
             return value
     except KeyError:
         raise ConfigError(f"--trace: {where}: {name} is missing") from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"--trace: {where}: {name}: {given[name]!r} is no number")
+    raise ConfigError(f"--trace: {where}: {name}: {str(given[name])[:60]!r} is no number")

@@ -13,7 +13,7 @@ import grpc
 
 from outrider.errors import ConfigError
 from outrider.rpc import CHANNEL_OPTIONS
-from outrider.security.files import WatchedFiles, read_secret
+from outrider.security.files import WatchedFiles, check_key, read_secret
 from outrider.security.pem import Pem, watched_pem
 from outrider.security.serving import is_loopback
 
@@ -87,7 +87,7 @@ def open_channel(endpoint: str, access: Access | None = None) -> grpc.aio.Channe
 
 def read_key(path: str) -> str:
     """A caller's own key, in a file of its own. Raises ConfigError."""
-    return read_secret(path, "--api-key-file")
+    return check_key(read_secret(path, "--api-key-file"), "--api-key-file")
 
 
 def _check_plain(endpoint: str, access: Access) -> None:

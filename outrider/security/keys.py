@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from outrider.errors import ConfigError
 from outrider.security.files import WatchedFiles, read_file
@@ -24,6 +25,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 # All are looked through at each call: some 0.3 us each (measured).
 MAX_KEYS = 4_096
+_MOST = 10**15 - 1
+_FROM_TO = f"from 1 to {_MOST}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,24 @@ class KeyRing:
 def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
     """A key for the caller to keep, and its line for the file. Raises ConfigError."""
     _check_name(name)
+    for label, value in vars(limits).items():
+        if value is not None and not 1 <= value <= _MOST:
+            raise ConfigError(f"{label}: {value}: a number {_FROM_TO}")
     secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     return secret, ApiKey(name, _digest(secret), limits)
+
+
+def add_key(path: str, key: ApiKey) -> None:
+    """A line more, in a file that may not be there yet. Raises ConfigError, and changes nothing."""
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8") if file.exists() else ""
+        lines = text if text.endswith("\n") or not text else f"{text}\n"
+        _ring(f"{lines}{key}\n", path)
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(f"{lines[len(text) :]}{key}\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file: {path}: {error}") from None
 
 
 def watched_keys(path: str) -> WatchedFiles[KeyRing]:
@@ -93,6 +112,10 @@ def _read(path: str) -> KeyRing:
         text = read_file(path, "api_keys_file").decode()
     except UnicodeDecodeError:
         raise ConfigError(f"api_keys_file: {path} is not UTF-8 text") from None
+    return _ring(text, path)
+
+
+def _ring(text: str, path: str) -> KeyRing:
     keys: list[ApiKey] = []
     limits: dict[str, KeyLimits] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -125,8 +148,8 @@ def _parse(words: list[str]) -> ApiKey:
         label, _, value = word.partition("=")
         if label not in ("streams", "tokens_per_minute") or label in values:
             raise ConfigError(f"{name}: only streams=N and tokens_per_minute=N may follow, once")
-        if not (value.isascii() and value.isdigit() and 1 <= int(value[:16]) < 10**15):
-            raise ConfigError(f"{name}: {label} must be a number of 1 or more")
+        if not (value.isascii() and value.isdigit() and 1 <= int(value[:16]) <= _MOST):
+            raise ConfigError(f"{name}: {label} must be a number {_FROM_TO}")
         values[label] = int(value)
     return ApiKey(name, bytes.fromhex(digest[1]), KeyLimits(**values))
 

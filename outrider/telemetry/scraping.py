@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from math import inf, nan
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,7 +39,9 @@ class Scrape:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
                 text = answer.read(_MAX_BYTES).decode()
             return cls(address, time.monotonic(), _parsed(text))
-        except (OSError, ValueError) as error:  # also of HTTP, and of what is no metrics
+        except HTTPException as error:
+            raise Unavailable(f"no metrics at {address}: not HTTP; is it metrics_port?") from error
+        except (OSError, ValueError) as error:  # also of HTTP's errors, and of what is no metrics
             raise Unavailable(f"no metrics at {address}: {error}") from error
 
     def has(self, name: str) -> bool:

@@ -19,6 +19,9 @@ def test_what_up_prints_top_can_watch(running: Up) -> None:
     assert done.returncode == 0, done.stderr
     for words in (f"orchestrator {told['orchestrator']}", "redis up", "target ready 1"):
         assert words in done.stdout
+    mistaken = run("top", "--once", running.endpoint)
+    assert "not HTTP; is it metrics_port?" in mistaken.stdout
+    assert "Traceback" not in mistaken.stderr
     for name in ("target", "draft"):
         (line,) = [line for line in done.stdout.splitlines() if told[name] in line]
         assert name in line

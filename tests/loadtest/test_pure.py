@@ -98,7 +98,18 @@ def test_lengths_have_the_law_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "x", "uniform:5", "uniform:9:3", "lognormal:5", "lognormal:9:1:3", "normal:1:1"],
+    [
+        "",
+        "0",
+        "x",
+        "uniform:5",
+        "uniform:9:3",
+        "lognormal:5",
+        "lognormal:9:1:3",
+        "normal:1:1",
+        "lognormal:inf:1",
+        "lognormal:1e308:1",
+    ],
 )
 def test_lengths_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--output-len"):
@@ -294,6 +305,13 @@ def test_a_trace_keeps_its_times_and_turns(tmp_path: Path) -> None:
         ('{"timestamp": "x", "input_length": 4, "output_length": 4}', "timestamp: 'x'"),
         ('{"timestamp": 1, "input_length": 0, "output_length": 4}', "input_length: 0"),
         ('{"timestamp": 1, "input_length": 4, "output_length": 4, "n": 1}', "'n'; expected"),
+        ('{"timestamp": 1, "input_length": 1' + "0" * 400 + ', "output_length": 4}', "no number"),
+        (
+            '{"timestamp": 1, "input_length": 4, "output_length": 4, "priority": 5e9}',
+            "priority: 5e",
+        ),
+        ('{"timestamp": 1, "text": "\\ud800", "output_length": 4}', "text: "),
+        ('{"timestamp": ' + "[" * 100_000, "no JSON object"),
         ("[1]", "no JSON object"),
         ("", "no requests"),
     ],
@@ -305,6 +323,23 @@ def test_a_trace_that_is_none_is_refused_by_line(line: str, named: str, tmp_path
         read_trace(path)
     with pytest.raises(ConfigError, match="nowhere"):
         read_trace(tmp_path / "nowhere.jsonl")
+
+
+def test_a_table_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    """With a mark before its first name, and a text of any length."""
+    path = tmp_path / "t.csv"
+    text = "x" * 200_000
+    path.write_text(f"timestamp,text,output_length\n1,{text},4\n", "utf-8-sig")
+    (visit,) = read_trace(path)
+    assert visit.jobs[0].text == text
+    path.write_text("timestamp,text,output_length\n1,x,4,5\n")
+    with pytest.raises(ConfigError, match="request 1: more fields"):
+        read_trace(path)
+    path.write_text(
+        "timestamp,text,output_length\n1,{text}{text},4\n".replace("{text}", "x" * 2_000_001)
+    )
+    with pytest.raises(ConfigError, match="field limit"):
+        read_trace(path)
 
 
 @pytest.mark.parametrize(("limit", "start"), [(10.0, 1.0), (10.0, 64.0), (0.3, 5.0), (7.9, 8.0)])

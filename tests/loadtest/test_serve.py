@@ -145,6 +145,23 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
     assert b"nothing answers at 127.0.0.1:1" in failed
 
 
+async def test_a_run_without_an_answer_has_failed(redis_url: str, tmp_path: Path) -> None:
+    """Why is said, and what was measured is there; a prompt beyond the context is not even made."""
+    async with simulated(redis_url) as system:
+        few = ("--requests=4", "--warm-up=0", "--output-len=4", "--no-html", "--name=[red]")
+        process = await started(system, tmp_path, *few, "--gamma=1000")
+        said, failed = await process.communicate()
+        assert process.returncode == 1
+        assert "speculation: not one request was answered" in failed.decode()
+        assert re.search(r"speculation: 4 × INVALID_ARGUMENT: gamma: ", said.decode())
+        assert str(tmp_path / "[red].json") in said.decode()
+        assert (tmp_path / "[red].json").exists()
+        process = await started(system, tmp_path, *few, "--input-len=99999999")
+        _, failed = await process.communicate()
+        assert process.returncode == 2
+        assert "a prompt of 99999999 tokens; the context is" in failed.decode()
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -155,6 +172,9 @@ async def test_nobody_there_is_said(tmp_path: Path) -> None:
         ({"trace": Path("t"), "turns": "2"}, "--turns: the trace says it"),
         ({"texts": Path("t"), "input_len": "4"}, "--input-len: not together with --texts"),
         ({"timeout": 0.0}, "--timeout: above 0"),
+        ({"timeout": float("inf")}, "--timeout: above 0"),
+        ({"name": "a/b"}, "--name: 'a/b'"),
+        ({"name": ""}, "--name: ''"),
         ({"sweep": True, "rate": 1.0}, "--sweep: needs --slo"),
         ({"sweep": True, "slo": "e2e=1s"}, "--sweep: needs --rate"),
         ({"attain": 0.5}, "--attain, --precision: only with --sweep"),

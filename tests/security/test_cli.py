@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from outrider.cli.access import AccessOptions
@@ -68,6 +69,30 @@ def orchestrator_settings(pki: Path) -> dict[str, Any]:
         "tier_tls_key": str(pki / "orchestrator.key"),
         "tier_tls_name": "tier",
     }
+
+
+def test_a_key_is_added_to_a_file_that_stays_readable(tmp_path: Path) -> None:
+    """With or without a last line's end; what would make it unreadable is refused instead."""
+    path = tmp_path / "keys"
+
+    def make(*words: str) -> Result:
+        return CliRunner().invoke(keys_command, ["new", *words, f"--file={path}"])
+
+    made = [make("ada", "--streams=8")]
+    path.write_text(path.read_text().rstrip())
+    made.append(make("ben"))
+    ring = watched_keys(str(path)).current
+    for done, name in zip(made, ("ada", "ben"), strict=True):
+        found = ring.find(done.stdout.strip())
+        assert found is not None
+        assert found.name == name
+    before = path.read_text()
+    for words in (("b a",), ("ada", "--streams=9"), ("cleo", "--streams=1" + "0" * 15)):
+        assert isinstance(make(*words).exception, ConfigError)
+    assert path.read_text() == before
+    path.write_text("no key\n")
+    assert isinstance(make("dan").exception, ConfigError)
+    assert path.read_text() == "no key\n"
 
 
 async def test_from_the_first_key_to_the_last_command(
@@ -136,7 +161,7 @@ async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: 
     assert [said[0] for said in (plain, wrong, nowhere, of_target)] == [1, 1, 1, 2]
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named by their flags."""
     with pytest.raises(ConfigError, match=r"--api-key-file: .*none"):
         assert AccessOptions(api_key_file=str(tmp_path / "none")).access
@@ -144,6 +169,12 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     empty.write_text(" \n")
     with pytest.raises(ConfigError, match=r"--api-key-file: .*is empty"):
         assert AccessOptions(api_key_file=str(empty)).access
+    empty.write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match=r"--api-key-file: no key"):
+        assert AccessOptions(api_key_file=str(empty)).access
+    monkeypatch.setenv("OUTRIDER_API_KEY", "schlüssel")
+    with pytest.raises(ConfigError, match=r"OUTRIDER_API_KEY: no key"):
+        assert AccessOptions().access
     for access, named in (
         (Access(tls_ca=str(empty)), "--tls-ca"),
         (Access(tls_cert="a.pem", tls_key="a.key"), "need --tls-ca"),

@@ -64,6 +64,7 @@ async def _measure(
 
     async with open_channel(options.endpoint, options.access) as channel:
         info = await Client(channel, options.endpoint).model_info()
+        _check_prompts(asked, info.target.max_context_len)
         campaign = Campaign(
             subject=Subject(orchestrator_pb2_grpc.OrchestratorServiceStub(channel), info),
             run=secrets.token_hex(4),
@@ -83,6 +84,15 @@ async def _measure(
                 task.uncancel()
                 return campaign, True
     return campaign, False
+
+
+def _check_prompts(asked: Sequence[Visit], max_context_len: int) -> None:
+    """Of those that would be made here, only to be refused there. Raises ConfigError."""
+    longest = max(job.prompt_len for visit in asked for job in visit.jobs)
+    if longest >= max_context_len:
+        raise ConfigError(
+            f"--input-len, --trace: a prompt of {longest} tokens; the context is {max_context_len}"
+        )
 
 
 async def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,8 @@ ON, OFF = "speculation", "off"
 
 _DEFAULT_CALLERS = 8
 _DEFAULT_REQUESTS = 200
+# That the fields of a request hold.
+_MOST = 2**31 - 1
 _LENGTHS = "Tokens: 128, uniform:64:256, or lognormal:MEDIAN:SIGMA[:MOST]."
 # What a trace says itself.
 _OF_TRACES = ("input_len", "output_len", "turns", "texts", "priority")
@@ -78,13 +81,22 @@ class ServeOptions(AccessOptions):
     precision: Annotated[
         float, typer.Option(min=0.01, help="Of --sweep: ends when it is known this closely.")
     ] = 0.1
-    gamma: Annotated[int | None, typer.Option(min=1, help="Draft tokens per round, fixed.")] = None
-    lookahead: Annotated[int | None, typer.Option(help="Rounds drafted ahead.")] = None
-    fan_out: Annotated[int | None, typer.Option(help="Outcomes drafted ahead.")] = None
+    gamma: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Draft tokens per round, fixed.")
+    ] = None
+    lookahead: Annotated[
+        int | None, typer.Option(min=0, max=_MOST, help="Rounds drafted ahead.")
+    ] = None
+    fan_out: Annotated[
+        int | None, typer.Option(min=0, max=_MOST, help="Outcomes drafted ahead.")
+    ] = None
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0
     verification: Annotated[Method | None, typer.Option(help="How drafts are judged.")] = None
     fast: Annotated[bool, typer.Option("--fast", help="Tokens sent before recorded.")] = False
-    priority: Annotated[int | None, typer.Option(help="Lower is more urgent.")] = None
+    priority: Annotated[
+        int | None,
+        typer.Option(min=-_MOST, max=_MOST, help="Lower is more urgent."),
+    ] = None
     timeout: Annotated[
         float | None, typer.Option(help="Deadline of each request, seconds. Default: none.")
     ] = None
@@ -94,7 +106,9 @@ class ServeOptions(AccessOptions):
             help="host:port of each target replica without TLS, with commas: counts their passes."
         ),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths, arrivals.")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of prompts, lengths, arrivals.")
+    ] = 0
     label: Annotated[str | None, typer.Option(help="Stands in the result.")] = None
     detailed: Annotated[
         bool, typer.Option("--detailed", help="Every time of every request in the JSON.")
@@ -120,8 +134,10 @@ class ServeOptions(AccessOptions):
                     raise ConfigError(f"--{name.replace('_', '-')}: the trace says it itself")
         if self.texts is not None and self.input_len != ServeOptions.input_len:
             raise ConfigError("--input-len: not together with --texts")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigError("--timeout: above 0")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise ConfigError("--timeout: above 0, and finite")
+        if not self.name or self.name != Path(self.name).name:
+            raise ConfigError(f"--name: {self.name!r} is no name of a file in --out")
         if self.sweep:
             self._check_sweep()
         elif (self.attain, self.precision) != (ServeOptions.attain, ServeOptions.precision):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outrider.cli.bench.serve_options import OFF, ON, ServeOptions, manner
+from outrider.cli.failures import CallFailed
 from outrider.errors import ConfigError
 from outrider.loadtest.campaign import Campaign
 from outrider.loadtest.measures import Summary
+from outrider.loadtest.records import OK
 from outrider.loadtest.results import (
     own_shape,
     probe_shape,
@@ -35,7 +39,7 @@ _LATE_S = 0.02
 def report(
     options: ServeOptions, campaign: Campaign, slo: Slo | None, console: Console, *, is_cut: bool
 ) -> None:
-    """Writes the files and prints the tables."""
+    """Writes the files and prints the tables. Raises CallFailed where nothing was answered."""
     kept = {name: _stretches(campaign, name) for name in (ON, OFF)}
     summaries = {name: summary_of(stretches, slo) for name, stretches in kept.items() if stretches}
     document = _document(options, campaign, slo, kept, summaries, is_cut)
@@ -46,11 +50,29 @@ def report(
     if summaries:
         console.print(_table(summaries))
         console.print()
-    for line in _remarks(document, summaries):
+    for line in (*_failures(kept), *_remarks(document, summaries)):
         console.print(line, highlight=False)
-    console.print(f"[dim]{path}[/]", soft_wrap=True, highlight=False)
+    _tell_file(path, console)
     if options.html:
         _write_page(options, campaign, document, kept, console)
+    silent = [name for name, summary in summaries.items() if not summary.num_completed]
+    if silent and not is_cut:
+        raise CallFailed(f"{' and '.join(silent)}: not one request was answered")
+
+
+def _tell_file(path: Path, console: Console) -> None:
+    console.print(str(path), style="dim", soft_wrap=True, highlight=False, markup=False)
+
+
+def _failures(kept: dict[str, list[Stretch]]) -> Iterator[str]:
+    """How many of each kind, and what was said to the first."""
+    from rich.markup import escape
+
+    for name, stretches in kept.items():
+        failed = [r for stretch in stretches for r in stretch.records if r.status != OK]
+        for status, num in sorted(Counter(record.status for record in failed).items()):
+            said = next(record.detail for record in failed if record.status == status)
+            yield f"[red]{name}: {num} × {status}: {escape(said)}[/]"
 
 
 def _stretches(campaign: Campaign, variant: str) -> list[Stretch]:
@@ -179,8 +201,6 @@ def _remarks(document: dict[str, Any], summaries: dict[str, Summary]) -> list[st
     """What else a person must know."""
     own, lines = document["outrider"], []
     for name, summary in summaries.items():
-        for status, num in sorted(summary.errors.items()):
-            lines.append(f"[red]{name}: {num} × {status}[/]")
         if summary.lateness is not None and summary.lateness.p99 > _LATE_S:
             lines.append(
                 f"[yellow]{name}: requests were sent up to {1e3 * summary.lateness.p99:.0f} ms late"
@@ -213,7 +233,7 @@ def _write_page(
     try:
         drawn = figures(kept, campaign.probes, options.attain)
     except ConfigError as error:  # what was measured is worth a page without plots
-        console.print(f"[yellow]no plots: {error}[/]", highlight=False)
+        console.print(f"no plots: {error}", style="yellow", highlight=False, markup=False)
     path = options.out / f"{options.name}.html"
     path.write_text(page(document, drawn), "utf-8")
-    console.print(f"[dim]{path}[/]", soft_wrap=True, highlight=False)
+    _tell_file(path, console)
