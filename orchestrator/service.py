@@ -42,6 +42,8 @@ GENERATE = f"/{SERVICE_NAME}/Generate"
 STOP_GRACE_S = 2.0
 # How long a start waits for a draft before serving without one: it joins when it comes.
 DRAFT_START_TIMEOUT_S = 5.0
+# So often it is said that no target is there.
+TARGET_TOLD_S = 10.0
 # Between two looks for a Redis that is away at the start.
 REDIS_RETRY_S = 1.0
 
@@ -61,36 +63,53 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
     store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
     targets, drafts = _pools(config, tokenizer, security.open_channel)
+    tiers = _tiers(config, targets, drafts, store, tokenizer)
+    admission = Admission(config.max_generations, config.max_waiting)
     try:
         await server.start(config.host, config.port)
-        await _start(store, config.redis_wait_s)
-        async with (
-            telemetry("orchestrator", config.host, config) as told,
-            security.following(lambda: _renew(targets, drafts)),
-            discovering(config.redis, (targets, drafts)),
-            targets.running(),
-        ):
+        async with telemetry("orchestrator", config.host, config) as told:
+            # What it waits for at its start is told, too.
+            meter = _meter(told, admission, tiers, security.protection)
             server.metrics_port = told.exposition.port
-            await targets.settled()
-            async with drafts.running() if drafts is not None else contextlib.nullcontext():
-                await _settle_draft(drafts)
-                servicer, limits = _servicer(
-                    config, targets, drafts, store, tokenizer, told, security.protection
-                )
-                orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(
-                    servicer, server.services
-                )
-                async with asyncio.TaskGroup() as tasks:
-                    following = tasks.create_task(_follow(targets, server), name="health")
+            await _start(store, config.redis_wait_s)
+            async with (
+                security.following(lambda: _renew(targets, drafts)),
+                discovering(config.redis, (targets, drafts)),
+                targets.running(),
+            ):
+                await _settle_target(targets)
+                told.exposition.model_name = targets.model.name if targets.model else ""
+                async with drafts.running() if drafts is not None else contextlib.nullcontext():
+                    await _settle_draft(drafts)
+                    limits = _limits(config, targets, drafts)
+                    calls = Calls(meter, told.tracing)
+                    needs_redis = config.without_redis == "refuse"
+                    servicer = OrchestratorServicer(
+                        tiers, limits, admission, calls, needs_redis=needs_redis
+                    )
                     log.info("serving", port=server.port, max_gamma=limits.max_gamma)
-                    try:
+                    async with _answering(server, servicer, targets, config.stop_grace_s):
                         yield server
-                    finally:
-                        following.cancel()
-                        await _stop(server, servicer, config.stop_grace_s)
     finally:
         await server.stop(0)
         await store.close()
+
+
+@contextlib.asynccontextmanager
+async def _answering(
+    server: Server,
+    servicer: OrchestratorServicer,
+    targets: ReplicaPool[TargetLink],
+    stop_grace_s: float,
+) -> AsyncIterator[None]:
+    orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(_follow(targets, server), name="health")
+        try:
+            yield
+        finally:
+            following.cancel()
+            await _stop(server, servicer, stop_grace_s)
 
 
 def _pools(
@@ -113,16 +132,13 @@ def _pools(
     return targets, drafts
 
 
-def _servicer(
+def _tiers(
     config: OrchestratorConfig,
     targets: ReplicaPool[TargetLink],
     drafts: ReplicaPool[DraftLink] | None,
     store: SessionStore,
     tokenizer: Tokenizer | None,
-    told: Telemetry,
-    protection: Protection,
-) -> tuple[OrchestratorServicer, Limits]:
-    limits = _limits(config, targets, drafts)
+) -> Tiers:
     timing = Timing(
         verdict_timeout_s=config.verdict_timeout_s,
         target_wait_s=config.target_wait_s,
@@ -132,12 +148,7 @@ def _servicer(
         target=lambda: targets.costs,
         draft=lambda: drafts.costs if drafts is not None else CostReport(),
     )
-    tiers = Tiers(targets, drafts, store, tokenizer, timing, costs)
-    needs_redis = config.without_redis == "refuse"
-    admission = Admission(config.max_generations, config.max_waiting)
-    calls = Calls(_meter(told, admission, tiers, protection), told.tracing)
-    servicer = OrchestratorServicer(tiers, limits, admission, calls, needs_redis=needs_redis)
-    return servicer, limits
+    return Tiers(targets, drafts, store, tokenizer, timing, costs)
 
 
 def _meter(
@@ -149,7 +160,6 @@ def _meter(
     meter = Meter()
     tiers.costs.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
-    told.exposition.model_name = tiers.targets.model.name if tiers.targets.model else ""
     told.exposition.source = lambda: chain(readings(meter, admission, tiers), protection.readings())
     return meter
 
@@ -170,6 +180,16 @@ async def _start(store: SessionStore, wait_s: float) -> None:
                 raise ConfigError(f"redis_url: {error}") from error
             log.warning("waiting_for_redis", why=str(error))
             await asyncio.sleep(REDIS_RETRY_S)
+
+
+async def _settle_target(targets: ReplicaPool[TargetLink]) -> None:
+    """However long it takes; raises where all were refused."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TARGET_TOLD_S):
+                return await targets.settled()
+        conditions = {link.endpoint: link.condition for link in targets.links.values()}
+        log.warning("waiting_for_target", replicas=conditions or "none is known")
 
 
 async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:

@@ -210,4 +210,5 @@ class Exposition:
         return self.source()
 
     def _vllm_values(self) -> tuple[str, ...] | None:
-        return (self.model_name, "0") if self._has_vllm_names else None
+        # A dashboard chooses by the name: without one there is nothing to show yet.
+        return (self.model_name, "0") if self._has_vllm_names and self.model_name else None
