@@ -41,7 +41,8 @@ class Image:
 
 
 IMAGES = (
-    Image("orchestrator", without=(*TORCH, *REDIS_SERVER), extras=("otel",)),
+    # With the plots: the load test's Job runs in it.
+    Image("orchestrator", without=(*TORCH, *REDIS_SERVER), extras=("otel", "bench")),
     Image("model-cpu", without=REDIS_SERVER, extras=("otel",)),
     Image("model-cuda", without=REDIS_SERVER, extras=("otel", "gpu"), has_device=True),
 )

@@ -27,7 +27,7 @@ PROBE = "nopass +ping +info +quit"
 
 def files() -> dict[str, str]:
     """Of the Secret, by key."""
-    outrider, replica, sentinel = (secrets.token_urlsafe(32) for _ in range(3))
+    outrider, replica, sentinel, sentinels = (secrets.token_urlsafe(32) for _ in range(4))
     users = (
         "user default off",
         f"user outrider on {_digest(outrider)} {SERVICES}",
@@ -39,8 +39,10 @@ def files() -> dict[str, str]:
         "password": outrider,
         "users.acl": "".join(f"{user}\n" for user in users),
         "replication.conf": f"masteruser replica\nmasterauth {replica}\n",
+        # How they log in at the nodes; and what they ask of each other, and of anybody.
         "sentinel.conf": (
             f"sentinel auth-user outrider sentinel\nsentinel auth-pass outrider {sentinel}\n"
+            f"requirepass {sentinels}\n"
         ),
     }
 

@@ -7,7 +7,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,11 @@ def files(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[Path]:
-    """The path of its socket."""
+def server(folder: Path, port: int = 0) -> Iterator[Path]:
+    """The path of its socket; `port` 0: none."""
     path = folder / "redis.sock"
     process = subprocess.Popen(
-        [str(find_server()), "--port", "0", "--unixsocket", str(path), "--save", "",
+        [str(find_server()), "--port", str(port), "--unixsocket", str(path), "--save", "",
          "--dir", str(folder), "--aclfile", str(folder / "users.acl")],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
@@ -56,16 +56,55 @@ def _wait(path: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("no socket")
 
 
+@contextmanager
+def sentinels(folder: Path, primary: str, num: int) -> Iterator[list[tuple[str, int]]]:
+    """Their addresses; as components/redis-ha/sentinel.sh configures them, with passwords."""
+    processes, addresses = [], []
+    try:
+        for number in range(num):
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                port = taken.getsockname()[1]
+            config = folder / f"sentinel-{number}.conf"
+            config.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {folder}\nprotected-mode no\n"
+                f"sentinel monitor outrider {primary} 2\n{(folder / 'sentinel.conf').read_text()}"
+            )
+            processes.append(
+                subprocess.Popen(
+                    [str(find_server()), str(config), "--sentinel"], stdout=subprocess.DEVNULL
+                )
+            )
+            addresses.append(("127.0.0.1", port))
+        yield addresses
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def ask(address: tuple[str, int], *lines: str) -> list[str]:
+    """What is answered to each line; nothing where nobody listens yet."""
+    try:
+        with socket.create_connection(address, timeout=10) as client:
+            return _said(client, lines)
+    except ConnectionRefusedError:
+        return []
+
+
 def say(path: Path, *lines: str) -> list[str]:
     """What is answered to each line."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
         client.connect(str(path))
-        answers = []
-        for line in lines:
-            client.sendall(line.encode() + b"\r\n")
-            answers.append(client.recv(1 << 16).decode())
-        return answers
+        return _said(client, lines)
+
+
+def _said(client: socket.socket, lines: Sequence[str]) -> list[str]:
+    answers = []
+    for line in lines:
+        client.sendall(line.encode() + b"\r\n")
+        answers.append(client.recv(1 << 16).decode())
+    return answers
 
 
 async def test_the_services_user_can_keep_sessions(files: Path) -> None:
@@ -100,3 +139,32 @@ def test_users_may_do_their_part_and_no_more(files: Path) -> None:
         assert "role:master" in answers[2]
         assert answers[3].startswith("-NOPERM")
         assert say(path, "GET outrider:x")[0].startswith("-NOAUTH")
+
+
+def test_sentinels_know_each_other_and_nobody_else(files: Path) -> None:
+    """Who has no password can neither appoint another primary nor end one; they find each other."""
+    password = (files / "sentinel.conf").read_text().split()[-1]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with server(files, port), sentinels(files, f"127.0.0.1 {port}", 2) as (first, second):
+        words = (f"AUTH {password}", "SENTINEL SENTINELS outrider")
+        _until(lambda: _knows(ask(first, *words)[-1:], second[1]))
+        _until(lambda: _knows(ask(second, *words)[-1:], first[1]))
+        refused = ask(first, "SENTINEL REMOVE outrider", "SHUTDOWN", "SENTINEL MASTERS")
+        assert [answer.partition(" ")[0] for answer in refused] == ["-NOAUTH"] * 3
+        time.sleep(3.0)  # one that was shut out would be disconnected by now
+        assert _knows(ask(first, *words)[-1:], second[1])
+
+
+def _knows(answer: list[str], port: int) -> bool:
+    """And is connected to it."""
+    words = answer[0].split("\r\n") if answer else []
+    return str(port) in words and words[words.index("flags") + 2] == "sentinel"
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never holds")
