@@ -130,6 +130,7 @@ async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path
         await eventually(lambda: nothing_held(system))
     assert process.returncode == 0, failed.decode()
     assert "cut short" in said.decode()
+    assert " × " not in said.decode(), "who was cut off has not failed"
     told = json.loads((tmp_path / "serve.json").read_text("utf-8"))
     assert told["outrider"]["is_cut"]
     assert 0 < told["completed"] < 100_000

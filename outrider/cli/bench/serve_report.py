@@ -16,7 +16,7 @@ from outrider.cli.failures import CallFailed
 from outrider.errors import ConfigError
 from outrider.loadtest.campaign import Campaign
 from outrider.loadtest.measures import Summary
-from outrider.loadtest.records import OK
+from outrider.loadtest.records import CUT, OK
 from outrider.loadtest.results import (
     own_shape,
     probe_shape,
@@ -69,7 +69,7 @@ def _failures(kept: dict[str, list[Stretch]]) -> Iterator[str]:
     from rich.markup import escape
 
     for name, stretches in kept.items():
-        failed = [r for stretch in stretches for r in stretch.records if r.status != OK]
+        failed = [r for stretch in stretches for r in stretch.records if r.status not in (OK, CUT)]
         for status, num in sorted(Counter(record.status for record in failed).items()):
             said = next(record.detail for record in failed if record.status == status)
             yield f"[red]{name}: {num} × {status}: {escape(said)}[/]"
