@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from outrider.errors import ConfigError
 from outrider.redis_address import has_password
-from outrider.security.files import check_key
+from outrider.security.keys import check_key
 
 Config = TypeVar("Config")
 

@@ -13,7 +13,8 @@ import grpc
 
 from outrider.errors import ConfigError
 from outrider.rpc import CHANNEL_OPTIONS
-from outrider.security.files import WatchedFiles, check_key, read_secret
+from outrider.security.files import WatchedFiles, read_secret
+from outrider.security.keys import check_key
 from outrider.security.pem import Pem, watched_pem
 from outrider.security.serving import is_loopback
 

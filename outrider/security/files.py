@@ -94,13 +94,6 @@ def read_secret(path: str, setting: str) -> str:
     return secret
 
 
-def check_key(key: str, setting: str) -> str:
-    """One that can go with a call. Raises ConfigError naming where it comes from."""
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{setting}: no key: printable ASCII without spaces, in one line")
-    return key
-
-
 def _stamp(path: str) -> tuple[int, int, int]:
     try:
         found = Path(path).stat()

@@ -89,15 +89,22 @@ def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
     return secret, ApiKey(name, _digest(secret), limits)
 
 
+def check_key(key: str, setting: str) -> str:
+    """One that can go with a call. Raises ConfigError naming where it comes from."""
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{setting}: no key: printable ASCII without spaces, in one line")
+    return key
+
+
 def add_key(path: str, key: ApiKey) -> None:
     """A line more, in a file that may not be there yet. Raises ConfigError, and changes nothing."""
     file = Path(path)
     try:
         text = file.read_text("utf-8") if file.exists() else ""
-        lines = text if text.endswith("\n") or not text else f"{text}\n"
-        _ring(f"{lines}{key}\n", path)
+        added = f"{key}\n" if not text or text.endswith("\n") else f"\n{key}\n"
+        _ring(text + added, path)
         with file.open("a", encoding="utf-8") as opened:
-            opened.write(f"{lines[len(text) :]}{key}\n")
+            opened.write(added)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--file: {path}: {error}") from None
 

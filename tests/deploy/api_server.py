@@ -19,7 +19,7 @@ START_TIMEOUT_S = 120.0
 @contextmanager
 def api_server(assets: Path, directory: Path) -> Iterator[list[str]]:
     """kubectl's command with all that it needs to be let in. Raises AssertionError."""
-    etcd, peer, api = _free_ports(3)
+    etcd, peer, api = free_ports(3)
     token = secrets.token_hex(16)
     (directory / "tokens.csv").write_text(f'{token},admin,1,"system:masters"\n', "utf-8")
     key = directory / "accounts.key"
@@ -64,7 +64,8 @@ def _wait(kubectl: list[str]) -> None:
         time.sleep(0.2)
 
 
-def _free_ports(num: int) -> list[int]:
+def free_ports(num: int) -> list[int]:
+    """Different ones, that nobody listens on now."""
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(num)]
         return [each.getsockname()[1] for each in taken]

@@ -16,6 +16,7 @@ import pytest
 from orchestrator.store import SessionStore, StoreOptions
 from outrider.errors import OutriderError
 from outrider.redis_server import find_server
+from tests.deploy.api_server import free_ports
 from tests.deploy.sources import script
 
 secret = script("redis_secret")
@@ -57,35 +58,32 @@ def _wait(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def sentinels(folder: Path, primary: str, num: int) -> Iterator[list[tuple[str, int]]]:
-    """Their addresses; as components/redis-ha/sentinel.sh configures them, with passwords."""
-    processes, addresses = [], []
+def sentinels(folder: Path, primary: int, ports: Sequence[int]) -> Iterator[None]:
+    """Of the primary at that port; as components/redis-ha/sentinel.sh has them, with passwords."""
+    processes, passwords = [], (folder / "sentinel.conf").read_text()
     try:
-        for number in range(num):
-            with socket.create_server(("127.0.0.1", 0)) as taken:
-                port = taken.getsockname()[1]
-            config = folder / f"sentinel-{number}.conf"
+        for port in ports:
+            config = folder / f"sentinel-{port}.conf"
             config.write_text(
                 f"port {port}\nbind 127.0.0.1\ndir {folder}\nprotected-mode no\n"
-                f"sentinel monitor outrider {primary} 2\n{(folder / 'sentinel.conf').read_text()}"
+                f"sentinel monitor outrider 127.0.0.1 {primary} 2\n{passwords}"
             )
             processes.append(
                 subprocess.Popen(
                     [str(find_server()), str(config), "--sentinel"], stdout=subprocess.DEVNULL
                 )
             )
-            addresses.append(("127.0.0.1", port))
-        yield addresses
+        yield
     finally:
         for process in processes:
             process.kill()
             process.wait()
 
 
-def ask(address: tuple[str, int], *lines: str) -> list[str]:
+def ask(port: int, *lines: str) -> list[str]:
     """What is answered to each line; nothing where nobody listens yet."""
     try:
-        with socket.create_connection(address, timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
             return _said(client, lines)
     except ConnectionRefusedError:
         return []
@@ -144,16 +142,15 @@ def test_users_may_do_their_part_and_no_more(files: Path) -> None:
 def test_sentinels_know_each_other_and_nobody_else(files: Path) -> None:
     """Who has no password can neither appoint another primary nor end one; they find each other."""
     password = (files / "sentinel.conf").read_text().split()[-1]
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with server(files, port), sentinels(files, f"127.0.0.1 {port}", 2) as (first, second):
+    primary, first, second = free_ports(3)
+    with server(files, primary), sentinels(files, primary, (first, second)):
         words = (f"AUTH {password}", "SENTINEL SENTINELS outrider")
-        _until(lambda: _knows(ask(first, *words)[-1:], second[1]))
-        _until(lambda: _knows(ask(second, *words)[-1:], first[1]))
+        _until(lambda: _knows(ask(first, *words)[-1:], second))
+        _until(lambda: _knows(ask(second, *words)[-1:], first))
         refused = ask(first, "SENTINEL REMOVE outrider", "SHUTDOWN", "SENTINEL MASTERS")
         assert [answer.partition(" ")[0] for answer in refused] == ["-NOAUTH"] * 3
         time.sleep(3.0)  # one that was shut out would be disconnected by now
-        assert _knows(ask(first, *words)[-1:], second[1])
+        assert _knows(ask(first, *words)[-1:], second)
 
 
 def _knows(answer: list[str], port: int) -> bool:

@@ -74,15 +74,10 @@ async def test_without_redis() -> None:
     nowhere = "redis://127.0.0.1:1"
     async with starting(redis_url=nowhere, redis_wait_s=60.0) as address:
 
-        async def is_told() -> bool:
-            scrape = await told(address)
-            return scrape is not None and scrape.has("outrider_redis_up")
-
-        await eventually(is_told)
-
         async def is_away() -> bool:
             scrape = await told(address)
-            return scrape is not None and scrape.total("outrider_redis_up") == 0
+            has_told = scrape is not None and scrape.has("outrider_redis_up")
+            return has_told and scrape.total("outrider_redis_up") == 0
 
         await eventually(is_away)
         scrape = await told(address)

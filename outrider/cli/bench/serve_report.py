@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,6 @@ from outrider.cli.failures import CallFailed
 from outrider.errors import ConfigError
 from outrider.loadtest.campaign import Campaign
 from outrider.loadtest.measures import Summary
-from outrider.loadtest.records import CUT, OK
 from outrider.loadtest.results import (
     own_shape,
     probe_shape,
@@ -50,7 +48,7 @@ def report(
     if summaries:
         console.print(_table(summaries))
         console.print()
-    for line in (*_failures(kept), *_remarks(document, summaries)):
+    for line in (*_failures(kept, summaries), *_remarks(document, summaries)):
         console.print(line, highlight=False)
     _tell_file(path, console)
     if options.html:
@@ -64,14 +62,14 @@ def _tell_file(path: Path, console: Console) -> None:
     console.print(str(path), style="dim", soft_wrap=True, highlight=False, markup=False)
 
 
-def _failures(kept: dict[str, list[Stretch]]) -> Iterator[str]:
+def _failures(kept: dict[str, list[Stretch]], summaries: dict[str, Summary]) -> Iterator[str]:
     """How many of each kind, and what was said to the first."""
     from rich.markup import escape
 
-    for name, stretches in kept.items():
-        failed = [r for stretch in stretches for r in stretch.records if r.status not in (OK, CUT)]
-        for status, num in sorted(Counter(record.status for record in failed).items()):
-            said = next(record.detail for record in failed if record.status == status)
+    for name, summary in summaries.items():
+        records = [record for stretch in kept[name] for record in stretch.records]
+        for status, num in sorted(summary.errors.items()):
+            said = next(record.detail for record in records if record.status == status)
             yield f"[red]{name}: {num} × {status}: {escape(said)}[/]"
 
 

@@ -77,12 +77,10 @@ async def call(cluster: Cluster, load: Load, prompt: str, max_tokens: int) -> No
             async for chunk in stub.Generate(request, timeout=CALL_TIMEOUT_S):
                 token_ids += chunk.token_ids
                 result = chunk.result if chunk.HasField("result") else None
-    except grpc.aio.AioRpcError as error:
-        why = f"{error.code().name}: {error.details()}"
-        load.failures.append(Failure(time.monotonic(), why, len(token_ids)))
-        return
-    if result is None or result.finish_reason != orchestrator_pb2.FINISH_REASON_LENGTH:
         why = f"ended early: {result}"
+    except grpc.aio.AioRpcError as error:
+        result, why = None, f"{error.code().name}: {error.details()}"
+    if result is None or result.finish_reason != orchestrator_pb2.FINISH_REASON_LENGTH:
         load.failures.append(Failure(time.monotonic(), why, len(token_ids)))
         return
     load.num_ended += 1
