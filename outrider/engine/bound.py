@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,16 @@ class BoundModel:
         logits: torch.Tensor = self.module(
             input_ids=token_ids,
             position_ids=positions,
-            past_key_values=None,
             use_cache=False,
             logits_to_keep=rows,
         ).logits
         return logits[0]
+
+
+def cache_argument(module: Any) -> str:
+    """Name of the `forward` argument that takes a transformers KV cache.
+
+    `cache` since transformers 5.24, `past_key_values` before.
+    """
+    has_new_name = "cache" in inspect.signature(module.forward).parameters
+    return "cache" if has_new_name else "past_key_values"

@@ -68,7 +68,7 @@ def discover_layers(name: str, model: Any) -> list[LayerLayout]:
     device = model.get_input_embeddings().weight.device
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.inference_mode(), attending(recorder):
-        model(input_ids=zero, position_ids=zero, past_key_values=None, use_cache=False)
+        model(input_ids=zero, position_ids=zero, use_cache=False)
     if not recorder.num_calls:
         raise no_interface(name, model.config)
     expected = model.config.get_text_config().num_hidden_layers

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+
+from outrider.engine.bound import cache_argument
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,8 @@ class SyntheticPair:
     def _logits(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Of target and draft behind `ids` int64 [B, T]: both float32 [B, vocab]."""
         model = self._target
-        out = model(
-            input_ids=ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1
-        )
+        argument: Any = {cache_argument(model): cache}
+        out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **argument)
         drafted = model.model.norm(out.hidden_states[NUM_DRAFT_LAYERS][:, -1])
         return out.logits[:, -1], model.lm_head(drafted)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from outrider.engine.bound import cache_argument
 from outrider.engine.synthetic import PairReport, make_pair
 from outrider.errors import ConfigError
 
@@ -41,13 +42,13 @@ def test_the_checkpoints_agree_as_often_as_reported(made: tuple[Path, PairReport
 def _greedy_agreement(directory: Path, *, num_prompts: int, num_tokens: int) -> float:
     """The share of equal argmaxes along the target's own greedy continuations."""
     models = [AutoModelForCausalLM.from_pretrained(directory / n) for n in ("target", "draft")]
-    caches = [DynamicCache(config=model.config) for model in models]
+    caches = [{cache_argument(model): DynamicCache(config=model.config)} for model in models]
     shape, generator = (num_prompts, 16), torch.Generator().manual_seed(1234)
     ids = torch.randint(0, models[0].config.vocab_size - 1, shape, generator=generator)
     agreed = []
     for _ in range(num_tokens):
         chosen = [
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+            model(input_ids=ids, logits_to_keep=1, **cache).logits[:, -1].argmax(-1)
             for model, cache in zip(models, caches, strict=True)
         ]
         agreed.append((chosen[0] == chosen[1]).float())

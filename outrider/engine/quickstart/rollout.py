@@ -6,8 +6,12 @@ the engine: a Hugging Face cache, equal-length prompts, no stopping.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
+
+from outrider.engine.bound import cache_argument
 
 
 @torch.inference_mode()
@@ -24,15 +28,12 @@ def continue_rows(
     `prompts` is int64 [rows, num_prompt_tokens], `temperatures` float32 [rows]; returns int64
     [rows, num_prompt_tokens + num_new_tokens].
     """
-    cache = DynamicCache(config=model.config)
+    cache: Any = {cache_argument(model): DynamicCache(config=model.config)}
     rows = [prompts]
     step_ids = prompts
     for _ in range(num_new_tokens):
-        logits = (
-            model(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            .logits[:, -1]
-            .float()
-        )
+        out = model(input_ids=step_ids, use_cache=True, logits_to_keep=1, **cache)
+        logits = out.logits[:, -1].float()
         # argmax(logits + T * Gumbel noise) samples softmax(logits / T) and is greedy at T = 0.
         noise = -torch.empty_like(logits).exponential_(generator=generator).log()
         step_ids = (logits + temperatures[:, None] * noise).argmax(-1, keepdim=True)
