@@ -18,8 +18,8 @@ Config = TypeVar("Config")
 
 
 _OF_MODELS = (
-    "dtype", "device", "device_map", "num_threads", "prepack", "attention_backend", "cuda_graphs",
-    "inflate_parameters",
+    "dtype", "device", "device_map", "num_threads", "prepack", "forbid_kernels",
+    "attention_backend", "cuda_graphs", "inflate_parameters",
 )  # fmt: skip
 
 
@@ -39,6 +39,9 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
     num_threads: int | None = setting(None, "CPU threads of the forward pass")
     prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
+    forbid_kernels: str = setting(
+        "", "CPU kernels not to use, separated by commas: onednn_float32, onednn_bfloat16"
+    )
     attention_backend: str = setting("auto", "auto, torch or flashinfer")
     cuda_graphs: bool = setting(True, "replay single-token steps from CUDA graphs where faster")
     inflate_parameters: int | None = setting(

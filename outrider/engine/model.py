@@ -50,14 +50,14 @@ def load_engine(options: EngineOptions) -> Engine:
     expected = probe.eager_logits(module, tokens)
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options.model, model, layers)
-    num_prepacked = _prepack(options, module)
+    linear_kernels = _choose_kernels(options, module)
     backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected))
     store = KVStore(layers, _num_pages(options, layers))
-    said = "sdpa" if backend_name == backends.TORCH else backend_name
     info = replace(
         info,
         kv_capacity_tokens=store.capacity_tokens,
-        attention_backend=f"{said}, {num_prepacked} linears prepacked" if num_prepacked else said,
+        attention_backend="sdpa" if backend_name == backends.TORCH else backend_name,
+        linear_kernels=linear_kernels,
         probe_max_difference=difference,
     )
     backend = backends.make(backend_name, model, store)
@@ -115,7 +115,7 @@ def _describe(name: str, model: BoundModel, layers: list[LayerLayout]) -> Engine
         vocab_size=model.vocab_size,
         max_context_len=model.max_context_len,
         eos_token_ids=_eos_token_ids(module),
-        dtype=str(module.dtype).removeprefix("torch."),
+        dtype=_dtype_name(module),
         device=_device_names(layers),
         num_parameters=module.num_parameters(),
         kv_capacity_tokens=0,
@@ -123,6 +123,10 @@ def _describe(name: str, model: BoundModel, layers: list[LayerLayout]) -> Engine
         attention_backend="sdpa",
         probe_max_difference=0.0,
     )
+
+
+def _dtype_name(module: Any) -> str:
+    return str(module.dtype).removeprefix("torch.")
 
 
 def _set_threads(options: EngineOptions) -> None:
@@ -198,10 +202,25 @@ def _bind(name: str, module: Any) -> BoundModel:
     )
 
 
-def _prepack(options: EngineOptions, module: Any) -> int:
-    if not options.prepack or options.device_map is not None or module.device.type != "cpu":
-        return 0
-    return prepack.prepack_linears(module)
+def _choose_kernels(options: EngineOptions, module: Any) -> dict[str, int]:
+    """Prepack the linear layers where possible; the number of layers by kernel."""
+    forbidden = options.forbid_kernels
+    unknown = forbidden.difference(prepack.PREPACKED_KERNELS)
+    if unknown:
+        names = ", ".join(prepack.PREPACKED_KERNELS)
+        raise ConfigError(f"forbid_kernels: {', '.join(sorted(unknown))!r}: expected {names}")
+    if not options.prepack or options.device_map is not None:
+        forbidden = frozenset(prepack.PREPACKED_KERNELS)
+    num_layers = prepack.choose_kernels(module, forbidden)
+    if module.device.type == "cpu":
+        _log.info("linear layers by kernel: %s", num_layers)
+        if num_layers.get(prepack.TORCH_KERNEL) and module.dtype.itemsize < 4:
+            _log.warning(
+                "%s: %s runs without a prepacked kernel on this CPU (%s), which can be many times "
+                "slower than float32; consider --dtype float32",
+                options.model, _dtype_name(module), torch.backends.cpu.get_cpu_capability(),
+            )  # fmt: skip
+    return num_layers
 
 
 def _eos_token_ids(module: Any) -> tuple[int, ...]:

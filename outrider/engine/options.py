@@ -5,7 +5,8 @@ Plain data: this module knows neither torch nor transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class EngineOptions:
     """Threads torch uses inside one operation (the whole process shares the setting)."""
     prepack: bool = True
     """On CPU, lay the weights of linear layers out for oneDNN once instead of at every call."""
+    forbid_kernels: frozenset[str] = frozenset()
+    """Names of prepacked CPU kernels not to use, as `EngineInfo.linear_kernels` reports them."""
     attention_backend: str = "auto"
     """auto | torch | flashinfer. auto: FlashInfer on CUDA where it can serve the model."""
     cuda_graphs: bool = True
@@ -51,7 +54,10 @@ class EngineInfo:
     model_fingerprint: str
     """SHA-256 (hex) of configuration and weights; the same for every dtype and device."""
     attention_backend: str
+    """sdpa | flashinfer | none (simulated)."""
     probe_max_difference: float
     """Largest |difference| of a logit between this engine and plain eager attention, at load."""
     cuda_graphs: bool = False
     """Single-token steps are replayed from CUDA graphs."""
+    linear_kernels: Mapping[str, int] = field(default_factory=dict)
+    """Number of linear layers by kernel: onednn_float32, onednn_bfloat16, torch."""

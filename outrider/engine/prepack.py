@@ -1,14 +1,17 @@
-"""Linear layers whose weights lie in memory as oneDNN wants them, once, instead of per call.
+"""Linear layers on CPU: oneDNN kernels with prepacked weights, and the fallback to torch's own.
 
-CPU only. Without it a float32 block of two tokens costs twice one token (torch leaves its
-matrix-vector path); with it a block of five costs about 1.2 times one, which is what makes
+Without prepacking, a float32 block of two tokens costs twice one token, because torch leaves its
+matrix-vector path. With it, a block of five costs about 1.2 times one token; this makes
 speculative decoding pay on a CPU. The operators are internal to torch but long-standing (its
-compiler emits them), so everything is tried on each weight first and left alone if it differs.
+compiler emits them). Each layer is therefore tried once at load, and keeps torch's kernel if the
+operator is missing, fails on this CPU, or gives another result.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,9 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16)
+TORCH_KERNEL = "torch"
+"""Name of the fallback: `torch.nn.functional.linear`."""
 
-# Of the largest output value; oneDNN and torch add up in different orders.
+_KERNELS = {torch.float32: "onednn_float32", torch.bfloat16: "onednn_bfloat16"}
+
+PREPACKED_KERNELS = tuple(_KERNELS.values())
+"""Names of the prepacked kernels. Not every CPU has them: oneDNN needs AVX-512 for bfloat16."""
+
+# Relative to the largest output value; oneDNN and torch add up in different orders.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -41,34 +50,41 @@ class PrepackedLinear(nn.Module):
         return out
 
 
-def prepack_linears(model: nn.Module) -> int:
-    """Replaces the linear layers of `model` in place; how many were. Frees their weights.
+def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[str, int]:
+    """Prepack the linear layers of `model` in place; the number of layers by kernel.
 
-    Subclasses of nn.Linear (quantised, adapted) are left as they are, and so is all that
-    follows the first layer for which the operators fail or differ: said in the log.
+    A layer keeps torch's kernel on other devices than the CPU, and where the kernel of its dtype
+    is in `forbidden` or fails on this CPU; the failure is logged, and the kernel is not tried
+    again. Subclasses of nn.Linear (quantised, adapted) are neither changed nor counted. The
+    weights of replaced layers are freed.
     """
-    num_replaced = 0
-    for name in [name for name, _ in model.named_modules()]:  # holding none: they are freed
+    num_layers: Counter[str] = Counter()
+    unusable = set(forbidden)
+    for name in [name for name, _ in model.named_modules()]:  # no references: weights are freed
         child = model.get_submodule(name)
         weight = _linear_weight(child)
         if weight is None:
             continue
-        try:
-            packed = _try(weight, getattr(child, "bias", None))
-        except (RuntimeError, AttributeError, NotImplementedError) as error:
-            _log.warning("prepacked linear layers are off from %s on: %s", name, error)
-            break
-        model.set_submodule(name, packed)
-        num_replaced += 1
-    if num_replaced:
-        # What is left are views of the mapped checkpoint file, which would stay in memory whole.
+        kernel = _KERNELS.get(weight.dtype) if weight.device.type == "cpu" else None
+        if kernel is not None and kernel not in unusable:
+            try:
+                model.set_submodule(name, _try(weight, getattr(child, "bias", None)))
+            except (RuntimeError, AttributeError, NotImplementedError) as error:
+                _log.warning("%s does not work on this CPU (layer %s): %s", kernel, name, error)
+                unusable.add(kernel)
+            else:
+                num_layers[kernel] += 1
+                continue
+        num_layers[TORCH_KERNEL] += 1
+    if num_layers.total() > num_layers[TORCH_KERNEL]:
+        # The other parameters are views of the mapped checkpoint file and would keep it in memory.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    return num_replaced
+    return dict(num_layers)
 
 
 def _linear_weight(module: nn.Module) -> torch.Tensor | None:
-    """The weight as [out, in] if the module is a plain linear layer that can be prepacked."""
+    """The weight as [out, in] if the module is exactly a linear layer that can be prepacked."""
     kind: Any = type(module)
     if kind is nn.Linear:
         weight = module.weight
@@ -77,13 +93,12 @@ def _linear_weight(module: nn.Module) -> torch.Tensor | None:
     else:
         return None
     assert isinstance(weight, torch.Tensor)
-    usable = weight.dtype in _DTYPES and weight.device.type == "cpu"
-    return weight.detach() if usable else None
+    return weight.detach()
 
 
 @torch.inference_mode()
 def _try(weight: torch.Tensor, bias: torch.Tensor | None) -> PrepackedLinear:
-    """The prepacked layer, compared once with the plain one. Raises RuntimeError if it differs."""
+    """Prepacked layer, compared once with torch's own. Raises RuntimeError if it differs."""
     packed = PrepackedLinear(weight, bias)
     for rows in (1, 3):
         x = torch.linspace(-1.0, 1.0, rows * weight.shape[1]).reshape(rows, -1).to(weight.dtype)

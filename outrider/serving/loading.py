@@ -29,6 +29,7 @@ def load_served_engine(
             kv_cache_tokens=config.kv_cache_tokens,
             num_threads=config.num_threads,
             prepack=config.prepack,
+            forbid_kernels=_names(config.forbid_kernels),
             attention_backend=config.attention_backend,
             cuda_graphs=config.cuda_graphs,
             inflate_parameters=config.inflate_parameters,
@@ -36,6 +37,11 @@ def load_served_engine(
     )
     tokenizer = Tokenizer.load(config.model)
     return engine, _model_info(engine.info, tokenizer, config.max_gamma)
+
+
+def _names(listed: str) -> frozenset[str]:
+    """Names in a list separated by commas."""
+    return frozenset(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _model_info(

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -21,7 +21,14 @@ REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_STUCK: ReplicaState
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma")
+    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs")
+    class LinearKernelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +41,9 @@ class ModelInfo(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_BACKEND_FIELD_NUMBER: _ClassVar[int]
+    LINEAR_KERNELS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_GRAPHS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -46,7 +56,10 @@ class ModelInfo(_message.Message):
     num_parameters: int
     kv_capacity_tokens: int
     max_gamma: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ...) -> None: ...
+    attention_backend: str
+    linear_kernels: _containers.ScalarMap[str, int]
+    cuda_graphs: bool
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ..., attention_backend: _Optional[str] = ..., linear_kernels: _Optional[_Mapping[str, int]] = ..., cuda_graphs: bool = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("num_tokens", "step_s", "row_s", "mean_num_rows")

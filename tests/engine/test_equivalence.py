@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from outrider.engine import Append, Engine, EngineOptions, Sequence, load_engine
+from tests.engine.cpu import cpu_has_prepacked
 from tests.engine.reference import Reference, Shadow
 from tests.tiny_models import FAMILIES
 
@@ -169,18 +170,27 @@ def test_two_engines_in_one_process(
 def test_without_prepacked_linears(family: str, model_dir: Callable[[str], Path]) -> None:
     options = EngineOptions(str(model_dir(family)), kv_cache_tokens=256, prepack=False)
     engine = load_engine(options)
-    assert "prepacked" not in engine.info.attention_backend
+    assert set(engine.info.linear_kernels) == {"torch"}
     driver = Driver(engine, Shadow(Reference(model_dir(family)), seed=5), seed=6)
     driver.open(60)
     for _ in range(3):
         driver.random_step()
 
 
-def test_bfloat16_stays_near(model_dir: Callable[[str], Path]) -> None:
-    options = EngineOptions(str(model_dir("llama")), dtype="bfloat16", kv_cache_tokens=256)
-    engine = load_engine(options)
+@pytest.mark.parametrize("forbidden", ["", "onednn_bfloat16"], ids=["best", "fallback"])
+def test_bfloat16_stays_near(model_dir: Callable[[str], Path], forbidden: str) -> None:
+    """With the prepacked kernel where the CPU has it, and with torch's kernel everywhere."""
+    engine = load_engine(
+        EngineOptions(
+            str(model_dir("llama")),
+            dtype="bfloat16",
+            kv_cache_tokens=256,
+            forbid_kernels=frozenset({forbidden} - {""}),
+        )
+    )
     assert engine.info.dtype == "bfloat16"
-    assert "prepacked" in engine.info.attention_backend
+    has_kernel = cpu_has_prepacked(torch.bfloat16) and not forbidden
+    assert set(engine.info.linear_kernels) == {"onednn_bfloat16" if has_kernel else "torch"}
     tokens = Shadow(Reference(model_dir("llama")), seed=7).random_tokens(40)
     sequence = engine.store.open(40)
     logits = engine.forward([Append(sequence, tokens, 40)])

@@ -39,10 +39,11 @@ def save(directory: Path, config: Any) -> Path:
             "bloom does not use transformers' attention interface",
         ),
         (
-            transformers.GPTJConfig(
-                vocab_size=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, n_positions=64
+            transformers.GPTNeoConfig(
+                vocab_size=64, hidden_size=32, num_layers=2, num_heads=2,
+                attention_types=[[["global", "local"], 1]], max_position_embeddings=64,
             ),
-            "gptj does not use transformers' attention interface",
+            "gpt_neo does not use transformers' attention interface",
         ),
         (
             transformers.FalconConfig(

@@ -12,13 +12,19 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from outrider.engine import prepack
-from outrider.engine.prepack import PrepackedLinear, prepack_linears
+from outrider.engine.prepack import PrepackedLinear, choose_kernels
+from tests.engine.cpu import cpu_has_prepacked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
-def test_equals_plain_linear(dtype: torch.dtype, bias: bool, rows: int) -> None:
+def test_equals_plain_linear(
+    dtype: torch.dtype, bias: bool, rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not cpu_has_prepacked(dtype):
+        assert_falls_back(nn.Sequential(nn.Linear(40, 48, bias=bias).to(dtype)), caplog)
+        return
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(48, 40, generator=generator).to(dtype)
     offset = torch.randn(48, generator=generator).to(dtype) if bias else None
@@ -55,7 +61,7 @@ def test_replaces_linear_layers_in_place() -> None:
         return out
 
     expected = run()
-    assert prepack_linears(model) == 3
+    assert choose_kernels(model) == {"onednn_float32": 3}
     assert isinstance(model["conv"], PrepackedLinear)
     assert isinstance(model["inner"][0], PrepackedLinear)
     assert type(model["special"]) is Special
@@ -66,7 +72,21 @@ def test_replaces_linear_layers_in_place() -> None:
 
 def test_other_dtypes_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 8).half(), nn.Linear(8, 8).double())
-    assert prepack_linears(model) == 0
+    assert choose_kernels(model) == {"torch": 2}
+
+
+def test_a_forbidden_kernel_is_not_used() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert choose_kernels(model, {"onednn_float32"}) == {"torch": 2}
+    assert type(model[0]) is nn.Linear
+
+
+def assert_falls_back(model: nn.Sequential, caplog: pytest.LogCaptureFixture) -> None:
+    """The layers keep torch's kernel, and the log says why."""
+    with caplog.at_level(logging.WARNING):
+        assert choose_kernels(model) == {"torch": len(model)}
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert caplog.text.count("does not work on this CPU (layer 0)") == 1
 
 
 def test_a_wrong_result_is_not_used(
@@ -75,20 +95,16 @@ def test_a_wrong_result_is_not_used(
     monkeypatch.setattr(
         PrepackedLinear, "forward", lambda self, x: torch.zeros(*x.shape[:-1], self.out_features)
     )
-    model = nn.Sequential(nn.Linear(8, 8))
-    with caplog.at_level(logging.WARNING):
-        assert prepack_linears(model) == 0
-    assert type(model[0]) is nn.Linear
-    assert "off from 0 on: oneDNN's result differs" in caplog.text
+    assert_falls_back(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), caplog)
+    assert "oneDNN's result differs" in caplog.text
 
 
 def test_missing_operators_are_survived(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(prepack, "torch", _Without(torch, "ops"))
-        assert prepack_linears(nn.Sequential(nn.Linear(8, 8))) == 0
-    assert "prepacked linear layers are off" in caplog.text
+        assert_falls_back(nn.Sequential(nn.Linear(8, 8)), caplog)
 
 
 class _Without:
