@@ -13,8 +13,18 @@ from outrider.engine.device_thread import DeviceThread
 from outrider.engine.draws import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
 from outrider.engine.engine import Append, Engine
 from outrider.engine.kv_store import KVStore, Sequence
-from outrider.engine.model import load_engine
 from outrider.engine.options import EngineInfo, EngineOptions
+
+
+def load_engine(options: EngineOptions) -> Engine:
+    """Load and check a model; see `outrider.engine.model`.
+
+    Imported here: transformers takes two seconds, which simulated engines do without.
+    """
+    from outrider.engine.model import load_engine as load
+
+    return load(options)
+
 
 __all__ = [
     "Append",

@@ -1,6 +1,6 @@
 """Attention over paged keys and values, as the function that transformers calls.
 
-Owns the one function registered with transformers, and the mathematics of one layer. Which
+Owns the function that loading registers with transformers, and the mathematics of one layer. Which
 engine a call belongs to comes from a context variable that only `Engine.forward` sets, so any
 number of engines can live in a process. Knows nothing about models or sessions.
 
@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 
 from outrider.errors import InternalError
 
@@ -98,10 +97,6 @@ def registered_attention(
         raise InternalError("the model made an attention mask of its own")
     call = LayerCall(scaling, sliding_window, softcap, s_aux, others)
     return step.attend(module, query, key, value, call), None
-
-
-# No mask function is registered under this name: transformers then makes no mask at all.
-AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AttentionInterface
 
 from outrider.engine import backends, checkpoint, guards, memory, prepack, probe
-from outrider.engine.attention import ATTENTION_NAME
+from outrider.engine.attention import ATTENTION_NAME, registered_attention
 from outrider.engine.bound import BoundModel
 from outrider.engine.engine import Engine
 from outrider.engine.kv_store import PAGE_SIZE, KVStore, LayerLayout
@@ -27,6 +28,9 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+# No mask function is registered under this name: transformers then makes no mask at all.
+AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 # Pages of the small store that the probe uses before the real one is allocated.
 _PROBE_PAGES = 8
