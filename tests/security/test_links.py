@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from outrider.errors import ConfigError
+from outrider.relay import Relay
 from outrider.security.channel import Access, TlsChannels
 from outrider.security.pem import watched_pem
 from outrider.v1 import orchestrator_pb2_grpc, target_pb2_grpc
@@ -54,6 +55,16 @@ async def test_a_generation_over_links_that_are_all_secured(
             assert len(output.token_ids) == 16
             assert output.speculation.num_drafts > 0, "the draft's link works too"
         await _refused_by_a_tier(authority, f"127.0.0.1:{system.target.port}")
+
+
+async def test_a_distant_client_connects(authority: Authority, redis_url: str) -> None:
+    """A handshake may take seconds: round trips of 300 ms here, or a busy machine."""
+    async with (
+        secured(authority, redis_url) as system,
+        Relay("127.0.0.1", 0, "127.0.0.1", system.orchestrator.port, 0.15) as relay,
+        client(f"127.0.0.1:{relay.port}", Access(tls_ca=authority.ca)) as stub,
+    ):
+        assert len((await generated(stub, num_tokens=4)).token_ids) == 4
 
 
 async def _refused_by_a_tier(authority: Authority, endpoint: str) -> None:
@@ -241,6 +252,7 @@ def copy(authority: Authority, who: str, over: str) -> None:
     replace(authority.folder / f"{over}.pem", cert)
 
 
+@pytest.mark.slow
 async def test_links_are_renewed(authority: Authority, redis_url: str) -> None:
     """After a change the orchestrator's links are new ones; the former ones end."""
     async with secured(authority, redis_url) as system:
