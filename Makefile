@@ -4,35 +4,71 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV ?= .venv-proto
 AUDIT_VENV ?= .venv-audit
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test pods lint audit proto proto-check clean
+.PHONY: help setup demo test test-quick test-newest test-oldest pods lint audit lock proto proto-check clean
 
 help:
-	@echo "make demo    set up, run a speculative generation through four real processes, compare"
-	@echo "make test    set up, lint, type-check, check generated code, run every test"
-	@echo "make pods    run the manifests' own pods as processes in network namespaces (root)"
-	@echo "make lint    ruff, mypy, import rules"
-	@echo "make audit   look dependencies up in PyPI's advisories (needs the network)"
-	@echo "make proto   regenerate outrider/v1 from proto/"
-	@echo "make clean   remove the environments"
+	@echo "make demo         set up, run a speculative generation through four real processes, compare"
+	@echo "make test         set up, lint, type-check, check generated code, run every test"
+	@echo "make test-quick   the tests that start no process and draw few samples: under 3 minutes"
+	@echo "make test-newest  engine, services and end-to-end tests with the newest dependencies allowed"
+	@echo "make test-oldest  the same with the oldest dependencies allowed"
+	@echo "make pods         run the manifests' own pods as processes in network namespaces (root)"
+	@echo "make lint         ruff, mypy, import rules"
+	@echo "make lock         pin the newest allowed versions in requirements/ (needs PyPI)"
+	@echo "make audit        look dependencies up in PyPI's advisories (needs the network)"
+	@echo "make proto        regenerate outrider/v1 from proto/"
+	@echo "make clean        remove the environments"
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned: asked for as a range it may bring gigabytes of CUDA packages.
-$(VENV)/.ready: pyproject.toml
+# With a GPU: torch's CUDA build and FlashInfer, from PyPI, by hash. Without: torch's CPU build, which is
+# on torch's own index, by version; where that index cannot be reached, pip takes what other indexes have.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(shell command -v nvidia-smi),)
+TORCH := --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
+else
+TORCH := --require-hashes --no-deps -r requirements/model-cuda.txt
+endif
+
+$(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Outrider needs Python 3.11 or newer; try make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python $(PIP_INSTALL) --require-hashes --no-deps -r requirements/dev.txt
+	$(BIN)/python $(PIP_INSTALL) $(TORCH)
+	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 demo: setup
 	$(BIN)/outrider demo
 
-# Tests are taken over from the busier of the two: the longest are no more at its end than elsewhere.
+# Three workers on two cores: tests wait a third of their time. A file stays with one worker, for its fixtures;
+# tests/conftest.py puts the long files first. The engine's tests run twice where the CPU has AVX-512, the
+# first time as if it had not.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 test: setup lint proto-check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS)
+
+# The inner loop. Every other test is marked slow.
+test-quick: setup
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+# The ends of the ranges of the runtime dependencies, resolved on the day, under the newest test tools.
+# UV_TORCH_BACKEND=cpu saves 3 GB of CUDA packages where torch's own index can be reached.
+RANGE_TESTS := tests/engine tests/services tests/e2e tests/sampling tests/orchestrator
+test-newest: RESOLUTION := highest
+test-oldest: RESOLUTION := lowest-direct
+test-newest test-oldest: test-%: setup
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$*
+	$(BIN)/uv pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
+		--output-file .venv-$*/runtime.txt pyproject.toml
+	$(BIN)/uv pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev]'
+	$(BIN)/uv pip list --python .venv-$*
+	.venv-$*/bin/python -m pytest $(WORKERS) $(RANGE_TESTS)
 
 # Overlays as processes, a network namespace and an address for each pod; wants root, and the cores to itself.
 pods: setup
@@ -44,20 +80,24 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# In an environment of its own: the auditor's own dependencies are none of ours. Strict: what PyPI
-# does not know is a failure, not a pass. Builds for one device (torch 2.13.0+cpu) are known without.
+# Without uv in .venv yet (a lock that no longer installs), run scripts/lock.py beside any uv.
+lock: setup
+	$(BIN)/python scripts/lock.py
+
+# In an environment of its own: the auditor's dependencies are none of ours. Strict: a package
+# that PyPI does not know is a failure. Local versions (torch 2.13.0+cpu) are looked up without the suffix.
 $(AUDIT_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(AUDIT_VENV)
-	$(AUDIT_VENV)/bin/python -m pip install --quiet pip-audit
+	$(AUDIT_VENV)/bin/python $(PIP_INSTALL) pip-audit
 	@touch $@
 
 audit: setup $(AUDIT_VENV)/.ready
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > $(AUDIT_VENV)/requirements.txt
 	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r $(AUDIT_VENV)/requirements.txt
 
-$(PROTO_VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(PROTO_VENV)
-	$(PROTO_VENV)/bin/python -m pip install --quiet grpcio-tools==1.76.0 setuptools
+$(PROTO_VENV)/.ready: requirements/proto.txt
+	$(PYTHON) -m venv --clear $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python $(PIP_INSTALL) --require-hashes -r requirements/proto.txt
 	@touch $@
 
 proto: $(PROTO_VENV)/.ready
@@ -68,4 +108,4 @@ proto-check: $(PROTO_VENV)/.ready
 	$(PROTO_VENV)/bin/python scripts/gen_proto.py --check
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV)
+	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) .venv-newest .venv-oldest

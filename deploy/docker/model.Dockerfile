@@ -2,7 +2,7 @@
 # The two model services; one image for each device, with either service in it.
 #   docker build -f deploy/docker/model.Dockerfile --target cpu  -t outrider-model:0.1.0-cpu .
 #   docker build -f deploy/docker/model.Dockerfile --target cuda -t outrider-model:0.1.0-cuda .
-# Packages are pinned by version and hash, but for torch's CPU build, which is not on PyPI.
+# Packages are pinned by version and hash, except torch's CPU build: its version alone (requirements/torch.txt).
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
 # With nvcc: FlashInfer compiles its kernels for the card it finds. CUDA as in model-cuda.txt.
 ARG CUDA_IMAGE=docker.io/nvidia/cuda:13.0.1-devel-ubuntu24.04
@@ -13,8 +13,9 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 # First and by itself: the largest layer, which changes least.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN /opt/venv/bin/pip install --no-deps --index-url ${TORCH_INDEX} torch==2.13.0
-COPY deploy/docker/requirements/model-cpu.txt /build/requirements.txt
+COPY requirements/torch.txt /build/torch.txt
+RUN /opt/venv/bin/pip install --no-deps --index-url ${TORCH_INDEX} -r /build/torch.txt
+COPY requirements/model-cpu.txt /build/requirements.txt
 RUN /opt/venv/bin/pip install --require-hashes --no-deps -r /build/requirements.txt
 COPY pyproject.toml README.md /build/
 COPY outrider /build/outrider
@@ -45,7 +46,7 @@ RUN apt-get update \
 FROM cuda-base AS cuda-build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python3 -m venv /opt/venv
-COPY deploy/docker/requirements/model-cuda.txt /build/requirements.txt
+COPY requirements/model-cuda.txt /build/requirements.txt
 RUN /opt/venv/bin/pip install --require-hashes --no-deps -r /build/requirements.txt
 COPY pyproject.toml README.md /build/
 COPY outrider /build/outrider

@@ -8,7 +8,7 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
-COPY deploy/docker/requirements/orchestrator.txt /build/requirements.txt
+COPY requirements/orchestrator.txt /build/requirements.txt
 RUN /opt/venv/bin/pip install --require-hashes --no-deps -r /build/requirements.txt
 COPY pyproject.toml README.md /build/
 COPY outrider /build/outrider

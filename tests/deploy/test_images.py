@@ -1,4 +1,7 @@
-"""What goes into the images, and how they run on one machine. Read: nothing here builds them."""
+"""What goes into the images, and how they run on one machine. Read: nothing here builds them.
+
+Their packages are checked in tests/test_lock.py.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,16 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from packaging.requirements import Requirement
 
 from outrider.cli.app import app
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.loader import load
 from tests.deploy.sources import DEPLOY, ROOT, built, script
 
-requirements = script("gen_requirements")
 dashboard = script("gen_dashboard")
 DOCKERFILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
 # What a container's life takes beyond its own grace (tests/deploy/pods.py).
 SPARE_S = 5
-
-
-@pytest.mark.parametrize("image", requirements.IMAGES, ids=lambda image: image.name)
-def test_every_package_is_pinned_as_the_project_asks(image: Any) -> None:
-    """After a change of pyproject.toml: python scripts/gen_requirements.py."""
-    text = image.path.read_text("utf-8")
-    pinned = requirements.locked(text)
-    wanted = [Requirement(line) for line in requirements.required(image)]
-    for requirement in wanted:
-        if not image.has_device and requirements.DEVICE.fullmatch(requirement.name):
-            continue  # of the image's own variant
-        name = requirements.package(requirement.name)
-        assert name in pinned, f"{image.name}: python scripts/gen_requirements.py"
-        assert requirement.specifier.contains(pinned[name]), f"{name} {pinned[name]}"
-    assert len(re.findall("--hash=sha256:", text)) >= len(pinned)
-
-
-def test_the_orchestrators_image_has_no_torch() -> None:
-    (image,) = [image for image in requirements.IMAGES if image.name == "orchestrator"]
-    pinned = requirements.locked(image.path.read_text("utf-8"))
-    assert not {"torch", "transformers", "triton", "accelerate"} & pinned.keys()
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
