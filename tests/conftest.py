@@ -1,12 +1,15 @@
-"""For all tests: hypothesis tries the same examples in every run, however slow the machine is at
-that moment, so that a green run stays green.
+"""Settings of all tests.
 
-`pytest --hypothesis-profile=default` explores anew.
+Hypothesis tries the same examples in every run, however slow the machine is at that moment, so
+that a green run stays green; `pytest --hypothesis-profile=default` explores anew.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -15,3 +18,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order by file, the one with the most slow tests first: none of those is left for the end."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -num_slow[item.path])

@@ -173,6 +173,7 @@ async def announcing_process(url: str) -> AsyncIterator[asyncio.subprocess.Proce
         await process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Signals) -> None:
     """A process killed, or frozen for good; the index forgets it too."""
@@ -188,12 +189,14 @@ async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Si
         assert redis_command(redis_url, "ZCARD", "outrider:replicas:target") == b":1"
 
 
+@pytest.mark.slow
 async def test_without_a_watcher_nothing_stays_either(redis_url: str) -> None:
     async with announcing_process(redis_url):
         await until(lambda: redis_command(redis_url, "DBSIZE") == b":2")
     await until(lambda: redis_command(redis_url, "DBSIZE") == b":0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["restarted", "frozen"])
 async def test_redis_away_and_back(way: str) -> None:
     """The last list holds meanwhile; both sides say so once, and go on by themselves."""
@@ -224,6 +227,7 @@ async def test_redis_away_and_back(way: str) -> None:
         assert redis_command(server.url, "DBSIZE") == b":0"
 
 
+@pytest.mark.slow
 async def test_leaving_without_redis_takes_no_long_time() -> None:
     with RedisServer() as server:
         async with watching(server.url) as watched, announcing(server.url):
@@ -256,6 +260,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
 async def test_malformed_records_are_skipped(kind: str, redis_url: str) -> None:
     """Said once, however often they are read; the others are seen."""

@@ -104,6 +104,7 @@ async def test_a_delay_is_the_least_each_way_and_may_change() -> None:
         assert await trip_s(ends) >= 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 async def test_delays_overlap() -> None:
     """Many messages are under way at a time: one by one these would take two minutes."""

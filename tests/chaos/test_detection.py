@@ -73,6 +73,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 async def test_what_is_wrong_once_is_found(wrong: str) -> None:
     """And named, with its session; nothing else is blamed."""

@@ -15,6 +15,8 @@ from outrider.chaos.faults import QUICK_FAULTS
 from tests.cli import conftest
 from tests.cli.processes import ROOT, command, descendants, environment, wait_until_dead
 
+pytestmark = pytest.mark.slow
+
 target, draft = conftest.target, conftest.draft
 
 # Some tens of seconds; every program that is killed loads torch again, on whatever machine.
@@ -57,7 +59,7 @@ def test_nothing_is_lost_in_a_short_run(tmp_path: Path) -> None:
 def test_models_give_the_same_tokens(target: Path, draft: Path, tmp_path: Path) -> None:
     """Keys and values are lost with their replica, and computed anew elsewhere."""
     done = run(
-        "chaos", "--quick", f"--target={target}", f"--draft={draft}", "--generations=20",
+        "chaos", "--quick", f"--target={target}", f"--draft={draft}", "--generations=12",
         "--faults=target-kill,target-drop,draft-kill,orchestrator-kill", "--concurrent=6",
         "--longest=2", "--kv-cache-tokens=8192", f"--out={tmp_path / 'out'}",
     )  # fmt: skip

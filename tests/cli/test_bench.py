@@ -65,7 +65,7 @@ def test_delay_compares_with_none(tmp_path: Path) -> None:
 
 
 def test_a_twin_is_told_what_the_pair_did(target: Path, draft: Path, tmp_path: Path) -> None:
-    models = (f"--target={target}", f"--draft={draft}", "--max-tokens=100")
+    models = (f"--target={target}", f"--draft={draft}", "--max-tokens=24")
     ended = run("bench", "twin", "--quick", f"--out={tmp_path}", *models)
     assert ended.returncode == 0, ended.stderr
     rows = json.loads((tmp_path / "twin.json").read_text("utf-8"))["results"]

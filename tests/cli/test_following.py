@@ -32,7 +32,7 @@ from tests import redis_fixture
 from tests.cli.processes import ROOT, TIMEOUT_S, command, environment
 from tests.stack import eventually
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(200)]
 redis_server = redis_fixture.redis_server
 
 # Of the slow link, each way: an output takes some seconds at the least.

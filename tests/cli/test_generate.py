@@ -20,7 +20,7 @@ from outrider.errors import ConfigError, InvalidRequest
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, run
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 PROMPT = ("the quick", "--max-tokens=24", "--temperature=0", "--ignore-eos")
 

@@ -22,7 +22,7 @@ def test_the_demo_finds_identical_outputs() -> None:
 
 def test_wire_bytes_by_method() -> None:
     """That they do not grow with the vocabulary: tests/e2e/test_wire.py."""
-    ended = run("bench", "wire", "--vocab-sizes=512", "--runs=1", "--max-tokens=64", "--json")
+    ended = run("bench", "wire", "--vocab-sizes=512", "--runs=1", "--max-tokens=32", "--json")
     assert ended.returncode == 0, ended.stderr
     lines = json.loads(ended.stdout)
     assert [line["vocab_size"] for line in lines] == [512] * 6

@@ -103,6 +103,7 @@ async def test_a_sleeping_process_is_busy() -> None:
             await child.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "named"),
     [

@@ -18,11 +18,15 @@ from tests.cli.processes import descendants, run, up, wait_until_dead
 pytestmark = pytest.mark.timeout(200)
 
 
-def test_ctrl_c_leaves_nothing(target: Path, tmp_path: Path) -> None:
+SIMULATED = "--simulate-target=step_ms=1"
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     """Exit 0, every process gone by then, in order; the private Redis folder too."""
-    with up(f"--target={target}", f"--log-dir={tmp_path}") as started:
+    with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
-        assert len(children) == 3, children  # no draft: it would be another model's
+        assert len(children) == 3, children
         redis = next(line for line in children.values() if "unixsocket" in line)
         assert started.signal(signal.SIGINT) == 0
         assert not [pid for pid in children if pid in descendants(1)]
@@ -45,6 +49,7 @@ def test_a_stop_while_loading(target: Path, tmp_path: Path) -> None:
         wait_until_dead(children, timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_dead_draft_costs_only_speed_and_a_killed_parent_leaves_nothing(
     target: Path, draft: Path, tmp_path: Path
 ) -> None:
@@ -73,9 +78,10 @@ def _answer_with_drafts(question: list[str]) -> dict[str, Any]:
             return answer
 
 
-def test_a_dead_target_ends_it(target: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_dead_target_ends_it(tmp_path: Path) -> None:
     """Exit 1, by name, and nothing is left."""
-    with up(f"--target={target}", f"--log-dir={tmp_path}") as started:
+    with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
         subprocess.run(["kill", "-9", str(started.pid_of("target_service"))], check=True)
         line = started.read_until("target died")
@@ -84,6 +90,7 @@ def test_a_dead_target_ends_it(target: Path, tmp_path: Path) -> None:
         wait_until_dead(children, timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_missing_model(tmp_path: Path) -> None:
     """Exit 2; the program, the directory and the log are named: as with any that is refused."""
     missing = tmp_path / "nowhere"
@@ -95,6 +102,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_mismatched_tokenizers(target: Path, draft: Path, tmp_path: Path) -> None:
     """Exit 2; the orchestrator says that draft and target do not fit."""
     other = shutil.copytree(draft, tmp_path / "other")
@@ -116,6 +124,7 @@ def test_a_port_in_use() -> None:
     assert "loading" not in ended.stdout
 
 
+@pytest.mark.slow
 def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
     """No model is loaded; drafts come from afar, and change no token."""
     flags = ("--simulate-target=step_ms=5", "--simulate-draft=step_ms=0.5,survival=0.9")
@@ -132,15 +141,17 @@ def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
         wait_until_dead(children, timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_simulated_target_alone(tmp_path: Path) -> None:
     """Without a draft of any kind: the quickstart one would guess at random."""
-    with up("--simulate-target=step_ms=1", f"--log-dir={tmp_path}") as started:
+    with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         assert len(descendants(started.process.pid)) == 3
         question = ["--token-ids=1,2,3", "--endpoint", started.endpoint, "--json"]
         answered = json.loads(run("generate", *question, "--max-tokens=8").stdout)
         assert answered["origins"] == ["plain"] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

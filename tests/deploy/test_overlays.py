@@ -36,6 +36,7 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no k
 gen_manifests = script("gen_manifests")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_an_overlay_is_whole(name: str) -> None:
     """Nothing is wrong with what is in deploy/built, which needs no kubectl to be read."""
@@ -73,6 +74,7 @@ def overlay(directory: Path, lines: list[str]) -> Manifests:
     return Manifests.parse(gen_manifests.kustomize(own))
 
 
+@pytest.mark.slow
 @needs_kubectl
 @pytest.mark.parametrize("components", COMBINATIONS, ids=" ".join)
 def test_a_component_fits_the_base(components: tuple[str, ...], tmp_path: Path) -> None:

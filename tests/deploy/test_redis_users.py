@@ -139,6 +139,7 @@ def test_users_may_do_their_part_and_no_more(files: Path) -> None:
         assert say(path, "GET outrider:x")[0].startswith("-NOAUTH")
 
 
+@pytest.mark.slow
 def test_sentinels_know_each_other_and_nobody_else(files: Path) -> None:
     """Who has no password can neither appoint another primary nor end one; they find each other."""
     password = (files / "sentinel.conf").read_text().split()[-1]

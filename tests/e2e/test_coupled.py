@@ -36,6 +36,8 @@ from tests.e2e.traffic import (
 from tests.stack import KV_TOKENS, Output, Stack, request, running_stack
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 _NUM_TOKENS = 20
 
 _SAMPLINGS: list[Sampling] = [

@@ -22,6 +22,8 @@ from tests.e2e.traffic import (
 from tests.stack import Output, running_stack
 from tests.tiny_models import FAMILIES, make_tiny_draft, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 _GAMMAS = (0, 1, 3, 5, 8)
 _NUM_TOKENS = 20
 # Prompts beyond it go in chunks; shorter than the packed rows of a few sessions.
@@ -97,12 +99,14 @@ async def test_every_gamma_lookahead_and_fan_out(
                 check_setting(how, output)
             assert_speculated(outputs)
             num_hits += sum(output.speculation.num_lookahead_hits for output in outputs)
-        assert num_hits > 3
         for i, how in enumerate(SETTINGS):
             prompt = prompts[i % len(prompts)]
             output = await stack.generate(**_how(prompt, how, _NUM_TOKENS // 2))
             _check(reference, prompt, output, _NUM_TOKENS // 2)
             check_setting(how, output)
+            num_hits += output.speculation.num_lookahead_hits
+    # In the crowd a busy draft may have few; alone it has the time.
+    assert num_hits > 3
 
 
 @pytest.mark.parametrize(("vocab_size", "draft_vocab_size"), [(300, 256), (256, 300)])

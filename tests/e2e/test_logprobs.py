@@ -21,6 +21,8 @@ from tests.e2e.traffic import (
 )
 from tests.stack import Output, running_stack
 
+pytestmark = pytest.mark.slow
+
 _TOLERANCE = 1e-4
 _NUM_TOKENS = 24
 _PROMPTS = [prompt_of(length, vocab_size=8) for length in (1, 5, 30)]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from outrider.engine.quickstart import draft_path, target_path
 from outrider.tokenizer import Tokenizer
 from tests.e2e.reference import Reference, assert_greedy
 from tests.e2e.traffic import assert_speculated, generate_all
 from tests.stack import running_stack
+
+pytestmark = pytest.mark.slow
 
 _NUM_TOKENS = 32
 _TEXT = '''class Stack:

@@ -150,6 +150,7 @@ def _assert_text_ends(output: Output) -> None:
         assert text_of(output.token_ids[: i + 1]).startswith(output.text[:end])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _CASES)
 async def test_a_field_means_the_same(case: str, text_pair: TextPair, redis: str) -> None:
     """Greedy, and sampled by `coupled`: speculated in three ways, and plain."""
@@ -196,6 +197,7 @@ async def test_a_field_means_the_same(case: str, text_pair: TextPair, redis: str
     assert num_drafted(outputs)[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verification", [REJECTION, BLOCK, COUPLED])
 async def test_origins_and_statistics_agree(
     verification: int, text_pair: TextPair, redis: str
@@ -261,6 +263,7 @@ async def test_an_unset_seed_is_drawn_and_reported(text_pair: TextPair, redis: s
         assert one.token_ids == other.token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_draft", [False, True])
 async def test_who_chooses_gamma(has_draft: bool, text_pair: TextPair, redis: str) -> None:
     """The request, else the server's setting, else the policy; said in result and model info."""

@@ -21,6 +21,8 @@ from tests.e2e.sampled import (
 from tests.e2e.traffic import assert_speculated
 from tests.stack import running_stack
 
+pytestmark = pytest.mark.slow
+
 # Processors act on the target's logits, whoever judges by them then: one way of judging each, both
 # for none of them and for all together. Coupled outputs are compared token for token elsewhere.
 _WAYS = [

@@ -27,6 +27,8 @@ from tests.e2e.sampled import (
 from tests.e2e.traffic import REJECTION, assert_speculated, far_target
 from tests.stack import running_stack
 
+pytestmark = pytest.mark.slow
+
 # γ is the server's to choose, by costs that make it worth while.
 _CHOSEN = {"lookahead": 2, "fan_out": 16}
 # Blocks so long that something is left of them when the target has emitted their first tokens.

@@ -10,6 +10,8 @@ from tests.e2e.traffic import BLOCK, COUPLED, REJECTION, assert_speculated, gene
 from tests.stack import running_stack
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 _GAMMA = 4
 _NUM_TOKENS = 40
 _METHODS = {"rejection": REJECTION, "block": BLOCK, "coupled": COUPLED}

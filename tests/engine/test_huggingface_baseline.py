@@ -99,6 +99,7 @@ def test_a_wrong_request_is_answered_by_name(
     assert "token_ids" in _ask(baseline, max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_the_program_serves_lines(pair: Path, tmp_path: Path) -> None:
     """A ready line, then an answer for each line; prompts of a file by their number."""
     prompts = tmp_path / "prompts.json"

@@ -127,6 +127,7 @@ def test_what_cannot_be_made_is_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_program_tells_each_measurement_then_the_report(tmp_path: Path) -> None:
     """JSON lines on standard output; status 2 and the name of what is wrong."""
     flags = ["--size=tiny", "--num-threads=1"]  # threads that wait for each other's cores are slow

@@ -28,6 +28,7 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
         yield system
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 async def test_nothing_hostile_disturbs_a_service(service: str, system: System) -> None:
     """Nor a healthy session beside it; and nothing is left of it."""
@@ -45,6 +46,7 @@ async def test_nothing_hostile_disturbs_a_service(service: str, system: System) 
     assert [line for name in system.addresses for line in system.raised(name)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", ["target", "draft"])
 async def test_nor_a_model_with_samplers(service: str, pair: Pair, greedy: Greedy) -> None:
     """All sampling parameters are honoured or refused by name, whatever they are."""

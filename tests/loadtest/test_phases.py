@@ -40,6 +40,7 @@ def phase(whom: Subject, ask: Ask | None = None, number: int = 0) -> Phase:
     return Phase(whom, ask or Ask(), number=number, seed=0, run="test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0, 3])
 async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url: str) -> None:
     """Within 5 %, of every request of the same run and of p50 and p99 over them; no code is shared.
@@ -167,6 +168,7 @@ async def test_what_was_cut_is_kept_as_such(redis_url: str) -> None:
     assert (record.status, record.ended_s) == ("CUT", None)
 
 
+@pytest.mark.slow
 async def test_a_campaign_compares_in_both_orders(redis_url: str) -> None:
     """The same visits by both variants, with as many tokens; passes counted by the target."""
     async with simulated(redis_url) as system:

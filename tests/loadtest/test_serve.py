@@ -68,6 +68,7 @@ async def serve(system: System, out: Path, *arguments: str) -> tuple[dict[str, A
     return json.loads((out / "serve.json").read_text("utf-8")), said.decode()
 
 
+@pytest.mark.slow
 async def test_a_run_leaves_a_result_and_a_page(redis_url: str, tmp_path: Path) -> None:
     """In vLLM's shape, with speculation and without; the page fetches nothing."""
     async with simulated(redis_url) as system:
@@ -97,6 +98,7 @@ async def test_a_run_leaves_a_result_and_a_page(redis_url: str, tmp_path: Path) 
     assert "script" not in page.tags
 
 
+@pytest.mark.slow
 async def test_a_search_and_a_trace(redis_url: str, tmp_path: Path) -> None:
     """Rates double while the promise is kept; lengths are the trace's, arrivals the rate's."""
     trace = tmp_path / "trace.jsonl"

@@ -174,6 +174,7 @@ PARAMS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(params=PARAMS, steps=STEPS)
 @settings(deadline=None, max_examples=400)
 def test_any_output_is_what_the_model_says(

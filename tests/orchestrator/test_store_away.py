@@ -151,6 +151,7 @@ async def test_a_defect_in_the_link_costs_one_batch(
     assert (await leased(store)).created
 
 
+@pytest.mark.slow
 async def test_a_stall_of_our_own_is_not_held_against_it() -> None:
     """What has arrived while this process stood still has arrived in time."""
     with RedisServer() as server:

@@ -176,6 +176,7 @@ def cluster_url(tmp_path: Path) -> Iterator[str]:
         server.wait()
 
 
+@pytest.mark.slow
 async def test_scripts_touch_keys_of_one_slot_only(cluster_url: str) -> None:
     """A cluster refuses scripts whose keys are of several slots, or not declared."""
     async with opened(cluster_url) as store:

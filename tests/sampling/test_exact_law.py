@@ -50,6 +50,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @_both
 @pytest.mark.parametrize("shape", _SHAPES)
 @pytest.mark.parametrize(("vocab_size", "gamma", "num_cases"), [(3, 1, 10), (3, 2, 5), (4, 2, 2)])

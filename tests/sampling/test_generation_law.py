@@ -223,6 +223,7 @@ def test_the_tables_are_the_services_uniforms() -> None:
         assert randomness.noise[seed, position].tolist() == noise.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pair", [_TRUNCATED, _FAR_APART, _TAILS], ids=["truncated", "far apart", "tails"]
 )
@@ -245,6 +246,7 @@ def test_blocks_must_not_share_uniforms() -> None:
 _NOISE_BUGS = [bug for bug in Bug if bug not in (Bug.NONE, Bug.NOT_KEYED_BY_BASE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", _NOISE_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_in_recovered_tokens_is_caught(bug: Bug) -> None:
     """By the check above, at its own size."""

@@ -20,6 +20,8 @@ from outrider.sampling.verify import Evidence, Noise, verify_block, verify_token
 from .keys import stream_keys
 from .laws import Verify
 
+pytestmark = pytest.mark.slow
+
 Floats = npt.NDArray[np.float64]
 
 _FALSE_ALARM = 1e-6

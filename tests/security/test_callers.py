@@ -77,10 +77,8 @@ async def _without_a_key(channel: Any, key: str) -> None:
     stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
     for call in (generated(stub), model_info(stub), asked_session(stub), deletion(stub)):
         assert (await refusal(call)).code is Code.UNAUTHENTICATED
-    reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
-    await reflection.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await reflection.read()
+        await _listed_services(channel)
     assert caught.value.code() is Code.UNAUTHENTICATED
     health = health_pb2_grpc.HealthStub(channel)
     answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
@@ -102,6 +100,13 @@ async def _without_a_key(channel: Any, key: str) -> None:
             await call
         else:
             assert (await refusal(call)).code is Code.UNAUTHENTICATED, metadata
+
+
+async def _listed_services(channel: Any) -> Any:
+    """The reflection service's answer. A refusal is raised by `write` or by `read`."""
+    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    return await call.read()
 
 
 async def test_sessions_are_their_callers_own(tmp_path: Path, redis_url: str) -> None:
@@ -178,6 +183,7 @@ async def test_tokens_a_minute(tmp_path: Path, redis_url: str) -> None:
             await model_info(ada)
 
 
+@pytest.mark.slow
 async def test_the_file_changes(tmp_path: Path, redis_url: str) -> None:
     """Keys come and go without a restart; a file that makes no sense changes nothing."""
     path = tmp_path / "keys"

@@ -95,6 +95,7 @@ def test_a_key_is_added_to_a_file_that_stays_readable(tmp_path: Path) -> None:
     assert path.read_text() == "no key\n"
 
 
+@pytest.mark.slow
 async def test_from_the_first_key_to_the_last_command(
     pki: Path, tmp_path: Path, redis_url: str
 ) -> None:
@@ -138,6 +139,7 @@ async def _commands(endpoint: str, ca: str, key_file: Path, key: str) -> None:
     assert (no_key[0], "UNAUTHENTICATED" in no_key[2]) == (1, True)
 
 
+@pytest.mark.slow
 async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: str) -> None:
     """It is said, in the words of the command line."""
     tier, stranger = tier_settings(pki), Authority(tmp_path / "stranger")

@@ -77,6 +77,7 @@ def token_ids(said: Any) -> list[int]:
     return [token for message in said["messages"] for token in message["token_ids"]]
 
 
+@pytest.mark.slow
 async def test_generate_in_plain_text(node: Path, redis_url: str) -> None:
     """The same tokens as Python's client, to the end, with all that the last message says."""
     async with tiers() as servers, orchestrated(servers, redis_url) as system:

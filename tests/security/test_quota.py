@@ -132,6 +132,7 @@ async def test_tokens_count_at_all_orchestrators(tmp_path: Path, redis_url: str)
         assert refused.retry_after_s > 100, "of the 400"
 
 
+@pytest.mark.slow
 async def test_without_redis_each_counts_its_own(tmp_path: Path) -> None:
     """Limits hold at each orchestrator, and calls go on."""
     with RedisServer() as server:

@@ -14,6 +14,7 @@ import pytest
 import orchestrator.emitter
 import orchestrator.service
 import outrider.serving.scheduler
+from outrider.relay import Relay
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command
 from tests.services.parts import (
@@ -81,13 +82,17 @@ async def _until_their_deadline(
     raise AssertionError(f"not begun within {DEADLINES_S[-1]} s")
 
 
-@pytest.mark.parametrize("way", ["cancelled", "deadline", "connection closed"])
+@pytest.mark.parametrize("way", ["cancelled", "deadline", "connection broken"])
 async def test_a_caller_that_leaves_frees_everything(
     way: str, pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
     """KV on both tiers, the lease, and what Redis has of one-off calls; the session goes on."""
-    async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
-        channel = grpc.aio.insecure_channel(stack.endpoint)
+    async with (
+        both_tiers(pair) as tiers,
+        orchestrating(tiers, redis_url) as stack,
+        Relay("127.0.0.1", 0, "127.0.0.1", int(stack.endpoint.rpartition(":")[2]), 0.0) as relay,
+        grpc.aio.insecure_channel(relay.address) as channel,
+    ):
         client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         if way == "deadline":
             await _until_their_deadline(stack, client, redis_url)
@@ -98,10 +103,9 @@ async def test_a_caller_that_leaves_frees_everything(
                 for call in calls:
                     call.cancel()
             else:
-                await channel.close()
+                relay.reset()
         await eventually(lambda: nothing_held(stack))
         await eventually(lambda: _is_free(stack, "s"))
-        await channel.close()
         assert redis_command(redis_url, "DBSIZE") == b":2", "the named session and its tokens"
         held = list((await session(stack, "s")).token_ids)
         assert held[: len(PROMPT)] == PROMPT
@@ -124,6 +128,7 @@ async def _leave(stack: System, number: int, chance: random.Random) -> None:
     call.cancel()
 
 
+@pytest.mark.slow
 async def test_two_hundred_sessions_dropped_at_random_leak_nothing(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +224,7 @@ async def test_a_slow_reader_keeps_its_session(
         assert refused.code is grpc.StatusCode.ABORTED
 
 
+@pytest.mark.slow
 async def test_a_stop_ends_running_streams_as_cancelled(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +268,7 @@ async def test_a_stop_ends_running_streams_as_cancelled(
             assert again.token_ids == greedy([*held, 5, 6], 9)
 
 
+@pytest.mark.slow
 async def test_a_stop_does_not_wait_for_a_slow_reader(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

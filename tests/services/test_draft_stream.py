@@ -29,6 +29,7 @@ Frame = draft_pb2.ProposeRequest
 Reason = draft_pb2.DraftLost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lookahead", "fan_out"), [(0, 1), (1, 1), (1, 6), (2, 16), (3, 4)])
 async def test_proposals_follow_what_is_committed(
     lookahead: int, fan_out: int, system: System, draft_greedy: Greedy
@@ -112,6 +113,7 @@ BAD_COMMITS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_OPENS)
 async def test_bad_opens(name: str, system: System, draft_greedy: Greedy) -> None:
     fields, said = BAD_OPENS[name]
@@ -121,6 +123,7 @@ async def test_bad_opens(name: str, system: System, draft_greedy: Greedy) -> Non
         assert (answer.reason, said in answer.detail) == (Reason.REASON_BAD_MESSAGE, True), answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_COMMITS)
 async def test_bad_commits(name: str, system: System, draft_greedy: Greedy) -> None:
     fields, said = BAD_COMMITS[name]

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import grpc
+import pytest
 
 import target_service.service
 from outrider.config import TargetConfig
@@ -188,6 +189,7 @@ async def test_outcomes_foreseen_are_used_and_others_are_not(redis_url: str) -> 
     assert len(hits) >= output.speculation.num_lookahead_hits
 
 
+@pytest.mark.slow
 async def test_without_worth_the_draft_is_left_alone_and_found_again(redis_url: str) -> None:
     """Wrong for so long that γ is 0: told so once, then nothing until a probe; then right."""
     num_tokens = 900
@@ -215,6 +217,7 @@ async def test_without_worth_the_draft_is_left_alone_and_found_again(redis_url: 
     assert not stats.decision.is_fixed
 
 
+@pytest.mark.slow
 async def test_a_draft_that_never_answers_is_asked_less_and_less(redis_url: str) -> None:
     """With the patience that is chosen by worth; it is not given up as silent for seconds yet."""
     script = Script(400, lambda script, told: [])
@@ -237,6 +240,7 @@ async def test_a_draft_still_at_its_prompt_is_not_waited_for(redis_url: str) -> 
     assert output.speculation.decision.draft_overhead_s < 0.002  # as before
 
 
+@pytest.mark.slow
 async def test_a_draft_that_has_much_to_catch_up_is_not_waited_for(redis_url: str) -> None:
     """It was left alone while it did not pay; tried again, it first runs what was written since."""
 

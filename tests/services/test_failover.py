@@ -105,6 +105,7 @@ async def disturbed(client: Any, disturb: Any, num_tokens: int = NUM_TOKENS, **h
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [0, 1])
 async def test_a_target_dies_and_another_goes_on(
     num_drafts: int, pair: Pair, redis_url: str, greedy: Greedy
@@ -118,6 +119,7 @@ async def test_a_target_dies_and_another_goes_on(
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verification", ["coupled", "rejection"])
 async def test_sampled_outputs_go_on_too(verification: str, pair: Pair, redis_url: str) -> None:
     """Coupled ones with the very tokens that they would have had."""

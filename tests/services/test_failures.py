@@ -26,6 +26,8 @@ from tests.services.fake_draft import Answer, FakeDraft, faking
 from tests.services.parts import GREEDY, Greedy, Pair, Tiers, both_tiers, orchestrating, whole
 from tests.stack import Output, Stack, eventually, request
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 1, 4, 1, 5]
 NUM_TOKENS = 60
 

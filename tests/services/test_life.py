@@ -165,6 +165,7 @@ async def test_a_generation_that_does_not_end_does_not_hold_it() -> None:
         await target.has_ended()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)  # a process that imports torch, on a machine that may be busy
 async def test_sigterm_drains_and_exits_with_0(redis_url: str) -> None:
     async with (

@@ -197,6 +197,7 @@ async def test_an_outbox_that_nobody_empties() -> None:
         await waiting
 
 
+@pytest.mark.slow
 async def test_answers_that_nobody_reads(tiers: System) -> None:
     """All are there when at last somebody does."""
     call = tiers.target.Verify()

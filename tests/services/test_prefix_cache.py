@@ -122,6 +122,7 @@ async def test_prompts_that_come_together_are_run_once(pair: Pair, greedy: Greed
         assert sum(answer.num_reused_tokens == 96 for answer in answers) >= 3
 
 
+@pytest.mark.slow
 async def test_decoding_goes_on_from_what_was_found(pair: Pair, greedy: Greedy) -> None:
     """Rolled back at random places, several at once that share their beginning."""
     prompts = [[*SYSTEM, n] for n in range(4)]
@@ -201,6 +202,7 @@ async def test_the_draft_runs_what_is_new(pair: Pair) -> None:
                     await eventually(lambda: nothing_held(system))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_on", [True, False])
 async def test_outputs_are_the_same_with_and_without(
     is_on: bool, pair: Pair, redis_url: str, greedy: Greedy
@@ -224,6 +226,7 @@ async def test_outputs_are_the_same_with_and_without(
                 assert load.num_prefix_hit_tokens_total == 0
 
 
+@pytest.mark.slow
 async def test_under_pressure_nothing_is_wrong(pair: Pair, redis_url: str, greedy: Greedy) -> None:
     """Memory for a few generations: beginnings are evicted, and found again, and all is right."""
     chance = random.Random(5)

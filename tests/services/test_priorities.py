@@ -86,6 +86,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_less_urgent_make_room_and_lose_nothing(
     way: str, pair: Pair, redis_url: str
@@ -116,6 +117,7 @@ async def test_the_less_urgent_make_room_and_lose_nothing(
         await eventually(lambda: nothing_held(stack))
 
 
+@pytest.mark.slow
 async def test_nobody_makes_room_for_an_equal(pair: Pair, redis_url: str, greedy: Greedy) -> None:
     """It waits till the others are done; too many are refused."""
     async with (

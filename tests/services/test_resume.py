@@ -67,6 +67,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_while_the_first_orchestrator_still_runs(
     way: str, pair: Pair, redis_url: str
@@ -176,6 +177,7 @@ async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) 
         assert refused.code is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
 async def test_a_later_turn_is_begun_before_it_is_shown(
     durability: str, pair: Pair, redis_url: str

@@ -200,6 +200,7 @@ async def test_chat_and_text_do_not_mix(chat_pair: Pair, redis_url: str) -> None
         await turn(stack, " fox")  # and text goes on
 
 
+@pytest.mark.slow
 async def test_sessions_expire(pair: Pair, redis_url: str) -> None:
     """So long after the last turn, not after the first."""
     async with both_tiers(pair) as tiers:
@@ -246,6 +247,7 @@ async def test_a_session_of_another_model_is_refused(
         assert not (await get(stack)).in_use, "the refused call took no lease"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["evicted", "forgotten", "another replica"])
 async def test_lost_kv_is_made_again(way: str, pair: Pair, redis_url: str, greedy: Greedy) -> None:
     """KV that is gone between two turns costs a prefill and changes no token."""

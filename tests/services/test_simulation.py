@@ -96,6 +96,7 @@ def assert_share(num: int, total: int, chance: float, alarm: float = FALSE_ALARM
     assert p_value > alarm, f"{num} of {total} at chance {chance:g}: p = {p_value:.2g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "verification"), WAYS)
 async def test_drafts_change_no_token(
     sampling: dict[str, Any], verification: int, redis_url: str
@@ -126,6 +127,7 @@ async def test_drafts_change_no_token(
             assert output.speculation.num_draft_tokens == 0, setting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "verification"), WAYS)
 async def test_acceptance_is_as_asked_for(
     sampling: dict[str, Any], verification: int, redis_url: str
@@ -160,6 +162,7 @@ async def test_acceptance_is_as_asked_for(
         assert_share(accepted[position], judged[position], chance, FALSE_ALARM / gamma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("survival", "ranks"), [((0.7,), (0.5, 0.2, 0.1)), ((0.5, 0.25), (1.0,)), ((0.0,), (0.6,))]
 )
@@ -194,6 +197,7 @@ def test_what_the_target_emits_has_its_rank(
     assert_share(found[None], num_draws - found[0], max(0.0, 1 - sum(ranks)), alarm)
 
 
+@pytest.mark.slow
 async def test_many_streams_at_a_time(redis_url: str) -> None:
     """200, each with the tokens of its own prompt; and nothing is held afterwards."""
     async with simulated(redis_url, "step_ms=0.2,row_ms=0.01", "step_ms=2,row_ms=0.02") as stack:

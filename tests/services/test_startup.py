@@ -19,6 +19,8 @@ from tests.services.parts import Pair, both_tiers
 from tests.services.programs import END_TIMEOUT_S, ended, program
 from tests.services.tokenizer_files import write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 async def refused(*words: str, **environ: str) -> str:
     """The one line that a program which does not start leaves."""

@@ -168,6 +168,7 @@ rounds = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_taken", [0, 1840])
 def test_every_strand_holds_its_own_tokens(num_taken: int, pair: Pair) -> None:
     """Whatever was drafted, foreseen or not; with little memory there are fewer branches."""

@@ -43,6 +43,8 @@ from tests.services.streams import raw, row, target_open
 from tests.services.stuck_target import NUM_TOKENS
 from tests.stack import eventually
 
+pytestmark = pytest.mark.slow
+
 # A pass that is not held takes a millisecond: no machine is so busy that it would count as stuck.
 STUCK_AFTER_S = 2.0
 

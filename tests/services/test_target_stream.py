@@ -128,6 +128,7 @@ async def _refused(stream: Stream, generation_id: int = BAD) -> target_pb2.RowEr
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_OPENS)
 async def test_bad_opens(name: str, system: System, greedy: Greedy) -> None:
     fields, said = BAD_OPENS[name]
@@ -137,6 +138,7 @@ async def test_bad_opens(name: str, system: System, greedy: Greedy) -> None:
         assert (error.reason, said in error.detail) == (Reason.REASON_BAD_ROW, True), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_ROWS)
 async def test_bad_rows(name: str, system: System, greedy: Greedy) -> None:
     changed, said = BAD_ROWS[name]

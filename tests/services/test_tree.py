@@ -20,6 +20,7 @@ rounds = st.lists(
 )
 
 
+@pytest.mark.slow
 def test_any_play() -> None:
     """Rounds of drafting and committing, of all kinds."""
     seen = Counter[str]()
@@ -48,6 +49,7 @@ def test_any_play() -> None:
 LONG = Limits(prompt_len=2, room=20, gamma=3, ahead_gamma=2, lookahead=2, fan_out=4)
 
 
+@pytest.mark.slow
 def test_what_is_unlikely_is_told_late() -> None:
     """With supports: by a commit that leads to it, or makes it likely."""
     num_told_late = 0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import pytest
 
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.stack import Output, eventually, request
@@ -129,6 +130,7 @@ async def ended(system: Services, num: int) -> Scrape:
     return await scrape(system.orchestrator)
 
 
+@pytest.mark.slow
 async def test_finished_calls_reconcile_to_the_token(redis_url: str) -> None:
     """The draft dies while they run: accepted ones before, plain ones after."""
     async with services(redis_url, {"metrics_port": 0}) as system:
@@ -172,6 +174,7 @@ async def test_calls_that_are_cut_off_count_what_was_sent(redis_url: str) -> Non
         }
 
 
+@pytest.mark.slow
 async def test_a_resumed_call_counts_only_what_it_generates(redis_url: str) -> None:
     """What it is sent from the record was counted where it was generated."""
     asked = request(

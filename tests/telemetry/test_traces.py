@@ -77,6 +77,7 @@ async def test_a_callers_trace_goes_on(redis_url: str) -> None:
         assert {span.service for span in receiver.spans} == {"orchestrator", "target", "draft"}
 
 
+@pytest.mark.slow
 async def test_a_collector_that_is_away_costs_no_request(redis_url: str) -> None:
     """Spans are dropped, and the services stop all the same."""
     nobody = {"otlp_endpoint": "http://127.0.0.1:1", "trace_sample_ratio": 1.0}
