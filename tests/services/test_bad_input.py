@@ -38,7 +38,8 @@ EOS = VOCAB_SIZE - 1
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def plain(pair: Pair, redis_server: RedisServer) -> AsyncIterator[System]:
-    """Without tokenizer."""
+    """Without tokenizer; Redis is empty at first."""
+    redis_command(redis_server.url, "FLUSHALL")
     async with whole(pair, redis_server.url) as stack:
         yield stack
 
@@ -242,13 +243,11 @@ async def test_the_edges_of_what_is_allowed(plain: System, greedy: Greedy) -> No
     assert output.token_ids == greedy(last, 1)
 
 
-async def test_no_room_for_keys_and_values(
-    pair: Pair, redis_server: RedisServer, greedy: Greedy
-) -> None:
+async def test_no_room_for_keys_and_values(pair: Pair, redis_url: str, greedy: Greedy) -> None:
     """What can never fit is INVALID_ARGUMENT, what does not fit now RESOURCE_EXHAUSTED."""
     async with (
         both_tiers(pair, target_kv=256) as tiers,
-        orchestrating(tiers, redis_server.url, max_waiting=0) as stack,
+        orchestrating(tiers, redis_url, max_waiting=0) as stack,
     ):
         refused = await refused_by(stack, request([1] * 200, {"max_tokens": 57}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
