@@ -145,6 +145,7 @@ def test_missing_and_misshapen_weights(tmp_path: Path, model_dir: ModelDir) -> N
         ({"device": "cuda:99"}, "CUDA devices"),
         ({"kv_cache_tokens": 3}, "kv_cache_tokens must be at least 16"),
         ({"num_threads": 0}, "num_threads must be at least 1"),
+        ({"forbid_kernels": frozenset({"mkl"})}, "forbid_kernels: 'mkl': expected onednn_float32"),
     ],
 )
 def test_options_that_make_no_sense(model_dir: ModelDir, options: dict[str, Any], why: str) -> None:

@@ -1,6 +1,6 @@
 """A replica's life: what probes, streams and the registry are told as it begins and drains.
 
-The tiers are simulated: what is tested is the service around an engine, which is the same.
+Most tiers are simulated: what is tested is the service around an engine, which is the same.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import signal
 import threading
 from typing import Any
 
+import grpc
 import pytest
 
 import outrider.serving.life
 from outrider.config import DraftConfig
 from outrider.registry import ReplicaState
 from outrider.server import LIVENESS
-from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2
+from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from tests.services.parts import Pair, both_tiers
 from tests.services.programs import ended
 from tests.services.replicas import (
     DRAINING,
@@ -32,6 +34,27 @@ from tests.services.replicas import (
 )
 from tests.services.streams import draft_commit, draft_open, raw, row, target_open
 from tests.stack import eventually
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernel"),
+    [({}, "onednn_float32"), ({"forbid_kernels": "onednn_float32, onednn_bfloat16"}, "torch")],
+    ids=["best", "forbidden"],
+)
+async def test_model_info_reports_what_the_engine_chose(
+    settings: dict[str, Any], kernel: str, pair: Pair
+) -> None:
+    """All linear layers on one kernel; a setting forbids kernels."""
+    async with (
+        both_tiers(pair, draft_kv=None, **settings) as tiers,
+        grpc.aio.insecure_channel(tiers.endpoints[0]) as channel,
+    ):
+        stub = target_pb2_grpc.TargetServiceStub(channel)
+        asked = target_pb2.TargetServiceGetModelInfoRequest()
+        model = (await stub.GetModelInfo(asked, timeout=TIMEOUT_S)).model
+    assert model.attention_backend == "sdpa"
+    assert dict(model.linear_kernels).keys() == {kernel}
+    assert not model.cuda_graphs
 
 
 async def test_announced_while_it_loads_and_serves(
