@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV ?= .venv-proto
 AUDIT_VENV ?= .venv-audit
+UV_VENV ?= .venv-uv
+UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo test test-quick test-newest test-oldest pods lint audit lock proto proto-check clean
@@ -11,7 +13,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo         set up, run a speculative generation through four real processes, compare"
 	@echo "make test         set up, lint, type-check, check generated code, run every test"
-	@echo "make test-quick   the tests that start no process and draw few samples: under 3 minutes"
+	@echo "make test-quick   all tests but the slow ones: under 3 minutes"
 	@echo "make test-newest  engine, services and end-to-end tests with the newest dependencies allowed"
 	@echo "make test-oldest  the same with the oldest dependencies allowed"
 	@echo "make pods         run the manifests' own pods as processes in network namespaces (root)"
@@ -62,12 +64,12 @@ test-quick: setup
 RANGE_TESTS := tests/engine tests/services tests/e2e tests/sampling tests/orchestrator
 test-newest: RESOLUTION := highest
 test-oldest: RESOLUTION := lowest-direct
-test-newest test-oldest: test-%: setup
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$*
-	$(BIN)/uv pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
+test-newest test-oldest: test-%: $(UV_VENV)/.ready
+	$(UV) venv --quiet --clear --python $(UV_VENV)/bin/python .venv-$*
+	$(UV) pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
 		--output-file .venv-$*/runtime.txt pyproject.toml
-	$(BIN)/uv pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev]'
-	$(BIN)/uv pip list --python .venv-$*
+	$(UV) pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev]'
+	$(UV) pip list --python .venv-$*
 	.venv-$*/bin/python -m pytest $(WORKERS) $(RANGE_TESTS)
 
 # Overlays as processes, a network namespace and an address for each pod; wants root, and the cores to itself.
@@ -80,9 +82,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Without uv in .venv yet (a lock that no longer installs), run scripts/lock.py beside any uv.
-lock: setup
-	$(BIN)/python scripts/lock.py
+# In an environment of its own: a lock that does not fit pyproject.toml yet cannot be installed.
+$(UV_VENV)/.ready: Makefile
+	$(PYTHON) -m venv --clear $(UV_VENV)
+	$(UV_VENV)/bin/python $(PIP_INSTALL) uv==0.13.9
+	@touch $@
+
+lock: $(UV_VENV)/.ready
+	$(UV_VENV)/bin/python scripts/lock.py
 
 # In an environment of its own: the auditor's dependencies are none of ours. Strict: a package
 # that PyPI does not know is a failure. Local versions (torch 2.13.0+cpu) are looked up without the suffix.
@@ -108,4 +115,4 @@ proto-check: $(PROTO_VENV)/.ready
 	$(PROTO_VENV)/bin/python scripts/gen_proto.py --check
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) .venv-newest .venv-oldest
+	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) $(UV_VENV) .venv-newest .venv-oldest

@@ -7,8 +7,8 @@ torch has builds by device. PyPI has one with CUDA for Linux; the CPU build is o
 index. So torch.txt pins its version alone, and only model-cuda.txt, which installs from PyPI,
 pins its hashes.
 
-Run `make lock` for the newest versions allowed, `scripts/lock.py --keep` to keep current pins
-that still fit.
+Run `make lock` for the newest versions allowed. `.venv-uv/bin/python scripts/lock.py --keep` keeps
+pins that still fit.
 """
 
 from __future__ import annotations
