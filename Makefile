@@ -35,7 +35,7 @@ TORCH := --require-hashes --no-deps -r requirements/model-cuda.txt
 endif
 
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Outrider needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "The lock is for Python 3.11, 3.12 and 3.13; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --require-hashes --no-deps -r requirements/dev.txt
 	$(BIN)/python $(PIP_INSTALL) $(TORCH)
@@ -52,7 +52,8 @@ demo: setup
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 test: setup lint proto-check
-	$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu"
+	@if grep -qm1 avx512f /proc/cpuinfo; then set -x; \
+		$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu"; fi
 	$(BIN)/python -m pytest $(WORKERS)
 
 # The inner loop. Every other test is marked slow.

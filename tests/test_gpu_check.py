@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +39,29 @@ def test_a_rehearsal_reports_every_step(tmp_path: Path) -> None:
     assert re.search(r"^\| full \| 2 \| [\d.]+ \| [\d.]+× \|$", report, re.MULTILINE)
     assert re.search(r"^\| torch \| \d", report, re.MULTILINE)
     assert {"gpu-speed.json", "gpu-concurrency.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_wheels_are_unpacked_as_installed(tmp_path: Path) -> None:
+    """Programs can be executed, scripts are in bin; a package that is there is left alone."""
+    wheels, packages = tmp_path / "wheels", tmp_path / "packages"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "absent_one-1.0-py3-none-any.whl", "w") as wheel:
+        program = zipfile.ZipInfo("absent_one/deep/in/program")
+        program.external_attr = 0o755 << 16
+        wheel.writestr(program, "#!/bin/sh\n")
+        wheel.writestr("absent_one-1.0.data/scripts/tool", "#!/bin/sh\n")
+        wheel.writestr("absent_one-1.0.data/purelib/absent_two.py", "")
+    (wheels / "pytest-1.0-py3-none-any.whl").write_bytes(b"not opened")
+    loader = importlib.machinery.SourceFileLoader("gpu_check", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("gpu_check", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module
+    loader.exec_module(module)
+    assert module.unpack(wheels, packages) == ["absent_one"]
+    assert os.access(packages / "absent_one/deep/in/program", os.X_OK)
+    assert os.access(packages / "bin/tool", os.X_OK)
+    assert (packages / "absent_two.py").is_file()
 
 
 def test_without_time_left_the_report_says_what_did_not_run(tmp_path: Path) -> None:

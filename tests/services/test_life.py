@@ -12,12 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 import outrider.serving.life
 from outrider.config import DraftConfig
 from outrider.registry import ReplicaState
 from outrider.server import LIVENESS
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from tests.engine.cpu import cpu_has_prepacked
 from tests.services.parts import Pair, both_tiers
 from tests.services.programs import ended
 from tests.services.replicas import (
@@ -35,10 +37,12 @@ from tests.services.replicas import (
 from tests.services.streams import draft_commit, draft_open, raw, row, target_open
 from tests.stack import eventually
 
+BEST_KERNEL = "onednn_float32" if cpu_has_prepacked(torch.float32) else "torch"
+
 
 @pytest.mark.parametrize(
     ("settings", "kernel"),
-    [({}, "onednn_float32"), ({"forbid_kernels": "onednn_float32, onednn_bfloat16"}, "torch")],
+    [({}, BEST_KERNEL), ({"forbid_kernels": "onednn_float32, onednn_bfloat16"}, "torch")],
     ids=["best", "forbidden"],
 )
 async def test_model_info_reports_what_the_engine_chose(
