@@ -29,6 +29,10 @@ class Excuse(Protocol):
     def redis(self, since: float) -> bool: ...
 
 
+# The last tokens, or a first turn as a whole, were shown while Redis was away.
+_NOT_RESUMABLE = (_Code.INVALID_ARGUMENT, _Code.NOT_FOUND)
+
+
 @dataclass(eq=False)
 class Stream:
     """What one caller has lived through. `problems`: what must not happen, in its own words."""
@@ -198,7 +202,7 @@ class Follower:
             stream.num_refused += 1
         elif code is _Code.ABORTED and stream.has_stray_call:
             stream.num_fenced += 1
-        elif code is _Code.INVALID_ARGUMENT and by_redis and num_held:
+        elif code in _NOT_RESUMABLE and by_redis and num_held:
             stream.is_lost_to_redis = True
         elif not (code in (_Code.UNAVAILABLE, _Code.ABORTED) and by_orchestrator):
             how = f"{code.name}: {attempt.why}"
