@@ -59,7 +59,10 @@ async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
         # γ is 4: so many tokens take at least so many rounds, and not all of them have spans.
         assert len(rounds) < NUM_TOKENS // 5
         assert all(0 < span.duration_ns <= whole.duration_ns for span in rounds)
-        assert {span.attributes["gamma"] for span in rounds} >= {0, 4}
+        # Without drafts at first, then with at most γ: a late proposal is used from its middle on.
+        gammas = {span.attributes["gamma"] for span in rounds}
+        assert gammas <= set(range(5))
+        assert min(gammas) == 0 < max(gammas)
 
 
 async def test_a_callers_trace_goes_on(redis_url: str) -> None:
