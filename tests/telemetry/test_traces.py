@@ -59,7 +59,7 @@ async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
         # γ is 4: so many tokens take at least so many rounds, and not all of them have spans.
         assert len(rounds) < NUM_TOKENS // 5
         assert all(0 < span.duration_ns <= whole.duration_ns for span in rounds)
-        # Without drafts at first, then with at most γ: a late proposal is used from its middle on.
+        # 4 is not certain among the rounds that have spans: on a busy machine they had 0, 1 and 2.
         gammas = {span.attributes["gamma"] for span in rounds}
         assert gammas <= set(range(5))
         assert min(gammas) == 0 < max(gammas)
