@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from tests.cli.processes import ROOT, environment
+from tests.deploy.sources import script
 
 SCRIPT = ROOT / "scripts/gpu_check"
 
@@ -52,13 +51,7 @@ def test_wheels_are_unpacked_as_installed(tmp_path: Path) -> None:
         wheel.writestr("absent_one-1.0.data/scripts/tool", "#!/bin/sh\n")
         wheel.writestr("absent_one-1.0.data/purelib/absent_two.py", "")
     (wheels / "pytest-1.0-py3-none-any.whl").write_bytes(b"not opened")
-    loader = importlib.machinery.SourceFileLoader("gpu_check", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("gpu_check", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module
-    loader.exec_module(module)
-    assert module.unpack(wheels, packages) == ["absent_one"]
+    assert script("gpu_check").unpack(wheels, packages) == ["absent_one"]
     assert os.access(packages / "absent_one/deep/in/program", os.X_OK)
     assert os.access(packages / "bin/tool", os.X_OK)
     assert (packages / "absent_two.py").is_file()
