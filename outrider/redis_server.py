@@ -25,7 +25,7 @@ from outrider.child import tied_to_this_process
 from outrider.errors import ConfigError
 
 # A few tens of ms on an idle machine (measured); the rest is for a busy one.
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 # There is nothing to save: a server that takes longer hangs.
 STOP_TIMEOUT_S = 2.0
 # A socket's path holds 108 bytes on Linux, 104 on macOS, its end included.
