@@ -33,7 +33,7 @@ from orchestrator.store import (
 )
 from orchestrator.tiers import Tiers
 from outrider.errors import OutriderError, Unavailable
-from outrider.rpc import translated
+from outrider.rpc import StreamWriter, translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from outrider.wire import verification_to_proto
 
@@ -153,10 +153,12 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         quota = current_caller().quota
         quota.spend(len(turn.token_ids) - turn.keep_len)
 
+        writer = StreamWriter(context)
+
         async def write(chunk: Chunk, result: Result | None) -> None:
             quota.spend(len(chunk.tokens))
             ready_at = time.monotonic()
-            await context.write(_response(chunk, result, lease.session_id, asked))
+            await writer.write(_response(chunk, result, lease.session_id, asked))
             call.sent(chunk, result, ready_at)
 
         call.began(len(turn.token_ids))
