@@ -10,7 +10,7 @@ import torch
 from outrider.redis_server import RedisServer
 from tests import redis_fixture
 from tests.e2e.pairs import SpreadPair, TextPair, TinyPair
-from tests.e2e.patience import patient
+from tests.patience import patient
 
 redis_server = redis_fixture.redis_server
 

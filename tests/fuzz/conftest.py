@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.patience import patient
+from tests.patience import patient
 from tests.services import conftest as services
 
 pair = services.pair

@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.store import SessionStore
 from tests import redis_fixture
-from tests.e2e.patience import patient
 from tests.orchestrator.sessions import opened
+from tests.patience import patient
 
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url

@@ -9,7 +9,7 @@ import pytest
 
 import orchestrator.shared_quota
 from tests import redis_fixture
-from tests.e2e.patience import patient
+from tests.patience import patient
 from tests.security.parts import Authority
 
 redis_server = redis_fixture.redis_server

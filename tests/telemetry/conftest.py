@@ -8,7 +8,7 @@ import pytest
 
 import outrider.telemetry.scraping
 from tests import redis_fixture
-from tests.e2e.patience import patient
+from tests.patience import patient
 
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url

@@ -1,7 +1,7 @@
-"""Time limits of the product that a test is not about, so long that no busy machine reaches them.
+"""Raises the product's time limits that a test is not about, so that a busy machine keeps them.
 
-A machine that is shared may stop a process, or one thread of it, for seconds: whoever is slow is
-then taken to be away, and goes on without what the test looks for.
+A shared machine may stop a process, or one of its threads, for seconds. The product would then
+take a slow neighbour to be away, and go on without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEEPALIVES = ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """With Redis, with links and their ends, with a draft at the start, and with long passes."""
+    """Raises limits of Redis, links, keepalive, the draft at start and forward passes to 60 s."""
     options = dict(CHANNEL_OPTIONS)
     options.update(dict.fromkeys(_KEEPALIVES, int(1000 * _LONG_S)))
     with pytest.MonkeyPatch.context() as patch:
