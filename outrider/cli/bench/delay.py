@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.cli.bench.system import BenchOptions, System, measured_system
+from outrider.cli.bench.system import BenchOptions, System, measured_system, until_draft
 from outrider.cli.options import parse_list, takes
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # After a change the choice of γ learns what the way costs now.
 _NUM_WARM_UP_TOKENS = 48
 _CONNECTED_S = 60.0
-_LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,7 @@ async def _set_delay(system: System, delay_ms: float) -> None:
     relay.reset()
     async with asyncio.timeout(_CONNECTED_S):
         for has_draft in (False, True):
-            await _until(system, has_draft)
-
-
-async def _until(system: System, has_draft: bool) -> None:
-    while True:
-        if (await system.client.model_info()).HasField("draft") == has_draft:
-            return
-        await asyncio.sleep(_LOOK_S)
+            await until_draft(system.client, has_draft)
 
 
 def _summarised(measured: list[tuple[float, Sample]]) -> list[Delayed]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _QUICK_INFLATE = "0"
 # An orchestrator serves without a draft that is slow to answer; it joins when it does.
 _DRAFT_JOINS_S = 60.0
-_LOOK_S = 0.05
+_LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,22 @@ class System:
             raise ConfigError("--draft: is required; without one there is nothing to compare")
 
 
-async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
-    """What the system says of itself once its draft, if it has one, has joined."""
-    give_up_at = time.monotonic() + _DRAFT_JOINS_S
+async def until_draft(client: Client, has_draft: bool) -> GetModelInfoResponse:
+    """Returns once the orchestrator has a draft, or has none; what it reports then."""
     while True:
         info = await client.model_info()
-        is_settled = info.HasField("draft") or "draft" not in stack.addresses
-        if is_settled or time.monotonic() > give_up_at:
+        if info.HasField("draft") == has_draft:
             return info
         await asyncio.sleep(_LOOK_S)
+
+
+async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
+    """What the system reports once its draft, if it has one, has joined; at last without it."""
+    if "draft" in stack.addresses:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAFT_JOINS_S):
+                return await until_draft(client, True)
+    return await client.model_info()
 
 
 @contextlib.asynccontextmanager
