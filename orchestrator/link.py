@@ -130,7 +130,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 if self.refused is None:
                     log.error("replica_refused", tier=self.tier, why=why)
                 self.refused = error
-            except asyncio.InvalidStateError:  # a write after an abrupt end (facts.md §2)
+            except asyncio.InvalidStateError:  # grpc.aio: a write after the stream broke
                 why = "the stream broke"
             except asyncio.CancelledError:  # the task is to end, or only the call was cancelled
                 why = "the stream was cancelled"
@@ -159,7 +159,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 log.info("replica_connected", tier=self.tier, endpoint=self.endpoint)
                 await self._exchange(call, outbox)
             finally:
-                call.cancel()  # leaving the loop does not (facts.md §2)
+                call.cancel()  # leaving the loop does not cancel it
 
     async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
         async def send() -> None:

@@ -82,7 +82,7 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise call_failed(error, self._endpoint) from error
         finally:
-            call.cancel()  # leaving the loop alone would let the server go on (facts.md §2)
+            call.cancel()  # leaving the loop does not cancel it: the server would go on
         if not output.result.finish_reason:
             raise InternalError("the orchestrator ended the stream without a result")
         return output

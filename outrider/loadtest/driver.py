@@ -138,7 +138,7 @@ class Phase:
             else:
                 record.ended_s = record.ended_s or self.now_s
                 self._on_end(record)
-            call.cancel()  # leaving the loop alone would let the server go on (facts.md §2)
+            call.cancel()  # leaving the loop does not cancel it: the server would go on
         return record
 
     async def _delete(self, session_id: str) -> None:

@@ -20,5 +20,5 @@ if __name__ == "__main__":
     new = path.with_suffix(".new")
     for count in range(100_000):
         new.write_text(str(count), "utf-8")
-        new.replace(path)  # whoever reads it never finds it empty
+        new.replace(path)  # a reader never finds the file empty
         time.sleep(0.01)

@@ -181,7 +181,7 @@ class Rounds:
         monkeypatch.setattr(TargetHandle, "reply", held_reply)
 
     def allow(self, num: int) -> None:
-        """So many in all."""
+        """Allows `num` rounds in all to each generation."""
         self._num_allowed = num
         self._more.set()
         self._more = asyncio.Event()

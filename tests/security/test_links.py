@@ -242,7 +242,7 @@ async def test_half_a_change_is_not_used(authority: Authority, redis_url: str) -
     """A certificate without its key: the former ones hold, and the log says so once."""
     async with tiers(authority.tier("tier")) as (target, _):
         authority.issue("other")
-        with capture_logs() as logs:  # whoever looks at the files first says it
+        with capture_logs() as logs:  # the first connection to read the files logs it
             copy(authority, "other", "tier")
             for _ in range(2):
                 async with channels(authority, "orchestrator").open(

@@ -121,7 +121,7 @@ async def test_tokens_count_at_all_orchestrators(tmp_path: Path, redis_url: str)
         await generated(here, num_tokens=400)
 
         async def is_refused() -> bool:
-            """For the 400: what is asked here meanwhile is refused too, for some seconds each."""
+            """Refused for the 400 tokens spent here; its own calls alone are refused for less."""
             try:
                 await generated(there, num_tokens=1)
             except grpc.aio.AioRpcError as error:

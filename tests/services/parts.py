@@ -74,9 +74,9 @@ class Greedy:
 
 
 class Brake:
-    """Generations whose output is so long wait, each for its next verdict, until they are let go.
+    """Holds generations of at least N tokens before their next verify result, until released.
 
-    What is done to them before that is done while they run, however slowly it is done.
+    A test can then act on a generation that is certain to be running.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Brake:
         self._is_off.set()
 
     async def passed(self, num_tokens: int) -> None:
-        """Of a generation with so many."""
+        """Waits if a generation with this number of tokens is held."""
         if num_tokens >= self._num_tokens:
             await self._is_off.wait()
 

@@ -204,6 +204,6 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
 
 
 async def _is_at_it(stack: Stack, name: str, num_tokens: int) -> bool:
-    """Has so many tokens and goes on."""
+    """Whether the generation has that many tokens and runs."""
     session = await _session(stack, name)
     return session.in_use and len(session.token_ids) >= num_tokens

@@ -264,5 +264,5 @@ async def test_simulated_tiers_skip_what_they_know(redis_url: str) -> None:
         await eventually(lambda: nothing_held(stack))
         for load in (await stack.target_load(), await stack.draft_load()):
             assert load.num_prefix_hit_tokens_total == 400
-            # A draft that is told the first token before its first pass runs it too.
+            # A draft that receives the first token before its first pass runs that token too.
             assert load.num_prefill_tokens_total <= 408 + 8 + 2

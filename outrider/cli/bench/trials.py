@@ -97,7 +97,7 @@ def expected_gain(pass_ms: float, trial: Trial, *, is_hidden: bool) -> float:
     """Over plain decoding, at the γ that gives the most.
 
     Hidden: every round's block has been drafted during the pass before it, one likeliest chain for
-    each session; its γ tokens and the guess that it starts from are γ + 1 steps (design.md §9). In
+    each session; its γ tokens and the guess that it starts from are γ + 1 steps. In
     turn: γ steps and the round trip between passes.
     """
     target, draft = (tier.costs for tier in simulated_tiers(pass_ms, trial.ratio, trial.alpha))
