@@ -23,9 +23,9 @@ from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, turn_json
 from orchestrator.session import Commitment, Finish, GenerationState
+from orchestrator.stop_strings import OutputText
 from orchestrator.store import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.target_link import TargetHandle, TargetLink
-from orchestrator.text import TextStream
 from orchestrator.tiers import Tiers
 from orchestrator.verifying import Verifying
 from outrider.errors import OutriderError
@@ -62,7 +62,7 @@ class Generation:
             request.params,
             request.verification,
             self._model.eos_token_ids,
-            TextStream(tiers.tokenizer, turn.token_ids, request.params.stop),
+            OutputText(tiers.tokenizer, turn.token_ids, request.params.stop),
         )
         self._policy = GammaPolicy(
             tiers.costs,

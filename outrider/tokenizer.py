@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from outrider.detokenizer import Detokenizer, TokenBytes, WindowDetokenizer
 from outrider.errors import ConfigError, InvalidRequest
 
 
@@ -30,8 +32,20 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._token_bytes: TokenBytes | None
         self._settings = settings
         self.fingerprint = _fingerprint(backend)
+        added = backend.get_added_tokens_decoder()
+        self._special_texts = {i: token.content for i, token in added.items() if token.special}
+        self._special_ids = {content: i for i, content in self._special_texts.items()}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_pattern = (
+            re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        )
+        try:
+            self._token_bytes = TokenBytes(backend, frozenset(self._special_texts))
+        except NotImplementedError:
+            self._token_bytes = None
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -66,6 +80,33 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """For an output after this prompt. Used by one task or thread at a time."""
+        if self._token_bytes is not None:
+            return self._token_bytes.detokenizer(prompt_ids)
+        return WindowDetokenizer(self.decode, self._has_text, prompt_ids)
+
+    def _has_text(self, token_id: int) -> bool:
+        if token_id in self._special_texts:
+            return False
+        return self._backend.id_to_token(token_id) is not None
+
+    def special_text(self, token_id: int) -> str | None:
+        """The text of a special token, which is not part of a decoded text; None for others."""
+        return self._special_texts.get(token_id)
+
+    def split_at_special_tokens(self, text: str) -> list[str | int]:
+        """The text's characters, and the id in the place of each special token's text."""
+        if self._special_pattern is None:
+            return list(text)
+        parts: list[str | int] = []
+        for index, part in enumerate(self._special_pattern.split(text)):
+            if index % 2:
+                parts.append(self._special_ids[part])
+            else:
+                parts += part
+        return parts
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens are left out; ids that the tokenizer does not know give nothing."""
