@@ -182,10 +182,23 @@ def _input(
     if kind == "text":
         if not request.text:
             raise InvalidRequest("text", "the prompt is empty")
-        if len(request.text) > MAX_TEXT_CHARS:
-            raise InvalidRequest("text", f"more than {MAX_TEXT_CHARS} characters")
+        _check_chars("text", len(request.text), limits, tokenizer)
         return request.text, None, None
-    return None, None, _messages(request.chat.messages)
+    messages = _messages(request.chat.messages)
+    num_chars = sum(len(message["content"]) for message in messages)
+    _check_chars("chat", num_chars, limits, tokenizer)
+    return None, None, messages
+
+
+def _check_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer) -> None:
+    """Refuses what cannot fit in the context before it is encoded."""
+    most = min(MAX_TEXT_CHARS, limits.max_context_len * tokenizer.max_token_chars)
+    if num_chars > most:
+        raise InvalidRequest(
+            field,
+            f"{num_chars} characters; at most {most} are allowed (the model's context is "
+            f"{limits.max_context_len} tokens)",
+        )
 
 
 def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, ...]:
@@ -199,8 +212,6 @@ def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, .
             raise InvalidRequest(
                 "chat.messages.role", f"must not be empty; at most {MAX_ROLE_CHARS} characters"
             )
-    if sum(len(message["content"]) for message in messages) > MAX_TEXT_CHARS:
-        raise InvalidRequest("chat", f"more than {MAX_TEXT_CHARS} characters")
     return messages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ import structlog
 from orchestrator.admission import Admission, Place
 from orchestrator.call import Call, Calls
 from orchestrator.callers import current_caller
-from orchestrator.conversation import build_turn
+from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
 from orchestrator.gamma import GammaDecision
 from orchestrator.generation import Generation
@@ -147,14 +148,14 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             earlier = resumed(lease.record, asked.resume_from)
             turn, asked = earlier.turn, self._fitted(earlier)
         else:
-            turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
+            turn = await self._build_turn(asked, lease.record)
             asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
 
         quota = current_caller().quota
-        quota.spend(len(turn.token_ids) - turn.keep_len)
 
         async def write(chunk: Chunk, result: Result | None) -> None:
-            quota.spend(len(chunk.tokens))
+            # A resumed turn's tokens were charged when they were sent first.
+            quota.spend(sum(token.origin is not TokenOrigin.EARLIER for token in chunk.tokens))
             ready_at = time.monotonic()
             await context.write(_response(chunk, result, lease.session_id, asked))
             call.sent(chunk, result, ready_at)
@@ -163,6 +164,20 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return Generation(
             tiers, asked, lease, turn, place, asked_at=call.asked_at, write=write, resumed=earlier
         )
+
+    async def _build_turn(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
+        """Charges the prompt to the key, also where it is refused once it is encoded."""
+        quota = current_caller().quota
+        build = functools.partial(
+            build_turn, asked, record, self._tiers.tokenizer, self._limits.max_context_len
+        )
+        try:
+            turn = await self._tiers.encoding.run(build, num_chars(asked, record))
+        except PromptTooLong as error:
+            quota.spend(error.num_tokens)
+            raise
+        quota.spend(len(turn.token_ids) - turn.keep_len)
+        return turn
 
     def _fitted(self, earlier: Resumed) -> GenerationRequest:
         """The orchestrator it was begun at may have taken more draft tokens a round."""

@@ -6,6 +6,7 @@ Reads the files a Hugging Face model ships (`tokenizer.json`, `tokenizer_config.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -78,8 +79,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @functools.cached_property
+    def max_token_chars(self) -> int:
+        """Length of the longest token, special ones left out."""
+        special = set(self._special_ids)
+        tokens = self._backend.get_vocab(with_added_tokens=True)
+        return max((len(token) for token in tokens if token not in special), default=1)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Unlike `encode`, it does not hold the GIL, nor make the offsets.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoded.ids)
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """For an output after this prompt. Used by one task or thread at a time."""
@@ -112,8 +122,8 @@ class Tokenizer:
         """Special tokens are left out; ids that the tokenizer does not know give nothing."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of the conversation with the prompt for the next answer.
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The conversation with the prompt for the next answer; to encode without special tokens.
 
         Raises InvalidRequest if the tokenizer has no chat template or it refuses the messages.
         """
@@ -124,7 +134,7 @@ class Tokenizer:
             name: _token_text(self._settings[name]) for name in names if self._settings.get(name)
         }
         try:
-            text = self._chat_template.render(
+            return self._chat_template.render(
                 messages=list(messages),
                 tools=None,
                 documents=None,
@@ -133,7 +143,6 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest("chat", f"the chat template refuses it: {error}") from error
-        return self.encode(text, add_special_tokens=False)
 
 
 def _token_text(token: Any) -> str:
