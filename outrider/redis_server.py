@@ -25,7 +25,7 @@ from outrider.child import tied_to_this_process
 from outrider.errors import ConfigError
 
 # A few tens of ms on an idle machine (measured); the rest is for a busy one.
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 # There is nothing to save: a server that takes longer hangs.
 STOP_TIMEOUT_S = 2.0
 # A socket's path holds 108 bytes on Linux, 104 on macOS, its end included.
@@ -85,6 +85,11 @@ class RedisServer:
 
     def start(self) -> None:
         """Returns when it answers. Raises ConfigError, with what it said, where it does not."""
+        self.launch()
+        self.wait_until_up()
+
+    def launch(self) -> None:
+        """Starts the process, which does not answer yet. On the main thread."""
         assert self._process is None, "started twice"
         assert threading.current_thread() is threading.main_thread(), "it would die with the thread"
         self._socket.parent.mkdir(mode=0o700, exist_ok=self._keeps_data)
@@ -100,7 +105,14 @@ class RedisServer:
                     start_new_session=True,
                 )
             atexit.register(self.stop)
-            self._wait_until_up(log_path)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_until_up(self) -> None:
+        """As `start`, for a process that was launched. On any thread."""
+        try:
+            self._wait_until_up(self._socket.with_name("log"))
         except BaseException:
             self.stop()
             raise

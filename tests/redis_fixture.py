@@ -17,7 +17,7 @@ from outrider.redis_server import RedisServer
 def redis_command(url: str, *words: str) -> bytes:
     """The reply as it is on the wire, without its last line end. For what the store has no word."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(url.removeprefix("unix://"))
         client.sendall(" ".join(words).encode() + b"\r\n")
         return client.recv(1 << 16).removesuffix(b"\r\n")

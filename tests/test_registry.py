@@ -29,8 +29,10 @@ redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
 
 ROOT = Path(__file__).parent.parent
+INDEX = b"outrider:replicas:target"
+BAD = b"outrider:replica:target:bad"
 # Far more than anything here takes: the machine may be busy.
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 REPLICA = Replica(
     tier="target",
@@ -101,7 +103,7 @@ async def announcing(
 
 
 async def write(url: str, *commands: tuple[bytes, ...]) -> None:
-    link = Link(url, timeout_s=10, preamble=())
+    link = Link(url, timeout_s=TIMEOUT_S, preamble=())
     replies = await link.exchange(commands)
     await link.close()
     assert not any(isinstance(reply, Exception) for reply in replies), replies
@@ -147,7 +149,7 @@ async def test_several_replicas_and_each_tier_for_itself(redis_url: str) -> None
             await targets.sees(REPLICA, second)
             await drafts.sees(draft)
         await targets.sees(second)
-        assert drafts.now == [draft]
+        await drafts.sees(draft)
 
 
 ANNOUNCE = """
@@ -186,7 +188,7 @@ async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Si
         await watched.sees(REPLICA, other)
         process.send_signal(number)
         await watched.sees(other)
-        assert redis_command(redis_url, "ZCARD", "outrider:replicas:target") == b":1"
+        await until(lambda: redis_command(redis_url, "ZCARD", INDEX.decode()) == b":1")
 
 
 @pytest.mark.slow
@@ -213,7 +215,7 @@ async def test_redis_away_and_back(way: str) -> None:
                 server.stop()
             else:
                 os.kill(pid, signal.SIGSTOP)
-            await until(lambda: said("registry_away", logs) == 2)
+            await until(lambda: said("registry_away", logs) >= 2)
             announcer.renew()
             await asyncio.sleep(1.5)  # more attempts, of both
             assert watched.lists == [[REPLICA]] or watched.lists == [[], [REPLICA]]
@@ -222,7 +224,7 @@ async def test_redis_away_and_back(way: str) -> None:
                 server.start()
             else:
                 os.kill(pid, signal.SIGCONT)
-            await until(lambda: said("registry_back", logs) == 2)
+            await until(lambda: said("registry_back", logs) >= 2)
             await watched.sees(REPLICA)
         assert redis_command(server.url, "DBSIZE") == b":0"
 
@@ -268,14 +270,15 @@ async def test_malformed_records_are_skipped(kind: str, redis_url: str) -> None:
         async with announcing(redis_url), watching(redis_url) as watched:
             await write(
                 redis_url,
-                (b"SET", b"outrider:replica:target:bad", MALFORMED[kind]),
-                (b"ZADD", b"outrider:replicas:target", b"0", b"bad"),
+                (b"SET", BAD, MALFORMED[kind]),
+                (b"ZADD", INDEX, b"0", b"bad"),
             )
             await watched.sees(REPLICA)
             good = record(id="bad", unknown="field")
             await until(lambda: "replica_record_malformed" in [entry["event"] for entry in logs])
             await asyncio.sleep(0.7)  # read again meanwhile
-            await write(redis_url, (b"SET", b"outrider:replica:target:bad", good))
+            # In the index once more: that lapses where nobody announces anything for long.
+            await write(redis_url, (b"SET", BAD, good), (b"ZADD", INDEX, b"0", b"bad"))
             await watched.sees(REPLICA, replace(REPLICA, id="bad"))
     assert [e["event"] for e in logs].count("replica_record_malformed") == 1
 
@@ -284,18 +287,13 @@ async def test_keys_of_another_kind_do_no_harm(redis_url: str) -> None:
     """A record that is a list counts as none; an index that is a text as Redis away."""
     with capture_logs() as logs:
         async with watching(redis_url) as watched:
-            await write(
-                redis_url,
-                (b"RPUSH", b"outrider:replica:target:bad", b"x"),
-                (b"ZADD", b"outrider:replicas:target", b"0", b"bad"),
-            )
+            await write(redis_url, (b"RPUSH", BAD, b"x"), (b"ZADD", INDEX, b"0", b"bad"))
             async with announcing(redis_url):
                 await watched.sees(REPLICA)
-                index = b"outrider:replicas:target"
-                await write(redis_url, (b"DEL", index), (b"SET", index, b"x"))
+                await write(redis_url, (b"DEL", INDEX), (b"SET", INDEX, b"x"))
                 await until(lambda: any(e["event"] == "registry_away" for e in logs))
                 assert watched.now == [REPLICA]
-                await write(redis_url, (b"DEL", index))
+                await write(redis_url, (b"DEL", INDEX))
                 await until(lambda: any(e["event"] == "registry_back" for e in logs))
                 await watched.sees(REPLICA)
 

@@ -149,12 +149,10 @@ async def test_an_end_that_breaks_off_ends_the_other(breaks_near: bool) -> None:
         far.put_nowait((reader, writer))
         await ended.wait()
 
-    async with (
-        relayed(hold, 0.01) as relay,
-        connected(relay) as near,
-        connected(relay) as other,
-    ):
+    async with relayed(hold, 0.01) as relay, contextlib.AsyncExitStack() as stack:
+        near = await stack.enter_async_context(connected(relay))
         broken = await far.get()
+        other = await stack.enter_async_context(connected(relay))
         other_far = await far.get()
         (_, breaking), (reader, _) = (near, broken) if breaks_near else (broken, near)
         raw = breaking.get_extra_info("socket")

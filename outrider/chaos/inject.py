@@ -157,7 +157,9 @@ class Injector(Generic[Stream]):
             try:
                 yield
             finally:
-                self._system.redis.start()  # blocks for some tens of ms
+                self._system.redis.launch()
+                # Off the event loop, which carries the relays' pings.
+                await asyncio.to_thread(self._system.redis.wait_until_up)
             return
         node = self._system.nodes[Place(fault.tier, fault.replica)]
         await node.kill()

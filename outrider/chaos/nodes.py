@@ -128,7 +128,7 @@ async def frozen(pid: int) -> AsyncIterator[None]:
     assert to_keeper is not None, "it is a pipe"
     assert from_keeper is not None, "it is a pipe"
     try:
-        async with asyncio.timeout(STOP_GRACE_S):
+        async with asyncio.timeout(START_TIMEOUT_S):
             await from_keeper.readline()
         yield
     finally:

@@ -53,17 +53,23 @@ class ShellFaults:
         return True
 
     async def _execute(self, command: str) -> None:
-        process = await asyncio.create_subprocess_shell(
-            command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        starting = asyncio.create_task(
+            asyncio.create_subprocess_shell(
+                command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
         )
         try:
             async with asyncio.timeout(_TIMEOUT_S):
+                process = await asyncio.shield(starting)
                 status = await process.wait()
             if status:
                 self.failures.append(f"{command}: exit status {status}")
         except TimeoutError:
             self.failures.append(f"{command}: not over after {_TIMEOUT_S:g} s")
         finally:
+            # Cancelled in the midst of the start, too: asyncio would end the shell alone.
+            process = await starting
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()

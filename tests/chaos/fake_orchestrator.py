@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
+from outrider.chaos.calls import Attempt, Orchestrators
+from outrider.server import SERVER_OPTIONS
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
 VOCAB_SIZE = 300
 _CHUNK = 3
-# Long enough for a second caller to meet the first one.
 _CHUNK_S = 0.002
 
 
@@ -43,6 +45,17 @@ class Shared:
     faults_left: int = 1
     sessions: dict[str, Session] = field(default_factory=dict)
     num_calls: int = 0
+    # Of each session: the calls that ask for it anew, as their callers see them.
+    attempts: dict[str, list[Attempt]] = field(default_factory=dict)
+
+    def has_slow_rival(self, session_id: str, num_chunks: int) -> bool:
+        """One who asks for the session, too, has fewer chunks, and may still get more."""
+        return any(
+            len(attempt.times) < num_chunks
+            for attempt in self.attempts.get(session_id, ())
+            if attempt.result is None and attempt.code is None
+            if not attempt.has_left and not attempt.is_silent
+        )
 
     def goes_wrong(self, how: str) -> bool:
         """Now, and as often as was chosen."""
@@ -50,6 +63,24 @@ class Shared:
             return False
         self.faults_left -= 1
         return True
+
+
+class Watched(Orchestrators):
+    """Callers' connections that tell the store who asks for what."""
+
+    def __init__(self, shared: Shared, channels: Sequence[grpc.aio.Channel]) -> None:
+        super().__init__(channels)
+        self._shared = shared
+
+    async def attempt(
+        self,
+        attempt: Attempt,
+        request: orchestrator_pb2.GenerateRequest,
+        leaves_at: int | None = None,
+    ) -> None:
+        if not request.HasField("resume_from"):
+            self._shared.attempts.setdefault(request.session_id, []).append(attempt)
+        await super().attempt(attempt, request, leaves_at)
 
 
 class FakeOrchestrator(orchestrator_pb2_grpc.OrchestratorServiceServicer):
@@ -95,17 +126,20 @@ class FakeOrchestrator(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             shared.sessions[name] = session
         session.holder = caller
         try:
-            await self._stream(session, caller, num_held, bool(request.session_id), context)
+            await self._stream(session, caller, num_held, request.session_id, context)
         finally:
             if session.holder == caller:
                 session.holder = 0
 
     async def _stream(
-        self, session: Session, caller: int, num_shown: int, is_named: bool, context: Any
+        self, session: Session, caller: int, num_shown: int, session_id: str, context: Any
     ) -> None:
-        end = session.prompt_len + session.max_tokens
-        while True:
+        end, is_named = session.prompt_len + session.max_tokens, bool(session_id)
+        for num_chunks in itertools.count():
             await asyncio.sleep(_CHUNK_S)
+            # Else the one would be through before the other has come, if that one is slow.
+            while self._shared.has_slow_rival(session_id, num_chunks):  # noqa: ASYNC110
+                await asyncio.sleep(_CHUNK_S)
             if session.holder != caller:
                 await context.abort(grpc.StatusCode.ABORTED, "taken by a later call")
             for _ in range(min(_CHUNK, end - len(session.token_ids))):
@@ -145,7 +179,7 @@ async def faking(shared: Shared, num: int = 2) -> AsyncIterator[list[str]]:
     async with contextlib.AsyncExitStack() as stack:
         endpoints = []
         for _ in range(num):
-            server = grpc.aio.server()
+            server = grpc.aio.server(options=SERVER_OPTIONS)  # callers ping as often as they do
             servicer = FakeOrchestrator(shared)
             orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server)
             port = server.add_insecure_port("127.0.0.1:0")

@@ -16,6 +16,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _end)
     print("listening on 127.0.0.1:7", flush=True)
+    path = Path(sys.argv[1])
+    new = path.with_suffix(".new")
     for count in range(100_000):
-        Path(sys.argv[1]).write_text(str(count), "utf-8")
+        new.write_text(str(count), "utf-8")
+        new.replace(path)  # whoever reads it never finds it empty
         time.sleep(0.01)

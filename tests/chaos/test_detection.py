@@ -8,10 +8,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+import outrider.chaos.run
 from outrider.chaos.client import Stream
 from outrider.chaos.faults import Fault, Tier
 from outrider.chaos.inject import Occurrence
@@ -19,7 +22,7 @@ from outrider.chaos.jobs import Caller, make_cases, make_jobs
 from outrider.chaos.report import BEGIN_MARK, END_MARK, inserted, markdown, summarised, waits_s
 from outrider.chaos.run import Findings, Load, Run
 from outrider.chaos.shell import ShellFaults
-from tests.chaos.fake_orchestrator import Shared, faking
+from tests.chaos.fake_orchestrator import Shared, Watched, faking
 from tests.cli.processes import descendants, wait_until_dead
 
 LOAD = Load(generations=60, concurrent=6, seed=2, max_tokens=40, num_cases=9)
@@ -40,9 +43,11 @@ class NoFaults:
 
 
 async def found(shared: Shared) -> Findings:
+    watched = patch.object(outrider.chaos.run, "Orchestrators", partial(Watched, shared))
     async with faking(shared) as endpoints:
         run = Run(LOAD, endpoints, lambda what, num_done, total: None)
-        await run.run(NoFaults(), iter(()), 0)
+        with watched:
+            await run.run(NoFaults(), iter(()), 0)
         assert shared.sessions.keys() <= {f"one-off {i}" for i in range(shared.num_calls + 1)}
         return run.findings
 
@@ -112,7 +117,10 @@ async def test_a_command_that_hangs_is_ended() -> None:
     faults = ShellFaults(["sleep 600 & wait"], every_s=0.01)
     running = asyncio.create_task(faults.run(iter(())))
     async with asyncio.timeout(60):
-        while "sleep 600" not in " ".join(descendants(os.getpid()).values()):  # noqa: ASYNC110
+        # Not only the shell, which has both words in its own command.
+        while not any(  # noqa: ASYNC110
+            line.startswith("sleep 600") for line in descendants(os.getpid()).values()
+        ):
             await asyncio.sleep(0.02)
     children = {p: c for p, c in descendants(os.getpid()).items() if "sleep" in c}
     running.cancel()

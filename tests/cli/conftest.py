@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tests.cli.processes import Up, up
+from tests.cli.processes import Up, up, wait_for_draft
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
 VOCAB_SIZE = 300
@@ -53,6 +53,7 @@ def running(target: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory)
     log_dir = tmp_path_factory.mktemp("logs")
     flags = (f"--target={target}", f"--draft={draft}", f"--log-dir={log_dir}", "--metrics")
     with up(*flags) as started:
+        wait_for_draft(started.endpoint)
         yield started
         started.process.terminate()
         started.process.wait(60)

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+
 ROOT = Path(__file__).parents[2]
 # Generous: torch is loaded in every model service, and the machine may be busy.
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 
 
 def command(*arguments: str) -> list[str]:
@@ -73,6 +77,16 @@ def descendants(pid: int) -> dict[int, str]:
                 raw = Path(f"/proc/{child}/cmdline").read_bytes()
                 found[child] = raw.replace(b"\0", b" ").decode()
     return {child: line for child, line in found.items() if is_alive(child)}
+
+
+def wait_for_draft(endpoint: str) -> None:
+    """An orchestrator serves without a draft that is slow to answer; it joins when it does."""
+    with grpc.insecure_channel(endpoint) as channel:
+        stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+        deadline = time.monotonic() + 60
+        while not stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest()).HasField("draft"):
+            assert time.monotonic() < deadline, "no draft has joined"
+            time.sleep(0.02)
 
 
 def wait_until_dead(pids: dict[int, str], timeout_s: float = 60.0) -> None:

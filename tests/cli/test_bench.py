@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.processes import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 # Where it is not models that matter: their programs start in a third of the time.

@@ -1,4 +1,6 @@
-"""`outrider generate` with several orchestrators: the one that writes goes, and nobody sees it.
+"""`outrider generate` cut off in mid-output: by its user, or because the one that writes goes.
+
+With several orchestrators nobody sees the latter.
 
 Real processes where one is killed; elsewhere everything is in this one. The first orchestrator's
 link to the target is slow, so that there is something left to write when it goes.
@@ -10,6 +12,7 @@ import asyncio
 import contextlib
 import re
 import shlex
+import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +35,11 @@ from tests import redis_fixture
 from tests.cli.processes import ROOT, TIMEOUT_S, command, environment
 from tests.stack import eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
 redis_server = redis_fixture.redis_server
 
-# Of the slow link, each way: an output takes some seconds at the least.
-DELAY_S = 0.01
+# Of the slow link, each way: an output takes 24 seconds at the least, more than anybody is late.
+DELAY_S = 0.05
 NUM_TOKENS = 240
 NOBODY = "127.0.0.1:1"
 ASKED = GenerateOptions(
@@ -163,8 +166,9 @@ async def test_frozen(place: Place) -> None:
         check(await running, following, place)
 
 
-async def test_stopped(place: Place) -> None:
+async def test_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends its outputs after their rounds: half a character may be what it says last."""
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 60.0)  # none breaks off before
     following = Following()
     async with place.slow_target() as slow:
         async with place.serving(slow) as first:
@@ -191,7 +195,7 @@ async def test_a_second_turn(place: Place) -> None:
             async def is_asked() -> bool:
                 return (await client.get_session("two")).in_use
 
-            await eventually(is_asked, 30.0)
+            await eventually(is_asked)
             relay.refuses = True
             relay.reset()
             output = await running
@@ -218,6 +222,24 @@ async def test_gives_up(place: Place) -> None:
     rest = await end(await start(*by_hand[1:], f"--endpoint={place.steady}"))
     assert rest.status == 0, rest.said
     assert ended.text + rest.text == place.whole.text
+
+
+async def test_ctrl_c(place: Place) -> None:
+    """Exit 130; the call is cancelled, and the server lets go of the session."""
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as only,
+        connected(only) as client,
+    ):
+        process, begun = await begin(only, "--session=c")
+        process.send_signal(signal.SIGINT)
+        assert (await end(process, begun)).status == 130
+
+        async def is_free() -> bool:
+            return not (await client.get_session("c")).in_use
+
+        await eventually(is_free)
+        assert (await client.get_session("c")).num_emitted_tokens < NUM_TOKENS
 
 
 async def test_the_first_is_away(place: Place) -> None:

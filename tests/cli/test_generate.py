@@ -6,9 +6,7 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from outrider.cli.paint import pieces
 from outrider.cli.request import Durability, GenerateOptions, Method, build_request
 from outrider.errors import ConfigError, InvalidRequest
 from outrider.v1 import orchestrator_pb2, sampling_pb2
-from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, run
+from tests.cli.processes import ROOT, command, environment, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROMPT = ("the quick", "--max-tokens=24", "--temperature=0", "--ignore-eos")
 
@@ -114,24 +112,6 @@ def test_nobody_there() -> None:
     assert ended.stderr == (
         "error: UNAVAILABLE: nothing answers at 127.0.0.1:1; start it with: outrider up\n"
     )
-
-
-def test_ctrl_c_cancels_the_call(endpoint: str) -> None:
-    """Exit 130; the server lets go of the session."""
-    arguments = ["x", "--session=c", "--max-tokens=480", "--ignore-eos", "--gamma=0"]
-    with subprocess.Popen(
-        command("generate", *arguments, "--endpoint", endpoint),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment(),
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(TIMEOUT_S) == 130
-        process.communicate()
-    deadline = time.monotonic() + 100
-    while (session := result("session", "get", "c", "--endpoint", endpoint))["in_use"]:
-        assert time.monotonic() < deadline
-    assert session["num_emitted_tokens"] < 480
 
 
 def test_sessions(endpoint: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.processes import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_the_demo_finds_identical_outputs() -> None:

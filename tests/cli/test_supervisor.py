@@ -19,6 +19,7 @@ from outrider.cli.supervisor import Event, State, Supervisor
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.loader import load
 from tests.cli.processes import ROOT, descendants, environment, is_alive, wait_until_dead
+from tests.stack import eventually
 
 
 async def test_a_program_that_does_not_stop_is_killed(
@@ -42,11 +43,16 @@ async def test_a_second_request_to_stop_kills(
 ) -> None:
     """Cancelled while it waits for a program, `stop` waits no longer."""
     monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 1_000.0)
-    supervisor = Supervisor(tmp_path, lambda event: None)
+    states: list[State] = []
+    supervisor = Supervisor(tmp_path, lambda event: states.append(event.state))
     await supervisor.start("stubborn", ["tests.cli.stubborn"])
     children = {p: c for p, c in descendants(os.getpid()).items() if "stubborn" in c}
     stopping = asyncio.create_task(supervisor.stop())
-    await asyncio.sleep(0.1)
+
+    async def is_waiting() -> bool:
+        return State.STOPPING in states
+
+    await eventually(is_waiting)
     stopping.cancel()
     await asyncio.gather(stopping, return_exceptions=True)
     await asyncio.to_thread(wait_until_dead, children)
@@ -70,7 +76,8 @@ async def test_a_death_of_the_embedded_redis_is_told(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path, lambda event: None)
     earlier = descendants(os.getpid())
     supervisor.start_redis()
-    (pid,) = descendants(os.getpid()).keys() - earlier.keys()
+    now = descendants(os.getpid())
+    (pid,) = (p for p, line in now.items() if p not in earlier and "unixsocket" in line)
     os.kill(pid, signal.SIGKILL)
     death = await asyncio.wait_for(supervisor.next_death(), 60)
     await supervisor.stop()

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import write_tokenizer
-from tests.cli.processes import descendants, run, up, wait_until_dead
+from tests.cli.processes import descendants, run, up, wait_for_draft, wait_until_dead
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 SIMULATED = "--simulate-target=step_ms=1"
@@ -55,8 +55,10 @@ def test_a_dead_draft_costs_only_speed_and_a_killed_parent_leaves_nothing(
 ) -> None:
     """The same output without the draft; SIGKILL of `up` ends all of its processes."""
     with up(f"--target={target}", f"--draft={draft}", f"--log-dir={tmp_path}") as started:
+        wait_for_draft(started.endpoint)
         question = ["the quick", "--endpoint", started.endpoint, "--temperature=0", "--json"]
-        question += ["--max-tokens=16"]
+        # A γ of its own: the server's choice for so small a pair may be none, for good.
+        question += ["--max-tokens=16", "--gamma=3"]
         before = _answer_with_drafts(question)
         subprocess.run(["kill", "-9", str(started.pid_of("draft_service"))], check=True)
         assert "killed by SIGKILL" in started.read_until("draft died")
@@ -131,6 +133,7 @@ def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
     with up(*flags, "--draft-delay-ms=20", f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
         assert len(children) == 4, children
+        wait_for_draft(started.endpoint)
         question = ["--token-ids=1,2,3", "--endpoint", started.endpoint, "--json"]
         question += ["--max-tokens=48"]
         drafted = json.loads(run("generate", *question, "--gamma=4").stdout)

@@ -5,12 +5,13 @@ Owns two processes and their files, for the time of a block.
 
 from __future__ import annotations
 
+import random
 import secrets
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0
@@ -65,7 +66,16 @@ def _wait(kubectl: list[str]) -> None:
 
 
 def free_ports(num: int) -> list[int]:
-    """Different ones, that nobody listens on now."""
+    """Different ones, that nobody listens on now; nor does the kernel give them to anybody, who
+    only wants some port, till they are used.
+    """
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first_given = int(given.read_text("utf-8").split()[0]) if given.exists() else 49_152
+    found: list[int] = []
     with ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(num)]
-        return [each.getsockname()[1] for each in taken]
+        while len(found) < num:
+            port = random.randrange(10_000, max(first_given, 10_001 + num))
+            with suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found

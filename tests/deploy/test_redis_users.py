@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ from tests.deploy.api_server import free_ports
 from tests.deploy.sources import script
 
 secret = script("redis_secret")
+# However slow the machine is: a server that is there is not taken to be away.
+OPTIONS = StoreOptions(session_ttl_s=60, socket_timeout_s=60)
 
 
 @pytest.fixture
@@ -49,12 +51,14 @@ def server(folder: Path, port: int = 0) -> Iterator[Path]:
 
 
 def _wait(path: Path, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(2000):
-        if path.exists():
+    """Until it takes connections: its socket is there a moment before."""
+    for _ in range(6000):
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            say(path, "PING")
             return
         assert process.poll() is None, "it did not take the users"
         time.sleep(0.01)
-    raise AssertionError("no socket")
+    raise AssertionError("nobody listens")
 
 
 @contextmanager
@@ -83,7 +87,7 @@ def sentinels(folder: Path, primary: int, ports: Sequence[int]) -> Iterator[None
 def ask(port: int, *lines: str) -> list[str]:
     """What is answered to each line; nothing where nobody listens yet."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             return _said(client, lines)
     except ConnectionRefusedError:
         return []
@@ -92,7 +96,7 @@ def ask(port: int, *lines: str) -> list[str]:
 def say(path: Path, *lines: str) -> list[str]:
     """What is answered to each line."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(str(path))
         return _said(client, lines)
 
@@ -110,11 +114,11 @@ async def test_the_services_user_can_keep_sessions(files: Path) -> None:
     password = (files / "password").read_text()
     with server(files) as path:
         url = f"unix://outrider:{password}@{path}"
-        store = SessionStore(url, StoreOptions(session_ttl_s=60))
+        store = SessionStore(url, OPTIONS)
         await store.start()
         await store.close()
         for wrong in (f"unix://{path}", f"unix://outrider:wrong@{path}"):
-            other = SessionStore(wrong, StoreOptions(session_ttl_s=60))
+            other = SessionStore(wrong, OPTIONS)
             with pytest.raises(OutriderError):
                 await other.start()
             await other.close()
@@ -161,7 +165,7 @@ def _knows(answer: list[str], port: int) -> bool:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    for _ in range(300):
+    for _ in range(600):
         if holds():
             return
         time.sleep(0.1)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
 
-import orchestrator.service
-from orchestrator.store import StoreOptions
 from outrider.redis_server import RedisServer
 from tests import redis_fixture
 from tests.e2e.pairs import SpreadPair, TextPair, TinyPair
+from tests.e2e.patience import patient
 
 redis_server = redis_fixture.redis_server
 
@@ -22,13 +20,11 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _patience_with_redis() -> Iterator[None]:
-    """All services share one event loop with many callers: on a busy machine it may stand for
-    seconds, and Redis, which has answered, would be taken to be away."""
-    with pytest.MonkeyPatch.context() as patch:
-        patient = partial(StoreOptions, socket_timeout_s=60.0)
-        patch.setattr(orchestrator.service, "StoreOptions", patient)
+@pytest.fixture(scope="module", autouse=True)
+def _patience() -> Iterator[None]:
+    """All services share one event loop with many callers. Of these tests alone: others, which the
+    same process may run next, are about what is short here."""
+    with patient():
         yield
 
 

@@ -138,13 +138,11 @@ def law(
     return np.asarray(weights / weights.sum())
 
 
-def seeded_choice(probs: Floats, seed: int, position: int) -> tuple[int, float]:
-    """The token that `coupled` owes to this seed, and how far it leads the next one."""
+def seeded_scores(probs: Floats, seed: int, position: int) -> Floats:
+    """The token of the highest is the one that `coupled` owes to this seed."""
     key = np.array([stream_key(seed, Purpose.TARGET, position)])
     with np.errstate(divide="ignore"):
-        scores = np.log(probs) + token_gumbels(key, np.arange(len(probs)))[0]
-    second, first = np.sort(scores)[-2:]
-    return int(np.argmax(scores)), float(first - second)
+        return np.asarray(np.log(probs) + token_gumbels(key, np.arange(len(probs)))[0])
 
 
 def assert_seeded(
@@ -153,7 +151,14 @@ def assert_seeded(
     emitted: Sequence[int],
     sampling: Sampling,
 ) -> None:
-    """Every token is the Gumbel-max choice from Hugging Face's law given the tokens before it."""
+    """Every token is the Gumbel-max choice from Hugging Face's law given the tokens before it.
+
+    Of two that float32 hardly tells apart, either: which one is chosen may depend on who else is in
+    the pass.
+    """
     for i, probs in enumerate(reference.laws(prompt, emitted, sampling)):
-        token_id, lead = seeded_choice(probs, sampling["seed"], len(prompt) + i)
-        assert emitted[i] == token_id, f"token {i} is {emitted[i]}, not {token_id}; lead {lead:.3g}"
+        scores = seeded_scores(probs, sampling["seed"], len(prompt) + i)
+        behind = scores.max() - scores[emitted[i]]
+        assert behind < TIE, (
+            f"token {i} is {emitted[i]}, not {scores.argmax()}; it is {behind:.3g} behind"
+        )

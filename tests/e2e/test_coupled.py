@@ -9,15 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import draft_service.service
+from orchestrator import draft_link
+from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.target_link import TargetHandle
 from outrider.config import DraftConfig
+from outrider.relay import Relay
+from outrider.v1 import orchestrator_pb2
 from tests.e2e.pairs import CASES, PROMPT, SpreadPair, TinyPair
 from tests.e2e.reference import Reference, Sampling, assert_seeded
 from tests.e2e.traffic import (
@@ -33,7 +39,7 @@ from tests.e2e.traffic import (
     generate_all,
     prompt_of,
 )
-from tests.stack import KV_TOKENS, Output, Stack, request, running_stack
+from tests.stack import KV_TOKENS, Output, Stack, eventually, request, running_stack
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -56,7 +62,7 @@ def _call(
     return {"prompt": prompt, "sampling": given, "verification": COUPLED, **fields}
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(600)
 async def test_no_setting_changes_a_token(
     tiny_pair: TinyPair, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,13 +132,11 @@ async def test_a_draft_that_knows_none_of_the_allowed_tokens(
 
 
 class DraftProcess:
-    """`python -m draft_service`, ended by SIGKILL."""
+    """`python -m draft_service` on a free port, ended by SIGKILL."""
 
     def __init__(self, model: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        flags = {"model": model, "port": self.port, "kv-cache-tokens": KV_TOKENS, "num-threads": 1}
+        self.port = 0
+        flags = {"model": model, "port": 0, "kv-cache-tokens": KV_TOKENS, "num-threads": 1}
         self._command = [sys.executable, "-m", "draft_service"]
         self._command += [f"--{name}={value}" for name, value in flags.items()]
         self._process: asyncio.subprocess.Process | None = None
@@ -145,12 +149,42 @@ class DraftProcess:
         async with asyncio.timeout(200):
             while not (line := await self._process.stdout.readline()).startswith(b"listening"):
                 assert line, "the draft ended"
+        self.port = int(line.rpartition(b":")[2])
 
     async def kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGKILL)
             await process.wait()
+
+
+class Rounds:
+    """Every generation makes as many as are allowed, and waits for its next verdict till more are.
+
+    Each brings one token at least.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_allowed: int) -> None:
+        self._num_allowed = num_allowed
+        self._more = asyncio.Event()
+        num_made: Counter[TargetHandle] = Counter()
+        reply = TargetHandle.reply
+
+        async def held_reply(
+            handle: TargetHandle, proposal: Proposal | None, timeout_s: float
+        ) -> TargetReply:
+            while num_made[handle] >= self._num_allowed:
+                await self._more.wait()
+            num_made[handle] += 1
+            return await reply(handle, proposal, timeout_s)
+
+        monkeypatch.setattr(TargetHandle, "reply", held_reply)
+
+    def allow(self, num: int) -> None:
+        """So many in all."""
+        self._num_allowed = num
+        self._more.set()
+        self._more = asyncio.Event()
 
 
 class Running:
@@ -160,41 +194,70 @@ class Running:
         self.output = Output()
         self._chunks = stack.client.Generate(request(**call), timeout=200)
 
-    async def until(self, num_tokens: int) -> Output:
-        """Reads until the output has so many tokens, or has ended."""
+    async def until(self, is_enough: Callable[[Output], bool]) -> Output:
+        """Reads till then, or to the end."""
         async for chunk in self._chunks:
             self.output.add(chunk)
-            if len(self.output.token_ids) >= num_tokens and self.output.result is None:
+            if self.output.result is None and is_enough(self.output):
                 break
         return self.output
 
 
+def _has_begun(output: Output) -> bool:
+    return len(output.token_ids) >= 20
+
+
+def _goes_without(output: Output) -> bool:
+    return output.origins[-3:] == [PLAIN] * 3
+
+
+def _never(output: Output) -> bool:
+    return False
+
+
 async def test_a_draft_that_is_killed_and_comes_back_changes_no_token(
-    tiny_pair: TinyPair, redis: str
+    tiny_pair: TinyPair, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes while outputs are half-way, and is back before the long one ends."""
+    """It goes while outputs are half-way, and is back, elsewhere, before the long one ends."""
+    monkeypatch.setattr(draft_link, "RETRY_S", 0.0)  # after that the long one would have ended
+    rounds = Rounds(monkeypatch, 20)
     sampling = {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 0.3}
     prompts = [prompt_of(4 + 3 * i) for i in range(5)]
-    num_tokens = [900, 60, 100, 150, 200]
+    num_tokens = [300, 60, 100, 150, 200]
     calls = [
         _call(prompts[i], {**sampling, "seed": i}, num_tokens[i], gamma=4, lookahead=i % 2)
         for i in range(len(prompts))
     ]
     draft = DraftProcess(tiny_pair.draft)
-    await draft.start()
-    endpoint = f"127.0.0.1:{draft.port}"
-    async with contextlib.AsyncExitStack() as successor:
-        successor.push_async_callback(draft.kill)
-        async with running_stack(tiny_pair.target, None, redis, draft_endpoint=endpoint) as stack:
+    config = DraftConfig(model=str(tiny_pair.draft), port=0, kv_cache_tokens=KV_TOKENS)
+    async with contextlib.AsyncExitStack() as drafts:
+        drafts.push_async_callback(draft.kill)
+        await draft.start()
+        way = await drafts.enter_async_context(
+            Relay("127.0.0.1", 0, "127.0.0.1", draft.port, delay_s=0.0)
+        )
+        async with running_stack(
+            tiny_pair.target, None, redis, draft_endpoint=way.address
+        ) as stack:
+
+            async def has_draft() -> bool:
+                info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
+                return bool(info.HasField("draft"))
+
+            async def has_none() -> bool:
+                return not await has_draft()
+
             running = [Running(stack, call) for call in calls]
-            await asyncio.gather(*(generation.until(20) for generation in running))
+            await asyncio.gather(*(generation.until(_has_begun) for generation in running))
             await draft.kill()
-            # Up in a moment, as no new process is.
-            config = DraftConfig(
-                model=str(tiny_pair.draft), port=draft.port, kv_cache_tokens=KV_TOKENS
-            )
-            await successor.enter_async_context(draft_service.service.serving(config))
-            outputs = await asyncio.gather(*(generation.until(2000) for generation in running))
+            await eventually(has_none)
+            rounds.allow(30)
+            await running[0].until(_goes_without)
+            successor = await drafts.enter_async_context(draft_service.service.serving(config))
+            way.retarget("127.0.0.1", successor.port)
+            await eventually(has_draft)
+            rounds.allow(1000)
+            outputs = await asyncio.gather(*(generation.until(_never) for generation in running))
     for i, output in enumerate(outputs):
         assert len(output.token_ids) == num_tokens[i]
         assert_seeded(tiny_pair.reference, prompts[i], output.token_ids, {**sampling, "seed": i})

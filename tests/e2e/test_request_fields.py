@@ -243,7 +243,7 @@ async def test_only_the_last_chunk_has_the_result(text_pair: TextPair, redis: st
 
 
 async def test_an_unset_seed_is_drawn_and_reported(text_pair: TextPair, redis: str) -> None:
-    """Fresh each time; with it given, `coupled` repeats the output."""
+    """Fresh each time; with it given, `coupled` repeats the output, but for ties: the seed's."""
     sampling = {"max_tokens": 20, "ignore_eos": True}
     async with running_stack(text_pair.target, text_pair.draft, redis) as stack:
         drawn = [
@@ -259,8 +259,11 @@ async def test_an_unset_seed_is_drawn_and_reported(text_pair: TextPair, redis: s
         ]
     assert len(set(seeds)) == 3
     assert len({tuple(output.token_ids) for output in drawn}) == 3
-    for one, other in zip(drawn, again, strict=True):
-        assert one.token_ids == other.token_ids
+    for seed, *both in zip(seeds, drawn, again, strict=True):
+        for output in both:
+            assert len(output.token_ids) == 20
+            given = {**sampling, "seed": seed}
+            assert_seeded(text_pair.reference, [1, 2, 3], output.token_ids, given)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import orchestrator.draft_link
 import orchestrator.target_link
 from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.rates import PairCosts
 from orchestrator.target_link import TargetHandle
 from outrider.costs import CostReport
 from outrider.v1 import orchestrator_pb2, sampling_pb2
@@ -40,11 +41,14 @@ SETTINGS: list[dict[str, int]] = [
 def far_target(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
     """Its verdicts take so much longer, and passes are said to be long, whatever they hold.
 
-    So a few draft tokens are worth while, and there is time to draft ahead.
+    So a few draft tokens are worth while, and there is time to draft ahead. How long answers are
+    under way is not learnt: where the machine is busy, no draft token would be worth while.
     """
     target, draft = CostReport((1, 256), (0.05, 0.051)), CostReport((1,), (0.012,))
     monkeypatch.setattr(orchestrator.target_link, "costs_from_proto", lambda _: target)
     monkeypatch.setattr(orchestrator.draft_link, "costs_from_proto", lambda _: draft)
+    for learning in ("saw_reply", "saw_proposal", "saw_no_proposal"):
+        monkeypatch.setattr(PairCosts, learning, lambda *_, **__: None)
     reply = TargetHandle.reply
 
     async def late_reply(

@@ -45,17 +45,17 @@ async def test_exceptions_reach_the_caller(device: DeviceThread) -> None:
 async def test_cancelled_caller_does_not_cancel_work(device: DeviceThread, started: bool) -> None:
     """Neither work that runs nor work that waits for its turn."""
     gate, began, finished = threading.Event(), threading.Event(), threading.Event()
-    blocker = asyncio.ensure_future(device.run(gate.wait, 10)) if not started else None
+    blocker = asyncio.ensure_future(device.run(gate.wait, 60)) if not started else None
 
     def work() -> None:
         began.set()
-        gate.wait(10)
+        gate.wait(60)
         finished.set()
 
     task = asyncio.ensure_future(device.run(work))
     await asyncio.sleep(0)
     if started:
-        await asyncio.to_thread(began.wait, 10)
+        await asyncio.to_thread(began.wait, 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -73,7 +73,7 @@ async def test_abandoned_exception_is_logged(
     gate = threading.Event()
 
     def fail() -> None:
-        gate.wait(10)
+        gate.wait(60)
         raise ValueError("lost?")
 
     with caplog.at_level(logging.ERROR):
@@ -93,7 +93,7 @@ async def test_close_finishes_what_was_begun() -> None:
     gate, done = threading.Event(), threading.Event()
 
     def work() -> None:
-        gate.wait(10)
+        gate.wait(60)
         done.set()
 
     task = asyncio.ensure_future(device.run(work))
@@ -113,7 +113,7 @@ def test_work_that_outlives_its_event_loop() -> None:
 
     async def abandon() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(device.run(gate.wait, 10), 0.01)
+            await asyncio.wait_for(device.run(gate.wait, 60), 0.01)
 
     asyncio.run(abandon())
     gate.set()

@@ -22,7 +22,7 @@ from tests.fuzz.findings import Findings
 from tests.fuzz.values import SESSION_IDS
 
 # Generous: the machine may be busy. What takes longer hangs.
-HANG_S = 30.0
+HANG_S = 120.0
 _OVERSIZE_CHANCE = 1 / 5_000
 _BOMB_CHANCE = 1 / 1_000
 # One that is small enough to be parsed, and others.

@@ -23,7 +23,7 @@ from outrider.v1 import (
 )
 
 SERVICES = ("target", "draft", "orchestrator")
-SETTLE_S = 20.0
+SETTLE_S = 60.0
 _FORGET_AT_ONCE = 1_000
 # The client's own limits must not save the server from a message.
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))

@@ -140,7 +140,7 @@ class CallerSession:
         if (gamma := chance.choice((None, 0, 4))) is not None:
             asked.gamma = gamma
         output = Output()
-        async for chunk in self._client.Generate(asked, timeout=30):
+        async for chunk in self._client.Generate(asked, timeout=120):
             output.add(chunk)
         assert output.token_ids == self._truth(prompt, num_tokens), asked
         assert output.result is not None, "the last chunk has the result"

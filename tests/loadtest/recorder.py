@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from outrider.server import SERVER_OPTIONS
 from outrider.v1 import orchestrator_pb2_grpc
 
 
@@ -130,7 +131,7 @@ async def main(endpoint: str, seconds: float) -> None:
     """Serves for so long, then prints what it saw as JSON."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
         proxy = Proxy(orchestrator_pb2_grpc.OrchestratorServiceStub(channel))
-        server = grpc.aio.server()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(proxy, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

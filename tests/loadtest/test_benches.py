@@ -82,7 +82,7 @@ async def test_five_times_as_many_callers(redis_url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_quick_overload_leaves_its_files(tmp_path: Path) -> None:
     quick = ("--quick", "--seconds=1.5", "--settle=0.5", f"--out={tmp_path}")
     ended = run("bench", "overload", *quick)
@@ -145,7 +145,8 @@ def test_regimes_are_tiers_that_can_be_simulated() -> None:
 
 
 async def test_a_point_is_seen_by_the_replicas_own_counts(redis_url: str) -> None:
-    options = SignalsOptions(seconds=1.2, settle=0.4, output_len="16", prompt_len=4)
+    # Hardly settled: what is not seen because the machine stalls for a second is seen after it.
+    options = SignalsOptions(seconds=2.0, settle=0.1, output_len="16", prompt_len=4)
     regime = replace(REGIMES[0], num_sessions=3)
     async with simulated(redis_url) as system:
 

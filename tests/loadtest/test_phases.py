@@ -132,8 +132,10 @@ async def test_turns_follow_each_other_in_their_session(redis_url: str) -> None:
 
 async def test_refusals_are_counted_by_their_status(redis_url: str) -> None:
     """With when to come again; whoever was let in is served."""
-    async with simulated(redis_url, max_generations=1, max_waiting=0) as system:
-        load = phase(await subject(system.channel))
+    # The first is at it until the others have asked, even if one of them is late by a second.
+    slow = "step_ms=40"
+    async with simulated(redis_url, target=slow, max_generations=1, max_waiting=0) as system:
+        load = phase(await subject(system.channel), Ask(gamma=0))
         await load.open_loop([Visit((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
     told = sorted(record.status for record in load.records)
     assert told == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4

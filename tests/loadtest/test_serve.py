@@ -126,7 +126,7 @@ async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path
         async def has_served() -> bool:
             return (await system.target_load()).num_closed_total > 30
 
-        await eventually(has_served, timeout_s=40)
+        await eventually(has_served, timeout_s=100)
         process.send_signal(signal.SIGINT)
         said, failed = await process.communicate()
         await eventually(lambda: nothing_held(system))

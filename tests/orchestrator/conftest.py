@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from orchestrator.store import SessionStore
 from tests import redis_fixture
+from tests.e2e.patience import patient
 from tests.orchestrator.sessions import opened
 
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patience() -> Iterator[None]:
+    with patient():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,14 @@ from orchestrator.store import Counters, KvHandle, Lease, RoundRecord, SessionSt
 Ids = Sequence[int] | npt.NDArray[np.uint32]
 MODEL = "target-fp/draft-fp"
 PER_ROUND = Counters(num_drafts=1, num_draft_tokens=4, num_accepted_tokens=2, num_emitted_tokens=3)
+# Where a test is not about them: a busy machine keeps Redis waiting for seconds.
+PATIENT: dict[str, Any] = {"socket_timeout_s": 60.0, "lease_ttl_s": 600.0}
 
 
 @asynccontextmanager
 async def opened(url: str, **options: float | str) -> AsyncIterator[SessionStore]:
-    store = SessionStore(url, StoreOptions(**options))  # type: ignore[arg-type]
+    """`options` are StoreOptions'; those that are not given are PATIENT."""
+    store = SessionStore(url, StoreOptions(**{**PATIENT, **options}))
     await store.start()
     try:
         yield store

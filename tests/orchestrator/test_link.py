@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.draft_link import DraftLink
 from orchestrator.pool import ReplicaPool
+from outrider.server import SERVER_OPTIONS
 from outrider.v1 import draft_pb2, draft_pb2_grpc
 
 
@@ -47,7 +48,7 @@ async def test_a_link_ends_when_its_stream_breaks_at_the_same_moment(num_turns: 
     took that for the half's own end, and connected anew for ever: an orchestrator that was stopped
     at the moment when its drafts died never ended."""
     breaking = _Breaking()
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(breaking, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -58,7 +59,7 @@ async def test_a_link_ends_when_its_stream_breaks_at_the_same_moment(num_turns: 
         return links[-1]
 
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             pool = ReplicaPool("draft", make_link, [f"127.0.0.1:{port}"])
             async with pool.running():
                 await pool.settled()

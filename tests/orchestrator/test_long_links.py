@@ -36,7 +36,7 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
         return links[-1]
 
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(100),
         faking(FakeDraft(model_pb2.ModelInfo(), note)) as address,
         Relay("127.0.0.1", 0, "127.0.0.1", int(address.rpartition(":")[2]), delay_s) as relay,
     ):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import orchestrator.shared_quota
 from tests import redis_fixture
+from tests.e2e.patience import patient
 from tests.security.parts import Authority
 
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patience() -> Iterator[None]:
+    """Also with a Redis that is slow to say what others use: it is not away."""
+    with patient(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator.shared_quota, "REDIS_TIMEOUT_S", 60.0)
+        yield
 
 
 @pytest.fixture

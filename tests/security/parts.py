@@ -26,7 +26,12 @@ from tests.stack import Output, request
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 SIMULATED = "step_ms=2,vocab_size=1000"
 DRAFT = "step_ms=0.2,vocab_size=1000,survival=0.8"
-ROOM: dict[str, Any] = {"kv_cache_tokens": 65_536, "calibration_s": 0.0, "port": 0}
+ROOM: dict[str, Any] = {
+    "kv_cache_tokens": 65_536,
+    "calibration_s": 0.0,
+    "port": 0,
+    "stuck_after_s": 60.0,
+}
 
 
 class Authority:
@@ -105,7 +110,7 @@ async def orchestrated(
     servers: tuple[Server, Server], redis_url: str, **settings: Any
 ) -> AsyncIterator[Secured]:
     """An orchestrator of these tiers; `settings` are its own."""
-    settings.setdefault("draft_wait_ms", 2_000.0)
+    settings.setdefault("draft_wait_ms", 20_000.0)
     target, draft = servers
     config = OrchestratorConfig(
         target_endpoint=f"127.0.0.1:{target.port}",
@@ -162,7 +167,7 @@ async def generated(
 
 async def model_info(stub: Any) -> Any:
     """Waits for no connection: what is refused is refused at once."""
-    return await stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=20)
+    return await stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=60)
 
 
 def plain(endpoint: str) -> grpc.aio.Channel:
@@ -178,4 +183,4 @@ def channels(authority: Authority, who: str, server: str = "tier", ca: str | Non
 
 async def asked_target(channel: Any) -> Any:
     stub = target_pb2_grpc.TargetServiceStub(channel)
-    return await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=20)
+    return await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=60)

@@ -41,7 +41,7 @@ Status = health_pb2.HealthCheckResponse
 async def asked_health(channel: Any, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(channel)
     return int(
-        (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)).status
+        (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)).status
     )
 
 
@@ -51,7 +51,7 @@ async def test_a_generation_over_links_that_are_all_secured(
     """And who is not the orchestrator gets nothing of a tier, whichever way it tries."""
     async with secured(authority, redis_url) as system:
         async with client(system.endpoint, Access(tls_ca=authority.ca)) as stub:
-            output = await generated(stub, num_tokens=16)
+            output = await generated(stub, num_tokens=16, gamma=4)
             assert len(output.token_ids) == 16
             assert output.speculation.num_drafts > 0, "the draft's link works too"
         await _refused_by_a_tier(authority, f"127.0.0.1:{system.target.port}")
@@ -64,7 +64,13 @@ async def test_a_distant_client_connects(authority: Authority, redis_url: str) -
         Relay("127.0.0.1", 0, "127.0.0.1", system.orchestrator.port, 0.15) as relay,
         client(f"127.0.0.1:{relay.port}", Access(tls_ca=authority.ca)) as stub,
     ):
-        assert len((await generated(stub, num_tokens=4)).token_ids) == 4
+
+        async def is_served() -> bool:
+            with contextlib.suppress(grpc.aio.AioRpcError):  # who is busy is more distant still
+                return len((await generated(stub, num_tokens=4)).token_ids) == 4
+            return False
+
+        await eventually(is_served)
 
 
 async def _refused_by_a_tier(authority: Authority, endpoint: str) -> None:
@@ -134,7 +140,7 @@ async def test_an_orchestrator_that_a_tier_refuses(authority: Authority, redis_u
 
         with capture_logs() as logs:
             serving = asyncio.create_task(serve())
-            await eventually(is_refused, 30)
+            await eventually(is_refused)
         assert not serving.done()
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -168,8 +174,8 @@ async def test_certificates_change_under_load(authority: Authority, redis_url: s
                 for who in ("tier", "orchestrator"):
                     authority.issue(who)
                 authority.issue("server", "127.0.0.1", "localhost")
-                await eventually(lambda: is_served_with(authority, system.endpoint), 30)
-                await eventually(lambda: links_are_new(logs), 30)
+                await eventually(lambda: is_served_with(authority, system.endpoint))
+                await eventually(lambda: links_are_new(logs))
                 async with client(system.endpoint, Access(tls_ca=authority.ca)) as renewed:
                     await generated(renewed)
                 for stream in witnesses:
@@ -236,8 +242,8 @@ async def test_half_a_change_is_not_used(authority: Authority, redis_url: str) -
     """A certificate without its key: the former ones hold, and the log says so once."""
     async with tiers(authority.tier("tier")) as (target, _):
         authority.issue("other")
-        copy(authority, "other", "tier")
-        with capture_logs() as logs:
+        with capture_logs() as logs:  # whoever looks at the files first says it
+            copy(authority, "other", "tier")
             for _ in range(2):
                 async with channels(authority, "orchestrator").open(
                     f"127.0.0.1:{target.port}"
@@ -259,7 +265,7 @@ async def test_links_are_renewed(authority: Authority, redis_url: str) -> None:
         with capture_logs() as logs:
             authority.issue("orchestrator")
 
-            await eventually(lambda: links_are_new(logs), 30)
+            await eventually(lambda: links_are_new(logs))
             async with client(system.endpoint, Access(tls_ca=authority.ca)) as stub:
                 await generated(stub)
 
@@ -267,7 +273,7 @@ async def test_links_are_renewed(authority: Authority, redis_url: str) -> None:
                 names = [task.get_name() for task in asyncio.all_tasks()]
                 return sum(name.startswith("link ") for name in names) == 2
 
-            await eventually(only_new, 30)
+            await eventually(only_new)
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,8 @@ INSTALL = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-
 REQUEST = {
     "token_ids": {"ids": [5, 6, 7]},
     "sampling": {"temperature": 0, "ignore_eos": True, "max_tokens": 40},
+    "gamma": 4,
 }
-
-pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None
                         return await is_recorded()
                     return False
 
-                await eventually(is_back, 30)
+                await eventually(is_back)
 
 
 def authority_anew(authority: Authority, redis: Guarded) -> Any:

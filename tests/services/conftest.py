@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 
 import pytest
 import torch
 
+import orchestrator.draft_link
+import orchestrator.service
+import orchestrator.target_link
+import outrider.security.channel
 import outrider.serving.life
+from orchestrator.blocks import TargetReply
+from orchestrator.store import StoreOptions
+from orchestrator.verifying import Verifying
+from outrider.rpc import CHANNEL_OPTIONS
 from tests import redis_fixture
-from tests.services.parts import CONTEXT_LEN, Greedy, Pair, System, both_tiers, clients
+from tests.services.parts import CONTEXT_LEN, Brake, Greedy, Pair, System, both_tiers, clients
 from tests.services.replicas import Gate
 from tests.services.tokenizer_files import write_tokenizer
 from tests.tiny_models import make_tiny_draft, make_tiny_model
@@ -21,6 +30,23 @@ redis_url = redis_fixture.redis_url
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _patience() -> Iterator[None]:
+    """With neighbours: services, callers and Redis share cores that may be busy for seconds, and
+    who is late is not away. A test of one that is away has less.
+    """
+    late_ms = {"grpc.keepalive_timeout_ms": 60_000, "grpc.http2.ping_timeout_ms": 60_000}
+    options = tuple({**dict(CHANNEL_OPTIONS), **late_ms}.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patient = partial(StoreOptions, socket_timeout_s=60.0)
+        patch.setattr(orchestrator.service, "StoreOptions", patient)
+        patch.setattr(orchestrator.service, "DRAFT_START_TIMEOUT_S", 60.0)
+        for link in (orchestrator.draft_link, orchestrator.target_link):
+            patch.setattr(link, "MODEL_INFO_TIMEOUT_S", 60.0)
+        patch.setattr(outrider.security.channel, "CHANNEL_OPTIONS", options)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +103,16 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
         lambda config: (gate.engine(config), load(config)[1]),
     )
     return gate
+
+
+@pytest.fixture
+def brake(monkeypatch: pytest.MonkeyPatch) -> Brake:
+    """Of all generations of the orchestrators in this process."""
+    brake, reply = Brake(), Verifying.reply
+
+    async def braked(verifying: Verifying) -> TargetReply:
+        await brake.passed(verifying._state.num_output_tokens)
+        return await reply(verifying)
+
+    monkeypatch.setattr(Verifying, "reply", braked)
+    return brake

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from outrider.server import SERVER_OPTIONS
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 # What is said to an open or a commit: proposals, or nothing.
@@ -43,7 +44,7 @@ class FakeDraft(draft_pb2_grpc.DraftServiceServicer):
 @contextlib.asynccontextmanager
 async def faking(fake: FakeDraft) -> AsyncIterator[str]:
     """host:port of it."""
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(fake, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

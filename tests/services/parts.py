@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ from tests.stack import Stack
 
 KV_TOKENS = 16_384
 CONTEXT_LEN = 2_048
+# Of a pass that is not stuck, however busy the machine is.
+STUCK_AFTER_S = 60.0
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
@@ -69,6 +73,30 @@ class Greedy:
         return tokens
 
 
+class Brake:
+    """Generations whose output is so long wait, each for its next verdict, until they are let go.
+
+    What is done to them before that is done while they run, however slowly it is done.
+    """
+
+    def __init__(self) -> None:
+        self._num_tokens = math.inf
+        self._is_off = asyncio.Event()
+
+    def set(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._is_off.clear()
+
+    def release(self) -> None:
+        self._num_tokens = math.inf
+        self._is_off.set()
+
+    async def passed(self, num_tokens: int) -> None:
+        """Of a generation with so many."""
+        if num_tokens >= self._num_tokens:
+            await self._is_off.wait()
+
+
 @contextlib.asynccontextmanager
 async def both_tiers(
     pair: Pair,
@@ -86,7 +114,7 @@ async def both_tiers(
                     port=0,
                     kv_cache_tokens=target_kv,
                     calibration_s=0.0,
-                    **target_settings,
+                    **{"stuck_after_s": STUCK_AFTER_S, **target_settings},
                 )
             )
         )
@@ -99,6 +127,7 @@ async def both_tiers(
                         port=0,
                         kv_cache_tokens=draft_kv,
                         calibration_s=0.0,
+                        stuck_after_s=STUCK_AFTER_S,
                     )
                 )
             )

@@ -22,6 +22,7 @@ from outrider.registry import Replica, ReplicaState, Watcher
 from outrider.server import Server
 from outrider.simulation import Simulation
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from tests.services.parts import STUCK_AFTER_S
 from tests.services.programs import END_TIMEOUT_S, program
 from tests.services.streams import Stream, raw
 from tests.stack import eventually
@@ -43,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "port": 0,
     "kv_cache_tokens": 4096,
     "calibration_s": 0.0,
+    "stuck_after_s": STUCK_AFTER_S,
 }
 
 

@@ -17,6 +17,7 @@ from tests.redis_fixture import redis_command
 from tests.services.parts import (
     CONTEXT_LEN,
     GREEDY,
+    Brake,
     Greedy,
     Pair,
     Refusal,
@@ -243,7 +244,9 @@ async def test_the_edges_of_what_is_allowed(plain: System, greedy: Greedy) -> No
     assert output.token_ids == greedy(last, 1)
 
 
-async def test_no_room_for_keys_and_values(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_no_room_for_keys_and_values(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
     """What can never fit is INVALID_ARGUMENT, what does not fit now RESOURCE_EXHAUSTED."""
     async with (
         both_tiers(pair, target_kv=256) as tiers,
@@ -252,6 +255,7 @@ async def test_no_room_for_keys_and_values(pair: Pair, redis_url: str, greedy: G
         refused = await refused_by(stack, request([1] * 200, {"max_tokens": 57}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["sampling.max_tokens"]
+        brake.set(1)  # it must not end before another is refused
         running = stack.client.Generate(request(PROMPT, {**GREEDY, "max_tokens": 250}), timeout=200)
         stream = aiter(running)
         received = list((await anext(stream)).token_ids)
@@ -260,6 +264,7 @@ async def test_no_room_for_keys_and_values(pair: Pair, redis_url: str, greedy: G
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.retry_after_s is not None
         assert refused.retry_after_s > 0
+        brake.release()
         async for chunk in stream:
             received += chunk.token_ids
         assert received == greedy(PROMPT, 250), "the running one is undisturbed"
@@ -268,7 +273,8 @@ async def test_no_room_for_keys_and_values(pair: Pair, redis_url: str, greedy: G
         assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND, "it never began"
 
 
-async def test_too_many_generations(pair: Pair, redis_server: RedisServer) -> None:
+async def test_too_many_generations(pair: Pair, redis_server: RedisServer, brake: Brake) -> None:
+    brake.set(1)
     async with whole(pair, redis_server.url, max_generations=2, max_waiting=0) as stack:
         calls = [
             stack.client.Generate(request([n], {**GREEDY, "max_tokens": 1_500}), timeout=200)
@@ -282,5 +288,15 @@ async def test_too_many_generations(pair: Pair, redis_server: RedisServer) -> No
         for call in calls:
             call.cancel()
         await eventually(lambda: nothing_held(stack))
-        output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 4})
-        assert len(output.token_ids) == 4
+        brake.release()
+
+        async def is_served() -> bool:
+            """Their places are free a moment after what they held."""
+            try:
+                output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 4})
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
+                return False
+            return len(output.token_ids) == 4
+
+        await eventually(is_served)

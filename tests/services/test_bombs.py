@@ -87,7 +87,7 @@ async def stream_end(channel: Any, method: str, data: bytes) -> tuple[grpc.Statu
     call = channel.stream_stream(method)()
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         await call.write(data)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             async for _ in call:
                 pass
     return await call.code(), await call.details()
@@ -142,7 +142,7 @@ async def test_a_frame_for_the_draft(doors: Doors) -> None:
 @pytest.mark.parametrize("name", bombs(orchestrator_pb2.GenerateRequest))
 async def test_calls(name: str, doors: Doors) -> None:
     bomb = bombs(orchestrator_pb2.GenerateRequest)[name](2 * SMALL_BYTES + 4_096)
-    call: Any = doors.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(bomb, timeout=30)
+    call: Any = doors.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(bomb, timeout=60)
     refused = await refusal(call.read())
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refused.fields == ["frame"]

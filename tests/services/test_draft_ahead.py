@@ -87,14 +87,17 @@ async def test_costs_are_told_of(system: System) -> None:
 
 
 async def test_changed_costs_come_with_a_frame(
-    system: System, draft_greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+    system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight sessions at once are news: passes have more rows than before."""
     monkeypatch.setattr(costs, "_NEWS_INTERVAL_S", 0.0)
+    everyone = range(1, 9)
     async with proposing(system) as stream:
-        await stream.write(Frame(opens=[draft_open(n, PROMPT) for n in range(1, 9)]))
-        everyone = [Following(stream, n, PROMPT, draft_greedy) for n in range(1, 9)]
-        await asyncio.gather(*(one.run(4) for one in everyone))
+        await stream.write(Frame(opens=[draft_open(n, PROMPT) for n in everyone]))
+        # In one frame, so that they are in the same passes.
+        await stream.write(Frame(commits=[draft_commit(n, [9], 5) for n in everyone]))
+        for number in everyone:
+            assert isinstance(await stream.answer(number), draft_pb2.Proposal)
         assert stream.costs is not None
         assert stream.costs.mean_num_rows > 1.03
 

@@ -62,9 +62,13 @@ async def beside_a_healthy_one(system: System, truth: Greedy) -> AsyncIterator[S
         yield stream
         await running
         await healthy.run(2)
-        assert (await system.draft_load()).num_open_generations == 1, "the bad one is closed"
+        await eventually(lambda: _only_one_is_open(system))  # the bad one is closed
         await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=HEALTHY)]))
         await eventually(lambda: _nothing_is_held(system))
+
+
+async def _only_one_is_open(system: System) -> bool:
+    return (await system.draft_load()).num_open_generations == 1
 
 
 async def _nothing_is_held(system: System) -> bool:

@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 
+import orchestrator.emitter
 import target_service.service
+from orchestrator import drafting, target_link
 from outrider.config import TargetConfig
 from outrider.engine.simulated import SimulatedEngine
 from outrider.simulation import Simulation
 from outrider.v1 import draft_pb2, model_pb2, orchestrator_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import UINT32, pack, unpack
 from tests.services.fake_draft import FakeDraft, faking
+from tests.services.noting import Clock
 from tests.services.parts import (
     GREEDY,
     KV_TOKENS,
+    STUCK_AFTER_S,
+    Brake,
     Greedy,
     Pair,
     System,
@@ -131,15 +136,20 @@ async def _model_of(tiers: Tiers) -> model_pb2.ModelInfo:
 async def scripted(
     redis_url: str, script: Script, *, token_s: float = 0.0, **settings: Any
 ) -> AsyncIterator[System]:
-    config = TargetConfig(simulate=str(TARGET), port=0, kv_cache_tokens=KV_TOKENS)
-    async with target_service.service.serving(config) as target:
-        tiers = Tiers(target, None)
-        fake = PricedDraft(await _model_of(tiers), script, token_s)
-        async with (
-            faking(fake) as endpoint,
-            orchestrating(tiers, redis_url, draft_endpoint=endpoint, **settings) as stack,
-        ):
-            yield stack
+    """What comes late here is no lateness of the target's: rounds cost what the tiers say."""
+    config = TargetConfig(
+        simulate=str(TARGET), port=0, kv_cache_tokens=KV_TOKENS, stuck_after_s=STUCK_AFTER_S
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_link, "time", Clock())
+        async with target_service.service.serving(config) as target:
+            tiers = Tiers(target, None)
+            fake = PricedDraft(await _model_of(tiers), script, token_s)
+            async with (
+                faking(fake) as endpoint,
+                orchestrating(tiers, redis_url, draft_endpoint=endpoint, **settings) as stack,
+            ):
+                yield stack
 
 
 async def _ask(stack: System, num_tokens: int, **fields: Any) -> Output:
@@ -154,12 +164,12 @@ async def test_the_rest_of_a_late_proposal_is_used(redis_url: str) -> None:
         return [script.proposal(told, before, told.num_tokens + 4)] if told.num_tokens else []
 
     script = Script(80, one_commit_late)
-    async with scripted(redis_url, script, draft_wait_ms=2_000.0) as stack:
+    async with scripted(redis_url, script) as stack:
         output = await _ask(stack, 60, gamma=8)
     assert output.token_ids == script.path[5:65]
     stats = output.speculation
     assert stats.num_rejected_tokens == 0
-    # Two plain rounds at the start, eleven with four draft tokens, one with what room is left.
+    # A plain round at the start, eleven with four draft tokens, one with what room is left.
     assert stats.num_accepted_tokens == 47
     assert stats.num_rounds == 13
 
@@ -190,8 +200,11 @@ async def test_outcomes_foreseen_are_used_and_others_are_not(redis_url: str) -> 
 
 
 @pytest.mark.slow
-async def test_without_worth_the_draft_is_left_alone_and_found_again(redis_url: str) -> None:
+async def test_without_worth_the_draft_is_left_alone_and_found_again(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wrong for so long that γ is 0: told so once, then nothing until a probe; then right."""
+    monkeypatch.setattr(drafting, "time", Clock())  # nor is the draft known to be late
     num_tokens = 900
 
     def wrong_then_right(script: Script, told: Told) -> list[draft_pb2.Proposal]:
@@ -201,7 +214,7 @@ async def test_without_worth_the_draft_is_left_alone_and_found_again(redis_url: 
         return [script.proposal(told, told.committed_len, gamma, shift=shift)] if gamma else []
 
     script = Script(num_tokens + 20, wrong_then_right)
-    async with scripted(redis_url, script, draft_wait_ms=2_000.0) as stack:
+    async with scripted(redis_url, script) as stack:
         output = await _ask(stack, num_tokens)
     assert output.token_ids == script.path[5 : 5 + num_tokens]
     assert any(told.is_quiet for told in script.told)
@@ -276,9 +289,11 @@ async def test_what_the_draft_is_said_to_hold_it_was_told(redis_url: str) -> Non
 
 
 async def test_a_draft_that_is_lost_in_mid_stream(
-    pair: Pair, redis_url: str, greedy: Greedy
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is waited for: the output goes on at once, and nothing is learnt of patience."""
+    monkeypatch.setattr(orchestrator.emitter, "MAX_UNSEEN_COMMITMENTS", 4)
+    brake.set(80)
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
         assert tiers.draft is not None
         output, sampling = Output(), {**GREEDY, "max_tokens": 300}
@@ -288,6 +303,7 @@ async def test_a_draft_that_is_lost_in_mid_stream(
             if len(output.token_ids) > 40 and not stopped:
                 stopped = True
                 await tiers.draft.grpc_server.stop(0)
+                brake.release()
         again = await _ask(stack, 50)
     assert output.token_ids == greedy(PROMPT, 300)
     assert ACCEPTED in output.origins[:60]

@@ -10,14 +10,26 @@ import grpc
 import pytest
 
 import draft_service.service
+import orchestrator.service
 import target_service.service
+from orchestrator.pool import ReplicaPool
 from outrider.config import DraftConfig, TargetConfig
+from outrider.relay import Relay
 from outrider.server import Server
-from outrider.v1 import orchestrator_pb2_grpc, sampling_pb2, target_pb2, target_pb2_grpc
+from outrider.v1 import (
+    draft_pb2,
+    draft_pb2_grpc,
+    orchestrator_pb2_grpc,
+    sampling_pb2,
+    target_pb2,
+    target_pb2_grpc,
+)
 from tests.services.parts import (
     CONTEXT_LEN,
     GREEDY,
     KV_TOKENS,
+    STUCK_AFTER_S,
+    Brake,
     Greedy,
     Pair,
     Tiers,
@@ -29,6 +41,11 @@ from tests.stack import Output, eventually, request
 PROMPT = list(range(20, 60))
 NUM_TOKENS = 160
 ACCEPTED = 1
+SETTINGS: dict[str, Any] = {
+    "kv_cache_tokens": KV_TOKENS,
+    "calibration_s": 0.0,
+    "stuck_after_s": STUCK_AFTER_S,
+}
 
 
 class Replicas:
@@ -44,7 +61,7 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def replicas(pair: Pair, num_targets: int, num_drafts: int) -> AsyncIterator[list[Replicas]]:
-    settings: dict[str, Any] = {"port": 0, "kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
+    settings: dict[str, Any] = {"port": 0, **SETTINGS}
     targets, drafts = Replicas(), Replicas()
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(num_targets):
@@ -62,45 +79,67 @@ async def replicas(pair: Pair, num_targets: int, num_drafts: int) -> AsyncIterat
 async def serving(
     tiers: list[Replicas], redis_url: str, **settings: Any
 ) -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorServiceStub]:
-    """The clients of `parts` are of the first replica of each tier."""
+    """Every replica is connected or refused. `parts`' clients are of each tier's first one."""
     targets, drafts = tiers
     first = Tiers(targets.servers[0], drafts.servers[0] if drafts.servers else None)
-    async with orchestrating(
-        first,
-        redis_url,
-        **{
-            "target_endpoint": targets.endpoints,
-            "draft_endpoint": drafts.endpoints or None,
-            **settings,
-        },
-    ) as system:
-        yield system.client
+    pools: list[ReplicaPool[Any]] = []
+
+    class Noted(ReplicaPool[Any]):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pools.append(self)
+
+    async def are_known() -> bool:
+        links = [link for pool in pools for link in pool.links.values()]
+        num_replicas = len(targets.servers) + len(drafts.servers)
+        return len(links) == num_replicas and all(link.condition != "away" for link in links)
+
+    endpoints = {
+        "target_endpoint": targets.endpoints,
+        "draft_endpoint": drafts.endpoints or None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator.service, "ReplicaPool", Noted)
+        async with orchestrating(first, redis_url, **{**endpoints, **settings}) as system:
+            await eventually(are_known)
+            yield system.client
 
 
-async def num_open(server: Server) -> int:
-    """Generations that a target replica holds."""
+async def num_open(server: Server, tier: str = "target") -> int:
+    """Generations that a replica holds."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        if tier == "draft":
+            asked = draft_pb2.DraftServiceGetModelInfoRequest()
+            drafting = await draft_pb2_grpc.DraftServiceStub(channel).GetModelInfo(asked)
+            return int(drafting.load.num_open_generations)
         stub = target_pb2_grpc.TargetServiceStub(channel)
         answer = await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
-    return answer.load.num_open_generations
+    return int(answer.load.num_open_generations)
 
 
-async def where(targets: Replicas) -> Server:
+async def where(replicas: Replicas, tier: str = "target") -> Server:
     """The one replica that holds the one generation there is."""
-    found = [server for server in targets.servers if await num_open(server)]
-    assert len(found) == 1
+    found: list[Server] = []
+
+    async def is_one() -> bool:  # a generation that has ended may still be there for a moment
+        found[:] = [server for server in replicas.servers if await num_open(server, tier)]
+        return len(found) == 1
+
+    await eventually(is_one)
     return found[0]
 
 
-async def disturbed(client: Any, disturb: Any, num_tokens: int = NUM_TOKENS, **how: Any) -> Output:
-    """An output, with `disturb` awaited once some of it has come."""
+async def disturbed(client: Any, brake: Brake, disturb: Any, **how: Any) -> Output:
+    """An output, with `disturb` awaited once some of it has come, and before most of it."""
     output, is_disturbed = Output(), False
-    how = {"gamma": 4, "sampling": {**GREEDY, "max_tokens": num_tokens}} | how
+    how = {"gamma": 4, "sampling": {**GREEDY, "max_tokens": NUM_TOKENS}} | how
+    brake.set(60)
     async for chunk in client.Generate(request(PROMPT, **how), timeout=200):
         output.add(chunk)
         if not is_disturbed and len(output.token_ids) > 20:
             is_disturbed = True
             await disturb()
+            brake.release()
     assert is_disturbed
     return output
 
@@ -108,20 +147,22 @@ async def disturbed(client: Any, disturb: Any, num_tokens: int = NUM_TOKENS, **h
 @pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [0, 1])
 async def test_a_target_dies_and_another_goes_on(
-    num_drafts: int, pair: Pair, redis_url: str, greedy: Greedy
+    num_drafts: int, pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
     async with replicas(pair, 2, num_drafts) as tiers, serving(tiers, redis_url) as client:
 
         async def kill() -> None:
             await (await where(tiers[0])).grpc_server.stop(0)
 
-        output = await disturbed(client, kill)
+        output = await disturbed(client, brake, kill)
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verification", ["coupled", "rejection"])
-async def test_sampled_outputs_go_on_too(verification: str, pair: Pair, redis_url: str) -> None:
+async def test_sampled_outputs_go_on_too(
+    verification: str, pair: Pair, redis_url: str, brake: Brake
+) -> None:
     """Coupled ones with the very tokens that they would have had."""
     how: dict[str, Any] = {
         "sampling": {"temperature": 1.0, "seed": 11, "max_tokens": NUM_TOKENS, "ignore_eos": True},
@@ -135,44 +176,48 @@ async def test_sampled_outputs_go_on_too(verification: str, pair: Pair, redis_ur
         async def kill() -> None:
             await (await where(tiers[0])).grpc_server.stop(0)
 
-        output = await disturbed(client, kill, **how)
+        output = await disturbed(client, brake, kill, **how)
     assert len(output.token_ids) == NUM_TOKENS
     if verification == "coupled":
         assert output.token_ids == plain.token_ids
 
 
-async def test_a_draft_dies_and_another_drafts(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_a_draft_dies_and_another_drafts(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
     async with replicas(pair, 1, 2) as tiers, serving(tiers, redis_url) as client:
 
-        async def kill_first() -> None:
-            # With none of them loaded the first of the list is picked.
-            await tiers[1].servers[0].grpc_server.stop(0)
+        async def kill() -> None:
+            await (await where(tiers[1], "draft")).grpc_server.stop(0)
 
-        output = await disturbed(client, kill_first)
+        output = await disturbed(client, brake, kill)
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
     assert output.origins[-60:].count(ACCEPTED) > 10, "the other one drafts"
 
 
-async def test_no_target_for_a_while(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_no_target_for_a_while(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
     """The only one dies; a new one at the same address goes on with the stream."""
-    settings: dict[str, Any] = {"kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
     async with (
         contextlib.AsyncExitStack() as later,
         replicas(pair, 1, 0) as tiers,
-        serving(tiers, redis_url) as client,
+        # The address is the relay's: nobody else can take it meanwhile.
+        Relay("127.0.0.1", 0, "127.0.0.1", tiers[0].servers[0].port, 0.0) as relay,
+        serving(tiers, redis_url, target_endpoint=relay.address, target_wait_s=60.0) as client,
     ):
-        port = tiers[0].servers[0].port
 
         async def replace() -> None:
             await tiers[0].servers[0].grpc_server.stop(0)
-            config = TargetConfig(model=str(pair.target), port=port, **settings)
-            await later.enter_async_context(target_service.service.serving(config))
+            config = TargetConfig(model=str(pair.target), port=0, **SETTINGS)
+            other = await later.enter_async_context(target_service.service.serving(config))
+            relay.retarget("127.0.0.1", other.port)
 
-        output = await disturbed(client, replace, gamma=0)
+        output = await disturbed(client, brake, replace, gamma=0)
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
 
 
-async def test_none_comes_back(pair: Pair, redis_url: str) -> None:
+async def test_none_comes_back(pair: Pair, redis_url: str, brake: Brake) -> None:
     """What was emitted is recorded, and the call fails by name once patience is at an end."""
     async with (
         replicas(pair, 1, 0) as tiers,
@@ -182,12 +227,13 @@ async def test_none_comes_back(pair: Pair, redis_url: str) -> None:
         async def kill() -> None:
             await tiers[0].servers[0].grpc_server.stop(0)
 
-        refused = await refusal(disturbed(client, kill))
+        refused = await refusal(disturbed(client, brake, kill))
     assert refused.code is grpc.StatusCode.UNAVAILABLE
     assert "target" in refused.message
 
 
-async def test_new_streams_go_to_the_least_loaded(pair: Pair, redis_url: str) -> None:
+async def test_new_streams_go_to_the_least_loaded(pair: Pair, redis_url: str, brake: Brake) -> None:
+    brake.set(1)
     async with replicas(pair, 2, 0) as tiers, serving(tiers, redis_url) as client:
         how = {"gamma": 0, "sampling": {**GREEDY, "max_tokens": CONTEXT_LEN - 100}}
         calls = [client.Generate(request(PROMPT, **how), timeout=200) for _ in range(4)]

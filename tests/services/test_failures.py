@@ -11,7 +11,10 @@ import grpc
 import numpy as np
 import pytest
 
+import orchestrator.emitter
+import orchestrator.service
 from orchestrator import draft_link
+from orchestrator.store import StoreOptions
 from outrider.redis_server import RedisServer
 from outrider.v1 import (
     draft_pb2,
@@ -23,7 +26,16 @@ from outrider.v1 import (
 )
 from outrider.wire import FLOAT32, UINT16, UINT32, pack
 from tests.services.fake_draft import Answer, FakeDraft, faking
-from tests.services.parts import GREEDY, Greedy, Pair, Tiers, both_tiers, orchestrating, whole
+from tests.services.parts import (
+    GREEDY,
+    Brake,
+    Greedy,
+    Pair,
+    Tiers,
+    both_tiers,
+    orchestrating,
+    whole,
+)
 from tests.stack import Output, Stack, eventually, request
 
 pytestmark = pytest.mark.slow
@@ -137,7 +149,7 @@ async def test_a_target_that_dies_loses_no_committed_token(
     shown = Output()
     async with both_tiers(pair, draft_kv=None) as keeper:
         target, _ = keeper.endpoints
-        async with orchestrating(keeper, redis_url, draft_endpoint=None) as stack:
+        async with orchestrating(keeper, redis_url, target_wait_s=1.0) as stack:
             call = stack.client.Generate(
                 request(PROMPT, {**GREEDY, "max_tokens": 1500}, session_id="s", create_session=True)
             )
@@ -159,19 +171,24 @@ async def test_a_target_that_dies_loses_no_committed_token(
 
 
 async def test_redis_that_stalls_in_the_last_round_loses_nothing(
-    pair: Pair, greedy: Greedy
+    pair: Pair, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller is not kept waiting, the lease is given back, and the session has every token."""
+    monkeypatch.setattr(orchestrator.service, "StoreOptions", StoreOptions)  # no more patience
+    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 60.0)
     with RedisServer() as redis:
         pid = redis.pid
         assert pid is not None
         async with whole(pair, redis.url) as stack:
             asked = {"sampling": {**GREEDY, "max_tokens": 40}, "session_id": "s"}
             first = await stack.generate(PROMPT, create_session=True, **asked)
+            brake.set(20)
             calling = asyncio.create_task(stack.generate([9], **asked))
-            await eventually(lambda: _in_use(stack, "s"))
+            num_held = len(PROMPT) + len(first.token_ids) + 1 + 20
+            await eventually(lambda: _is_at_it(stack, "s", num_held))
             os.kill(pid, signal.SIGSTOP)
             try:
+                brake.release()
                 await asyncio.sleep(2.0)
             finally:
                 os.kill(pid, signal.SIGCONT)
@@ -186,5 +203,7 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
     assert session.num_turns == 2
 
 
-async def _in_use(stack: Stack, name: str) -> bool:
-    return (await _session(stack, name)).in_use
+async def _is_at_it(stack: Stack, name: str, num_tokens: int) -> bool:
+    """Has so many tokens and goes on."""
+    session = await _session(stack, name)
+    return session.in_use and len(session.token_ids) >= num_tokens

@@ -195,9 +195,10 @@ async def test_a_generation_that_does_not_end_does_not_hold_it() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(150)  # a process that imports torch, on a machine that may be busy
 async def test_sigterm_drains_and_exits_with_0(redis_url: str) -> None:
+    patience = ("--stop-grace-s", str(TIMEOUT_S), "--stuck-after-s", str(TIMEOUT_S))
     async with (
         registered(redis_url) as registry,
-        process_target("target_service", "--redis-url", redis_url) as (process, stub),
+        process_target("target_service", "--redis-url", redis_url, *patience) as (process, stub),
         raw(stub.Verify()) as stream,
     ):
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))

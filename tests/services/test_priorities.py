@@ -8,9 +8,12 @@ from typing import Any
 import grpc
 import pytest
 
+import orchestrator.service
+from orchestrator.admission import Admission
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.services.parts import (
     GREEDY,
+    Brake,
     Greedy,
     Pair,
     both_tiers,
@@ -24,19 +27,43 @@ from tests.stack import Output, Stack, eventually, request
 PROMPT = list(range(20, 60))
 LONG = {**GREEDY, "max_tokens": 1_500}
 SHORT = {**GREEDY, "max_tokens": 4}
+TIMEOUT_S = 200
+
+
+@pytest.fixture
+def admissions(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
+    """Of each orchestrator that is started."""
+    made: list[Admission] = []
+
+    def make(max_running: int, max_waiting: int) -> Admission:
+        made.append(Admission(max_running, max_waiting))
+        return made[-1]
+
+    monkeypatch.setattr(orchestrator.service, "Admission", make)
+    return made
 
 
 async def begun(stack: Stack, sampling: dict[str, Any], **fields: Any) -> Any:
     """A stream that has shown a token."""
-    call = stack.client.Generate(request([3], sampling, **fields), timeout=50)
+    call = stack.client.Generate(request([3], sampling, **fields), timeout=TIMEOUT_S)
     await call.read()
     return call
 
 
+async def so_many_wait(admissions: list[Admission], count: int) -> None:
+    (admission,) = admissions
+
+    async def do_they() -> bool:
+        return admission.num_waiting == count
+
+    await eventually(do_they)
+
+
 async def test_waiting_callers_are_served_in_the_order_of_urgency(
-    pair: Pair, redis_url: str
+    pair: Pair, redis_url: str, brake: Brake, admissions: list[Admission]
 ) -> None:
     async with whole(pair, redis_url, max_generations=1, max_waiting=4) as stack:
+        brake.set(1)
         first = await begun(stack, LONG)
         served: list[int] = []
 
@@ -47,20 +74,24 @@ async def test_waiting_callers_are_served_in_the_order_of_urgency(
         async with asyncio.TaskGroup() as tasks:
             for priority in (2, 1, -3, 0):
                 tasks.create_task(ask(priority))
-            await asyncio.sleep(0.5)
+            await so_many_wait(admissions, 4)
             # The fifth is refused, unless it is more urgent than the last.
             refused = await refusal(stack.generate(PROMPT, sampling=SHORT, priority=2))
             assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert refused.retry_after_s is not None
             assert served == []
             first.cancel()
+            brake.release()
         assert served == [-3, 0, 1, 2]
         await eventually(lambda: nothing_held(stack))
 
 
-async def test_a_deadline_holds_in_the_line_and_while_it_runs(pair: Pair, redis_url: str) -> None:
+async def test_a_deadline_holds_in_the_line_and_while_it_runs(
+    pair: Pair, redis_url: str, brake: Brake
+) -> None:
     """Whoever's time is over is told so, and leaves its place and its room to others."""
     async with whole(pair, redis_url, max_generations=1) as stack:
+        brake.set(1)
         first = await begun(stack, LONG)
         late = stack.client.Generate(request(PROMPT, SHORT), timeout=0.5)
         refused = await refusal(anext(aiter(late)))
@@ -73,6 +104,7 @@ async def test_a_deadline_holds_in_the_line_and_while_it_runs(pair: Pair, redis_
                 pass
 
         assert (await refusal(to_its_end())).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        brake.release()
         await eventually(lambda: nothing_held(stack))
         assert (await stack.generate(PROMPT, sampling=SHORT)).token_ids
 
@@ -89,7 +121,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_less_urgent_make_room_and_lose_nothing(
-    way: str, pair: Pair, redis_url: str
+    way: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
     """Their keys and values are dropped and computed again; their outputs are what they were."""
     sampling, fields = WAYS[way]
@@ -99,41 +131,51 @@ async def test_the_less_urgent_make_room_and_lose_nothing(
         orchestrating(tiers, redis_url) as stack,
     ):
         alone = await stack.generate([3], sampling=sampling, gamma=0, **fields)
-        calls = [
-            stack.client.Generate(request([3], sampling, priority=5, gamma=2, **fields), timeout=50)
-            for _ in range(2)
-        ]
+        brake.set(1)  # both still run when the urgent one comes
+        asked = request([3], sampling, priority=5, gamma=2, **fields)
+        calls = [stack.client.Generate(asked, timeout=TIMEOUT_S) for _ in range(2)]
         streams, outputs = [aiter(call) for call in calls], [Output(), Output()]
         for stream, output in zip(streams, outputs, strict=True):
             output.add(await anext(stream))
-        urgent = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, priority=1)
+        asking = asyncio.create_task(
+            stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, priority=1)
+        )
+        await eventually(lambda: _one_has_made_room(stack))
+        brake.release()
+        urgent = await asking
         assert len(urgent.token_ids) == 300
         for stream, output in zip(streams, outputs, strict=True):
             async for chunk in stream:
                 output.add(chunk)
             assert output.token_ids == alone.token_ids
-        load = await stack.target_load()
-        assert load.num_preempted_total >= 1
         await eventually(lambda: nothing_held(stack))
 
 
+async def _one_has_made_room(stack: Stack) -> bool:
+    return (await stack.target_load()).num_preempted_total >= 1
+
+
 @pytest.mark.slow
-async def test_nobody_makes_room_for_an_equal(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_nobody_makes_room_for_an_equal(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[Admission]
+) -> None:
     """It waits till the others are done; too many are refused."""
     async with (
         both_tiers(pair, target_kv=1_024) as tiers,
         orchestrating(tiers, redis_url, max_waiting=1) as stack,
     ):
+        brake.set(1)
         calls = [await begun(stack, {**GREEDY, "max_tokens": 450}) for _ in range(2)]
         waits = asyncio.create_task(
             stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, gamma=2)
         )
-        await asyncio.sleep(0.5)
+        await so_many_wait(admissions, 1)
         refused = await refusal(stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert not waits.done()
         for call in calls:
             call.cancel()
+        brake.release()
         assert (await waits).token_ids == greedy(PROMPT, 300)
         assert (await stack.target_load()).num_preempted_total == 0
         await eventually(lambda: nothing_held(stack))
@@ -146,6 +188,6 @@ async def test_a_resumption_says_its_own_priority(pair: Pair, redis_url: str) ->
         call.cancel()
         again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=1, priority=-1)
         output = Output()
-        async for chunk in stack.client.Generate(again, timeout=50):
+        async for chunk in stack.client.Generate(again, timeout=TIMEOUT_S):
             output.add(chunk)
         assert len(output.token_ids) == 39

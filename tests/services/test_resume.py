@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.services.parts import (
     GREEDY,
+    Brake,
     Greedy,
     Pair,
     System,
@@ -51,6 +53,12 @@ async def resume(system: System, num_held: int, session_id: str = "s") -> Output
     return output
 
 
+async def recorded(system: System) -> orchestrator_pb2.GetSessionResponse:
+    return await system.client.GetSession(
+        orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
+    )
+
+
 async def some(call: Any, num_tokens: int) -> Output:
     """The first tokens of a stream, so many or a few more."""
     output = Output()
@@ -70,7 +78,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_while_the_first_orchestrator_still_runs(
-    way: str, pair: Pair, redis_url: str
+    way: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
     """The later one has the session; the earlier one's stream ends, and it writes no more."""
     sampling, fields = WAYS[way]
@@ -78,10 +86,19 @@ async def test_while_the_first_orchestrator_still_runs(
         whole = await first.generate(
             PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **fields
         )
+        brake.set(20)  # so it still runs when the second takes over
         call = first.client.Generate(asked(sampling, **fields), timeout=200)
         before = await some(call, 20)
         held = before.token_ids[:18]  # the last message never arrived
-        after = await resume(second, len(held))
+        epoch = (await recorded(second)).epoch
+        resuming = asyncio.create_task(resume(second, len(held)))
+
+        async def has_taken_over() -> bool:
+            return (await recorded(second)).epoch > epoch
+
+        await eventually(has_taken_over)
+        brake.release()
+        after = await resuming
 
         async def rest() -> None:
             while await call.read() is not grpc.aio.EOF:
@@ -92,9 +109,7 @@ async def test_while_the_first_orchestrator_still_runs(
         assert len(held) + len(after.token_ids) == NUM_TOKENS
         if way != "rejection":
             assert held + after.token_ids == whole.token_ids
-        got = await second.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
-        )
+        got = await recorded(second)
         assert list(got.token_ids) == [*PROMPT, *held, *after.token_ids]
         assert not got.in_use
         assert after.result is not None
@@ -191,9 +206,7 @@ async def test_a_later_turn_is_begun_before_it_is_shown(
             request([5], sampling, session_id="s", durability=mode), timeout=200
         )
         await some(call, 1)
-        got = await first.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
-        )
+        got = await recorded(first)
         assert got.num_turns == 2
         call.cancel()
 
@@ -260,7 +273,5 @@ async def test_both_modes_record_everything(
         assert output.token_ids == greedy(PROMPT, 60)
         assert output.result is not None
         assert output.result.recorded
-        got = await first.client.GetSession(
-            orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
-        )
+        got = await recorded(first)
         assert list(got.token_ids) == [*PROMPT, *output.token_ids]

@@ -21,6 +21,8 @@ from tests.services.tokenizer_files import write_tokenizer
 
 pytestmark = pytest.mark.slow
 
+PATIENT = "tests.services.patient_orchestrator"
+
 
 async def refused(*words: str, **environ: str) -> str:
     """The one line that a program which does not start leaves."""
@@ -97,7 +99,7 @@ async def test_tokenizers_that_differ(chat_pair: Pair, tmp_path: Path, redis_url
     write_tokenizer(other, corpus="zebras quiz quotes")
     async with both_tiers(Pair(chat_pair.target, other)) as tiers:
         target, draft = tiers.endpoints
-        words = ("orchestrator", "--port", "0", "--redis-url", redis_url)
+        words = (PATIENT, "--port", "0", "--redis-url", redis_url, "--redis-wait-s", "60")
         words += ("--target-endpoint", target, "--draft-endpoint", draft or "")
         line = await refused(*words)
         assert "tokenizer" in line
@@ -151,6 +153,7 @@ async def test_programs_stop_clean(pair: Pair, redis_url: str) -> None:
         port = await _port(target)
         orchestrator = await stack.enter_async_context(
             program("orchestrator", "--port", "0", "--redis-url", redis_url,
+                    "--redis-wait-s", "60",
                     "--target-endpoint", f"127.0.0.1:{port}", "--draft-endpoint", "")
         )  # fmt: skip
         await _port(orchestrator)

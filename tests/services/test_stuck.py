@@ -21,6 +21,7 @@ from outrider.errors import InternalError
 from outrider.registry import ReplicaState
 from outrider.server import LIVENESS
 from outrider.serving import progress
+from outrider.serving.scheduler import Scheduler
 from outrider.serving.status import ReplicaStatus
 from outrider.v1 import target_pb2
 from tests.services.noting import Clock
@@ -81,7 +82,8 @@ async def test_stuck_and_back(redis_url: str, gate: Gate) -> None:
         await eventually(target.is_healthy, TIMEOUT_S)
         await stream.write(Frame(opens=[target_open(3)], rows=[row(3, 0, PROMPT)]))
         assert isinstance(await stream.answer(3), target_pb2.VerifyResult)
-        assert registry.states[-1] is ReplicaState.READY
+        await registry.becomes(ReplicaState.READY)  # and still is, but for a record that came late
+        assert stream.states == [READY, STUCK, READY]
 
 
 async def test_a_stream_that_begins_while_it_is_stuck_is_told(gate: Gate) -> None:
@@ -96,14 +98,16 @@ async def test_a_stream_that_begins_while_it_is_stuck_is_told(gate: Gate) -> Non
 
 
 async def test_passes_may_take_what_they_are_expected_to_take() -> None:
-    """Measured at the start as 400 ms: more than `stuck_after_s`, and no reason to leave."""
+    """Measured at the start as 1.5 s: more than `stuck_after_s`, and no reason to leave."""
+    # Of 64 tokens, so that measuring takes no longer. What is not a pass has a second.
+    steps = "1:1/63:1/64:1500/65:1500"
     async with (
-        tier(simulate="step_ms=400,vocab_size=256", stuck_after_s=0.1) as target,
+        tier(simulate=f"step_ms={steps},vocab_size=256", stuck_after_s=1.0) as target,
         target.verify() as stream,
     ):
         await stream.write(Frame(opens=[target_open(1)]))
-        for length in range(4, 7):
-            await stream.write(Frame(rows=[row(1, 0, [7] * length)]))
+        for token in (7, 8):
+            await stream.write(Frame(rows=[row(1, 0, [token] * 64)]))
             await stream.answer(1)
         assert stream.states == [READY]
 
@@ -137,9 +141,12 @@ async def test_a_process_that_was_suspended_is_not_stuck(monkeypatch: pytest.Mon
     assert status.state is ReplicaState.READY
 
 
-async def test_stuck_for_too_long_ends_it(gate: Gate) -> None:
+async def test_stuck_for_too_long_ends_it(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not alive any more, as probes see while what is open has its grace."""
-    settings = {"stuck_after_s": 0.6, "stuck_exit_s": 0.3, "stop_grace_s": 1.0}
+    has_heard = False
+    # Nothing is run for it any more, so that what is open would have all of its grace.
+    monkeypatch.setattr(Scheduler, "is_idle", property(lambda _: has_heard))
+    settings = {"stuck_after_s": 0.6, "stuck_exit_s": 0.3, "stop_grace_s": TIMEOUT_S}
     async with tier(**settings) as target, target.verify() as stream:
         stub = health_pb2_grpc.HealthStub(target.channel)
         alive = stub.Watch(health_pb2.HealthCheckRequest(service=LIVENESS))
@@ -148,6 +155,7 @@ async def test_stuck_for_too_long_ends_it(gate: Gate) -> None:
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
         async with asyncio.timeout(TIMEOUT_S):
             assert (await alive.read()).status == NOT_SERVING
+        has_heard = True
         alive.cancel()
         gate.open()
         with pytest.raises(BaseExceptionGroup) as caught:
@@ -168,7 +176,8 @@ def _leaf(error: Any) -> BaseException:
 @pytest.mark.parametrize("way", ["by itself", "by SIGTERM"])
 async def test_a_process_ends_though_its_device_never_does(way: str) -> None:
     """Once stuck for too long, as a failure; or told to, cleanly."""
-    exit_s = "0.5" if way == "by itself" else "300"
+    # Not sooner: that it is stuck is told on a stream that ends with it.
+    exit_s = "3" if way == "by itself" else "300"
     words = ("--stuck-after-s", "0.6", "--stuck-exit-s", exit_s, "--stop-grace-s", "0.2")
     async with (
         process_target("tests.services.stuck_target", *words, "--max-step-tokens", "2000") as (

@@ -112,9 +112,13 @@ async def beside_a_healthy_one(system: System, greedy: Greedy) -> AsyncIterator[
         await running
         await healthy.run(50)
         assert healthy.output[:50] == greedy(PROMPT, 50)
-        assert (await system.target_load()).num_open_generations == 1, "the bad one is closed"
+        await eventually(lambda: _only_one_is_open(system))  # the bad one is closed
         await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=HEALTHY)]))
         await eventually(lambda: _nothing_is_held(system))
+
+
+async def _only_one_is_open(system: System) -> bool:
+    return (await system.target_load()).num_open_generations == 1
 
 
 async def _nothing_is_held(system: System) -> bool:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+import outrider.telemetry.tracing
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def receiving() -> AsyncIterator[Receiver]:
+    """The services of this process wait for it as long as it takes: no span is dropped."""
     receiver = Receiver()
     server = grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
     receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        yield receiver
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(outrider.telemetry.tracing, "_EXPORT_TIMEOUT_S", 60.0)
+            yield receiver
     finally:
         await server.stop(0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grpc
@@ -18,6 +19,7 @@ import target_service.service
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.server import Server
 from outrider.v1 import orchestrator_pb2_grpc
+from tests.stack import eventually
 
 VOCAB_SIZE = 1_000
 TARGET = f"step_ms=2,vocab_size={VOCAB_SIZE}"
@@ -47,6 +49,7 @@ async def services(
     settings.setdefault("draft_wait_ms", 20_000.0)
     settings.setdefault("gamma", 4)
     tier: dict[str, Any] = {"port": 0, "kv_cache_tokens": KV_TOKENS, "calibration_s": 0.0}
+    tier["stuck_after_s"] = 60.0
     async with contextlib.AsyncExitStack() as stack:
         target_server = await stack.enter_async_context(
             target_service.service.serving(TargetConfig(simulate=target, **tier, **telemetry))
@@ -118,7 +121,7 @@ def _get(port: int | None, path: str, accept: str, body: bytes | None) -> str:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}", body, headers={"Accept": accept} if accept else {}
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -131,6 +134,33 @@ async def get(
 
 async def scrape(server: Server) -> Scrape:
     return Scrape(await get(server.metrics_port))
+
+
+async def at_rest(server: Server) -> Scrape:
+    """What it says once nothing runs there and nothing is held of what ran.
+
+    A tier hears of a call's end a moment after its caller.
+    """
+    said: list[Scrape] = []
+
+    async def rests() -> bool:
+        said[:] = [await scrape(server)]
+        held = [
+            *said[0].by("outrider_open_generations", "tier").values(),
+            *said[0].by("outrider_kv_cache_usage_perc", "tier").values(),
+        ]
+        return said[0]("outrider_num_requests_running") == 0 and not any(held)
+
+    await eventually(rests)
+    return said[0]
+
+
+@contextlib.contextmanager
+def nobody_there() -> Iterator[int]:
+    """A port that nobody listens on, nor can: it is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def positions(counts: Sequence[Sequence[int]]) -> dict[str, float]:

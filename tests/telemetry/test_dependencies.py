@@ -29,7 +29,7 @@ async def test_replicas_are_told_by_their_state(redis_url: str) -> None:
             said = await scrape(system.orchestrator)
             return said("outrider_replicas", tier="draft", state="away") == 1
 
-        await eventually(is_away, timeout_s=30)
+        await eventually(is_away)
         said = await scrape(system.orchestrator)
         assert said("outrider_replicas", tier="draft", state="ready") == 0
         assert said("outrider_replicas", tier="target", state="ready") == 1
@@ -39,7 +39,8 @@ async def test_who_runs_and_who_waits_is_told(redis_url: str) -> None:
     """One at a time here: the second waits for its turn. γ is that of the running one."""
     async with services(redis_url, METERED, max_generations=1) as system:
         calls = [
-            system.client.Generate(request(prompt(number), LONG), timeout=55) for number in range(2)
+            system.client.Generate(request(prompt(number), LONG), timeout=200)
+            for number in range(2)
         ]
         reading = [asyncio.create_task(_read(call)) for call in calls]
 
@@ -51,7 +52,7 @@ async def test_who_runs_and_who_waits_is_told(redis_url: str) -> None:
                 and said("outrider_gamma") > 0
             )
 
-        await eventually(is_full, timeout_s=30)
+        await eventually(is_full)
         said, target = await scrape(system.orchestrator), await scrape(system.target)
         assert sum(said.by("outrider_replica_generations", "tier").values()) == 2
         assert target("outrider_open_generations", tier="target") == 1
@@ -59,7 +60,7 @@ async def test_who_runs_and_who_waits_is_told(redis_url: str) -> None:
         for call in calls:
             call.cancel()
         await asyncio.gather(*reading)
-        await eventually(lambda: _is_idle(system), timeout_s=30)
+        await eventually(lambda: _is_idle(system))
 
 
 async def _read(call: grpc.aio.UnaryStreamCall[object, object]) -> None:
@@ -86,7 +87,7 @@ async def test_redis_that_is_away_is_told() -> None:
             assert (await scrape(system.orchestrator))("outrider_redis_up") == 1
             redis.kill()
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await _read(system.client.Generate(asked, timeout=30))
+                await _read(system.client.Generate(asked, timeout=150))
             said = await scrape(system.orchestrator)
             assert said("outrider_redis_up") == 0
             assert said("outrider_requests_total", status="UNAVAILABLE") == 1
@@ -94,7 +95,7 @@ async def test_redis_that_is_away_is_told() -> None:
 
             async def is_up() -> bool:
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    await _read(system.client.Generate(asked, timeout=30))
+                    await _read(system.client.Generate(asked, timeout=150))
                 return (await scrape(system.orchestrator))("outrider_redis_up") == 1
 
-            await eventually(is_up, timeout_s=30)
+            await eventually(is_up)

@@ -15,7 +15,16 @@ from outrider.errors import ConfigError
 from outrider.telemetry.catalogue import CATALOGUE, Kind
 from outrider.telemetry.distribution import Distribution
 from tests.stack import eventually, request
-from tests.telemetry.parts import TARGET, Scrape, Services, get, prompt, scrape, services
+from tests.telemetry.parts import (
+    TARGET,
+    Scrape,
+    Services,
+    at_rest,
+    get,
+    prompt,
+    scrape,
+    services,
+)
 
 METERED = {"metrics_port": 0}
 VLLM_LABELS = {"model_name": "simulated", "engine": "0"}
@@ -23,21 +32,21 @@ VLLM_LABELS = {"model_name": "simulated", "engine": "0"}
 
 async def generate(system: Services, num_tokens: int = 40) -> None:
     sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": num_tokens}
-    async for _ in system.client.Generate(request(prompt(1), sampling), timeout=50):
+    async for _ in system.client.Generate(request(prompt(1), sampling), timeout=150):
         pass
 
 
 async def scrapes(system: Services) -> list[Scrape]:
-    """Of the three services, once the call's end is counted."""
+    """Of the three services, once the call's end is counted, and the tiers know of it."""
 
     async def is_over() -> bool:
         said = await scrape(system.orchestrator)
         return said("outrider_requests_total", status="OK") >= 1
 
-    await eventually(is_over, timeout_s=30)
+    await eventually(is_over)
     assert system.draft is not None
     servers = (system.orchestrator, system.target, system.draft)
-    return [await scrape(server) for server in servers]
+    return [await at_rest(server) for server in servers]
 
 
 async def test_every_metric_of_the_catalogue_is_told_by_some_service(redis_url: str) -> None:

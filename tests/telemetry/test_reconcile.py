@@ -39,7 +39,7 @@ async def to_its_end(system: Services, number: int, **fields: Any) -> Output:
     asked = {"ignore_eos": True, "max_tokens": 32 + 5 * number, "seed": number, **sampling}
     output = Output()
     async for chunk in system.client.Generate(
-        request(prompt(number), asked, verification=verification, **fields), timeout=50
+        request(prompt(number), asked, verification=verification, **fields), timeout=150
     ):
         output.add(chunk)
     return output
@@ -49,7 +49,7 @@ async def cut_off(system: Services, session_id: str) -> int:
     """How many tokens its caller has when it leaves."""
     sampling = {"ignore_eos": True, "max_tokens": 20_000, "temperature": 0}
     asked = request(prompt(1), sampling, session_id=session_id, create_session=True)
-    call, num = system.client.Generate(asked, timeout=50), 0
+    call, num = system.client.Generate(asked, timeout=150), 0
     async for chunk in call:
         num += len(chunk.token_ids)
         if num >= HELD:
@@ -65,7 +65,7 @@ async def num_recorded(system: Services, session_id: str) -> int:
     async def is_free() -> bool:
         return not (await system.client.GetSession(asked)).in_use
 
-    await eventually(is_free, timeout_s=30)
+    await eventually(is_free)
     return int((await system.client.GetSession(asked)).num_emitted_tokens)
 
 
@@ -126,7 +126,7 @@ async def ended(system: Services, num: int) -> Scrape:
         is_idle = said("outrider_num_requests_running") == 0
         return is_idle and sum(said.by("outrider_requests_total", "status").values()) == num
 
-    await eventually(has_counted, timeout_s=30)
+    await eventually(has_counted)
     return await scrape(system.orchestrator)
 
 
@@ -184,7 +184,7 @@ async def test_a_resumed_call_counts_only_what_it_generates(redis_url: str) -> N
         create_session=True,
     )
     async with services(redis_url, {"metrics_port": 0}) as system:
-        call, first = system.client.Generate(asked, timeout=50), Output()
+        call, first = system.client.Generate(asked, timeout=150), Output()
         async for chunk in call:
             first.add(chunk)
             if len(first.token_ids) >= HELD:
@@ -195,7 +195,7 @@ async def test_a_resumed_call_counts_only_what_it_generates(redis_url: str) -> N
         # As if all but one token had been lost on the way.
         again = orchestrator_pb2.GenerateRequest(session_id="resumed", resume_from=1)
         second = Output()
-        async for chunk in system.client.Generate(again, timeout=50):
+        async for chunk in system.client.Generate(again, timeout=150):
             second.add(chunk)
         after = await ended(system, 2)
     assert len(second.token_ids) == 399
@@ -215,7 +215,7 @@ async def test_refused_calls_are_counted_by_their_status(redis_url: str) -> None
             (request(prompt(0), {"temperature": -1}), "INVALID_ARGUMENT"),
             (request(prompt(0), session_id="nobody"), "NOT_FOUND"),
         ):
-            code = await _code(system.client.Generate(asked, timeout=20))
+            code = await _code(system.client.Generate(asked, timeout=150))
             assert code.name == status
         said = await ended(system, 2)
     assert said.by("outrider_requests_total", "status") == {

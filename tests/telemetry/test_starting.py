@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -18,13 +17,33 @@ from outrider.telemetry.scraping import Scrape
 from tests.stack import eventually
 
 
+class Starting:
+    """An orchestrator that never comes so far as to serve. `logs`: what it has said."""
+
+    def __init__(self, logs: list[Any]) -> None:
+        self.logs = logs
+
+    def has_logged(self, event: str) -> bool:
+        return any(entry["event"] == event for entry in self.logs)
+
+    async def told(self, holds: Callable[[Scrape], bool]) -> Scrape:
+        """The first of its scrapes of which that holds."""
+        found: list[Scrape] = []
+
+        async def is_told() -> bool:
+            for port in [e["port"] for e in self.logs if e["event"] == "metrics"]:
+                with contextlib.suppress(Unavailable):
+                    found[:] = [await asyncio.to_thread(Scrape.of, f"127.0.0.1:{port}")]
+            return bool(found) and holds(found[0])
+
+        await eventually(is_told)
+        return found[0]
+
+
 @contextlib.asynccontextmanager
-async def starting(**settings: Any) -> AsyncIterator[str]:
-    """Where its metrics are; it never comes so far as to serve."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+async def starting(**settings: Any) -> AsyncIterator[Starting]:
     config = OrchestratorConfig(
-        target_endpoint="127.0.0.1:1", draft_endpoint="127.0.0.1:2", port=0, metrics_port=port,
+        target_endpoint="127.0.0.1:1", draft_endpoint="127.0.0.1:2", port=0, metrics_port=0,
         **settings,
     )  # fmt: skip
 
@@ -32,39 +51,26 @@ async def starting(**settings: Any) -> AsyncIterator[str]:
         async with orchestrator.service.serving(config):
             raise AssertionError("it serves")
 
-    task = asyncio.create_task(start())
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def told(address: str) -> Scrape | None:
-    try:
-        return await asyncio.to_thread(Scrape.of, address)
-    except Unavailable:
-        return None
+    with capture_logs() as logs:
+        task = asyncio.create_task(start())
+        try:
+            yield Starting(logs)
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No replica is ready, Redis is there; and the log says what is missing, again and again."""
     monkeypatch.setattr(orchestrator.service, "TARGET_TOLD_S", 0.1)
-    with capture_logs() as logs:
-        async with starting(redis_url=redis_url) as address:
+    async with starting(redis_url=redis_url) as started:
 
-            async def is_told() -> bool:
-                scrape = await told(address)
-                return scrape is not None and scrape.total("outrider_replicas", tier="target") == 1
+        async def is_logged() -> bool:
+            return started.has_logged("waiting_for_target")
 
-            async def is_logged() -> bool:
-                return any(entry["event"] == "waiting_for_target" for entry in logs)
-
-            await eventually(is_told)
-            await eventually(is_logged)
-            scrape = await told(address)
-    assert scrape is not None
+        await eventually(is_logged)
+        scrape = await started.told(lambda s: s.total("outrider_replicas", tier="target") == 1)
     assert scrape.has("outrider_num_requests_running")
     assert scrape.total("outrider_replicas", tier="target", state="ready") == 0
     assert scrape.total("outrider_redis_up") == 1
@@ -72,15 +78,9 @@ async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch)
 
 async def test_without_redis() -> None:
     nowhere = "redis://127.0.0.1:1"
-    async with starting(redis_url=nowhere, redis_wait_s=60.0) as address:
-
-        async def is_away() -> bool:
-            scrape = await told(address)
-            has_told = scrape is not None and scrape.has("outrider_redis_up")
-            return has_told and scrape.total("outrider_redis_up") == 0
-
-        await eventually(is_away)
-        scrape = await told(address)
-    assert scrape is not None
+    async with starting(redis_url=nowhere, redis_wait_s=600.0) as started:
+        scrape = await started.told(
+            lambda s: s.has("outrider_redis_up") and s.total("outrider_redis_up") == 0
+        )
     assert scrape.has("outrider_num_requests_running")
     assert scrape.total("outrider_replicas", state="ready") == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 
 import pytest
 from rich.console import Console
@@ -14,7 +13,7 @@ from outrider.errors import Unavailable
 from outrider.telemetry.scraping import Change, Scrape
 from tests.cli.processes import run
 from tests.stack import eventually, request
-from tests.telemetry.parts import prompt, scrape, services
+from tests.telemetry.parts import at_rest, nobody_there, prompt, scrape, services
 
 LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": 60}
 
@@ -35,14 +34,16 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
             await program.look()
         assert "tokens/s 0 " in shown(watched)
         num_tokens = 0
-        async for chunk in system.client.Generate(request(prompt(1), LONG), timeout=50):
+        async for chunk in system.client.Generate(request(prompt(1), LONG), timeout=150):
             num_tokens += len(chunk.token_ids)
 
         async def is_over() -> bool:
             said = await scrape(system.orchestrator)
             return said("outrider_requests_total", status="OK") == 1
 
-        await eventually(is_over, timeout_s=30)
+        await eventually(is_over)
+        for server in servers:
+            await at_rest(server)
         for program in watched:
             await program.look()
         change = watched[0].change
@@ -59,23 +60,23 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
 
 
 async def test_who_does_not_answer_is_named(redis_url: str) -> None:
-    async with services(redis_url, {"metrics_port": 0}, has_draft=False, gamma=0) as system:
-        with socket.create_server(("127.0.0.1", 0)) as nobody:
-            port = nobody.getsockname()[1]
-        watched = [Watched(f"127.0.0.1:{p}", 10.0) for p in (port, system.target.metrics_port)]
-        for program in watched:
-            await program.look()
-        text = shown(watched)
+    telemetry = {"metrics_port": 0}
+    with nobody_there() as port:
+        async with services(redis_url, telemetry, has_draft=False, gamma=0) as system:
+            ports = (port, system.target.metrics_port)
+            watched = [Watched(f"127.0.0.1:{p}", 10.0) for p in ports]
+            for program in watched:
+                await program.look()
+            text = shown(watched)
     assert f"no metrics at 127.0.0.1:{port}" in text
     assert "target 127.0.0.1" in text
 
 
 def test_nothing_there_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
-    with pytest.raises(Unavailable, match=f"no metrics at 127.0.0.1:{port}"):
-        Scrape.of(f"127.0.0.1:{port}")
-    done = run("top", "--once", f"127.0.0.1:{port}")
+    with nobody_there() as port:
+        with pytest.raises(Unavailable, match=f"no metrics at 127.0.0.1:{port}"):
+            Scrape.of(f"127.0.0.1:{port}")
+        done = run("top", "--once", f"127.0.0.1:{port}")
     assert done.returncode == 1
     assert f"no metrics at 127.0.0.1:{port}" in done.stderr
 

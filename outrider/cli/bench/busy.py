@@ -47,13 +47,17 @@ class BusyWatch:
         """Whether the tier has been seen in a pass."""
         return name in self._threads
 
+    def has_looked(self, begin: float, end: float) -> bool:
+        """Whether between two readings of time.monotonic()."""
+        return any(begin <= at <= end for at, _ in self._looks)
+
     def share(self, name: str, begin: float, end: float) -> float:
         """Of the time between two readings of time.monotonic() that it watched.
 
-        Raises ConfigError where this system does not tell.
+        Raises ConfigError where this system does not tell: it has seen no tier in a pass at all.
         """
         seen = [busy for at, busy in self._looks if begin <= at <= end]
-        if not self.has_seen(name) or not seen:
+        if not self._threads or not seen:
             raise ConfigError(f"{self._tasks[name]}: it cannot be seen whether the {name} is busy")
         return sum(name in busy for busy in seen) / len(seen)
 

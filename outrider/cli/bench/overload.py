@@ -140,7 +140,8 @@ async def _phases(
         phase = await at_capacity(options, whom, 1 + 2 * repetition, options.seconds)
         crowds.append(Crowd.of("capacity", phase.records, options.settle, options.seconds))
         _keep(document, crowds[-1].name, repetition, phase)
-        rate = options.factor * crowds[-1].requests_per_s
+        # A machine that stalls may have served nobody in time: then as if it were one.
+        rate = options.factor * max(crowds[-1].requests_per_s, 1 / options.seconds)
         step(f"{rate:.1f} requests/s offered")
         phase = await beyond_capacity(options, whom, 2 + 2 * repetition, rate)
         crowds.append(Crowd.of("overload", phase.records, options.settle, options.seconds, rate))

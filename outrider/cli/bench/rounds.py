@@ -148,18 +148,10 @@ async def _block(system: System, options: RoundsOptions, num: int, max_tokens: i
 
 @contextlib.asynccontextmanager
 async def _watched(system: System, windows: list[Window]) -> AsyncIterator[None]:
-    """Adds windows while the body runs."""
-    watch = asyncio.create_task(_watch(system, windows))
-    try:
-        yield
-    finally:
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+    """Adds windows while the body runs; at its end one of what is left, however late it looked.
 
-
-async def _watch(system: System, windows: list[Window]) -> None:
-    """The rounds are the rows that the target has answered: one for each session's round."""
+    The rounds are the rows that the target has answered: one for each session's round.
+    """
     import grpc
 
     from outrider.cli.client import SHORT_TIMEOUT_S
@@ -169,16 +161,34 @@ async def _watch(system: System, windows: list[Window]) -> None:
     async with grpc.aio.insecure_channel(system.stack.addresses["target"]) as channel:
         stub = target_pb2_grpc.TargetServiceStub(channel)
         request = target_pb2.TargetServiceGetModelInfoRequest()
-        previous: tuple[float, float, int] | None = None
-        while True:
+
+        async def read() -> tuple[float, float, int]:
             answer = await stub.GetModelInfo(request, timeout=SHORT_TIMEOUT_S)
-            now = (time.monotonic(), cpu_seconds(pid), answer.load.num_rows_total)
-            if previous is not None and now[2] - previous[2] >= _LEAST_ROUNDS:
-                windows.append(Window(*(b - a for a, b in zip(previous, now, strict=True))))
+            return time.monotonic(), cpu_seconds(pid), answer.load.num_rows_total
+
+        previous = await read()
+
+        async def look() -> None:
+            nonlocal previous
+            now = await read()
+            seconds, cpu_s, num_rounds = (b - a for a, b in zip(previous, now, strict=True))
+            if num_rounds >= _LEAST_ROUNDS:
+                windows.append(Window(seconds, cpu_s, int(num_rounds)))
                 previous = now
-            elif previous is None:
-                previous = now
-            await asyncio.sleep(_WINDOW_S)
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(_WINDOW_S)
+                await look()
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+        await look()
 
 
 def _cost(

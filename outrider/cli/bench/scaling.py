@@ -220,9 +220,12 @@ async def _run(
     blocks = await _blocks(trial, used, num_tokens, repetition)
     rows, steps = (b - a for a, b in zip(passes, await _passes(lanes[0]), strict=True))
     samples = [sample for block in blocks for sample in block.samples]
-    # While all of them were at it: they began together.
+    # While all of them were at it: they began together. On a machine that stalls that may be no
+    # time at all, and it is of the whole.
     first = begin + max(sample.first_s for sample in samples)
     last = begin + min(sample.wall_s for sample in samples)
+    if not watch.has_looked(first, last):
+        first, last = begin, time.monotonic()
     names = ["target", *(f"draft {number}" for number in range(trial.num_drafts))]
     busy = {name: watch.share(name, first, last) for name in names}
     return Run(blocks, busy, rows / max(1, steps))

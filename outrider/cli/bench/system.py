@@ -5,7 +5,9 @@ Owns the translation of those flags to `StackOptions`. Knows no benchmark.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 # In the quickstart pair's own size its target is no dearer than its draft.
 _QUICK_INFLATE = "0"
+# An orchestrator serves without a draft that is slow to answer; it joins when it does.
+_DRAFT_JOINS_S = 60.0
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,17 @@ class System:
             raise ConfigError("--draft: is required; without one there is nothing to compare")
 
 
+async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
+    """What the system says of itself once its draft, if it has one, has joined."""
+    give_up_at = time.monotonic() + _DRAFT_JOINS_S
+    while True:
+        info = await client.model_info()
+        is_settled = info.HasField("draft") or "draft" not in stack.addresses
+        if is_settled or time.monotonic() > give_up_at:
+            return info
+        await asyncio.sleep(_LOOK_S)
+
+
 @contextlib.asynccontextmanager
 async def measured_system(
     options: BenchOptions,
@@ -139,7 +155,7 @@ async def measured_system(
             shown_stack(stack_options, view) as stack,
             connected(stack.endpoint) as client,
         ):
-            info = await client.model_info()
+            info = await settled_info(client, stack)
             model = stack_options.target_model if stack_options.has_tokenizer else None
             prompts = Prompts(
                 info.target.vocab_size,

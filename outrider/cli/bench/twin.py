@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from outrider.costs import CostReport
 
 _NUM_WARM_UP_TOKENS = 48
+# Of the outputs that tell how often draft tokens stand.
+_MOST_TRIES = 8
 # The simulation is worth its while if it is this near.
 _MOST_OFF = 0.10
 
@@ -97,7 +99,7 @@ async def _measure(options: TwinOptions, console: Console, document: Document) -
     async with measured_system(options, console) as real:
         real.require_draft()
         document.about(real)
-        stood = survival(await _block(real, ways[1], 1, options, 0))
+        stood = await _stood(real, ways[1], options)
         with progress(console, 2 * options.repetitions * len(counts) * len(ways)) as step:
             for num in counts:
                 for way in ways:
@@ -152,6 +154,18 @@ async def _block(
     await run_block(system, works(num_streams, _NUM_WARM_UP_TOKENS), num_streams)
     num = max(options.prompts, num_streams)
     return await run_block(system, works(num, options.max_tokens), num_streams)
+
+
+async def _stood(real: System, way: Variant, options: TwinOptions) -> tuple[float, ...]:
+    """Its survival; on a busy machine a draft may be late in all rounds of an output, or of two."""
+    blocks = [await _block(real, way, 1, options, 0)]
+    while not _has_drafts(blocks[-1]) and len(blocks) < _MOST_TRIES:
+        blocks.append(await _block(real, way, 1, options, 0))
+    return survival(blocks[-1])
+
+
+def _has_drafts(block: Block) -> bool:
+    return any(s.stats is not None and s.stats.num_draft_tokens for s in block.samples)
 
 
 async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) -> TwinOptions:

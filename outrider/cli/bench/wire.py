@@ -96,6 +96,7 @@ def wire(options: WireOptions) -> None:
 
 
 async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
+    from outrider.cli.bench.system import settled_info
     from outrider.cli.client import connected
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
@@ -116,6 +117,7 @@ async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
                 shown_stack(stack_options, view) as stack,
                 connected(stack.endpoint) as client,
             ):
+                await settled_info(client, stack)
                 costs += await _measure_all(client, options, console)
     return costs
 

@@ -28,7 +28,7 @@ const metadata = new grpc.Metadata();
 if (key) metadata.set("authorization", `Bearer ${key}`);
 
 const messages = [];
-const deadline = new Date(Date.now() + 40_000);
+const deadline = new Date(Date.now() + 120_000);
 const call = client.Generate(request, metadata, { deadline });
 call.on("data", (message) => messages.push(message));
 call.on("error", () => {}); // its status says the same

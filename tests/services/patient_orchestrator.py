@@ -1,0 +1,16 @@
+"""`python -m tests.services.patient_orchestrator`: an orchestrator that waits long for its draft.
+
+Else one that is slow to start, on a busy machine, serves without it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import orchestrator.service
+from outrider.config import OrchestratorConfig
+from outrider.program import run_until_signalled
+
+if __name__ == "__main__":
+    orchestrator.service.DRAFT_START_TIMEOUT_S = 60.0
+    sys.exit(run_until_signalled("orchestrator", OrchestratorConfig, orchestrator.service.serving))
