@@ -5,6 +5,7 @@ Every field is honoured or refused by name. Knows nothing of sessions' contents.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ MAX_FAN_OUT = 64
 MAX_TEXT_CHARS = 4_000_000
 MAX_CHAT_MESSAGES = 4_096
 MAX_ROLE_CHARS = 64
+# A template writes the role between its control tokens: it must not bring tokens of its own.
+_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_ROLE_CHARS - 1}}}", re.ASCII)
 Message = dict[str, str]
 
 
@@ -208,9 +211,11 @@ def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, .
         raise InvalidRequest("chat", f"{len(given)} messages; at most {MAX_CHAT_MESSAGES}")
     messages = tuple({"role": m.role, "content": m.content} for m in given)
     for message in messages:
-        if not 1 <= len(message["role"]) <= MAX_ROLE_CHARS:
+        if _ROLE.fullmatch(message["role"]) is None:
             raise InvalidRequest(
-                "chat.messages.role", f"must not be empty; at most {MAX_ROLE_CHARS} characters"
+                "chat.messages.role",
+                "must be a word of letters, digits, _ and -, such as system, user or assistant; "
+                f"at most {MAX_ROLE_CHARS} characters",
             )
     return messages
 
