@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.store import validate_session_id
 from outrider.errors import InvalidRequest
-from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.params import SamplingParams, Verification, check_entries
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import orchestrator_pb2
+from outrider.v1 import orchestrator_pb2, sampling_pb2
 from outrider.wire import sampling_from_proto, verification_from_proto
 
 MAX_LOOKAHEAD = 4
@@ -40,6 +40,10 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
+    # The model's own defaults; what a request sets goes before.
+    sampling_defaults: sampling_pb2.SamplingParams = field(
+        default_factory=sampling_pb2.SamplingParams
+    )
     is_durable: bool = True
 
 
@@ -142,8 +146,13 @@ def _is_durable(request: orchestrator_pb2.GenerateRequest, limits: Limits) -> bo
 def _params(
     request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
 ) -> SamplingParams:
+    check_entries(request.sampling)
+    sampling = sampling_pb2.SamplingParams()
+    sampling.CopyFrom(limits.sampling_defaults)
+    sampling.ClearField("max_tokens")  # is in default_max_tokens
+    sampling.MergeFrom(request.sampling)
     params = sampling_from_proto(
-        request.sampling,
+        sampling,
         default_max_tokens=max(limits.default_max_tokens, request.sampling.min_tokens),
         default_seed=secrets.randbits(63),
     )

@@ -238,7 +238,8 @@ def _limits(
         max_gamma=max_gamma,
         lookahead=config.lookahead,
         fan_out=config.fan_out,
-        default_max_tokens=config.default_max_tokens,
+        default_max_tokens=model.sampling_defaults.max_tokens or config.default_max_tokens,
+        sampling_defaults=model.sampling_defaults,
         is_durable=config.durability == "durable",
     )
 

@@ -19,7 +19,8 @@ Config = TypeVar("Config")
 
 _OF_MODELS = (
     "dtype", "device", "device_map", "num_threads", "prepack", "forbid_kernels",
-    "attention_backend", "cuda_graphs", "inflate_parameters",
+    "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
+    "tokenizer_eos",
 )  # fmt: skip
 
 
@@ -47,6 +48,10 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     inflate_parameters: int | None = setting(
         None, "pad the quickstart target to the cost of so many parameters"
     )
+    generation_config: str = setting(
+        "auto", "auto: defaults of requests from generation_config.json, as vLLM; none: without"
+    )
+    tokenizer_eos: bool = setting(True, "the tokenizer's own end token ends outputs, as in vLLM")
     max_gamma: int = setting(16, "most draft tokens of a round")
     max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
@@ -80,6 +85,8 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
                     "not together with simulate: there is no model",
                 )
         require_port(self.port)
+        is_known = self.generation_config in ("auto", "none")
+        require(is_known, "generation_config", "must be auto or none")
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")

@@ -33,6 +33,8 @@ class EngineOptions:
     """auto | torch | flashinfer. auto: FlashInfer on CUDA where it can serve the model."""
     cuda_graphs: bool = True
     """With FlashInfer: replay single-token steps from CUDA graphs if that is faster here."""
+    tokenizer_eos_ids: tuple[int, ...] = ()
+    """The tokenizer's own end token: it ends outputs beside those of the model's configuration."""
     inflate_parameters: int | None = None
     """Quickstart only: grow the model to about this many parameters, with the same outputs."""
 
