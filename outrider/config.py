@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 
 
 _OF_MODELS = (
-    "dtype", "device", "device_map", "num_threads", "prepack", "forbid_kernels",
+    "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack", "forbid_kernels",
     "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
     "tokenizer_eos",
 )  # fmt: skip
@@ -38,6 +38,9 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
     kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
+    max_model_len: int | None = setting(
+        None, "longest prompt and output together; unset: the model's context"
+    )
     num_threads: int | None = setting(None, "CPU threads of the forward pass")
     prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
     forbid_kernels: str = setting(
@@ -100,7 +103,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
         self.check_telemetry()
         if self.redis_url is not None:
             self.redis_at(self.redis_url)  # raises where the settings do not fit it
-        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
+        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1), ("max_model_len", 2)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
 

@@ -50,7 +50,7 @@ def load_engine(options: EngineOptions) -> Engine:
     module = _load_module(options, config, device)
     guards.check_interface(options.model, module)
     layers = guards.discover_layers(options.model, module)
-    model = _bind(options.model, module)
+    model = _bind(options, module)
     tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
     expected = probe.eager_logits(module, tokens)
     model = replace(model, vocab_size=expected[0].shape[-1])
@@ -195,14 +195,14 @@ def _inflated(name: str, module: Any, num_parameters: int) -> Any:
     return large.eval().requires_grad_(False)
 
 
-def _bind(name: str, module: Any) -> BoundModel:
+def _bind(options: EngineOptions, module: Any) -> BoundModel:
     embedding = module.get_input_embeddings().weight
     return BoundModel(
         module=module,
         windows=guards.sliding_windows(module.config),
         num_embeddings=embedding.shape[0],
         vocab_size=0,
-        max_context_len=guards.context_len(name, module.config),
+        max_context_len=guards.context_len(options.model, module.config, options.max_model_len),
         device=embedding.device,
     )
 

@@ -23,6 +23,8 @@ class EngineOptions:
     """For instance "auto": accelerate spreads the layers over devices; keys and values follow."""
     kv_cache_tokens: int | None = None
     """Tokens to hold keys and values for; None: from the memory that is free after loading."""
+    max_model_len: int | None = None
+    """Longest sequence, at most the model's context; None: the model's context."""
     num_threads: int | None = None
     """Threads torch uses inside one operation (the whole process shares the setting)."""
     prepack: bool = True

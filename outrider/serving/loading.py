@@ -33,6 +33,7 @@ def load_served_engine(
             device=config.device,
             device_map=config.device_map,
             kv_cache_tokens=config.kv_cache_tokens,
+            max_model_len=config.max_model_len,
             num_threads=config.num_threads,
             prepack=config.prepack,
             forbid_kernels=_names(config.forbid_kernels),
