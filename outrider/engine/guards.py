@@ -68,7 +68,9 @@ def context_len(name: str, config: Any, max_model_len: int | None = None) -> int
 def _scaled(length: int, text: Any) -> int:
     """With rope scaling the context is longer than `max_position_embeddings` says."""
     parameters = getattr(text, "rope_parameters", None)
-    rope_type = parameters.get("rope_type") if isinstance(parameters, dict) else None
+    if not isinstance(parameters, dict):
+        return length
+    rope_type = parameters.get("rope_type")
     # Gemma 3 and Llama 3 say the scaled length.
     if rope_type not in _ROPE_TYPES_SCALED or "gemma3" in text.model_type:
         return length
