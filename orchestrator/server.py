@@ -33,7 +33,7 @@ from orchestrator.store import (
 )
 from orchestrator.tiers import Tiers
 from outrider.errors import OutriderError, Unavailable
-from outrider.rpc import translated
+from outrider.rpc import StreamWriter, translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 log = structlog.get_logger()
@@ -138,11 +138,13 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
         quota = current_caller().quota
 
+        writer = StreamWriter(context)
+
         async def write(chunk: Chunk, result: Result | None) -> None:
             # A resumed turn's tokens were charged when they were sent first.
             quota.spend(sum(token.origin is not TokenOrigin.EARLIER for token in chunk.tokens))
             ready_at = time.monotonic()
-            await context.write(generate_response(chunk, result, lease.session_id, asked))
+            await writer.write(generate_response(chunk, result, lease.session_id, asked))
             call.sent(chunk, result, ready_at)
 
         state = new_state(tiers, asked, turn)

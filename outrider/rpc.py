@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from datetime import timedelta
 from typing import Any
 
@@ -95,7 +95,7 @@ def _short(text: str) -> str:
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup.
 
-    Ends it quietly where the caller has gone in the midst of a write. Drops the traceback of an
+    Ends it as CANCELLED where a write failed: the client has gone. Drops the traceback of an
     error that ends here: from Python 3.12 on it is part of a reference cycle through the frames of
     this context manager, and keeps a refused message of megabytes until the collector runs.
     """
@@ -111,8 +111,40 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
             known.__traceback__ = group.__traceback__ = None
         elif group.split(grpc.aio.InternalError)[1] is not None:
             raise
-    except grpc.aio.InternalError:  # a write to a caller that has gone
-        pass
+        else:
+            await _end(context, _CLIENT_GONE)
+    except grpc.aio.InternalError:
+        await _end(context, _CLIENT_GONE)
+
+
+class StreamWriter:
+    """Writes the messages of a call, which can be ended by a status whenever a write is cancelled.
+
+    gRPC sends the call's metadata with the first message. Where that write is cancelled on its way,
+    gRPC counts the metadata as unsent and sends it again with the status; its core refuses both,
+    and the client hears nothing before its deadline. So the metadata goes first, uncancelled.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+        self._has_begun = False
+
+    async def write(self, message: Any) -> None:
+        """By one task at a time. Raises grpc.aio.InternalError where the client has gone."""
+        if not self._has_begun:
+            self._has_begun = True
+            await _uncancelled(self._context.send_initial_metadata(()))
+        await self._context.write(message)
+
+
+async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
+    """For what ends by itself and soon: a cancellation is raised after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderError | None:
@@ -124,14 +156,21 @@ def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderErr
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.OutriderError) -> None:
+    status = status_of(error)
+    if status.code == code_pb2.INTERNAL:
+        log.error("call_failed", error=str(error), exc_info=error)
+    await _end(context, status)
+
+
+_CLIENT_GONE = status_pb2.Status(code=code_pb2.CANCELLED, message="a message could not be sent")
+
+
+async def _end(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> None:
     """Returns: gRPC itself remembers that the call is over.
 
     It keeps what `abort` raises, and that every frame it came through. What those hold, a refused
     message of megabytes for instance, would wait for the collector.
     """
-    status = status_of(error)
-    if status.code == code_pb2.INTERNAL:
-        log.error("call_failed", error=str(error), exc_info=error)
     try:
         await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
     except grpc.aio.AbortError as aborted:

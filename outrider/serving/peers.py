@@ -15,7 +15,7 @@ import grpc
 from outrider.costs import CostReport
 from outrider.errors import InvalidRequest, Unavailable
 from outrider.replica import ReplicaState
-from outrider.rpc import translated
+from outrider.rpc import StreamWriter, translated
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.scheduler import GenerationKey, Keyed, Scheduler
 from outrider.serving.status import ReplicaStatus
@@ -141,6 +141,7 @@ async def serve_stream(
         watch.read(frame)
         await scheduler.submit(peer.commands(frame))
 
+    writer = StreamWriter(context)
     told = costs()  # with the model's description, before the stream
     async with translated(context):
         scheduler.attach(peer.id, peer)
@@ -153,7 +154,7 @@ async def serve_stream(
                         if (report := costs()) is not told:
                             told = report
                             frame.costs.CopyFrom(costs_to_proto(report))
-                        await context.write(frame)
+                        await writer.write(frame)
         finally:
             scheduler.detach(peer.id, peer.closing())
             watch.closed()
