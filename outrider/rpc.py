@@ -140,6 +140,8 @@ class StreamWriter:
 async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
     """For what ends by itself and soon: a cancellation is raised after it."""
     task = asyncio.ensure_future(work)
+    # Where the client has gone it fails, which nobody hears who has been cancelled meanwhile.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
