@@ -12,6 +12,11 @@ from orchestrator.store import SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.tokenizer import Tokenizer
 
+# A text of more characters than these per token of the context is probably too long.
+_CHARS_PER_TOKEN = 8
+# Tokens at the end of a cut text that may differ from those of the whole text.
+_CUT_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -25,10 +30,32 @@ class Turn:
     messages: tuple[Message, ...]
 
 
+class PromptTooLong(InvalidRequest):
+    """Encoding was stopped after `num_tokens`, which are more than the model's context."""
+
+    def __init__(self, field: str, num_tokens: int, max_tokens: int) -> None:
+        super().__init__(field, f"more than {max_tokens} tokens, the model's context")
+        self.num_tokens = num_tokens
+
+
+def num_chars(request: GenerationRequest, record: SessionRecord) -> int:
+    """Characters that `build_turn` has to encode."""
+    if request.messages is not None:
+        messages = (*record.messages, *request.messages)
+        return sum(len(message["content"]) for message in messages)
+    return len(request.text or "")
+
+
 def build_turn(
-    request: GenerationRequest, record: SessionRecord, tokenizer: Tokenizer | None
+    request: GenerationRequest,
+    record: SessionRecord,
+    tokenizer: Tokenizer | None,
+    max_context_len: int,
 ) -> Turn:
-    """Takes milliseconds for long texts: call it in a thread. Raises InvalidRequest."""
+    """Takes seconds for the longest texts: call it in a thread. Raises InvalidRequest.
+
+    PromptTooLong where a part of the prompt alone exceeds the context.
+    """
     held = record.token_ids
     is_chat = bool(record.messages)
     if len(held) and is_chat != (request.messages is not None):
@@ -39,7 +66,8 @@ def build_turn(
     if request.messages is not None:
         assert tokenizer is not None, "chat without a tokenizer was refused"
         messages = (*record.messages, *request.messages)
-        token_ids = tokenizer.render_chat(messages)
+        text = tokenizer.render_chat(messages)
+        token_ids = _encoded(tokenizer, text, "chat", max_context_len, add_special_tokens=False)
         _refuse_empty(token_ids, "chat")
         # Templates may render the past anew; what comes out the same keeps its keys and values.
         return Turn(token_ids, _num_same(held, token_ids), messages)
@@ -48,9 +76,27 @@ def build_turn(
     else:
         assert tokenizer is not None, "text without a tokenizer was refused"
         assert request.text is not None, "a request has one input"
-        added = tokenizer.encode(request.text, add_special_tokens=not len(held))
+        added = _encoded(
+            tokenizer, request.text, "text", max_context_len, add_special_tokens=not len(held)
+        )
         _refuse_empty(added, "text")
     return Turn([*held.tolist(), *added], len(held), ())
+
+
+def _encoded(
+    tokenizer: Tokenizer, text: str, field: str, max_tokens: int, *, add_special_tokens: bool
+) -> list[int]:
+    """The ids. A text that is far too long is not encoded to its end.
+
+    The tokens of a text's beginning differ from the whole text's only close to the cut.
+    """
+    part = text[: _CHARS_PER_TOKEN * (max_tokens + _CUT_TOKENS)]
+    token_ids = tokenizer.encode(part, add_special_tokens=add_special_tokens)
+    if len(part) == len(text):
+        return token_ids
+    if len(token_ids) > max_tokens + _CUT_TOKENS:
+        raise PromptTooLong(field, len(token_ids), max_tokens)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def _refuse_empty(token_ids: Sequence[int], field: str) -> None:

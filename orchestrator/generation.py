@@ -23,18 +23,31 @@ from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, turn_json
 from orchestrator.session import Commitment, Finish, GenerationState
+from orchestrator.stop_strings import OutputText
 from orchestrator.store import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.target_link import TargetHandle, TargetLink
-from orchestrator.text import TextStream
 from orchestrator.tiers import Tiers
 from orchestrator.verifying import Verifying
 from outrider.errors import OutriderError
 
 
+def new_state(tiers: Tiers, request: GenerationRequest, turn: Turn) -> GenerationState:
+    """The state of a generation before its first round."""
+    assert tiers.targets.model is not None, "a target was connected"
+    return GenerationState(
+        turn.token_ids,
+        request.params,
+        request.verification,
+        tiers.targets.model.eos_token_ids,
+        OutputText(tiers.tokenizer, turn.token_ids, request.params.stop),
+    )
+
+
 class Generation:
     """`run` once. `write` gets every chunk, in order; `asked_at` is when the call came in.
 
-    `resumed`: the turn was begun elsewhere, and goes on here.
+    `state`: of `new_state`. `resumed`: the turn was begun elsewhere, and goes on here; `replayed`
+    is then what the state's `replay` returned.
     """
 
     def __init__(
@@ -44,10 +57,12 @@ class Generation:
         lease: Lease,
         turn: Turn,
         place: Place,
+        state: GenerationState,
         *,
         asked_at: float,
         write: Callable[[Chunk, Result | None], Awaitable[None]],
         resumed: Resumed | None = None,
+        replayed: tuple[str, Commitment | None] = ("", None),
     ) -> None:
         assert tiers.targets.model is not None, "a target was connected"
         self._model = tiers.targets.model
@@ -57,13 +72,7 @@ class Generation:
         self._turn = turn
         self._place = place
         self._write = write
-        self._state = GenerationState(
-            turn.token_ids,
-            request.params,
-            request.verification,
-            self._model.eos_token_ids,
-            TextStream(tiers.tokenizer, turn.token_ids, request.params.stop),
-        )
+        self._state = state
         self._policy = GammaPolicy(
             tiers.costs,
             request.max_gamma,
@@ -86,10 +95,9 @@ class Generation:
             verdict_timeout_s=tiers.timing.verdict_timeout_s,
             wait_s=tiers.timing.target_wait_s,
         )
-        self._earlier: Commitment | None = None
-        held_text, num_unshown = "", 0
+        held_text, self._earlier = replayed
+        num_unshown = 0
         if resumed is not None:
-            held_text, self._earlier = self._state.replay(resumed.output_ids, resumed.num_held)
             num_unshown = max(0, resumed.num_held - len(resumed.output_ids))
         self._emitter = Emitter(
             tiers.store,

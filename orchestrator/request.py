@@ -5,15 +5,16 @@ Every field is honoured or refused by name. Knows nothing of sessions' contents.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.store import validate_session_id
 from outrider.errors import InvalidRequest
-from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.params import SamplingParams, Verification, check_entries
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import orchestrator_pb2
+from outrider.v1 import orchestrator_pb2, sampling_pb2
 from outrider.wire import sampling_from_proto, verification_from_proto
 
 MAX_LOOKAHEAD = 4
@@ -22,6 +23,8 @@ MAX_FAN_OUT = 64
 MAX_TEXT_CHARS = 4_000_000
 MAX_CHAT_MESSAGES = 4_096
 MAX_ROLE_CHARS = 64
+# A template writes the role between its control tokens: it must not bring tokens of its own.
+_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_ROLE_CHARS - 1}}}", re.ASCII)
 Message = dict[str, str]
 
 
@@ -37,6 +40,10 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
+    # The model's own defaults; what a request sets goes before.
+    sampling_defaults: sampling_pb2.SamplingParams = field(
+        default_factory=sampling_pb2.SamplingParams
+    )
     is_durable: bool = True
 
 
@@ -139,8 +146,13 @@ def _is_durable(request: orchestrator_pb2.GenerateRequest, limits: Limits) -> bo
 def _params(
     request: orchestrator_pb2.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None
 ) -> SamplingParams:
+    check_entries(request.sampling)
+    sampling = sampling_pb2.SamplingParams()
+    sampling.CopyFrom(limits.sampling_defaults)
+    sampling.ClearField("max_tokens")  # is in default_max_tokens
+    sampling.MergeFrom(request.sampling)
     params = sampling_from_proto(
-        request.sampling,
+        sampling,
         default_max_tokens=max(limits.default_max_tokens, request.sampling.min_tokens),
         default_seed=secrets.randbits(63),
     )
@@ -182,10 +194,23 @@ def _input(
     if kind == "text":
         if not request.text:
             raise InvalidRequest("text", "the prompt is empty")
-        if len(request.text) > MAX_TEXT_CHARS:
-            raise InvalidRequest("text", f"more than {MAX_TEXT_CHARS} characters")
+        _check_chars("text", len(request.text), limits, tokenizer)
         return request.text, None, None
-    return None, None, _messages(request.chat.messages)
+    messages = _messages(request.chat.messages)
+    num_chars = sum(len(message["content"]) for message in messages)
+    _check_chars("chat", num_chars, limits, tokenizer)
+    return None, None, messages
+
+
+def _check_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer) -> None:
+    """Refuses what cannot fit in the context before it is encoded."""
+    most = min(MAX_TEXT_CHARS, limits.max_context_len * tokenizer.max_token_chars)
+    if num_chars > most:
+        raise InvalidRequest(
+            field,
+            f"{num_chars} characters; at most {most} are allowed (the model's context is "
+            f"{limits.max_context_len} tokens)",
+        )
 
 
 def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, ...]:
@@ -195,12 +220,12 @@ def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, .
         raise InvalidRequest("chat", f"{len(given)} messages; at most {MAX_CHAT_MESSAGES}")
     messages = tuple({"role": m.role, "content": m.content} for m in given)
     for message in messages:
-        if not 1 <= len(message["role"]) <= MAX_ROLE_CHARS:
+        if _ROLE.fullmatch(message["role"]) is None:
             raise InvalidRequest(
-                "chat.messages.role", f"must not be empty; at most {MAX_ROLE_CHARS} characters"
+                "chat.messages.role",
+                "must be a word of letters, digits, _ and -, such as system, user or assistant; "
+                f"at most {MAX_ROLE_CHARS} characters",
             )
-    if sum(len(message["content"]) for message in messages) > MAX_TEXT_CHARS:
-        raise InvalidRequest("chat", f"more than {MAX_TEXT_CHARS} characters")
     return messages
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,16 +16,15 @@ import structlog
 from orchestrator.admission import Admission, Place
 from orchestrator.call import Call, Calls
 from orchestrator.callers import current_caller
-from orchestrator.conversation import build_turn
+from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
-from orchestrator.gamma import GammaDecision
-from orchestrator.generation import Generation
+from orchestrator.generation import Generation, new_state
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
+from orchestrator.responses import generate_response, session_response
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, resumed
-from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
+from orchestrator.session import Commitment, TokenOrigin
 from orchestrator.store import (
-    KvHandle,
     Lease,
     SessionRecord,
     scoped_id,
@@ -35,24 +35,10 @@ from orchestrator.tiers import Tiers
 from outrider.errors import OutriderError, Unavailable
 from outrider.rpc import StreamWriter, translated
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
-from outrider.wire import verification_to_proto
 
 log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-_ORIGINS = {
-    TokenOrigin.ACCEPTED: orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
-    TokenOrigin.RECOVERED: orchestrator_pb2.TOKEN_ORIGIN_RECOVERED,
-    TokenOrigin.BONUS: orchestrator_pb2.TOKEN_ORIGIN_BONUS,
-    TokenOrigin.PLAIN: orchestrator_pb2.TOKEN_ORIGIN_PLAIN,
-    TokenOrigin.EARLIER: orchestrator_pb2.TOKEN_ORIGIN_UNSPECIFIED,
-}
-_FINISH_REASONS = {
-    FinishReason.STOP: orchestrator_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: orchestrator_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: orchestrator_pb2.FINISH_REASON_CANCELLED,
-}
 
 
 class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
@@ -147,24 +133,52 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             earlier = resumed(lease.record, asked.resume_from)
             turn, asked = earlier.turn, self._fitted(earlier)
         else:
-            turn = await asyncio.to_thread(build_turn, asked, lease.record, tiers.tokenizer)
+            turn = await self._build_turn(asked, lease.record)
             asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
 
         quota = current_caller().quota
-        quota.spend(len(turn.token_ids) - turn.keep_len)
 
         writer = StreamWriter(context)
 
         async def write(chunk: Chunk, result: Result | None) -> None:
-            quota.spend(len(chunk.tokens))
+            # A resumed turn's tokens were charged when they were sent first.
+            quota.spend(sum(token.origin is not TokenOrigin.EARLIER for token in chunk.tokens))
             ready_at = time.monotonic()
-            await writer.write(_response(chunk, result, lease.session_id, asked))
+            await writer.write(generate_response(chunk, result, lease.session_id, asked))
             call.sent(chunk, result, ready_at)
 
+        state = new_state(tiers, asked, turn)
+        replayed: tuple[str, Commitment | None] = ("", None)
+        if earlier is not None:  # in a thread: it takes a few microseconds a token
+            replay = functools.partial(state.replay, earlier.output_ids, earlier.num_held)
+            replayed = await asyncio.to_thread(replay)
         call.began(len(turn.token_ids))
         return Generation(
-            tiers, asked, lease, turn, place, asked_at=call.asked_at, write=write, resumed=earlier
+            tiers,
+            asked,
+            lease,
+            turn,
+            place,
+            state,
+            asked_at=call.asked_at,
+            write=write,
+            resumed=earlier,
+            replayed=replayed,
         )
+
+    async def _build_turn(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
+        """Charges the prompt to the key, also where it is refused once it is encoded."""
+        quota = current_caller().quota
+        build = functools.partial(
+            build_turn, asked, record, self._tiers.tokenizer, self._limits.max_context_len
+        )
+        try:
+            turn = await self._tiers.encoding.run(build, num_chars(asked, record))
+        except PromptTooLong as error:
+            quota.spend(error.num_tokens)
+            raise
+        quota.spend(len(turn.token_ids) - turn.keep_len)
+        return turn
 
     def _fitted(self, earlier: Resumed) -> GenerationRequest:
         """The orchestrator it was begun at may have taken more draft tokens a round."""
@@ -190,7 +204,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         async with translated(context):
             validate_session_id(request.session_id)
             caller = current_caller().name
-            return _session(await self._tiers.store.get(request.session_id, caller))
+            return session_response(await self._tiers.store.get(request.session_id, caller))
         return None
 
     async def DeleteSession(
@@ -216,97 +230,3 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             default_gamma=self._limits.gamma,
             max_gamma=self._limits.max_gamma,
         )
-
-
-def _response(
-    chunk: Chunk, result: Result | None, session_id: str, asked: GenerationRequest
-) -> orchestrator_pb2.GenerateResponse:
-    return orchestrator_pb2.GenerateResponse(
-        session_id=session_id,
-        token_ids=[token.token_id for token in chunk.tokens],
-        text=chunk.text,
-        text_ends=chunk.text_ends,
-        origins=[_ORIGINS[token.origin] for token in chunk.tokens],
-        logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
-        result=_result(result, asked) if result else None,
-    )
-
-
-def _logprobs(token: EmittedToken) -> orchestrator_pb2.TokenLogprobs:
-    assert token.logprobs is not None, "asked for"
-    return orchestrator_pb2.TokenLogprobs(
-        logprob=token.logprobs.logprob,
-        top_ids=token.logprobs.top_ids,
-        top_logprobs=token.logprobs.top_logprobs,
-    )
-
-
-def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.GenerateResult:
-    finish, counts = result.finish, result.counts
-    return orchestrator_pb2.GenerateResult(
-        finish_reason=_FINISH_REASONS[finish.reason],
-        stop_text=finish.stop_text,
-        stop_token_id=finish.stop_token_id,
-        eos_token_id=finish.eos_token_id,
-        usage=orchestrator_pb2.Usage(
-            prompt_tokens=result.num_prompt_tokens,
-            completion_tokens=result.num_completion_tokens,
-            cached_tokens=result.num_cached_tokens,
-        ),
-        speculation=orchestrator_pb2.SpeculationStats(
-            num_drafts=counts.num_drafts,
-            num_draft_tokens=counts.num_draft_tokens,
-            num_accepted_tokens=counts.num_accepted_tokens,
-            num_accepted_tokens_per_pos=counts.num_accepted_per_pos,
-            num_rejected_tokens=counts.num_rejected_tokens,
-            acceptance_rate=counts.acceptance_rate,
-            mean_acceptance_length=counts.mean_acceptance_length,
-            num_rounds=counts.num_rounds,
-            time_to_first_token_s=result.time_to_first_token_s,
-            duration_s=result.duration_s,
-            tokens_per_s=result.tokens_per_s,
-            gamma=asked.gamma,
-            verification=verification_to_proto(asked.verification),
-            draft_wire_bytes=result.draft_wire_bytes,
-            target_wire_bytes=result.target_wire_bytes,
-            num_lookahead_hits=result.num_lookahead_hits,
-            num_rounds_per_gamma=counts.num_rounds_per_gamma,
-            target_step_s=result.target_step_s,
-            verify_s=result.verify_s,
-            draft_wait_s=result.draft_wait_s,
-            decision=_decision(result.decision) if result.decision else None,
-        ),
-        seed=asked.params.seed,
-        recorded=result.recorded,
-    )
-
-
-def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:
-    said = asdict(decision)
-    del said["wait_s"]
-    return orchestrator_pb2.GammaDecision(**said)
-
-
-def _session(record: SessionRecord) -> orchestrator_pb2.GetSessionResponse:
-    return orchestrator_pb2.GetSessionResponse(
-        session_id=record.session_id,
-        token_ids=record.token_ids.tolist(),
-        in_use=record.in_use,
-        epoch=record.epoch,
-        num_turns=record.num_turns,
-        num_drafts=record.counters.num_drafts,
-        num_draft_tokens=record.counters.num_draft_tokens,
-        num_accepted_tokens=record.counters.num_accepted_tokens,
-        num_emitted_tokens=record.counters.num_emitted_tokens,
-        target_kv=_kv(record.target_kv),
-        draft_kv=_kv(record.draft_kv),
-        expires_in_s=record.expires_in_s,
-    )
-
-
-def _kv(handle: KvHandle | None) -> orchestrator_pb2.KvHandle | None:
-    if handle is None:
-        return None
-    return orchestrator_pb2.KvHandle(
-        replica=handle.replica, epoch=handle.epoch, cached_len=handle.cached_len
-    )

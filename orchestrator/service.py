@@ -14,6 +14,7 @@ from orchestrator.admission import Admission
 from orchestrator.call import Calls
 from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
+from orchestrator.encoding import PromptEncoding
 from orchestrator.metrics import Meter, readings
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
@@ -92,6 +93,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                         yield server
     finally:
         await server.stop(0)
+        await asyncio.to_thread(tiers.encoding.close)
         await store.close()
 
 
@@ -148,7 +150,7 @@ def _tiers(
         target=lambda: targets.costs,
         draft=lambda: drafts.costs if drafts is not None else CostReport(),
     )
-    return Tiers(targets, drafts, store, tokenizer, timing, costs)
+    return Tiers(targets, drafts, store, tokenizer, PromptEncoding(), timing, costs)
 
 
 def _meter(
@@ -236,7 +238,8 @@ def _limits(
         max_gamma=max_gamma,
         lookahead=config.lookahead,
         fan_out=config.fan_out,
-        default_max_tokens=config.default_max_tokens,
+        default_max_tokens=model.sampling_defaults.max_tokens or config.default_max_tokens,
+        sampling_defaults=model.sampling_defaults,
         is_durable=config.durability == "durable",
     )
 

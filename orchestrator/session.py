@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from orchestrator.blocks import Proposal, TargetReply, TokenLogprobs, judge, logprobs_of
-from orchestrator.text import TextStream
+from orchestrator.stop_strings import OutputText
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 
@@ -122,7 +122,7 @@ class GenerationState:
         params: SamplingParams,
         verification: Verification,
         eos_token_ids: Sequence[int],
-        text: TextStream,
+        text: OutputText,
     ) -> None:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.draft_link import DraftLink
+from orchestrator.encoding import PromptEncoding
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
 from orchestrator.store import SessionStore
@@ -29,5 +30,6 @@ class Tiers:
     drafts: ReplicaPool[DraftLink] | None
     store: SessionStore
     tokenizer: Tokenizer | None
+    encoding: PromptEncoding
     timing: Timing
     costs: PairCosts

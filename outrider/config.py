@@ -18,8 +18,9 @@ Config = TypeVar("Config")
 
 
 _OF_MODELS = (
-    "dtype", "device", "device_map", "num_threads", "prepack", "forbid_kernels",
-    "attention_backend", "cuda_graphs", "inflate_parameters",
+    "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack", "forbid_kernels",
+    "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
+    "tokenizer_eos",
 )  # fmt: skip
 
 
@@ -37,6 +38,9 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
     kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
+    max_model_len: int | None = setting(
+        None, "longest prompt and output together; unset: the model's context"
+    )
     num_threads: int | None = setting(None, "CPU threads of the forward pass")
     prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
     forbid_kernels: str = setting(
@@ -47,6 +51,10 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     inflate_parameters: int | None = setting(
         None, "pad the quickstart target to the cost of so many parameters"
     )
+    generation_config: str = setting(
+        "auto", "auto: defaults of requests from generation_config.json, as vLLM; none: without"
+    )
+    tokenizer_eos: bool = setting(True, "the tokenizer's own end token ends outputs, as in vLLM")
     max_gamma: int = setting(16, "most draft tokens of a round")
     max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
     idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
@@ -80,6 +88,8 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
                     "not together with simulate: there is no model",
                 )
         require_port(self.port)
+        is_known = self.generation_config in ("auto", "none")
+        require(is_known, "generation_config", "must be auto or none")
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
@@ -93,7 +103,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
         self.check_telemetry()
         if self.redis_url is not None:
             self.redis_at(self.redis_url)  # raises where the settings do not fit it
-        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1)):
+        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1), ("max_model_len", 2)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
 

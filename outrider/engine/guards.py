@@ -15,12 +15,15 @@ import torch
 from outrider.engine.attention import ATTENTION_NAME, LayerCall, attending
 from outrider.engine.checkpoint import no_interface
 from outrider.engine.kv_store import LayerLayout
-from outrider.errors import ModelError
+from outrider.errors import ConfigError, ModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # Their angles depend on the longest position in the batch, which is another sequence's.
 _ROPE_TYPES_REFUSED = {"dynamic", "longrope"}
+
+# Their `factor` tells how much longer the context is than it was in training.
+_ROPE_TYPES_SCALED = {"yarn", "linear"}
 
 # Tensors that models hand on to every attention function and that say nothing new.
 _HARMLESS = {"position_ids", "cache_position"}
@@ -45,13 +48,35 @@ def check_interface(name: str, model: Any) -> None:
         raise no_interface(name, model.config)
 
 
-def context_len(name: str, config: Any) -> int:
-    """The longest sequence the model is made for. Raises ModelError if it does not say."""
+def context_len(name: str, config: Any, max_model_len: int | None = None) -> int:
+    """The longest sequence that is served, at most what the model is made for, as in vLLM.
+
+    Raises ModelError if the model does not say, ConfigError if `max_model_len` exceeds it.
+    """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None)
     if not isinstance(length, int):
         raise ModelError(f"{name}: {text.model_type} does not say how long its context is")
-    return length
+    length = _scaled(length, text)
+    if max_model_len is None:
+        return length
+    if max_model_len > length:
+        raise ConfigError(f"max_model_len: {max_model_len} exceeds the context of {name}, {length}")
+    return max_model_len
+
+
+def _scaled(length: int, text: Any) -> int:
+    """With rope scaling the context is longer than `max_position_embeddings` says."""
+    parameters = getattr(text, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return length
+    rope_type = parameters.get("rope_type")
+    # Gemma 3 and Llama 3 say the scaled length.
+    if rope_type not in _ROPE_TYPES_SCALED or "gemma3" in text.model_type:
+        return length
+    if rope_type == "yarn":
+        length = parameters.get("original_max_position_embeddings") or length
+    return int(length * float(parameters.get("factor") or 1.0))
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:

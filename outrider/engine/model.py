@@ -7,6 +7,7 @@ the probe tests the engine as it will serve, and the KV memory takes what is lef
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,11 +50,11 @@ def load_engine(options: EngineOptions) -> Engine:
     module = _load_module(options, config, device)
     guards.check_interface(options.model, module)
     layers = guards.discover_layers(options.model, module)
-    model = _bind(options.model, module)
+    model = _bind(options, module)
     tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
     expected = probe.eager_logits(module, tokens)
     model = replace(model, vocab_size=expected[0].shape[-1])
-    info = _describe(options.model, model, layers)
+    info = _describe(options, model, layers)
     linear_kernels = _choose_kernels(options, module)
     backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected))
     store = KVStore(layers, _num_pages(options, layers))
@@ -110,15 +111,15 @@ def _prove(options: EngineOptions, trial: _Trial) -> tuple[str, float]:
     return backends.TORCH, trial.difference(backends.TORCH)
 
 
-def _describe(name: str, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:
+def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:
     """What can be said before the weights are prepacked and the memory is there."""
     module = model.module
     return EngineInfo(
-        name=name,
+        name=options.model,
         architecture=module.config.model_type,
         vocab_size=model.vocab_size,
         max_context_len=model.max_context_len,
-        eos_token_ids=_eos_token_ids(module),
+        eos_token_ids=_eos_token_ids(module, options.tokenizer_eos_ids),
         dtype=_dtype_name(module),
         device=_device_names(layers),
         num_parameters=module.num_parameters(),
@@ -194,14 +195,14 @@ def _inflated(name: str, module: Any, num_parameters: int) -> Any:
     return large.eval().requires_grad_(False)
 
 
-def _bind(name: str, module: Any) -> BoundModel:
+def _bind(options: EngineOptions, module: Any) -> BoundModel:
     embedding = module.get_input_embeddings().weight
     return BoundModel(
         module=module,
         windows=guards.sliding_windows(module.config),
         num_embeddings=embedding.shape[0],
         vocab_size=0,
-        max_context_len=guards.context_len(name, module.config),
+        max_context_len=guards.context_len(options.model, module.config, options.max_model_len),
         device=embedding.device,
     )
 
@@ -227,12 +228,14 @@ def _choose_kernels(options: EngineOptions, module: Any) -> dict[str, int]:
     return num_layers
 
 
-def _eos_token_ids(module: Any) -> tuple[int, ...]:
+def _eos_token_ids(module: Any, tokenizer_ids: Sequence[int]) -> tuple[int, ...]:
+    """Of the model's configuration, and the tokenizer's, as in vLLM."""
     for source in (module.generation_config, module.config.get_text_config()):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-    return ()
+            configured = ids if isinstance(ids, list | tuple) else (ids,)
+            return tuple(dict.fromkeys(int(i) for i in (*configured, *tokenizer_ids)))
+    return tuple(tokenizer_ids)
 
 
 def _device_names(layers: list[LayerLayout]) -> str:

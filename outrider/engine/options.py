@@ -23,6 +23,8 @@ class EngineOptions:
     """For instance "auto": accelerate spreads the layers over devices; keys and values follow."""
     kv_cache_tokens: int | None = None
     """Tokens to hold keys and values for; None: from the memory that is free after loading."""
+    max_model_len: int | None = None
+    """Longest sequence, at most the model's context; None: the model's context."""
     num_threads: int | None = None
     """Threads torch uses inside one operation (the whole process shares the setting)."""
     prepack: bool = True
@@ -33,6 +35,8 @@ class EngineOptions:
     """auto | torch | flashinfer. auto: FlashInfer on CUDA where it can serve the model."""
     cuda_graphs: bool = True
     """With FlashInfer: replay single-token steps from CUDA graphs if that is faster here."""
+    tokenizer_eos_ids: tuple[int, ...] = ()
+    """The tokenizer's own end token: it ends outputs beside those of the model's configuration."""
     inflate_parameters: int | None = None
     """Quickstart only: grow the model to about this many parameters, with the same outputs."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 from outrider.config import DraftConfig, ModelServiceConfig
 from outrider.engine import EngineInfo, EngineOptions, ServedEngine, load_engine
 from outrider.engine.simulated import SimulatedEngine
+from outrider.errors import ConfigError, InvalidRequest
 from outrider.simulation import Simulation
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import model_pb2
+from outrider.tokenizer_files import TokenizerFiles
+from outrider.v1 import model_pb2, sampling_pb2
+from outrider.wire import sampling_from_proto
 
 
 def load_served_engine(
@@ -20,6 +24,8 @@ def load_served_engine(
         simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
         simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
         return simulated, _model_info(simulated.info, None, config.max_gamma)
+    tokenizer = Tokenizer.load(config.model)
+    eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None
     engine = load_engine(
         EngineOptions(
             model=config.model,
@@ -27,16 +33,49 @@ def load_served_engine(
             device=config.device,
             device_map=config.device_map,
             kv_cache_tokens=config.kv_cache_tokens,
+            max_model_len=config.max_model_len,
             num_threads=config.num_threads,
             prepack=config.prepack,
             forbid_kernels=_names(config.forbid_kernels),
             attention_backend=config.attention_backend,
             cuda_graphs=config.cuda_graphs,
+            tokenizer_eos_ids=() if eos_id is None else (eos_id,),
             inflate_parameters=config.inflate_parameters,
         )
     )
-    tokenizer = Tokenizer.load(config.model)
-    return engine, _model_info(engine.info, tokenizer, config.max_gamma)
+    model = _model_info(engine.info, tokenizer, config.max_gamma)
+    if config.generation_config == "auto":
+        model.sampling_defaults.CopyFrom(sampling_defaults(config.model, engine.info.vocab_size))
+    return engine, model
+
+
+def sampling_defaults(model: str, vocab_size: int) -> sampling_pb2.SamplingParams:
+    """From generation_config.json, the fields that vLLM takes. Raises ConfigError."""
+    path = TokenizerFiles(model).find("generation_config.json")
+    if path is None:
+        return sampling_pb2.SamplingParams()
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        given = {name: told[key] for key, name in _DEFAULTS.items() if told.get(key) is not None}
+        defaults = sampling_pb2.SamplingParams(**given)
+        params = sampling_from_proto(defaults, default_max_tokens=1, default_seed=0)
+        params.validate(vocab_size)
+    except (ValueError, TypeError, AttributeError, InvalidRequest) as error:
+        raise ConfigError(
+            f"{path}: {error}; --generation-config none serves the model without it"
+        ) from error
+    return defaults
+
+
+# Fields of generation_config.json, and ours.
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 
 
 def _names(listed: str) -> frozenset[str]:

@@ -1,9 +1,10 @@
+from outrider.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -21,7 +22,7 @@ REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_STUCK: ReplicaState
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs")
+    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs", "sampling_defaults")
     class LinearKernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +45,7 @@ class ModelInfo(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _ClassVar[int]
     LINEAR_KERNELS_FIELD_NUMBER: _ClassVar[int]
     CUDA_GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -59,7 +61,8 @@ class ModelInfo(_message.Message):
     attention_backend: str
     linear_kernels: _containers.ScalarMap[str, int]
     cuda_graphs: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ..., attention_backend: _Optional[str] = ..., linear_kernels: _Optional[_Mapping[str, int]] = ..., cuda_graphs: bool = ...) -> None: ...
+    sampling_defaults: _sampling_pb2.SamplingParams
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ..., attention_backend: _Optional[str] = ..., linear_kernels: _Optional[_Mapping[str, int]] = ..., cuda_graphs: bool = ..., sampling_defaults: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("num_tokens", "step_s", "row_s", "mean_num_rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,3 +70,10 @@ def _shown_bytes() -> dict[int, str]:
 def text_of(token_ids: Sequence[int]) -> str:
     """By Python's own decoder."""
     return b"".join(map(bytes_of, token_ids)).decode(errors="replace")
+
+
+def certain_text_of(token_ids: Sequence[int]) -> str:
+    """Without the bytes at its end that may become a character."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(
+        b"".join(map(bytes_of, token_ids))
+    )

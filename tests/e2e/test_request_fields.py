@@ -83,13 +83,18 @@ def _end_of(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
         if may_stop and token_id in sampling.get("stop_token_ids", ()):
             return {"num": i + 1, "reason": STOP, "stop_token_id": token_id, "text": text}
         seen.append(token_id)
-        # Text from before min_tokens is out already: a stop string stands wholly behind it.
-        start = len(text_of(seen[: sampling.get("min_tokens", 0)]))
-        text = text_of(seen)
-        found = [(text.index(s, start), s) for s in sampling.get("stop", ()) if s in text[start:]]
+        text, searched_len = text_of(seen), len(text_of(seen[: sampling.get("min_tokens", 0)]))
+        # A stop string counts where it is complete after min_tokens; the first complete one.
+        found = [
+            (at + len(stop), -len(stop), stop)
+            for stop in sampling.get("stop", ())
+            for at in range(len(text))
+            if text.startswith(stop, at) and at + len(stop) > searched_len
+        ]
         if may_stop and found:
-            at, stop = min(found)
-            return {"num": i + 1, "reason": STOP, "stop_text": stop, "text": text[:at]}
+            end, negative_len, stop = min(found)
+            text = text[: end + negative_len]
+            return {"num": i + 1, "reason": STOP, "stop_text": stop, "text": text}
         if i + 1 == sampling["max_tokens"]:
             return {"num": i + 1, "reason": LENGTH, "text": text}
     return {}

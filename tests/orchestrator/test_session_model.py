@@ -6,7 +6,9 @@ min_tokens and max_tokens together, taken over by another orchestrator at any ro
 
 from __future__ import annotations
 
+import codecs
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +19,37 @@ from hypothesis import given, settings
 
 from orchestrator.blocks import TargetReply
 from orchestrator.session import Commitment, Finish, FinishReason, GenerationState, TokenOrigin
-from orchestrator.text import TextStream
+from orchestrator.stop_strings import OutputText
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
-from tests.e2e.byte_tokenizer import EOS, load_byte_tokenizer, text_of
+from tests.e2e.byte_tokenizer import EOS, bytes_of, load_byte_tokenizer, text_of
 from tests.orchestrator.test_session_state import Round, proposal_and_reply
 
 PROMPT = list(b"say: ")
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Stands for the special token, which a stop string may name and no text shows.
+EOS_MARK = "\ue000"
 # Letters, spaces, bytes of "é" and "你", a byte that is never text, longer tokens, and the end.
 TOKENS = st.sampled_from([*b"abct ", 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xFF, *range(256, EOS), EOS])
 STOPS = st.lists(
-    st.sampled_from(["ab", "abc", "b", "c c", "the", " t", "é", "你", "a你", "caé", "aaab"]),
+    st.sampled_from(
+        [
+            "ab",
+            "abc",
+            "b",
+            "c c",
+            "the",
+            " t",
+            "é",
+            "你",
+            "a你",
+            "caé",
+            "aaab",
+            "aa",
+            "</s>",
+            "a</s>b",
+        ]
+    ),
     max_size=3,
 ).map(tuple)
 
@@ -59,14 +79,35 @@ class Model:
     output: list[int] = field(default_factory=list)
     finish: Finish | None = None
 
-    def certain(self, num_tokens: int) -> str:
-        """The text that no later token can change."""
-        return text_of(self.output[:num_tokens]).rstrip(INCOMPLETE)
+    def symbols(self, num_tokens: int) -> str:
+        """The text that no later token can change, with a mark in the place of each EOS."""
+        decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+        for token_id in self.output[:num_tokens]:
+            text += EOS_MARK if token_id == EOS else decoder.decode(bytes_of(token_id))
+        return text
 
-    @property
-    def num_unsearched(self) -> int:
-        """Characters that are not part of any stop string: of the first min_tokens."""
-        return len(self.certain(min(self.params.min_tokens, len(self.output))))
+    def _found(self) -> tuple[int, int, str] | None:
+        """End, length and text of the stop string complete first after min_tokens; the longest.
+
+        The end is a position among the symbols, the length is one of text.
+        """
+        text = self.symbols(len(self.output))
+        searched_len = len(self.symbols(self.params.min_tokens))
+        shown_at = [i for i, symbol in enumerate(text) if symbol != EOS_MARK]
+        shown = "".join(text[i] for i in shown_at)
+        found = [
+            (shown_at[at + len(stop) - 1] + 1, -len(stop), stop)
+            for stop in self.params.stop
+            for at in range(len(shown))
+            if shown.startswith(stop, at)
+        ]
+        for stop in self.params.stop:
+            spelled = stop.replace("</s>", EOS_MARK)
+            if spelled != stop:
+                num_chars = len(spelled) - spelled.count(EOS_MARK)
+                starts = [at for at in range(len(text)) if text.startswith(spelled, at)]
+                found += [(at + len(spelled), -num_chars, stop) for at in starts]
+        return min((one for one in found if one[0] > searched_len), default=None)
 
     def push(self, token_id: int) -> None:
         params = self.params
@@ -78,33 +119,42 @@ class Model:
             if token_id in params.stop_token_ids:
                 self.finish = Finish(FinishReason.STOP, stop_token_id=token_id)
                 return
-            text = self.certain(len(self.output))[self.num_unsearched :]
-            found = [(text.find(stop), stop) for stop in params.stop if stop in text]
-            if found:
-                self.finish = Finish(FinishReason.STOP, stop_text=min(found)[1])
+            if found := self._found():
+                self.finish = Finish(FinishReason.STOP, stop_text=found[2])
                 return
         if len(self.output) >= params.max_tokens:
             self.finish = Finish(FinishReason.LENGTH)
 
     @property
     def shown(self) -> str:
-        """All text that the caller has been sent."""
+        """All text that the client has been sent."""
         finish, size = self.finish, len(self.output)
         if finish is not None and finish.stop_text is not None:
-            start = self.num_unsearched
-            return self.certain(size)[: self.certain(size).index(finish.stop_text, start)]
+            found = self._found()
+            assert found is not None
+            end, negative_len, _ = found
+            text = self.symbols(size)[:end].replace(EOS_MARK, "")
+            return text[: len(text) + negative_len]
         if finish is not None:
             is_length = finish.reason is FinishReason.LENGTH
             return text_of(self.output if is_length else self.output[:-1])
-        text = self.certain(size)
-        searched = text[self.num_unsearched :] if size > self.params.min_tokens else ""
-        return text[: len(text) - _num_suspect(searched, self.params.stop)]
+        text = self.symbols(size)
+        return text.replace(EOS_MARK, "")[: -_num_suspect(text, self.params.stop) or None]
 
 
 def _num_suspect(text: str, stops: tuple[str, ...]) -> int:
-    """Of its end, what may begin a stop string."""
-    sizes = range(len(text), 0, -1)
-    return next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+    """Characters at its end that may begin a stop string, without being all of it."""
+    shown = text.replace(EOS_MARK, "")
+    spelled = [stop.replace("</s>", EOS_MARK) for stop in stops if "</s>" in stop]
+    ends = [n for n in range(1, len(shown) + 1) if _begins(shown[-n:], stops)]
+    for n in range(1, len(text) + 1):
+        if _begins(text[-n:], spelled):
+            ends.append(n - text[-n:].count(EOS_MARK))
+    return max(ends, default=0)
+
+
+def _begins(end: str, stops: Sequence[str]) -> bool:
+    return any(stop.startswith(end) and len(stop) > len(end) for stop in stops)
 
 
 @dataclass
@@ -121,7 +171,7 @@ class Played:
         self.state = self._fresh()
 
     def _fresh(self) -> GenerationState:
-        text = TextStream(self.tokenizer, PROMPT, self.params.stop)
+        text = OutputText(self.tokenizer, PROMPT, self.params.stop)
         return GenerationState(PROMPT, self.params, Verification.REJECTION, [EOS], text)
 
     def taken_over(self, output: list[int], num_held: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.session import Commitment, Finish, FinishReason, GenerationState, TokenOrigin
-from orchestrator.text import TextStream
+from orchestrator.stop_strings import OutputText
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.support import Support
@@ -83,8 +83,8 @@ def stop_of(output: Sequence[int], params: SamplingParams) -> Finish | None:
     return None
 
 
-def state_of(params: SamplingParams, text: TextStream | None = None) -> GenerationState:
-    text = text or TextStream(None, PROMPT, ())
+def state_of(params: SamplingParams, text: OutputText | None = None) -> GenerationState:
+    text = text or OutputText(None, PROMPT, ())
     return GenerationState(PROMPT, params, Verification.REJECTION, [EOS], text)
 
 
@@ -216,7 +216,7 @@ def test_text_is_cut_at_stop_strings(
     prompt = tokenizer.encode("the")
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
     state = GenerationState(
-        prompt, params, Verification.REJECTION, [], TextStream(tokenizer, prompt, stop)
+        prompt, params, Verification.REJECTION, [], OutputText(tokenizer, prompt, stop)
     )
     shown = ""
     for number, one in enumerate(made, start=1):

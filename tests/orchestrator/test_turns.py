@@ -9,15 +9,19 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
+from tokenizers import models, pre_tokenizers
 
-from orchestrator.conversation import build_turn
+from orchestrator.conversation import PromptTooLong, build_turn
 from orchestrator.request import GenerationRequest
 from orchestrator.store import Counters, SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
 from tests.services.tokenizer_files import write_tokenizer
+
+CONTEXT_LEN = 1_000
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,10 @@ def _asked(**given: Any) -> GenerationRequest:
 
 @given(held=st.lists(st.integers(0, 255)), added=st.lists(st.integers(0, 255), min_size=1))
 def test_turns_append(held: list[int], added: list[int], tokenizer: Tokenizer) -> None:
-    turn = build_turn(_asked(token_ids=tuple(added)), _record(held), None)
+    turn = build_turn(_asked(token_ids=tuple(added)), _record(held), None, CONTEXT_LEN)
     assert turn.token_ids == held + added
     assert (turn.keep_len, turn.messages) == (len(held), ())
-    text = build_turn(_asked(text="the fox"), _record(held), tokenizer)
+    text = build_turn(_asked(text="the fox"), _record(held), tokenizer, CONTEXT_LEN)
     assert text.token_ids == held + tokenizer.encode("the fox", add_special_tokens=False)
 
 
@@ -81,15 +85,18 @@ def test_chats_are_rendered_whole_and_keep_what_is_the_same(
 ) -> None:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
-    whole = tokenizer.render_chat(messages)
+    whole = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
     held = [*whole[:cut], *([299] if wrong else [])]
     before = messages[:-1] if held and len(messages) > 1 else [{"role": "user", "content": "x"}]
     turn = build_turn(
         _asked(messages=tuple(messages[len(before) :] or messages[-1:])),
         _record(held, before if held else ()),
         tokenizer,
+        CONTEXT_LEN,
     )
-    assert turn.token_ids == tokenizer.render_chat(turn.messages)
+    assert turn.token_ids == tokenizer.encode(
+        tokenizer.render_chat(turn.messages), add_special_tokens=False
+    )
     assert turn.token_ids[: turn.keep_len] == held[: turn.keep_len]
     if turn.keep_len < min(len(held), len(turn.token_ids)):
         assert turn.token_ids[turn.keep_len] != held[turn.keep_len], "the longest common part"
@@ -103,5 +110,21 @@ def test_turns_that_do_not_fit_the_session_are_refused(tokenizer: Tokenizer) -> 
         (_asked(token_ids=(1,)), _record([1, 2], hello)),
     ):
         with pytest.raises(InvalidRequest) as caught:
-            build_turn(asked, record, tokenizer)
+            build_turn(asked, record, tokenizer, CONTEXT_LEN)
         assert caught.value.field == "session_id"
+
+
+def test_a_prompt_far_too_long_is_refused_by_its_beginning(tokenizer: Tokenizer) -> None:
+    """Not encoded to its end; what is encoded is told, to be charged for."""
+    with pytest.raises(PromptTooLong, match="text: more than 1000 tokens") as caught:
+        build_turn(_asked(text="fox " * 100_000), _record([]), tokenizer, CONTEXT_LEN)
+    assert 1_000 < caught.value.num_tokens < 20_000
+
+
+def test_a_long_text_of_few_tokens_is_encoded_whole(tmp_path: Path) -> None:
+    """Where the beginning may fit, the whole is looked at."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "x" * 64: 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    long_words = Tokenizer(backend, {})
+    turn = build_turn(_asked(text=f"{'x' * 64} " * 900), _record([]), long_words, CONTEXT_LEN)
+    assert turn.token_ids == [1] * 900

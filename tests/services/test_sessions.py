@@ -172,14 +172,14 @@ async def test_chat_over_two_turns(chat_pair: Pair, redis_url: str, chat_greedy:
     async with whole(chat_pair, redis_url, tokenizer=str(chat_pair.target)) as stack:
         first = await chat(stack, "the quick fox", create_session=True)
         messages = [{"role": "user", "content": "the quick fox"}]
-        prompt = tokenizer.render_chat(messages)
+        prompt = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
         assert first.token_ids == chat_greedy(prompt, 16)
         second = await chat(stack, "and then?")
         messages += [
             {"role": "assistant", "content": first.text},
             {"role": "user", "content": "and then?"},
         ]
-        whole_prompt = tokenizer.render_chat(messages)
+        whole_prompt = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
         assert second.token_ids == chat_greedy(whole_prompt, 16)
         assert second.result is not None
         assert second.result.usage.prompt_tokens == len(whole_prompt)

@@ -1,0 +1,209 @@
+"""Incremental detokenizer: token ids to text, at a cost per token that does not grow with the text.
+
+Most tokenizers' decoders are a map from each token to bytes: byte-level BPE (GPT-2, Llama 3, Qwen),
+SentencePiece with byte fallback (Llama 2, Mistral, Gemma, Phi-3), Metaspace. Those are decoded as
+bytes, so that a character may be split over any number of tokens. For other decoders a window of
+tokens is decoded again with each new one.
+
+`tokenizers.decoders.DecodeStream` is no alternative: with byte fallback it returns nothing until a
+run of byte tokens ends, it decodes an incomplete run to one replacement character a byte, and its
+window grows with tokens that have no text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+
+# Decoders without a map to bytes: the text of a token may depend on so many tokens before it.
+_NUM_WINDOW_TOKENS = 6
+_MAX_CHARACTER_BYTES = 4
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = ord(" ")
+
+
+class Detokenizer(Protocol):
+    """The text of one output. May be used by one task or thread at a time."""
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text that is certain because of it, perhaps none."""
+
+    def finish(self) -> str:
+        """Returns the text of what is left: one replacement character for an incomplete one."""
+
+
+class TokenBytes:
+    """The bytes that each token adds to a text, for one tokenizer. Any thread may use it.
+
+    `num_stripped`: spaces removed at the start of a text. `joins_first`: all of its first token's.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_ids: frozenset[int]) -> None:
+        """Raises NotImplementedError where the decoder is not such a map."""
+        self._backend = backend
+        self._special_ids = special_ids
+        self._bytes: dict[int, bytes] = {}
+        self._convert, self.num_stripped, self.joins_first = _converter(backend)
+
+    def __getitem__(self, token_id: int) -> bytes:
+        """Nothing for special tokens and for ids that the tokenizer does not have."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+            known = self._bytes[token_id] = b"" if token is None else self._convert(token)
+        return known
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """For an output after this prompt."""
+        return _ByteDetokenizer(self, prompt_ids)
+
+
+class _ByteDetokenizer:
+    def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_to_strip = self._left_to_strip(prompt_ids)
+        for part in self._last_bytes(prompt_ids):
+            self._decoder.decode(part)
+
+    def _left_to_strip(self, prompt_ids: Sequence[int]) -> int:
+        """How many leading spaces the prompt leaves to be stripped."""
+        left = self._token_bytes.num_stripped
+        for token_id in prompt_ids:
+            if left == 0:
+                break
+            for byte in self._token_bytes[token_id]:
+                left = left - 1 if byte == _SPACE and not self._token_bytes.joins_first else 0
+                if left == 0:
+                    break
+        return left
+
+    def _last_bytes(self, prompt_ids: Sequence[int]) -> Iterable[bytes]:
+        """Of the prompt: those that an incomplete character at its end may begin with."""
+        parts: deque[bytes] = deque()
+        num_bytes = 0
+        for token_id in reversed(prompt_ids):
+            if num_bytes >= _MAX_CHARACTER_BYTES:
+                break
+            parts.appendleft(self._token_bytes[token_id])
+            num_bytes += len(parts[0])
+        return parts
+
+    def push(self, token_id: int) -> str:
+        text = self._decoder.decode(self._token_bytes[token_id])
+        return self._stripped(text) if self._num_to_strip and text else text
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+    def _stripped(self, text: str) -> str:
+        kept = text.lstrip(" ")
+        num_spaces = len(text) - len(kept)
+        num_stripped = min(num_spaces, self._num_to_strip)
+        if self._token_bytes.joins_first:
+            self._num_to_strip = 0
+            return text.replace(" ", "")
+        self._num_to_strip = 0 if kept else self._num_to_strip - num_stripped
+        return text[num_stripped:]
+
+
+class WindowDetokenizer:
+    """Decodes the last tokens together, for decoders that are no map from tokens to bytes."""
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], has_text: Callable[[int], bool],
+        prompt_ids: Sequence[int],
+    ) -> None:  # fmt: skip
+        self._decode = decode
+        self._has_text = has_text
+        tail = (i for i in reversed(prompt_ids) if has_text(i))
+        self._token_ids = [i for i, _ in zip(tail, range(_NUM_WINDOW_TOKENS), strict=False)][::-1]
+        self._known = decode(self._token_ids)
+
+    def push(self, token_id: int) -> str:
+        if not self._has_text(token_id):
+            return ""
+        text = self._decode([*self._token_ids, token_id])
+        news = text[len(self._known) :]
+        self._token_ids = [*self._token_ids, token_id][-_NUM_WINDOW_TOKENS:]
+        self._known = self._decode(self._token_ids)
+        return news
+
+    def finish(self) -> str:
+        return ""
+
+
+def _converter(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int, bool]:
+    """Token to bytes; `num_stripped` and `joins_first` of TokenBytes."""
+    steps = _steps(backend)
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level, 0, False
+    if kinds == ["Metaspace"]:
+        mark = steps[0]["replacement"]
+        strips = steps[0].get("prepend_scheme", "always") != "never"
+        return (lambda token: token.replace(mark, " ").encode()), int(strips), strips
+    num_stripped = 0
+    if kinds and kinds[-1] == "Strip":
+        strip = steps.pop()
+        if kinds[-2:-1] != ["Fuse"] or strip["content"] != " " or strip["stop"]:
+            raise NotImplementedError("Strip of single tokens")
+        num_stripped = strip["start"]
+    if not steps or {step["type"] for step in steps} - {"Replace", "ByteFallback", "Fuse"}:
+        raise NotImplementedError(", ".join(kinds) or "no decoder")
+    replaced = [_replacement(step) for step in steps if step["type"] == "Replace"]
+    if "Fuse" in kinds and "Replace" in kinds[kinds.index("Fuse") :]:
+        raise NotImplementedError("Replace over several tokens")
+    has_byte_tokens = "ByteFallback" in kinds
+
+    def convert(token: str) -> bytes:
+        for old, new in replaced:
+            token = token.replace(old, new)
+        if has_byte_tokens and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return token.encode()
+
+    return convert, num_stripped, False
+
+
+def _steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The decoders that the tokenizer applies one after the other."""
+
+    def flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+        if decoder["type"] == "Sequence":
+            return [step for inner in decoder["decoders"] for step in flat(inner)]
+        return [decoder]
+
+    if backend.decoder is None:
+        return []
+    return flat(json.loads(backend.decoder.__getstate__()))
+
+
+def _replacement(step: dict[str, Any]) -> tuple[str, str]:
+    if "String" not in step["pattern"]:
+        raise NotImplementedError("Replace of a regular expression")
+    return step["pattern"]["String"], step["content"]
+
+
+def _byte_characters() -> dict[str, int]:
+    """Byte-level BPE's characters for the 256 bytes (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shown = {chr(byte): byte for byte in printable}
+    return shown | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES_OF_CHARACTERS = _byte_characters()
+
+
+def _byte_level(token: str) -> bytes:
+    """A token with another character is text as it is: added tokens are not byte-encoded."""
+    values = [_BYTES_OF_CHARACTERS.get(character) for character in token]
+    known = [value for value in values if value is not None]
+    return bytes(known) if len(known) == len(values) else token.encode()

@@ -1,0 +1,212 @@
+"""The files of a model's tokenizer: found in a directory, on the hub or in its cache; read.
+
+Models without `tokenizer.json` (SentencePiece, tiktoken, vocab.json with merges.txt) are converted
+by transformers, which only the model services have.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import structlog
+import tokenizers
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from outrider.errors import ConfigError
+
+log = structlog.get_logger()
+
+# Any of these in the hub's cache: the model was downloaded once.
+_MAIN_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_HUB_TIMEOUT_S = 10.0
+# The bases are OSError and what the HTTP library raises, which differs between versions.
+_HUB_ERRORS: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
+
+# Files of tokenizers that `tokenizers` cannot read by itself.
+UNCONVERTED = (
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json",
+)  # fmt: skip
+
+NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+# Special tokens of transformers' tokenizer classes, which their files may leave out. A test
+# compares them with transformers' own.
+_ENDOFTEXT = "<|endoftext|>"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_QWEN = {"eos_token": _ENDOFTEXT, "unk_token": _ENDOFTEXT, "pad_token": _ENDOFTEXT}
+CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GPT2Tokenizer": {"bos_token": _ENDOFTEXT, "eos_token": _ENDOFTEXT, "unk_token": _ENDOFTEXT},
+    "GPTNeoXTokenizer": {
+        "bos_token": _ENDOFTEXT, "eos_token": _ENDOFTEXT, "unk_token": _ENDOFTEXT,
+        "pad_token": "<|padding|>",
+    },
+    "GemmaTokenizer": {
+        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    "Qwen2Tokenizer": _QWEN,
+    "Qwen3_5Tokenizer": _QWEN,
+    "CohereTokenizer": {
+        "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
+        "sep_token": "<SEP>", "pad_token": "<PAD>", "cls_token": "<CLS>",
+        "mask_token": "<MASK_TOKEN>",
+    },
+    "XGLMTokenizer": {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>",
+        "pad_token": "<pad>", "cls_token": "<s>",
+    },
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+}  # fmt: skip
+
+
+class TokenizerFiles:
+    """A model's directory or hub name, and how to read its tokenizer's files."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        directory = Path(model).expanduser()
+        self._directory = directory if directory.is_dir() else None
+
+    @functools.cached_property
+    def _hub_error(self) -> BaseException | None:
+        """Why the hub cannot be asked; None: it can. Asked once, without retries."""
+        try:
+            huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(self._model, "config.json"), timeout=_HUB_TIMEOUT_S
+            )
+        except HFValidationError as error:
+            raise ConfigError(
+                f"'{self._model}' is neither a local directory nor a name on the hub"
+            ) from error
+        except RepositoryNotFoundError as error:  # gated ones included
+            return error
+        except EntryNotFoundError:
+            return None
+        except _HUB_ERRORS as error:
+            return error
+        return None
+
+    def find(self, name: str) -> Path | None:
+        """None: the model has no such file. Raises ConfigError if that cannot be known."""
+        if self._directory is not None:
+            path = self._directory / name
+            return path if path.is_file() else None
+        if self._hub_error is not None:
+            return self._cached(name, self._hub_error)
+        try:
+            return Path(huggingface_hub.hf_hub_download(self._model, name))
+        except LocalEntryNotFoundError as error:
+            return self._cached(name, error)
+        except EntryNotFoundError:
+            return None
+        except _HUB_ERRORS as error:
+            return self._cached(name, error)
+
+    def _cached(self, name: str, error: BaseException) -> Path | None:
+        """The file from the hub's cache, as transformers does where the hub cannot be asked."""
+        cached = huggingface_hub.try_to_load_from_cache(self._model, name)
+        if isinstance(cached, str):
+            return Path(cached)
+        known = (huggingface_hub.try_to_load_from_cache(self._model, file) for file in _MAIN_FILES)
+        if any(isinstance(path, str) for path in known):
+            log.info("not_in_hub_cache", model=self._model, file=name)
+            return None
+        if isinstance(error, RepositoryNotFoundError):
+            why = str(error).strip().splitlines()[-1]
+            raise ConfigError(f"'{self._model}' is not a local directory; hub: {why}") from error
+        raise ConfigError(
+            f"'{self._model}' is not a local directory, it is not in the hub's cache, and the "
+            f"Hugging Face Hub is unreachable: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+    def settings(self) -> dict[str, Any]:
+        """tokenizer_config.json; empty where there is none. Raises ConfigError."""
+        path = self.find("tokenizer_config.json")
+        settings = _read_object(path) if path else {}
+        if template := self.find("chat_template.jinja"):
+            settings["chat_template"] = template.read_text("utf-8")
+        return settings
+
+    def special_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """By name, as transformers' `special_tokens_map`."""
+        tokens: dict[str, Any] = dict(CLASS_TOKENS.get(self._class_name(settings), {}))
+        tokens |= _named(settings)
+        if "added_tokens_decoder" not in settings:
+            path = self.find("special_tokens_map.json")
+            tokens |= _named(_read_object(path)) if path else {}
+        return {name: _text_of(token) for name, token in tokens.items() if token is not None}
+
+    def _class_name(self, settings: Mapping[str, Any]) -> str:
+        name = str(settings.get("tokenizer_class") or "")
+        return name.removesuffix("Fast")
+
+    def backend(self) -> tokenizers.Tokenizer | None:
+        """The tokenizer; None where the model has none. Raises ConfigError."""
+        if path := self.find("tokenizer.json"):
+            return tokenizers.Tokenizer.from_file(str(path))
+        found = next((name for name in UNCONVERTED if self.find(name)), None)
+        return None if found is None else self._converted(found)
+
+    def _converted(self, found: str) -> tokenizers.Tokenizer:
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError(
+                f"{self._model} has {found} and no tokenizer.json; convert it where transformers "
+                f"is installed: outrider convert-tokenizer {self._model} DIRECTORY"
+            )
+        return converted(self._model)
+
+
+def converted(model: str) -> tokenizers.Tokenizer:
+    """By transformers; it takes seconds. Raises ConfigError where transformers cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever its converters raise
+        raise ConfigError(f"the tokenizer of {model} cannot be converted: {error}") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        kind = type(loaded).__name__
+        raise ConfigError(f"the tokenizer of {model} cannot be converted: {kind} is in Python")
+    assert isinstance(backend, tokenizers.Tokenizer)
+    return backend
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Named special tokens of tokenizer_config.json or special_tokens_map.json."""
+    tokens = {
+        name: value
+        for name, value in settings.items()
+        if name in NAMED_TOKENS or (name.endswith("_token") and isinstance(value, str | dict))
+    }
+    for name in ("model_specific_special_tokens", "extra_special_tokens"):
+        if isinstance(more := settings.get(name), dict):
+            tokens |= more
+    return tokens
+
+
+def _text_of(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    settings = json.loads(path.read_text("utf-8"))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return settings

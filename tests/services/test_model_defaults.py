@@ -1,0 +1,99 @@
+"""What the model's own files say of sampling and of its end: honoured, reported, switchable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from outrider.config import TargetConfig
+from outrider.errors import ConfigError
+from outrider.serving.loading import load_served_engine, sampling_defaults
+from outrider.v1 import orchestrator_pb2
+from tests.services.parts import KV_TOKENS, Pair, both_tiers, orchestrating
+
+DEFAULTS = {"temperature": 0.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5}
+PROMPT = [5, 9, 5, 9, 7]
+
+
+@pytest.fixture
+def copy(pair: Pair, tmp_path: Path) -> Pair:
+    """The pair, to be given files of its own."""
+    copied = Pair(tmp_path / "target", tmp_path / "draft")
+    for old, new in zip(pair, copied, strict=True):
+        shutil.copytree(old, new)
+    return copied
+
+
+def write(directory: Path, **settings: Any) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(settings), "utf-8")
+
+
+async def test_sampling_settings_of_the_model_are_defaults(copy: Pair, redis_url: str) -> None:
+    """Also the penalty, which changes greedy output; a field of the request goes before."""
+    write(copy.target, **DEFAULTS, max_new_tokens=24, do_sample=True)
+    explicit = {**DEFAULTS, "max_tokens": 24}
+    async with both_tiers(copy) as tiers, orchestrating(tiers, redis_url) as stack:
+        given = await stack.generate(PROMPT, sampling={})
+        assert given.token_ids == (await stack.generate(PROMPT, sampling=explicit)).token_ids
+        assert len(given.token_ids) == 24
+        other = {**explicit, "repetition_penalty": 1.0}
+        without = await stack.generate(PROMPT, sampling={"repetition_penalty": 1.0})
+        assert without.token_ids == (await stack.generate(PROMPT, sampling=other)).token_ids
+        assert without.token_ids != given.token_ids
+        info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
+        told = {field.name: value for field, value in info.target.sampling_defaults.ListFields()}
+        assert told == pytest.approx({**explicit})
+
+
+async def test_they_can_be_left_aside(copy: Pair, redis_url: str) -> None:
+    write(copy.target, **DEFAULTS)
+    async with (
+        both_tiers(copy, generation_config="none") as tiers,
+        orchestrating(tiers, redis_url, default_max_tokens=8, gamma=0) as stack,
+    ):
+        seeded = {"seed": 3}
+        explicit = {**seeded, "temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0}
+        plain = await stack.generate(PROMPT, sampling=explicit)
+        assert (await stack.generate(PROMPT, sampling=seeded)).token_ids == plain.token_ids
+        info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
+        assert not info.target.sampling_defaults.ListFields()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": "high"}, "generation_config"),
+        ({"top_k": 2.5}, "generation_config"),
+    ],
+)
+def test_bad_defaults_are_refused_by_name(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    write(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=rf"{named}.*--generation-config none"):
+        sampling_defaults(str(tmp_path), 256)
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_the_tokenizers_own_end_token_ends_outputs(
+    chat_pair: Pair, tmp_path: Path, uses_it: bool
+) -> None:
+    """As of a model tuned for chat, whose generation_config.json names another one alone."""
+    target = tmp_path / "target"
+    shutil.copytree(chat_pair.target, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(target)
+    write(target, eos_token_id=299)
+    config = TargetConfig(
+        model=str(target), port=0, kv_cache_tokens=KV_TOKENS, tokenizer_eos=uses_it
+    )
+    _, info = load_served_engine(config)
+    expected = [299, tokenizer.eos_token_id] if uses_it else [299]
+    assert list(info.eos_token_ids) == expected

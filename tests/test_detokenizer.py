@@ -1,0 +1,157 @@
+"""Incremental detokenizer against the tokenizers' own `decode`, on real vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from outrider.tokenizer import Tokenizer
+from tests import vocabularies
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+TEXTS = st.text(st.sampled_from("ab xyzthecats.'\n\t é你龘€🇫🇷") | st.characters(codec="utf-8"))
+
+
+def load(backend: tokenizers.Tokenizer, directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(str(vocabularies.save(backend, directory)))
+    assert tokenizer is not None
+    return tokenizer
+
+
+def converted(directory: Path) -> Tokenizer:
+    """By transformers."""
+    fast = directory / "fast"
+    AutoTokenizer.from_pretrained(directory).save_pretrained(fast)
+    tokenizer = Tokenizer.load(str(fast))
+    assert tokenizer is not None
+    return tokenizer
+
+
+MAKERS = {
+    "sentencepiece": lambda path: converted(vocabularies.write_sentencepiece(path)),
+    "tekken": lambda path: load(vocabularies.tekken(), path),
+    "byte_fallback": lambda path: load(vocabularies.byte_fallback(), path),
+    "metaspace": lambda path: load(vocabularies.metaspace(), path),
+    "word_piece": lambda path: load(vocabularies.word_piece(), path),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    return MAKERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load(vocabularies.byte_fallback(), tmp_path_factory.mktemp("fallback"))
+
+
+def chunks_of(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer(prompt)
+    return [*(detokenizer.push(token_id) for token_id in output), detokenizer.finish()]
+
+
+def test_text_is_the_whole_minus_the_prompt(tokenizer: Tokenizer) -> None:
+    """For any text, split anywhere between two tokens."""
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=TEXTS, share=st.floats(0, 1))
+    def check(text: str, share: float) -> None:
+        token_ids = tokenizer.encode(text)
+        num_prompt = round(share * len(token_ids))
+        prompt, output = token_ids[:num_prompt], token_ids[num_prompt:]
+        whole = tokenizer.decode(token_ids)
+        # A character that ends in the output belongs to it.
+        while (before := tokenizer.decode(prompt)).endswith(INCOMPLETE) and INCOMPLETE not in text:
+            prompt = prompt[:-1]
+        if INCOMPLETE not in whole and whole.startswith(before):
+            chunks = chunks_of(tokenizer, token_ids[:num_prompt], output)
+            assert "".join(chunks) == whole[len(before) :]
+
+    check()
+
+
+def test_any_tokens_are_the_text_of_their_bytes(tokenizer: Tokenizer) -> None:
+    """At random, special and unknown ids included: what is decoded whole is streamed."""
+
+    @settings(max_examples=200, deadline=None)
+    @given(token_ids=st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
+    def check(token_ids: list[int]) -> None:
+        whole = tokenizer.decode(token_ids)
+        if INCOMPLETE not in whole:
+            assert "".join(chunks_of(tokenizer, [], token_ids)) == whole
+
+    check()
+
+
+def byte_ids(text: str | bytes) -> list[int]:
+    """Of the byte-fallback vocabulary."""
+    return [1 + byte for byte in (text.encode() if isinstance(text, str) else text)]
+
+
+def test_a_prompt_of_several_emoji_does_not_spoil_the_answer(fallback: Tokenizer) -> None:
+    """Each character is streamed with its last byte."""
+    prompt = fallback.encode("ab 🇫🇷")
+    flag = byte_ids("🇫🇷")
+    chunks = chunks_of(fallback, prompt, [*flag, *fallback.encode("x")])
+    assert chunks == ["", "", "", "🇫", "", "", "", "🇷", "x", ""]
+
+
+def test_a_character_begun_in_the_prompt_is_completed(fallback: Tokenizer) -> None:
+    prompt = [*fallback.encode("A"), *byte_ids(b"\xe9\xbe")]
+    output = [*byte_ids(b"\x98"), *fallback.encode("B"), *fallback.encode("C")]
+    assert chunks_of(fallback, prompt, output) == ["龘", "B", "C", ""]
+
+
+def test_an_incomplete_character_is_one_replacement_character(fallback: Tokenizer) -> None:
+    output = [*byte_ids("😀"), *byte_ids("😀")[:2]]
+    assert "".join(chunks_of(fallback, [], output)) == "😀" + INCOMPLETE
+
+
+@pytest.mark.parametrize("bad", [b"\x80", b"\xff"])
+def test_bytes_that_are_no_text_are_shown_at_once(fallback: Tokenizer, bad: bytes) -> None:
+    assert chunks_of(fallback, [], byte_ids(bad) * 3) == [INCOMPLETE] * 3 + [""]
+
+
+def test_a_leading_space_is_stripped_once(tmp_path: Path) -> None:
+    """From the text as a whole, not from the output."""
+    sentencepiece = converted(vocabularies.write_sentencepiece(tmp_path / "model"))
+    hello = sentencepiece.encode("hello", add_special_tokens=False)
+    bos = sentencepiece.encode("")
+    assert "".join(chunks_of(sentencepiece, bos, hello)) == "hello"
+    assert "".join(chunks_of(sentencepiece, [*bos, *hello], hello)) == " hello"
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts the tokens that were decoded."""
+
+    num_decoded = 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.num_decoded += len(token_ids)
+        return super().decode(token_ids)
+
+
+@pytest.mark.parametrize("name", ["byte_fallback", "word_piece"])
+@pytest.mark.parametrize("kind", ["special", "unknown", "bad byte", "ordinary"])
+def test_cost_of_a_token_does_not_grow(name: str, kind: str, tmp_path: Path) -> None:
+    """Counted in tokens decoded, not in seconds."""
+    backend = getattr(vocabularies, name)()
+    tokenizer = CountingTokenizer(backend, {})
+    special = next(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+    token_id = {
+        "special": special, "unknown": 10**6, "bad byte": 0x81, "ordinary": 5
+    }[kind]  # fmt: skip
+    detokenizer = tokenizer.detokenizer([5, 6] * 50)
+    before = tokenizer.num_decoded
+    for _ in range(5_000):
+        detokenizer.push(token_id)
+    assert tokenizer.num_decoded - before <= 5_000 * 15
