@@ -235,8 +235,8 @@ def sampled(**fields: Any) -> orchestrator_pb2.GenerateRequest:
 CALLS: dict[str, tuple[str, str, orchestrator_pb2.GenerateRequest]] = {
     "messages": ("chat", "at most 4096", chat(*[("user", "x")] * 4_097)),
     "role": ("chat.messages.role", "at most 64", chat(("r" * 65, "x"))),
-    "content": ("chat", "4000000", chat(("user", "x" * 2_000_001), ("user", "x" * 2_000_000))),
-    "text": ("text", "4000000", request("x" * 4_000_001)),
+    "content": ("chat", "at most 12288", chat(*[("user", "x" * 2_000_001)] * 2)),
+    "text": ("text", "at most 12288", request("x" * 4_000_001)),
     "stop": ("sampling.stop", "at most 64", sampled(stop=["x"] * HUGE)),
     "stop text": ("sampling.stop", "1 to 1024", sampled(stop=["x" * HUGE])),
     "stop_token_ids": (
@@ -257,7 +257,7 @@ CALLS: dict[str, tuple[str, str, orchestrator_pb2.GenerateRequest]] = {
     "logprobs": ("sampling.logprobs", "0 to 20", sampled(logprobs=21)),
     "token_ids": ("token_ids", f"1 to {CONTEXT_LEN}", request([1] * HUGE)),
     "session_id": ("session_id", "1 to 128", request([1], session_id="x" * HUGE)),
-    "long answer": ("chat", "the chat template refuses it", chat(("user", "x" * HUGE))),
+    "long answer": ("chat", "the chat template refuses it", chat(("user", "x" * 12_000))),
 }
 
 

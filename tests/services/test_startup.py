@@ -79,7 +79,8 @@ async def test_models_that_cannot_be_loaded(way: str, pair: Pair, tmp_path: Path
         weights = directory / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
     line = await refused("target_service", "--model", str(directory), "--port", "0")
-    assert line.startswith(f"target: {directory}: "), line
+    beginning = f"'{directory}' is neither" if way == "absent" else f"{directory}: "
+    assert line.startswith(f"target: {beginning}"), line
 
 
 async def test_a_port_in_use(pair: Pair, taken_port: str, redis_url: str) -> None:
