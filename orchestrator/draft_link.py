@@ -90,9 +90,11 @@ class DraftHandle:
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
 
-        Drops every proposal that assumed something else.
+        At most as many of each as the replica makes. Drops every proposal that assumed something
+        else.
         """
         context = self._context
+        gamma, ahead_gamma = min(gamma, self._max_gamma), min(ahead_gamma, self._max_gamma)
         self._proposals = [p for p in self._proposals if p.agrees(context)]
         if len(context) == self._num_told:
             return

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from orchestrator.admission import Place
-from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.blocks import TargetReply
 from orchestrator.conversation import Turn
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
@@ -156,11 +156,10 @@ class Generation:
         if self._state.max_draft_tokens > 0:
             self._drafting.open()  # the first token does not wait for it
         await self._verifying.open()
-        proposal: Proposal | None = None
-        self._verifying.send(proposal)
+        self._verifying.send(None)
         while True:
             reply = await self._timed_reply()
-            commitment = self._commit(proposal, reply)
+            commitment = self._commit(reply)
             record = self._record_of(commitment)
             if commitment.finish is not None:
                 await self._emitter.put(commitment, record)
@@ -181,7 +180,7 @@ class Generation:
             epoch=self._lease.epoch,
             kept_epoch=kept.epoch if kept and kept_len else 0,
             prompt_len=self._state.prompt_len,
-            max_len=self._state.prompt_len + params.max_tokens,
+            max_len=self._state.max_len,
             params=params,
             priority=self._place.priority,
             preempts=preempts,
@@ -195,7 +194,7 @@ class Generation:
             epoch=self._lease.epoch,
             token_ids=self._state.token_ids,
             prompt_len=self._state.prompt_len,
-            max_len=self._state.prompt_len + request.params.max_tokens,
+            max_len=self._state.max_len,
             params=request.params,
             verification=request.verification,
             gamma=min(gamma, link.model.max_gamma),
@@ -218,9 +217,9 @@ class Generation:
             )
         return reply
 
-    def _commit(self, proposal: Proposal | None, reply: TargetReply) -> Commitment:
+    def _commit(self, reply: TargetReply) -> Commitment:
         base_len = self._state.committed_len
-        commitment = self._state.commit(proposal, reply)
+        commitment = self._state.commit(self._verifying.proposal, reply)
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
         self._verifying.committed(base_len + commitment.num_accepted_tokens)

@@ -108,6 +108,12 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         return len(self._handles)
 
     @property
+    def max_len(self) -> int:
+        """Tokens of the longest generation that fits the replica, as it last said."""
+        model = self.model
+        return min(model.max_context_len, model.kv_capacity_tokens) if model is not None else 0
+
+    @property
     def load(self) -> int:
         """Generations there, as far as is known here."""
         return len(self._handles) + self.num_others

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from orchestrator.link import ReplicaLink
@@ -34,8 +34,9 @@ class ReplicaPool(Generic[Link]):
     ) -> None:
         self.tier = tier
         self.links: dict[str, Link] = {}
-        # What the tier serves, as its first replica said; all have the same.
+        # What the replicas that are connected serve together; without any, what they last did.
         self.model: model_pb2.ModelInfo | None = None
+        self.max_len = 0
         self._make_link = make_link
         self._static = frozenset(endpoints)
         self._wanted = self._static
@@ -83,18 +84,29 @@ class ReplicaPool(Generic[Link]):
         return sum(link.is_connected for link in self.links.values())
 
     @property
+    def models(self) -> list[model_pb2.ModelInfo]:
+        """Of each replica that is connected."""
+        links = (link for link in self.links.values() if link.is_connected)
+        return [link.model for link in links if link.model is not None]
+
+    @property
     def costs(self) -> CostReport:
         """Of some replica that takes generations: they are of one kind."""
         open_links = (link for link in self.links.values() if link.takes_generations)
         link = next(open_links, None)
         return link.costs if link is not None else CostReport()
 
-    def pick(self, preferred: str | None = None, avoid: Collection[str] = ()) -> Link | None:
-        """Where a new generation goes; None where there is no replica but those to `avoid`."""
+    def pick(
+        self, preferred: str | None = None, avoid: Collection[str] = (), max_len: int = 0
+    ) -> Link | None:
+        """Where a new generation of at most `max_len` tokens goes.
+
+        None where it fits no replica but those to `avoid`.
+        """
         open_links = [
             link
             for endpoint, link in self.links.items()
-            if link.takes_generations and endpoint not in avoid
+            if link.takes_generations and endpoint not in avoid and max_len <= link.max_len
         ]
         if preferred is not None:
             for link in open_links:
@@ -102,11 +114,13 @@ class ReplicaPool(Generic[Link]):
                     return link
         return min(open_links, key=lambda link: link.load, default=None)
 
-    async def acquire(self, timeout_s: float, preferred: str | None = None) -> Link:
+    async def acquire(
+        self, timeout_s: float, preferred: str | None = None, max_len: int = 0
+    ) -> Link:
         """As `pick`, waiting for a replica. Raises Unavailable."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while (link := self.pick(preferred)) is None:
+                while (link := self.pick(preferred, max_len=max_len)) is None:
                     await self.change()
                 return link
         known = ", ".join(sorted(self._wanted)) or "no address is known"
@@ -185,8 +199,20 @@ class ReplicaPool(Generic[Link]):
         return any(link in self._tasks for link in former)
 
     def _notify(self) -> None:
-        if self.model is None:
-            self.model = next(
-                (link.model for link in self.links.values() if link.is_connected), None
-            )
+        if models := self.models:
+            self.model = _pooled(models)
+            self.max_len = max(link.max_len for link in self.links.values() if link.is_connected)
         self._changed.set()
+
+
+def _pooled(models: Sequence[model_pb2.ModelInfo]) -> model_pb2.ModelInfo:
+    """One description of all: the fewest draft tokens, which every replica takes.
+
+    The longest context and the most memory, since a request goes to a replica that it fits.
+    """
+    pooled = model_pb2.ModelInfo()
+    pooled.CopyFrom(models[0])
+    pooled.max_gamma = min(model.max_gamma for model in models)
+    pooled.max_context_len = max(model.max_context_len for model in models)
+    pooled.kv_capacity_tokens = max(model.kv_capacity_tokens for model in models)
+    return pooled

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,13 +48,16 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     def __init__(
         self,
         tiers: Tiers,
-        limits: Limits,
+        limits: Callable[[], Limits],
         admission: Admission,
         calls: Calls,
         *,
         needs_redis: bool = True,
     ) -> None:
-        """`needs_redis` False: one-off generations go unrecorded while it is away."""
+        """`limits`: of a request that comes now.
+
+        `needs_redis` False: one-off generations go unrecorded while it is away.
+        """
         self._tiers = tiers
         self._limits = limits
         self._admission = admission
@@ -71,7 +75,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
         async with translated(context), self._calls.call(context) as call:
-            asked = parse_request(request, self._limits, self._tiers.tokenizer)
+            asked = parse_request(request, self._limits(), self._tiers.tokenizer)
             async with self._admission.admitted(asked.priority, context.time_remaining()) as place:
                 await self._generate(asked, place, call, context)
 
@@ -134,7 +138,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             turn, asked = earlier.turn, self._fitted(earlier)
         else:
             turn = await self._build_turn(asked, lease.record)
-            asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits)
+            asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits())
 
         quota = current_caller().quota
 
@@ -170,7 +174,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         """Charges the prompt to the key, also where it is refused once it is encoded."""
         quota = current_caller().quota
         build = functools.partial(
-            build_turn, asked, record, self._tiers.tokenizer, self._limits.max_context_len
+            build_turn, asked, record, self._tiers.tokenizer, self._limits().max_context_len
         )
         try:
             turn = await self._tiers.encoding.run(build, num_chars(asked, record))
@@ -182,7 +186,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     def _fitted(self, earlier: Resumed) -> GenerationRequest:
         """The orchestrator it was begun at may have taken more draft tokens a round."""
-        request, most = earlier.request, self._limits.max_gamma
+        request, most = earlier.request, self._limits().max_gamma
         gamma = None if request.gamma is None else min(request.gamma, most)
         return replace(request, gamma=gamma, max_gamma=min(request.max_gamma, most))
 
@@ -223,10 +227,10 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def GetModelInfo(
         self, request: orchestrator_pb2.GetModelInfoRequest, context: Context
     ) -> orchestrator_pb2.GetModelInfoResponse:
-        drafts = self._tiers.drafts
+        drafts, limits = self._tiers.drafts, self._limits()
         return orchestrator_pb2.GetModelInfoResponse(
             target=self._tiers.targets.model,
             draft=drafts.model if drafts is not None and drafts.num_connected else None,
-            default_gamma=self._limits.gamma,
-            max_gamma=self._limits.max_gamma,
+            default_gamma=limits.gamma,
+            max_gamma=limits.max_gamma,
         )

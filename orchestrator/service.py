@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from itertools import chain
 
 import structlog
@@ -16,9 +16,9 @@ from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
 from orchestrator.metrics import Meter, readings
+from orchestrator.models import draft_check, limits, target_check
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
-from orchestrator.request import Limits
 from orchestrator.security import Security
 from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
@@ -26,14 +26,14 @@ from orchestrator.target_link import TargetLink
 from orchestrator.tiers import Tiers, Timing
 from outrider.config import OrchestratorConfig
 from outrider.costs import CostReport
-from outrider.errors import ConfigError, IncompatiblePair, Unavailable
+from outrider.errors import ConfigError, Unavailable
 from outrider.security.channel import OpenChannel
 from outrider.security.serving import Protection
 from outrider.server import Server
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -82,13 +82,16 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 told.exposition.model_name = targets.model.name if targets.model else ""
                 async with drafts.running() if drafts is not None else contextlib.nullcontext():
                     await _settle_draft(drafts)
-                    limits = _limits(config, targets, drafts)
                     calls = Calls(meter, told.tracing)
                     needs_redis = config.without_redis == "refuse"
                     servicer = OrchestratorServicer(
-                        tiers, limits, admission, calls, needs_redis=needs_redis
+                        tiers,
+                        lambda: limits(config, targets, drafts),
+                        admission,
+                        calls,
+                        needs_redis=needs_redis,
                     )
-                    log.info("serving", port=server.port, max_gamma=limits.max_gamma)
+                    log.info("serving", port=server.port)
                     async with _answering(server, servicer, targets, config.stop_grace_s):
                         yield server
     finally:
@@ -117,7 +120,7 @@ async def _answering(
 def _pools(
     config: OrchestratorConfig, tokenizer: Tokenizer | None, open_channel: OpenChannel
 ) -> tuple[ReplicaPool[TargetLink], ReplicaPool[DraftLink] | None]:
-    check_target = _target_check(tokenizer)
+    check_target = target_check(tokenizer, lambda: targets.models)
     targets = ReplicaPool(
         "target",
         lambda endpoint, on_change: TargetLink(endpoint, check_target, on_change, open_channel),
@@ -125,7 +128,7 @@ def _pools(
     )
     if not config.draft_endpoint:
         return targets, None
-    check_draft = _draft_check(targets)
+    check_draft = draft_check(targets)
     drafts = ReplicaPool(
         "draft",
         lambda endpoint, on_change: DraftLink(endpoint, check_draft, on_change, open_channel),
@@ -218,70 +221,3 @@ async def _stop(server: Server, servicer: OrchestratorServicer, grace_s: float) 
     await asyncio.wait([stopping], timeout=grace_s)
     servicer.stop_generations()
     await stopping
-
-
-def _limits(
-    config: OrchestratorConfig,
-    targets: ReplicaPool[TargetLink],
-    drafts: ReplicaPool[DraftLink] | None,
-) -> Limits:
-    model = targets.model
-    assert model is not None, "a target is connected"
-    max_gamma = min(config.max_gamma, model.max_gamma)
-    if drafts is not None and drafts.model is not None:
-        max_gamma = min(max_gamma, drafts.model.max_gamma)
-    return Limits(
-        vocab_size=model.vocab_size,
-        max_context_len=min(model.max_context_len, model.kv_capacity_tokens),
-        eos_token_ids=tuple(model.eos_token_ids),
-        gamma=None if config.gamma is None else min(config.gamma, max_gamma),
-        max_gamma=max_gamma,
-        lookahead=config.lookahead,
-        fan_out=config.fan_out,
-        default_max_tokens=model.sampling_defaults.max_tokens or config.default_max_tokens,
-        sampling_defaults=model.sampling_defaults,
-        is_durable=config.durability == "durable",
-    )
-
-
-ModelCheck = Callable[[model_pb2.ModelInfo], None]
-
-
-def _target_check(tokenizer: Tokenizer | None) -> ModelCheck:
-    served: list[model_pb2.ModelInfo] = []
-
-    def check(model: model_pb2.ModelInfo) -> None:
-        if tokenizer is not None and model.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise IncompatiblePair(
-                f"the target {model.name} has tokenizer {_short(model.tokenizer_fingerprint)}, "
-                f"this orchestrator {_short(tokenizer.fingerprint)}"
-            )
-        if served and model.model_fingerprint != served[0].model_fingerprint:
-            raise IncompatiblePair(
-                f"the target is {model.name} {_short(model.model_fingerprint)} now, and was "
-                f"{served[0].name} {_short(served[0].model_fingerprint)}: restart the orchestrator"
-            )
-        if served and model.max_gamma < served[0].max_gamma:
-            raise IncompatiblePair(
-                f"the target takes {model.max_gamma} draft tokens now, and took "
-                f"{served[0].max_gamma}: restart the orchestrator"
-            )
-        served[:] = [model]
-
-    return check
-
-
-def _draft_check(targets: ReplicaPool[TargetLink]) -> ModelCheck:
-    def check(model: model_pb2.ModelInfo) -> None:
-        theirs = targets.model.tokenizer_fingerprint if targets.model else ""
-        if model.tokenizer_fingerprint != theirs:
-            raise IncompatiblePair(
-                f"draft and target do not share a tokenizer: the draft {model.name} has "
-                f"{_short(model.tokenizer_fingerprint)}, the target {_short(theirs)}"
-            )
-
-    return check
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:12] or "none"

@@ -134,6 +134,11 @@ class GenerationState:
         self._text = text
 
     @property
+    def max_len(self) -> int:
+        """Tokens of the prompt and of the longest output."""
+        return self.prompt_len + self.params.max_tokens
+
+    @property
     def committed_len(self) -> int:
         return len(self.token_ids)
 

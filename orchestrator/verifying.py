@@ -57,7 +57,8 @@ class Verifying:
         self._wait_s = wait_s
         self._handle: TargetHandle | None = None
         self._link: TargetLink | None = None
-        self._proposal: Proposal | None = None
+        # What the row sent last brought: no more than its replica takes.
+        self.proposal: Proposal | None = None
         self._former_wire_bytes = 0
         # How much of the context the replica holds, and how much of the prompt was there before.
         self.cached_len = 0
@@ -75,13 +76,13 @@ class Verifying:
     async def open(self) -> None:
         """Raises Unavailable where no replica comes within `wait_s`."""
         preferred = self._kept.replica if self._kept else None
-        self._take(await self._pool.acquire(self._wait_s, preferred))
+        self._take(await self._pool.acquire(self._wait_s, preferred, self._state.max_len))
 
     def send(self, proposal: Proposal | None) -> None:
         """The next row leaves at once; from a replica that is about to stop, elsewhere."""
-        self._proposal = proposal
+        self.proposal = proposal
         if self._link is not None and not self._link.takes_generations:
-            other = self._pool.pick()
+            other = self._pick()
             if other is not None:
                 self._moved(other, "it takes no generations any more")
         self._send()
@@ -95,7 +96,7 @@ class Verifying:
         """
         assert self._handle is not None, "it is open"
         try:
-            reply = await self._handle.reply(self._proposal, self._verdict_timeout_s)
+            reply = await self._handle.reply(self.proposal, self._verdict_timeout_s)
         except (KVLost, KVFull, Unavailable) as error:
             with contextlib.ExitStack() as waiting:
                 reply = await self._retried(error, waiting)
@@ -120,7 +121,7 @@ class Verifying:
             else:
                 if isinstance(error, KVFull):
                     full.add(self._handle.replica)
-                if full and self._pool.pick(avoid=full) is None:
+                if full and self._pick(full) is None:
                     if not is_short:
                         has_begun = self._state.counts.num_rounds > 0
                         waiting.enter_context(self._place.short_of_room(has_begun=has_begun))
@@ -130,7 +131,7 @@ class Verifying:
                     full.clear()
                 await self._move(error, full, preempts=is_short)
             try:
-                return await self._handle.reply(self._proposal, self._verdict_timeout_s)
+                return await self._handle.reply(self.proposal, self._verdict_timeout_s)
             except (KVLost, KVFull, Unavailable) as again:
                 error = again
 
@@ -148,6 +149,9 @@ class Verifying:
         if self._handle is not None:
             self._handle.close(keep=keep)
 
+    def _pick(self, avoid: Collection[str] = ()) -> TargetLink | None:
+        return self._pool.pick(avoid=avoid, max_len=self._state.max_len)
+
     def _take(self, link: TargetLink, *, preempts: bool = False) -> None:
         kept_len = 0
         if self._kept is not None and self._kept.replica == link.endpoint:
@@ -158,7 +162,9 @@ class Verifying:
     def _send(self) -> None:
         assert self._handle is not None, "it is open"
         context = self._state.token_ids
-        self._handle.send_row(self.cached_len, context[self.cached_len :], self._proposal)
+        if self.proposal is not None and self._link is not None and self._link.model is not None:
+            self.proposal = self.proposal.head(self._link.model.max_gamma)
+        self._handle.send_row(self.cached_len, context[self.cached_len :], self.proposal)
 
     async def _move(
         self, error: Unavailable | KVFull, full: Collection[str], *, preempts: bool
@@ -166,7 +172,7 @@ class Verifying:
         """The row goes to another replica, as soon as there is one. Raises `error` at the end."""
         give_up_at = time.monotonic() + self._wait_s
         while True:
-            link = self._pool.pick(avoid=full) or self._pool.pick()
+            link = self._pick(full) or self._pick()
             if link is not None:
                 with contextlib.suppress(Unavailable):  # gone this very moment
                     self._moved(link, str(error), preempts=preempts)

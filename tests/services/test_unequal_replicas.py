@@ -1,0 +1,249 @@
+"""Replicas of one tier with other settings: limits follow those that are there, and none is lost.
+
+A replica that is restarted with another setting is one too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from structlog.testing import capture_logs
+
+import draft_service.service
+import target_service.service
+from outrider.config import DraftConfig, TargetConfig
+from outrider.relay import Relay
+from outrider.server import Server
+from outrider.v1 import orchestrator_pb2
+from tests.services.parts import (
+    GREEDY,
+    KV_TOKENS,
+    STUCK_AFTER_S,
+    Brake,
+    Greedy,
+    Pair,
+    System,
+    Tiers,
+    orchestrating,
+    refusal,
+)
+from tests.stack import Output, eventually, request
+
+PROMPT = list(range(20, 60))
+NUM_TOKENS = 120
+ACCEPTED = 1
+
+
+@contextlib.asynccontextmanager
+async def replica(model: Path, *, is_draft: bool = False, **settings: Any) -> AsyncIterator[Server]:
+    how = {
+        "model": str(model),
+        "port": 0,
+        "kv_cache_tokens": KV_TOKENS,
+        "calibration_s": 0.0,
+        "stuck_after_s": STUCK_AFTER_S,
+        **settings,
+    }
+    serving = (
+        draft_service.service.serving(DraftConfig(**how))
+        if is_draft
+        else target_service.service.serving(TargetConfig(**how))
+    )
+    async with serving as server:
+        yield server
+
+
+class Places:
+    """Two addresses of a tier, at which replicas come and go."""
+
+    def __init__(self, first: Relay, second: Relay) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def endpoints(self) -> str:
+        return f"{self.first.address},{self.second.address}"
+
+    @staticmethod
+    def move(relay: Relay, server: Server) -> None:
+        relay.retarget("127.0.0.1", server.port)
+
+
+@contextlib.asynccontextmanager
+async def places(server: Server) -> AsyncIterator[Places]:
+    """The first is this server's; at the second there is nobody."""
+    async with (
+        Relay("127.0.0.1", 0, "127.0.0.1", server.port, 0.0) as first,
+        Relay("127.0.0.1", 0, "127.0.0.1", 1, 0.0) as second,
+    ):
+        yield Places(first, second)
+
+
+async def model_info(system: System) -> orchestrator_pb2.GetModelInfoResponse:
+    return await system.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=60)
+
+
+async def max_gamma_becomes(system: System, max_gamma: int) -> None:
+    async def is_so() -> bool:
+        return (await model_info(system)).max_gamma == max_gamma
+
+    await eventually(is_so)
+
+
+def with_gamma(gamma: int, num_tokens: int = 4) -> Any:
+    return request(PROMPT, {**GREEDY, "max_tokens": num_tokens}, gamma=gamma)
+
+
+async def test_the_smallest_max_gamma_of_the_pool_is_the_limit(pair: Pair, redis_url: str) -> None:
+    """Whichever was there first; the limit rises again when the smaller one is gone."""
+    async with (
+        replica(pair.target, max_gamma=16) as large,
+        places(large) as targets,
+        orchestrating(Tiers(large, None), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+        assert (await model_info(system)).max_gamma == 16
+        async with replica(pair.target, max_gamma=8) as small:
+            targets.move(targets.second, small)
+            await max_gamma_becomes(system, 8)
+            assert (await model_info(system)).target.max_gamma == 8
+            refused = await refusal(system.client.Generate(with_gamma(9), timeout=60).read())
+            assert (refused.code, refused.fields) == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                ["gamma"],
+            )
+            assert "[0, 8]" in refused.message
+        await max_gamma_becomes(system, 16)
+        assert (await system.client.Generate(with_gamma(9), timeout=60).read()).token_ids
+
+
+async def test_a_draft_that_joins_late_lowers_the_limit_too(pair: Pair, redis_url: str) -> None:
+    async with (
+        replica(pair.target) as target,
+        replica(pair.draft, is_draft=True, max_gamma=12) as draft,
+        places(draft) as drafts,
+        orchestrating(Tiers(target, None), redis_url, draft_endpoint=drafts.endpoints) as system,
+    ):
+        await max_gamma_becomes(system, 12)
+        async with replica(pair.draft, is_draft=True, max_gamma=3) as small:
+            drafts.move(drafts.second, small)
+            await max_gamma_becomes(system, 3)
+        await max_gamma_becomes(system, 12)
+
+
+async def disturbed(system: System, brake: Brake, disturb: Any, gamma: int) -> Output:
+    """An output with `disturb` awaited in the middle of it."""
+    output, is_disturbed = Output(), False
+    brake.set(60)
+    async for chunk in system.client.Generate(with_gamma(gamma, NUM_TOKENS), timeout=200):
+        output.add(chunk)
+        if not is_disturbed and len(output.token_ids) > 20:
+            is_disturbed = True
+            await disturb()
+            brake.release()
+    assert is_disturbed
+    return output
+
+
+async def test_a_generation_moves_to_a_target_that_takes_fewer_draft_tokens(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
+    async with (
+        replica(pair.target, max_gamma=16) as large,
+        replica(pair.target, max_gamma=3) as small,
+        replica(pair.draft, is_draft=True) as draft,
+        places(large) as targets,
+        orchestrating(Tiers(large, draft), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+
+        async def replace() -> None:
+            targets.move(targets.second, small)
+            await max_gamma_becomes(system, 3)
+            await large.grpc_server.stop(0)
+
+        output = await disturbed(system, brake, replace, gamma=12)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+    assert output.origins[-40:].count(ACCEPTED) > 10
+
+
+async def test_a_generation_moves_to_a_draft_that_drafts_fewer_tokens(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
+    async with (
+        replica(pair.target) as target,
+        replica(pair.draft, is_draft=True) as large,
+        replica(pair.draft, is_draft=True, max_gamma=3) as small,
+        places(large) as drafts,
+        orchestrating(Tiers(target, large), redis_url, draft_endpoint=drafts.endpoints) as system,
+    ):
+
+        async def replace() -> None:
+            drafts.move(drafts.second, small)
+            await max_gamma_becomes(system, 3)
+            await large.grpc_server.stop(0)
+
+        output = await disturbed(system, brake, replace, gamma=12)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+    assert output.origins[-40:].count(ACCEPTED) > 10
+
+
+async def test_a_generation_goes_where_the_context_is_long_enough(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """Requests may be as long as the longest allows, and GetModelInfo says so."""
+    num_tokens = 200
+    async with (
+        replica(pair.target, max_model_len=100) as short,
+        replica(pair.target, max_model_len=300) as long,
+        places(short) as targets,
+        orchestrating(Tiers(short, None), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+        assert (await model_info(system)).target.max_context_len == 100
+        targets.move(targets.second, long)
+
+        async def is_long() -> bool:
+            return (await model_info(system)).target.max_context_len == 300
+
+        await eventually(is_long)
+        for _ in range(3):
+            output = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": num_tokens})
+            assert output.token_ids == greedy(PROMPT, num_tokens)
+        asked = request(PROMPT, {**GREEDY, "max_tokens": 261})
+        refused = await refusal(system.client.Generate(asked, timeout=60).read())
+        assert refused.fields == ["sampling.max_tokens"]
+        assert "at most 260" in refused.message
+
+
+async def test_replicas_with_other_sampling_defaults_are_not_mixed(
+    pair: Pair, redis_url: str, tmp_path: Path
+) -> None:
+    """The one that is there serves; once it is gone, the other one's settings hold."""
+    model = shutil.copytree(pair.target, tmp_path / "target")
+    (model / "generation_config.json").write_text('{"temperature": 0.0, "top_k": 7}', "utf-8")
+    async with (
+        replica(model, generation_config="none") as other,
+        replica(model) as former,
+        places(former) as targets,
+        orchestrating(Tiers(former, None), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+        assert (await model_info(system)).target.sampling_defaults.top_k == 7
+        with capture_logs() as logs:
+            targets.move(targets.second, other)
+
+            async def is_refused() -> bool:
+                return any(entry["event"] == "replica_refused" for entry in logs)
+
+            await eventually(is_refused)
+            (why,) = {entry["why"] for entry in logs if entry["event"] == "replica_refused"}
+            assert "sampling_defaults" in why
+            await former.grpc_server.stop(0)
+
+            async def is_other() -> bool:
+                return not (await model_info(system)).target.HasField("sampling_defaults")
+
+            await eventually(is_other)
+        output = await system.generate(PROMPT, sampling={"seed": 3, "max_tokens": 4})
+        assert len(output.token_ids) == 4
