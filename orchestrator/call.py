@@ -17,7 +17,8 @@ import structlog
 from orchestrator.emitter import Chunk
 from orchestrator.metrics import ABORT, Meter
 from orchestrator.result import Result
-from outrider.rpc import status_name
+from outrider.errors import ClientStalled
+from outrider.rpc import known_error, status_name
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.tracing import NO_TRACING, Span, Tracing
 
@@ -116,6 +117,7 @@ class Call:
         status = self._status(error)
         if self._meter is not None:
             self._count(self._meter, status)
+            self._meter.num_unread_streams += isinstance(known_error(error), ClientStalled)
         told = self._summary(status)
         if self._span is not None:
             for name, value in told.items():

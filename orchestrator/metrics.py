@@ -61,7 +61,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self.num_prompt_tokens = 0
+        self.num_prompt_tokens = self.num_unread_streams = 0
         # Rounds by their number of draft tokens, and those with any by how many of them stood.
         self.rounds: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
@@ -121,6 +121,7 @@ class Meter:
         yield Reading.one(metrics.REPLAYED_TOKENS, tokens.earlier)
         yield Reading.one(metrics.PROMPT_TOKENS, self.num_prompt_tokens)
         yield Reading.by(metrics.REQUESTS, dict(self.statuses))
+        yield Reading.one(metrics.UNREAD_STREAMS, self.num_unread_streams)
         yield Reading.by(metrics.REQUEST_SUCCESS, dict(self.finished))
         yield from self._speculation()
         gammas = list(self.gammas.values())

@@ -52,16 +52,19 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         admission: Admission,
         calls: Calls,
         *,
+        write_timeout_s: float,
         needs_redis: bool = True,
     ) -> None:
         """`limits`: of a request that comes now.
 
-        `needs_redis` False: one-off generations go unrecorded while it is away.
+        `needs_redis` False: one-off generations go unrecorded while it is away. A stream whose
+        client has not read for `write_timeout_s` ends.
         """
         self._tiers = tiers
         self._limits = limits
         self._admission = admission
         self._calls = calls
+        self._write_timeout_s = write_timeout_s
         self._needs_redis = needs_redis
         self._running: set[Generation] = set()
         self._is_stopping = False
@@ -88,9 +91,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         session_id = asked.session_id or secrets.token_hex(8)
         call.in_session(session_id)
         lease = await self._acquire(asked, session_id, tiers.targets.model.model_fingerprint)
-        generation = None
+        generation, writer = None, StreamWriter(context)
         try:
-            generation = await self._begin(asked, lease, place, call, context)
+            generation = await self._begin(asked, lease, place, call, writer)
         finally:
             if generation is None:
                 await asyncio.shield(self._give_back(lease))
@@ -98,7 +101,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         if self._is_stopping:
             generation.stop()
         try:
-            await generation.run()
+            async with writer.watched(self._write_timeout_s):
+                await generation.run()
         finally:
             self._running.discard(generation)
 
@@ -130,7 +134,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         lease: Lease,
         place: Place,
         call: Call,
-        context: Context,
+        writer: StreamWriter,
     ) -> Generation:
         tiers, earlier = self._tiers, None
         if asked.resume_from is not None:
@@ -141,8 +145,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits())
 
         quota = current_caller().quota
-
-        writer = StreamWriter(context)
 
         async def write(chunk: Chunk, result: Result | None) -> None:
             # A resumed turn's tokens were charged when they were sent first.

@@ -89,6 +89,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                         lambda: limits(config, targets, drafts),
                         admission,
                         calls,
+                        write_timeout_s=config.write_timeout_s,
                         needs_redis=needs_redis,
                     )
                     log.info("serving", port=server.port)

@@ -162,6 +162,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     )
     verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
     target_wait_s: float = setting(15.0, "longest wait for a target replica when none is there")
+    write_timeout_s: float = setting(30.0, "a stream that its client has not read for so long ends")
     durability: str = setting(
         "durable", "durable: tokens are in Redis before they are sent; fast: as soon as can be"
     )
@@ -196,6 +197,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
+        require(self.write_timeout_s > 0, "write_timeout_s", "must be more than 0")
         require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
         require(self.redis_wait_s >= 0, "redis_wait_s", "must be 0 or more")
         self.check_server()

@@ -12,6 +12,7 @@ OutriderError
  ├─ LeaseLost            a later owner has taken the session: this writer is stale
  ├─ CapacityExceeded     no room now; may be retried later
  │   └─ KVFull           the KV budget has no room for it
+ ├─ ClientStalled        a client has not read its stream for too long
  ├─ KVLost               keys and values that a caller relied on are gone
  ├─ Unavailable          a tier or the store cannot be reached
  └─ InternalError        a defect on our side, by name
@@ -76,6 +77,10 @@ class CapacityExceeded(OutriderError):
 
 class KVFull(CapacityExceeded):
     """The KV budget has no room for the sequence."""
+
+
+class ClientStalled(OutriderError):
+    """The client has not read its stream for too long; a named session can be resumed."""
 
 
 class KVLost(OutriderError):

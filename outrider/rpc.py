@@ -24,6 +24,9 @@ log = structlog.get_logger()
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # A status travels in HTTP/2 headers, of which peers take 8 KiB: with more the code is lost, too.
 MAX_STATUS_CHARS = 1_000
+# A status that cannot be sent for so long is left to gRPC.
+_STATUS_WAIT_S = 2.0
+_LOOKS_PER_TIMEOUT = 10
 
 # A frozen peer is noticed after keepalive_time + ping timeout (facts.md §2: without
 # ping_timeout_ms it takes a minute). gRPC's own threads answer pings, however busy Python is.
@@ -49,6 +52,7 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
     (errors.SessionInUse, code_pb2.ABORTED),
     (errors.LeaseLost, code_pb2.ABORTED),
     (errors.CapacityExceeded, code_pb2.RESOURCE_EXHAUSTED),
+    (errors.ClientStalled, code_pb2.CANCELLED),
     (errors.KVLost, code_pb2.UNAVAILABLE),
     (errors.Unavailable, code_pb2.UNAVAILABLE),
     (errors.ConfigError, code_pb2.FAILED_PRECONDITION),
@@ -77,7 +81,7 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
 def status_name(error: BaseException | None) -> str:
     """Of the status that a call ends with by this error; None: it ended well."""
     if isinstance(error, BaseExceptionGroup):
-        error = _first_known(error) or error.exceptions[0]
+        error = known_error(error) or error.exceptions[0]
     if error is None:
         return "OK"
     if isinstance(error, errors.OutriderError):
@@ -105,7 +109,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         await _abort(context, error)
         error.__traceback__ = None
     except BaseExceptionGroup as group:
-        known = _first_known(group)
+        known = known_error(group)
         if known is not None:
             await _abort(context, known)
             known.__traceback__ = group.__traceback__ = None
@@ -128,13 +132,43 @@ class StreamWriter:
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
         self._has_begun = False
+        self._is_writing = False
+        self._num_written = 0
 
     async def write(self, message: Any) -> None:
         """By one task at a time. Raises grpc.aio.InternalError where the client has gone."""
+        self._is_writing = True
         if not self._has_begun:
             self._has_begun = True
             await _uncancelled(self._context.send_initial_metadata(()))
         await self._context.write(message)
+        self._is_writing = False
+        self._num_written += 1
+
+    @contextlib.asynccontextmanager
+    async def watched(self, timeout_s: float) -> AsyncIterator[None]:
+        """Cancels the block once a write has waited for `timeout_s`: the client does not read.
+
+        Raises ClientStalled, in a group.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch(timeout_s), name="writes")
+            try:
+                yield
+            finally:
+                watching.cancel()
+
+    async def _watch(self, timeout_s: float) -> None:
+        """Counts looks, not seconds: that a busy loop comes late is not the client's fault."""
+        num_looks, num_written = 0, -1
+        while num_looks < _LOOKS_PER_TIMEOUT:
+            await asyncio.sleep(timeout_s / _LOOKS_PER_TIMEOUT)
+            is_same = self._is_writing and num_written == self._num_written
+            num_looks, num_written = num_looks + 1 if is_same else 0, self._num_written
+        raise errors.ClientStalled(
+            f"the client has not read its stream for {timeout_s:g} s (write_timeout_s); "
+            "a named session can be resumed"
+        )
 
 
 async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
@@ -145,16 +179,16 @@ async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await asyncio.wait([task], timeout=_STATUS_WAIT_S)
         raise
 
 
-def _first_known(group: BaseExceptionGroup[BaseException]) -> errors.OutriderError | None:
-    for error in group.exceptions:
-        found = _first_known(error) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(found, errors.OutriderError):
-            return found
-    return None
+def known_error(error: BaseException | None) -> errors.OutriderError | None:
+    """The error itself, or the first in a group, that is an OutriderError."""
+    if isinstance(error, BaseExceptionGroup):
+        found = (known_error(part) for part in error.exceptions)
+        return next((part for part in found if part is not None), None)
+    return error if isinstance(error, errors.OutriderError) else None
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.OutriderError) -> None:
@@ -170,11 +204,16 @@ _CLIENT_GONE = status_pb2.Status(code=code_pb2.CANCELLED, message="a message cou
 async def _end(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> None:
     """Returns: gRPC itself remembers that the call is over.
 
+    A status is sent behind all that was written. Where the client does not read, gRPC keeps it
+    until the client does or has gone, and nothing of ours waits for that.
     It keeps what `abort` raises, and that every frame it came through. What those hold, a refused
     message of megabytes for instance, would wait for the collector.
     """
     try:
-        await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
+        async with asyncio.timeout(_STATUS_WAIT_S):
+            await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]
+    except TimeoutError:
+        pass
     except grpc.aio.AbortError as aborted:
         aborted.__traceback__ = aborted.__context__ = None
     except grpc.aio.InternalError:  # the caller has gone

@@ -93,6 +93,10 @@ REQUEST_SUCCESS = _counter(
     "finished_reason",
     vllm=True,
 )
+UNREAD_STREAMS = _counter(
+    "unread_streams",
+    "Streams that ended because their client had not read for write_timeout_s; CANCELLED, too.",
+)
 PROMPT_TOKENS = _counter(
     "prompt_tokens", "Context tokens of requests that have begun to generate.", vllm=True
 )

@@ -49,6 +49,7 @@ class System(Stack):
     """Clients of all three services, and where the orchestrator listens."""
 
     endpoint: str
+    metrics_port: int | None = None
 
 
 class Greedy:
@@ -146,6 +147,7 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
         orchestrator.service.serving(config) as server,
         clients(tiers, f"127.0.0.1:{server.port}") as system,
     ):
+        system.metrics_port = server.metrics_port
         yield system
 
 
