@@ -7,7 +7,6 @@ a write is under way is recorded and shown as one. Knows nothing of rounds, draf
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import structlog
 from orchestrator.conversation import Turn
 from orchestrator.session import Commitment, EmittedToken, Finish
 from orchestrator.store import KvHandle, Lease, RoundRecord, SessionStore
-from outrider.errors import OutriderError, Unavailable
+from outrider.errors import LeaseLost, OutriderError, Unavailable
 
 log = structlog.get_logger()
 
@@ -155,24 +154,33 @@ class Emitter:
 
     async def _keep_lease(self) -> None:
         """Long rounds and callers that read slowly must not lose the session to another call."""
-        while True:
+        while self._lease.is_recorded:
             await asyncio.sleep(RENEW_INTERVAL_S)
-            with contextlib.suppress(Unavailable):
+            try:
                 await self._store.renew(self._lease)
+            except LeaseLost:
+                raise
+            except OutriderError as error:
+                log.debug("not_renewed", session_id=self._lease.session_id, why=str(error))
 
     async def _try_record(self) -> None:
-        """Without Redis the generation goes on; what is owed is written with a later round."""
+        """Whatever Redis answers, the generation goes on: what is owed is written later.
+
+        Raises LeaseLost alone: the session is another's now.
+        """
         was_away = self._is_away
         try:
             await self.record()
             self._is_away = False
-        except Unavailable as error:
+        except LeaseLost:
+            raise
+        except OutriderError as error:
             self._is_away = True
             if not was_away:  # said once, not at every round
                 log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
 
     async def record(self) -> None:
-        """Writes what is owed, if anything is. Raises Unavailable, LeaseLost.
+        """Writes what is owed, if anything is. Raises LeaseLost, and what else the store does.
 
         The turn's prompt goes with its first tokens: a turn that never came to an answer leaves
         the session as it was, so that the caller can ask again.

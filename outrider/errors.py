@@ -9,6 +9,7 @@ OutriderError
  ├─ PermissionDenied     a caller is known, and may not do this
  ├─ SessionNotFound
  ├─ SessionInUse         another call holds the session's lease
+ ├─ UnreadableRecord     what Redis holds of a session is not for this version to read
  ├─ LeaseLost            a later owner has taken the session: this writer is stale
  ├─ CapacityExceeded     no room now; may be retried later
  │   └─ KVFull           the KV budget has no room for it
@@ -61,6 +62,10 @@ class SessionNotFound(OutriderError):
 
 class SessionInUse(OutriderError):
     """Another call holds the session."""
+
+
+class UnreadableRecord(OutriderError):
+    """What Redis holds under a session's name cannot be read or written by this version."""
 
 
 class LeaseLost(OutriderError):

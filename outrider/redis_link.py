@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, cast
@@ -22,7 +23,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from outrider.errors import ConfigError, InternalError, OutriderError, Unavailable
+from outrider.errors import (
+    ConfigError,
+    InternalError,
+    OutriderError,
+    Unavailable,
+    UnreadableRecord,
+)
 from outrider.redis_address import RedisAddress
 from outrider.security.files import read_secret
 
@@ -32,14 +39,9 @@ Reply = Any
 
 # What leaves a connection unusable. (Errors that answer one command never get this far.)
 _LOST = (exceptions.RedisError, OSError, EOFError)
-# Answers of a server that is there but cannot serve now: another may, or the same one later.
-_AWAY = (
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-)
-_AWAY_CODES = ("BUSY", "MISCONF", "NOREPLICAS", "READONLY", "OOM", "LOADING", "UNBLOCKED")
+# Error of a script that says how the server is: "ERR" is dropped by redis-py, and Redis 6 puts the
+# state behind it. Without one the script itself failed.
+_STATE = re.compile(r"^[A-Z]+ |: -[A-Z]+ |permission")
 
 
 # How finely patience is counted.
@@ -183,11 +185,15 @@ def _pack(commands: Sequence[Command]) -> bytes:
 
 
 def _translate(error: exceptions.ResponseError) -> NoScript | OutriderError:
+    text = str(error)
     if isinstance(error, exceptions.NoScriptError):
-        return NoScript(str(error))
-    if isinstance(error, _AWAY) or str(error).startswith(_AWAY_CODES):
-        return Unavailable(f"redis: {error}")
-    return InternalError(f"redis: {error}")
+        return NoScript(text)
+    if "WRONGTYPE" in text:
+        return UnreadableRecord(f"its key in Redis holds something else: {text}")
+    is_own = type(error) is exceptions.ResponseError and "user_script" in text
+    if is_own and not _STATE.search(text):
+        return InternalError(f"redis: {text}")
+    return Unavailable(f"redis: {text}")
 
 
 class _FromFile(CredentialProvider):

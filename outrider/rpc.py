@@ -50,6 +50,7 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
     (errors.PermissionDenied, code_pb2.PERMISSION_DENIED),
     (errors.SessionNotFound, code_pb2.NOT_FOUND),
     (errors.SessionInUse, code_pb2.ABORTED),
+    (errors.UnreadableRecord, code_pb2.FAILED_PRECONDITION),
     (errors.LeaseLost, code_pb2.ABORTED),
     (errors.CapacityExceeded, code_pb2.RESOURCE_EXHAUSTED),
     (errors.ClientStalled, code_pb2.CANCELLED),

@@ -34,24 +34,39 @@ local function expire(session_ttl_ms)
   redis.call('PEXPIRE', tokens_key, session_ttl_ms)
 end
 
--- Why a holder of this epoch may not write; nil if it may.
+-- Why a holder of this epoch may not write; nil if it may. A session without its tokens is gone.
 local function refusal(epoch)
-  local held = redis.call('HMGET', key, 'lease_epoch', 'epoch')
-  if held[1] == epoch then return nil end
+  local held = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'num_tokens')
   if not held[2] then return 'gone' end
-  return 'fenced'
+  if held[1] ~= epoch then return 'fenced' end
+  if (tonumber(held[3]) or 0) * 4 > redis.call('STRLEN', tokens_key) then return 'gone' end
+  return nil
+end
+
+-- The bytes of the committed tokens. What is behind them a script has left that was cut short, by
+-- an error in the midst of it: Redis takes nothing back.
+local function committed()
+  local have = redis.call('HGET', key, 'num_tokens') * 4
+  if redis.call('STRLEN', tokens_key) > have then
+    local tokens = ''
+    if have > 0 then tokens = redis.call('GETRANGE', tokens_key, 0, have - 1) end
+    redis.call('SET', tokens_key, tokens, 'KEEPTTL')
+  end
+  return have
 end
 
 -- false, or {remaining ms, in use, hash, tokens}. A session one of whose keys was evicted is none.
 local function snapshot()
   local num_tokens = redis.call('HGET', key, 'num_tokens')
   if not num_tokens then return false end
-  if num_tokens * 4 ~= redis.call('STRLEN', tokens_key) then return false end
+  if num_tokens * 4 > redis.call('STRLEN', tokens_key) then return false end
   local until_us = redis.call('HGET', key, 'lease_until')
-  local in_use = 0
+  local in_use, tokens = 0, ''
   if until_us and tonumber(until_us) > now_us() then in_use = 1 end
-  return {redis.call('PTTL', key), in_use, redis.call('HGETALL', key),
-          redis.call('GET', tokens_key) or ''}
+  if tonumber(num_tokens) > 0 then
+    tokens = redis.call('GETRANGE', tokens_key, 0, num_tokens * 4 - 1)
+  end
+  return {redis.call('PTTL', key), in_use, redis.call('HGETALL', key), tokens}
 end
 """
 
@@ -106,13 +121,15 @@ local epoch, previous, kept, tokens, messages, turn, lease_us, session_ttl_ms = 
 previous, kept = tonumber(previous), tonumber(kept)
 local why = refusal(epoch)
 if why then return {why} end
-local have = redis.call('STRLEN', tokens_key)
+local have = committed()
 if redis.call('HGET', key, 'turn_epoch') == epoch then
   if have ~= kept + #tokens or redis.call('GETRANGE', tokens_key, kept, -1) ~= tokens then
     return {'mismatch', have / 4}
   end
 else
   if have ~= previous or kept > have then return {'mismatch', have / 4} end
+  -- First: should a later command fail, what is counted is there.
+  redis.call('HSET', key, 'num_tokens', kept / 4)
   if kept == 0 then
     redis.call('SET', tokens_key, tokens)
   else
@@ -135,7 +152,7 @@ RECORD = Script("""
 local previous, tokens = tonumber(ARGV[2]), ARGV[3]
 local why = refusal(ARGV[1])
 if why then return {why} end
-local have = redis.call('STRLEN', tokens_key)
+local have = committed()
 local repeated = have - previous
 if repeated ~= 0 then
   if repeated < 0 or repeated > #tokens
@@ -166,7 +183,10 @@ return {'ok'}
 RELEASE = Script("""
 local epoch, target_kv, draft_kv, messages, delete, session_ttl_ms = unpack(ARGV)
 local why = refusal(epoch)
-if why == 'gone' and delete == '1' then return {'ok'} end
+if why == 'gone' and delete == '1' then
+  redis.call('DEL', key, tokens_key)
+  return {'ok'}
+end
 if why then
   local had = redis.call('HMGET', key, 'lease_epoch', 'epoch')
   if not had[1] and had[2] == epoch then return {'ok'} end  -- sent again

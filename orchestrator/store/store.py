@@ -38,6 +38,7 @@ from outrider.errors import (
     SessionInUse,
     SessionNotFound,
     Unavailable,
+    UnreadableRecord,
 )
 from outrider.redis_address import RedisAddress
 from outrider.redis_link import Command, Link
@@ -101,9 +102,10 @@ class SessionStore:
         A caller cancelled here may leave a lease behind; it lapses after lease_ttl_s.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
-        status, *rest = await self._writer.run(
+        status, *rest = await self._run(
             lua.ACQUIRE,
-            self._keys(session_id, caller),
+            session_id,
+            caller,
             (
                 owner.encode(),
                 b"1" if create else b"0",
@@ -230,17 +232,28 @@ class SessionStore:
         return await self._read(lua.DELETE, session_id, caller)
 
     async def _read(self, script: lua.Script, session_id: str, caller: str) -> SessionRecord:
-        status, *rest = await self._writer.run(script, self._keys(session_id, caller), ())
+        status, *rest = await self._run(script, session_id, caller, ())
         if status != b"ok":
             _refuse(status, rest, session_id)
         return unpack_snapshot(session_id, rest[0])
 
     async def _write(self, script: lua.Script, lease: Lease, *args: bytes) -> None:
-        status, *rest = await self._writer.run(
-            script, self._keys(lease.session_id, lease.caller), (b"%d" % lease.epoch, *args)
+        status, *rest = await self._run(
+            script, lease.session_id, lease.caller, (b"%d" % lease.epoch, *args)
         )
         if status != b"ok":
             _refuse(status, rest, lease.session_id)
+
+    async def _run(
+        self, script: lua.Script, session_id: str, caller: str, args: Command
+    ) -> Sequence[Any]:
+        try:
+            reply: Sequence[Any] = await self._writer.run(
+                script, self._keys(session_id, caller), args
+            )
+        except UnreadableRecord as error:
+            raise UnreadableRecord(f"session {session_id}: {error}") from None
+        return reply
 
     def _keys(self, session_id: str, caller: str) -> Command:
         name = scoped_id(validate_session_id(session_id), caller)

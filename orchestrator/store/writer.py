@@ -57,7 +57,7 @@ class PipelineWriter:
         self._closing = False
         self._paused_until = 0.0
         self._failure = ""
-        # Redis has not answered last time.
+        # Redis has not answered last time, or could not do what it was asked for.
         self.is_away = False
 
     def start(self) -> None:
@@ -144,7 +144,7 @@ class PipelineWriter:
             log.error("store_batch_failed", exc_info=error)
             self._fail(batch, Unavailable(f"session store: {error!r}"))
             return
-        self.is_away = False
+        self.is_away = any(isinstance(reply, Unavailable) for reply in replies)
         for call, reply in zip(batch, replies, strict=True):
             _resolve(call, reply)
 

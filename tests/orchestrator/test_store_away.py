@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from orchestrator.store import RoundRecord, SessionStore
-from outrider.errors import LeaseLost, Unavailable
+from orchestrator.store import Lease, RoundRecord, SessionStore
+from outrider.errors import LeaseLost, SessionInUse, Unavailable, UnreadableRecord
 from outrider.redis_link import Command, Link, Reply
 from outrider.redis_server import RedisServer
-from tests.orchestrator.sessions import PER_ROUND, begin, leased, opened, round_of
+from tests.orchestrator.sessions import PER_ROUND, begin, leased, opened, round_of, tokens_of
 from tests.redis_fixture import redis_command
 from tests.stack import eventually
 
@@ -133,6 +133,110 @@ async def test_a_server_that_cannot_write_is_unavailable(redis_url: str) -> None
         finally:
             redis_command(redis_url, "CONFIG", "SET", "maxmemory", "0")
         await leased(store)
+
+
+@pytest.mark.parametrize("command", ["hset", "append", "set", "hincrby", "pexpire", "getrange"])
+async def test_a_script_cut_short_leaves_a_session_that_is_whole(
+    command: str, redis_url: str
+) -> None:
+    """Redis takes nothing back of a script that may not run one of its commands."""
+    async with opened(redis_url, lease_ttl_s=0.001) as store:  # so that each lease has lapsed
+        lease = await leased(store)
+        await begin(store, lease, [1, 2, 3])
+        await store.record(lease, round_of(4))
+        with _denied(redis_url, command), contextlib.suppress(Unavailable):
+            await store.record(lease, round_of(5, 6))
+        seen = await tokens_of(store)
+        assert seen in ([1, 2, 3, 4], [1, 2, 3, 4, 5, 6])
+        second = await _next_lease(store)
+        with _denied(redis_url, command), contextlib.suppress(Unavailable):
+            await begin(store, second, [7], keep_len=2)
+        assert await tokens_of(store) in (seen, [1, 2], [1, 2, 7])
+        third = await _next_lease(store)
+        kept = third.record.token_ids.tolist()
+        await begin(store, third, [8], keep_len=len(kept))
+        await store.record(third, round_of(9))
+        assert await tokens_of(store) == [*kept, 8, 9]
+
+
+@contextlib.contextmanager
+def _denied(redis_url: str, command: str) -> Iterator[None]:
+    assert redis_command(redis_url, "ACL", "SETUSER", "default", f"-{command}") == b"+OK"
+    try:
+        yield
+    finally:
+        assert redis_command(redis_url, "ACL", "SETUSER", "default", "+@all") == b"+OK"
+
+
+async def _next_lease(store: SessionStore) -> Lease:
+    while True:
+        with contextlib.suppress(SessionInUse):
+            return await leased(store)
+        await asyncio.sleep(0.005)
+
+
+# As Redis spells them: in answer to a command, or to a new connection.
+ANSWERS = """
+NOPERM this user has no permissions to run the 'evalsha' command
+NOAUTH Authentication required.
+WRONGPASS invalid username-password pair or user is disabled.
+LOADING Redis is loading the dataset in memory
+BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.
+MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.
+NOREPLICAS Not enough good replicas to write.
+MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.
+CLUSTERDOWN The cluster is down
+TRYAGAIN Multiple keys request during rehashing of slot
+MOVED 3999 127.0.0.1:6381
+READONLY You can't write against a read only replica.
+OOM command not allowed when used memory > 'maxmemory'.
+UNBLOCKED force unblock from blocking operation, instance state changed
+ERR max number of clients reached
+ERR unknown command 'EVALSHA', with args beginning with:
+ERR Error running script (call to f_1): @user_script:1: @user_script: 1: -READONLY You can't write.
+SOMENEWCODE of a server that is not written yet
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("from_the_start", [True, False])
+async def test_whatever_a_server_cannot_do_it_is_unavailable(
+    answer: str, from_the_start: bool
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line.startswith(b"*"):
+                words = [await _word(reader) for _ in range(int(line[1:]))]
+                is_well = words[0] not in (b"EVALSHA", b"EVAL") and not from_the_start
+                writer.write(b"+PONG\r\n" if is_well else f"-{answer}\r\n".encode())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        store = SessionStore(f"redis://127.0.0.1:{port}")
+        store._writer.start()
+        try:
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    await leased(store)
+                assert store.is_away
+        finally:
+            await store.close()
+
+
+async def _word(reader: asyncio.StreamReader) -> bytes:
+    size = int((await reader.readline())[1:])
+    return (await reader.readexactly(size + 2))[:-2]
+
+
+async def test_a_foreign_value_under_a_sessions_name(store: SessionStore, redis_url: str) -> None:
+    """It can never be served, so it is no outage: the refusal says what is wrong."""
+    assert redis_command(redis_url, "SET", "outrider:session:{s}", "1") == b"+OK"
+    for act in (leased(store), store.get("s"), store.delete("s")):
+        with pytest.raises(UnreadableRecord, match=r"session s: .*something else"):
+            await act
+    assert not store.is_away
+    assert (await leased(store, "t")).created
 
 
 async def test_no_server_at_start() -> None:

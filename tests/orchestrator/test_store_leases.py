@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import Lease, SessionStore
-from outrider.errors import InternalError, InvalidRequest, LeaseLost, SessionInUse, SessionNotFound
+from outrider.errors import InvalidRequest, LeaseLost, SessionInUse, SessionNotFound
 from outrider.redis_server import answers, find_server
 from tests.orchestrator.sessions import MODEL, begin, leased, opened, round_of, tokens_of
 from tests.redis_fixture import redis_command
@@ -148,7 +148,7 @@ async def test_a_session_half_evicted_is_none(store: SessionStore, redis_url: st
     assert redis_command(redis_url, "DEL", "outrider:session:{s}:tokens") == b":1"
     with pytest.raises(SessionNotFound):
         await store.get("s")
-    with pytest.raises(InternalError, match="Redis has 0 tokens"):
+    with pytest.raises(LeaseLost, match="Redis has lost it"):
         await store.record(lease, round_of(3))
     assert (await leased(store)).created
 
