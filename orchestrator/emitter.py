@@ -24,7 +24,6 @@ log = structlog.get_logger()
 MAX_UNSEEN_COMMITMENTS = 64
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
-_BEGIN_RETRY_S = 0.1
 # How long the end of a generation waits for Redis to come back, to record what is owed.
 # Must be below the store's lease_ttl_s.
 _RELEASE_RETRY_S = 5.0
@@ -51,8 +50,7 @@ class Emitter:
 
     `is_durable`: a token is in Redis before it is shown, unless Redis is away. Of a turn that is
     resumed the caller has `held_text` already, and `num_unshown` tokens that are still to come.
-    A session's later turn is begun in Redis, however long that takes, before a token of it is
-    shown: whoever holds one and resumes would else be given the turn before.
+    No wait for Redis is longer than the store's own: without it the tokens are shown all the same.
     """
 
     def __init__(
@@ -112,12 +110,11 @@ class Emitter:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
             commitments = [self._shown_of(commitment) for commitment, _ in batch]
             is_last = commitments[-1].finish is not None
-            if self._is_durable or is_last:  # the last chunk says whether all of it is recorded
+            # The last chunk says whether all of it is recorded. A later turn is begun in Redis
+            # before a token of it is shown: whoever resumes it then finds it there.
+            is_first_of_later = self._has_earlier_turn and not self.turn_recorded
+            if self._is_durable or is_last or is_first_of_later:
                 await self._try_record()
-            while self._has_earlier_turn and not self.turn_recorded:
-                await self._try_record()
-                if self._is_away:
-                    await asyncio.sleep(_BEGIN_RETRY_S)
             recorded = self._unrecorded is None and self._lease.is_recorded
             await self._show(_joined(commitments, recorded=recorded))
             if not self._is_durable and not is_last:

@@ -48,11 +48,13 @@ def resumed(record: SessionRecord, num_held: int) -> Resumed:
     """The session's last turn as another orchestrator left it.
 
     Raises SessionNotFound where the last call had recorded nothing: it is to be sent again. A
-    caller that holds tokens means the last turn that was begun, since none are shown before; calls
-    that began none, its own late ones say, have changed nothing.
+    caller that holds tokens means the last turn that was begun: calls that ended having begun none,
+    its own late ones for example, have shown none. Where one may have shown some while Redis was
+    away, nobody knows whose tokens the caller holds.
     InvalidRequest where the caller cannot be given what is between.
     """
-    if not record.turn_json or (record.turn_epoch != record.epoch and not num_held):
+    is_later = record.turn_epoch != record.epoch
+    if not record.turn_json or (is_later and not num_held) or record.has_lost_turn:
         raise SessionNotFound(
             f"session {record.session_id}: nothing of its last call was recorded; send it again"
         )

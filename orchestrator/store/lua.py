@@ -2,7 +2,8 @@
 
 Hash `{prefix}:session:{id}`:
   model, epoch (last given), lease_epoch + owner + lease_until (while leased; microseconds of Redis'
-  own clock), created_by, num_tokens, num_turns, turn_epoch (epoch of the last begin_turn), the four
+  own clock), created_by, num_tokens, num_turns, turn_epoch (epoch of the last begin_turn),
+  lost_turn (there where a later holder left without a word, having begun no turn here), the four
   counters, target_kv, draft_kv, messages, turn.
 String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
@@ -99,11 +100,14 @@ if not seen then
   redis.call('HSET', key, 'model', model, 'num_tokens', 0, 'created_by', owner)
   seen = snapshot()
 end
-local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch')
+local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch',
+                       'lease_epoch')
 if had[1] ~= model then return {'other_model', had[1]} end
 local epoch = had[2]
 if had[3] ~= owner then  -- equal: this very call, sent again
   if seen[2] == 1 and takeover ~= '1' then return {'in_use'} end
+  -- Its holder may have shown tokens that were never recorded.
+  if had[6] and had[5] ~= had[2] then redis.call('HSET', key, 'lost_turn', 1) end
   epoch = digits(math.max(now, (tonumber(epoch) or 0) + 1))
   if takeover == '1' and had[5] and had[5] == had[2] then
     redis.call('HSET', key, 'turn_epoch', epoch)
@@ -140,6 +144,7 @@ else
   end
   redis.call('HINCRBY', key, 'num_turns', 1)
 end
+redis.call('HDEL', key, 'lost_turn')
 redis.call('HSET', key, 'turn_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
            'messages', messages, 'turn', turn, 'lease_until', digits(now_us() + lease_us))
 expire(session_ttl_ms)

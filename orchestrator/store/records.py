@@ -92,6 +92,9 @@ class SessionRecord:
     """As given to the last begin_turn."""
     turn_epoch: int = 0
     """Of the lease that began the last turn, or took it over."""
+    has_lost_turn: bool = False
+    """A later holder left without a word, or has not: it may have shown tokens of a turn that is
+    not in Redis."""
 
 
 @dataclass(slots=True)
