@@ -1,10 +1,9 @@
-"""Who may run, who waits and who is sent away: one line for all callers, and it is short.
+"""Admission queue: bounds running and waiting generations and refuses the rest with a retry hint.
 
-So many generations run at a time; so many more wait, the most urgent first, then whoever came
-first; the rest are refused at once, with a hint when to come back. Whoever runs and lacks room for
-keys and values stands before all who wait and are no more urgent: what becomes free is theirs.
-Owns the order alone; knows no request, no tier and no clock but for its estimate. Lives on the
-event loop.
+Requests wait in the order of priority, then arrival. A generation that runs and lacks room for keys
+and values waits before all that are no more urgent. When the queue is full, a more urgent request
+displaces the least urgent one that waits, for its turn or for room. Knows no request and no tier.
+Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager
+from enum import Enum
 
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
@@ -26,12 +26,22 @@ _LEAST_RETRY_S = 0.1
 _ROOM_RETRY_S = 0.2
 
 
+class Refusal(Enum):
+    """Why admission refused a request; a label of a metric."""
+
+    QUEUE_FULL = "queue_full"
+    DISPLACED = "displaced"
+    DEADLINE = "deadline"
+
+
 class Place:
     """A generation's place in the order: a lower `priority` is served earlier, 0 is the usual."""
 
     def __init__(self, admission: Admission, priority: int, number: int) -> None:
         self.priority = priority
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Set once a more urgent request took its place while it ran and had no room.
+        self.displaced: CapacityExceeded | None = None
         self._admission = admission
         self._order = (priority, number)
 
@@ -41,8 +51,8 @@ class Place:
     def short_of_room(self, *, has_begun: bool) -> AbstractContextManager[None]:
         """For as long as it waits, running, for keys and values to fit somewhere.
 
-        Raises CapacityExceeded where it has shown nothing yet and enough others wait; one that
-        has is never sent away.
+        Raises CapacityExceeded where it has shown nothing yet and as many others wait as may, none
+        of them less urgent; one that has is never refused.
         """
         return self._admission.short_of_room(self, has_begun=has_begun)
 
@@ -50,12 +60,15 @@ class Place:
         """While short of room: returns when it is the first to try, and trying is worth it.
 
         Not `at_once`: it has just tried; till something ends, or others may have made room.
+        Raises CapacityExceeded once a more urgent request has displaced it.
         """
         if not at_once:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ROOM_RETRY_S):
                     await self._admission.change()
         while self._admission.first_short is not self:
+            if self.displaced is not None:
+                raise self.displaced
             await self._admission.change()
 
 
@@ -68,27 +81,29 @@ class Admission:
         self._numbers = itertools.count()
         self._line: list[Place] = []
         self._short: list[Place] = []
-        self._num_short_unbegun = 0
+        # Those of `_short` that have shown nothing yet.
+        self._unbegun: list[Place] = []
         self._mean_s = 0.0
         self._changed = asyncio.Event()
         self.num_running = 0
+        self.refused = {reason.value: 0 for reason in Refusal}
 
     @property
     def num_waiting(self) -> int:
         """In the line, and those that run and have no room yet."""
-        return len(self._line) + self._num_short_unbegun
+        return len(self._line) + len(self._unbegun)
 
     @property
     def num_generating(self) -> int:
         """That run, but for those that wait for room before their first token."""
-        return self.num_running - self._num_short_unbegun
+        return self.num_running - len(self._unbegun)
 
     @contextlib.asynccontextmanager
     async def admitted(self, priority: int, patience_s: float | None) -> AsyncIterator[Place]:
         """Waits for its turn, then runs for the time of the block.
 
-        Raises CapacityExceeded where the line is full of no less urgent ones, where a more urgent
-        one takes its place in it, and where it is sure to outlast `patience_s` (the caller's
+        Raises CapacityExceeded where as many wait as may, all no less urgent, where a more urgent
+        one displaces it, and where it is sure to wait longer than `patience_s` (the caller's
         deadline); Unavailable when the server stops.
         """
         place = Place(self, priority, next(self._numbers))
@@ -107,13 +122,38 @@ class Admission:
     def close(self) -> None:
         """Nobody who waits is let in any more."""
         while self._line:
-            self._dismiss(Unavailable("the orchestrator is stopping"))
+            self._dismiss(self._line[-1], Unavailable("the orchestrator is stopping"))
 
-    def _dismiss(self, error: OutriderError) -> None:
-        """The last in the line."""
-        turn = self._line.pop().turn
-        if not turn.done():  # else its caller has left this very moment
-            turn.set_exception(error)
+    def _dismiss(self, place: Place, error: OutriderError) -> None:
+        """One in the line."""
+        self._line.remove(place)
+        if not place.turn.done():  # else its caller has left this very moment
+            place.turn.set_exception(error)
+
+    def _make_way(self, place: Place, what_for: str) -> None:
+        """Where as many wait as may, displaces the least urgent of them.
+
+        Raises CapacityExceeded where none is less urgent.
+        """
+        if self.num_waiting < self._max_waiting:
+            return
+        last = max((*self._line, *self._unbegun), default=place)
+        if not place < last:
+            raise self._refusal(
+                Refusal.QUEUE_FULL, f"{self.num_waiting} requests wait{what_for}, the most allowed"
+            )
+        error = self._refusal(Refusal.DISPLACED, "more urgent requests fill the queue")
+        if last in self._line:
+            self._dismiss(last, error)
+        else:
+            last.displaced = error
+            self._leave_short(last)
+            self._changed.set()
+
+    def _leave_short(self, place: Place) -> None:
+        for places in (self._short, self._unbegun):
+            if place in places:
+                places.remove(place)
 
     async def change(self) -> None:
         """Returns when a generation has ended or found room."""
@@ -126,10 +166,7 @@ class Admission:
 
     async def _wait(self, place: Place, patience_s: float | None) -> None:
         self._check_patience(place, patience_s)
-        if self.num_waiting >= self._max_waiting:
-            if not self._line or self._line[-1] < place:
-                raise self._refusal(f"{self.num_waiting} requests wait, the most allowed")
-            self._dismiss(self._refusal("more urgent requests fill the line"))
+        self._make_way(place, "")
         bisect.insort(self._line, place)
         try:
             await place.turn
@@ -146,7 +183,8 @@ class Admission:
         wait_s = self._mean_s * (ahead + 1) / self._max_running
         if patience_s is not None and wait_s > patience_s:
             raise self._refusal(
-                f"about {wait_s:.1f} s to wait, more than the {patience_s:.1f} s that are left"
+                Refusal.DEADLINE,
+                f"about {wait_s:.1f} s to wait, more than the {patience_s:.1f} s that are left",
             )
 
     def _let_in(self) -> None:
@@ -157,7 +195,9 @@ class Admission:
                 self.num_running += 1
                 turn.set_result(None)
 
-    def _refusal(self, why: str) -> CapacityExceeded:
+    def _refusal(self, reason: Refusal, why: str) -> CapacityExceeded:
+        """Counted: it is raised."""
+        self.refused[reason.value] += 1
         after_s = self._mean_s * (self.num_waiting + 1) / self._max_running
         return CapacityExceeded(why, max(_LEAST_RETRY_S, after_s))
 
@@ -173,13 +213,12 @@ class Admission:
     @contextlib.contextmanager
     def short_of_room(self, place: Place, *, has_begun: bool) -> Iterator[None]:
         """As Place.short_of_room."""
-        if not has_begun and self.num_waiting >= self._max_waiting:
-            raise self._refusal(f"no room for keys and values, and {self.num_waiting} wait for it")
+        if not has_begun:
+            self._make_way(place, " and there is no room for keys and values")
+            self._unbegun.append(place)
         bisect.insort(self._short, place)
-        self._num_short_unbegun += not has_begun
         try:
             yield
         finally:
-            self._short.remove(place)
-            self._num_short_unbegun -= not has_begun
+            self._leave_short(place)
             self._let_in()

@@ -166,7 +166,9 @@ def _meter(
     meter = Meter()
     tiers.costs.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
-    told.exposition.source = lambda: chain(readings(meter, admission, tiers), protection.readings())
+    told.exposition.source = lambda: chain(
+        readings(meter, admission, tiers), protection.readings(admission.refused)
+    )
     return meter
 
 

@@ -22,6 +22,9 @@ from outrider.security.serving import UNPROTECTED, Protection
 
 # More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
 MAX_CONCURRENT_CALLS = 4_096
+# Calls of all connections that the event loop has not taken yet. gRPC drops those beyond it, as
+# CANCELLED and counted nowhere: so it is far more than a busy moment brings.
+MAX_PENDING_CALLS = 65_536
 
 # The health name for liveness probes; "" and the services' names are for readiness.
 LIVENESS = "liveness"
@@ -31,6 +34,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Of one connection; those beyond it wait at the client, within their deadlines.
     ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.so_reuseport", 0),  # else two servers silently share a port
     # Must allow the clients' keepalive_time_ms, or they are sent away for too many pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 500),

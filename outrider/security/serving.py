@@ -7,7 +7,7 @@ streams that are open go on. Knows no service.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -32,13 +32,11 @@ class Protection:
     gates: Sequence[Gate] = ()
     health_port: int | None = None
 
-    def readings(self) -> Iterator[Reading]:
-        """Who was refused at the gates; on any thread."""
+    def readings(self, behind: Mapping[str, int] | None = None) -> Iterator[Reading]:
+        """Who was refused at the gates, and `behind` them by the method; on any thread."""
         counts = [gate.refusals.by_reason for gate in self.gates]
-        yield Reading.by(
-            metrics.CALLS_REFUSED,
-            {reason.value: sum(count[reason.value] for count in counts) for reason in Reason},
-        )
+        at_gates = {reason.value: sum(count[reason.value] for count in counts) for reason in Reason}
+        yield Reading.by(metrics.CALLS_REFUSED, {**at_gates, **(behind or {})})
 
 
 UNPROTECTED = Protection()

@@ -242,8 +242,10 @@ DRAFT_QUEUE = _gauge("draft_queue", "Generations that wait for draft tokens.")
 # --- Of all three ---
 CALLS_REFUSED = _counter(
     "calls_refused",
-    "Calls that were refused before their method: no_key or unknown_key, over_limit (of the key), "
-    "identity (a certificate's name that may not call). Those of Generate are in no other metric.",
+    "Calls that were refused for want of rights or room. Before their method, and in no other "
+    "metric: no_key or unknown_key, over_limit (of the key), identity (a certificate's name that "
+    "may not call). By admission, and in requests_total, too: queue_full, displaced (by a more "
+    "urgent one), deadline (sure to pass while it waits).",
     "reason",
 )
 

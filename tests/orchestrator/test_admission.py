@@ -157,6 +157,47 @@ async def test_too_many_without_room() -> None:
     assert admission.num_waiting == 0
 
 
+async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() -> None:
+    """That one is told so at its next turn; one that has shown something is never displaced."""
+    admission = Admission(8, 2)
+    begun, first, last = await calls(admission, 9, 0, 1)
+    assert begun.place is not None
+    assert first.place is not None
+    assert last.place is not None
+    with (
+        begun.place.short_of_room(has_begun=True),
+        first.place.short_of_room(has_begun=False),
+        last.place.short_of_room(has_begun=False),
+    ):
+        waiting = asyncio.create_task(last.place.turn_for_room(at_once=True))
+        (urgent, equal) = await calls(admission, -5, 1)
+        assert urgent.place is not None
+        with urgent.place.short_of_room(has_begun=False):
+            with pytest.raises(CapacityExceeded, match="more urgent") as caught:
+                await waiting
+            assert caught.value.retry_after_s > 0
+            assert admission.num_waiting == 2
+            await urgent.place.turn_for_room(at_once=True)
+            assert "2 requests wait" in str(await refusal(equal))
+    assert (admission.num_waiting, admission.first_short) == (0, None)
+    assert admission.refused == {"queue_full": 1, "displaced": 1, "deadline": 0}
+
+
+async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> None:
+    """All may run at once: the urgent one waits for the turn that the displaced one gives back."""
+    admission = Admission(1, 1)
+    (first,) = await calls(admission, 0)
+    assert first.place is not None
+    with first.place.short_of_room(has_begun=False):
+        waiting = asyncio.create_task(first.place.turn_for_room(at_once=False))
+        (urgent,) = await calls(admission, -5)
+        assert not urgent.is_running
+        with pytest.raises(CapacityExceeded, match="more urgent"):
+            await waiting
+    await first.end()
+    assert urgent.is_running
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
     """Callers come, leave while they wait, leave when just let in, end: bounds hold throughout."""

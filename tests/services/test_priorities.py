@@ -59,6 +59,15 @@ async def so_many_wait(admissions: list[Admission], count: int) -> None:
     await eventually(do_they)
 
 
+async def so_many_run(stack: Stack, count: int) -> None:
+    """At the target."""
+
+    async def do_they() -> bool:
+        return (await stack.target_load()).num_open_generations == count
+
+    await eventually(do_they)
+
+
 async def test_waiting_callers_are_served_in_the_order_of_urgency(
     pair: Pair, redis_url: str, brake: Brake, admissions: list[Admission]
 ) -> None:
@@ -178,6 +187,40 @@ async def test_nobody_makes_room_for_an_equal(
         brake.release()
         assert (await waits).token_ids == greedy(PROMPT, 300)
         assert (await stack.target_load()).num_preempted_total == 0
+        await eventually(lambda: nothing_held(stack))
+
+
+@pytest.mark.slow
+async def test_an_urgent_call_displaces_one_that_waits_for_kv(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[Admission]
+) -> None:
+    """The queue is full of calls without room: the least urgent is refused, all others end well."""
+    prompts = [[n] * 480 for n in range(5)]
+    async with (
+        both_tiers(pair, target_kv=1_024) as tiers,
+        orchestrating(tiers, redis_url, max_waiting=2) as stack,
+    ):
+        brake.set(1)
+
+        async def ask(number: int, priority: int) -> list[int]:
+            asked = stack.generate(prompts[number], sampling=SHORT, gamma=0, priority=priority)
+            return (await asked).token_ids
+
+        asking = []
+        for number in range(4):  # two run; two wait for their keys and values
+            asking.append(asyncio.create_task(ask(number, 0)))
+            await so_many_run(stack, min(number + 1, 2))
+            await so_many_wait(admissions, max(0, number - 1))
+        urgent = asyncio.create_task(ask(4, -5))
+        displaced = await refusal(asking[3])
+        assert displaced.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert displaced.retry_after_s is not None
+        assert "more urgent" in displaced.message
+        await eventually(lambda: _one_has_made_room(stack))
+        brake.release()
+        for number, task in enumerate([*asking[:3], urgent]):
+            prompt = prompts[number if number < 3 else 4]
+            assert await task == greedy(prompt, 4)
         await eventually(lambda: nothing_held(stack))
 
 
