@@ -29,6 +29,7 @@ from outrider.wire import (
     UINT16,
     UINT32,
     costs_to_proto,
+    model_answer,
     pack,
     sampling_from_proto,
     session_id_from_proto,
@@ -73,7 +74,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         load = draft_pb2.DraftLoad(**asdict(self._statistics()))
         return draft_pb2.DraftServiceGetModelInfoResponse(
-            model=self._model,
+            model=model_answer(self._model, with_token_hashes=request.with_token_hashes),
             load=load,
             costs=costs_to_proto(self._costs()),
             state=state_to_proto(self._status.state),

@@ -283,16 +283,18 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         return handle
 
     async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
-        stub = draft_pb2_grpc.DraftServiceStub(channel)
-        request = draft_pb2.DraftServiceGetModelInfoRequest()
         round_trips_s = []
         for _ in range(_NUM_ROUND_TRIPS):  # the first finds the connection
             asked_at = time.monotonic()
-            response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
+            found = await super()._get_model(channel)
             round_trips_s.append(time.monotonic() - asked_at)
         self._round_trip_s = min(round_trips_s)
-        self.costs = costs_from_proto(response.costs)
-        return response.model, response.state
+        return found
+
+    async def _ask_model(self, channel: grpc.aio.Channel, **fields: bool) -> Any:
+        request = draft_pb2.DraftServiceGetModelInfoRequest(**fields)
+        stub = draft_pb2_grpc.DraftServiceStub(channel)
+        return await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()

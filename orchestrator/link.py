@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -21,6 +21,7 @@ from outrider.frames import SMALL_BYTES
 from outrider.security.channel import OpenChannel, open_plain
 from outrider.streams import Outbox
 from outrider.v1 import model_pb2
+from outrider.wire import costs_from_proto
 
 log = structlog.get_logger()
 
@@ -41,6 +42,11 @@ class Handle(Protocol):
     def link_lost(self, why: str) -> None: ...
 
 
+# The replica's ModelInfo.token_hashes, asked for when they are needed.
+FetchTokenHashes = Callable[[], Awaitable[bytes]]
+# Raises ConfigError where the replica's model does not fit.
+ModelCheck = Callable[[model_pb2.ModelInfo, FetchTokenHashes], Awaitable[None]]
+
 _OPEN_STATES = (model_pb2.REPLICA_STATE_UNSPECIFIED, model_pb2.REPLICA_STATE_READY)
 
 Item = TypeVar("Item")
@@ -49,7 +55,7 @@ Frame = Any
 
 
 class ReplicaLink(ABC, Generic[Item, HandleType]):
-    """`check_model` is asked about the replica's model at each connection; raises ConfigError.
+    """`check_model` is asked about the replica's model at each connection.
 
     `on_change` is called whenever the connection, a refusal or the replica's state has changed.
     """
@@ -61,7 +67,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def __init__(
         self,
         endpoint: str,
-        check_model: Callable[[model_pb2.ModelInfo], None],
+        check_model: ModelCheck,
         on_change: Callable[[], None],
         open_channel: OpenChannel = open_plain,
     ) -> None:
@@ -133,8 +139,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 why = f"{error.code().name}: {error.details()}"
             except ConfigError as error:
                 why = str(error)
-                if self.refused is None:
-                    log.error("replica_refused", tier=self.tier, why=why)
+                if str(self.refused) != why:
+                    log.error("replica_refused", tier=self.tier, endpoint=self.endpoint, why=why)
                 self.refused = error
             except asyncio.InvalidStateError:  # grpc.aio: a write after the stream broke
                 why = "the stream broke"
@@ -155,7 +161,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     async def _connect(self) -> None:
         async with self._open_channel(self.endpoint) as channel:
             model, self._state = await self._get_model(channel)
-            self._check_model(model)
+            await self._check_model(model, lambda: self._get_token_hashes(channel))
             outbox: Outbox[Item] = Outbox()
             call = self._open_stream(channel)
             try:
@@ -228,9 +234,19 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         if self._outbox is not None:
             self._outbox.put(items)
 
-    @abstractmethod
     async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
-        """With the replica's state."""
+        """With the replica's state; its costs are kept."""
+        response = await self._ask_model(channel)
+        self.costs = costs_from_proto(response.costs)
+        return response.model, response.state
+
+    async def _get_token_hashes(self, channel: grpc.aio.Channel) -> bytes:
+        response = await self._ask_model(channel, with_token_hashes=True)
+        return bytes(response.model.token_hashes)
+
+    @abstractmethod
+    async def _ask_model(self, channel: grpc.aio.Channel, **fields: bool) -> Any:
+        """The answer to GetModelInfo; `fields`: of the request."""
 
     @abstractmethod
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...

@@ -1,4 +1,4 @@
-"""What the replicas of a tier serve together: who may join the others, and requests' limits.
+"""What the replicas of a tier serve together: settings that must be equal, and requests' limits.
 
 A replica may differ from the others in what bounds a request (draft tokens, context, memory):
 limits follow the replicas that are connected. It may not differ in what outputs depend on.
@@ -6,7 +6,7 @@ limits follow the replicas that are connected. It may not differ in what outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from orchestrator.draft_link import DraftLink
 from orchestrator.pool import ReplicaPool
@@ -14,11 +14,7 @@ from orchestrator.request import Limits
 from orchestrator.target_link import TargetLink
 from outrider.config import OrchestratorConfig
 from outrider.errors import IncompatiblePair
-from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2
-
-# Raises ConfigError where a replica with this model cannot join.
-ModelCheck = Callable[[model_pb2.ModelInfo], None]
 
 # What outputs depend on beside weights and tokenizer, and what must be the same for it.
 _SHARED = {
@@ -53,30 +49,8 @@ def limits(
     )
 
 
-def target_check(
-    tokenizer: Tokenizer | None, connected: Callable[[], list[model_pb2.ModelInfo]]
-) -> ModelCheck:
-    """`connected`: the models of the targets that are there now."""
-    served: list[model_pb2.ModelInfo] = []
-
-    def check(model: model_pb2.ModelInfo) -> None:
-        if tokenizer is not None and model.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise IncompatiblePair(
-                f"the target {model.name} has tokenizer {_short(model.tokenizer_fingerprint)}, "
-                f"this orchestrator {_short(tokenizer.fingerprint)}"
-            )
-        if served and model.model_fingerprint != served[0].model_fingerprint:
-            raise IncompatiblePair(
-                f"the target is {model.name} {_short(model.model_fingerprint)} now, and was "
-                f"{served[0].name} {_short(served[0].model_fingerprint)}: restart the orchestrator"
-            )
-        _check_shared(model, connected())
-        served[:] = [model]
-
-    return check
-
-
-def _check_shared(model: model_pb2.ModelInfo, others: list[model_pb2.ModelInfo]) -> None:
+def check_shared(model: model_pb2.ModelInfo, others: Sequence[model_pb2.ModelInfo]) -> None:
+    """`others`: of the targets that are connected. Raises IncompatiblePair."""
     for other in others:
         for name, needed in _SHARED.items():
             if getattr(model, name) != getattr(other, name):
@@ -84,19 +58,3 @@ def _check_shared(model: model_pb2.ModelInfo, others: list[model_pb2.ModelInfo])
                     f"the target's {name} differ from those of the other targets: all of them "
                     f"need {needed}"
                 )
-
-
-def draft_check(targets: ReplicaPool[TargetLink]) -> ModelCheck:
-    def check(model: model_pb2.ModelInfo) -> None:
-        theirs = targets.model.tokenizer_fingerprint if targets.model else ""
-        if model.tokenizer_fingerprint != theirs:
-            raise IncompatiblePair(
-                f"draft and target do not share a tokenizer: the draft {model.name} has "
-                f"{_short(model.tokenizer_fingerprint)}, the target {_short(theirs)}"
-            )
-
-    return check
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:12] or "none"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from orchestrator.emitter import Chunk
 from orchestrator.gamma import GammaDecision
+from orchestrator.pairing import DraftMatch
 from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.store import KvHandle, SessionRecord
+from outrider.errors import ConfigError
 from outrider.v1 import orchestrator_pb2
 from outrider.wire import verification_to_proto
 
@@ -25,6 +28,19 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: orchestrator_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: orchestrator_pb2.FINISH_REASON_CANCELLED,
 }
+
+
+def pairing_response(
+    match: DraftMatch | None, refused: Sequence[ConfigError]
+) -> orchestrator_pb2.DraftPairing | None:
+    """`refused`: why draft replicas are refused now."""
+    if match is None and not refused:
+        return None
+    return orchestrator_pb2.DraftPairing(
+        num_differing_ids=match.num_differing_ids if match else 0,
+        is_assumed=match is not None and match.is_assumed,
+        refused=str(refused[-1]) if refused else "",
+    )
 
 
 def generate_response(

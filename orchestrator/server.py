@@ -21,7 +21,7 @@ from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
 from orchestrator.generation import Generation, new_state
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
-from orchestrator.responses import generate_response, session_response
+from orchestrator.responses import generate_response, pairing_response, session_response
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, resumed
 from orchestrator.session import Commitment, TokenOrigin
@@ -230,9 +230,13 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self, request: orchestrator_pb2.GetModelInfoRequest, context: Context
     ) -> orchestrator_pb2.GetModelInfoResponse:
         drafts, limits = self._tiers.drafts, self._limits()
+        links = list(drafts.links.values()) if drafts is not None else []
         return orchestrator_pb2.GetModelInfoResponse(
             target=self._tiers.targets.model,
             draft=drafts.model if drafts is not None and drafts.num_connected else None,
             default_gamma=limits.gamma,
             max_gamma=limits.max_gamma,
+            draft_pairing=pairing_response(
+                self._tiers.pairing.draft, [link.refused for link in links if link.refused]
+            ),
         )

@@ -15,8 +15,10 @@ from orchestrator.call import Calls
 from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
+from orchestrator.link import FetchTokenHashes
 from orchestrator.metrics import Meter, readings
-from orchestrator.models import draft_check, limits, target_check
+from orchestrator.models import check_shared, limits
+from orchestrator.pairing import Pairing
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
 from orchestrator.security import Security
@@ -33,7 +35,7 @@ from outrider.server import Server
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -63,8 +65,9 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
     store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
-    targets, drafts = _pools(config, tokenizer, security.open_channel)
-    tiers = _tiers(config, targets, drafts, store, tokenizer)
+    pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
+    targets, drafts = _pools(config, pairing, security.open_channel)
+    tiers = _tiers(config, targets, drafts, pairing, store, tokenizer)
     admission = Admission(config.max_generations, config.max_waiting)
     try:
         await server.start(config.host, config.port)
@@ -119,9 +122,13 @@ async def _answering(
 
 
 def _pools(
-    config: OrchestratorConfig, tokenizer: Tokenizer | None, open_channel: OpenChannel
+    config: OrchestratorConfig, pairing: Pairing, open_channel: OpenChannel
 ) -> tuple[ReplicaPool[TargetLink], ReplicaPool[DraftLink] | None]:
-    check_target = target_check(tokenizer, lambda: targets.models)
+
+    async def check_target(model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes) -> None:
+        await pairing.check_target(model, token_hashes)
+        check_shared(model, targets.models)
+
     targets = ReplicaPool(
         "target",
         lambda endpoint, on_change: TargetLink(endpoint, check_target, on_change, open_channel),
@@ -129,10 +136,11 @@ def _pools(
     )
     if not config.draft_endpoint:
         return targets, None
-    check_draft = draft_check(targets)
     drafts = ReplicaPool(
         "draft",
-        lambda endpoint, on_change: DraftLink(endpoint, check_draft, on_change, open_channel),
+        lambda endpoint, on_change: DraftLink(
+            endpoint, pairing.check_draft, on_change, open_channel
+        ),
         config.draft_endpoints,
     )
     return targets, drafts
@@ -142,6 +150,7 @@ def _tiers(
     config: OrchestratorConfig,
     targets: ReplicaPool[TargetLink],
     drafts: ReplicaPool[DraftLink] | None,
+    pairing: Pairing,
     store: SessionStore,
     tokenizer: Tokenizer | None,
 ) -> Tiers:
@@ -154,7 +163,7 @@ def _tiers(
         target=lambda: targets.costs,
         draft=lambda: drafts.costs if drafts is not None else CostReport(),
     )
-    return Tiers(targets, drafts, store, tokenizer, PromptEncoding(), timing, costs)
+    return Tiers(targets, drafts, pairing, store, tokenizer, PromptEncoding(), timing, costs)
 
 
 def _meter(
@@ -206,8 +215,8 @@ async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:
     try:
         async with asyncio.timeout(DRAFT_START_TIMEOUT_S):
             await drafts.settled()
-    except TimeoutError:
-        log.warning("serving_without_draft")
+    except (TimeoutError, ConfigError) as error:
+        log.warning("serving_without_draft", why=str(error) or "no draft replica answers")
 
 
 async def _follow(targets: ReplicaPool[TargetLink], server: Server) -> None:

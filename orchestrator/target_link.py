@@ -24,7 +24,7 @@ from outrider.errors import (
 )
 from outrider.sampling.params import SamplingParams
 from outrider.telemetry.tracing import current_span
-from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from outrider.v1 import target_pb2, target_pb2_grpc
 from outrider.wire import FLOAT32, UINT16, UINT32, costs_from_proto, pack, sampling_to_proto, unpack
 
 _ERRORS: dict[int, type[OutriderError]] = {
@@ -211,12 +211,10 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         self.send(opening)
         return handle
 
-    async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
+    async def _ask_model(self, channel: grpc.aio.Channel, **fields: bool) -> Any:
+        request = target_pb2.TargetServiceGetModelInfoRequest(**fields)
         stub = target_pb2_grpc.TargetServiceStub(channel)
-        request = target_pb2.TargetServiceGetModelInfoRequest()
-        response = await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
-        self.costs = costs_from_proto(response.costs)
-        return response.model, response.state
+        return await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return target_pb2_grpc.TargetServiceStub(channel).Verify()

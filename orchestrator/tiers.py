@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
+from orchestrator.pairing import Pairing
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
 from orchestrator.store import SessionStore
@@ -28,6 +29,7 @@ class Tiers:
 
     targets: ReplicaPool[TargetLink]
     drafts: ReplicaPool[DraftLink] | None
+    pairing: Pairing
     store: SessionStore
     tokenizer: Tokenizer | None
     encoding: PromptEncoding

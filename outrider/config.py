@@ -143,6 +143,10 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         "127.0.0.1:50053", "likewise of the draft replicas; empty: no draft"
     )
     tokenizer: str | None = setting(None, "directory or hub name; unset: token ids only")
+    assume_same_vocabulary: bool = setting(
+        False,
+        "pair models of which one has no tokenizer: the operator knows that ids mean the same",
+    )
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL", may_be_secret=True
     )

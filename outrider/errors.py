@@ -4,7 +4,7 @@ OutriderError
  ├─ InvalidRequest       a request's field is wrong; names the field
  ├─ ConfigError          a flag, variable or file of the operator is wrong
  │   ├─ ModelError       a model cannot be loaded or served correctly
- │   └─ IncompatiblePair draft and target do not share a tokenizer
+ │   └─ IncompatiblePair replicas whose models or vocabularies do not fit together
  ├─ Unauthenticated      a caller has not shown a key that is known
  ├─ PermissionDenied     a caller is known, and may not do this
  ├─ SessionNotFound
@@ -45,7 +45,7 @@ class ModelError(ConfigError):
 
 
 class IncompatiblePair(ConfigError):
-    """Draft and target do not share a tokenizer."""
+    """A replica's model or vocabulary does not fit those of the others."""
 
 
 class Unauthenticated(OutriderError):

@@ -17,6 +17,7 @@ from outrider.chat_template import ChatTemplate
 from outrider.detokenizer import Detokenizer, TokenBytes, WindowDetokenizer
 from outrider.errors import ConfigError, InvalidRequest
 from outrider.tokenizer_files import TokenizerFiles
+from outrider.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -74,6 +75,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """To compare with another model's. Takes a tenth of a second the first time."""
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return Vocabulary.of(self._backend.get_vocab(with_added_tokens=True), added)
 
     @functools.cached_property
     def max_token_chars(self) -> int:

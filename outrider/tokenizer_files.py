@@ -39,6 +39,8 @@ UNCONVERTED = (
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json",
 )  # fmt: skip
 
+TOKENIZERS = ("tokenizer.json", *UNCONVERTED)
+
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip

@@ -158,6 +158,16 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
     )
 
 
+def model_answer(model: model_pb2.ModelInfo, *, with_token_hashes: bool) -> model_pb2.ModelInfo:
+    """The model, without its hundreds of kilobytes of hashes unless they are asked for."""
+    if with_token_hashes or not model.token_hashes:
+        return model
+    answer = model_pb2.ModelInfo()
+    answer.CopyFrom(model)
+    answer.ClearField("token_hashes")
+    return answer
+
+
 def state_to_proto(state: ReplicaState) -> model_pb2.ReplicaState:
     return _STATES[state]
 

@@ -24,6 +24,7 @@ from outrider.wire import (
     UINT16,
     UINT32,
     costs_to_proto,
+    model_answer,
     pack,
     sampling_from_proto,
     session_id_from_proto,
@@ -76,7 +77,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
         load = target_pb2.TargetLoad(**asdict(self._statistics()))
         return target_pb2.TargetServiceGetModelInfoResponse(
-            model=self._model,
+            model=model_answer(self._model, with_token_hashes=request.with_token_hashes),
             load=load,
             costs=costs_to_proto(self._costs()),
             state=state_to_proto(self._status.state),

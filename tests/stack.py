@@ -116,6 +116,7 @@ async def running_stack(
     # Three services share one process: wide trees would be most of the work. Who wants one asks.
     settings.setdefault("lookahead", 1)
     settings.setdefault("fan_out", 1)
+    settings.setdefault("assume_same_vocabulary", True)  # most pairs here have no tokenizer
     target_fields: dict[str, Any] = {**QUICK, **(target_settings or {})}
     draft_fields: dict[str, Any] = {**QUICK, **(draft_settings or {})}
     target_fields |= {"model": str(target or ""), "port": 0}

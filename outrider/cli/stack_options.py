@@ -19,6 +19,8 @@ from outrider.loader import require_plain_programs
 PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
 DEFAULT_INFLATE = "300M"
 NO_DRAFT = "none"
+# As `outrider.engine.synthetic` names it; importing that would import torch (a test compares).
+MADE_PAIR = "pair.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ class StackOptions:
         float | None,
         typer.Option(min=0, help="Delay the draft's link by so much, each way: a network to try."),
     ] = None
+    assume_same_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--assume-same-vocabulary",
+            help="Use a draft although one of the models has no tokenizer to compare.",
+        ),
+    ] = False
     max_generations: Annotated[int | None, typer.Option(help="Generations at a time.")] = None
     max_waiting: Annotated[
         int | None, typer.Option(help="Requests that may wait for their turn; more are refused.")
@@ -134,8 +143,19 @@ class StackOptions:
         """A directory without one is served by token ids; a hub name is for the program to see."""
         if self.simulate_target is not None:
             return False
+        from outrider.tokenizer_files import TOKENIZERS
+
         directory = Path(self.target_model).expanduser()
-        return not directory.is_dir() or (directory / "tokenizer.json").is_file()
+        return not directory.is_dir() or any((directory / name).is_file() for name in TOKENIZERS)
+
+    @property
+    def has_same_vocabulary(self) -> bool:
+        """Known without tokenizers to compare: of the models that `bench pair` has made."""
+        if self.assume_same_vocabulary or self.draft_model is None:
+            return self.assume_same_vocabulary
+        home, other = (Path(model).expanduser().resolve().parent
+                       for model in (self.target_model, self.draft_model))  # fmt: skip
+        return home == other and (home / MADE_PAIR).is_file()
 
 
 def kept_to_itself(options: StackOptions) -> StackOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from outrider.cli.stack_options import PAIR_PATH, StackOptions
 if TYPE_CHECKING:
     from outrider.cli.stack import Stack
     from outrider.cli.view import StackView
+
+# Between two looks for a draft that is slow to come.
+_LOOK_S = 0.5
 
 
 @takes(StackOptions)
@@ -41,7 +45,12 @@ async def _up(options: StackOptions, view: StackView, served: list[str]) -> int:
     async with shown_stack(options, view) as stack:
         served.append(stack.endpoint)
         _welcome(stack, options, view)
-        return await _until_death(stack, view)
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(_tell_pairing(stack, view))
+            try:
+                return await _until_death(stack, view)
+            finally:
+                telling.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -61,6 +70,28 @@ async def shown_stack(
         yield stack
     finally:
         await stack.stop()
+
+
+async def _tell_pairing(stack: Stack, view: StackView) -> None:
+    """Warns once the draft is refused, or means something else by some token ids."""
+    from outrider.cli.client import connected
+    from outrider.cli.failures import CallFailed
+
+    if "draft" not in stack.addresses:
+        return
+    with contextlib.suppress(CallFailed):  # TLS or keys, set in our environment
+        async with connected(stack.endpoint) as client:
+            while not (info := await client.model_info()).HasField("draft_pairing"):  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(_LOOK_S)
+        pairing = info.draft_pairing
+        if pairing.refused:
+            warning = f"the draft is not used: {pairing.refused}"
+        elif pairing.num_differing_ids:
+            num = pairing.num_differing_ids
+            warning = f"draft and target differ in {num} token ids; outputs are the same, slower"
+        else:
+            return
+        view.console.print(f"! {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 async def _until_death(stack: Stack, view: StackView) -> int:

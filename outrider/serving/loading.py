@@ -23,7 +23,10 @@ def load_served_engine(
     if config.simulate is not None:
         simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
         simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
-        return simulated, _model_info(simulated.info, None, config.max_gamma)
+        model = _model_info(simulated.info, None, config.max_gamma)
+        # Ids of equal simulations mean the same by construction.
+        model.tokenizer_fingerprint = model.model_fingerprint
+        return simulated, model
     tokenizer = Tokenizer.load(config.model)
     eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None
     engine = load_engine(
@@ -91,5 +94,6 @@ def _model_info(
     return model_pb2.ModelInfo(
         **{name: value for name, value in said.items() if name in names},
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else "",
+        token_hashes=tokenizer.vocabulary.to_bytes() if tokenizer else b"",
         max_gamma=max_gamma,
     )

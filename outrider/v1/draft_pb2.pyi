@@ -10,8 +10,10 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DraftServiceGetModelInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("with_token_hashes",)
+    WITH_TOKEN_HASHES_FIELD_NUMBER: _ClassVar[int]
+    with_token_hashes: bool
+    def __init__(self, with_token_hashes: bool = ...) -> None: ...
 
 class DraftServiceGetModelInfoResponse(_message.Message):
     __slots__ = ("model", "load", "costs", "state")

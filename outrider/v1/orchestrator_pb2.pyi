@@ -283,13 +283,25 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("target", "draft", "default_gamma", "max_gamma")
+    __slots__ = ("target", "draft", "default_gamma", "max_gamma", "draft_pairing")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_GAMMA_FIELD_NUMBER: _ClassVar[int]
     MAX_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_PAIRING_FIELD_NUMBER: _ClassVar[int]
     target: _model_pb2.ModelInfo
     draft: _model_pb2.ModelInfo
     default_gamma: int
     max_gamma: int
-    def __init__(self, target: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., draft: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., default_gamma: _Optional[int] = ..., max_gamma: _Optional[int] = ...) -> None: ...
+    draft_pairing: DraftPairing
+    def __init__(self, target: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., draft: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., default_gamma: _Optional[int] = ..., max_gamma: _Optional[int] = ..., draft_pairing: _Optional[_Union[DraftPairing, _Mapping]] = ...) -> None: ...
+
+class DraftPairing(_message.Message):
+    __slots__ = ("num_differing_ids", "is_assumed", "refused")
+    NUM_DIFFERING_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    num_differing_ids: int
+    is_assumed: bool
+    refused: str
+    def __init__(self, num_differing_ids: _Optional[int] = ..., is_assumed: bool = ..., refused: _Optional[str] = ...) -> None: ...

@@ -26,7 +26,7 @@ from outrider.v1 import model_pb2 as outrider_dot_v1_dot_model__pb2
 from outrider.v1 import sampling_pb2 as outrider_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18outrider/v1/target.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"\"\n TargetServiceGetModelInfoRequest\"\xc2\x01\n!TargetServiceGetModelInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.outrider.v1.TargetLoad\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\x83\x03\n\nTargetLoad\x12\x1c\n\x14num_open_generations\x18\x01 \x01(\r\x12\x19\n\x11num_idle_sessions\x18\x02 \x01(\r\x12\x18\n\x10num_opened_total\x18\x03 \x01(\x04\x12\x18\n\x10num_closed_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x18\n\x10num_waiting_rows\x18\x06 \x01(\r\x12\x17\n\x0fnum_steps_total\x18\x07 \x01(\x04\x12\x16\n\x0enum_rows_total\x18\x08 \x01(\x04\x12\x18\n\x10num_tokens_total\x18\t \x01(\x04\x12 \n\x18num_prefill_tokens_total\x18\n \x01(\x04\x12\'\n\x1fnum_prefix_queried_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_prefix_hit_tokens_total\x18\x0c \x01(\x04\x12\x1b\n\x13num_preempted_total\x18\r \x01(\x04\"\xa3\x01\n\rVerifyRequest\x12&\n\x05opens\x18\x01 \x03(\x0b\x32\x17.outrider.v1.TargetOpen\x12$\n\x04rows\x18\x02 \x03(\x0b\x32\x16.outrider.v1.VerifyRow\x12(\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x18.outrider.v1.TargetClose\x12\x1a\n\x12\x66orget_session_ids\x18\x04 \x03(\t\"\xe7\x01\n\nTargetOpen\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nkept_epoch\x18\x04 \x01(\x04\x12\x12\n\nprompt_len\x18\x05 \x01(\r\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x10\n\x08preempts\x18\t \x01(\x08\x12\x13\n\x0btraceparent\x18\n \x01(\t\"\x94\x01\n\tVerifyRow\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x10\n\x08keep_len\x18\x02 \x01(\r\x12\x19\n\x11\x63ontext_token_ids\x18\x03 \x01(\x0c\x12\x17\n\x0f\x64raft_token_ids\x18\x04 \x01(\x0c\x12\x15\n\rsupport_sizes\x18\x05 \x01(\x0c\x12\x13\n\x0bsupport_ids\x18\x06 \x01(\x0c\"2\n\x0bTargetClose\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x0c\n\x04keep\x18\x02 \x01(\x08\"\xb4\x01\n\x0eVerifyResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.outrider.v1.VerifyResult\x12%\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x15.outrider.v1.RowError\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xff\x01\n\x0cVerifyResult\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x15\n\rsupport_probs\x18\x02 \x01(\x0c\x12\x11\n\ttail_mass\x18\x03 \x01(\x0c\x12\x12\n\nsample_ids\x18\x04 \x01(\x0c\x12\x18\n\x10support_logprobs\x18\x05 \x01(\x0c\x12\x17\n\x0fsample_logprobs\x18\x06 \x01(\x0c\x12\x0f\n\x07top_ids\x18\x07 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x0c\x12\x0e\n\x06step_s\x18\t \x01(\x02\x12\x15\n\rtail_logprobs\x18\n \x01(\x0c\x12\x19\n\x11num_reused_tokens\x18\x0b \x01(\r\"\xfe\x01\n\x08RowError\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.outrider.v1.RowError.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x9c\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_KV_LOST\x10\x01\x12\x12\n\x0eREASON_KV_FULL\x10\x02\x12\x12\n\x0eREASON_BAD_ROW\x10\x03\x12\x14\n\x10REASON_DISPLACED\x10\x04\x12\x13\n\x0fREASON_INTERNAL\x10\x05\x12\x13\n\x0fREASON_DRAINING\x10\x06\x32\xc5\x01\n\rTargetService\x12\x45\n\x06Verify\x12\x1a.outrider.v1.VerifyRequest\x1a\x1b.outrider.v1.VerifyResponse(\x01\x30\x01\x12m\n\x0cGetModelInfo\x12-.outrider.v1.TargetServiceGetModelInfoRequest\x1a..outrider.v1.TargetServiceGetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18outrider/v1/target.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"=\n TargetServiceGetModelInfoRequest\x12\x19\n\x11with_token_hashes\x18\x01 \x01(\x08\"\xc2\x01\n!TargetServiceGetModelInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.outrider.v1.TargetLoad\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\x83\x03\n\nTargetLoad\x12\x1c\n\x14num_open_generations\x18\x01 \x01(\r\x12\x19\n\x11num_idle_sessions\x18\x02 \x01(\r\x12\x18\n\x10num_opened_total\x18\x03 \x01(\x04\x12\x18\n\x10num_closed_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x18\n\x10num_waiting_rows\x18\x06 \x01(\r\x12\x17\n\x0fnum_steps_total\x18\x07 \x01(\x04\x12\x16\n\x0enum_rows_total\x18\x08 \x01(\x04\x12\x18\n\x10num_tokens_total\x18\t \x01(\x04\x12 \n\x18num_prefill_tokens_total\x18\n \x01(\x04\x12\'\n\x1fnum_prefix_queried_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_prefix_hit_tokens_total\x18\x0c \x01(\x04\x12\x1b\n\x13num_preempted_total\x18\r \x01(\x04\"\xa3\x01\n\rVerifyRequest\x12&\n\x05opens\x18\x01 \x03(\x0b\x32\x17.outrider.v1.TargetOpen\x12$\n\x04rows\x18\x02 \x03(\x0b\x32\x16.outrider.v1.VerifyRow\x12(\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x18.outrider.v1.TargetClose\x12\x1a\n\x12\x66orget_session_ids\x18\x04 \x03(\t\"\xe7\x01\n\nTargetOpen\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nkept_epoch\x18\x04 \x01(\x04\x12\x12\n\nprompt_len\x18\x05 \x01(\r\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x10\n\x08preempts\x18\t \x01(\x08\x12\x13\n\x0btraceparent\x18\n \x01(\t\"\x94\x01\n\tVerifyRow\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x10\n\x08keep_len\x18\x02 \x01(\r\x12\x19\n\x11\x63ontext_token_ids\x18\x03 \x01(\x0c\x12\x17\n\x0f\x64raft_token_ids\x18\x04 \x01(\x0c\x12\x15\n\rsupport_sizes\x18\x05 \x01(\x0c\x12\x13\n\x0bsupport_ids\x18\x06 \x01(\x0c\"2\n\x0bTargetClose\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x0c\n\x04keep\x18\x02 \x01(\x08\"\xb4\x01\n\x0eVerifyResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.outrider.v1.VerifyResult\x12%\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x15.outrider.v1.RowError\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xff\x01\n\x0cVerifyResult\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x15\n\rsupport_probs\x18\x02 \x01(\x0c\x12\x11\n\ttail_mass\x18\x03 \x01(\x0c\x12\x12\n\nsample_ids\x18\x04 \x01(\x0c\x12\x18\n\x10support_logprobs\x18\x05 \x01(\x0c\x12\x17\n\x0fsample_logprobs\x18\x06 \x01(\x0c\x12\x0f\n\x07top_ids\x18\x07 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x0c\x12\x0e\n\x06step_s\x18\t \x01(\x02\x12\x15\n\rtail_logprobs\x18\n \x01(\x0c\x12\x19\n\x11num_reused_tokens\x18\x0b \x01(\r\"\xfe\x01\n\x08RowError\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.outrider.v1.RowError.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x9c\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_KV_LOST\x10\x01\x12\x12\n\x0eREASON_KV_FULL\x10\x02\x12\x12\n\x0eREASON_BAD_ROW\x10\x03\x12\x14\n\x10REASON_DISPLACED\x10\x04\x12\x13\n\x0fREASON_INTERNAL\x10\x05\x12\x13\n\x0fREASON_DRAINING\x10\x06\x32\xc5\x01\n\rTargetService\x12\x45\n\x06Verify\x12\x1a.outrider.v1.VerifyRequest\x1a\x1b.outrider.v1.VerifyResponse(\x01\x30\x01\x12m\n\x0cGetModelInfo\x12-.outrider.v1.TargetServiceGetModelInfoRequest\x1a..outrider.v1.TargetServiceGetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.target_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TARGETSERVICEGETMODELINFOREQUEST']._serialized_start=94
-  _globals['_TARGETSERVICEGETMODELINFOREQUEST']._serialized_end=128
-  _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_start=131
-  _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_end=325
-  _globals['_TARGETLOAD']._serialized_start=328
-  _globals['_TARGETLOAD']._serialized_end=715
-  _globals['_VERIFYREQUEST']._serialized_start=718
-  _globals['_VERIFYREQUEST']._serialized_end=881
-  _globals['_TARGETOPEN']._serialized_start=884
-  _globals['_TARGETOPEN']._serialized_end=1115
-  _globals['_VERIFYROW']._serialized_start=1118
-  _globals['_VERIFYROW']._serialized_end=1266
-  _globals['_TARGETCLOSE']._serialized_start=1268
-  _globals['_TARGETCLOSE']._serialized_end=1318
-  _globals['_VERIFYRESPONSE']._serialized_start=1321
-  _globals['_VERIFYRESPONSE']._serialized_end=1501
-  _globals['_VERIFYRESULT']._serialized_start=1504
-  _globals['_VERIFYRESULT']._serialized_end=1759
-  _globals['_ROWERROR']._serialized_start=1762
-  _globals['_ROWERROR']._serialized_end=2016
-  _globals['_ROWERROR_REASON']._serialized_start=1860
-  _globals['_ROWERROR_REASON']._serialized_end=2016
-  _globals['_TARGETSERVICE']._serialized_start=2019
-  _globals['_TARGETSERVICE']._serialized_end=2216
+  _globals['_TARGETSERVICEGETMODELINFOREQUEST']._serialized_end=155
+  _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_start=158
+  _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_end=352
+  _globals['_TARGETLOAD']._serialized_start=355
+  _globals['_TARGETLOAD']._serialized_end=742
+  _globals['_VERIFYREQUEST']._serialized_start=745
+  _globals['_VERIFYREQUEST']._serialized_end=908
+  _globals['_TARGETOPEN']._serialized_start=911
+  _globals['_TARGETOPEN']._serialized_end=1142
+  _globals['_VERIFYROW']._serialized_start=1145
+  _globals['_VERIFYROW']._serialized_end=1293
+  _globals['_TARGETCLOSE']._serialized_start=1295
+  _globals['_TARGETCLOSE']._serialized_end=1345
+  _globals['_VERIFYRESPONSE']._serialized_start=1348
+  _globals['_VERIFYRESPONSE']._serialized_end=1528
+  _globals['_VERIFYRESULT']._serialized_start=1531
+  _globals['_VERIFYRESULT']._serialized_end=1786
+  _globals['_ROWERROR']._serialized_start=1789
+  _globals['_ROWERROR']._serialized_end=2043
+  _globals['_ROWERROR_REASON']._serialized_start=1887
+  _globals['_ROWERROR_REASON']._serialized_end=2043
+  _globals['_TARGETSERVICE']._serialized_start=2046
+  _globals['_TARGETSERVICE']._serialized_end=2243
 # @@protoc_insertion_point(module_scope)

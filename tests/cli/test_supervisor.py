@@ -14,7 +14,7 @@ import pytest
 
 from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
-from outrider.cli.stack_options import PAIR_PATH, StackOptions
+from outrider.cli.stack_options import MADE_PAIR, PAIR_PATH, StackOptions
 from outrider.cli.supervisor import Event, State, Supervisor
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.loader import load
@@ -108,9 +108,10 @@ def test_every_flag_arrives() -> None:
 
 def test_the_defaults_are_the_quickstart_pair() -> None:
     """Inflated; another target goes without its draft, and as it is."""
-    from outrider.engine import quickstart
+    from outrider.engine import quickstart, synthetic
 
     assert quickstart.pair_path() == PAIR_PATH
+    assert synthetic._REPORT == MADE_PAIR
     options = StackOptions()
     assert options.draft_model == str(quickstart.draft_path())
     assert options.inflate_parameters == 300_000_000
@@ -118,6 +119,20 @@ def test_the_defaults_are_the_quickstart_pair() -> None:
     assert StackOptions(target="other").inflate_parameters == 0
     assert StackOptions(draft="none").draft_model is None
     assert StackOptions(inflate="0").inflate_parameters == 0
+
+
+def test_a_made_pair_has_one_vocabulary(tmp_path: Path) -> None:
+    """Without tokenizers to compare: `bench pair` has made both; other models need the flag."""
+    target, draft = str(tmp_path / "target"), str(tmp_path / "draft")
+    options = StackOptions(target=target, draft=draft)
+    flag = "--assume-same-vocabulary=True"
+    assert flag not in orchestrator_arguments(options, "h:1", "h:2", "redis://r")
+    (tmp_path / MADE_PAIR).write_text("{}")
+    assert flag in orchestrator_arguments(options, "h:1", "h:2", "redis://r")
+    other = StackOptions(target=target, draft=str(tmp_path / "other" / "draft"))
+    assert flag not in orchestrator_arguments(other, "h:1", "h:2", "redis://r")
+    told = StackOptions(target="t", draft="d", assume_same_vocabulary=True)
+    assert flag in orchestrator_arguments(told, "h:1", "h:2", "redis://r")
 
 
 def test_help_loads_nothing_heavy() -> None:

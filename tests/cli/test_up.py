@@ -106,14 +106,18 @@ def test_a_missing_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mismatched_tokenizers(target: Path, draft: Path, tmp_path: Path) -> None:
-    """Exit 2; the orchestrator says that draft and target do not fit."""
+    """It serves without the draft, and says why."""
     other = shutil.copytree(draft, tmp_path / "other")
     write_tokenizer(other, ["entirely another text"] * 5)
     logs = f"--log-dir={tmp_path / 'logs'}"
-    ended = run("up", f"--target={target}", f"--draft={other}", "--port=0", logs)
-    assert ended.returncode == 2
-    assert "orchestrator did not start (exit code 2)" in ended.stderr
-    assert f"do not share a tokenizer: the draft {other}" in ended.stderr
+    with up(f"--target={target}", f"--draft={other}", logs) as started:
+        endpoint = started.endpoint
+        line = started.read_until("the draft is not used")
+        assert f"draft {other} and target do not share a vocabulary" in line
+        ended = run("generate", "the quick", f"--endpoint={endpoint}", "--max-tokens=4", "--json")
+        assert ended.returncode == 0
+        told = run("model", f"--endpoint={endpoint}")
+        assert "draft pairing refused" in told.stdout
 
 
 def test_a_port_in_use() -> None:

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from orchestrator.target_link import TargetLink
+from tests.orchestrator.test_link import any_model
 
 
 class Breaking(TargetLink):
@@ -24,7 +25,7 @@ class Breaking(TargetLink):
 @pytest.mark.timeout(30)
 async def test_a_stream_that_breaks_as_it_is_left() -> None:
     """Once a process outlived its SIGTERM: tiers, Redis and parent had died at the same time."""
-    link = Breaking("127.0.0.1:1", lambda model: None, lambda: None)
+    link = Breaking("127.0.0.1:1", any_model, lambda: None)
     running = asyncio.create_task(link.run())
     await asyncio.sleep(0)
     running.cancel()

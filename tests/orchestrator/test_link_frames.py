@@ -12,6 +12,7 @@ from orchestrator.link import MAX_FRAME_BYTES
 from orchestrator.target_link import TargetHandle, TargetLink
 from outrider.config import TargetConfig
 from outrider.sampling.params import SamplingParams
+from tests.orchestrator.test_link import any_model
 from tests.stack import eventually
 
 PROMPT = [7] * 16_384
@@ -55,7 +56,7 @@ async def test_many_long_prompts_at_once() -> None:
     sessions together could be more than the target takes: its stream broke, for all of them."""
     assert MAX_FRAME_BYTES + 4 * len(PROMPT) < MOST_BYTES
     async with target_service.service.serving(TARGET) as server:
-        link = TargetLink(f"127.0.0.1:{server.port}", lambda model: None, lambda: None)
+        link = TargetLink(f"127.0.0.1:{server.port}", any_model, lambda: None)
         running = asyncio.create_task(link.run())
         try:
             await eventually(lambda: _is_connected(link))

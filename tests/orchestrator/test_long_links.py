@@ -13,6 +13,7 @@ from orchestrator.pool import ReplicaPool
 from outrider.relay import Relay
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.v1 import draft_pb2, model_pb2
+from tests.orchestrator.test_link import any_model
 from tests.services.fake_draft import FakeDraft, faking
 
 
@@ -32,7 +33,7 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
         return []
 
     def make_link(endpoint: str, on_change: Any) -> DraftLink:
-        links.append(DraftLink(endpoint, lambda model: None, on_change))
+        links.append(DraftLink(endpoint, any_model, on_change))
         return links[-1]
 
     async with (

@@ -49,6 +49,7 @@ class System(Stack):
     """Clients of all three services, and where the orchestrator listens."""
 
     endpoint: str
+    # Of the orchestrator's metrics, where it has any.
     metrics_port: int | None = None
 
 
@@ -142,6 +143,7 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
     settings.setdefault("draft_wait_ms", 20_000.0)
     settings.setdefault("target_endpoint", target)
     settings.setdefault("draft_endpoint", draft)
+    settings.setdefault("assume_same_vocabulary", True)  # most pairs here have no tokenizer
     config = OrchestratorConfig(redis_url=redis_url, port=0, **settings)
     async with (
         orchestrator.service.serving(config) as server,

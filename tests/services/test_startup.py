@@ -94,19 +94,16 @@ async def test_a_port_in_use(pair: Pair, taken_port: str, redis_url: str) -> Non
 
 
 async def test_tokenizers_that_differ(chat_pair: Pair, tmp_path: Path, redis_url: str) -> None:
-    """Refused with both fingerprints, whether the draft's or the orchestrator's own is another."""
+    """The orchestrator's own is refused with both fingerprints; a draft's is for test_pairing."""
     other = tmp_path / "other"
-    shutil.copytree(chat_pair.draft, other)
+    other.mkdir()
     write_tokenizer(other, corpus="zebras quiz quotes")
-    async with both_tiers(Pair(chat_pair.target, other)) as tiers:
-        target, draft = tiers.endpoints
+    async with both_tiers(chat_pair, draft_kv=None) as tiers:
         words = (PATIENT, "--port", "0", "--redis-url", redis_url, "--redis-wait-s", "60")
-        words += ("--target-endpoint", target, "--draft-endpoint", draft or "")
-        line = await refused(*words)
-        assert "tokenizer" in line
-        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line))) == 2, "both fingerprints"
+        words += ("--target-endpoint", tiers.endpoints[0], "--draft-endpoint", "")
         line = await refused(*words, "--tokenizer", str(other))
-        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line))) == 2
+        assert "token ids differ" in line
+        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line))) == 2, "both fingerprints"
         assert "no tokenizer.json" in await refused(*words, "--tokenizer", str(tmp_path))
 
 

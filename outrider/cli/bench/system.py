@@ -114,6 +114,8 @@ class System:
     layout: CoreLayout
 
     def require_draft(self) -> None:
+        if self.info.draft_pairing.refused:
+            raise ConfigError(f"--draft: {self.info.draft_pairing.refused}")
         if not self.info.HasField("draft"):
             raise ConfigError("--draft: is required; without one there is nothing to compare")
 

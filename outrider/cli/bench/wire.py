@@ -185,7 +185,7 @@ def _request(
     request.sampling.seed = seed
     request.sampling.max_tokens = options.max_tokens
     request.sampling.ignore_eos = True
-    if target.tokenizer_fingerprint:
+    if target.tokenizer_fingerprint and target.architecture != "simulated":
         request.text = TEXT_PROMPT
     else:  # 7919 is prime: ids from all over the vocabulary, the same each time
         ids = [(1 + i + seed) * 7919 % target.vocab_size for i in range(_NUM_PROMPT_IDS)]
