@@ -35,18 +35,25 @@ class Refusal(Enum):
 
 
 class Place:
-    """A generation's place in the order: a lower `priority` is served earlier, 0 is the usual."""
+    """A generation's place in the order: a lower `priority` is served earlier, 0 is the usual.
 
-    def __init__(self, admission: Admission, priority: int, number: int) -> None:
+    `asked`: the request's own priority, which orders its caller's requests of equal `priority`.
+    """
+
+    def __init__(
+        self, admission: Admission, *, caller: str, priority: int, asked: int, number: int
+    ) -> None:
+        self.caller = caller
         self.priority = priority
+        self.asked = asked
+        self.number = number
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Set once a more urgent request took its place while it ran and had no room.
         self.displaced: CapacityExceeded | None = None
         self._admission = admission
-        self._order = (priority, number)
 
     def __lt__(self, other: Place) -> bool:
-        return self._order < other._order
+        return (self.priority, self.number) < (other.priority, other.number)
 
     def short_of_room(self, *, has_begun: bool) -> AbstractContextManager[None]:
         """For as long as it waits, running, for keys and values to fit somewhere.
@@ -99,14 +106,31 @@ class Admission:
         return self.num_running - len(self._unbegun)
 
     @contextlib.asynccontextmanager
-    async def admitted(self, priority: int, patience_s: float | None) -> AsyncIterator[Place]:
+    async def admitted(
+        self,
+        priority: int,
+        patience_s: float | None,
+        *,
+        caller: str = "",
+        min_priority: int | None = None,
+    ) -> AsyncIterator[Place]:
         """Waits for its turn, then runs for the time of the block.
+
+        A priority below `min_priority` counts as that one, but for the order among the caller's
+        own requests.
 
         Raises CapacityExceeded where as many wait as may, all no less urgent, where a more urgent
         one displaces it, and where it is sure to wait longer than `patience_s` (the caller's
         deadline); Unavailable when the server stops.
         """
-        place = Place(self, priority, next(self._numbers))
+        place = Place(
+            self,
+            caller=caller,
+            priority=priority if min_priority is None else max(priority, min_priority),
+            asked=priority,
+            number=next(self._numbers),
+        )
+        self._order_own(place)
         if self._may_run(place):
             self.num_running += 1
         else:
@@ -118,6 +142,26 @@ class Admission:
             self._saw(time.monotonic() - began_at)
             self.num_running -= 1
             self._let_in()
+
+    def _order_own(self, place: Place) -> None:
+        """A caller's waiting requests exchange their places, so that its more urgent ones go first.
+
+        No other caller's request has more or fewer of them before it than by arrival alone.
+        """
+        if place.asked == place.priority:
+            return
+        own = [
+            other
+            for other in (*self._unbegun, *self._line)
+            if (other.caller, other.priority) == (place.caller, place.priority)
+        ]
+        own.append(place)
+        numbers = sorted(other.number for other in own)
+        own.sort(key=lambda other: (other.asked, other.number))
+        for other, number in zip(own, numbers, strict=True):
+            other.number = number
+        self._line.sort()
+        self._short.sort()
 
     def close(self) -> None:
         """Nobody who waits is let in any more."""

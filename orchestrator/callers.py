@@ -26,10 +26,14 @@ _MAX_KEY_CHARS = 512
 
 @dataclass(frozen=True)
 class Caller:
-    """`name`: of the key; empty where no keys are asked for."""
+    """`name`: of the key; empty where no keys are asked for, and all callers are one.
+
+    `min_priority`: the lowest priority number that counts against other callers; None: any does.
+    """
 
     name: str
     quota: Quota
+    min_priority: int | None = None
 
 
 _ANYBODY = Caller("", Quota("", KeyLimits()))
@@ -85,7 +89,7 @@ class KeyGate(Gate):
         if quota is None:
             quota = self._quotas[key.name] = Quota(key.name, key.limits)
         quota.limits = key.limits
-        return Caller(key.name, quota)
+        return Caller(key.name, quota, key.limits.min_priority or 0)
 
 
 def _presented(context: Context) -> str:

@@ -79,7 +79,13 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
         async with translated(context), self._calls.call(context) as call:
             asked = parse_request(request, self._limits(), self._tiers.tokenizer)
-            async with self._admission.admitted(asked.priority, context.time_remaining()) as place:
+            caller = current_caller()
+            async with self._admission.admitted(
+                asked.priority,
+                context.time_remaining(),
+                caller=caller.name,
+                min_priority=caller.min_priority,
+            ) as place:
                 await self._generate(asked, place, call, context)
 
     async def _generate(

@@ -22,6 +22,10 @@ def new(
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Of prompts and outputs together, over time.", min=1)
     ] = None,
+    min_priority: Annotated[
+        int | None,
+        typer.Option(help="Lowest priority number that counts against other callers. Default 0."),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Adds the line to this --api-keys-file.", dir_okay=False)
     ] = None,
@@ -32,7 +36,7 @@ def new(
     """
     from outrider.security.keys import KeyLimits, add_key, new_key
 
-    secret, line = new_key(name, KeyLimits(streams, tokens_per_minute))
+    secret, line = new_key(name, KeyLimits(streams, tokens_per_minute, min_priority))
     if file is None:
         typer.echo(str(line), err=True)
     else:

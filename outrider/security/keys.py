@@ -1,8 +1,8 @@
 """Callers' keys: how one is made, the file that holds their digests, whose a key is.
 
-A line of the file is `NAME sha256:DIGEST [streams=N] [tokens_per_minute=N]`; `#` begins a comment.
-The file holds no key, so that who reads it can call nothing. A key is 256 random bits: a plain
-digest is enough, there is nothing to guess. Knows no transport.
+A line of the file is `NAME sha256:DIGEST [LIMIT=N …]`, limits as in KeyLimits. `#` begins a
+comment. The file holds no key, so that who reads it can call nothing. A key is 256 random bits: a
+plain digest is enough, there is nothing to guess. Knows no transport.
 """
 
 from __future__ import annotations
@@ -26,19 +26,28 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 # All are looked through at each call: some 0.3 us each (measured).
 MAX_KEYS = 4_096
 _MOST = 10**15 - 1
-_FROM_TO = f"from 1 to {_MOST}"
+_RANGES = {
+    "streams": (1, _MOST),
+    "tokens_per_minute": (1, _MOST),
+    "min_priority": (-(2**31), 2**31 - 1),
+}
+_NUMBER = re.compile(r"-?[0-9]{1,16}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What a caller may use at a time; None: as much as there is."""
+    """What a caller may use at a time; None: as much as there is.
+
+    `min_priority`: the lowest priority number that counts against other callers; None: 0.
+    """
 
     streams: int | None = None
     tokens_per_minute: int | None = None
+    min_priority: int | None = None
 
     def __str__(self) -> str:
-        said = {"streams": self.streams, "tokens_per_minute": self.tokens_per_minute}
-        return " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+        limits = vars(self).items()
+        return " ".join(f"{name}={value}" for name, value in limits if value is not None)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,9 @@ def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
     """A key for the caller to keep, and its line for the file. Raises ConfigError."""
     _check_name(name)
     for label, value in vars(limits).items():
-        if value is not None and not 1 <= value <= _MOST:
-            raise ConfigError(f"{label}: {value}: a number {_FROM_TO}")
+        least, most = _RANGES[label]
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{label}: {value}: a number from {least} to {most}")
     secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     return secret, ApiKey(name, _digest(secret), limits)
 
@@ -153,10 +163,12 @@ def _parse(words: list[str]) -> ApiKey:
     values: dict[str, int] = {}
     for word in rest[1:]:
         label, _, value = word.partition("=")
-        if label not in ("streams", "tokens_per_minute") or label in values:
-            raise ConfigError(f"{name}: only streams=N and tokens_per_minute=N may follow, once")
-        if not (value.isascii() and value.isdigit() and 1 <= int(value[:16]) <= _MOST):
-            raise ConfigError(f"{name}: {label} must be a number {_FROM_TO}")
+        if label not in _RANGES or label in values:
+            allowed = ", ".join(f"{label}=N" for label in _RANGES)
+            raise ConfigError(f"{name}: only {allowed} may follow, each once")
+        least, most = _RANGES[label]
+        if not (_NUMBER.fullmatch(value) and least <= int(value) <= most):
+            raise ConfigError(f"{name}: {label} must be a number from {least} to {most}")
         values[label] = int(value)
     return ApiKey(name, bytes.fromhex(digest[1]), KeyLimits(**values))
 

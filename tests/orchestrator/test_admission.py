@@ -15,15 +15,23 @@ from outrider.errors import CapacityExceeded, Unavailable
 class Caller:
     """One call in a task of its own; runs until `end`."""
 
-    def __init__(self, admission: Admission, priority: int = 0, patience_s: float | None = None):
+    def __init__(
+        self,
+        admission: Admission,
+        priority: int = 0,
+        patience_s: float | None = None,
+        key: str = "",
+        min_priority: int | None = None,
+    ):
         self.place: Place | None = None
         self._ends = asyncio.Event()
-        self.task = asyncio.create_task(self._call(admission, priority, patience_s))
+        admitted = admission.admitted(priority, patience_s, caller=key, min_priority=min_priority)
+        self.task = asyncio.create_task(self._call(admitted))
         # Seen, should nobody ask how it ended.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def _call(self, admission: Admission, priority: int, patience_s: float | None) -> None:
-        async with admission.admitted(priority, patience_s) as self.place:
+    async def _call(self, admitted: contextlib.AbstractAsyncContextManager[Place]) -> None:
+        async with admitted as self.place:
             await self._ends.wait()
         self.place = None
 
@@ -198,6 +206,60 @@ async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> N
     assert urgent.is_running
 
 
+async def of_keys(admission: Admission, *asked: tuple[str, int]) -> list[Caller]:
+    """Requests of keys without rights, one after the other."""
+    made = []
+    for key, priority in asked:
+        made.append(Caller(admission, priority, key=key, min_priority=0))
+        await settle()
+    return made
+
+
+async def served(running: Caller, waiting: list[Caller]) -> list[int]:
+    """Ends one after the other: the order in which those that wait come to run."""
+    order: list[int] = []
+    for _ in waiting:
+        await running.end()
+        (running,) = [caller for caller in waiting if caller.is_running]
+        order.append(waiting.index(running))
+    await running.end()
+    return order
+
+
+async def test_without_the_right_a_priority_orders_only_a_callers_own_requests() -> None:
+    """They exchange their places; every other caller keeps its own."""
+    admission = Admission(1, 8)
+    (first,) = await of_keys(admission, ("ada", 0))
+    waiting = await of_keys(
+        admission, ("ada", 0), ("bob", 0), ("ada", -9), ("cleo", 0), ("ada", -5), ("bob", -1)
+    )
+    # ada's three places are the first, third and fifth; bob's are the second and sixth.
+    assert await served(first, waiting) == [2, 5, 4, 3, 0, 1]
+
+
+async def test_without_the_right_nobody_else_is_displaced_or_overtaken() -> None:
+    admission = Admission(2, 2)
+    running = await of_keys(admission, ("ada", 0), ("bob", 0))
+    assert running[0].place is not None
+    with running[0].place.short_of_room(has_begun=False):
+        (bobs,) = await of_keys(admission, ("bob", 0))
+        (urgent,) = await of_keys(admission, ("cleo", -9))
+        assert "2 requests wait" in str(await refusal(urgent))
+        (own,) = await of_keys(admission, ("bob", -9))  # in the place of bob's other one
+        assert "more urgent" in str(await refusal(bobs))
+        assert not own.is_running
+    own.task.cancel()
+
+
+@pytest.mark.parametrize(("least", "counts_as"), [(None, -7), (0, 0), (-3, -3), (-9, -7), (5, 5)])
+async def test_what_a_priority_counts_as_towards_others(least: int | None, counts_as: int) -> None:
+    caller = Caller(Admission(1, 0), -7, key="ada", min_priority=least)
+    await settle()
+    assert caller.place is not None
+    assert (caller.place.priority, caller.place.asked) == (counts_as, -7)
+    await caller.end()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
     """Callers come, leave while they wait, leave when just let in, end: bounds hold throughout."""
@@ -207,7 +269,8 @@ async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
     for _ in range(300):
         what = generator.random()
         if what < 0.5 or not callers:
-            callers.append(Caller(admission, generator.randint(-2, 2)))
+            priority, key = generator.randint(-2, 2), generator.choice(("ada", "bob", ""))
+            callers.append(Caller(admission, priority, key=key, min_priority=0 if key else None))
         else:
             caller = callers.pop(generator.randrange(len(callers)))
             if what < 0.75:

@@ -266,6 +266,8 @@ async def test_a_key_does_not_travel_in_plain_text() -> None:
         (f"ada sha256:{'0' * 64} speed=3", "only streams"),
         (f"ada sha256:{'0' * 64} streams=1 streams=2", "once"),
         (f"ada sha256:{'0' * 64} streams=1\nada sha256:{'1' * 64}", "line 2: .*other limits"),
+        (f"ada sha256:{'0' * 64} min_priority=-2147483649", "min_priority"),
+        (f"ada sha256:{'0' * 64} min_priority=--1", "min_priority"),
         ("ada outrider-secret", "line 1"),
     ],
 )

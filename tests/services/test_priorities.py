@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,7 +11,9 @@ import pytest
 
 import orchestrator.service
 from orchestrator.admission import Admission
+from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, sampling_pb2
+from tests.security.parts import write_keys
 from tests.services.parts import (
     GREEDY,
     Brake,
@@ -222,6 +225,48 @@ async def test_an_urgent_call_displaces_one_that_waits_for_kv(
             prompt = prompts[number if number < 3 else 4]
             assert await task == greedy(prompt, 4)
         await eventually(lambda: nothing_held(stack))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", [None, -(2**31)])
+async def test_a_key_preempts_others_only_with_the_right_to(
+    right: int | None, pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, tmp_path: Path,
+    admissions: list[Admission],
+) -> None:  # fmt: skip
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(), bob=KeyLimits(1, min_priority=right))
+    headers = {name: (("x-api-key", key),) for name, key in keys.items()}
+    async with (
+        both_tiers(pair, target_kv=1_024) as tiers,
+        orchestrating(tiers, redis_url, api_keys_file=str(tmp_path / "keys")) as stack,
+    ):
+        brake.set(1)
+
+        async def ask(prompt: list[int], key: str, priority: int) -> list[int]:
+            asked, output = request(prompt, SHORT, gamma=0, priority=priority), Output()
+            async for chunk in stack.client.Generate(
+                asked, timeout=TIMEOUT_S, metadata=headers[key]
+            ):
+                output.add(chunk)
+            return output.token_ids
+
+        prompts = [[n] * 480 for n in range(3)]
+        asking = [asyncio.create_task(ask(prompt, "ada", 0)) for prompt in prompts[:2]]
+        await so_many_run(stack, 2)
+        await eventually(lambda: _so_many_tokens(stack, 960))
+        asking.append(asyncio.create_task(ask(prompts[2], "bob", -(2**31))))
+        if right is None:
+            await so_many_wait(admissions, 1)
+        else:
+            await eventually(lambda: _one_has_made_room(stack))
+        brake.release()
+        for prompt, task in zip(prompts, asking, strict=True):
+            assert await task == greedy(prompt, 4)
+        assert ((await stack.target_load()).num_preempted_total > 0) == (right is not None)
+
+
+async def _so_many_tokens(stack: Stack, count: int) -> bool:
+    """Run through the target."""
+    return (await stack.target_load()).num_tokens_total >= count
 
 
 async def test_a_resumption_says_its_own_priority(pair: Pair, redis_url: str) -> None:
