@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,13 @@ class TokenizerFiles:
         ) from error
 
     def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json; empty where there is none. Raises ConfigError."""
+        """tokenizer_config.json; empty where there is none. Raises ConfigError.
+
+        Of a converted tokenizer with what its class has, which transformers finds by the model.
+        """
         path = self.find("tokenizer_config.json")
-        settings = _read_object(path) if path else {}
+        settings = dict(self._converted.settings) if self._converted is not None else {}
+        settings |= _read_object(path) if path else {}
         if template := self.find("chat_template.jinja"):
             settings["chat_template"] = template.read_text("utf-8")
         return settings
@@ -162,32 +167,68 @@ class TokenizerFiles:
         """The tokenizer; None where the model has none. Raises ConfigError."""
         if path := self.find("tokenizer.json"):
             return tokenizers.Tokenizer.from_file(str(path))
-        found = next((name for name in UNCONVERTED if self.find(name)), None)
-        return None if found is None else self._converted(found)
+        return None if self._converted is None else self._converted.backend
 
-    def _converted(self, found: str) -> tokenizers.Tokenizer:
-        if importlib.util.find_spec("transformers") is None:
+    @functools.cached_property
+    def _converted(self) -> Converted | None:
+        """None where there is nothing to convert. Raises ConfigError."""
+        if self.find("tokenizer.json") is not None or not self._is_convertible():
+            return None
+        return converted(self._model)
+
+    def _is_convertible(self) -> bool:
+        """Whether there is another kind of tokenizer. Raises ConfigError without transformers."""
+        found = next((name for name in UNCONVERTED if self.find(name)), None)
+        if found is not None and importlib.util.find_spec("transformers") is None:
             raise ConfigError(
                 f"{self._model} has {found} and no tokenizer.json; convert it where transformers "
                 f"is installed: outrider convert-tokenizer {self._model} DIRECTORY"
             )
-        return converted(self._model)
+        return found is not None
+
+    def convert(self) -> dict[str, str]:
+        """Files that hold this tokenizer, for who has no transformers: their content by name.
+
+        Raises ConfigError.
+        """
+        backend = self.backend()
+        if backend is None:
+            raise ConfigError(f"{self._model} has no tokenizer")
+        written = {
+            "tokenizer.json": backend.to_str(),
+            "tokenizer_config.json": json.dumps(self.settings(), indent=2) + "\n",
+        }
+        for name in ("special_tokens_map.json", "generation_config.json", "config.json"):
+            if path := self.find(name):
+                written[name] = path.read_text("utf-8")
+        return written
 
 
-def converted(model: str) -> tokenizers.Tokenizer:
+@dataclass(frozen=True)
+class Converted:
+    """`settings`: what of tokenizer_config.json its class knows without the file."""
+
+    backend: tokenizers.Tokenizer
+    settings: Mapping[str, Any]
+
+
+def converted(model: str) -> Converted:
     """By transformers; it takes seconds. Raises ConfigError where transformers cannot."""
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # whatever its converters raise
-        raise ConfigError(f"the tokenizer of {model} cannot be converted: {error}") from error
+        why = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the tokenizer of {model} cannot be converted: {why}") from error
     backend = getattr(loaded, "backend_tokenizer", None)
+    kind = type(loaded).__name__
     if backend is None:
-        kind = type(loaded).__name__
         raise ConfigError(f"the tokenizer of {model} cannot be converted: {kind} is in Python")
     assert isinstance(backend, tokenizers.Tokenizer)
-    return backend
+    named = {name: str(getattr(loaded, name)) for name in NAMED_TOKENS if getattr(loaded, name)}
+    template = {"chat_template": loaded.chat_template} if loaded.chat_template else {}
+    return Converted(backend, {"tokenizer_class": kind, **named, **template})
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from outrider.cli.generate import generate
 from outrider.cli.keys import keys
 from outrider.cli.quickstart import quickstart
 from outrider.cli.sessions import model, sessions
+from outrider.cli.tokenizer import convert_tokenizer
 from outrider.cli.top import top
 from outrider.cli.up import up
 
@@ -28,6 +29,7 @@ app.command()(demo)
 app.command()(model)
 app.command()(top)
 app.command()(chaos)
+app.command()(convert_tokenizer)
 app.add_typer(sessions, name="session")
 app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
