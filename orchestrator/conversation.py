@@ -23,11 +23,14 @@ class Turn:
     """`token_ids` is the whole context; its first `keep_len` are the session's as committed.
 
     `messages` is the chat so far with this turn's, empty unless the session is a chat.
+    `num_interrupted_tokens`: of the answer before this turn, where its call ended early and what
+    was recorded of it became the assistant's message; else None.
     """
 
     token_ids: list[int]
     keep_len: int
     messages: tuple[Message, ...]
+    num_interrupted_tokens: int | None = None
 
 
 class PromptTooLong(InvalidRequest):

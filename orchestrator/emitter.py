@@ -198,10 +198,17 @@ class Emitter:
         self._unrecorded = None
 
     async def release(
-        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, *, is_named: bool
+        self,
+        target_kv: KvHandle | None,
+        draft_kv: KvHandle | None,
+        *,
+        is_named: bool,
+        is_done: bool,
     ) -> None:
         """Ends the lease, once what is owed is written; a one-off session goes with it.
 
+        `is_done`: all of the output was shown, so that `text` is all of the answer. The answer of
+        a call that ended early is what its tokens say (`orchestrator.resume.unanswered`).
         Where Redis stays away the lease lapses by itself.
         """
         if not self._lease.is_recorded:
@@ -209,7 +216,7 @@ class Emitter:
         give_up_at = time.monotonic() + _RELEASE_RETRY_S
         while True:
             try:
-                await self._try_release(target_kv, draft_kv, is_named)
+                await self._try_release(target_kv, draft_kv, is_named, is_done)
                 return
             except Unavailable as error:
                 if time.monotonic() > give_up_at:
@@ -221,15 +228,12 @@ class Emitter:
                 return
 
     async def _try_release(
-        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool
+        self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool, is_done: bool
     ) -> None:
         await self.record()
         messages = None
-        if self._turn.messages and self.turn_recorded:
-            answer = {"role": "assistant", "content": self.text}
-            messages = (*self._turn.messages, answer)
-            if self._turn.messages[-1] == answer:  # a turn that had ended, told once more
-                messages = None
+        if self._turn.messages and self.turn_recorded and is_done:
+            messages = (*self._turn.messages, {"role": "assistant", "content": self.text})
         await self._store.release(
             self._lease,
             target_kv=target_kv,

@@ -103,7 +103,7 @@ class Generation:
             tiers.store,
             lease,
             turn,
-            turn_json(request, len(turn.token_ids)),
+            turn_json(request, turn),
             self._show,
             is_durable=request.is_durable,
             is_begun=resumed is not None,
@@ -272,6 +272,7 @@ class Generation:
             verify_s=self._verify_s,
             draft_wait_s=self._drafting.waited_s,
             decision=self._policy.decision if self._may_draft else None,
+            num_interrupted_tokens=self._turn.num_interrupted_tokens,
         )
 
     async def _release(self, is_done: bool) -> None:
@@ -284,4 +285,4 @@ class Generation:
             target_kv, draft_kv = self._verifying.kv(epoch), self._drafting.kv(epoch)
         self._verifying.close(keep=keep)
         self._drafting.close(keep=keep)
-        await self._emitter.release(target_kv, draft_kv, is_named=is_named)
+        await self._emitter.release(target_kv, draft_kv, is_named=is_named, is_done=is_done)

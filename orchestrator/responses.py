@@ -103,6 +103,7 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
         ),
         seed=asked.params.seed,
         recorded=result.recorded,
+        interrupted_answer_tokens=result.num_interrupted_tokens,
     )
 
 

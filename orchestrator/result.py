@@ -10,7 +10,10 @@ from orchestrator.session import Finish, SpeculationCounts
 
 @dataclass(frozen=True)
 class Result:
-    """Of the whole generation; times in seconds, bytes both ways."""
+    """Of the whole generation; times in seconds, bytes both ways.
+
+    `num_interrupted_tokens`: as in `conversation.Turn`.
+    """
 
     finish: Finish
     recorded: bool
@@ -28,3 +31,4 @@ class Result:
     verify_s: float
     draft_wait_s: float
     decision: GammaDecision | None
+    num_interrupted_tokens: int | None = None

@@ -1,22 +1,37 @@
 """What Redis has to know of a turn for another orchestrator to go on with it, and the going on.
 
 Pure. Knows the store's records and requests; nothing of rounds, links or the wire.
+
+Orchestrators of several versions share sessions while they are replaced one by one. A field that is
+added here or to SamplingParams has a default that means "as before there was one", and is unknown
+to those that are older: where a turn that has it must not go on without it, TURN_VERSION grows.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from orchestrator.conversation import Turn
-from orchestrator.request import GenerationRequest
+from orchestrator.request import GenerationRequest, Message
 from orchestrator.store import SessionRecord
-from outrider.errors import InternalError, InvalidRequest, SessionNotFound
+from outrider.errors import InvalidRequest, SessionNotFound, UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
 
-# Of a request; its input is in the session's tokens.
-_NAMES = ("gamma", "max_gamma", "lookahead", "fan_out", "session_id", "is_durable")
+TURN_VERSION = 1
+# Of a request; its input is in the session's tokens. What they are where the turn has none.
+_DEFAULTS: Mapping[str, Any] = {
+    "gamma": None,
+    "max_gamma": 16,
+    "lookahead": 1,
+    "fan_out": 1,
+    "session_id": None,
+    "is_durable": True,
+}
+# There is no output that is right without them.
+_NEEDED_PARAMS = ("temperature", "seed", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -32,14 +47,16 @@ class Resumed:
     num_held: int
 
 
-def turn_json(request: GenerationRequest, prompt_len: int) -> str:
-    """To be recorded with the turn's prompt, which ends at `prompt_len`."""
+def turn_json(request: GenerationRequest, turn: Turn) -> str:
+    """To be recorded with the turn's prompt."""
     return json.dumps(
         {
-            "prompt_len": prompt_len,
+            "version": TURN_VERSION,
+            "prompt_len": len(turn.token_ids),
+            "num_messages": len(turn.messages),
             "params": asdict(request.params),
             "verification": request.verification.value,
-            **{name: getattr(request, name) for name in _NAMES},
+            **{name: getattr(request, name) for name in _DEFAULTS},
         }
     )
 
@@ -51,19 +68,15 @@ def resumed(record: SessionRecord, num_held: int) -> Resumed:
     caller that holds tokens means the last turn that was begun: calls that ended having begun none,
     its own late ones for example, have shown none. Where one may have shown some while Redis was
     away, nobody knows whose tokens the caller holds.
-    InvalidRequest where the caller cannot be given what is between.
+    InvalidRequest where the caller cannot be given what is between. UnreadableRecord.
     """
     is_later = record.turn_epoch != record.epoch
     if not record.turn_json or (is_later and not num_held) or record.has_lost_turn:
         raise SessionNotFound(
             f"session {record.session_id}: nothing of its last call was recorded; send it again"
         )
-    try:
-        request, prompt_len = _read(record.turn_json)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InternalError(f"session {record.session_id}: its turn reads {error!r}") from error
-    token_ids = record.token_ids.tolist()
-    output_ids = tuple(token_ids[prompt_len:])
+    turn = _read(record)
+    request, output_ids = turn.request, turn.output_ids
     if num_held > len(output_ids) and request.params.needs_supports(request.verification):
         raise InvalidRequest(
             "resume_from",
@@ -80,28 +93,82 @@ def resumed(record: SessionRecord, num_held: int) -> Resumed:
             f"{num_held}; the log-probabilities of tokens {num_held} to {len(output_ids)} "
             "are not recorded; GetSession has the tokens",
         )
-    turn = Turn(token_ids[:prompt_len], prompt_len, record.messages)
-    return Resumed(request, turn, output_ids, num_held)
+    return replace(turn, num_held=num_held)
 
 
-def _read(text: str) -> tuple[GenerationRequest, int]:
-    told = json.loads(text)
-    request = GenerationRequest(
+def unanswered(record: SessionRecord) -> Resumed | None:
+    """The last turn of a chat whose answer is not among its messages: its call ended early.
+
+    None: there is an answer, or it is no chat. Raises UnreadableRecord.
+    """
+    if not record.messages or not record.turn_json:
+        return None
+    turn = _read(record)
+    return turn if len(turn.turn.messages) == len(record.messages) else None
+
+
+def _read(record: SessionRecord) -> Resumed:
+    """As of a caller that holds nothing."""
+    session = f"session {record.session_id}"
+    try:
+        told = _object(json.loads(record.turn_json), "turn")
+        version = told.get("version", TURN_VERSION)
+        if type(version) is not int or version > TURN_VERSION:
+            raise UnreadableRecord(
+                f"{session}: the stored request has version {version}; this orchestrator reads up "
+                f"to {TURN_VERSION}: resume at a newer one"
+            )
+        request = _request(told)
+        prompt_len, num_messages = int(told["prompt_len"]), told.get("num_messages")
+        if not 0 < prompt_len <= len(record.token_ids):
+            raise ValueError(f"prompt_len is {prompt_len} of {len(record.token_ids)} tokens")
+    except KeyError as error:
+        why = f"{session}: the stored request has no field {error}"
+        raise UnreadableRecord(why) from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UnreadableRecord(f"{session}: the stored request is malformed: {error}") from error
+    token_ids = record.token_ids.tolist()
+    messages = _asked_messages(record.messages, num_messages)
+    turn = Turn(token_ids[:prompt_len], prompt_len, messages)
+    return Resumed(request, turn, tuple(token_ids[prompt_len:]), num_held=0)
+
+
+def _asked_messages(messages: tuple[Message, ...], num: int | None) -> tuple[Message, ...]:
+    """Those before the answer. `num` None: recorded before they were counted."""
+    if num is None:
+        has_answer = bool(messages) and messages[-1]["role"] == "assistant"
+        return messages[:-1] if has_answer else messages
+    return messages[:num]
+
+
+def _request(told: dict[str, Any]) -> GenerationRequest:
+    params = _params(_object(told["params"], "params"))
+    return GenerationRequest(
         text=None,
         token_ids=None,
         messages=None,
-        params=_params(told["params"]),
-        max_tokens=told["params"]["max_tokens"],
-        verification=Verification(told["verification"]),
+        params=params,
+        max_tokens=params.max_tokens,
+        verification=Verification(told.get("verification", Verification.REJECTION.value)),
         create_session=False,
-        **{name: told[name] for name in _NAMES},
+        **{name: told.get(name, default) for name, default in _DEFAULTS.items()},
     )
-    return request, int(told["prompt_len"])
 
 
 def _params(told: dict[str, Any]) -> SamplingParams:
     """JSON has no tuples, and its keys are texts."""
-    values = {entry.name: told[entry.name] for entry in fields(SamplingParams)}
+    for name in _NEEDED_PARAMS:
+        if name not in told:
+            raise KeyError(f"params.{name}")
+    values = {
+        entry.name: told[entry.name] for entry in fields(SamplingParams) if entry.name in told
+    }
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    values["logit_bias"] = {int(k): v for k, v in values["logit_bias"].items()}
+    values["logit_bias"] = {int(k): v for k, v in told.get("logit_bias", {}).items()}
     return SamplingParams(**values)
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no object")
+    return value

@@ -23,8 +23,8 @@ from orchestrator.generation import Generation, new_state
 from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
 from orchestrator.responses import generate_response, pairing_response, session_response
 from orchestrator.result import Result
-from orchestrator.resume import Resumed, resumed
-from orchestrator.session import Commitment, TokenOrigin
+from orchestrator.resume import Resumed, resumed, unanswered
+from orchestrator.session import Commitment, FinishReason, TokenOrigin
 from orchestrator.store import (
     Lease,
     SessionRecord,
@@ -181,9 +181,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _build_turn(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
         """Charges the prompt to the key, also where it is refused once it is encoded."""
         quota = current_caller().quota
-        build = functools.partial(
-            build_turn, asked, record, self._tiers.tokenizer, self._limits().max_context_len
-        )
+        build = functools.partial(self._turn_behind, asked, record)
         try:
             turn = await self._tiers.encoding.run(build, num_chars(asked, record))
         except PromptTooLong as error:
@@ -191,6 +189,20 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             raise
         quota.spend(len(turn.token_ids) - turn.keep_len)
         return turn
+
+    def _turn_behind(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
+        """In a thread. A chat's answer that was cut off becomes the assistant's message first."""
+        tiers, max_len = self._tiers, self._limits().max_context_len
+        last = unanswered(record) if asked.messages is not None else None
+        if last is None:
+            return build_turn(asked, record, tiers.tokenizer, max_len)
+        state = new_state(tiers, last.request, last.turn)
+        answer = {"role": "assistant", "content": state.replayed_text(last.output_ids)}
+        record = replace(record, messages=(*record.messages, answer))
+        turn = build_turn(asked, record, tiers.tokenizer, max_len)
+        if state.finish is not None and state.finish.reason is not FinishReason.CANCELLED:
+            return turn  # it had ended: only its last write is missing
+        return replace(turn, num_interrupted_tokens=len(last.output_ids))
 
     def _fitted(self, earlier: Resumed) -> GenerationRequest:
         """The orchestrator it was begun at may have taken more draft tokens a round."""

@@ -213,6 +213,13 @@ class GenerationState:
         rest = Commitment(tuple(tokens), text, tuple(text_ends), 0, 0, False, self.finish)
         return held_text, rest
 
+    def replayed_text(self, output_ids: Sequence[int]) -> str:
+        """Of an output that was recorded elsewhere, all of it; once, before anything else."""
+        _, rest = self.replay(output_ids, 0)
+        if rest is None:
+            return ""
+        return (self.cancel(rest) if rest.finish is None else rest).text
+
     def cancel(self, commitment: Commitment) -> Commitment:
         """Makes the round just committed the last one."""
         self.finish = Finish(FinishReason.CANCELLED)

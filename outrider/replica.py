@@ -45,7 +45,10 @@ class Replica:
 
     @classmethod
     def from_json(cls, record: bytes) -> Replica:
-        """Fields that it does not know are left out. Raises ValueError for anything else."""
+        """Fields that it does not know are left out, those it misses are as if nothing was known.
+
+        Raises ValueError for anything else.
+        """
         try:
             said = json.loads(record)
         except RecursionError:
@@ -66,14 +69,14 @@ _COUNTS = ("vocab_size", "kv_capacity_tokens", "kv_used_tokens", "num_open_gener
 
 
 def _text(said: dict[str, Any], name: str) -> Any:
-    value = said.get(name)
+    value = said.get(name, "" if name.endswith("_fingerprint") else None)
     if not isinstance(value, str) or len(value) > _MAX_CHARS:
         raise ValueError(f"{name} is no text of {_MAX_CHARS} characters at most")
     return value
 
 
 def _count(said: dict[str, Any], name: str) -> Any:
-    value = said.get(name)
+    value = said.get(name, 0)
     if type(value) is not int or not 0 <= value < 1 << 63:  # True is an int too
         raise ValueError(f"{name} is no count")
     return value

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.store.records import Counters, KvHandle, SessionRecord, TokenIds
+from outrider.errors import UnreadableRecord
 
 BYTES_PER_TOKEN = 4
 _MAX_TOKEN_ID = 2**32 - 1
@@ -37,10 +38,12 @@ def pack_kv(handle: KvHandle | None) -> bytes:
 
 
 def unpack_kv(packed: bytes) -> KvHandle | None:
-    if not packed:
+    """None also where it cannot be read: without it there is a prefill more, and no harm."""
+    try:
+        epoch, cached_len, replica = packed.split(b" ", 2)
+        return KvHandle(replica.decode(), int(epoch), int(cached_len))
+    except ValueError:
         return None
-    epoch, cached_len, replica = packed.split(b" ", 2)
-    return KvHandle(replica.decode(), int(epoch), int(cached_len))
 
 
 def pack_messages(messages: Sequence[dict[str, str]]) -> bytes:
@@ -55,7 +58,21 @@ def unpack_messages(packed: bytes) -> tuple[dict[str, str], ...]:
 
 
 def unpack_snapshot(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
-    """`snapshot` of `lua`: {remaining ms, in use, hash as a flat list, tokens}."""
+    """`snapshot` of `lua`: {remaining ms, in use, hash as a flat list, tokens}.
+
+    Fields that are missing were not there yet, or have no value. Raises UnreadableRecord.
+    """
+    try:
+        return _unpack(session_id, snapshot)
+    except KeyError as error:
+        name = error.args[0].decode()
+        raise UnreadableRecord(f"session {session_id}: its record has no field {name!r}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        why = f"session {session_id}: its record is malformed: {error}"
+        raise UnreadableRecord(why) from None
+
+
+def _unpack(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
     remaining_ms, in_use, flat, tokens = snapshot
     fields: dict[bytes, bytes] = dict(zip(flat[::2], flat[1::2], strict=True))
 

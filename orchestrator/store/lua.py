@@ -1,10 +1,10 @@
 """The writes to a session, each one atomic script. Knows the layout; the other half is `codec`.
 
 Hash `{prefix}:session:{id}`:
-  model, epoch (last given), lease_epoch + owner + lease_until (while leased; microseconds of Redis'
-  own clock), created_by, num_tokens, num_turns, turn_epoch (epoch of the last begin_turn),
-  lost_turn (there where a later holder left without a word, having begun no turn here), the four
-  counters, target_kv, draft_kv, messages, turn.
+  version (of this layout; none is 1), model, epoch (last given), lease_epoch + owner + lease_until
+  (while leased; microseconds of Redis' own clock), created_by, num_tokens, num_turns, turn_epoch
+  (epoch of the last begin_turn), lost_turn (there where a later holder left without a word, having
+  begun no turn here), the four counters, target_kv, draft_kv, messages, turn. Other fields stay.
 String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
 Every script touches only these two keys, which share a hash slot, and may be sent twice: a reply
@@ -20,6 +20,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+# Grows with a change that older orchestrators must not write behind. A field that they may leave as
+# it is, and that may be missing, is none.
+VERSION = 1
+
 _PRELUDE = """
 local key, tokens_key = KEYS[1], KEYS[2]
 
@@ -33,6 +37,13 @@ end
 local function expire(session_ttl_ms)
   redis.call('PEXPIRE', key, session_ttl_ms)
   redis.call('PEXPIRE', tokens_key, session_ttl_ms)
+end
+
+-- The version of a session whose layout is newer than VERSION; nil otherwise.
+local function newer()
+  local version = redis.call('HGET', key, 'version')
+  if version and tonumber(version) > VERSION then return version end
+  return nil
 end
 
 -- Why a holder of this epoch may not write; nil if it may. A session without its tokens is gone.
@@ -79,7 +90,7 @@ class Script:
     sha: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        source = (_PRELUDE + self.body).encode()
+        source = (f"local VERSION = {VERSION}\n" + _PRELUDE + self.body).encode()
         object.__setattr__(self, "source", source)
         # Redis names scripts by SHA-1; no secret depends on it.
         digest = hashlib.sha1(source, usedforsecurity=False).hexdigest()
@@ -92,12 +103,14 @@ class Script:
 ACQUIRE = Script("""
 local owner, create, takeover, model, lease_us, session_ttl_ms = unpack(ARGV)
 local now = now_us()
+if newer() then return {'newer', newer()} end
 local seen = snapshot()
 if not seen then
   if create ~= '1' then return {'not_found'} end
   -- Not always: after a first write Redis lets a script exceed maxmemory.
   if redis.call('EXISTS', key, tokens_key) > 0 then redis.call('DEL', key, tokens_key) end
-  redis.call('HSET', key, 'model', model, 'num_tokens', 0, 'created_by', owner)
+  redis.call('HSET', key, 'version', VERSION, 'model', model, 'num_tokens', 0,
+             'created_by', owner)
   seen = snapshot()
 end
 local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch',
@@ -209,12 +222,14 @@ return {'ok'}
 """)
 
 GET = Script("""
+if newer() then return {'newer', newer()} end
 local seen = snapshot()
 if not seen then return {'not_found'} end
 return {'ok', seen}
 """)
 
 DELETE = Script("""
+if newer() then return {'newer', newer()} end
 local seen = snapshot()
 if not seen then return {'not_found'} end
 if seen[2] == 1 then return {'in_use'} end

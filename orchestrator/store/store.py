@@ -123,7 +123,16 @@ class SessionStore:
             _refuse(status, rest, session_id)
         epoch, created, snapshot = rest
         snapshot[1] = 0  # not in use but by this very call, if that had to be sent twice
-        record = unpack_snapshot(session_id, snapshot)
+        try:
+            record = unpack_snapshot(session_id, snapshot)
+        except UnreadableRecord:
+            await self._run(
+                lua.RELEASE,
+                session_id,
+                caller,
+                (epoch, b"", b"", b"", b"0", self._session_ttl_ms),
+            )
+            raise
         cursor = Cursor(committed_len=len(record.token_ids), counters=record.counters)
         return Lease(session_id, int(epoch), record, bool(created), caller=caller, cursor=cursor)
 
@@ -274,6 +283,11 @@ def _refuse(status: bytes, rest: Sequence[Any], session_id: str) -> NoReturn:
         raise LeaseLost(f"session {session_id} has been taken by a later call")
     if status == b"gone":
         raise LeaseLost(f"session {session_id} has expired, or Redis has lost it")
+    if status == b"newer":
+        raise UnreadableRecord(
+            f"session {session_id}: its record has version {rest[0].decode()}; this orchestrator "
+            f"reads up to {lua.VERSION}: ask a newer one"
+        )
     if status == b"mismatch":
         raise InternalError(f"session {session_id}: Redis has {rest[0]} tokens, not those expected")
     raise InternalError(f"session {session_id}: status {status!r}")
