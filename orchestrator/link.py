@@ -18,6 +18,7 @@ import structlog
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
 from outrider.frames import SMALL_BYTES
+from outrider.heartbeat import Heartbeat
 from outrider.security.channel import OpenChannel, open_plain
 from outrider.streams import Outbox
 from outrider.v1 import model_pb2
@@ -26,7 +27,10 @@ from outrider.wire import costs_from_proto
 log = structlog.get_logger()
 
 MODEL_INFO_TIMEOUT_S = 5.0
-# Between attempts; the channel's own backoff (CHANNEL_OPTIONS) is of the same size.
+# A replica that sends nothing for 2.5 s is frozen or cut off.
+HEARTBEAT_MS = 500
+MAX_QUIET_BEATS = 5
+# Between attempts; the channel's own backoff (outrider.rpc) is of the same size.
 RECONNECT_DELAY_S = 0.2
 MAX_FRAME_ITEMS = 256
 # An open with a whole context may be larger, and is a frame of its own then. So a frame stays far
@@ -137,6 +141,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 why = "the stream ended"
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name}: {error.details()}"
+            except Unavailable as error:
+                why = str(error)
             except ConfigError as error:
                 why = str(error)
                 if str(self.refused) != why:
@@ -173,18 +179,25 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             finally:
                 call.cancel()  # leaving the loop does not cancel it
 
-    async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
-        async def send() -> None:
-            try:
-                async for items in outbox.batches():
-                    for part in self._in_order(items):
-                        await call.write(self._frame(part))
-            finally:  # should it fail, the reading half must not wait for answers
-                call.cancel()
+    async def _send(self, call: Any, outbox: Outbox[Item]) -> None:
+        heartbeat_ms = HEARTBEAT_MS  # in the first frame
+        async for items in outbox.batches():
+            for part in self._in_order(items):
+                frame = self._frame(part)
+                frame.heartbeat_ms, heartbeat_ms = heartbeat_ms, 0
+                await call.write(frame)
 
-        sending = asyncio.create_task(send())
+    async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
+        """Raises Unavailable where the replica has fallen silent."""
+        heartbeat = Heartbeat(outbox, MAX_QUIET_BEATS)
+        heartbeat.begin(HEARTBEAT_MS)
+        sending = asyncio.create_task(self._send(call, outbox))
+        beating = asyncio.create_task(heartbeat.run())
+        for task in (sending, beating):  # should one end, the reading half must not wait
+            task.add_done_callback(lambda _: call.cancel())
         try:
             async for frame in call:
+                heartbeat.heard()
                 if self._is_silent:
                     self._is_silent = False
                     self._on_change()
@@ -193,10 +206,13 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 self._dispatch(frame)
         finally:
             sending.cancel()
+            beating.cancel()
             with contextlib.suppress(
                 asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError
             ):
                 await sending
+            with contextlib.suppress(asyncio.CancelledError):
+                await beating
 
     def _turned(self, state: int) -> None:
         if state == self._state:

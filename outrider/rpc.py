@@ -28,20 +28,25 @@ MAX_STATUS_CHARS = 1_000
 _STATUS_WAIT_S = 2.0
 _LOOKS_PER_TIMEOUT = 10
 
-# A frozen peer is noticed after keepalive_time + ping timeout (facts.md §2: without
-# ping_timeout_ms it takes a minute). gRPC's own threads answer pings, however busy Python is.
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+_MESSAGE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 1_500),
-    ("grpc.http2.ping_timeout_ms", 1_500),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
+)
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_MESSAGE_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
     # Also the least time that gRPC gives a connection to be made, handshake included.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+# Between the tiers: streams with heartbeats (outrider.heartbeat), and calls with deadlines.
+TIER_CHANNEL_OPTIONS = _CHANNEL_OPTIONS
+# Of callers: what servers and proxies of default settings take for ever, a ping in five minutes.
+CALLER_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_CHANNEL_OPTIONS,
+    ("grpc.keepalive_time_ms", 305_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
 )
 
 _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (

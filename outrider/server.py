@@ -37,7 +37,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.so_reuseport", 0),  # else two servers silently share a port
-    # Must allow the clients' keepalive_time_ms, or they are sent away for too many pings.
+    # Callers may ping oftener than gRPC allows by default, which ours do not.
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
 )

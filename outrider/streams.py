@@ -28,6 +28,7 @@ class Outbox(Generic[Item]):
         self._ready = asyncio.Event()
         self._taken = asyncio.Event()
         self._closed = False
+        self._is_due = False
 
     def put(self, items: Iterable[Item]) -> None:
         self._items.extend(items)
@@ -38,6 +39,11 @@ class Outbox(Generic[Item]):
         while len(self._items) >= MAX_PENDING:
             self._taken.clear()
             await self._taken.wait()
+
+    def beat(self) -> None:
+        """The next batch comes at once, even if it is empty."""
+        self._is_due = True
+        self._ready.set()
 
     def close(self) -> None:
         """Ends `batches` once all is taken."""
@@ -51,8 +57,9 @@ class Outbox(Generic[Item]):
             if not self._closed:  # once closed it stays ready: the end must not be slept through
                 self._ready.clear()
             items, self._items = self._items, []
+            is_due, self._is_due = self._is_due, False
             self._taken.set()
-            if items:
+            if items or (is_due and not self._closed):
                 yield items
             elif self._closed:
                 return

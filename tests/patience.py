@@ -13,25 +13,24 @@ from functools import partial
 import pytest
 
 import orchestrator.draft_link
+import orchestrator.link
 import orchestrator.service
 import orchestrator.target_link
 import outrider.redis_server
-import outrider.security.channel
+import outrider.serving.peers
 import tests.stack
 from orchestrator.store import StoreOptions
-from outrider.rpc import CHANNEL_OPTIONS
 
 _LONG_S = 60.0
-_KEEPALIVES = ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+_MANY_BEATS = int(1000 * _LONG_S) // orchestrator.link.HEARTBEAT_MS
 
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """Raises limits of Redis, links, keepalive, the draft at start and forward passes to 60 s."""
-    options = dict(CHANNEL_OPTIONS)
-    options.update(dict.fromkeys(_KEEPALIVES, int(1000 * _LONG_S)))
+    """Raises limits of Redis, links, heartbeats, the draft at start and forward passes to 60 s."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outrider.security.channel, "CHANNEL_OPTIONS", tuple(options.items()))
+        patch.setattr(orchestrator.link, "MAX_QUIET_BEATS", _MANY_BEATS)
+        patch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", _MANY_BEATS)
         patch.setattr(orchestrator.draft_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.target_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.service, "DRAFT_START_TIMEOUT_S", _LONG_S)

@@ -19,7 +19,7 @@ from outrider.chaos.faults import Fault, Tier
 from outrider.chaos.inject import Occurrence
 from outrider.chaos.jobs import Job, make_cases, make_jobs
 from outrider.errors import Unavailable
-from outrider.rpc import CHANNEL_OPTIONS
+from outrider.rpc import CALLER_CHANNEL_OPTIONS
 from outrider.v1 import orchestrator_pb2
 
 _CALL_TIMEOUT_S = 10.0
@@ -189,7 +189,7 @@ class Run:
         async with contextlib.AsyncExitStack() as stack:
             channels = [
                 await stack.enter_async_context(
-                    grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+                    grpc.aio.insecure_channel(endpoint, options=CALLER_CHANNEL_OPTIONS)
                 )
                 for endpoint in self._endpoints
             ]

@@ -5,41 +5,48 @@ The one place where channels are made. Knows no service.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from outrider.errors import ConfigError
-from outrider.rpc import CHANNEL_OPTIONS
+from outrider.rpc import CALLER_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
 from outrider.security.files import WatchedFiles, read_secret
 from outrider.security.keys import check_key
 from outrider.security.pem import Pem, watched_pem
 from outrider.security.serving import is_loopback
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
+Options = Sequence[tuple[str, Any]]
 
 KEY_HEADER = "authorization"
 
 
 def open_plain(endpoint: str) -> grpc.aio.Channel:
-    """Without TLS: for this machine, and for networks that are trusted."""
-    return grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+    """To a model service, without TLS: for this machine, and for networks that are trusted."""
+    return grpc.aio.insecure_channel(endpoint, options=TIER_CHANNEL_OPTIONS)
 
 
 class TlsChannels:
     """Opens channels with what the files hold at that moment."""
 
-    def __init__(self, files: WatchedFiles[Pem], server_name: str | None = None) -> None:
+    def __init__(
+        self,
+        files: WatchedFiles[Pem],
+        server_name: str | None = None,
+        options: Options = TIER_CHANNEL_OPTIONS,
+    ) -> None:
         """`server_name`: DNS name expected in the server's certificate; None: the endpoint's."""
         self.files = files
         self._server_name = server_name
+        self._options = options
 
     def open(self, endpoint: str, api_key: str | None = None) -> grpc.aio.Channel:
         """`api_key` goes with each call."""
         pem = self.files.current
-        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+        options: list[tuple[str, Any]] = list(self._options)
         if self._server_name is not None:
             options.append(("grpc.ssl_target_name_override", self._server_name))
         credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
@@ -68,11 +75,9 @@ def open_channel(endpoint: str, access: Access | None = None) -> grpc.aio.Channe
     access = access or Access()
     if access.tls_ca is None:
         _check_plain(endpoint, access)
-        if access.api_key is None:
-            return open_plain(endpoint)
-        interceptors = _with_key(access.api_key)
+        interceptors = None if access.api_key is None else _with_key(access.api_key)
         return grpc.aio.insecure_channel(
-            endpoint, options=CHANNEL_OPTIONS, interceptors=interceptors
+            endpoint, options=CALLER_CHANNEL_OPTIONS, interceptors=interceptors
         )
     if (access.tls_cert is None) != (access.tls_key is None):
         raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
@@ -83,7 +88,7 @@ def open_channel(endpoint: str, access: Access | None = None) -> grpc.aio.Channe
         ca_name="--tls-ca",
         cert_name="--tls-cert",
     )
-    return TlsChannels(files).open(endpoint, access.api_key)
+    return TlsChannels(files, options=CALLER_CHANNEL_OPTIONS).open(endpoint, access.api_key)
 
 
 def read_key(path: str) -> str:

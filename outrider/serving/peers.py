@@ -6,6 +6,7 @@ by subclasses. Lives on the event loop.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,7 @@ import grpc
 
 from outrider.costs import CostReport
 from outrider.errors import InvalidRequest, Unavailable
+from outrider.heartbeat import Heartbeat
 from outrider.replica import ReplicaState
 from outrider.rpc import StreamWriter, translated
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
@@ -31,6 +33,9 @@ Frame = Any
 MAX_FRAME_ITEMS = 16_384
 # Open, or refused and not closed. The KV budget is full long before.
 MAX_OPEN_GENERATIONS = 65_536
+# Heartbeats that an orchestrator may miss before its stream is ended: 10 s of its 0.5. A frame with
+# a long context may hold the others up, and what a dead orchestrator leaves is in nobody's way.
+MAX_QUIET_BEATS = 20
 
 
 class StreamPeer(ABC, Generic[Command, Result]):
@@ -136,17 +141,22 @@ async def serve_stream(
     """
 
     async def read(frame: Frame) -> None:
-        await peer.outbox.room()  # who asks and does not listen waits
-        _check_size(frame)
-        watch.read(frame)
-        await scheduler.submit(peer.commands(frame))
+        if frame.heartbeat_ms:
+            heartbeat.begin(frame.heartbeat_ms)
+        with heartbeat.busy():
+            await peer.outbox.room()  # who asks and does not listen waits
+            _check_size(frame)
+            watch.read(frame)
+            await scheduler.submit(peer.commands(frame))
 
     writer = StreamWriter(context)
+    heartbeat = Heartbeat(peer.outbox, MAX_QUIET_BEATS)
     told = costs()  # with the model's description, before the stream
-    async with translated(context):
-        scheduler.attach(peer.id, peer)
-        peer.watch = watch
+    async with translated(context), asyncio.TaskGroup() as tasks:
+        beating = tasks.create_task(heartbeat.run(), name="heartbeat")
         try:
+            scheduler.attach(peer.id, peer)
+            peer.watch = watch
             with status.followed_by(peer.tell):
                 async with StreamCall(frames, read, peer.outbox):
                     async for items in peer.outbox.batches():
@@ -156,6 +166,7 @@ async def serve_stream(
                             frame.costs.CopyFrom(costs_to_proto(report))
                         await writer.write(frame)
         finally:
+            beating.cancel()
             scheduler.detach(peer.id, peer.closing())
             watch.closed()
 
@@ -172,7 +183,7 @@ def _answer(
 
 def _check_size(frame: Frame) -> None:
     """Raises InvalidRequest, which ends the stream: whose item is one too many nobody can say."""
-    counts = {field.name: len(items) for field, items in frame.ListFields()}
+    counts = {field.name: len(items) for field, items in frame.ListFields() if field.is_repeated}
     if sum(counts.values()) > MAX_FRAME_ITEMS:
         most = max(counts, key=lambda name: counts[name])
         raise InvalidRequest(

@@ -58,16 +58,18 @@ class TargetLoad(_message.Message):
     def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_waiting_rows: _Optional[int] = ..., num_steps_total: _Optional[int] = ..., num_rows_total: _Optional[int] = ..., num_tokens_total: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ..., num_preempted_total: _Optional[int] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
-    __slots__ = ("opens", "rows", "closes", "forget_session_ids")
+    __slots__ = ("opens", "rows", "closes", "forget_session_ids", "heartbeat_ms")
     OPENS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     CLOSES_FIELD_NUMBER: _ClassVar[int]
     FORGET_SESSION_IDS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     opens: _containers.RepeatedCompositeFieldContainer[TargetOpen]
     rows: _containers.RepeatedCompositeFieldContainer[VerifyRow]
     closes: _containers.RepeatedCompositeFieldContainer[TargetClose]
     forget_session_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, opens: _Optional[_Iterable[_Union[TargetOpen, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[VerifyRow, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[TargetClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    heartbeat_ms: int
+    def __init__(self, opens: _Optional[_Iterable[_Union[TargetOpen, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[VerifyRow, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[TargetClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
 
 class TargetOpen(_message.Message):
     __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "prompt_len", "max_len", "sampling", "priority", "preempts", "traceparent")

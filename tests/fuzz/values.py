@@ -69,6 +69,8 @@ class Values:
             return self.chance.choice(GENERATION_IDS)
         if field.name in ("epoch", "kept_epoch") and level < 0.7:
             return self.chance.choice((0, 1, 2, 3, 2**64 - 1))
+        if field.name == "heartbeat_ms" and level < 0.9:
+            return self.chance.choice((0, 60_000))
         edges = _INTEGERS[field.cpp_type]
         return self.chance.choice(SMALL if level < 0.6 else edges)
 

@@ -66,13 +66,17 @@ class Tier:
         return await self.health() == SERVING
 
     async def info(self) -> target_pb2.TargetServiceGetModelInfoResponse:
-        stub = target_pb2_grpc.TargetServiceStub(self.channel)
-        return await stub.GetModelInfo(
-            target_pb2.TargetServiceGetModelInfoRequest(), timeout=TIMEOUT_S
+        asked = target_pb2.TargetServiceGetModelInfoRequest()
+        info: target_pb2.TargetServiceGetModelInfoResponse = await self.stub().GetModelInfo(
+            asked, timeout=TIMEOUT_S
         )
+        return info
+
+    def stub(self) -> Any:
+        return target_pb2_grpc.TargetServiceStub(self.channel)
 
     def verify(self) -> Any:
-        return raw(target_pb2_grpc.TargetServiceStub(self.channel).Verify())
+        return raw(self.stub().Verify())
 
     async def has_ended(self) -> None:
         async with asyncio.timeout(TIMEOUT_S):

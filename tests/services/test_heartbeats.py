@@ -1,0 +1,205 @@
+"""Silence on a stream: long passes behind strict proxies, frozen replicas, frozen orchestrators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+import orchestrator.link
+import outrider.serving.peers
+from outrider.cli.client import connected
+from outrider.errors import InvalidRequest, Unavailable
+from outrider.heartbeat import Heartbeat
+from outrider.program import LISTENING_PREFIX
+from outrider.streams import Outbox
+from outrider.v1 import target_pb2
+from tests.services.parts import GREEDY, Brake, Tiers, orchestrating
+from tests.services.programs import END_TIMEOUT_S, program
+from tests.services.replicas import PROMPT, SIMULATED, TIMEOUT_S, Frame, Gate, tier
+from tests.services.streams import row, target_open
+from tests.stack import Output, eventually, request
+
+BEATS = Frame(heartbeat_ms=100)
+NUM_TOKENS = 40
+
+
+class StrictProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """A gRPC hop of default settings: its server closes connections that ping without data."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self.methods: list[str] = []
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        async def pass_on(requests: Any, context: Any) -> None:
+            call: Any = self._channel.stream_stream(details.method)(requests)
+            async for answer in call:
+                await context.write(answer)
+
+        self.methods.append(details.method.rpartition("/")[2])
+        return grpc.stream_stream_rpc_method_handler(pass_on)
+
+
+@contextlib.asynccontextmanager
+async def strict_proxy(endpoint: str) -> AsyncIterator[tuple[str, StrictProxy]]:
+    """Its address."""
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        proxy, server = StrictProxy(channel), grpc.aio.server()
+        server.add_generic_rpc_handlers((proxy,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            yield f"127.0.0.1:{port}", proxy
+        finally:
+            await server.stop(0)
+
+
+@pytest.mark.slow
+async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, gate: Gate) -> None:
+    """A silence of 9 s, in which no ping may be sent: on the caller's link and the target's."""
+    async with (
+        tier() as target,
+        strict_proxy(f"127.0.0.1:{target.server.port}") as (to_target, link),
+        orchestrating(Tiers(target.server, None), redis_url, target_endpoint=to_target) as system,
+        strict_proxy(system.endpoint) as (endpoint, _),
+        connected(endpoint) as client,
+    ):
+        with capture_logs() as logs:
+            gate.shut()
+            asked = request(PROMPT, {**GREEDY, "max_tokens": 1})
+            calling = asyncio.create_task(client.generate(asked, timeout_s=TIMEOUT_S))
+            await eventually(gate.holds_a_pass)
+            await asyncio.sleep(9.0)
+            gate.open()
+            output = await calling
+    assert len(output.token_ids) == 1
+    assert link.methods.count("Verify") == 1
+    assert "replica_lost" not in [entry["event"] for entry in logs]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's own limit for a replica."""
+    monkeypatch.setattr(orchestrator.link, "MAX_QUIET_BEATS", 5)
+
+
+@pytest.mark.slow
+async def test_a_frozen_target_is_left(redis_url: str, impatient: None, brake: Brake) -> None:
+    """SIGSTOP: its connection stands and nothing comes; the stream goes on elsewhere."""
+    async with (
+        program("target_service", *SIMULATED) as process,
+        tier() as other,
+    ):
+        assert process.stdout is not None
+        async with asyncio.timeout(END_TIMEOUT_S):
+            line = (await process.stdout.readline()).decode()
+        frozen = line.strip().removeprefix(LISTENING_PREFIX)
+        both = f"{frozen},127.0.0.1:{other.server.port}"
+        async with orchestrating(
+            Tiers(other.server, None), redis_url, target_endpoint=both
+        ) as system:
+            asked = {"sampling": {**GREEDY, "max_tokens": NUM_TOKENS}, "gamma": 0}
+            whole = await system.generate(PROMPT, **asked)
+            await _go_on_without(process, system, brake, asked, whole)
+
+
+async def _go_on_without(
+    process: asyncio.subprocess.Process, system: Any, brake: Brake, asked: Any, whole: Output
+) -> None:
+    """Streams until one is on the process, which is frozen then."""
+    brake.set(10)
+    calls = [asyncio.create_task(system.generate(PROMPT, **asked)) for _ in range(4)]
+
+    async def are_begun() -> bool:
+        return bool((await system.target_load()).num_open_generations == 2)
+
+    await eventually(are_begun)  # the other two are on the process
+    process.send_signal(signal.SIGSTOP)
+    try:
+        brake.release()
+        for output in await asyncio.gather(*calls):
+            assert output.token_ids == whole.token_ids
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+async def _ended(call: Any, frames: list[Any] | None = None) -> grpc.aio.AioRpcError:
+    """Reads all frames; the error that ends the stream."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            async for frame in call:
+                if frames is not None:
+                    frames.append(frame)
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("the stream ended well")
+
+
+async def test_the_stream_of_a_frozen_orchestrator_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it had open is free again; the status says why."""
+    monkeypatch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", 5)
+    async with tier() as target:
+        call = target.stub().Verify()
+        await call.write(BEATS)
+        await call.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
+        frames: list[Any] = []
+        ended = await _ended(call, frames)
+        assert ended.code() is grpc.StatusCode.UNAVAILABLE
+        assert ended.details() == "nothing was heard for 0.5 s"
+        assert len(frames) > 2, "the service's own heartbeats"
+
+        async def is_free() -> bool:
+            return (await target.info()).load.num_open_generations == 0
+
+        await eventually(is_free)
+
+
+async def test_without_heartbeats_a_stream_may_be_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", 1)
+    async with tier() as target, target.verify() as silent:
+        call = target.stub().Verify()
+        await call.write(BEATS)
+        assert "nothing was heard" in ((await _ended(call)).details() or "")
+        await silent.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
+        assert isinstance(await silent.answer(1), target_pb2.VerifyResult)
+
+
+@pytest.mark.parametrize("interval_ms", [1, 99, 60_001])
+async def test_an_interval_out_of_range_is_refused(interval_ms: int) -> None:
+    async with tier() as target:
+        call = target.stub().Verify()
+        await call.write(Frame(heartbeat_ms=interval_ms))
+        ended = await _ended(call)
+    assert ended.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (ended.details() or "").startswith("heartbeat_ms: ")
+
+
+async def test_a_stall_of_our_own_does_not_count() -> None:
+    """Nor does a time in which nobody listens."""
+    heartbeat: Heartbeat = Heartbeat(Outbox(), max_quiet=3)
+    heartbeat.begin(100)
+    running = asyncio.create_task(heartbeat.run())
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 (the stall)
+    heartbeat.heard()
+    await asyncio.sleep(0.15)
+    assert not running.done()
+    with heartbeat.busy():
+        await asyncio.sleep(0.5)
+        assert not running.done()
+    with pytest.raises(Unavailable, match=r"nothing was heard for 0\.3 s"):
+        await running
+    with pytest.raises(InvalidRequest, match="heartbeat_ms"):
+        heartbeat.begin(0)
