@@ -191,28 +191,25 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         """Raises Unavailable where the replica has fallen silent."""
         heartbeat = Heartbeat(outbox, MAX_QUIET_BEATS)
         heartbeat.begin(HEARTBEAT_MS)
-        sending = asyncio.create_task(self._send(call, outbox))
-        beating = asyncio.create_task(heartbeat.run())
-        for task in (sending, beating):  # should one end, the reading half must not wait
-            task.add_done_callback(lambda _: call.cancel())
-        try:
-            async for frame in call:
-                heartbeat.heard()
-                if self._is_silent:
-                    self._is_silent = False
-                    self._on_change()
-                if frame.state:
-                    self._turned(frame.state)
-                self._dispatch(frame)
-        finally:
-            sending.cancel()
-            beating.cancel()
-            with contextlib.suppress(
-                asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError
-            ):
-                await sending
-            with contextlib.suppress(asyncio.CancelledError):
-                await beating
+        async with heartbeat:
+            sending = asyncio.create_task(self._send(call, outbox))
+            # Should it fail, the reading half must not wait for answers.
+            sending.add_done_callback(lambda _: call.cancel())
+            try:
+                async for frame in call:
+                    heartbeat.heard()
+                    if self._is_silent:
+                        self._is_silent = False
+                        self._on_change()
+                    if frame.state:
+                        self._turned(frame.state)
+                    self._dispatch(frame)
+            finally:
+                sending.cancel()
+                with contextlib.suppress(
+                    asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError
+                ):
+                    await sending
 
     def _turned(self, state: int) -> None:
         if state == self._state:

@@ -6,7 +6,6 @@ by subclasses. Lives on the event loop.
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -152,13 +151,12 @@ async def serve_stream(
     writer = StreamWriter(context)
     heartbeat = Heartbeat(peer.outbox, MAX_QUIET_BEATS)
     told = costs()  # with the model's description, before the stream
-    async with translated(context), asyncio.TaskGroup() as tasks:
-        beating = tasks.create_task(heartbeat.run(), name="heartbeat")
+    async with translated(context):
+        scheduler.attach(peer.id, peer)
+        peer.watch = watch
         try:
-            scheduler.attach(peer.id, peer)
-            peer.watch = watch
             with status.followed_by(peer.tell):
-                async with StreamCall(frames, read, peer.outbox):
+                async with heartbeat, StreamCall(frames, read, peer.outbox):
                     async for items in peer.outbox.batches():
                         frame = _answer(items, to_frame)
                         if (report := costs()) is not told:
@@ -166,7 +164,6 @@ async def serve_stream(
                             frame.costs.CopyFrom(costs_to_proto(report))
                         await writer.write(frame)
         finally:
-            beating.cancel()
             scheduler.detach(peer.id, peer.closing())
             watch.closed()
 

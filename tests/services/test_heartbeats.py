@@ -188,18 +188,41 @@ async def test_an_interval_out_of_range_is_refused(interval_ms: int) -> None:
 
 async def test_a_stall_of_our_own_does_not_count() -> None:
     """Nor does a time in which nobody listens."""
-    heartbeat: Heartbeat = Heartbeat(Outbox(), max_quiet=3)
+    heartbeat = Heartbeat(Outbox(), max_quiet=3)
     heartbeat.begin(100)
-    running = asyncio.create_task(heartbeat.run())
-    await asyncio.sleep(0)
-    time.sleep(0.5)  # noqa: ASYNC251 (the stall)
-    heartbeat.heard()
-    await asyncio.sleep(0.15)
-    assert not running.done()
-    with heartbeat.busy():
-        await asyncio.sleep(0.5)
-        assert not running.done()
+    outlived: list[str] = []
+
+    async def listen() -> None:
+        async with heartbeat:
+            await asyncio.sleep(0)
+            time.sleep(0.5)  # noqa: ASYNC251 (the stall)
+            heartbeat.heard()
+            await asyncio.sleep(0.15)
+            outlived.append("a stall")
+            with heartbeat.busy():
+                await asyncio.sleep(0.5)
+            outlived.append("not listening")
+            await asyncio.Event().wait()
+
     with pytest.raises(Unavailable, match=r"nothing was heard for 0\.3 s"):
-        await running
+        await listen()
+    assert outlived == ["a stall", "not listening"]
     with pytest.raises(InvalidRequest, match="heartbeat_ms"):
         heartbeat.begin(0)
+
+
+async def test_a_cancellation_from_elsewhere_stays_one() -> None:
+    """Also where the peer falls silent at the same time."""
+    heartbeat = Heartbeat(Outbox(), max_quiet=1)
+    heartbeat.begin(100)
+
+    async def listen() -> None:
+        async with heartbeat:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                listening.cancel()
+
+    listening = asyncio.create_task(listen())
+    with pytest.raises(asyncio.CancelledError):
+        await listening
