@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.store import validate_session_id
 from outrider.errors import InvalidRequest
+from outrider.heartbeat import check_interval
 from outrider.sampling.params import SamplingParams, Verification, check_entries
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2, sampling_pb2
@@ -98,6 +99,8 @@ def parse_request(
     fan_out = request.fan_out if request.HasField("fan_out") else limits.fan_out
     if not 1 <= fan_out <= MAX_FAN_OUT:
         raise InvalidRequest("fan_out", f"{fan_out} is not in [1, {MAX_FAN_OUT}]")
+    if request.heartbeat_ms:
+        check_interval(request.heartbeat_ms)
     if request.session_id:
         validate_session_id(request.session_id)
     elif request.create_session:
@@ -129,7 +132,7 @@ def _check_resumption(request: orchestrator_pb2.GenerateRequest) -> None:
     if not request.session_id:
         raise InvalidRequest("session_id", "is required with resume_from")
     for descriptor, _ in request.ListFields():
-        if descriptor.name not in ("session_id", "resume_from", "priority"):
+        if descriptor.name not in ("session_id", "resume_from", "priority", "heartbeat_ms"):
             raise InvalidRequest(
                 descriptor.name, "not together with resume_from: the turn goes on as it was begun"
             )

@@ -79,17 +79,21 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
         async with translated(context), self._calls.call(context) as call:
             asked = parse_request(request, self._limits(), self._tiers.tokenizer)
-            caller = current_caller()
-            async with self._admission.admitted(
-                asked.priority,
-                context.time_remaining(),
-                caller=caller.name,
-                min_priority=caller.min_priority,
-            ) as place:
-                await self._generate(asked, place, call, context)
+            caller, writer = current_caller(), StreamWriter(context)
+            heartbeat = orchestrator_pb2.GenerateResponse()
+            async with (
+                writer.beating(heartbeat, request.heartbeat_ms),
+                self._admission.admitted(
+                    asked.priority,
+                    context.time_remaining(),
+                    caller=caller.name,
+                    min_priority=caller.min_priority,
+                ) as place,
+            ):
+                await self._generate(asked, place, call, writer)
 
     async def _generate(
-        self, asked: GenerationRequest, place: Place, call: Call, context: Context
+        self, asked: GenerationRequest, place: Place, call: Call, writer: StreamWriter
     ) -> None:
         tiers = self._tiers
         await tiers.targets.acquire(tiers.timing.target_wait_s)
@@ -97,7 +101,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         session_id = asked.session_id or secrets.token_hex(8)
         call.in_session(session_id)
         lease = await self._acquire(asked, session_id, tiers.targets.model.model_fingerprint)
-        generation, writer = None, StreamWriter(context)
+        generation = None
         try:
             generation = await self._begin(asked, lease, place, call, writer)
         finally:

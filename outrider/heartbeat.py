@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from outrider.errors import InvalidRequest, Unavailable
@@ -16,6 +16,9 @@ from outrider.streams import Outbox
 
 MIN_INTERVAL_MS = 100
 MAX_INTERVAL_MS = 60_000
+# Of callers: an orchestrator that sends nothing for 5 s is frozen or cut off.
+CALLER_HEARTBEAT_MS = 1_000
+_CALLER_MAX_QUIET = 5
 
 
 class Heartbeat:
@@ -97,12 +100,15 @@ def check_interval(interval_ms: int) -> None:
         )
 
 
-async def listening(call: Any, interval_ms: int, max_quiet: int) -> AsyncIterator[Any]:
-    """Frames of a call that was asked for heartbeats, without those. Raises Unavailable."""
-    heartbeat = Heartbeat(None, max_quiet)
-    heartbeat.begin(interval_ms)
+async def listening(call: Any) -> AsyncGenerator[Any, None]:
+    """A caller's messages of a call that asked for CALLER_HEARTBEAT_MS; not the heartbeats.
+
+    Raises Unavailable once the server is gone. To be closed where it is left.
+    """
+    heartbeat = Heartbeat(None, _CALLER_MAX_QUIET)
+    heartbeat.begin(CALLER_HEARTBEAT_MS)
     async with heartbeat:
-        async for frame in call:
+        async for message in call:
             with heartbeat.busy():
-                if frame.ByteSize():
-                    yield frame
+                if message.ByteSize():
+                    yield message

@@ -140,16 +140,34 @@ class StreamWriter:
         self._has_begun = False
         self._is_writing = False
         self._num_written = 0
+        self._turn = asyncio.Lock()
 
     async def write(self, message: Any) -> None:
-        """By one task at a time. Raises grpc.aio.InternalError where the client has gone."""
-        self._is_writing = True
-        if not self._has_begun:
-            self._has_begun = True
-            await _uncancelled(self._context.send_initial_metadata(()))
-        await self._context.write(message)
-        self._is_writing = False
-        self._num_written += 1
+        """Raises grpc.aio.InternalError where the client has gone."""
+        async with self._turn:
+            self._is_writing = True
+            if not self._has_begun:
+                self._has_begun = True
+                await _uncancelled(self._context.send_initial_metadata(()))
+            await self._context.write(message)
+            self._is_writing = False
+            self._num_written += 1
+
+    @contextlib.asynccontextmanager
+    async def beating(self, heartbeat: Any, interval_ms: int) -> AsyncIterator[None]:
+        """Writes the message this often for the time of a block; 0: never."""
+        beating = asyncio.create_task(self._beat(heartbeat, interval_ms))
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self, heartbeat: Any, interval_ms: int) -> None:
+        while interval_ms:
+            await asyncio.sleep(interval_ms / 1000)
+            if not self._is_writing:
+                await self.write(heartbeat)
 
     @contextlib.asynccontextmanager
     async def watched(self, timeout_s: float) -> AsyncIterator[None]:

@@ -16,6 +16,7 @@ import orchestrator.draft_link
 import orchestrator.link
 import orchestrator.service
 import orchestrator.target_link
+import outrider.heartbeat
 import outrider.redis_server
 import outrider.serving.peers
 import tests.stack
@@ -31,6 +32,7 @@ def patient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orchestrator.link, "MAX_QUIET_BEATS", _MANY_BEATS)
         patch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", _MANY_BEATS)
+        patch.setattr(outrider.heartbeat, "_CALLER_MAX_QUIET", _MANY_BEATS)
         patch.setattr(orchestrator.draft_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.target_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.service, "DRAFT_START_TIMEOUT_S", _LONG_S)

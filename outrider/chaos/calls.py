@@ -13,6 +13,8 @@ from typing import Any
 
 import grpc
 
+from outrider.errors import Unavailable
+from outrider.heartbeat import CALLER_HEARTBEAT_MS, listening
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # Longer than it takes to move to another target (detection 3 s, one prefill, busy machine).
@@ -77,12 +79,14 @@ class Orchestrators:
 
         Raises nothing, but is cancelled.
         """
+        request.heartbeat_ms = CALLER_HEARTBEAT_MS
         call = self[attempt.orchestrator].Generate(request, timeout=GIVE_UP_S)
+        chunks = listening(call)
         try:
             while leaves_at is None or len(attempt.token_ids) < leaves_at:
                 async with asyncio.timeout(PATIENCE_S):
-                    chunk = await call.read()
-                if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
+                    chunk = await anext(chunks, None)
+                if chunk is None:
                     return
                 if chunk.token_ids:
                     attempt.token_ids += chunk.token_ids
@@ -93,9 +97,12 @@ class Orchestrators:
             attempt.has_left = True
         except TimeoutError:
             attempt.is_silent = True
+        except Unavailable as error:
+            attempt.code, attempt.why = grpc.StatusCode.UNAVAILABLE, str(error)
         except grpc.aio.AioRpcError as error:
             attempt.code, attempt.why = error.code(), " ".join((error.details() or "").split())
             trailers: Any = error.trailing_metadata() or ()
             attempt.is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
         finally:
             call.cancel()  # the server shall not go on for nobody
+            await chunks.aclose()

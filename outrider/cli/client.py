@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 
 from outrider.cli.failures import CallFailed
-from outrider.errors import ConfigError, InternalError
+from outrider.errors import ConfigError, InternalError, Unavailable
+from outrider.heartbeat import CALLER_HEARTBEAT_MS, listening
 from outrider.security.channel import Access, open_channel
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -73,12 +74,18 @@ class Client:
     ) -> Output:
         """Hands every message to `show` as it comes. Raises CallFailed; cancelled, it cancels."""
         output = Output()
-        call: Any = self._stub.Generate(request, timeout=timeout_s)
+        asked = orchestrator_pb2.GenerateRequest()
+        asked.CopyFrom(request)
+        asked.heartbeat_ms = CALLER_HEARTBEAT_MS
+        call: Any = self._stub.Generate(asked, timeout=timeout_s)
         try:
-            async for chunk in call:
-                output.add(chunk)
-                if show is not None:
-                    show(chunk)
+            async with contextlib.aclosing(listening(call)) as chunks:
+                async for chunk in chunks:
+                    output.add(chunk)
+                    if show is not None:
+                        show(chunk)
+        except Unavailable as error:
+            raise CallFailed(f"UNAVAILABLE: {self._endpoint}: {error}") from error
         except grpc.aio.AioRpcError as error:
             raise call_failed(error, self._endpoint) from error
         finally:

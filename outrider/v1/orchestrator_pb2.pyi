@@ -63,7 +63,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead", "fan_out", "resume_from", "durability", "priority")
+    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead", "fan_out", "resume_from", "durability", "priority", "heartbeat_ms")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class GenerateRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     chat: ChatMessages
@@ -90,7 +91,8 @@ class GenerateRequest(_message.Message):
     resume_from: int
     durability: Durability
     priority: int
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ..., fan_out: _Optional[int] = ..., resume_from: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., priority: _Optional[int] = ...) -> None: ...
+    heartbeat_ms: int
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ..., fan_out: _Optional[int] = ..., resume_from: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., priority: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")

@@ -153,7 +153,7 @@ async def test_killed(place: Place) -> None:
 
 
 async def test_frozen(place: Place) -> None:
-    """The connection stands and says nothing: its keepalive notices."""
+    """The connection stands and nothing comes, no heartbeat either."""
     async with (
         place.slow_target() as slow,
         place.serving(slow) as first,

@@ -21,7 +21,7 @@ from outrider.heartbeat import Heartbeat
 from outrider.program import LISTENING_PREFIX
 from outrider.streams import Outbox
 from outrider.v1 import target_pb2
-from tests.services.parts import GREEDY, Brake, Tiers, orchestrating
+from tests.services.parts import GREEDY, Brake, Tiers, orchestrating, refusal
 from tests.services.programs import END_TIMEOUT_S, program
 from tests.services.replicas import PROMPT, SIMULATED, TIMEOUT_S, Frame, Gate, tier
 from tests.services.streams import row, target_open
@@ -141,6 +141,30 @@ async def _ended(call: Any, frames: list[Any] | None = None) -> grpc.aio.AioRpcE
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError("the stream ended well")
+
+
+async def test_a_caller_hears_while_it_waits(redis_url: str, gate: Gate) -> None:
+    """Empty responses, from before its first token on; by themselves they are no output."""
+    async with (
+        tier() as target,
+        orchestrating(Tiers(target.server, None), redis_url) as system,
+    ):
+        gate.shut()
+        asked = request(PROMPT, {**GREEDY, "max_tokens": 1}, heartbeat_ms=100)
+        call = system.client.Generate(asked, timeout=TIMEOUT_S)
+        chunks: list[Any] = []
+        async for chunk in call:
+            chunks.append(chunk)
+            if len(chunks) == 3:
+                gate.open()
+        assert [chunk.ByteSize() for chunk in chunks[:3]] == [0, 0, 0]
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 1
+        for interval_ms in (99, 60_001):
+            refused = await refusal(
+                system.generate(PROMPT, heartbeat_ms=interval_ms, sampling=GREEDY)
+            )
+            assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert refused.fields == ["heartbeat_ms"]
 
 
 async def test_the_stream_of_a_frozen_orchestrator_is_ended(
