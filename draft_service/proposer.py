@@ -215,7 +215,9 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         logits = self._engine.forward(appends)
         for row in prompts:
             self._table.cache_prefix(row.drafting.live, row.drafting.tree.committed_len)
-        events = self._drawn(drawing, self._engine.draw([row.ask() for row in drawing], logits))
+        drawn = self._engine.draw([row.ask() for row in drawing], logits)
+        self.health.saw(drawn)
+        events = self._drawn(drawing, drawn)
         # With what it takes around the pass: that, too, decides how many rows a round has time for.
         self._observe(appends, time.perf_counter() - started_at)
         return events

@@ -43,6 +43,7 @@ _REASONS = {
     FailureReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
     FailureReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
     FailureReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,
+    FailureReason.NON_FINITE: draft_pb2.DraftLost.REASON_INTERNAL,
     FailureReason.DRAINING: draft_pb2.DraftLost.REASON_DRAINING,
 }
 

@@ -39,7 +39,12 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         )
         proposer.meter = watch.meter
         scheduler = Scheduler(proposer, device)
-        mounted = Mounted(scheduler, proposer.statistics, lambda: proposer.costs.report)
+        mounted = Mounted(
+            scheduler,
+            proposer.statistics,
+            lambda: proposer.costs.report,
+            proposer.health,
+        )
         servicer = DraftServicer(
             scheduler, model, proposer.statistics, mounted.costs, status, watch
         )

@@ -73,6 +73,7 @@ class TargetReply:
     """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
 
     The support arrays are split by position. `logprobs` fields are None unless asked for.
+    `is_without_drafts`: it is for the row without its draft tokens, which the model cannot compute.
     `step_s`: the target's own passes for it. `num_reused_tokens`: tokens of the row whose keys and
     values were in the replica's prefix cache.
     """
@@ -83,6 +84,7 @@ class TargetReply:
     tail_logprobs: npt.NDArray[np.float64]
     step_s: float = 0.0
     num_reused_tokens: int = 0
+    is_without_drafts: bool = False
     support_logprobs: Sequence[Floats] | None = None
     sample_logprobs: Floats | None = None
     top_ids: npt.NDArray[np.int64] | None = None

@@ -102,7 +102,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     @property
     def takes_generations(self) -> bool:
-        """Connected, and neither stopping nor stuck nor silent when it should have answered."""
+        """Connected, and neither stopping, stuck, failing nor silent when it should answer."""
         return self.is_connected and not self._is_silent and self._state in _OPEN_STATES
 
     @property
@@ -217,8 +217,8 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         name = _state_name(state)
         log.info("replica_state", tier=self.tier, endpoint=self.endpoint, state=name)
         self._state = state
-        if state == model_pb2.REPLICA_STATE_STUCK:
-            self._lose_all("is stuck")
+        if state in (model_pb2.REPLICA_STATE_STUCK, model_pb2.REPLICA_STATE_FAILING):
+            self._lose_all(f"is {name}")
         self._on_change()
 
     def _disconnected(self, why: str) -> None:

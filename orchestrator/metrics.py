@@ -30,7 +30,7 @@ _FINISHED = {
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: ABORT,
 }
-_STATES = ("ready", "draining", "stuck", "starting", "silent", "refused", "away")
+_STATES = ("ready", "draining", "stuck", "failing", "starting", "silent", "refused", "away")
 _DISTRIBUTIONS = (
     metrics.TIME_TO_FIRST_TOKEN,
     metrics.INTER_TOKEN_LATENCY,

@@ -135,14 +135,16 @@ class TargetHandle:
         self.wire_bytes += item.ByteSize()
 
     def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> TargetReply:
+        if result.is_without_drafts:
+            proposal = None
         gamma = len(proposal.token_ids) if proposal is not None else 0
         if self._num_logprobs is None and (proposal is None or proposal.supports is None):
             sample_ids = unpack(result.sample_ids, UINT32, "sample_ids").tolist()
             told = result.support_probs or result.tail_mass or result.tail_logprobs
             if len(sample_ids) != gamma + 1 or told:
                 raise ValueError("wrong lengths")
-            reused = result.num_reused_tokens
-            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused)
+            reused, alone = result.num_reused_tokens, result.is_without_drafts
+            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, alone)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
         reply = TargetReply(
@@ -152,6 +154,7 @@ class TargetHandle:
             tail_logprobs=_floats(result.tail_logprobs).astype(np.float64),
             step_s=result.step_s,
             num_reused_tokens=result.num_reused_tokens,
+            is_without_drafts=result.is_without_drafts,
         )
         num_support = sum(len(support.token_ids) for support in supports)
         lengths = (len(reply.sample_ids), len(result.support_probs))

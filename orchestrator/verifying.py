@@ -57,7 +57,7 @@ class Verifying:
         self._wait_s = wait_s
         self._handle: TargetHandle | None = None
         self._link: TargetLink | None = None
-        # What the row sent last brought: no more than its replica takes.
+        # What the row sent last brought, as far as its replica takes and judges it.
         self.proposal: Proposal | None = None
         self._former_wire_bytes = 0
         # How much of the context the replica holds, and how much of the prompt was there before.
@@ -100,6 +100,8 @@ class Verifying:
         except (KVLost, KVFull, Unavailable) as error:
             with contextlib.ExitStack() as waiting:
                 reply = await self._retried(error, waiting)
+        if reply.is_without_drafts:
+            self.proposal = None
         if self._state.counts.num_rounds == 0:
             self.num_reused = self.cached_len + reply.num_reused_tokens
         return reply

@@ -23,6 +23,8 @@ class ReplicaState(Enum):
     DRAINING = "draining"
     # A pass has not ended for too long: nothing is to be expected for now.
     STUCK = "stuck"
+    # Passes fail, one after another: it tries passes of its own until one succeeds.
+    FAILING = "failing"
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ _STATES = {
     ReplicaState.READY: model_pb2.REPLICA_STATE_READY,
     ReplicaState.DRAINING: model_pb2.REPLICA_STATE_DRAINING,
     ReplicaState.STUCK: model_pb2.REPLICA_STATE_STUCK,
+    ReplicaState.FAILING: model_pb2.REPLICA_STATE_FAILING,
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.engine.draws import Reply
+from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams
 from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
 from outrider.serving.scheduler import GenerationKey
@@ -53,6 +54,34 @@ class Row:
         """Length of the context with the row's tokens."""
         return self.keep_len + len(self.context_token_ids) + len(self.draft_token_ids)
 
+    def check(self, max_len: int, max_gamma: int, vocab_size: int) -> None:
+        """Raises InvalidRequest for what a generation of `max_len` tokens cannot ask."""
+        gamma = len(self.draft_token_ids)
+        if len(self.context_token_ids) == 0:
+            raise InvalidRequest("context_token_ids", "must not be empty")
+        if gamma > max_gamma:
+            raise InvalidRequest("draft_token_ids", f"{gamma} tokens; at most {max_gamma}")
+        if self.num_tokens > max_len:
+            raise InvalidRequest(
+                "context_token_ids", f"{self.num_tokens} tokens; max_len is {max_len}"
+            )
+        if self.token_ids.max() >= vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+        if self.supports is None:
+            return
+        if len(self.supports) != gamma:
+            raise InvalidRequest("support_sizes", f"{len(self.supports)} for {gamma} draft tokens")
+        for ids in self.supports:
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
+            if len(set(ids.tolist())) != len(ids):
+                raise InvalidRequest("support_ids", "a token stands twice in a support")
+
+    def without_drafts(self) -> Row:
+        """The context alone."""
+        nothing = self.draft_token_ids[:0]
+        return Row(self.key, self.keep_len, self.context_token_ids, nothing, None)
+
 
 Command = Open | Row | Close | Forget
 
@@ -61,13 +90,15 @@ Command = Open | Row | Close | Forget
 class RowReply:
     """`step_s`: time of the passes that the row took part in.
 
-    `num_reused_tokens` of its context were found in the prefix cache.
+    `num_reused_tokens` of its context were found in the prefix cache. `is_without_drafts`: the
+    row's draft tokens were left out, as the model cannot compute with them.
     """
 
     key: GenerationKey
     reply: Reply
     step_s: float
     num_reused_tokens: int
+    is_without_drafts: bool = False
 
 
 RowOutcome = RowReply | Failure

@@ -46,6 +46,7 @@ _REASONS = {
     FailureReason.BAD_MESSAGE: target_pb2.RowError.REASON_BAD_ROW,
     FailureReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
     FailureReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
+    FailureReason.NON_FINITE: target_pb2.RowError.REASON_INTERNAL,
     FailureReason.DRAINING: target_pb2.RowError.REASON_DRAINING,
 }
 
@@ -178,6 +179,7 @@ def _result(outcome: RowReply) -> target_pb2.VerifyResult:
         sample_ids=pack(reply.sample_ids, UINT32),
         step_s=outcome.step_s,
         num_reused_tokens=outcome.num_reused_tokens,
+        is_without_drafts=outcome.is_without_drafts,
     )
     if reply.logprobs is not None:
         result.support_logprobs = pack(reply.logprobs.support, FLOAT32)

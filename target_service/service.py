@@ -40,7 +40,12 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
         )
         verifier.meter = watch.meter
         scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
-        mounted = Mounted(scheduler, verifier.statistics, lambda: verifier.costs.report)
+        mounted = Mounted(
+            scheduler,
+            verifier.statistics,
+            lambda: verifier.costs.report,
+            verifier.health,
+        )
         servicer = TargetServicer(
             scheduler, model, verifier.statistics, mounted.costs, status, watch
         )

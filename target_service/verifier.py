@@ -11,8 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
-from outrider.errors import InvalidRequest, KVLost
+from outrider.errors import InvalidRequest, KVLost, NonFiniteLogits
 from outrider.serving.commands import Close, Failure, FailureReason, Forget
 from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
@@ -27,6 +29,8 @@ from target_service.rows import (
     TargetStatistics,
 )
 
+log = structlog.get_logger()
+
 
 @dataclass(eq=False)
 class _Generation:
@@ -40,6 +44,7 @@ class _Generation:
     # The waiting row's: whether it has been in a pass, tokens found in the prefix cache, and the
     # time of the passes that it took part in.
     is_begun: bool = False
+    is_without_drafts: bool = False
     num_reused: int = 0
     step_s: float = 0.0
 
@@ -168,37 +173,15 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             raise InvalidRequest("generation_id", f"{row.key.generation_id} is not open")
         if live.state.waiting is not None:
             raise InvalidRequest("generation_id", "its row before is not answered yet")
-        self._check(row, live)
+        row.check(len(live.token_ids), self._max_gamma, self._engine.info.vocab_size)
         if row.keep_len > live.sequence.length:
             raise KVLost(f"{live.sequence.length} tokens are held, not {row.keep_len}")
         self._engine.store.truncate(live.sequence, row.keep_len)
         live.token_ids[row.keep_len : row.num_tokens] = row.token_ids
         state = live.state
-        state.waiting, state.is_begun = row, False
+        state.waiting, state.is_begun, state.is_without_drafts = row, False, False
         state.committed_len = row.keep_len + len(row.context_token_ids)
         self._waiting[row.key] = live
-
-    def _check(self, row: Row, live: Live[_Generation]) -> None:
-        gamma, vocab_size = len(row.draft_token_ids), self._engine.info.vocab_size
-        if len(row.context_token_ids) == 0:
-            raise InvalidRequest("context_token_ids", "must not be empty")
-        if gamma > self._max_gamma:
-            raise InvalidRequest("draft_token_ids", f"{gamma} tokens; at most {self._max_gamma}")
-        if row.num_tokens > len(live.token_ids):
-            raise InvalidRequest(
-                "context_token_ids", f"{row.num_tokens} tokens; max_len is {len(live.token_ids)}"
-            )
-        if row.token_ids.max() >= vocab_size:
-            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
-        if row.supports is None:
-            return
-        if len(row.supports) != gamma:
-            raise InvalidRequest("support_sizes", f"{len(row.supports)} for {gamma} draft tokens")
-        for ids in row.supports:
-            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-                raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
-            if len(set(ids.tolist())) != len(ids):
-                raise InvalidRequest("support_ids", "a token stands twice in a support")
 
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         self._waiting.pop(key, None)
@@ -256,6 +239,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
                 self._table.cache_prefix(planned.live, planned.live.state.committed_len)
         replies = self._engine.reply([p.ask for p in complete], logits)
+        self.health.saw(replies)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
         self._num_steps += 1
@@ -264,15 +248,35 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             planned.live.state.step_s += step_s
         outcomes: list[RowReply | Failure] = []
         for planned, reply in zip(complete, replies, strict=True):
+            if self._goes_without_drafts(planned, reply):
+                continue
             if isinstance(reply, Exception):  # this row's own; the others are answered
                 outcomes.append(self._failed(planned.key, reply))
                 continue
             state = planned.live.state
-            outcomes.append(RowReply(planned.key, reply, state.step_s, state.num_reused))
+            outcomes.append(
+                RowReply(
+                    planned.key, reply, state.step_s, state.num_reused, state.is_without_drafts
+                )
+            )
             state.waiting, state.step_s = None, 0.0
             del self._waiting[planned.key]
             self._num_rows += 1
         return outcomes
+
+    def _goes_without_drafts(self, planned: _Planned, reply: object) -> bool:
+        """Whether the row is run again, as its draft tokens may be what gives NaN or infinity.
+
+        Also before them: one token's NaN reaches all rows that it is masked for.
+        """
+        live, row = planned.live, planned.row
+        if not isinstance(reply, NonFiniteLogits) or not len(row.draft_token_ids):
+            return False
+        log.warning("drafts_left_out", session_id=live.session_id, why=str(reply))
+        self._table.forget_prefix(live)
+        self._engine.store.truncate(live.sequence, row.keep_len)
+        live.state.waiting, live.state.is_without_drafts = row.without_drafts(), True
+        return True
 
 
 def _row_of(live: Live[_Generation]) -> Row:

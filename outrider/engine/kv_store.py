@@ -143,6 +143,12 @@ class KVStore:
         with self._lock:
             self._cache.match(token_ids)
 
+    def forget_prefix(self, token_ids: TokenIds) -> None:
+        """Nothing of a text that begins with the first page of these tokens is cached any more."""
+        with self._lock:
+            for page in self._cache.match(token_ids)[:1]:
+                self._cache.forget(page)
+
     def reuse_prefix(self, sequence: Sequence, token_ids: TokenIds) -> int:
         """Lengthens `sequence`, which holds the first of `token_ids`, by what is cached of them.
 

@@ -33,6 +33,8 @@ class FailureReason(Enum):
     BAD_MESSAGE = "bad_message"
     DISPLACED = "displaced"
     INTERNAL = "internal"
+    # As internal: the model's logits were NaN or infinite.
+    NON_FINITE = "non_finite"
     # The replica takes no new generations now; nothing was opened.
     DRAINING = "draining"
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from outrider.serving.commands import ServiceStatistics
 from outrider.serving.loading import load_served_engine
 from outrider.serving.metrics import TierMeter
 from outrider.serving.progress import Watchdog, WatchedEngine
+from outrider.serving.recovery import PassHealth, Recovery, self_test
 from outrider.serving.status import ReplicaStatus
 from outrider.serving.watch import TierWatch
 from outrider.telemetry.telemetry import Telemetry, telemetry
@@ -60,6 +62,7 @@ class Mounted:
     service: Running
     statistics: Callable[[], ServiceStatistics]
     costs: Callable[[], CostReport]
+    health: PassHealth
 
 
 # Builds the service around the loaded engine and adds its servicer to the server.
@@ -75,7 +78,7 @@ async def model_serving(
     """Listens at once, serves (health) when the model is loaded; drains and stops on leaving.
 
     Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded,
-    InternalError where the device was stuck for too long; alone or in an ExceptionGroup.
+    InternalError where the device was stuck or failed for too long; alone or in an ExceptionGroup.
     """
     protection = tier_protection(config, config.host)
     server = Server([service_name], protection)
@@ -88,18 +91,27 @@ async def model_serving(
             watch = TierWatch(_meter(told, tier, status, protection), told.tracing)
             server.metrics_port = told.exposition.port
             engine, model = await device.run(load_served_engine, config)
-            mounted = mount(WatchedEngine(engine, device), model, device, server, status, watch)
+            watched = WatchedEngine(engine, device)
+            mounted = mount(watched, model, device, server, status, watch)
             card.loaded(model, mounted.statistics)
             if watch.meter is not None:
                 told.exposition.model_name = model.name
                 watch.meter.loaded(mounted.statistics, model.kv_capacity_tokens)
             await mounted.service.prepare(config.calibration_s)
-            watching = _watch(config, server, device, status, mounted.costs)
+            watchdog = Watchdog(
+                device,
+                status,
+                mounted.costs,
+                stuck_after_s=config.stuck_after_s,
+                exit_after_s=config.stuck_exit_s,
+            )
+            recovery = Recovery(device, status, mounted.health, partial(self_test, watched))
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(mounted.service.run(), name=service_name),
                     tasks.create_task(_tell(server, card, status), name="state"),
-                    tasks.create_task(watching, name="watchdog"),
+                    tasks.create_task(_alive(server, watchdog.run()), name="watchdog"),
+                    tasks.create_task(_alive(server, recovery.run()), name="recovery"),
                 ]
                 status.serve()
                 await server.set_serving(True)  # before anybody is told where it listens
@@ -136,22 +148,10 @@ async def _tell(server: Server, card: Card, status: ReplicaStatus) -> None:
             await status.change()
 
 
-async def _watch(
-    config: ModelServiceConfig,
-    server: Server,
-    device: DeviceThread,
-    status: ReplicaStatus,
-    costs: Callable[[], CostReport],
-) -> None:
-    watchdog = Watchdog(
-        device,
-        status,
-        costs,
-        stuck_after_s=config.stuck_after_s,
-        exit_after_s=config.stuck_exit_s,
-    )
+async def _alive(server: Server, watching: Coroutine[None, None, None]) -> None:
+    """Where what watches the device gives it up, probes are told at once."""
     try:
-        await watchdog.run()
+        await watching
     except InternalError:
         await server.set_alive(False)
         raise

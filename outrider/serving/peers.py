@@ -66,7 +66,7 @@ class StreamPeer(ABC, Generic[Command, Result]):
 
         Raises InvalidRequest, and Unavailable where the replica takes no new ones now.
         """
-        if self._state in (ReplicaState.DRAINING, ReplicaState.STUCK):
+        if self._state in (ReplicaState.DRAINING, ReplicaState.STUCK, ReplicaState.FAILING):
             raise Unavailable(f"the replica is {self._state.value}: it takes no generations")
         if len(self.open_keys) >= MAX_OPEN_GENERATIONS and key not in self.open_keys:
             raise InvalidRequest(

@@ -149,6 +149,10 @@ class SessionTable(Generic[State]):
         if self._prefix_cache:
             self._store.cache_prefix(live.sequence, live.token_ids[:committed_len])
 
+    def forget_prefix(self, live: Live[State]) -> None:
+        """What is cached of its tokens may be wrong: it is run anew by whoever has them next."""
+        self._store.forget_prefix(live.token_ids)
+
     def close(self, live: Live[State], *, keep: bool) -> None:
         """Ends the generation; its KV is freed, or kept for a later turn. Once only."""
         if self._live.get(live.session_id) is not live:

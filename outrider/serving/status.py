@@ -16,10 +16,10 @@ Follower = Callable[[ReplicaState], None]
 
 
 class ReplicaStatus:
-    """starting → ready → draining, and stuck as long as the device is, whatever else holds."""
+    """starting → ready → draining; stuck or failing while the device is, whatever else holds."""
 
     def __init__(self) -> None:
-        self._is_serving = self._is_draining = self._is_stuck = False
+        self._is_serving = self._is_draining = self._is_stuck = self._is_failing = False
         self._told = ReplicaState.STARTING
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
@@ -28,6 +28,8 @@ class ReplicaStatus:
     def state(self) -> ReplicaState:
         if self._is_stuck:
             return ReplicaState.STUCK
+        if self._is_failing:
+            return ReplicaState.FAILING
         if self._is_draining:
             return ReplicaState.DRAINING
         return ReplicaState.READY if self._is_serving else ReplicaState.STARTING
@@ -44,6 +46,10 @@ class ReplicaStatus:
 
     def set_stuck(self, is_stuck: bool) -> None:
         self._is_stuck = is_stuck
+        self._tell()
+
+    def set_failing(self, is_failing: bool) -> None:
+        self._is_failing = is_failing
         self._tell()
 
     async def change(self) -> None:

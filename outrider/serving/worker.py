@@ -15,10 +15,18 @@ import numpy.typing as npt
 import structlog
 
 from outrider.engine import Append, ServedEngine
-from outrider.errors import InvalidRequest, KVFull, KVLost, LeaseLost, OutriderError
+from outrider.errors import (
+    InvalidRequest,
+    KVFull,
+    KVLost,
+    LeaseLost,
+    NonFiniteLogits,
+    OutriderError,
+)
 from outrider.serving.commands import Failure, FailureReason, ServiceStatistics
 from outrider.serving.costs import StepCosts
 from outrider.serving.metrics import TierMeter
+from outrider.serving.recovery import PassHealth
 from outrider.serving.scheduler import GenerationKey, Keyed
 from outrider.serving.sessions import Live, SessionTable
 
@@ -29,7 +37,10 @@ _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
     (KVLost, FailureReason.KV_LOST),
     (LeaseLost, FailureReason.DISPLACED),
     (InvalidRequest, FailureReason.BAD_MESSAGE),
+    (NonFiniteLogits, FailureReason.NON_FINITE),
 )
+# The device's or ours: what such a generation left in the prefix cache may be wrong.
+_DEFECTS = (FailureReason.INTERNAL, FailureReason.NON_FINITE)
 
 CommandType = TypeVar("CommandType", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
@@ -56,6 +67,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
         self.costs = costs
+        self.health = PassHealth()
         # Told of every pass, where somebody counts.
         self.meter: TierMeter | None = None
 
@@ -102,6 +114,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         try:
             return self._advance(work)
         except Exception as error:
+            self.health.saw_error(error)
             return [self._failed(key, error) for key in dict.fromkeys(part.key for part in work)]
 
     @property
@@ -158,17 +171,24 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
-        reason = next((r for kind, r in _REASONS if isinstance(error, kind)), None)
+        reasons = (reason for kind, reason in _REASONS if isinstance(error, kind))
+        reason = next(reasons, FailureReason.INTERNAL)
         if reason is FailureReason.KV_LOST:
             return Failure(key, reason, str(error))
-        if reason is None:
-            log.error("generation_failed", session_id=self._session_of(key), exc_info=error)
-        return self._fail(key, reason or FailureReason.INTERNAL, str(error))
+        if reason not in _DEFECTS:
+            return self._fail(key, reason, str(error))
+        live = self._live_of(key)
+        session_id = live.session_id if live is not None else None
+        log.error("generation_failed", session_id=session_id, exc_info=error)
+        failure = self._fail(key, reason, str(error))
+        if live is not None:
+            self._table.forget_prefix(live)
+        return failure
 
-    def _session_of(self, key: GenerationKey) -> str | None:
-        """For people: looked for only when something failed."""
+    def _live_of(self, key: GenerationKey) -> Live[State] | None:
+        """Looked for only when something failed."""
         live = self._table.live_sessions()
-        return next((each.session_id for each in live if each.state.key == key), None)
+        return next((each for each in live if each.state.key == key), None)
 
     def _fail(self, key: GenerationKey, reason: FailureReason, detail: str) -> Failure:
         self._close(key, keep=False)

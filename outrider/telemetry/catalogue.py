@@ -194,8 +194,8 @@ VERIFY_ROUND_TRIP = _histogram(
 # --- Of the orchestrator: what it depends on ---
 REPLICAS = _gauge(
     "replicas",
-    "Replicas as the orchestrator sees them: ready, draining, stuck, starting, silent (has not "
-    "answered in time), refused (does not fit), away (no connection).",
+    "Replicas as the orchestrator sees them: ready, draining, stuck, failing, starting, silent "
+    "(has not answered in time), refused (does not fit), away (no connection).",
     "tier",
     "state",
 )

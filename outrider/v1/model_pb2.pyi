@@ -15,11 +15,13 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_STUCK: _ClassVar[ReplicaState]
+    REPLICA_STATE_FAILING: _ClassVar[ReplicaState]
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_STARTING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_STUCK: ReplicaState
+REPLICA_STATE_FAILING: ReplicaState
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs", "sampling_defaults", "token_hashes")

@@ -34,10 +34,11 @@ SERVING, NOT_SERVING = (
     health_pb2.HealthCheckResponse.SERVING,
     health_pb2.HealthCheckResponse.NOT_SERVING,
 )
-READY, DRAINING, STUCK = (
+READY, DRAINING, STUCK, FAILING = (
     model_pb2.REPLICA_STATE_READY,
     model_pb2.REPLICA_STATE_DRAINING,
     model_pb2.REPLICA_STATE_STUCK,
+    model_pb2.REPLICA_STATE_FAILING,
 )
 SETTINGS: dict[str, Any] = {
     "simulate": "step_ms=1,vocab_size=256",
@@ -182,6 +183,28 @@ class Gate:
                 super().forward(appends)
 
         return Gated(Simulation.parse(config.simulate or ""), config.kv_cache_tokens)
+
+
+class Fault:
+    """Passes raise while it is on, as on a device with an error. Counts the passes that did."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.num_failed = 0
+        self.num_passes = 0
+
+    def engine(self, config: ModelServiceConfig) -> SimulatedEngine:
+        fault = self
+
+        class Faulty(SimulatedEngine):
+            def forward(self, appends: Sequence[Append]) -> None:
+                fault.num_passes += 1
+                if fault.is_on:
+                    fault.num_failed += 1
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                super().forward(appends)
+
+        return Faulty(Simulation.parse(config.simulate or ""), config.kv_cache_tokens)
 
 
 SIMULATED = (

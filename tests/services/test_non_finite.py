@@ -1,0 +1,280 @@
+"""NaN or infinite logits: the generation fails by name, is counted, and leaves others alone.
+
+The models have one token whose embedding is NaN: whatever sees it has NaN logits from there on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+import transformers
+
+from outrider.v1 import draft_pb2, sampling_pb2, target_pb2
+from outrider.wire import FLOAT32, UINT16, UINT32, pack
+from tests.services.fake_draft import FakeDraft, faking
+from tests.services.parts import (
+    GREEDY,
+    Greedy,
+    Pair,
+    Tiers,
+    both_tiers,
+    clients,
+    orchestrating,
+    refusal,
+)
+from tests.services.replicas import FAILING, READY, told
+from tests.services.streams import ids, raw, row, target_open
+from tests.stack import Output, Stack, request
+from tests.telemetry.parts import scrape
+
+BAD = 77
+PROMPT = list(range(20, 60))
+POISONED = [*PROMPT[:10], BAD, *PROMPT[10:]]
+NUM_TOKENS = 24
+NAMED = "the model's logits are NaN or infinite"
+FAILURES = "outrider_failures_total"
+# A draft that tries many tokens meets the bad one sooner or later.
+NARROW = {"lookahead": 1, "fan_out": 1}
+Frame = target_pb2.VerifyRequest
+
+
+def poisoned(source: Path, directory: Path, value: float) -> Path:
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BAD] = value
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["nan", "inf"])
+def value(request: pytest.FixtureRequest) -> float:
+    return float(request.param)
+
+
+@pytest.fixture(scope="module")
+def bad_pair(value: float, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    root = tmp_path_factory.mktemp("poisoned")
+    return Pair(*(poisoned(model, root / model.name, value) for model in pair))
+
+
+@contextlib.asynccontextmanager
+async def stack(pair: Pair, redis_url: str, **settings: Any) -> AsyncIterator[tuple[Tiers, Stack]]:
+    async with (
+        both_tiers(pair, metrics_port=0) as tiers,
+        orchestrating(tiers, redis_url, gamma=4, **{**NARROW, **settings}) as system,
+    ):
+        yield tiers, system
+
+
+def verification(name: str) -> Any:
+    return sampling_pb2.Verification.Value(f"VERIFICATION_{name.upper()}")
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "plain": {"gamma": 0, "sampling": GREEDY},
+    "greedy": {"sampling": GREEDY},
+    "logprobs": {"sampling": {**GREEDY, "logprobs": 3}},
+    **{
+        name: {
+            "sampling": {
+                "temperature": 1.0,
+                "seed": 5,
+                "ignore_eos": True,
+                # Else it is drawn now and then.
+                "logit_bias": {BAD: -100.0},
+            },
+            "verification": verification(name),
+        }
+        for name in ("rejection", "block", "coupled")
+    },
+}
+
+
+def asking(how: str, **sampling: Any) -> dict[str, Any]:
+    fields = {**HOW[how]}
+    fields["sampling"] = {**fields["sampling"], "max_tokens": NUM_TOKENS, **sampling}
+    return fields
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_a_prompt_that_gives_nan_fails_by_name(
+    how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """Counted on both tiers; others at the same time have the tokens that they have alone."""
+    async with stack(bad_pair, redis_url) as (tiers, system):
+        alone = [(await system.generate(PROMPT[n:], **asking(how))).token_ids for n in range(4)]
+        refused, *others = await asyncio.gather(
+            refusal(system.generate(POISONED, **asking(how))),
+            *(system.generate(PROMPT[n:], **asking(how)) for n in range(4)),
+        )
+        failures = (await scrape(tiers.target)).by(FAILURES, "reason")
+    assert refused.code is grpc.StatusCode.INTERNAL
+    assert NAMED in refused.message
+    assert failures["non_finite"] == 1
+    assert failures["internal"] == 0
+    if how not in ("rejection", "block"):  # those depend on what was drafted in time
+        assert [output.token_ids for output in others] == alone
+    if HOW[how]["sampling"] is GREEDY:
+        assert others[0].token_ids == greedy(PROMPT, NUM_TOKENS)
+    assert [len(output.token_ids) for output in others] == [NUM_TOKENS] * 4
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_an_output_that_turns_into_nan_ends_there(
+    how: str, bad_pair: Pair, redis_url: str
+) -> None:
+    """The bad token is forced as the first: it is shown, and nothing that came of it."""
+    async with stack(bad_pair, redis_url, draft_endpoint=None) as (_, system):
+        shown = Output()
+
+        async def generate() -> None:
+            forced = asking(how, logit_bias={BAD: 100.0})
+            call = system.client.Generate(request(PROMPT, **forced), timeout=200)
+            async for chunk in call:
+                shown.add(chunk)
+
+        refused = await refusal(generate())
+    assert (refused.code, shown.token_ids) == (grpc.StatusCode.INTERNAL, [BAD])
+    assert NAMED in refused.message
+
+
+async def test_a_batch_of_both(bad_pair: Pair, greedy: Greedy) -> None:
+    """In one pass: prompts, a verification with a bad draft token, and what is near them in memory.
+
+    Twice, so that the second ones' keys and values lie where the bad ones' were.
+    """
+    async with (
+        both_tiers(bad_pair, draft_kv=None, target_kv=512) as tiers,
+        clients(tiers) as system,
+        raw(system.target.Verify()) as stream,
+    ):
+        for first in (1, 101):
+            numbers = range(first, first + 6)
+            prompts = {n: POISONED if n % 2 else PROMPT for n in numbers}
+            opens = [
+                target_open(n, prompt_len=len(prompt), max_len=80) for n, prompt in prompts.items()
+            ]
+            rows = [row(n, 0, prompt) for n, prompt in prompts.items()]
+            await stream.write(Frame(opens=opens, rows=rows))
+            answers = {n: await stream.answer(n) for n in numbers}
+            for n, prompt in prompts.items():
+                if prompt is POISONED:
+                    assert NAMED in answers[n].detail
+                else:
+                    assert answers[n].sample_ids == ids(greedy(PROMPT, 1))
+            # The bad token among draft tokens: the row is answered without them.
+            truth = greedy(PROMPT, 4)
+            good = [n for n, prompt in prompts.items() if prompt is PROMPT]
+            drafts = {n: [*truth[1:2], BAD, truth[3]] if n == good[0] else truth[1:4] for n in good}
+            await stream.write(
+                Frame(rows=[row(n, len(PROMPT), truth[:1], drafts[n]) for n in good])
+            )
+            alone, *others = [await stream.answer(n) for n in good]
+            assert (alone.is_without_drafts, alone.sample_ids) == (True, ids(truth[1:2]))
+            for other in others:
+                assert not other.is_without_drafts
+                assert other.sample_ids == ids(greedy(PROMPT, 5)[1:])
+            await stream.write(Frame(closes=[{"generation_id": n} for n in numbers]))
+
+
+async def test_repeated_it_takes_the_replica_out_of_service(bad_pair: Pair, greedy: Greedy) -> None:
+    """Its self-test has other tokens, and brings it back."""
+    async with (
+        both_tiers(bad_pair, draft_kv=None) as tiers,
+        clients(tiers) as system,
+        raw(system.target.Verify()) as stream,
+    ):
+        for n in (1, 2, 3):
+            opening = target_open(n, prompt_len=len(POISONED))
+            await stream.write(Frame(opens=[opening], rows=[row(n, 0, POISONED)]))
+            assert NAMED in (await stream.answer(n)).detail
+        await told(stream, READY, FAILING, READY)
+        opening = target_open(4, prompt_len=len(PROMPT))
+        await stream.write(Frame(opens=[opening], rows=[row(4, 0, PROMPT)]))
+        assert (await stream.answer(4)).sample_ids == ids(greedy(PROMPT, 1))
+
+
+async def test_the_prefix_of_a_bad_prompt_is_not_reused(bad_pair: Pair, greedy: Greedy) -> None:
+    """Nothing that such a generation left is found by others that begin as it did."""
+    long = [*PROMPT, *POISONED]
+    async with (
+        both_tiers(bad_pair, draft_kv=None, max_step_tokens=16) as tiers,
+        clients(tiers) as system,
+        raw(system.target.Verify()) as stream,
+    ):
+        await stream.write(
+            Frame(opens=[target_open(1, prompt_len=len(long), max_len=200)], rows=[row(1, 0, long)])
+        )
+        assert NAMED in (await stream.answer(1)).detail
+        await stream.write(
+            Frame(
+                opens=[target_open(2, prompt_len=len(PROMPT) + 5, max_len=200)],
+                rows=[row(2, 0, long[: len(PROMPT) + 5])],
+            )
+        )
+        answer = await stream.answer(2)
+        assert answer.num_reused_tokens == 0
+        assert answer.sample_ids == ids(greedy(long[: len(PROMPT) + 5], 1))
+
+
+@pytest.mark.parametrize("how", ["greedy", "rejection", "block", "coupled"])
+async def test_a_bad_draft_token_costs_no_answer(
+    how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """The draft proposes what the target cannot compute and would reject."""
+    has_supports = how in ("rejection", "block")
+
+    def propose(asked: Any) -> list[draft_pb2.Proposal]:
+        if not isinstance(asked, draft_pb2.DraftCommit):
+            return []
+        support = {
+            "support_sizes": pack([2], UINT16),
+            "support_ids": pack([BAD, 3], UINT32),
+            "support_probs": pack([0.9, 0.1], FLOAT32),
+        }
+        return [
+            draft_pb2.Proposal(
+                generation_id=asked.generation_id,
+                base_len=asked.committed_len,
+                token_ids=pack([BAD], UINT32),
+                **(support if has_supports else {}),
+            )
+        ]
+
+    async with both_tiers(bad_pair, draft_kv=None) as tiers, clients(tiers) as target:
+        asked = target_pb2.TargetServiceGetModelInfoRequest()
+        model = (await target.target.GetModelInfo(asked)).model
+        async with (
+            faking(FakeDraft(model, propose)) as endpoint,
+            orchestrating(tiers, redis_url, draft_endpoint=endpoint, gamma=1) as system,
+        ):
+            plain = await system.generate(PROMPT, **{**asking(how), "gamma": 0})
+            drafted = await system.generate(PROMPT, **asking(how))
+    assert drafted.speculation.num_rounds == len(drafted.token_ids) == NUM_TOKENS
+    if not has_supports:
+        assert drafted.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("how", ["greedy", "rejection", "block", "coupled"])
+async def test_a_draft_with_nan_logits_costs_speed_only(
+    how: str, pair: Pair, bad_pair: Pair, redis_url: str
+) -> None:
+    """The prompt has the token that only the draft cannot compute."""
+    mixed = Pair(pair.target, bad_pair.draft)
+    async with stack(mixed, redis_url) as (_, system):
+        plain = await system.generate(POISONED, **{**asking(how), "gamma": 0})
+        drafted = await system.generate(POISONED, **asking(how))
+        other = await system.generate(PROMPT, **asking(how))
+    assert len(drafted.token_ids) == NUM_TOKENS
+    assert drafted.speculation.num_draft_tokens == 0
+    assert other.speculation.num_draft_tokens > 0
+    if how in ("greedy", "coupled"):
+        assert drafted.token_ids == plain.token_ids
