@@ -27,8 +27,8 @@ class Quota:
         self.name = name
         self.limits = limits
         self.num_streams = 0
-        # What has been spent and not told to `orchestrator.shared_quota` yet.
-        self.num_untold = 0
+        # Spent since the start, for `orchestrator.shared_quota`.
+        self.num_spent = 0
         self._clock = clock
         self._spent = 0.0
         self._at = clock()
@@ -53,7 +53,7 @@ class Quota:
         """Of the prompt, and of the output as it is shown."""
         if self.limits.tokens_per_minute is not None:
             self._spent = self._still_spent(self.limits.tokens_per_minute) + num_tokens
-            self.num_untold += num_tokens
+            self.num_spent += num_tokens
 
     def _still_spent(self, per_minute: int) -> float:
         """Of the tokens spent, those that have not flowed back yet."""

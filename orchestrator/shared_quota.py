@@ -32,7 +32,8 @@ STREAM_TTL_S = 10.0
 REDIS_TIMEOUT_S = 0.5
 
 # KEYS: a sorted set of streams by when they lapse, and a hash of tokens spent. Both prelude and
-# clock are the session store's. `who` and `number` make a telling that is sent twice count once.
+# clock are the session store's. Each orchestrator (`who`) sends its total, and the hash has the
+# last one that came: a report that comes late, twice or after a newer one counts once.
 _SPENT = """
 local function spent_now(per_minute)
   local had = redis.call('HMGET', tokens_key, 'spent', 'at')
@@ -62,20 +63,20 @@ return {'ok'}
 """
 )
 
-# who, number, tokens spent, tokens a minute ('' no limit), ttl_us, number of streams that have
-# ended, those, streams that run …
+# who, tokens spent in total, of them acknowledged, tokens a minute ('' no limit), ttl_us, number of
+# streams that have ended, those, streams that run …
 TELL = Script(
     _SPENT
     + """
-local who, number, tokens, per_minute, ttl_us, num_ended = unpack(ARGV)
+local who, total, told, per_minute, ttl_us, num_ended = unpack(ARGV)
 for i = 7, 6 + num_ended do redis.call('ZREM', key, ARGV[i]) end
 local until_us = digits(now_us() + ttl_us)
 for i = 7 + num_ended, #ARGV do redis.call('ZADD', key, until_us, ARGV[i]) end
 redis.call('PEXPIRE', key, math.ceil(ttl_us / 1000))
-local last = tonumber(redis.call('HGET', tokens_key, who)) or 0
-if per_minute ~= '' and tonumber(number) > last then
-  local spent = spent_now(per_minute) + tokens
-  redis.call('HSET', tokens_key, 'spent', spent, 'at', digits(now_us()), who, number)
+local last = tonumber(redis.call('HGET', tokens_key, who)) or tonumber(told)
+if per_minute ~= '' and tonumber(total) > last then
+  local spent = spent_now(per_minute) + total - last
+  redis.call('HSET', tokens_key, 'spent', spent, 'at', digits(now_us()), who, total)
   redis.call('PEXPIRE', tokens_key, math.ceil((spent / per_minute + 1) * 60000))
 end
 return {'ok'}
@@ -90,7 +91,12 @@ class _Use:
     quota: Quota
     running: set[str] = field(default_factory=set)
     ended: set[str] = field(default_factory=set)
-    number: int = 0
+    # Of the tokens spent, those that Redis has acknowledged.
+    num_told: int = 0
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.running or self.ended or self.quota.num_spent > self.num_told)
 
 
 class SharedQuotas:
@@ -164,18 +170,17 @@ class SharedQuotas:
 
     async def _tell_all(self) -> None:
         for use in list(self._uses.values()):
-            has_news = use.running or use.ended or use.quota.num_untold
-            if has_news and not await self._tell(use):
+            if use.has_news and not await self._tell(use):
                 return  # the others' would fail as slowly
 
     async def _tell(self, use: _Use) -> bool:
         """False: Redis is away."""
         quota, ended = use.quota, list(use.ended)
-        tokens, use.number = quota.num_untold, use.number + 1
+        total = quota.num_spent
         words = (
             self._name,
-            str(use.number),
-            str(tokens),
+            str(total),
+            str(use.num_told),
             _said(quota.limits.tokens_per_minute),
             _TTL_US,
             str(len(ended)),
@@ -185,7 +190,7 @@ class SharedQuotas:
         if await self._ask(TELL, use, words) is None:
             return False
         use.ended.difference_update(ended)
-        quota.num_untold -= tokens
+        use.num_told = total
         return True
 
     async def _ask(self, script: Script, use: _Use, words: tuple[str, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,12 +11,18 @@ from typing import Any
 import grpc
 import pytest
 from grpc_status import rpc_status
+from structlog.testing import capture_logs
 
+import orchestrator.shared_quota
 from orchestrator.quota import Quota
+from orchestrator.shared_quota import SharedQuotas
 from outrider.errors import CapacityExceeded
 from outrider.redis_server import RedisServer
+from outrider.relay import Relay
 from outrider.security.channel import Access
 from outrider.security.keys import KeyLimits
+from outrider.v1 import orchestrator_pb2
+from tests.redis_fixture import redis_command
 from tests.security.parts import (
     GREEDY,
     client,
@@ -76,7 +83,7 @@ def test_without_limits_nothing_is_refused() -> None:
             stack.enter_context(quota.stream())
             quota.spend(10**9)
     assert quota.num_streams == 0
-    assert quota.num_untold == 0, "nobody has to be told"
+    assert quota.num_spent == 0, "nobody has to be told"
 
 
 @contextlib.asynccontextmanager
@@ -131,6 +138,68 @@ async def test_tokens_count_at_all_orchestrators(tmp_path: Path, redis_url: str)
             return False
 
         await eventually(is_refused)
+
+
+def _hash(redis_url: str) -> dict[str, float]:
+    """Of ada's tokens: `spent`, `at`, and the total of each orchestrator."""
+    reply = redis_command(redis_url, "HGETALL", "outrider:key:{ada}:tokens")
+    words = [line.decode() for line in reply.split(b"\r\n")[2::2]]
+    return {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+async def test_tokens_count_once_though_redis_answers_late(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report whose answer came too late is sent again, and both arrive."""
+    monkeypatch.setattr(orchestrator.shared_quota, "REDIS_TIMEOUT_S", 0.5)
+    socket = redis_url.removeprefix("unix://")
+    async with Relay("127.0.0.1", 0, socket, 0, 0.0) as relay:
+        shared = SharedQuotas(f"redis://{relay.address}/0")
+        quota = Quota("ada", KeyLimits(tokens_per_minute=1))  # hardly any flow back meanwhile
+        async with shared.running(), shared.stream(quota):
+            quota.spend(100)
+            await eventually(lambda: _spent(redis_url, 99))
+            with capture_logs() as logs:
+                relay.hold()
+                quota.spend(1_000)
+
+                async def is_given_up() -> bool:
+                    return any(line["event"] == "quotas_not_shared" for line in logs)
+
+                await eventually(is_given_up)
+                relay.release()
+            quota.spend(10_000)
+            await eventually(lambda: _spent(redis_url, 11_090))
+            assert _hash(redis_url)["spent"] <= 11_100
+
+
+async def _spent(redis_url: str, least: int) -> bool:
+    return (await asyncio.to_thread(_hash, redis_url)).get("spent", 0.0) >= least
+
+
+async def test_what_a_resumption_sends_again_is_not_charged_again(
+    tmp_path: Path, redis_url: str
+) -> None:
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(tokens_per_minute=10**9))
+    file = str(tmp_path / "keys")
+    async with (
+        tiers() as servers,
+        orchestrated(servers, redis_url, api_keys_file=file) as system,
+        client(system.endpoint, Access(api_key=keys["ada"])) as stub,
+    ):
+        output = await generated(stub, num_tokens=40, session_id="s", create_session=True)
+        again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=0)
+        for _ in range(3):
+            sent = [chunk async for chunk in stub.Generate(again, timeout=120)]
+            assert [i for chunk in sent for i in chunk.token_ids] == output.token_ids
+        await generated(stub, prompt=[7, 8, 9], num_tokens=4)
+
+        async def are_all_charged_once() -> bool:
+            fields = await asyncio.to_thread(_hash, redis_url)
+            totals = [value for name, value in fields.items() if name not in ("spent", "at")]
+            return totals == [3 + 40 + 3 + 4]
+
+        await eventually(are_all_charged_once)
 
 
 @pytest.mark.slow
