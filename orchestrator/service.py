@@ -58,7 +58,12 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     Raises ConfigError if port or Redis cannot be had, IncompatiblePair if the models do not fit.
     """
     security = Security(config, GENERATE)
-    server = Server([SERVICE_NAME], security.protection)
+    server = Server(
+        [SERVICE_NAME],
+        security.protection,
+        connection_age_s=config.connection_age_s,
+        connection_age_grace_s=config.connection_age_grace_s,
+    )
     tokenizer = None
     if config.tokenizer:
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)

@@ -167,6 +167,13 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
     target_wait_s: float = setting(15.0, "longest wait for a target replica when none is there")
     write_timeout_s: float = setting(30.0, "a stream that its client has not read for so long ends")
+    connection_age_s: float = setting(
+        300.0,
+        "a caller's connection of this age takes no new calls, so that it makes another; 0: never",
+    )
+    connection_age_grace_s: float = setting(
+        3600.0, "how long the calls of such a connection may still run"
+    )
     durability: str = setting(
         "durable", "durable: tokens are in Redis before they are sent; fast: as soon as can be"
     )
@@ -202,6 +209,9 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
         require(self.write_timeout_s > 0, "write_timeout_s", "must be more than 0")
+        for name in ("connection_age_s", "connection_age_grace_s"):
+            age_s = getattr(self, name)
+            require(0 <= age_s <= MAX_AGE_S, name, f"must be from 0 to {MAX_AGE_S:.0f}")
         require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
         require(self.redis_wait_s >= 0, "redis_wait_s", "must be 0 or more")
         self.check_server()
@@ -225,6 +235,8 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         return _endpoints(self.draft_endpoint or "")
 
 
+# Of a connection: gRPC counts milliseconds in 32 bits.
+MAX_AGE_S = 2_000_000.0
 _CHOICES = (("durability", ("durable", "fast")), ("without_redis", ("refuse", "unrecorded")))
 REGISTRY = "registry"
 

@@ -6,6 +6,7 @@ Knows no service's logic.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Iterable, Sequence
@@ -83,8 +84,21 @@ class Server:
     Servicers are added to `services`, before or after `start`.
     """
 
-    def __init__(self, service_names: Sequence[str], protection: Protection = UNPROTECTED) -> None:
-        self.grpc_server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=protection.gates)
+    def __init__(
+        self,
+        service_names: Sequence[str],
+        protection: Protection = UNPROTECTED,
+        *,
+        connection_age_s: float = 0.0,
+        connection_age_grace_s: float = 0.0,
+    ) -> None:
+        """A connection of `connection_age_s` takes no new calls, and ends with its last call or
+        `connection_age_grace_s` later: clients that balance their connections find new servers.
+        0: it may stay for ever."""
+        age = _age_options(connection_age_s, connection_age_grace_s)
+        self.grpc_server = grpc.aio.server(
+            options=(*SERVER_OPTIONS, *age), interceptors=protection.gates
+        )
         self._protection = protection
         self._service_names = tuple(service_names)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -138,6 +152,15 @@ class Server:
         await self.grpc_server.stop(grace_s)
         if self._probed is not None:  # to the last: probes are told that it stops
             await self._probed.stop(0)
+
+
+def _age_options(age_s: float, grace_s: float) -> tuple[tuple[str, int], ...]:
+    if not age_s:
+        return ()
+    return (
+        ("grpc.max_connection_age_ms", math.ceil(1000 * age_s)),
+        ("grpc.max_connection_age_grace_ms", math.ceil(1000 * grace_s)),
+    )
 
 
 def _listen(

@@ -47,7 +47,7 @@ def generate(options: GenerateOptions) -> None:
 async def _generate(options: GenerateOptions) -> Output:
     from outrider.cli.client import connected
 
-    request, endpoints = build_request(options), endpoints_of(options)
+    request, endpoints = build_request(options), endpoints_of(options.endpoint)
     writer = None if options.json else _writer()
     show = writer.show if writer is not None else None
     try:

@@ -162,11 +162,11 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     return request
 
 
-def endpoints_of(options: GenerateOptions) -> list[str]:
-    """Raises ConfigError."""
-    endpoints = [part.strip() for part in options.endpoint.split(",")]
+def endpoints_of(endpoint: str) -> list[str]:
+    """Of --endpoint, a list with commas. Raises ConfigError."""
+    endpoints = [part.strip() for part in endpoint.split(",")]
     if not all(endpoints):
-        raise ConfigError(f"--endpoint: {options.endpoint!r} is no list such as a:50051,b:50051")
+        raise ConfigError(f"--endpoint: {endpoint!r} is no list such as a:50051,b:50051")
     return endpoints
 
 

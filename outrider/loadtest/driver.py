@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +23,26 @@ from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 # Of the short calls. A server that does not answer a deletion loses a clean-up.
 _SHORT_TIMEOUT_S = 10.0
 
+Stub = orchestrator_pb2_grpc.OrchestratorServiceStub
+
 
 @dataclass(frozen=True)
 class Subject:
-    """Whom a phase asks, and what it says of itself."""
+    """Whom a phase asks, and what it says of itself. Visits take the connections in turn."""
 
-    stub: orchestrator_pb2_grpc.OrchestratorServiceStub
+    stubs: Sequence[Stub]
     info: orchestrator_pb2.GetModelInfoResponse
 
+    def stub(self, visit: Visit) -> Stub:
+        return self.stubs[visit.jobs[0].index % len(self.stubs)]
 
-async def subject(channel: grpc.aio.Channel) -> Subject:
-    """Behind this channel. Raises grpc.aio.AioRpcError where nobody answers."""
-    stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
-    call: Any = stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=_SHORT_TIMEOUT_S)
-    return Subject(stub, await call)
+
+async def subject(*channels: grpc.aio.Channel) -> Subject:
+    """Behind these channels. Raises grpc.aio.AioRpcError where nobody answers."""
+    stubs = [Stub(channel) for channel in channels]
+    request = orchestrator_pb2.GetModelInfoRequest()
+    call: Any = stubs[0].GetModelInfo(request, timeout=_SHORT_TIMEOUT_S)
+    return Subject(stubs, await call)
 
 
 class Phase:
@@ -102,22 +108,23 @@ class Phase:
         session_id = f"load-{self._run}-{self._number}-{visit.jobs[0].index}"
         session_id = session_id if visit.is_session else ""
         intended_s, is_ok = at_s, True
+        stub = self._subject.stub(visit)
         try:
             for job in visit.jobs:
                 if job.not_before_s > self.now_s:
                     await asyncio.sleep(job.not_before_s - self.now_s)
                     intended_s = job.not_before_s
-                record = await self._call(job, session_id, intended_s)
+                record = await self._call(stub, job, session_id, intended_s)
                 if not record.is_ok:
                     is_ok = False
                     break
                 intended_s = self.now_s
         finally:
             if session_id:
-                await self._delete(session_id)
+                await self._delete(stub, session_id)
         return is_ok
 
-    async def _call(self, job: Job, session_id: str, intended_s: float) -> Record:
+    async def _call(self, stub: Stub, job: Job, session_id: str, intended_s: float) -> Record:
         """Never raises for what the server does: that is noted."""
         ids = []
         if job.text is None:
@@ -125,7 +132,7 @@ class Phase:
         request = self._ask.request(job, ids, session_id, seed=self._seed + job.index)
         record = Record(job.index, intended_s, prompt_len=len(ids), sent_s=self.now_s)
         self.records.append(record)
-        call: Any = self._subject.stub.Generate(request, timeout=self._ask.timeout_s)
+        call: Any = stub.Generate(request, timeout=self._ask.timeout_s)
         try:
             async for message in call:
                 note_message(record, message, self.now_s)
@@ -141,8 +148,8 @@ class Phase:
             call.cancel()  # leaving the loop does not cancel it: the server would go on
         return record
 
-    async def _delete(self, session_id: str) -> None:
+    async def _delete(self, stub: Stub, session_id: str) -> None:
         request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
         with contextlib.suppress(grpc.aio.AioRpcError):
-            call: Any = self._subject.stub.DeleteSession(request, timeout=_SHORT_TIMEOUT_S)
+            call: Any = stub.DeleteSession(request, timeout=_SHORT_TIMEOUT_S)
             await call

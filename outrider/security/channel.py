@@ -21,6 +21,12 @@ from outrider.security.serving import is_loopback
 OpenChannel = Callable[[str], grpc.aio.Channel]
 Options = Sequence[tuple[str, Any]]
 
+# Channels to one address share a connection otherwise.
+_SPREAD: Options = (
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
 KEY_HEADER = "authorization"
 
 
@@ -67,18 +73,20 @@ class Access:
     api_key: str | None = field(default=None, repr=False)
 
 
-def open_channel(endpoint: str, access: Access | None = None) -> grpc.aio.Channel:
+def open_channel(
+    endpoint: str, access: Access | None = None, *, is_spread: bool = False
+) -> grpc.aio.Channel:
     """To an orchestrator, as a caller. To be used as a context manager, or closed.
 
+    `is_spread`: connections of its own, to all addresses of the endpoint's name in turn.
     Raises ConfigError for files that cannot be used, and where a key would travel in plain text.
     """
     access = access or Access()
+    options = (*CALLER_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
     if access.tls_ca is None:
         _check_plain(endpoint, access)
         interceptors = None if access.api_key is None else _with_key(access.api_key)
-        return grpc.aio.insecure_channel(
-            endpoint, options=CALLER_CHANNEL_OPTIONS, interceptors=interceptors
-        )
+        return grpc.aio.insecure_channel(endpoint, options=options, interceptors=interceptors)
     if (access.tls_cert is None) != (access.tls_key is None):
         raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
     files = watched_pem(
@@ -88,7 +96,7 @@ def open_channel(endpoint: str, access: Access | None = None) -> grpc.aio.Channe
         ca_name="--tls-ca",
         cert_name="--tls-cert",
     )
-    return TlsChannels(files, options=CALLER_CHANNEL_OPTIONS).open(endpoint, access.api_key)
+    return TlsChannels(files, options=options).open(endpoint, access.api_key)
 
 
 def read_key(path: str) -> str:

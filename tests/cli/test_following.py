@@ -282,9 +282,9 @@ async def test_resumption_by_hand(options: GenerateOptions, said: str) -> None:
 
 async def test_lists_of_endpoints() -> None:
     """Only `generate` takes them."""
-    assert endpoints_of(GenerateOptions(endpoint="a:1, b:1")) == ["a:1", "b:1"]
+    assert endpoints_of("a:1, b:1") == ["a:1", "b:1"]
     with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,,b:1'"):
-        endpoints_of(GenerateOptions(endpoint="a:1,,b:1"))
+        endpoints_of("a:1,,b:1")
     with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,b:1' is several"):
         async with connected("a:1,b:1"):
             pass

@@ -17,6 +17,7 @@ from outrider.errors import ConfigError
 from tests.cli.processes import ROOT, command, environment
 from tests.loadtest.conftest import simulated
 from tests.services.parts import System, nothing_held
+from tests.services.proxies import balancer, strict_proxy
 from tests.stack import eventually
 
 # Those of `vllm bench serve --save-result` that tools read.
@@ -96,6 +97,28 @@ async def test_a_run_leaves_a_result_and_a_page(redis_url: str, tmp_path: Path) 
     assert page.urls == []
     assert page.tags.count("svg") >= 3
     assert "script" not in page.tags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_listed", [False, True])
+async def test_load_reaches_every_orchestrator(
+    is_listed: bool, redis_url: str, tmp_path: Path
+) -> None:
+    """Behind a balancer of connections, and where all are named. They are proxies of one here."""
+    async with (
+        simulated(redis_url) as system,
+        strict_proxy(system.endpoint) as (first, first_seen),
+        strict_proxy(system.endpoint) as (second, second_seen),
+        balancer([first, second]) as balanced,
+    ):
+        system.endpoint = f"{first},{second}" if is_listed else balanced
+        await serve(
+            system, tmp_path, "--requests=24", "--no-html", "--warm-up=0", "--output-len=2",
+            "--repetitions=1",
+        )  # fmt: skip
+    counts = [proxy.methods.count("Generate") for proxy in (first_seen, second_seen)]
+    assert sum(counts) == 48
+    assert min(counts) >= 6, counts
 
 
 @pytest.mark.slow

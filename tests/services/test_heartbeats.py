@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -23,43 +21,13 @@ from outrider.streams import Outbox
 from outrider.v1 import target_pb2
 from tests.services.parts import GREEDY, Brake, Tiers, orchestrating, refusal
 from tests.services.programs import END_TIMEOUT_S, program
+from tests.services.proxies import strict_proxy
 from tests.services.replicas import PROMPT, SIMULATED, TIMEOUT_S, Frame, Gate, tier
 from tests.services.streams import row, target_open
 from tests.stack import Output, eventually, request
 
 BEATS = Frame(heartbeat_ms=100)
 NUM_TOKENS = 40
-
-
-class StrictProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """A gRPC hop of default settings: its server closes connections that ping without data."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-        self.methods: list[str] = []
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        async def pass_on(requests: Any, context: Any) -> None:
-            call: Any = self._channel.stream_stream(details.method)(requests)
-            async for answer in call:
-                await context.write(answer)
-
-        self.methods.append(details.method.rpartition("/")[2])
-        return grpc.stream_stream_rpc_method_handler(pass_on)
-
-
-@contextlib.asynccontextmanager
-async def strict_proxy(endpoint: str) -> AsyncIterator[tuple[str, StrictProxy]]:
-    """Its address."""
-    async with grpc.aio.insecure_channel(endpoint) as channel:
-        proxy, server = StrictProxy(channel), grpc.aio.server()
-        server.add_generic_rpc_handlers((proxy,))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            yield f"127.0.0.1:{port}", proxy
-        finally:
-            await server.stop(0)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from outrider.cli.bench.serve_options import (
     visits,
 )
 from outrider.cli.options import takes
+from outrider.cli.request import endpoints_of
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,11 +63,18 @@ async def _measure(
     from outrider.security.channel import open_channel
     from outrider.v1 import orchestrator_pb2_grpc
 
-    async with open_channel(options.endpoint, options.access) as channel:
-        info = await Client(channel, options.endpoint).model_info()
+    async with contextlib.AsyncExitStack() as stack:
+        endpoints = endpoints_of(options.endpoint)
+        channels = [
+            await stack.enter_async_context(open_channel(endpoint, options.access, is_spread=True))
+            for _ in range(options.connections)
+            for endpoint in endpoints
+        ]
+        info = await Client(channels[0], endpoints[0]).model_info()
         _check_prompts(asked, info.target.max_context_len)
+        stubs = [orchestrator_pb2_grpc.OrchestratorServiceStub(channel) for channel in channels]
         campaign = Campaign(
-            subject=Subject(orchestrator_pb2_grpc.OrchestratorServiceStub(channel), info),
+            subject=Subject(stubs, info),
             run=secrets.token_hex(4),
             seed=options.seed,
             read_passes=_pass_reader(options),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider.cli.access import AccessOptions
-from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption, Method
+from outrider.cli.request import DEFAULT_ENDPOINT, Method
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,20 @@ _OF_TRACES = ("input_len", "output_len", "turns", "texts", "priority")
 class ServeOptions(AccessOptions):
     """None: the server's default, unless said."""
 
-    endpoint: EndpointOption = DEFAULT_ENDPOINT
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            envvar="OUTRIDER_ENDPOINT",
+            help="host:port of the orchestrator, or several with commas. All addresses of a name "
+            "are asked in turn.",
+        ),
+    ] = DEFAULT_ENDPOINT
+    connections: Annotated[
+        int,
+        typer.Option(
+            min=1, max=256, help="To each address: a balancer leads each to an orchestrator."
+        ),
+    ] = 8
     requests: Annotated[
         int | None,
         typer.Option(min=1, help="Of each variant. Default: 200, or the whole trace."),

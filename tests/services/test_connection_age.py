@@ -1,0 +1,51 @@
+"""Old connections make room for new ones, and so find new orchestrators; what runs is not cut."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from outrider.cli.client import connected
+from outrider.config import OrchestratorConfig
+from outrider.errors import ConfigError
+from tests.services.parts import GREEDY, Tiers, orchestrating
+from tests.services.proxies import balancer
+from tests.services.replicas import PROMPT, TIMEOUT_S, Gate, tier
+from tests.stack import eventually, request
+
+
+@pytest.mark.slow
+async def test_a_new_orchestrator_gets_calls_and_a_running_stream_goes_on(
+    redis_url: str, gate: Gate
+) -> None:
+    """One connection, through a balancer of connections; no call fails."""
+    async with (
+        tier() as target,
+        orchestrating(
+            Tiers(target.server, None), redis_url, connection_age_s=0.5, gamma=1
+        ) as first,
+        orchestrating(Tiers(target.server, None), redis_url, gamma=2) as second,
+    ):
+        endpoints = [first.endpoint]
+        async with balancer(endpoints) as endpoint, connected(endpoint) as client:
+            gate.shut()
+            asked = request(PROMPT, {**GREEDY, "max_tokens": 5})
+            calling = asyncio.create_task(client.generate(asked, timeout_s=TIMEOUT_S))
+            await eventually(gate.holds_a_pass)
+            endpoints.append(second.endpoint)
+
+            async def reaches_the_second() -> bool:
+                return (await client.model_info()).default_gamma == 2
+
+            await eventually(reaches_the_second)
+            assert not calling.done()
+            gate.open()
+            assert len((await calling).token_ids) == 5
+
+
+@pytest.mark.parametrize("name", ["connection_age_s", "connection_age_grace_s"])
+@pytest.mark.parametrize("value", [-1.0, 2_000_001.0, float("nan")])
+def test_ages_that_grpc_cannot_count_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: must be from 0 to 2000000"):
+        OrchestratorConfig(target_endpoint="a:1", **{name: value})  # type: ignore[arg-type]
