@@ -233,7 +233,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def attach(self, make_handle: Callable[[int], HandleType]) -> HandleType:
         """A new generation's handle. Raises Unavailable without a connection."""
         if not self.is_connected:
-            raise Unavailable(f"no {self.tier} replica is connected at {self.endpoint}")
+            raise Unavailable(f"the {self.tier} replica is not connected", self.endpoint)
         self._next_id += 1
         handle = make_handle(self._next_id)
         self._handles[self._next_id] = handle

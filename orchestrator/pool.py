@@ -124,7 +124,7 @@ class ReplicaPool(Generic[Link]):
                     await self.change()
                 return link
         known = ", ".join(sorted(self._wanted)) or "no address is known"
-        raise Unavailable(f"no {self.tier} replica takes generations ({known})")
+        raise Unavailable(f"no {self.tier} replica takes generations", known)
 
     async def settled(self) -> None:
         """Returns once a replica is connected; raises ConfigError where all were refused."""

@@ -80,7 +80,9 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
             # What it waits for at its start is told, too.
             meter = _meter(told, admission, tiers, security.protection)
             server.metrics_port = told.exposition.port
+            server.services.awaited = "Redis"
             await _start(store, config.redis_wait_s)
+            server.services.awaited = "a target replica"
             async with (
                 security.following(lambda: _renew(targets, drafts)),
                 discovering(config.redis, (targets, drafts)),

@@ -96,7 +96,7 @@ class TargetHandle:
         try:
             return self._parse(result, proposal)
         except (InvalidRequest, ValueError) as error:
-            raise InternalError(f"the target's reply does not fit its row: {error}") from error
+            raise InternalError("the target's reply does not fit its row", str(error)) from error
 
     def close(self, *, keep: bool) -> None:
         """Ends the generation at the target; `keep` leaves its KV for the session's next turn."""
@@ -123,7 +123,7 @@ class TargetHandle:
         self._fail(failure)
 
     def link_lost(self, why: str) -> None:
-        self._failure = Unavailable(why)
+        self._failure = Unavailable("the target replica is lost, and no other took its place", why)
         self._fail(self._failure)
 
     def _fail(self, failure: OutriderError) -> None:

@@ -116,7 +116,9 @@ class Verifying:
             if isinstance(error, KVLost):
                 num_lost += 1
                 if num_lost > _MAX_LOST:
-                    raise InternalError(f"the target keeps losing the context: {error}") from error
+                    raise InternalError(
+                        "the target keeps losing the context", str(error)
+                    ) from error
                 log.info("kv_lost", replica=self._handle.replica, why=str(error))
                 self.num_reused = self.cached_len = 0
                 self._send()

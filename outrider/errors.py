@@ -24,7 +24,30 @@ from __future__ import annotations
 
 
 class OutriderError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    `shown` is what any client may be told. `str` of an error is for operators, and for logs.
+    """
+
+    @property
+    def shown(self) -> str:
+        return str(self)
+
+
+class _Detailed(OutriderError):
+    """With a detail that is for operators alone: addresses, answers of Redis, causes."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message, detail)
+        self._message = message
+        self._detail = detail
+
+    def __str__(self) -> str:
+        return f"{self._message}: {self._detail}" if self._detail else self._message
+
+    @property
+    def shown(self) -> str:
+        return self._message
 
 
 class InvalidRequest(OutriderError):
@@ -92,11 +115,13 @@ class KVLost(OutriderError):
     """Keys and values that the caller relied on are gone; send the context again."""
 
 
-class Unavailable(OutriderError):
-    """A tier or the store cannot be reached."""
+class Unavailable(_Detailed):
+    """A tier or the store cannot be reached; it may be again in `retry_after_s`."""
+
+    retry_after_s = 1.0
 
 
-class InternalError(OutriderError):
+class InternalError(_Detailed):
     """A defect on our side."""
 
 

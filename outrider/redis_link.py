@@ -111,13 +111,11 @@ class Link:
         try:
             return await self._attempt(commands)
         except TimeoutError:
-            raise Unavailable(
-                f"redis at {self._address}: no answer within {self._timeout_s:g} s"
-            ) from None
+            raise self._unavailable(f"no answer within {self._timeout_s:g} s") from None
         except _LOST as error:
             await self._drop()
             if not reused:
-                raise Unavailable(f"redis at {self._address}: {error}") from None
+                raise self._unavailable(error) from None
         return await self.exchange(commands)
 
     async def close(self) -> None:
@@ -136,7 +134,7 @@ class Link:
                     await self._connection.connect()
                     for reply in await self._pipeline(self._preamble):
                         if isinstance(reply, Exception):
-                            raise Unavailable(f"redis at {self._address}: {reply}")
+                            raise self._unavailable(reply)
             async with _patience(self._timeout_s):
                 replies = await self._pipeline(commands)
         except BaseException:
@@ -152,7 +150,7 @@ class Link:
         try:
             context = await asyncio.to_thread(_tls_context, self._address)
         except ConfigError as error:
-            raise Unavailable(f"redis at {self._address}: {error}") from None
+            raise self._unavailable(error) from None
         if context is not None:
             cast(Any, self._connection).ssl_context.context = context
 
@@ -169,6 +167,9 @@ class Link:
             except exceptions.ResponseError as error:
                 replies.append(_translate(error))
         return replies
+
+    def _unavailable(self, why: object) -> Unavailable:
+        return Unavailable("Redis cannot be reached", f"redis at {self._address}: {why}")
 
     async def _drop(self) -> None:
         await self._connection.disconnect(nowait=True)
@@ -189,11 +190,11 @@ def _translate(error: exceptions.ResponseError) -> NoScript | OutriderError:
     if isinstance(error, exceptions.NoScriptError):
         return NoScript(text)
     if "WRONGTYPE" in text:
-        return UnreadableRecord(f"its key in Redis holds something else: {text}")
+        return UnreadableRecord("its key in Redis holds something else")
     is_own = type(error) is exceptions.ResponseError and "user_script" in text
     if is_own and not _STATE.search(text):
-        return InternalError(f"redis: {text}")
-    return Unavailable(f"redis: {text}")
+        return InternalError("a script failed in Redis", text)
+    return Unavailable("Redis cannot do what it is asked for now", text)
 
 
 class _FromFile(CredentialProvider):

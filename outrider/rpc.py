@@ -68,7 +68,7 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
 def status_of(error: errors.OutriderError) -> status_pb2.Status:
     """The rich status of an error: a field violation or a retry hint where there is one."""
     code = next((c for kind, c in _STATUS if isinstance(error, kind)), code_pb2.INTERNAL)
-    status = status_pb2.Status(code=code, message=_short(str(error)))
+    status = status_pb2.Status(code=code, message=_short(error.shown))
     detail = any_pb2.Any()
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
@@ -76,7 +76,7 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
         )
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         status.details.append(detail)
-    elif isinstance(error, errors.CapacityExceeded):
+    elif isinstance(error, errors.CapacityExceeded | errors.Unavailable):
         delay = duration_pb2.Duration()
         delay.FromTimedelta(timedelta(seconds=error.retry_after_s))
         detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
@@ -94,7 +94,10 @@ def status_name(error: BaseException | None) -> str:
         return str(code_pb2.Code.Name(status_of(error).code))
     # A write to a caller that has gone fails before the call is cancelled.
     has_gone = isinstance(error, (asyncio.CancelledError, grpc.aio.InternalError))
-    return "CANCELLED" if has_gone else "UNKNOWN"
+    if has_gone:
+        return "CANCELLED"
+    is_defect = isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError)
+    return "INTERNAL" if is_defect else "UNKNOWN"
 
 
 def _short(text: str) -> str:
@@ -105,7 +108,8 @@ def _short(text: str) -> str:
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup.
 
-    Ends it as CANCELLED where a write failed: the client has gone. Drops the traceback of an
+    Ends it as CANCELLED where a write failed: the client has gone; as INTERNAL by whatever else was
+    raised, of which the client is told nothing. Drops the traceback of an
     error that ends here: from Python 3.12 on it is part of a reference cycle through the frames of
     this context manager, and keeps a refused message of megabytes until the collector runs.
     """
@@ -119,12 +123,25 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         if known is not None:
             await _abort(context, known)
             known.__traceback__ = group.__traceback__ = None
-        elif group.split(grpc.aio.InternalError)[1] is not None:
-            raise
-        else:
+        elif group.split(grpc.aio.InternalError)[1] is None:
             await _end(context, _CLIENT_GONE)
+        elif isinstance(group, ExceptionGroup) and group.split(grpc.aio.BaseError)[0] is None:
+            await _abort(context, _defect(group))
+        else:
+            raise
     except grpc.aio.InternalError:
         await _end(context, _CLIENT_GONE)
+    except grpc.aio.BaseError:
+        raise
+    except Exception as error:
+        await _abort(context, _defect(error))
+
+
+def _defect(error: Exception) -> errors.InternalError:
+    """gRPC would send the exception's own text."""
+    defect = errors.InternalError("a defect of this service; its log has more", repr(error))
+    defect.__cause__ = error
+    return defect
 
 
 class StreamWriter:
@@ -219,6 +236,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Outr
     status = status_of(error)
     if status.code == code_pb2.INTERNAL:
         log.error("call_failed", error=str(error), exc_info=error)
+    elif error.shown != str(error):
+        log.warning("call_refused", why=str(error))
     await _end(context, status)
 
 

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from outrider import errors
 from outrider.frames import bounded
-from outrider.rpc import MAX_MESSAGE_BYTES
+from outrider.rpc import MAX_MESSAGE_BYTES, translated
 from outrider.security.serving import UNPROTECTED, Protection
 
 # More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
@@ -52,6 +52,8 @@ class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
+        # What the start waits for.
+        self.awaited = ""
         self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._bounded: dict[str, Any] = {}
 
@@ -68,14 +70,15 @@ class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         found = (handler.service(details) for handler in self._handlers)
         handler = next((method for method in found if method is not None), None)
         if handler is None and not self._handlers and details.method.split("/")[1] in self._names:
-            return grpc.stream_stream_rpc_method_handler(_not_yet)
+            return grpc.stream_stream_rpc_method_handler(self._not_yet)
         if handler is not None and details.method not in self._bounded:
             self._bounded[details.method] = bounded(handler, details.method)
         return self._bounded.get(details.method)
 
-
-async def _not_yet(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is starting")
+    async def _not_yet(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        why = f": it waits for {self.awaited}" if self.awaited else ""
+        async with translated(context):
+            raise errors.Unavailable(f"the service is starting{why}")
 
 
 class Server:

@@ -56,7 +56,7 @@ class PipelineWriter:
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._paused_until = 0.0
-        self._failure = ""
+        self._failure: tuple[str, ...] = ("",)
         # Redis has not answered last time, or could not do what it was asked for.
         self.is_away = False
 
@@ -94,7 +94,7 @@ class PipelineWriter:
             if self._closing or self._task is None or self._task.done():
                 raise Unavailable("the session store is closed")
             if loop.time() < self._paused_until:
-                raise Unavailable(self._failure)
+                raise Unavailable(*self._failure)
             reply: asyncio.Future[Reply] = loop.create_future()
             self._pending.append(_Call(script, keys, args, reply))
             self._wake.set()
@@ -134,7 +134,7 @@ class PipelineWriter:
                     replies[i] = reply
         except Unavailable as error:
             self.is_away = True
-            self._failure = str(error)
+            self._failure = error.args
             self._paused_until = asyncio.get_running_loop().time() + PAUSE_S
             # Those behind would only wait for the same.
             self._fail([*batch, *self._pending], error)
@@ -142,7 +142,7 @@ class PipelineWriter:
             return
         except Exception as error:  # a defect: it is this batch's alone, and nobody is left waiting
             log.error("store_batch_failed", exc_info=error)
-            self._fail(batch, Unavailable(f"session store: {error!r}"))
+            self._fail(batch, Unavailable("the session store failed", repr(error)))
             return
         self.is_away = any(isinstance(reply, Unavailable) for reply in replies)
         for call, reply in zip(batch, replies, strict=True):
@@ -151,14 +151,14 @@ class PipelineWriter:
     def _fail(self, calls: Sequence[_Call], error: OutriderError) -> None:
         for call in calls:
             # One each: an exception collects the traceback of whoever raises it.
-            _resolve(call, type(error)(str(error)))
+            _resolve(call, type(error)(*error.args))
 
 
 def _resolve(call: _Call, reply: Reply | Exception) -> None:
     if call.reply.done():
         return
     if isinstance(reply, NoScript):
-        reply = InternalError(f"redis: {reply}")
+        reply = InternalError("a script failed in Redis", str(reply))
     if isinstance(reply, Exception):
         call.reply.set_exception(reply)
     else:
