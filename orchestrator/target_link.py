@@ -19,6 +19,7 @@ from outrider.errors import (
     KVFull,
     KVLost,
     LeaseLost,
+    NonFiniteLogits,
     OutriderError,
     Unavailable,
 )
@@ -114,8 +115,13 @@ class TargetHandle:
             self._answer.set_result(result)
 
     def failed(self, error: target_pb2.RowError) -> None:
-        kind = _ERRORS.get(error.reason, InternalError)
-        failure = kind(f"the target: {error.detail}")
+        failure: OutriderError
+        if (kind := _ERRORS.get(error.reason)) is not None:
+            failure = kind(f"the target: {error.detail}")
+        elif error.detail == str(NonFiniteLogits()):
+            failure = NonFiniteLogits()
+        else:  # whatever an exception there has said
+            failure = InternalError("the target replica failed in this generation", error.detail)
         if error.detail.startswith("sampling."):  # what this target does not serve, by its field
             failure = InvalidRequest(*error.detail.split(": ", 1))
         if not isinstance(failure, KVLost):  # the generation is closed there

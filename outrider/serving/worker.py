@@ -176,11 +176,11 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         if reason is FailureReason.KV_LOST:
             return Failure(key, reason, str(error))
         if reason not in _DEFECTS:
-            return self._fail(key, reason, _shown(error))
+            return self._fail(key, reason, str(error))
         live = self._live_of(key)
         session_id = live.session_id if live is not None else None
         log.error("generation_failed", session_id=session_id, exc_info=error)
-        failure = self._fail(key, reason, _shown(error))
+        failure = self._fail(key, reason, str(error))
         if live is not None:
             self._table.forget_prefix(live)
         return failure
@@ -213,10 +213,3 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     @abstractmethod
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         """Ends the generation, if it is open."""
-
-
-def _shown(error: Exception) -> str:
-    """The text of an exception that nobody meant may say anything: the log has it."""
-    if isinstance(error, OutriderError):
-        return error.shown
-    return f"a defect of the replica ({type(error).__name__})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from orchestrator.verifying import Verifying
 from tests import redis_fixture
 from tests.patience import patient
 from tests.services.parts import CONTEXT_LEN, Brake, Greedy, Pair, System, both_tiers, clients
-from tests.services.replicas import Gate
+from tests.services.replicas import Fault, Gate
 from tests.services.tokenizer_files import write_tokenizer
 from tests.tiny_models import make_tiny_draft, make_tiny_model
 
@@ -80,13 +81,25 @@ async def system(pair: Pair) -> AsyncIterator[System]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Of the engine of each tier that is started."""
     gate = Gate()
+    _serve_with(monkeypatch, gate.engine)
+    return gate
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
+    """Of the engine of each tier that is started."""
+    fault = Fault()
+    _serve_with(monkeypatch, fault.engine)
+    return fault
+
+
+def _serve_with(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Any]) -> None:
     load = outrider.serving.life.load_served_engine
     monkeypatch.setattr(
         outrider.serving.life,
         "load_served_engine",
-        lambda config: (gate.engine(config), load(config)[1]),
+        lambda config: (make_engine(config), load(config)[1]),
     )
-    return gate
 
 
 @pytest.fixture

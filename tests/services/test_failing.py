@@ -11,7 +11,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-import outrider.serving.life
 import target_service.service
 from outrider.config import DraftConfig, ModelServiceConfig
 from outrider.errors import InternalError
@@ -37,19 +36,6 @@ from tests.stack import eventually
 from tests.telemetry.parts import scrape
 
 Reason = target_pb2.RowError
-
-
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
-    """Of the engine of each tier that is started."""
-    fault = Fault()
-    load = outrider.serving.life.load_served_engine
-    monkeypatch.setattr(
-        outrider.serving.life,
-        "load_served_engine",
-        lambda config: (fault.engine(config), load(config)[1]),
-    )
-    return fault
 
 
 async def failed(stream: Stream, *numbers: int) -> None:

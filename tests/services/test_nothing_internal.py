@@ -23,10 +23,12 @@ from tests.services.parts import (
     Pair,
     Refusal,
     System,
+    Tiers,
     both_tiers,
     orchestrating,
     refusal,
 )
+from tests.services.replicas import Fault, tier
 from tests.stack import request
 
 # An address, a path, a name of Python's or of Redis', an error number.
@@ -166,3 +168,16 @@ async def test_a_start_says_what_it_waits_for(
                 break
             await asyncio.sleep(0.02)
         assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, says)
+
+
+async def test_a_target_whose_pass_raises(redis_url: str, fault: Fault) -> None:
+    """What the exception says, of a device or of a file, is for the logs."""
+    async with (
+        tier() as target,
+        orchestrating(Tiers(target.server, None), redis_url) as system,
+    ):
+        fault.is_on = True
+        refused = await refusal(system.generate([1, 2], sampling={**GREEDY, "max_tokens": 4}))
+        says = "the target replica failed in this generation"
+        assert_is_plain(refused, grpc.StatusCode.INTERNAL, says)
+        assert "CUDA" not in refused.message
