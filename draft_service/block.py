@@ -77,8 +77,23 @@ class Block:
         return not self.supports or self.chance >= least
 
     @property
+    def last_len(self) -> int:
+        """Length of the context with all of its tokens, drawn or not."""
+        return self.base_len + max(self.gamma, len(self.token_ids))
+
+    @property
     def end(self) -> int:
         return self.base_len + len(self.token_ids)
+
+    def is_in(self, root: Block) -> bool:
+        """Whether it is the root of a tree, or hangs in it still."""
+        block = self
+        while block is not root:
+            above = block.parent
+            if above is None or above.children.get((block.position, block.next_token)) is not block:
+                return False
+            block = above
+        return True
 
     def descendants(self) -> Iterator[Block]:
         """The block itself and all below it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from draft_service.block import Block, Offer
 from draft_service.messages import Commit, Open, Proposal
-from draft_service.strand import Strands
+from draft_service.strand import Strand, Strands
 from draft_service.tree import Tree, Walk
 from outrider.engine import Append, DrawAsk, KVStore, Sampler
 from outrider.errors import KVFull
@@ -71,6 +71,8 @@ class Drafting:
     def opened(self, offer: Offer) -> Block | None:
         """The child for the block's likeliest alternative; None where there is no room for it."""
         block, tree = offer.block, self.tree
+        if not block.alternatives:  # dropped meanwhile for the room of another session
+            return None
         position = block.alternatives[0].position
         fork_len, strand = block.base_len + position, block.strand
         longest = len(self.live.token_ids)
@@ -78,7 +80,7 @@ class Drafting:
         # may have become longer since the strand was forked.
         is_at_end = block.has_guess and position == len(block.token_ids)
         is_last = is_at_end and not block.is_continued and strand.sequence.length == fork_len
-        if is_last and strand.sequence.max_len >= min(fork_len + tree.room_for_child, longest):
+        if is_last and self._extended(strand, min(fork_len + tree.room_for_child, longest)):
             block.is_continued = True
             return tree.open(block, strand)
         max_len = min(fork_len + tree.room_for_branch, longest)
@@ -88,6 +90,17 @@ class Drafting:
             tree.give_up(block)
             return None
         return tree.open(block, fork)
+
+    def has_room(self, block: Block) -> bool:
+        """Whether the block's next token can be run; nobody makes room for it."""
+        return self._extended(block.strand, block.end)
+
+    def _extended(self, strand: Strand, max_len: int) -> bool:
+        try:
+            self._store.extend(strand.sequence, max_len)
+        except KVFull:
+            return False
+        return True
 
     def prune(self) -> bool:
         """Frees what is drafted ahead, until the next commit; whether there was any."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from draft_service.block import Block
 from draft_service.chances import Chances
 from draft_service.drafting import Drafting, Generation, Row
 from draft_service.messages import (
@@ -26,10 +27,11 @@ from draft_service.messages import (
 )
 from draft_service.rows import RowBudget, best_offers
 from outrider.engine import Append, Drawn, ServedEngine
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, KVFull
 from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
+from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
 
 # A row with more tokens than this that the model has not seen is a prompt: it is run in chunks.
@@ -79,7 +81,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
     def _execute(self, command: Command) -> Sequence[Proposal | Failure]:
         match command:
             case Open():
-                return self._open(command)
+                self._open(command)
             case Commit():
                 return self._commit(command)
             case Close():
@@ -88,7 +90,7 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
                 self._table.forget(command.session_id)
         return ()
 
-    def _open(self, command: Open) -> Sequence[Failure]:
+    def _open(self, command: Open) -> None:
         self._check(command)
         committed_len = len(command.token_ids)
         max_len = min(command.max_len, self._engine.info.max_context_len)
@@ -96,22 +98,21 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
             raise InvalidRequest("token_ids", f"{committed_len} leave no room in {max_len}")
         sampler = self._engine.sampler(command.params, command.prompt_len, command.vocab_size)
         generation = Generation(command.key, sampler, command.verification, command.vocab_size)
-        live, failures = self._reserve(command.session_id, command.epoch, None, max_len, generation)
-        if live is None:
-            return failures
+        live = self._opened(
+            command.session_id, command.epoch, None, max_len, (0, time.monotonic()), generation
+        )
         num_same = _common_prefix_len(live.token_ids[: live.sequence.length], command.token_ids)
         # The last token is run again: its logits draw the next one.
-        self._engine.store.truncate(live.sequence, min(num_same, committed_len - 1))
+        self._table.cut(live, min(num_same, committed_len - 1))
         live.token_ids[:committed_len] = command.token_ids
         drafting = Drafting(self._engine.store, live, command)
         self._drafting[command.key] = drafting
         self._line_up(drafting)
-        return failures
 
-    def _make_room(self, state: Generation, max_len: int) -> list[Failure] | None:
+    def _make_room(self, live: Live[Generation], error: KVFull, *, preempts: bool) -> bool:
         """Branches drafted ahead are the first to go when a session needs their memory."""
         pruned = [drafting.prune() for drafting in self._drafting.values()]
-        return [] if any(pruned) else None
+        return any(pruned) or super()._make_room(live, error, preempts=preempts)
 
     def _check(self, command: Open) -> None:
         if command.key in self._drafting:
@@ -176,18 +177,48 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         if not num_rows:  # nobody waits and nothing may be drafted ahead: idle until told more
             self._ahead.clear()
         needed = list(self._needed.values())[:num_needed]
-        rows = [Row(drafting, drafting.tree.root) for drafting in needed]
+        rows = self._with_room([Row(drafting, drafting.tree.root) for drafting in needed])
         return rows + self._gather_ahead(num_rows - len(rows))
+
+    def _with_room(self, rows: Sequence[Row]) -> list[Row]:
+        """Those that have room for their tokens: of prompts as many as the budget may take.
+
+        A session without room is lost, and so may be those that were opened after it.
+        """
+        short = [row for row in rows if row.num_pending <= _MAX_ROW_TOKENS]
+        prompts = [row for row in rows if row.num_pending > _MAX_ROW_TOKENS]
+        placed = [row for row in short if self._begin(row.drafting)]
+        budget = self._prompt_budget(placed)
+        for row in prompts:
+            if budget > 0 and self._begin(row.drafting):
+                placed.append(row)
+                budget -= row.num_pending
+        return [row for row in placed if row.key in self._drafting]
 
     def _gather_ahead(self, num_rows: int) -> list[Row]:
         if num_rows <= 0:
             return []
         rows: list[Row] = []
         for drafting, offer in best_offers(self._ahead, num_rows):
+            if not drafting.is_begun and not self._begin(drafting):
+                continue
+            if not self._holds(drafting, offer.block):
+                continue
             block = drafting.opened(offer) if offer.opens else offer.block
-            if block is not None:
+            if block is not None and drafting.has_room(block):
                 rows.append(Row(drafting, block))
-        return rows
+            elif not offer.opens:  # nothing is drafted ahead until something changes
+                self._ahead.pop(drafting.key, None)
+        return [row for row in rows if self._holds(row.drafting, row.block)]
+
+    def _holds(self, drafting: Drafting, block: Block) -> bool:
+        """Whether the block has not been dropped for the room of a session that begins."""
+        return drafting.key in self._drafting and block.is_in(drafting.tree.root)
+
+    def _prompt_budget(self, rows: Sequence[Row]) -> int:
+        """Tokens of prompts in a pass beside these rows; a quarter of all is the prompts' own."""
+        num_row_tokens = sum(row.num_pending for row in rows)
+        return max(self._max_step_tokens - num_row_tokens, self._max_step_tokens // 4, 1)
 
     def _advance(self, work: Sequence[Row]) -> list[Proposal | Failure]:
         """One forward pass: a token for every row, then prompts within what the budget leaves.
@@ -199,16 +230,14 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         drawing: list[Row] = []
         rows = [row for row in work if row.num_pending <= _MAX_ROW_TOKENS]
         prompts = [row for row in work if row.num_pending > _MAX_ROW_TOKENS]
-        num_row_tokens = sum(row.num_pending for row in rows)
-        budget = max(self._max_step_tokens - num_row_tokens, self._max_step_tokens // 4, 1)
+        budget = self._prompt_budget(rows)
         for row in (*rows, *prompts):
-            if budget == 0 and row.num_pending > _MAX_ROW_TOKENS:
-                break
-            self._begin(row.drafting)
             num_tokens = row.num_pending
             if num_tokens > _MAX_ROW_TOKENS:
                 num_tokens = min(num_tokens, budget)
                 budget -= num_tokens
+            if not num_tokens:
+                break
             appends.append(row.append(num_tokens, self._engine.info.vocab_size))
             if appends[-1].num_logits:
                 drawing.append(row)
@@ -222,14 +251,22 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         self._observe(appends, time.perf_counter() - started_at)
         return events
 
-    def _begin(self, drafting: Drafting) -> None:
-        """Before the first pass: not sooner, for what the passes till then may cache."""
-        if drafting.is_begun:
-            return
-        drafting.is_begun = True
+    def _begin(self, drafting: Drafting) -> bool:
+        """Room for the block that is waited for, or False where the session is lost.
+
+        Before the first pass: not sooner, for what the passes till then may cache.
+        """
+        if drafting.key not in self._drafting:  # it was lost for the room of one before it
+            return False
         live, committed_len = drafting.live, drafting.tree.committed_len
-        self._table.reuse_prefix(live, committed_len)
-        self._num_prefill_tokens += committed_len - live.sequence.length
+        context_len = 0 if drafting.is_begun else committed_len
+        num_tokens = max(committed_len, drafting.tree.root.last_len)
+        if self._reserve(live, num_tokens, context_len=context_len, preempts=False) is None:
+            return False
+        if not drafting.is_begun:
+            drafting.is_begun = True
+            self._num_prefill_tokens += committed_len - live.sequence.length
+        return True
 
     def _drawn(
         self, drawing: Sequence[Row], drawn: Sequence[Drawn | Exception]

@@ -6,9 +6,11 @@ Device thread only.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from outrider.engine import KVStore, Sequence
+from outrider.errors import KVFull
 
 
 @dataclass(eq=False)
@@ -48,13 +50,16 @@ class Strands:
         """What `winner` holds becomes the trunk's, cut to `num_right` tokens.
 
         The trunk stays one run of memory, read in place: the few tokens that the winner has of its
-        own are copied into it. `winner` is the trunk from here on.
+        own are copied into it; those that there is no room for are run again. `winner` is the trunk
+        from here on.
         """
         store, trunk = self._store, self.trunk
         if winner is not trunk:
             length = min(winner.sequence.length, num_right)
             store.truncate(trunk.sequence, min(winner.num_shared, length, trunk.sequence.length))
-            store.graft(trunk.sequence, winner.sequence, length)
+            with contextlib.suppress(KVFull):
+                store.extend(trunk.sequence, length)
+            store.graft(trunk.sequence, winner.sequence, min(length, trunk.sequence.max_len))
             store.free(winner.sequence)
             self._forks.discard(winner)
             winner.sequence, winner.parent, winner.fork_len = trunk.sequence, None, 0

@@ -13,11 +13,14 @@ import bisect
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from enum import Enum
 
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
+
+# The targets that have room, or may come to have it.
+Rooms = Callable[[], Collection[str]]
 
 # Of the time that generations take, of which the estimate of a wait is made.
 _SMOOTHING = 0.1
@@ -50,41 +53,61 @@ class Place:
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Set once a more urgent request took its place while it ran and had no room.
         self.displaced: CapacityExceeded | None = None
+        # Where it could run while it is short of room.
+        self.rooms: Rooms = frozenset
+        self._asked_at = time.monotonic()
         self._admission = admission
+
+    @property
+    def age_s(self) -> float:
+        """Since it came."""
+        return time.monotonic() - self._asked_at
 
     def __lt__(self, other: Place) -> bool:
         return (self.priority, self.number) < (other.priority, other.number)
 
-    def short_of_room(self, *, has_begun: bool) -> AbstractContextManager[None]:
-        """For as long as it waits, running, for keys and values to fit somewhere.
+    def short_of_room(self, rooms: Rooms, *, has_begun: bool) -> AbstractContextManager[None]:
+        """For as long as it waits, running, for keys and values to fit into one of `rooms`.
 
         Raises CapacityExceeded where it has shown nothing yet and as many others wait as may, none
         of them less urgent; one that has is never refused.
         """
+        self.rooms = rooms
         return self._admission.short_of_room(self, has_begun=has_begun)
 
-    async def turn_for_room(self, *, at_once: bool) -> None:
-        """While short of room: returns when it is the first to try, and trying is worth it.
+    async def turn_for_room(self, *, at_once: bool) -> frozenset[str]:
+        """While short of room: the rooms that it is the first to try, once there is one.
 
-        Not `at_once`: it has just tried; till something ends, or others may have made room.
-        Raises CapacityExceeded once a more urgent request has displaced it.
+        None at all where it has no rooms any more. Not `at_once`: it has just tried; till
+        something ends, or others may have made room. Raises CapacityExceeded once a more urgent
+        request has displaced it.
         """
-        if not at_once:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ROOM_RETRY_S):
-                    await self._admission.change()
-        while self._admission.first_short is not self:
+        while True:
+            if not at_once:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ROOM_RETRY_S):
+                        await self._admission.change()
+                self._admission.let_in()  # rooms may have come
+            at_once = False
             if self.displaced is not None:
                 raise self.displaced
-            await self._admission.change()
+            rooms = frozenset(self.rooms())
+            unclaimed = rooms - self._admission.claimed_before(self)
+            if unclaimed or not rooms:
+                return unclaimed
 
 
 class Admission:
-    """At most `max_running` run and `max_waiting` wait."""
+    """At most `max_running` run and `max_waiting` wait.
+
+    `rooms`: where generations run, the targets. Whoever is short of room claims those that it fits
+    into; a later request may run where one is left unclaimed.
+    """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self.rooms: Rooms = frozenset
         self._numbers = itertools.count()
         self._line: list[Place] = []
         self._short: list[Place] = []
@@ -205,8 +228,16 @@ class Admission:
         await self._changed.wait()
 
     def _may_run(self, place: Place) -> bool:
-        ahead = [*self._short[:1], *self._line[:1]]
-        return self.num_running < self._max_running and not any(other < place for other in ahead)
+        if self.num_running >= self._max_running or (self._line and self._line[0] < place):
+            return False
+        if not self._short or place < self._short[0]:
+            return True
+        return bool(frozenset(self.rooms()) - self.claimed_before(place))
+
+    def claimed_before(self, place: Place) -> frozenset[str]:
+        """The rooms that generations wait for that come before this one."""
+        ahead = itertools.takewhile(lambda short: short < place, self._short)
+        return frozenset().union(*(short.rooms() for short in ahead))
 
     async def _wait(self, place: Place, patience_s: float | None) -> None:
         self._check_patience(place, patience_s)
@@ -233,6 +264,10 @@ class Admission:
 
     def _let_in(self) -> None:
         self._changed.set()
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Those of the line that may run now."""
         while self._line and self._may_run(self._line[0]):
             turn = self._line.pop(0).turn
             if not turn.done():
@@ -248,11 +283,6 @@ class Admission:
     def _saw(self, seconds: float) -> None:
         share = _SMOOTHING if self._mean_s else 1.0
         self._mean_s += share * (seconds - self._mean_s)
-
-    @property
-    def first_short(self) -> Place | None:
-        """Whose turn it is to try for room."""
-        return self._short[0] if self._short else None
 
     @contextlib.contextmanager
     def short_of_room(self, place: Place, *, has_begun: bool) -> Iterator[None]:

@@ -34,10 +34,10 @@ class Turn:
 
 
 class PromptTooLong(InvalidRequest):
-    """Encoding was stopped after `num_tokens`, which are more than the model's context."""
+    """Encoding was stopped after `num_tokens`, which are more than fit."""
 
     def __init__(self, field: str, num_tokens: int, max_tokens: int) -> None:
-        super().__init__(field, f"more than {max_tokens} tokens, the model's context")
+        super().__init__(field, f"more than {max_tokens} tokens, the most that fit with an output")
         self.num_tokens = num_tokens
 
 

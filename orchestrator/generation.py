@@ -46,6 +46,8 @@ def new_state(tiers: Tiers, request: GenerationRequest, turn: Turn) -> Generatio
 class Generation:
     """`run` once. `write` gets every chunk, in order; `asked_at` is when the call came in.
 
+    `check_length` raises InvalidRequest where the request fits no target that there is now.
+
     `state`: of `new_state`. `resumed`: the turn was begun elsewhere, and goes on here; `replayed`
     is then what the state's `replay` returned.
     """
@@ -61,6 +63,7 @@ class Generation:
         *,
         asked_at: float,
         write: Callable[[Chunk, Result | None], Awaitable[None]],
+        check_length: Callable[[], None],
         resumed: Resumed | None = None,
         replayed: tuple[str, Commitment | None] = ("", None),
     ) -> None:
@@ -89,6 +92,7 @@ class Generation:
         self._verifying = Verifying(
             tiers.targets,
             self._open_target,
+            check_length,
             self._state,
             self._kept(is_resumed=resumed is not None),
             place,
@@ -184,6 +188,7 @@ class Generation:
             params=params,
             priority=self._place.priority,
             preempts=preempts,
+            age_s=self._place.age_s,
         )
 
     def _open_draft(self, link: DraftLink, gamma: int) -> DraftHandle:

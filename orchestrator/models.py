@@ -46,6 +46,7 @@ def limits(
         default_max_tokens=model.sampling_defaults.max_tokens or config.default_max_tokens,
         sampling_defaults=model.sampling_defaults,
         is_durable=config.durability == "durable",
+        is_kv_bound=targets.max_len < model.max_context_len,
     )
 
 

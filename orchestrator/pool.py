@@ -114,6 +114,14 @@ class ReplicaPool(Generic[Link]):
                     return link
         return min(open_links, key=lambda link: link.load, default=None)
 
+    def rooms(self, max_len: int = 0) -> frozenset[str]:
+        """The replicas that take generations and could hold one of `max_len` tokens."""
+        return frozenset(
+            endpoint
+            for endpoint, link in self.links.items()
+            if link.takes_generations and max_len <= link.max_len
+        )
+
     async def acquire(
         self, timeout_s: float, preferred: str | None = None, max_len: int = 0
     ) -> Link:
@@ -124,7 +132,8 @@ class ReplicaPool(Generic[Link]):
                     await self.change()
                 return link
         known = ", ".join(sorted(self._wanted)) or "no address is known"
-        raise Unavailable(f"no {self.tier} replica takes generations", known)
+        size = f" of {max_len} tokens" if max_len and self.has_any else ""
+        raise Unavailable(f"no {self.tier} replica takes generations{size}", known)
 
     async def settled(self) -> None:
         """Returns once a replica is connected; raises ConfigError where all were refused."""

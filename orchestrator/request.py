@@ -46,6 +46,14 @@ class Limits:
         default_factory=sampling_pb2.SamplingParams
     )
     is_durable: bool = True
+    # `max_context_len` is what the KV cache of a target holds, and less than the model's context.
+    is_kv_bound: bool = False
+
+    @property
+    def bound(self) -> str:
+        """What prompt and output together have to fit into, for error messages."""
+        what = "the target's KV cache" if self.is_kv_bound else "the model's context"
+        return f"{what} of {self.max_context_len} tokens"
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class GenerationRequest:
     @property
     def input_field(self) -> str:
         """The field of the request that holds the prompt."""
+        if self.resume_from is not None:
+            return "session_id"
         if self.text is not None:
             return "text"
         return "token_ids" if self.token_ids is not None else "chat"
@@ -186,7 +196,7 @@ def _input(
         num_ids = len(request.token_ids.ids)
         if not 1 <= num_ids <= limits.max_context_len:
             raise InvalidRequest(
-                "token_ids", f"{num_ids} tokens; 1 to {limits.max_context_len} are allowed"
+                "token_ids", f"{num_ids} tokens; 1 to {limits.max_context_len}, {limits.bound}"
             )
         ids = tuple(request.token_ids.ids)
         if bad := [i for i in ids if i >= limits.vocab_size]:
@@ -210,9 +220,7 @@ def _check_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenize
     most = min(MAX_TEXT_CHARS, limits.max_context_len * tokenizer.max_token_chars)
     if num_chars > most:
         raise InvalidRequest(
-            field,
-            f"{num_chars} characters; at most {most} are allowed (the model's context is "
-            f"{limits.max_context_len} tokens)",
+            field, f"{num_chars} characters; at most {most} are allowed for {limits.bound}"
         )
 
 
@@ -235,25 +243,34 @@ def _messages(given: Sequence[orchestrator_pb2.ChatMessage]) -> tuple[Message, .
 def resolve_max_tokens(
     request: GenerationRequest, prompt_len: int, limits: Limits
 ) -> GenerationRequest:
-    """Fits max_tokens to the context: the caller's or refused, the server's default or cut."""
+    """Fits max_tokens to what there is: the caller's or refused, the server's default or cut."""
     params = request.params
-    room = limits.max_context_len - prompt_len
-    if room < 1:
-        raise InvalidRequest(
-            request.input_field,
-            f"{prompt_len} tokens leave no room in the model's context of {limits.max_context_len}",
-        )
-    if request.max_tokens is not None and request.max_tokens > room:
-        raise InvalidRequest(
-            "sampling.max_tokens",
-            f"{request.max_tokens} after a prompt of {prompt_len} tokens exceeds the model's "
-            f"context of {limits.max_context_len}; at most {room}",
-        )
     if request.max_tokens is not None:
+        check_length(request, prompt_len, limits)
         return request
+    room = max(0, limits.max_context_len - prompt_len)
     if params.min_tokens > room:
         raise InvalidRequest(
-            "sampling.min_tokens", f"{params.min_tokens}; the context leaves {room}"
+            "sampling.min_tokens",
+            f"{params.min_tokens} after a prompt of {prompt_len} tokens exceeds {limits.bound}; "
+            f"at most {room}",
         )
     max_tokens = min(room, max(limits.default_max_tokens, params.min_tokens))
-    return replace(request, params=replace(params, max_tokens=max_tokens))
+    request = replace(request, params=replace(params, max_tokens=max(1, max_tokens)))
+    check_length(request, prompt_len, limits)
+    return request
+
+
+def check_length(request: GenerationRequest, prompt_len: int, limits: Limits) -> None:
+    """Raises InvalidRequest where prompt and `params.max_tokens` fit no target there is now."""
+    room, max_tokens = limits.max_context_len - prompt_len, request.params.max_tokens
+    if room < 1:
+        raise InvalidRequest(
+            request.input_field, f"{prompt_len} tokens leave no room in {limits.bound}"
+        )
+    if max_tokens > room:
+        raise InvalidRequest(
+            "sampling.max_tokens",
+            f"{max_tokens} after a prompt of {prompt_len} tokens exceeds {limits.bound}; "
+            f"at most {room}",
+        )

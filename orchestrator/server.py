@@ -20,7 +20,13 @@ from orchestrator.callers import current_caller
 from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
 from orchestrator.generation import Generation, new_state
-from orchestrator.request import GenerationRequest, Limits, parse_request, resolve_max_tokens
+from orchestrator.request import (
+    GenerationRequest,
+    Limits,
+    check_length,
+    parse_request,
+    resolve_max_tokens,
+)
 from orchestrator.responses import generate_response, pairing_response, session_response
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, resumed, unanswered
@@ -178,6 +184,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             state,
             asked_at=call.asked_at,
             write=write,
+            check_length=lambda: check_length(asked, len(turn.token_ids), self._limits()),
             resumed=earlier,
             replayed=replayed,
         )

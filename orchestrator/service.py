@@ -74,6 +74,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     targets, drafts = _pools(config, pairing, security.open_channel)
     tiers = _tiers(config, targets, drafts, pairing, store, tokenizer)
     admission = Admission(config.max_generations, config.max_waiting)
+    admission.rooms = targets.rooms
     try:
         await server.start(config.host, config.port)
         async with telemetry("orchestrator", config.host, config) as told:

@@ -18,6 +18,7 @@ from outrider.errors import (
     InvalidRequest,
     KVFull,
     KVLost,
+    KVNeverFits,
     LeaseLost,
     NonFiniteLogits,
     OutriderError,
@@ -31,11 +32,14 @@ from outrider.wire import FLOAT32, UINT16, UINT32, costs_from_proto, pack, sampl
 _ERRORS: dict[int, type[OutriderError]] = {
     target_pb2.RowError.REASON_KV_LOST: KVLost,
     target_pb2.RowError.REASON_KV_FULL: KVFull,
+    target_pb2.RowError.REASON_KV_NEVER: KVNeverFits,
     target_pb2.RowError.REASON_DISPLACED: LeaseLost,
     target_pb2.RowError.REASON_DRAINING: Unavailable,
 }
 
 _NOTHING = np.zeros(0)
+# A generation that is older counts as no older than this: the field has 32 bits.
+MAX_AGE_MS = 2**32 - 1
 
 Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | str
 
@@ -84,8 +88,8 @@ class TargetHandle:
     async def reply(self, proposal: Proposal | None, timeout_s: float) -> TargetReply:
         """The answer to the row sent last.
 
-        Raises KVLost (send the row again with the whole context), KVFull, LeaseLost, Unavailable
-        (the replica is gone or too slow), InternalError.
+        Raises KVLost (send the row again with the whole context), KVFull (open it again when there
+        is room), KVNeverFits, LeaseLost, InternalError, Unavailable (the replica is gone or slow).
         """
         assert self._answer is not None, "a row was sent"
         try:
@@ -201,6 +205,7 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         params: SamplingParams,
         priority: int,
         preempts: bool,
+        age_s: float,
     ) -> TargetHandle:
         """Opens a generation; its first row may follow at once. Raises Unavailable."""
         handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
@@ -214,6 +219,7 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
             sampling=sampling_to_proto(params),
             priority=priority,
             preempts=preempts,
+            age_ms=min(int(1000 * age_s), MAX_AGE_MS),
             traceparent=handle.span.traceparent if handle.span is not None else "",
         )
         handle._count(opening)

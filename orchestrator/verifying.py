@@ -20,7 +20,14 @@ from orchestrator.pool import ReplicaPool
 from orchestrator.session import GenerationState
 from orchestrator.store import KvHandle
 from orchestrator.target_link import TargetHandle, TargetLink
-from outrider.errors import InternalError, KVFull, KVLost, Unavailable
+from outrider.errors import (
+    InternalError,
+    KVFull,
+    KVLost,
+    KVNeverFits,
+    OutriderError,
+    Unavailable,
+)
 
 log = structlog.get_logger()
 
@@ -28,11 +35,14 @@ log = structlog.get_logger()
 _RETRY_S = 0.2
 # A replica that has lost the keys and values of one row so often does not hold them at all.
 _MAX_LOST = 3
+# After these the row is sent again, or elsewhere.
+_RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable)
 
 
 class Verifying:
     """Of one generation. `open_handle` opens it at a replica that holds so much of its context;
-    less urgent ones may lose their room there to it where it is told so.
+    less urgent and later ones may lose their room there to it where it is told so. `check_length`
+    raises InvalidRequest where it fits no replica that there is now.
 
     `send` and `reply` in turn. A reply is waited for `verdict_timeout_s`, a replica `wait_s`.
     """
@@ -41,6 +51,7 @@ class Verifying:
         self,
         pool: ReplicaPool[TargetLink],
         open_handle: Callable[[TargetLink, int, bool], TargetHandle],
+        check_length: Callable[[], None],
         state: GenerationState,
         kept: KvHandle | None,
         place: Place,
@@ -50,6 +61,7 @@ class Verifying:
     ) -> None:
         self._pool = pool
         self._open_handle = open_handle
+        self._check_length = check_length
         self._state = state
         self._kept = kept
         self._place = place
@@ -60,6 +72,8 @@ class Verifying:
         # What the row sent last brought, as far as its replica takes and judges it.
         self.proposal: Proposal | None = None
         self._former_wire_bytes = 0
+        # Replicas that have said that it never fits.
+        self._too_small: set[str] = set()
         # How much of the context the replica holds, and how much of the prompt was there before.
         self.cached_len = 0
         self.num_reused = 0
@@ -74,9 +88,15 @@ class Verifying:
         return self._handle.latency_s if self._handle else 0.0
 
     async def open(self) -> None:
-        """Raises Unavailable where no replica comes within `wait_s`."""
+        """Raises InvalidRequest where it fits no replica, Unavailable where none comes in time."""
         preferred = self._kept.replica if self._kept else None
-        self._take(await self._pool.acquire(self._wait_s, preferred, self._state.max_len))
+        self._check_length()
+        try:
+            link = await self._pool.acquire(self._wait_s, preferred, self._state.max_len)
+        except Unavailable:
+            self._check_length()  # the larger ones may have gone meanwhile
+            raise
+        self._take(link)
 
     def send(self, proposal: Proposal | None) -> None:
         """The next row leaves at once; from a replica that is about to stop, elsewhere."""
@@ -91,13 +111,13 @@ class Verifying:
         """The answer to the row sent last, from whichever replica gives it.
 
         Where no replica has room it is waited for. Raises CapacityExceeded where too many wait
-        for that already and nothing is shown yet, Unavailable where no replica comes in time,
-        LeaseLost, InvalidRequest, InternalError.
+        for that already and nothing is shown yet, InvalidRequest where then no replica is large
+        enough, Unavailable where none comes in time, LeaseLost, InternalError.
         """
         assert self._handle is not None, "it is open"
         try:
             reply = await self._handle.reply(self.proposal, self._verdict_timeout_s)
-        except (KVLost, KVFull, Unavailable) as error:
+        except _RETRIED as error:
             with contextlib.ExitStack() as waiting:
                 reply = await self._retried(error, waiting)
         if reply.is_without_drafts:
@@ -106,9 +126,7 @@ class Verifying:
             self.num_reused = self.cached_len + reply.num_reused_tokens
         return reply
 
-    async def _retried(
-        self, error: KVLost | KVFull | Unavailable, waiting: contextlib.ExitStack
-    ) -> TargetReply:
+    async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> TargetReply:
         """Sends the row until it is answered; what it waits in is left with `waiting`."""
         num_lost, full, is_short = 0, set[str](), False
         while True:
@@ -123,20 +141,24 @@ class Verifying:
                 self.num_reused = self.cached_len = 0
                 self._send()
             else:
+                if isinstance(error, KVNeverFits):
+                    self._too_small.add(self._handle.replica)
                 if isinstance(error, KVFull):
                     full.add(self._handle.replica)
                 if full and self._pick(full) is None:
+                    # One that has just lost its room to another does not find it free at once.
+                    at_once = not is_short and not self._has_begun
                     if not is_short:
-                        has_begun = self._state.counts.num_rounds > 0
-                        waiting.enter_context(self._place.short_of_room(has_begun=has_begun))
+                        waiting.enter_context(
+                            self._place.short_of_room(self._rooms, has_begun=self._has_begun)
+                        )
                         log.info("short_of_room", why=str(error))
-                    await self._place.turn_for_room(at_once=not is_short)
                     is_short = True
-                    full.clear()
+                    full = set(self._rooms() - await self._place.turn_for_room(at_once=at_once))
                 await self._move(error, full, preempts=is_short)
             try:
                 return await self._handle.reply(self.proposal, self._verdict_timeout_s)
-            except (KVLost, KVFull, Unavailable) as again:
+            except _RETRIED as again:
                 error = again
 
     def committed(self, cached_len: int) -> None:
@@ -153,8 +175,17 @@ class Verifying:
         if self._handle is not None:
             self._handle.close(keep=keep)
 
+    @property
+    def _has_begun(self) -> bool:
+        """Its client may have seen tokens."""
+        return self._state.counts.num_rounds > 0
+
+    def _rooms(self) -> frozenset[str]:
+        """The replicas that could hold it, had they room now."""
+        return self._pool.rooms(self._state.max_len) - self._too_small
+
     def _pick(self, avoid: Collection[str] = ()) -> TargetLink | None:
-        return self._pool.pick(avoid=avoid, max_len=self._state.max_len)
+        return self._pool.pick(avoid={*avoid, *self._too_small}, max_len=self._state.max_len)
 
     def _take(self, link: TargetLink, *, preempts: bool = False) -> None:
         kept_len = 0
@@ -170,10 +201,11 @@ class Verifying:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
         self._handle.send_row(self.cached_len, context[self.cached_len :], self.proposal)
 
-    async def _move(
-        self, error: Unavailable | KVFull, full: Collection[str], *, preempts: bool
-    ) -> None:
-        """The row goes to another replica, as soon as there is one. Raises `error` at the end."""
+    async def _move(self, error: OutriderError, full: Collection[str], *, preempts: bool) -> None:
+        """The row goes to another replica, as soon as there is one.
+
+        Raises InvalidRequest where it fits none and has not begun, Unavailable at the end.
+        """
         give_up_at = time.monotonic() + self._wait_s
         while True:
             link = self._pick(full) or self._pick()
@@ -182,7 +214,13 @@ class Verifying:
                     self._moved(link, str(error), preempts=preempts)
                     self._send()
                     return
+            if not self._has_begun:
+                self._check_length()
             if time.monotonic() > give_up_at:
+                if self._pool.has_any:
+                    max_len, largest = self._state.max_len, self._pool.max_len
+                    why = f"no target holds {max_len} tokens now; the largest holds {largest}"
+                    raise Unavailable(why) from error
                 raise error
             await asyncio.sleep(_RETRY_S)
 

@@ -12,7 +12,8 @@ OutriderError
  ├─ UnreadableRecord     what Redis holds of a session is not for this version to read
  ├─ LeaseLost            a later owner has taken the session: this writer is stale
  ├─ CapacityExceeded     no room now; may be retried later
- │   └─ KVFull           the KV budget has no room for it
+ │   └─ KVFull           the KV budget has no room for it now
+ ├─ KVNeverFits          it is longer than the whole KV budget
  ├─ ClientStalled        a client has not read its stream for too long
  ├─ KVLost               keys and values that a caller relied on are gone
  ├─ Unavailable          a tier or the store cannot be reached
@@ -104,7 +105,15 @@ class CapacityExceeded(OutriderError):
 
 
 class KVFull(CapacityExceeded):
-    """The KV budget has no room for the sequence."""
+    """The KV budget has no room for the sequence now. `num_pages` are needed, where it is known."""
+
+    def __init__(self, message: str, num_pages: int = 0) -> None:
+        super().__init__(message)
+        self.num_pages = num_pages
+
+
+class KVNeverFits(OutriderError):
+    """The sequence is longer than all of a replica's KV budget: it never has room there."""
 
 
 class ClientStalled(OutriderError):

@@ -58,6 +58,7 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
     (errors.UnreadableRecord, code_pb2.FAILED_PRECONDITION),
     (errors.LeaseLost, code_pb2.ABORTED),
     (errors.CapacityExceeded, code_pb2.RESOURCE_EXHAUSTED),
+    (errors.KVNeverFits, code_pb2.RESOURCE_EXHAUSTED),
     (errors.ClientStalled, code_pb2.CANCELLED),
     (errors.KVLost, code_pb2.UNAVAILABLE),
     (errors.Unavailable, code_pb2.UNAVAILABLE),

@@ -33,6 +33,8 @@ class Open:
     params: SamplingParams
     priority: int = 0
     preempts: bool = False
+    # How long ago it was begun, here or elsewhere.
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True)

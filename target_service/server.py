@@ -43,6 +43,7 @@ from target_service.rows import (
 _REASONS = {
     FailureReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
     FailureReason.KV_FULL: target_pb2.RowError.REASON_KV_FULL,
+    FailureReason.KV_NEVER: target_pb2.RowError.REASON_KV_NEVER,
     FailureReason.BAD_MESSAGE: target_pb2.RowError.REASON_BAD_ROW,
     FailureReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,
     FailureReason.INTERNAL: target_pb2.RowError.REASON_INTERNAL,
@@ -126,6 +127,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
             priority=item.priority,
             preempts=item.preempts,
+            age_s=item.age_ms / 1000,
         )
 
     def requests(self, frame: target_pb2.VerifyRequest) -> Iterable[target_pb2.VerifyRow]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import structlog
 
 from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
-from outrider.errors import InvalidRequest, KVLost, NonFiniteLogits
-from outrider.serving.commands import Close, Failure, FailureReason, Forget
+from outrider.errors import InvalidRequest, KVLost, KVNeverFits, NonFiniteLogits
+from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
 from outrider.serving.sessions import Live
@@ -36,7 +36,6 @@ log = structlog.get_logger()
 class _Generation:
     key: GenerationKey
     sampler: Sampler
-    priority: int = 0
     preempts: bool = False
     # Of the context, by all rows so far.
     committed_len: int = 0
@@ -94,7 +93,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         self._max_gamma = max_gamma
         self._generations: dict[GenerationKey, Live[_Generation]] = {}
         self._waiting: dict[GenerationKey, Live[_Generation]] = {}
-        self._num_steps = self._num_rows = self._num_tokens = self._num_preempted = 0
+        self._num_steps = self._num_rows = self._num_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -118,7 +117,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
     def _execute(self, command: Command) -> Sequence[Failure]:
         match command:
             case Open():
-                return self._open(command)
+                self._open(command)
             case Row():
                 self._enqueue(command)
             case Close():
@@ -127,7 +126,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
                 self._table.forget(command.session_id)
         return ()
 
-    def _open(self, command: Open) -> Sequence[Failure]:
+    def _open(self, command: Open) -> None:
         info = self._engine.info
         if command.key in self._generations:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
@@ -135,37 +134,21 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             raise InvalidRequest("max_len", f"{command.max_len} leaves no room after the prompt")
         if command.max_len > info.max_context_len:
             raise InvalidRequest("max_len", f"{command.max_len} exceeds the model's context")
+        capacity = self._engine.store.capacity_tokens
+        if command.max_len > capacity:
+            raise KVNeverFits(
+                f"max_len {command.max_len} exceeds the KV cache of {capacity} tokens"
+            )
         command.params.validate(info.vocab_size)
         sampler = self._engine.sampler(command.params, command.prompt_len, info.vocab_size)
-        live, failures = self._reserve(
+        self._generations[command.key] = self._opened(
             command.session_id,
             command.epoch,
             command.kept_epoch,
             command.max_len,
-            _Generation(command.key, sampler, command.priority, command.preempts),
+            (command.priority, time.monotonic() - command.age_s),
+            _Generation(command.key, sampler, command.preempts),
         )
-        if live is not None:
-            self._generations[command.key] = live
-        return failures
-
-    def _make_room(self, state: _Generation, max_len: int) -> list[Failure] | None:
-        """Closes the least urgent generation, of several the latest, where that can be enough.
-
-        Nothing is lost with it but time: its orchestrator opens it again when there is room.
-        """
-        others = [
-            live for live in self._generations.values() if live.state.priority > state.priority
-        ]
-        store = self._engine.store
-        num_free = store.capacity_tokens - store.used_tokens
-        if not state.preempts or num_free + sum(o.sequence.max_len for o in others) < max_len:
-            return None
-        victim = max(reversed(others), key=lambda live: live.state.priority, default=None)
-        if victim is None:
-            return None
-        self._num_preempted += 1
-        why = f"its room went to a generation of priority {state.priority}"
-        return [self._fail(victim.state.key, FailureReason.KV_FULL, why)]
 
     def _enqueue(self, row: Row) -> None:
         live = self._generations.get(row.key)
@@ -176,7 +159,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         row.check(len(live.token_ids), self._max_gamma, self._engine.info.vocab_size)
         if row.keep_len > live.sequence.length:
             raise KVLost(f"{live.sequence.length} tokens are held, not {row.keep_len}")
-        self._engine.store.truncate(live.sequence, row.keep_len)
+        self._table.cut(live, row.keep_len)
         live.token_ids[row.keep_len : row.num_tokens] = row.token_ids
         state = live.state
         state.waiting, state.is_begun, state.is_without_drafts = row, False, False
@@ -199,36 +182,48 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         plan: list[_Planned] = []
         prompts: list[Live[_Generation]] = []
         budget = self._max_step_tokens
-        for live in self._waiting.values():
+        for live in tuple(self._waiting.values()):
             if self._is_prompt(live):
                 prompts.append(live)
-                continue
-            self._begin(live)
-            plan.append(_planned(live, _num_tokens_left(live)))
-            budget -= len(plan[-1].append.token_ids)
+            elif self._begin(live):
+                plan.append(_planned(live, _num_tokens_left(live)))
+                budget -= len(plan[-1].append.token_ids)
         budget = max(budget, self._max_step_tokens // 4, 1)
-        for live in sorted(prompts, key=lambda live: live.state.priority):
+        for live in sorted(prompts, key=lambda live: live.urgency[0]):
             if budget <= 0:
                 break
-            self._begin(live)
-            is_long = self._is_prompt(live)  # else the cache had nearly all of it
-            plan.append(_planned(live, budget if is_long else _num_tokens_left(live)))
-            budget -= len(plan[-1].append.token_ids)
-        return plan
+            if self._begin(live):
+                is_long = self._is_prompt(live)  # else the cache had nearly all of it
+                plan.append(_planned(live, budget if is_long else _num_tokens_left(live)))
+                budget -= len(plan[-1].append.token_ids)
+        # Some may have lost their room to those that came after them.
+        return [planned for planned in plan if planned.key in self._waiting]
 
     def _is_prompt(self, live: Live[_Generation]) -> bool:
         """The row is longer than a verification can be; else it is run whole."""
         return _num_tokens_left(live) > 1 + self._max_gamma
 
-    def _begin(self, live: Live[_Generation]) -> None:
-        """Before the first pass of a row: not sooner, for what the passes till then may cache."""
-        state, row = live.state, _row_of(live)
+    def _begin(self, live: Live[_Generation]) -> bool:
+        """Before the first pass of a row: room for it, or False where it has failed.
+
+        Not sooner, for what the passes till then may cache.
+        """
+        state = live.state
+        if state.key not in self._waiting:  # its room went to one before it
+            return False
         if state.is_begun:
-            return
-        state.is_begun = True
-        num_context = len(row.context_token_ids)
-        state.num_reused = 0 if row.keep_len else self._table.reuse_prefix(live, num_context)
-        self._num_prefill_tokens += num_context - 1 - state.num_reused
+            return True
+        row = _row_of(live)
+        # The first row, and one for which others' pages had to be given up, start from nothing.
+        context_len = state.committed_len if not live.sequence.length else 0
+        num_reused = self._reserve(
+            live, row.num_tokens, context_len=context_len, preempts=state.preempts
+        )
+        if num_reused is None:
+            return False
+        state.is_begun, state.num_reused = True, num_reused
+        self._num_prefill_tokens += state.committed_len - 1 - live.sequence.length
+        return True
 
     def _advance(self, work: Sequence[_Planned]) -> list[RowReply | Failure]:
         appends = [p.append for p in work]
@@ -274,8 +269,9 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             return False
         log.warning("drafts_left_out", session_id=live.session_id, why=str(reply))
         self._table.forget_prefix(live)
-        self._engine.store.truncate(live.sequence, row.keep_len)
-        live.state.waiting, live.state.is_without_drafts = row.without_drafts(), True
+        self._table.cut(live, row.keep_len)
+        state = live.state
+        state.waiting, state.is_begun, state.is_without_drafts = row.without_drafts(), False, True
         return True
 
 

@@ -4,8 +4,9 @@ Knows lengths, pages and tensors; nothing about models or attention, and of toke
 prefix cache goes by them.
 
 Invariant that the rest relies on: every page of a sequence that an append may still write
-(from the page of position `length` on) has that sequence as its only owner. So an append
-never allocates and never fails for want of room, and what is shared or cached is never written.
+(from the page of position `length` on) has that sequence as its only owner. So an append within
+`max_len` never allocates and never fails for want of room, and what is shared or cached is never
+written. `max_len` grows with the sequence; how its pages are found and placed is in placement.py.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 
 from outrider.engine.kv_rows import KVRows, LayerLayout
 from outrider.engine.pages import PAGE_SIZE, PageAllocator
+from outrider.engine.placement import Placement
 from outrider.engine.prefix_cache import PrefixCache, TokenIds
-from outrider.engine.sequence import Sequence, leading_run, pages_for
+from outrider.engine.sequence import Sequence, pages_for
+from outrider.errors import KVFull
 
 __all__ = ["PAGE_SIZE", "KVStore", "LayerLayout", "Sequence"]
 
@@ -39,6 +42,16 @@ class KVStore:
         """A page that no sequence has: rows that only fill up a batch may be written there."""
         self._rows = KVRows(layers, (num_pages + 1) * PAGE_SIZE)
         self.keys, self.values = self._rows.keys, self._rows.values
+        self._placement = Placement(self._allocator, self._cache, self._rows)
+
+    @property
+    def num_pages(self) -> int:
+        return self._allocator.num_pages
+
+    @property
+    def num_unpinned_pages(self) -> int:
+        """Pages that are not used: free, spare, only cached, or parked."""
+        return self._allocator.num_pages - self._allocator.num_pinned
 
     @property
     def capacity_tokens(self) -> int:
@@ -48,9 +61,10 @@ class KVStore:
     def used_tokens(self) -> int:
         """Tokens in reserved pages; a page that several sequences share counts once.
 
-        Not those that are only cached: their room is there for the asking.
+        Pages that are only cached, parked or spare do not count: they are given up when their
+        room is wanted. May be read on any thread.
         """
-        return (self._allocator.num_pages - self._cache.num_available) * PAGE_SIZE
+        return self._allocator.num_pinned * PAGE_SIZE
 
     @property
     def idle_tokens(self) -> int:
@@ -61,12 +75,18 @@ class KVStore:
     def num_sequences(self) -> int:
         return len(self._sequences)
 
-    def open(self, max_len: int) -> Sequence:
-        """An empty sequence with room for `max_len` tokens. Raises KVFull, reserving nothing."""
-        if max_len < 1:
+    def open(self, max_len: int, want_len: int = 0) -> Sequence:
+        """An empty sequence with room for `max_len` tokens, which may come to hold `want_len`.
+
+        Raises KVFull, reserving nothing; never where `max_len` is 0.
+        """
+        if max_len < 0 or max(max_len, want_len) < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
         with self._lock:
-            return self._adopt(Sequence(self, max_len, self._cache.take(pages_for(max_len))))
+            sequence = Sequence(self, [])
+            sequence.want_len = want_len
+            self._placement.reserve(sequence, max_len)
+            return self._adopt(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forgets the tokens from `length` on; the reservation stays.
@@ -78,29 +98,40 @@ class KVStore:
             self._check_alive(sequence)
             if not 0 <= length <= sequence.length:
                 raise ValueError(f"cannot truncate {sequence} to {length} tokens")
-            self._own_from(sequence, length)
+            self._placement.own_from(sequence, length)
             sequence.length = length
 
-    def extend(self, sequence: Sequence, max_len: int) -> None:
-        """Grows the reservation to `max_len` tokens. Raises KVFull, leaving it as it was."""
+    def extend(self, sequence: Sequence, max_len: int, *, margin: int = 0) -> None:
+        """Grows the reservation to `max_len` tokens; `margin` pages must be left to be had.
+
+        Raises KVFull, leaving it as it was.
+        """
         with self._lock:
             self._check_alive(sequence)
-            missing = pages_for(max_len) - len(sequence._pages)
-            if missing > 0:
-                self._grow(sequence, missing)
-            sequence.max_len = max(sequence.max_len, max_len)
+            self._placement.reserve(sequence, max_len, margin=margin)
 
     def shrink(self, sequence: Sequence, max_len: int) -> None:
         """Gives back what the reservation has beyond `max_len` tokens, which must hold `length`."""
         with self._lock:
             self._check_alive(sequence)
-            if max_len < max(1, sequence.length):
+            if max_len < sequence.length:
                 raise ValueError(f"cannot shrink {sequence} to {max_len} tokens")
-            num_pages = pages_for(max_len)
-            self._cache.release(sequence._pages[num_pages:])
-            del sequence._pages[num_pages:]
+            self._placement.cut(sequence, pages_for(max_len))
             sequence.max_len = min(sequence.max_len, max_len)
-            sequence.num_leading = min(sequence.num_leading, num_pages)
+            sequence.want_len = sequence.max_len
+
+    def park(self, sequence: Sequence) -> None:
+        """What it holds may be evicted (freed) from now on, and does not count as used."""
+        with self._lock:
+            self._check_alive(sequence)
+            self._placement.park(sequence)
+
+    def unpark(self, sequence: Sequence, want_len: int) -> None:
+        """It goes on, and may come to hold `want_len` tokens."""
+        with self._lock:
+            self._check_alive(sequence)
+            self._placement.unpark(sequence)
+            sequence.want_len = max(sequence.max_len, want_len)
 
     def fork(self, sequence: Sequence, max_len: int, length: int | None = None) -> Sequence:
         """A second sequence with the first `length` tokens (None: all) and room for `max_len`.
@@ -116,11 +147,12 @@ class KVStore:
             if max_len < max(1, length):
                 raise ValueError(f"a fork of {sequence} cannot have room for {max_len} tokens")
             num_shared, num_copied = divmod(length, PAGE_SIZE)
-            own = self._cache.take(pages_for(max_len) - num_shared)
+            own = self._placement.take(pages_for(max_len) - num_shared)
             shared = sequence._pages[:num_shared]
             self._allocator.share(shared)
             known = min(sequence.num_leading, num_shared)
-            child = self._adopt(Sequence(self, max_len, shared + own, known))
+            child = self._adopt(Sequence(self, shared + own, known))
+            child.max_len = child.want_len = max_len
             child._num_lent = num_shared
             sequence._num_lent = max(sequence._num_lent, num_shared)
             if num_copied:
@@ -154,21 +186,54 @@ class KVStore:
 
         By full pages; returns by how many tokens. Takes no room, so it never fails for want of it.
         """
+        return self.extend_with_prefix(sequence, sequence.max_len, token_ids)
+
+    def extend_with_prefix(
+        self, sequence: Sequence, max_len: int, token_ids: TokenIds, *, margin: int = 0
+    ) -> int:
+        """As `extend`, then `reuse_prefix`; no room is needed for pages that can be shared.
+
+        Raises KVFull, leaving it as it was.
+        """
         with self._lock:
             self._check_alive(sequence)
-            found = self._cache.match(token_ids)[: sequence.max_len // PAGE_SIZE]
+            max_len = max(max_len, sequence.max_len)
+            found = self._cache.match(token_ids)[: max_len // PAGE_SIZE]
             start, stop = sequence.length, len(found) * PAGE_SIZE
             if stop <= start:
+                self._placement.reserve(sequence, max_len, margin=margin)
                 return 0
-            if self._is_better_shared(sequence, found):
-                self._replace(sequence, start // PAGE_SIZE, found)
-            else:
-                rows = np.asarray(found)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)
-                self._rows.copy_scattered(
-                    rows.reshape(-1)[start:], self.slots(sequence, start, stop)
-                )
-            sequence.length = stop
+            found_on = found[start // PAGE_SIZE :]
+            self._cache.share(found_on)  # they are not what makes room
+            try:
+                is_shared = self._begin_with(sequence, found, max_len, margin)
+            except KVFull:
+                self._cache.release(found_on)
+                raise
+            if not is_shared:
+                self._cache.release(found_on)
             return stop - start
+
+    def _begin_with(self, sequence: Sequence, found: list[int], max_len: int, margin: int) -> bool:
+        """Extends the sequence, with what was found shared or copied; whether it is shared."""
+        placement = self._placement
+        start, stop = sequence.length, len(found) * PAGE_SIZE
+        num_pages, num_reserved = pages_for(max_len), sequence.num_reserved
+        missing = max(0, num_pages - num_reserved)
+        has_room = not missing or missing + margin <= placement.num_available
+        if not has_room or placement.is_better_shared(sequence, found, missing):
+            num_freed = min(num_reserved, len(found)) - start // PAGE_SIZE
+            num_needed = num_pages - max(num_reserved, len(found))
+            placement.check_room(max(0, num_needed - num_freed), margin)
+            placement.begin_with(sequence, found)
+            sequence.length = stop
+            placement.reserve(sequence, max_len)
+            return True
+        placement.reserve(sequence, max_len, margin=margin)
+        rows = np.asarray(found)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)
+        self._rows.copy_scattered(rows.reshape(-1)[start:], sequence.slots(start, stop))
+        sequence.length = stop
+        return False
 
     def graft(self, sequence: Sequence, source: Sequence, length: int) -> None:
         """Appends to `sequence` what `source` holds of positions [sequence.length, length).
@@ -191,9 +256,8 @@ class KVStore:
         with self._lock:
             self._check_alive(sequence)
             self._sequences.remove(sequence)
-            self._cache.release(sequence._pages)
+            self._placement.cut(sequence, 0)
             sequence._store = None
-            sequence._pages = []
             sequence.num_leading = 0
 
     def compact(self, sequence: Sequence) -> None:
@@ -204,8 +268,7 @@ class KVStore:
         """
         with self._lock:
             self._check_alive(sequence)
-            if sequence.run_start is None:
-                self._move(sequence, len(sequence._pages))
+            self._placement.compact(sequence)
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
         """Rows of the layers' tensors that hold positions [start, stop): int64 [stop - start]."""
@@ -222,8 +285,10 @@ class KVStore:
         """Asserts that pages, owners, reservations and lengths agree."""
         with self._lock:
             owned = [sequence._pages for sequence in self._sequences]
-            self._allocator.check_integrity([*owned, self._cache.pages])
+            pinned = [s._pages[: s.num_reserved] for s in self._sequences if not s.is_parked]
+            self._allocator.check_integrity([*owned, self._cache.pages], pinned)
             self._cache.check_integrity()
+            self._placement.check_integrity()
             for sequence in self._sequences:
                 assert sequence._store is self, f"{sequence} belongs to another store"
                 sequence.check_integrity(self._allocator.num_owners)
@@ -235,75 +300,3 @@ class KVStore:
     def _check_alive(self, sequence: Sequence) -> None:
         if sequence._store is not self:
             raise ValueError(f"{sequence} is not open in this store")
-
-    def _own_from(self, sequence: Sequence, length: int) -> None:
-        """Replaces pages that others use from the page of position `length` on (copy-on-write).
-
-        Those that are only cached leave the cache instead: that needs no room.
-        """
-        first = length // PAGE_SIZE
-        pages = sequence._pages
-        lent = range(first, min(sequence._num_lent, len(pages)))
-        stale = [i for i in lent if self._cache.num_users(pages[i]) > 1]
-        if stale:
-            fresh = self._cache.take(len(stale))
-            if stale[0] == first and length % PAGE_SIZE:
-                source = pages[first] * PAGE_SIZE
-                self._rows.copy(source, fresh[0] * PAGE_SIZE, length % PAGE_SIZE)
-            self._cache.release([pages[i] for i in stale])
-            for index, page in zip(stale, fresh, strict=True):
-                pages[index] = page
-            sequence.num_leading = leading_run(pages, min(sequence.num_leading, stale[0]))
-        for index in lent:
-            self._cache.forget(pages[index])
-        sequence._num_lent = min(sequence._num_lent, first)
-
-    def _is_better_shared(self, sequence: Sequence, found: list[int]) -> bool:
-        """Whether a sequence should begin with these pages themselves, not a copy of them.
-
-        All who share a beginning read it in place, once for all of them, but gather what each has
-        behind it: three times the reading. And a copy takes as much memory again.
-        """
-        in_place = leading_run(found)
-        num_behind = len(sequence._pages) - in_place
-        is_scarce = 2 * self._cache.num_available < self._allocator.num_pages
-        return is_scarce or in_place > 2 * num_behind
-
-    def _replace(self, sequence: Sequence, first: int, found: list[int]) -> None:
-        """The pages `found` go in the place of the sequence's own from page `first` on."""
-        self._cache.share(found[first:])
-        self._cache.release(sequence._pages[first : len(found)])
-        sequence._pages[first : len(found)] = found[first:]
-        sequence._num_lent = max(sequence._num_lent, len(found))
-        sequence.num_leading = leading_run(sequence._pages)
-
-    def _grow(self, sequence: Sequence, missing: int) -> None:
-        """Adds pages: the next ones if they are free, else by moving, else from anywhere."""
-        pages = sequence._pages
-        self._cache.make_room(missing)
-        if sequence.run_start is not None:
-            adjacent = self._allocator.take_at(pages[-1] + 1, missing)
-            if adjacent is not None:
-                pages += adjacent
-                sequence.num_leading = len(pages)
-                return
-        if not self._move(sequence, len(pages) + missing):
-            pages += self._allocator.take(missing)
-            sequence.num_leading = leading_run(pages, sequence.num_leading)
-
-    def _move(self, sequence: Sequence, num_pages: int) -> bool:
-        """Moves a sequence to a run of `num_pages`; False if there is none, or others use it.
-
-        Pages that it leaves in the cache are idle from then on.
-        """
-        if not self._allocator.has_run(num_pages):
-            return False
-        if any(self._cache.num_users(page) > 1 for page in sequence._pages[: sequence._num_lent]):
-            return False
-        run = self._allocator.take(num_pages)
-        rows = self.slots(sequence, 0, sequence.length)
-        self._rows.copy_scattered(rows, np.arange(rows.size) + run[0] * PAGE_SIZE)
-        self._cache.release(sequence._pages)
-        sequence._pages, sequence._num_lent = run, 0
-        sequence.num_leading = num_pages
-        return True

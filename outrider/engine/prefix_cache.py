@@ -90,23 +90,23 @@ class PrefixCache:
                 assert page not in self._nodes, f"page {page} is cached for other tokens"
                 child = _Node(page, key, node)
                 node.children[key] = self._nodes[page] = child
-                self._allocator.share([page])
+                self._allocator.share([page], pinned=False)
             node = child
             path.append(node.page)
         self._touch(path)
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more owner for each of these pages, which are cached or owned."""
+        """One more owner for each of these pages, which are cached or owned; it pins them."""
         self._allocator.share(pages)
         for page in pages if self._idle else ():
             self._idle.pop(page, None)
 
-    def release(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Iterable[int], *, pinned: bool = True) -> None:
         """One owner less for each; a page without any but the cache is idle, the last ones first.
 
         So of one sequence's pages those that continue others are evicted before them.
         """
-        for page in reversed(self._allocator.release(pages)):
+        for page in reversed(self._allocator.release(pages, pinned=pinned)):
             if page in self._nodes:
                 self._idle[page] = None
 
@@ -116,11 +116,6 @@ class PrefixCache:
         if node is not None:
             for below in reversed(list(_descendants(node))):
                 self._drop(below)
-
-    def take(self, count: int) -> list[int]:
-        """As PageAllocator.take, after eviction if need be."""
-        self.make_room(count)
-        return self._allocator.take(count)
 
     def make_room(self, count: int) -> None:
         """Evicts until there is a free run of `count` pages, or enough; nothing if in vain."""
@@ -163,7 +158,7 @@ class PrefixCache:
         assert not node.children, "a page is dropped before what continues it"
         del node.parent.children[node.key], self._nodes[node.page]
         self._idle.pop(node.page, None)
-        self._allocator.release([node.page])
+        self._allocator.release([node.page], pinned=False)
 
 
 def _keys(token_ids: TokenIds) -> Iterator[bytes]:

@@ -29,7 +29,10 @@ class FailureReason(Enum):
 
     # Send the context again; the only one after which the generation is still open.
     KV_LOST = "kv_lost"
+    # No room now; or its room went to a more urgent one, or to one that began earlier.
     KV_FULL = "kv_full"
+    # It is longer than all of the KV budget.
+    KV_NEVER = "kv_never"
     BAD_MESSAGE = "bad_message"
     DISPLACED = "displaced"
     INTERNAL = "internal"

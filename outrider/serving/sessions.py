@@ -1,7 +1,8 @@
 """Which session owns which keys and values, on either tier: live generations and kept ones.
 
-A generation is live between open and close; a session's KV may be kept for its next turn and is
-then evicted, least recently used first, when a new reservation needs room. Fencing: a later epoch
+A generation is live between open and close, and reserves pages as it grows. A session's KV may be
+kept for its next turn and is then evicted, least recently used first, when a live one needs room.
+Fencing: a later epoch
 of a session displaces an earlier one, never the reverse; the same epoch is its owner come again
 over a new stream. Knows nothing of rows, drafts or the wire.
 
@@ -13,6 +14,7 @@ Lives on the device thread.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -26,17 +28,24 @@ from outrider.engine.kv_store import KVStore, Sequence
 from outrider.errors import KVFull, LeaseLost
 
 State = TypeVar("State")
+Urgency = tuple[int, float, int]
 
 
 @dataclass(eq=False)
 class Live(Generic[State]):
-    """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is held."""
+    """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is held.
+
+    `urgency`: priority, start, number; of two that lack room the greater one gives way. `has_room`:
+    it has reserved pages, so it has something to give.
+    """
 
     session_id: str
     epoch: int
+    urgency: Urgency
     sequence: Sequence
     token_ids: npt.NDArray[np.int64]
     state: State
+    has_room: bool = False
 
 
 @dataclass
@@ -77,12 +86,19 @@ class SessionTable(Generic[State]):
         return self._live.get(session_id)
 
     def open(
-        self, session_id: str, epoch: int, kept_epoch: int | None, max_len: int, state: State
+        self,
+        session_id: str,
+        epoch: int,
+        kept_epoch: int | None,
+        max_len: int,
+        started: tuple[int, float],
+        state: State,
     ) -> Live[State]:
-        """Reserves `max_len` tokens, on top of kept KV of epoch `kept_epoch` (None: of any).
+        """Begins with kept KV of epoch `kept_epoch` (None: of any); reserves nothing yet.
 
-        The caller closes a live generation of the session first (`find`). Raises LeaseLost if that
-        one is of a later epoch, KVFull if there is no room even without all that is kept.
+        It can become `max_len` tokens long. `started`: its priority, and when it was begun. The
+        caller closes a live generation of the session first (`find`). Raises LeaseLost if that one
+        is of a later epoch.
         """
         self.expire()
         live = self._live.get(session_id)
@@ -94,32 +110,68 @@ class SessionTable(Generic[State]):
         if kept is not None and kept_epoch not in (None, kept.epoch):
             self._store.free(kept.sequence)
             kept = None
-        if kept is not None and kept.sequence.length > max_len:
-            self._store.truncate(kept.sequence, max_len)
-        sequence = self._reserve(kept.sequence if kept else None, max_len)
         token_ids = np.zeros(max_len, np.int64)
-        if kept is not None:
-            token_ids[: sequence.length] = kept.token_ids[: sequence.length]
-        opened = Live(session_id, epoch, sequence, token_ids, state)
+        if kept is None:
+            sequence = self._store.open(0, max_len)
+        else:
+            sequence = kept.sequence
+            self._store.unpark(sequence, max_len)
+            num_kept = min(sequence.length, max_len)
+            token_ids[:num_kept] = kept.token_ids[:num_kept]
+        urgency = (*started, self.num_opened)
+        opened = Live(session_id, epoch, urgency, sequence, token_ids, state)
+        opened.has_room = kept is not None
+        if sequence.length > max_len:
+            self.cut(opened, max_len)
         self._live[session_id] = opened
         self.num_opened += 1
         return opened
 
-    def _reserve(self, sequence: Sequence | None, max_len: int) -> Sequence:
+    def cut(self, live: Live[State], length: int) -> None:
+        """Forgets the tokens from `length` on; all of them where that would take pages.
+
+        It takes pages where others share those that would be written again.
+        """
+        if length == live.sequence.length:
+            return
+        with contextlib.suppress(KVFull):
+            if length:
+                self._store.truncate(live.sequence, length)
+                return
+        self._store.free(live.sequence)
+        live.sequence = self._store.open(0, len(live.token_ids))
+
+    def reserve(
+        self, live: Live[State], num_tokens: int, *, context_len: int = 0, margin: int = 0
+    ) -> int:
+        """Room for the first `num_tokens` tokens; then `margin` pages are left to be had.
+
+        With a `context_len`, which the buffer has, it begins with what is cached of so many tokens
+        but the last one, whose logits are wanted; how many were found. Pages that it shares with
+        others need no room. To be called before they are run. Raises KVFull where there is no room
+        even without all that is kept.
+        """
+        sequence, store = live.sequence, self._store
+        held = sequence.length
+        is_asked = self._prefix_cache and context_len > 0
         while True:
             try:
-                if sequence is None:
-                    return self._store.open(max_len)
-                self._store.extend(sequence, max(max_len, sequence.max_len))
-                return sequence
-            except KVFull:
-                if self._kept:
-                    self._evict()
-                elif sequence is not None:  # its own old place may be what is in the way
-                    self._store.free(sequence)
-                    sequence = None
+                if is_asked:
+                    ids = live.token_ids[: context_len - 1]
+                    num_found = store.extend_with_prefix(sequence, num_tokens, ids, margin=margin)
                 else:
+                    num_found = 0
+                    store.extend(sequence, num_tokens, margin=margin)
+                break
+            except KVFull as error:
+                if not self._kept or error.num_pages > store.num_unpinned_pages:
                     raise
+                self._evict()
+        live.has_room = True
+        if is_asked:
+            self.num_prefix_queried += context_len - held
+            self.num_prefix_hits += num_found
+        return num_found
 
     def _evict(self) -> None:
         _, kept = self._kept.popitem(last=False)
@@ -128,18 +180,6 @@ class SessionTable(Generic[State]):
     def touch_prefix(self, token_ids: npt.NDArray[Any]) -> None:
         """To be called before room is reserved for these tokens: it is not made at their cost."""
         self._store.touch_prefix(token_ids)
-
-    def reuse_prefix(self, live: Live[State], context_len: int) -> int:
-        """Begins with what is cached of the first `context_len` tokens; how many were found.
-
-        To be called before they are run. The last one is never taken: its logits are wanted.
-        """
-        if not self._prefix_cache:
-            return 0
-        self.num_prefix_queried += context_len - live.sequence.length
-        num_found = self._store.reuse_prefix(live.sequence, live.token_ids[: context_len - 1])
-        self.num_prefix_hits += num_found
-        return num_found
 
     def cache_prefix(self, live: Live[State], committed_len: int) -> None:
         """Lets others re-use what is held of the first `committed_len` tokens.
@@ -159,8 +199,9 @@ class SessionTable(Generic[State]):
             return
         del self._live[live.session_id]
         self.num_closed += 1
-        if keep:  # what was reserved for more tokens is not kept
-            self._store.shrink(live.sequence, max(1, live.sequence.length))
+        if keep and live.sequence.length:  # what was reserved for more tokens is not kept
+            self._store.shrink(live.sequence, live.sequence.length)
+            self._store.park(live.sequence)
             self._kept[live.session_id] = _Kept(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)

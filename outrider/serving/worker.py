@@ -19,6 +19,7 @@ from outrider.errors import (
     InvalidRequest,
     KVFull,
     KVLost,
+    KVNeverFits,
     LeaseLost,
     NonFiniteLogits,
     OutriderError,
@@ -32,8 +33,12 @@ from outrider.serving.sessions import Live, SessionTable
 
 log = structlog.get_logger()
 
+# One page in so many is left free when a generation begins, for those that run to grow into.
+_MARGIN_SHARE = 100
+
 _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
     (KVFull, FailureReason.KV_FULL),
+    (KVNeverFits, FailureReason.KV_NEVER),
     (KVLost, FailureReason.KV_LOST),
     (LeaseLost, FailureReason.DISPLACED),
     (InvalidRequest, FailureReason.BAD_MESSAGE),
@@ -66,6 +71,9 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         )
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
+        self._num_preempted = 0
+        # Of generations that lost their room since the last results.
+        self._failures: list[Failure] = []
         self.costs = costs
         self.health = PassHealth()
         # Told of every pass, where somebody counts.
@@ -101,6 +109,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
                 results += self._execute(command)
             except Exception as error:
                 results.append(self._failed(command.key, error))
+        results += self._take_failures()
         while self.has_work and not results:
             results += self._batch()
             if is_interrupted():
@@ -109,13 +118,19 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     def _batch(self) -> list[Result | Failure]:
         work = self._gather()
+        results: list[Result | Failure] = list(self._take_failures())
         if not work:
-            return []
+            return results
         try:
-            return self._advance(work)
+            return results + self._advance(work)
         except Exception as error:
             self.health.saw_error(error)
-            return [self._failed(key, error) for key in dict.fromkeys(part.key for part in work)]
+            keys = dict.fromkeys(part.key for part in work)
+            return results + [self._failed(key, error) for key in keys]
+
+    def _take_failures(self) -> list[Failure]:
+        failures, self._failures = self._failures, []
+        return failures
 
     @property
     @abstractmethod
@@ -151,23 +166,69 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         why = f"epoch {epoch} took over session {session_id}"
         return [self._fail(former.state.key, FailureReason.DISPLACED, why)]
 
+    def _opened(
+        self,
+        session_id: str,
+        epoch: int,
+        kept_epoch: int | None,
+        max_len: int,
+        started: tuple[int, float],
+        state: State,
+    ) -> Live[State]:
+        """As SessionTable.open; a live generation of the session ends, and is told."""
+        self._failures += self._take_over(session_id, epoch)
+        return self._table.open(session_id, epoch, kept_epoch, max_len, started, state)
+
     def _reserve(
-        self, session_id: str, epoch: int, kept_epoch: int | None, max_len: int, state: State
-    ) -> tuple[Live[State] | None, list[Failure]]:
-        """As SessionTable.open; without room None, and the displaced one is told all the same."""
-        failures = self._take_over(session_id, epoch)
+        self, live: Live[State], num_tokens: int, *, context_len: int = 0, preempts: bool = True
+    ) -> int | None:
+        """As SessionTable.reserve, for a row that is to be in the next pass.
+
+        Where there is no room, generations of greater urgency values lose theirs; one that begins
+        does so only if it `preempts`, and leaves room for those that run to grow into. None: there
+        is no room all the same, and this one has failed.
+        """
+        if num_tokens <= live.sequence.max_len and not context_len:
+            return 0
+        margin = 0 if live.has_room else self._margin()
         while True:
             try:
-                return self._table.open(session_id, epoch, kept_epoch, max_len, state), failures
+                return self._table.reserve(live, num_tokens, context_len=context_len, margin=margin)
             except KVFull as error:
-                made = self._make_room(state, max_len)
-                if made is None:
-                    return None, [*failures, self._failed(state.key, error)]
-                failures += made
+                if not self._make_room(live, error, preempts=preempts):
+                    self._num_preempted += live.has_room
+                    self._failures.append(self._failed(live.state.key, error))
+                    return None
 
-    @abstractmethod
-    def _make_room(self, state: State, max_len: int) -> list[Failure] | None:
-        """Frees KV that is less needed than this; whoever fails by it. None: there was none."""
+    def _margin(self) -> int:
+        """Pages: one for each generation that runs, and one in a hundred."""
+        num_running = sum(live.has_room for live in self._table.live_sessions())
+        if not num_running:
+            return 0
+        return max(num_running, self._engine.store.num_pages // _MARGIN_SHARE)
+
+    def _make_room(self, live: Live[State], error: KVFull, *, preempts: bool) -> bool:
+        """Ends the least urgent generation, of several the latest; whether there is one to end.
+
+        Nothing is lost with it but time: its orchestrator opens it again when there is room. The
+        order is total, so the first in it always goes on, and nobody waits for ever.
+        """
+        others = [
+            other
+            for other in self._table.live_sessions()
+            if other.has_room and other.urgency > live.urgency and other is not live
+        ]
+        if not others or not (live.has_room or preempts):
+            return False
+        if not live.has_room:  # not for one that would not fit all the same
+            num_theirs = sum(other.sequence.num_reserved for other in others)
+            if self._engine.store.num_unpinned_pages + num_theirs < error.num_pages:
+                return False
+        victim = max(others, key=lambda other: other.urgency)
+        self._num_preempted += 1
+        why = "its room went to a generation that is more urgent or began earlier"
+        self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
+        return True
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation by this error; where KV is lost it stays open, to be sent again."""

@@ -207,7 +207,10 @@ REDIS_UP = _gauge("redis_up", "1 while Redis has answered last; 0: what is owed 
 # --- Of both model services ---
 REPLICA_STATE = _gauge("replica_state", "1 at the state that the replica is in.", "tier", "state")
 KV_CACHE_USAGE = _gauge(
-    "kv_cache_usage_perc", "Share of the KV cache in use; 1 is full.", "tier", vllm=True
+    "kv_cache_usage_perc",
+    "Share of the KV cache that open generations hold; what can be freed does not count.",
+    "tier",
+    vllm=True,
 )
 KV_CACHE_CAPACITY_TOKENS = _gauge("kv_cache_capacity_tokens", "Room of the KV cache.", "tier")
 OPEN_GENERATIONS = _gauge("open_generations", "Generations open at the replica.", "tier")

@@ -72,7 +72,7 @@ class VerifyRequest(_message.Message):
     def __init__(self, opens: _Optional[_Iterable[_Union[TargetOpen, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[VerifyRow, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[TargetClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
 
 class TargetOpen(_message.Message):
-    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "prompt_len", "max_len", "sampling", "priority", "preempts", "traceparent")
+    __slots__ = ("generation_id", "session_id", "epoch", "kept_epoch", "prompt_len", "max_len", "sampling", "priority", "preempts", "traceparent", "age_ms")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class TargetOpen(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     PREEMPTS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     session_id: str
     epoch: int
@@ -93,7 +94,8 @@ class TargetOpen(_message.Message):
     priority: int
     preempts: bool
     traceparent: str
-    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., preempts: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    age_ms: int
+    def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., preempts: bool = ..., traceparent: _Optional[str] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class VerifyRow(_message.Message):
     __slots__ = ("generation_id", "keep_len", "context_token_ids", "draft_token_ids", "support_sizes", "support_ids")
@@ -170,6 +172,7 @@ class RowError(_message.Message):
         REASON_DISPLACED: _ClassVar[RowError.Reason]
         REASON_INTERNAL: _ClassVar[RowError.Reason]
         REASON_DRAINING: _ClassVar[RowError.Reason]
+        REASON_KV_NEVER: _ClassVar[RowError.Reason]
     REASON_UNSPECIFIED: RowError.Reason
     REASON_KV_LOST: RowError.Reason
     REASON_KV_FULL: RowError.Reason
@@ -177,6 +180,7 @@ class RowError(_message.Message):
     REASON_DISPLACED: RowError.Reason
     REASON_INTERNAL: RowError.Reason
     REASON_DRAINING: RowError.Reason
+    REASON_KV_NEVER: RowError.Reason
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]

@@ -109,10 +109,41 @@ class CachingMachine(RuleBasedStateMachine):
             assert missing > num_unused
 
     @precondition(lambda self: self.held)
+    @rule(
+        index=st.integers(0, 9),
+        words=WORDS,
+        more=st.integers(0, 60),
+        margin=st.integers(0, 3),
+        want=st.booleans(),
+    )
+    def extend_with_prefix(
+        self, index: int, words: list[int], more: int, margin: int, want: bool
+    ) -> None:
+        """Takes no more than what is not shared; refused only where there is no room for that."""
+        sequence = self.store.open(0, 400) if want else self.pick(index)
+        said = self.held.setdefault(sequence, [])
+        token_ids = said + text(words)
+        max_len = max(sequence.max_len, len(token_ids) + more)
+        missing = -(-max_len // PAGE_SIZE) - -(-sequence.max_len // PAGE_SIZE)
+        num_unused, used, idle = self.num_unused, self.store.used_tokens, self.store.idle_tokens
+        try:
+            num_found = self.store.extend_with_prefix(sequence, max_len, token_ids, margin=margin)
+        except KVFull:
+            assert missing + margin > num_unused
+            assert (self.store.used_tokens, len(said)) == (used, sequence.length)
+            assert self.store.idle_tokens == idle, "nothing was evicted"
+            return
+        assert sequence.max_len == max_len
+        assert self.store.used_tokens <= used + missing * PAGE_SIZE
+        if num_found:
+            assert tuple(token_ids[: sequence.length]) in self.cached
+            self.held[sequence] = token_ids[: sequence.length]
+
+    @precondition(lambda self: self.held)
     @rule(index=st.integers(0, 9))
     def shrink(self, index: int) -> None:
         sequence = self.pick(index)
-        self.store.shrink(sequence, max(1, sequence.length))
+        self.store.shrink(sequence, sequence.length)
 
     @precondition(lambda self: self.held)
     @rule(index=st.integers(0, 9), more=st.integers(1, 40), part=st.floats(0, 1))

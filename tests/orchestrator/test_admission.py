@@ -12,6 +12,11 @@ from orchestrator.admission import Admission, Place
 from outrider.errors import CapacityExceeded, Unavailable
 
 
+def one_room() -> frozenset[str]:
+    """All wait for the same target."""
+    return frozenset({"a"})
+
+
 class Caller:
     """One call in a task of its own; runs until `end`."""
 
@@ -132,8 +137,8 @@ async def test_those_short_of_room_stand_before_the_line() -> None:
     first, second = await calls(admission, 0, 0)
     assert first.place is not None
     assert second.place is not None
-    with second.place.short_of_room(has_begun=True):
-        with first.place.short_of_room(has_begun=False):
+    with second.place.short_of_room(one_room, has_begun=True):
+        with first.place.short_of_room(one_room, has_begun=False):
             assert admission.num_waiting == 1  # the one that has shown nothing
             waits, urgent = await calls(admission, 0, -1)
             assert not waits.is_running
@@ -150,6 +155,32 @@ async def test_those_short_of_room_stand_before_the_line() -> None:
     assert waits.is_running
 
 
+async def test_nobody_waits_behind_one_that_waits_for_another_room() -> None:
+    """Each claims the targets that it fits into; those that are left are for whoever comes."""
+    admission = Admission(4, 8)
+    admission.rooms = lambda: rooms
+    rooms = frozenset({"large", "small"})
+    long, short = await calls(admission, 0, 0)
+    assert long.place is not None
+    assert short.place is not None
+    with long.place.short_of_room(lambda: rooms & {"large"}, has_begun=False):
+        assert await long.place.turn_for_room(at_once=True) == {"large"}
+        (other,) = await calls(admission, 0)
+        assert other.is_running, "the small one is nobody's"
+        with short.place.short_of_room(lambda: rooms, has_begun=False):
+            assert await short.place.turn_for_room(at_once=True) == {"small"}
+            (waits,) = await calls(admission, 0)
+            assert not waits.is_running, "both are claimed"
+            # Without the large one, the first has nowhere to go, and claims nothing.
+            rooms = frozenset({"small"})
+            assert await long.place.turn_for_room(at_once=True) == frozenset()
+            assert await short.place.turn_for_room(at_once=True) == {"small"}
+            rooms = frozenset({"small", "new"})
+            assert await short.place.turn_for_room(at_once=False) == {"small", "new"}
+    await settle()
+    assert waits.is_running
+
+
 async def test_too_many_without_room() -> None:
     """Who has shown something is never sent away."""
     admission = Admission(4, 1)
@@ -157,10 +188,10 @@ async def test_too_many_without_room() -> None:
     assert first.place is not None
     assert second.place is not None
     assert third.place is not None
-    with first.place.short_of_room(has_begun=False):
-        with pytest.raises(CapacityExceeded), second.place.short_of_room(has_begun=False):
+    with first.place.short_of_room(one_room, has_begun=False):
+        with pytest.raises(CapacityExceeded), second.place.short_of_room(one_room, has_begun=False):
             pass
-        with third.place.short_of_room(has_begun=True):
+        with third.place.short_of_room(one_room, has_begun=True):
             pass
     assert admission.num_waiting == 0
 
@@ -173,21 +204,21 @@ async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() 
     assert first.place is not None
     assert last.place is not None
     with (
-        begun.place.short_of_room(has_begun=True),
-        first.place.short_of_room(has_begun=False),
-        last.place.short_of_room(has_begun=False),
+        begun.place.short_of_room(one_room, has_begun=True),
+        first.place.short_of_room(one_room, has_begun=False),
+        last.place.short_of_room(one_room, has_begun=False),
     ):
         waiting = asyncio.create_task(last.place.turn_for_room(at_once=True))
         (urgent, equal) = await calls(admission, -5, 1)
         assert urgent.place is not None
-        with urgent.place.short_of_room(has_begun=False):
+        with urgent.place.short_of_room(one_room, has_begun=False):
             with pytest.raises(CapacityExceeded, match="more urgent") as caught:
                 await waiting
             assert caught.value.retry_after_s > 0
             assert admission.num_waiting == 2
             await urgent.place.turn_for_room(at_once=True)
             assert "2 requests wait" in str(await refusal(equal))
-    assert (admission.num_waiting, admission.first_short) == (0, None)
+    assert admission.num_waiting == 0
     assert admission.refused == {"queue_full": 1, "displaced": 1, "deadline": 0}
 
 
@@ -196,7 +227,7 @@ async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> N
     admission = Admission(1, 1)
     (first,) = await calls(admission, 0)
     assert first.place is not None
-    with first.place.short_of_room(has_begun=False):
+    with first.place.short_of_room(one_room, has_begun=False):
         waiting = asyncio.create_task(first.place.turn_for_room(at_once=False))
         (urgent,) = await calls(admission, -5)
         assert not urgent.is_running
@@ -241,7 +272,7 @@ async def test_without_the_right_nobody_else_is_displaced_or_overtaken() -> None
     admission = Admission(2, 2)
     running = await of_keys(admission, ("ada", 0), ("bob", 0))
     assert running[0].place is not None
-    with running[0].place.short_of_room(has_begun=False):
+    with running[0].place.short_of_room(one_room, has_begun=False):
         (bobs,) = await of_keys(admission, ("bob", 0))
         (urgent,) = await of_keys(admission, ("cleo", -9))
         assert "2 requests wait" in str(await refusal(urgent))

@@ -46,6 +46,7 @@ def opened(link: TargetLink, number: int) -> TargetHandle:
         params=SamplingParams(temperature=0.0, max_tokens=8),
         priority=0,
         preempts=False,
+        age_s=0.0,
     )
     handle.send_row(0, PROMPT, None)
     return handle

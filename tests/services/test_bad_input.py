@@ -256,10 +256,11 @@ async def test_no_room_for_keys_and_values(
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["sampling.max_tokens"]
         brake.set(1)  # it must not end before another is refused
-        running = stack.client.Generate(request(PROMPT, {**GREEDY, "max_tokens": 250}), timeout=200)
+        long = [1] * 200
+        running = stack.client.Generate(request(long, {**GREEDY, "max_tokens": 50}), timeout=200)
         stream = aiter(running)
         received = list((await anext(stream)).token_ids)
-        bad = request(PROMPT, {"max_tokens": 100}, session_id="s", create_session=True)
+        bad = request([2] * 100, {"max_tokens": 9}, session_id="s", create_session=True)
         refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=200))))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.retry_after_s is not None
@@ -267,7 +268,7 @@ async def test_no_room_for_keys_and_values(
         brake.release()
         async for chunk in stream:
             received += chunk.token_ids
-        assert received == greedy(PROMPT, 250), "the running one is undisturbed"
+        assert received == greedy(long, 50), "the running one is undisturbed"
         await eventually(lambda: nothing_held(stack))
         missing = stack.client.GetSession(orchestrator_pb2.GetSessionRequest(session_id="s"))
         assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND, "it never began"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outrider.v1 import draft_pb2, sampling_pb2
-from tests.services.parts import CONTEXT_LEN, Greedy, System
+from tests.services.parts import Greedy, System
 from tests.services.streams import (
     Following,
     Stream,
@@ -173,10 +173,11 @@ async def test_no_room(system: System, draft_greedy: Greedy) -> None:
         refused = await lost(stream)
         assert refused.reason == Reason.REASON_BAD_MESSAGE
         assert "leave no room" in refused.detail
-        opens = [draft_open(n, PROMPT, max_len=2**32 - 1) for n in (5, 6)]
+        opens = [draft_open(n, [n] * 2_000, max_len=2**32 - 1, lookahead=1) for n in range(5, 13)]
         await stream.write(Frame(opens=opens))
-        assert (await lost(stream, 6)).reason == Reason.REASON_KV_FULL
-        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
+        assert (await lost(stream, 12)).reason == Reason.REASON_KV_FULL
+        closes = [draft_pb2.DraftClose(generation_id=n) for n in range(5, 12)]
+        await stream.write(Frame(closes=closes))
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
@@ -191,26 +192,16 @@ async def test_an_older_epoch_is_refused(epoch: int, system: System, draft_greed
         await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
 
 
-@pytest.mark.parametrize("max_len", [200, CONTEXT_LEN])
-async def test_a_newer_epoch_displaces(max_len: int, system: System, draft_greedy: Greedy) -> None:
-    """The older one is told, also where there is no room for the newer."""
+async def test_a_newer_epoch_displaces(system: System, draft_greedy: Greedy) -> None:
+    """The older one is told, and its room is the newer one's."""
     async with beside_a_healthy_one(system, draft_greedy) as stream, proposing(system) as other:
-        opens = [
-            draft_open(BAD, PROMPT, session_id="s", epoch=5),
-            draft_open(8, PROMPT, max_len=CONTEXT_LEN),
-        ]
-        await stream.write(Frame(opens=opens))
+        await stream.write(Frame(opens=[draft_open(BAD, PROMPT, session_id="s", epoch=5)]))
         await Following(stream, BAD, PROMPT, draft_greedy).run(2)
-        newer = draft_open(5, PROMPT, session_id="s", epoch=6, max_len=max_len)
-        await other.write(Frame(opens=[newer]))
+        await other.write(Frame(opens=[draft_open(5, PROMPT, session_id="s", epoch=6)]))
         answer = await lost(stream)
         assert (answer.reason, "epoch 6" in answer.detail) == (Reason.REASON_DISPLACED, True)
-        if max_len == CONTEXT_LEN:
-            assert (await lost(other, 5)).reason == Reason.REASON_KV_FULL
-        else:
-            await Following(other, 5, PROMPT, draft_greedy).run(2)
-            await other.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
-        await stream.write(Frame(closes=[draft_pb2.DraftClose(generation_id=8)]))
+        await Following(other, 5, PROMPT, draft_greedy).run(2)
+        await other.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
 
 
 async def test_the_length_runs_out(system: System, draft_greedy: Greedy) -> None:

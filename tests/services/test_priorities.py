@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ def admissions(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
     return made
 
 
-async def begun(stack: Stack, sampling: dict[str, Any], **fields: Any) -> Any:
+async def begun(
+    stack: Stack, sampling: dict[str, Any], prompt: Sequence[int] = (3,), **fields: Any
+) -> Any:
     """A stream that has shown a token."""
-    call = stack.client.Generate(request([3], sampling, **fields), timeout=TIMEOUT_S)
+    call = stack.client.Generate(request(prompt, sampling, **fields), timeout=TIMEOUT_S)
     await call.read()
     return call
 
@@ -137,29 +140,32 @@ async def test_the_less_urgent_make_room_and_lose_nothing(
 ) -> None:
     """Their keys and values are dropped and computed again; their outputs are what they were."""
     sampling, fields = WAYS[way]
-    sampling = {**sampling, "max_tokens": 400}
+    sampling = {**sampling, "max_tokens": 60}
+    prompts = [[n] * 420 for n in (3, 4)]
     async with (
         both_tiers(pair, target_kv=1_024) as tiers,
         orchestrating(tiers, redis_url) as stack,
     ):
-        alone = await stack.generate([3], sampling=sampling, gamma=0, **fields)
+        alone = [
+            await stack.generate(prompt, sampling=sampling, gamma=0, **fields) for prompt in prompts
+        ]
         brake.set(1)  # both still run when the urgent one comes
-        asked = request([3], sampling, priority=5, gamma=2, **fields)
-        calls = [stack.client.Generate(asked, timeout=TIMEOUT_S) for _ in range(2)]
+        asked = [request(p, sampling, priority=5, gamma=2, **fields) for p in prompts]
+        calls = [stack.client.Generate(each, timeout=TIMEOUT_S) for each in asked]
         streams, outputs = [aiter(call) for call in calls], [Output(), Output()]
         for stream, output in zip(streams, outputs, strict=True):
             output.add(await anext(stream))
         asking = asyncio.create_task(
-            stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, priority=1)
+            stack.generate([5] * 300, sampling={**GREEDY, "max_tokens": 100}, priority=1)
         )
         await eventually(lambda: _one_has_made_room(stack))
         brake.release()
         urgent = await asking
-        assert len(urgent.token_ids) == 300
-        for stream, output in zip(streams, outputs, strict=True):
+        assert len(urgent.token_ids) == 100
+        for stream, output, expected in zip(streams, outputs, alone, strict=True):
             async for chunk in stream:
                 output.add(chunk)
-            assert output.token_ids == alone.token_ids
+            assert output.token_ids == expected.token_ids
         await eventually(lambda: nothing_held(stack))
 
 
@@ -177,18 +183,17 @@ async def test_nobody_makes_room_for_an_equal(
         orchestrating(tiers, redis_url, max_waiting=1) as stack,
     ):
         brake.set(1)
-        calls = [await begun(stack, {**GREEDY, "max_tokens": 450}) for _ in range(2)]
-        waits = asyncio.create_task(
-            stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}, gamma=2)
-        )
+        sampling = {**GREEDY, "max_tokens": 40}
+        calls = [await begun(stack, sampling, [n] * 450) for n in (3, 4)]
+        waits = asyncio.create_task(stack.generate([5] * 300, sampling=sampling, gamma=2))
         await so_many_wait(admissions, 1)
-        refused = await refusal(stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 300}))
+        refused = await refusal(stack.generate([6] * 300, sampling=sampling))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert not waits.done()
         for call in calls:
             call.cancel()
         brake.release()
-        assert (await waits).token_ids == greedy(PROMPT, 300)
+        assert (await waits).token_ids == greedy([5] * 300, 40)
         assert (await stack.target_load()).num_preempted_total == 0
         await eventually(lambda: nothing_held(stack))
 

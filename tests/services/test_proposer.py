@@ -328,20 +328,43 @@ def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) ->
     """Branches are the first to go; who had them goes on all the same."""
     draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
     assert draft.engine.store.used_tokens > KV_TOKENS - 512
-    events = draft.run(opening(2, max_len=KV_TOKENS - 400))
+    events = draft.run(opening(2, [2] * 700, max_len=800))
     assert not [event for event in events if isinstance(event, Failure)]
-    assert draft.engine.store.used_tokens == KV_TOKENS
     draft.engine.store.check_integrity()
-    (full,) = [e for e in draft.run(opening(3, max_len=64)) if isinstance(e, Failure)]
+    (full,) = [e for e in draft.run(opening(3, [3] * 400, max_len=500)) if isinstance(e, Failure)]
     assert full.reason is FailureReason.KV_FULL
-    for number in (1, 2):
+    draft.committed[2] = 700
+    for number, context in ((1, PROMPT), (2, [2] * 700)):
         told = draft.proposals(draft.commit(number, [9]))
-        assert list(told[0].token_ids) == truth([*PROMPT, 9], 3)
+        assert list(told[0].token_ids) == truth([*context, 9], 3)
+
+
+def test_the_session_opened_last_loses_its_room_to_one_that_grows(
+    draft: Draft, truth: Greedy
+) -> None:
+    """It is told so, and the others are drafted for to their ends."""
+    numbers, context = (1, 2, 3), {n: [n] * 300 for n in (1, 2, 3)}
+    for number in numbers:
+        draft.run(opening(number, context[number], max_len=800, lookahead=0))
+        draft.committed[number] = 300
+        assert draft.proposals(draft.commit(number, [9], ahead_gamma=0))
+        context[number].append(9)
+    lost: list[int] = []
+    while len(lost) < 2:
+        number = next(n for n in numbers if n not in lost)
+        new = [(7 * len(context[number]) + n) % 256 for n in range(40)]
+        context[number] += new
+        events = draft.run(draft.commit(number, new, ahead_gamma=0))
+        lost += [e.key.generation_id for e in events if isinstance(e, Failure)]
+        told = [e for e in events if isinstance(e, Proposal)]
+        assert list(told[-1].token_ids) == truth(context[number], 3)
+        draft.engine.store.check_integrity()
+    assert lost == [3, 2]
 
 
 def test_full_memory_costs_branches_only(draft: Draft, truth: Greedy) -> None:
     """Without a page for forks: the chain in place is drafted, and nothing fails."""
-    taken = draft.engine.store.open(KV_TOKENS - 128)
+    taken = draft.engine.store.open(KV_TOKENS - 16)
     told = draft.proposals(opening(1, max_len=128, fan_out=8))
     assert [list(p.token_ids) for p in told] == [truth(PROMPT, 4)[1:]]
     told = draft.proposals(draft.commit(1, [9]))

@@ -81,7 +81,7 @@ class Play:
         sampler = self.engine.sampler(SAMPLING, self.prompt_len, VOCAB_SIZE)
         state = Generation(KEY, sampler, Verification.REJECTION, VOCAB_SIZE)
         self.table: SessionTable[Generation] = SessionTable(store, 60.0)
-        self.live = self.table.open("s", 1, None, MAX_LEN, state)
+        self.live = self.table.open("s", 1, None, MAX_LEN, (0, 0.0), state)
         self.live.token_ids[: self.prompt_len] = ids
         command = Open(
             KEY, "s", 1, ids, self.prompt_len, MAX_LEN, SAMPLING, Verification.REJECTION,
@@ -97,7 +97,8 @@ class Play:
         return waited + [o.block for o in self.tree.offers() if not o.opens]
 
     def step(self, blocks: list[Block]) -> None:
-        """A token for each of them, in one pass."""
+        """A token for each of them that there is room for, in one pass."""
+        blocks = [block for block in blocks if self.drafting.has_room(block)]
         rows = [Row(self.drafting, block) for block in blocks]
         assert all(row.num_pending >= 1 for row in rows), "there is something to run"
         self.engine.forward([row.append(row.num_pending, VOCAB_SIZE) for row in rows])
@@ -137,7 +138,8 @@ class Play:
     def check(self) -> None:
         store, trunk = self.engine.store, self.live.sequence
         assert self.tree.root.strand.sequence is trunk, "the root reads the trunk"
-        assert trunk.run_start is not None, "in place"
+        is_run = trunk.run_start is not None or not trunk.length
+        assert is_run or self.taken is not None, "in place"
         paths: dict[Sequence, list[int]] = {}
         for block in self.tree.blocks():
             path = self.tree.tokens(block, 0)

@@ -193,16 +193,33 @@ async def test_lost_keys_and_values_are_sent_again(system: System, greedy: Greed
 
 
 async def test_no_room(system: System, greedy: Greedy) -> None:
+    """For the row as it is, however long the context may become; and what can never have room."""
     async with beside_a_healthy_one(system, greedy) as stream:
-        opens = [target_open(n, max_len=CONTEXT_LEN) for n in (5, BAD)]
-        await stream.write(Frame(opens=opens, rows=[row(5, 0, PROMPT)]))
+        long = {n: [n] * 2_040 for n in (5, BAD, 6)}
+        opens = [target_open(n, prompt_len=2_040, max_len=CONTEXT_LEN) for n in long]
+        await stream.write(Frame(opens=opens[:2], rows=[row(n, 0, long[n]) for n in (5, BAD)]))
         assert (await _refused(stream)).reason == Reason.REASON_KV_FULL
         assert isinstance(await stream.answer(5), target_pb2.VerifyResult)
         await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=5)]))
-        await stream.write(Frame(opens=[target_open(6, max_len=CONTEXT_LEN)]))
-        await stream.write(Frame(rows=[row(6, 0, PROMPT)]))
+        await stream.write(Frame(opens=opens[2:], rows=[row(6, 0, long[6])]))
         assert isinstance(await stream.answer(6), target_pb2.VerifyResult)
         await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=6)]))
+
+
+async def test_what_can_never_have_room_is_said_to(pair: Pair) -> None:
+    """At its open, before any row: waiting would not help."""
+    async with (
+        both_tiers(pair, target_kv=512, draft_kv=None) as tiers,
+        clients(tiers) as system,
+        verifying(system) as stream,
+    ):
+        opens = [target_open(n, max_len=max_len) for n, max_len in ((1, 512), (BAD, 513))]
+        await stream.write(Frame(opens=opens))
+        refused = await _refused(stream)
+        assert refused.reason == Reason.REASON_KV_NEVER
+        assert "513 exceeds the KV cache of 512 tokens" in refused.detail
+        await stream.write(Frame(rows=[row(1, 0, PROMPT)]))
+        assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
@@ -219,31 +236,19 @@ async def test_an_older_epoch_is_refused(epoch: int, system: System, greedy: Gre
         await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=5)]))
 
 
-@pytest.mark.parametrize("max_len", [200, CONTEXT_LEN])
-async def test_a_newer_epoch_displaces(max_len: int, system: System, greedy: Greedy) -> None:
-    """The older one is told, also where there is no room for the newer."""
+async def test_a_newer_epoch_displaces(system: System, greedy: Greedy) -> None:
+    """The older one is told, and its room is the newer one's."""
     async with beside_a_healthy_one(system, greedy) as stream, verifying(system) as other:
-        await stream.write(
-            Frame(
-                opens=[
-                    target_open(BAD, session_id="s", epoch=5),
-                    target_open(8, max_len=CONTEXT_LEN),
-                ]
-            )
-        )
+        await stream.write(Frame(opens=[target_open(BAD, session_id="s", epoch=5)]))
         await stream.write(Frame(rows=[row(BAD, 0, PROMPT)]))
         await stream.answer(BAD)
-        await other.write(Frame(opens=[target_open(5, session_id="s", epoch=6, max_len=max_len)]))
+        await other.write(Frame(opens=[target_open(5, session_id="s", epoch=6)]))
         error = await _refused(stream)
         assert (error.reason, "epoch 6" in error.detail) == (Reason.REASON_DISPLACED, True)
-        if max_len == CONTEXT_LEN:
-            assert (await _refused(other, 5)).reason == Reason.REASON_KV_FULL
-        else:
-            newer = Decoding(other, 5, PROMPT, greedy(PROMPT, 20))
-            await newer.run(10)
-            assert newer.output[:10] == greedy(PROMPT, 10)
-            await other.write(Frame(closes=[target_pb2.TargetClose(generation_id=5)]))
-        await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=8)]))
+        newer = Decoding(other, 5, PROMPT, greedy(PROMPT, 20))
+        await newer.run(10)
+        assert newer.output[:10] == greedy(PROMPT, 10)
+        await other.write(Frame(closes=[target_pb2.TargetClose(generation_id=5)]))
         await stream.write(Frame(rows=[row(BAD, 0, PROMPT)]))
         assert "not open" in (await _refused(stream)).detail
 

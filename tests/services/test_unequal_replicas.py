@@ -5,6 +5,7 @@ A replica that is restarted with another setting is one too.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ import target_service.service
 from outrider.config import DraftConfig, TargetConfig
 from outrider.relay import Relay
 from outrider.server import Server
-from outrider.v1 import orchestrator_pb2
+from outrider.v1 import orchestrator_pb2, target_pb2
 from tests.services.parts import (
     GREEDY,
     KV_TOKENS,
@@ -32,6 +33,7 @@ from tests.services.parts import (
     orchestrating,
     refusal,
 )
+from tests.services.streams import Stream, raw, row, target_open
 from tests.stack import Output, eventually, request
 
 PROMPT = list(range(20, 60))
@@ -247,3 +249,143 @@ async def test_replicas_with_other_sampling_defaults_are_not_mixed(
             await eventually(is_other)
         output = await system.generate(PROMPT, sampling={"seed": 3, "max_tokens": 4})
         assert len(output.token_ids) == 4
+
+
+async def kv_becomes(system: System, num_tokens: int) -> None:
+    async def is_so() -> bool:
+        return (await model_info(system)).target.kv_capacity_tokens == num_tokens
+
+    await eventually(is_so)
+
+
+async def test_limits_follow_a_target_that_is_restarted_with_less_memory(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """Memory and context are told apart; what fits goes on being answered."""
+    sampling = {**GREEDY, "max_tokens": 150}
+    async with (
+        replica(pair.target, kv_cache_tokens=256) as large,
+        replica(pair.target, kv_cache_tokens=128) as small,
+        places(large) as targets,
+        orchestrating(Tiers(large, None), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+        assert (await system.generate(PROMPT, sampling=sampling)).token_ids == greedy(PROMPT, 150)
+        targets.move(targets.first, small)
+        await large.grpc_server.stop(0)
+        await kv_becomes(system, 128)
+        for prompt, field, said in (
+            (PROMPT, "sampling.max_tokens", "at most 88"),
+            ([1] * 129, "token_ids", "1 to 128"),
+            ([1] * 128, "token_ids", "no room"),
+        ):
+            refused = await refusal(system.generate(prompt, sampling=sampling))
+            assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
+            assert "the target's KV cache of 128 tokens" in refused.message
+            assert said in refused.message
+        output = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 88})
+        assert output.token_ids == greedy(PROMPT, 88)
+        # Without a limit of its own it is cut to what there is.
+        output = await system.generate([1] * 116, sampling=GREEDY)
+        assert len(output.token_ids) == 12
+    async with (
+        replica(pair.target, max_model_len=100) as only,
+        orchestrating(Tiers(only, None), redis_url) as system,
+    ):
+        refused = await refusal(system.generate(PROMPT, sampling=sampling))
+        assert "the model's context of 100 tokens" in refused.message
+
+
+async def test_nobody_waits_behind_what_fits_the_larger_replica_only(
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
+) -> None:
+    """It waits for that one; the smaller one answers whoever fits there meanwhile.
+
+    When the larger one dies, what waits is refused by name, and what it had begun ends so.
+    """
+    sampling = {**GREEDY, "max_tokens": 2}
+    async with (
+        replica(pair.target, kv_cache_tokens=1_024) as large,
+        replica(pair.target, kv_cache_tokens=256) as small,
+        places(small) as targets,
+        orchestrating(
+            Tiers(large, None), redis_url, target_endpoint=targets.endpoints, target_wait_s=1.0
+        ) as system,
+    ):
+        targets.move(targets.second, large)
+        await kv_becomes(system, 1_024)
+        brake.set(3)
+        begun = aiter(system.client.Generate(asked_of([4] * 200, 100), timeout=200))
+        await anext(begun)
+        with capture_logs() as logs:
+
+            async def waiting(prompt: list[int]) -> asyncio.Task[Output]:
+                """One that is known to wait for room."""
+                logs.clear()
+                asking = asyncio.create_task(system.generate(prompt, sampling=sampling))
+
+                async def is_short() -> bool:
+                    return any(entry["event"] == "short_of_room" for entry in logs)
+
+                await eventually(is_short)
+                return asking
+
+            async with raw(system.target.Verify()) as holder:
+                await hold(holder, 600)
+                waits = await waiting([2] * 300)
+                for n in range(3):
+                    output = await system.generate([n] * 90, sampling=sampling)
+                    assert output.token_ids == greedy([n] * 90, 2)
+                assert not waits.done()
+            assert (await waits).token_ids == greedy([2] * 300, 2)
+            async with raw(system.target.Verify()) as holder:
+                await hold(holder, 600)
+                waits = await waiting([3] * 300)
+                await large.grpc_server.stop(0)
+                refused = await refusal(waits)
+        assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["token_ids"])
+        assert "the target's KV cache of 256 tokens" in refused.message
+        brake.release()
+        ended = await refusal(to_its_end(begun))
+        assert ended.code is grpc.StatusCode.UNAVAILABLE
+        assert "no target holds 300 tokens now; the largest holds 256" in ended.message
+        assert (await model_info(system)).target.kv_capacity_tokens == 256
+        assert (await system.generate([9], sampling=sampling)).token_ids == greedy([9], 2)
+
+
+def asked_of(prompt: list[int], num_tokens: int) -> Any:
+    return request(prompt, {**GREEDY, "max_tokens": num_tokens}, gamma=0)
+
+
+async def to_its_end(chunks: Any) -> None:
+    async for _ in chunks:
+        pass
+
+
+async def hold(stream: Stream, num_tokens: int) -> None:
+    """So many tokens of the replica's memory, for as long as the stream is open."""
+    opening = target_open(1, prompt_len=num_tokens, max_len=num_tokens + 10, age_ms=600_000)
+    rows = [row(1, 0, [7] * num_tokens)]
+    await stream.write(target_pb2.VerifyRequest(opens=[opening], rows=rows))
+    assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
+
+
+async def test_requests_go_to_the_replica_that_they_fit(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """The larger one, though the smaller one has less to do; limits follow when it comes."""
+    async with (
+        replica(pair.target, kv_cache_tokens=128) as small,
+        replica(pair.target, kv_cache_tokens=512) as large,
+        places(small) as targets,
+        orchestrating(Tiers(small, None), redis_url, target_endpoint=targets.endpoints) as system,
+    ):
+        refused = await refusal(system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 100}))
+        assert "at most 88" in refused.message
+        targets.move(targets.second, large)
+        await kv_becomes(system, 512)
+        outputs = await asyncio.gather(
+            *(system.generate([n] * 40, sampling={**GREEDY, "max_tokens": 100}) for n in range(4))
+        )
+        for n, output in enumerate(outputs):
+            assert output.token_ids == greedy([n] * 40, 100)
+        assert (await system.target_load()).num_opened_total == 0
