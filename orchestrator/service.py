@@ -31,7 +31,7 @@ from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
 from outrider.security.channel import OpenChannel
 from outrider.security.serving import Protection
-from outrider.server import Server
+from outrider.server import REDIS, Server
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.tokenizer import Tokenizer
@@ -49,6 +49,8 @@ DRAFT_START_TIMEOUT_S = 5.0
 TARGET_TOLD_S = 10.0
 # Between two looks for a Redis that is away at the start.
 REDIS_RETRY_S = 1.0
+# Between two looks at whether Redis takes writes, once it serves.
+REDIS_CHECK_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -77,6 +79,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     admission.rooms = targets.rooms
     try:
         await server.start(config.host, config.port)
+        await server.set_health(REDIS, False)
         async with telemetry("orchestrator", config.host, config) as told:
             # What it waits for at its start is told, too.
             meter = _meter(told, admission, tiers, security.protection)
@@ -104,7 +107,10 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                         needs_redis=needs_redis,
                     )
                     log.info("serving", port=server.port)
-                    async with _answering(server, servicer, targets, config.stop_grace_s):
+                    async with (
+                        _following_redis(store, server),
+                        _answering(server, servicer, targets, config.stop_grace_s),
+                    ):
                         yield server
     finally:
         await server.stop(0)
@@ -234,6 +240,27 @@ async def _follow(targets: ReplicaPool[TargetLink], server: Server) -> None:
         await server.set_serving(is_served)
         while targets.has_any == is_served:
             await targets.change()
+
+
+@contextlib.asynccontextmanager
+async def _following_redis(store: SessionStore, server: Server) -> AsyncIterator[None]:
+    """Keeps its health name and the metric, also where no call asks for anything.
+
+    It does not touch readiness: all orchestrators have one Redis, and would be gone together.
+    """
+
+    async def follow() -> None:
+        while True:
+            await server.set_health(REDIS, await store.takes_writes())
+            await asyncio.sleep(REDIS_CHECK_S)
+
+    await server.set_health(REDIS, not store.is_away)
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(follow(), name="redis health")
+        try:
+            yield
+        finally:
+            following.cancel()
 
 
 async def _stop(server: Server, servicer: OrchestratorServicer, grace_s: float) -> None:

@@ -29,6 +29,8 @@ MAX_PENDING_CALLS = 65_536
 
 # The health name for liveness probes; "" and the services' names are for readiness.
 LIVENESS = "liveness"
+# The orchestrator's, for monitors: whether sessions can be recorded now (docs/adr/0013).
+REDIS = "redis"
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -140,15 +142,16 @@ class Server:
 
     async def set_serving(self, serving: bool) -> None:
         """What readiness probes of each service's name and of "" are told."""
-        status = health_pb2.HealthCheckResponse
-        value = status.SERVING if serving else status.NOT_SERVING
         for name in ("", *self._service_names):
-            await self._health.set(name, value)
+            await self.set_health(name, serving)
 
     async def set_alive(self, alive: bool) -> None:
         """What liveness probes are told: not alive is what only a new process can cure."""
+        await self.set_health(LIVENESS, alive)
+
+    async def set_health(self, name: str, is_well: bool) -> None:
         status = health_pb2.HealthCheckResponse
-        await self._health.set(LIVENESS, status.SERVING if alive else status.NOT_SERVING)
+        await self._health.set(name, status.SERVING if is_well else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         await self.set_serving(False)

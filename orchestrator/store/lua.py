@@ -237,4 +237,11 @@ redis.call('DEL', key, tokens_key)
 return {'ok', seen}
 """)
 
-SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, DELETE)
+# Of no session: whether Redis takes writes now. Leaves nothing.
+PROBE = Script("""
+redis.call('HSET', key, 'at', digits(now_us()))
+redis.call('DEL', key)
+return {'ok'}
+""")
+
+SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, DELETE, PROBE)

@@ -6,6 +6,7 @@ beyond what they add.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from outrider.errors import (
     InternalError,
     InvalidRequest,
     LeaseLost,
+    OutriderError,
     SessionInUse,
     SessionNotFound,
     Unavailable,
@@ -77,8 +79,16 @@ class SessionStore:
 
     @property
     def is_away(self) -> bool:
-        """Redis has not answered when it was last asked for something."""
+        """Redis has not answered, or could not do what it was last asked for."""
         return self._writer.is_away
+
+    async def takes_writes(self) -> bool:
+        """Asks Redis now, so that `is_away` is known where nobody else asks."""
+        key = f"{self._options.prefix}:probe".encode()
+        with contextlib.suppress(OutriderError):
+            await self._writer.run(lua.PROBE, (key, key), ())
+            return True
+        return False
 
     async def ping(self) -> bool:
         try:

@@ -13,10 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+import orchestrator.service
 import outrider.serving.life
 import target_service.service
 from outrider.config import TargetConfig
+from outrider.redis_server import RedisServer
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
+from tests.redis_fixture import redis_command
 from tests.services.parts import GREEDY, Pair, Tiers, both_tiers, orchestrating, refusal
 from tests.services.replicas import Gate, tier
 from tests.stack import eventually, request
@@ -120,6 +123,58 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without_redis", ["refuse", "unrecorded"])
+async def test_an_orchestrator_without_redis(
+    without_redis: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays ready, so that its clients are told what is wrong; `redis` is for monitors.
+
+    Also where Redis answers and takes no writes; nobody has to call for it to be known.
+    """
+    monkeypatch.setattr(orchestrator.service, "REDIS_CHECK_S", 0.05)
+    with RedisServer(keeps_data=True) as redis:
+        async with (
+            both_tiers(pair, draft_kv=None) as tiers,
+            orchestrating(tiers, redis.url, without_redis=without_redis) as stack,
+            grpc.aio.insecure_channel(stack.endpoint) as channel,
+        ):
+
+            async def is_told(status: int) -> bool:
+                return await health(channel, "redis") == status
+
+            async def is_ready_and_serves() -> None:
+                names = ("", orchestrator.service.SERVICE_NAME, "liveness")
+                for name in names:
+                    assert await health(channel, name) == Status.SERVING
+                asked = {"sampling": {**GREEDY, "max_tokens": 4}}
+                if without_redis == "unrecorded":
+                    output = await stack.generate([1, 2], **asked)
+                    assert output.result is not None
+                    assert not output.result.recorded
+                    return
+                refused = await refusal(stack.generate([1, 2], **asked))
+                assert refused.code is grpc.StatusCode.UNAVAILABLE
+                assert refused.retry_after_s is not None
+                assert "Redis" in refused.message
+
+            await eventually(lambda: is_told(Status.SERVING))
+            assert redis_command(redis.url, "CONFIG SET min-replicas-to-write 1") == b"+OK"
+            await eventually(lambda: is_told(Status.NOT_SERVING))
+            await is_ready_and_serves()
+            assert redis_command(redis.url, "CONFIG SET min-replicas-to-write 0") == b"+OK"
+            await eventually(lambda: is_told(Status.SERVING))
+            redis.kill()
+            await eventually(lambda: is_told(Status.NOT_SERVING))
+            await is_ready_and_serves()
+            redis.start()
+            await eventually(lambda: is_told(Status.SERVING))
+            output = await stack.generate([1, 2], sampling={**GREEDY, "max_tokens": 4})
+            assert output.result is not None
+            assert output.result.recorded
+            assert redis_command(redis.url, "DBSIZE") == b":0"
 
 
 async def test_health_answers_while_a_pass_runs(redis_url: str, gate: Gate) -> None:
