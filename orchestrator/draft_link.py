@@ -90,8 +90,7 @@ class DraftHandle:
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
 
-        At most as many of each as the replica makes. Drops every proposal that assumed something
-        else.
+        At most what the replica makes. Drops every proposal that assumed something else.
         """
         context = self._context
         gamma, ahead_gamma = min(gamma, self._max_gamma), min(ahead_gamma, self._max_gamma)
@@ -149,6 +148,7 @@ class DraftHandle:
         if self.lost is not None:
             return
         self._num_unanswered, self._heard_at = 0, time.monotonic()
+        self._link.breaker.succeeded()
         try:
             proposal = self._parse(message)
         except InvalidRequest as error:
@@ -172,6 +172,8 @@ class DraftHandle:
         return _parse(message, assumed, self._max_gamma, self._vocab_size, self._has_supports)
 
     def failed(self, lost: draft_pb2.DraftLost) -> None:
+        if lost.reason == draft_pb2.DraftLost.REASON_INTERNAL:
+            self._link.breaker.failed(lost.detail)
         if lost.reason not in (
             draft_pb2.DraftLost.REASON_KV_FULL,
             draft_pb2.DraftLost.REASON_INTERNAL,

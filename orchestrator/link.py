@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 import structlog
 
+from orchestrator.breaker import Breaker
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
 from outrider.frames import SMALL_BYTES
@@ -82,6 +83,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         self.refused: ConfigError | None = None
         # Generations of other orchestrators there, as last announced.
         self.num_others = 0
+        self.breaker = Breaker(self.tier, endpoint, on_change)
         self._state: int = model_pb2.REPLICA_STATE_UNSPECIFIED
         self._is_silent = False
         self._check_model = check_model
@@ -110,7 +112,9 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         """For operators: the replica's state, or what keeps it from having one here."""
         if not self.is_connected:
             return "away" if self.refused is None else "refused"
-        return "silent" if self._is_silent else _state_name(self._state)
+        if self._is_silent:
+            return "silent"
+        return "failing" if self.breaker.is_open else _state_name(self._state)
 
     @property
     def num_open(self) -> int:
@@ -173,6 +177,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             try:
                 self.model, self.refused, self._outbox = model, None, outbox
                 self._is_silent = False
+                self.breaker.reset()
                 self._on_change()
                 log.info("replica_connected", tier=self.tier, endpoint=self.endpoint)
                 await self._exchange(call, outbox)
@@ -234,6 +239,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         """A new generation's handle. Raises Unavailable without a connection."""
         if not self.is_connected:
             raise Unavailable(f"the {self.tier} replica is not connected", self.endpoint)
+        self.breaker.tried()
         self._next_id += 1
         handle = make_handle(self._next_id)
         self._handles[self._next_id] = handle

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -101,6 +102,7 @@ class ReplicaPool(Generic[Link]):
     ) -> Link | None:
         """Where a new generation of at most `max_len` tokens goes.
 
+        To the least loaded, of several any. One whose circuit is open only where no other is there.
         None where it fits no replica but those to `avoid`.
         """
         open_links = [
@@ -108,10 +110,13 @@ class ReplicaPool(Generic[Link]):
             for endpoint, link in self.links.items()
             if link.takes_generations and endpoint not in avoid and max_len <= link.max_len
         ]
+        open_links = [link for link in open_links if link.breaker.allows] or open_links
         if preferred is not None:
             for link in open_links:
                 if link.endpoint == preferred:
                     return link
+        # Of equals any, or all who know of no load would choose the same one.
+        random.shuffle(open_links)
         return min(open_links, key=lambda link: link.load, default=None)
 
     def rooms(self, max_len: int = 0) -> frozenset[str]:

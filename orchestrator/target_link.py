@@ -101,6 +101,7 @@ class TargetHandle:
         try:
             return self._parse(result, proposal)
         except (InvalidRequest, ValueError) as error:
+            self._link.breaker.failed(str(error))
             raise InternalError("the target's reply does not fit its row", str(error)) from error
 
     def close(self, *, keep: bool) -> None:
@@ -112,6 +113,7 @@ class TargetHandle:
 
     def answered(self, result: target_pb2.VerifyResult) -> None:
         self._count(result)
+        self._link.breaker.succeeded()
         if self._answer is not None and not self._answer.done():
             self.latency_s = time.monotonic() - self._sent_at
             if self.span is not None:
@@ -128,6 +130,8 @@ class TargetHandle:
             failure = InternalError("the target replica failed in this generation", error.detail)
         if error.detail.startswith("sampling."):  # what this target does not serve, by its field
             failure = InvalidRequest(*error.detail.split(": ", 1))
+        if isinstance(failure, InternalError):
+            self._link.breaker.failed(error.detail)
         if not isinstance(failure, KVLost):  # the generation is closed there
             self._failure = failure
         self._fail(failure)

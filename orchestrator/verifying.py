@@ -35,8 +35,8 @@ log = structlog.get_logger()
 _RETRY_S = 0.2
 # A replica that has lost the keys and values of one row so often does not hold them at all.
 _MAX_LOST = 3
-# After these the row is sent again, or elsewhere.
-_RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable)
+# After these the row is sent again, or elsewhere: the context is known here.
+_RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable, InternalError)
 
 
 class Verifying:
@@ -127,11 +127,20 @@ class Verifying:
         return reply
 
     async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> TargetReply:
-        """Sends the row until it is answered; what it waits in is left with `waiting`."""
-        num_lost, full, is_short = 0, set[str](), False
+        """Sends the row until it is answered; what it waits in is left with `waiting`.
+
+        A failure of the replica's is retried once, at another one.
+        """
+        num_lost, full, is_short, has_failed = 0, set[str](), False, False
         while True:
             assert self._handle is not None, "it is open"
-            if isinstance(error, KVLost):
+            if isinstance(error, InternalError):
+                failing = {self._handle.replica}
+                if has_failed or self._pick(failing) is None:
+                    raise error
+                has_failed = True
+                await self._move(error, failing, preempts=False)
+            elif isinstance(error, KVLost):
                 num_lost += 1
                 if num_lost > _MAX_LOST:
                     raise InternalError(
@@ -201,14 +210,14 @@ class Verifying:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
         self._handle.send_row(self.cached_len, context[self.cached_len :], self.proposal)
 
-    async def _move(self, error: OutriderError, full: Collection[str], *, preempts: bool) -> None:
+    async def _move(self, error: OutriderError, avoid: Collection[str], *, preempts: bool) -> None:
         """The row goes to another replica, as soon as there is one.
 
         Raises InvalidRequest where it fits none and has not begun, Unavailable at the end.
         """
         give_up_at = time.monotonic() + self._wait_s
         while True:
-            link = self._pick(full) or self._pick()
+            link = self._pick(avoid) or self._pick()
             if link is not None:
                 with contextlib.suppress(Unavailable):  # gone this very moment
                     self._moved(link, str(error), preempts=preempts)

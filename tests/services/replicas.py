@@ -186,25 +186,31 @@ class Gate:
 
 
 class Fault:
-    """Passes raise while it is on, as on a device with an error. Counts the passes that did."""
+    """Passes raise while it is on, or the next so many, as on a device with an error."""
 
     def __init__(self) -> None:
         self.is_on = False
+        self.num_to_fail = 0
         self.num_failed = 0
         self.num_passes = 0
 
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The engine's `forward`, with the fault. Called on the device thread."""
+
+        def faulty(appends: Sequence[Append]) -> Any:
+            self.num_passes += 1
+            if self.is_on or self.num_to_fail > 0:
+                self.num_to_fail -= 1
+                self.num_failed += 1
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return forward(appends)
+
+        return faulty
+
     def engine(self, config: ModelServiceConfig) -> SimulatedEngine:
-        fault = self
-
-        class Faulty(SimulatedEngine):
-            def forward(self, appends: Sequence[Append]) -> None:
-                fault.num_passes += 1
-                if fault.is_on:
-                    fault.num_failed += 1
-                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-                super().forward(appends)
-
-        return Faulty(Simulation.parse(config.simulate or ""), config.kv_cache_tokens)
+        engine = SimulatedEngine(Simulation.parse(config.simulate or ""), config.kv_cache_tokens)
+        engine.forward = self.around(engine.forward)  # type: ignore[method-assign]
+        return engine
 
 
 SIMULATED = (

@@ -1,0 +1,206 @@
+"""A replica that fails whatever comes, beside one that does not: no call fails, none is attracted.
+
+Replicas' passes raise, as they do after a CUDA error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import outrider.serving.life
+from outrider.config import DraftConfig, ModelServiceConfig, TargetConfig
+from outrider.serving import recovery
+from outrider.v1 import sampling_pb2
+from tests.services.parts import (
+    GREEDY,
+    KV_TOKENS,
+    Brake,
+    Greedy,
+    Pair,
+    Tiers,
+    orchestrating,
+    refusal,
+)
+from tests.services.replicas import Fault, Tier, tier
+from tests.stack import Output, Stack, eventually
+
+PROMPT = list(range(20, 60))
+NUM_TOKENS = 24
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {"sampling": {**GREEDY, "max_tokens": NUM_TOKENS}},
+    "coupled": {
+        "sampling": {"temperature": 1.0, "seed": 3, "ignore_eos": True, "max_tokens": NUM_TOKENS},
+        "verification": sampling_pb2.VERIFICATION_COUPLED,
+    },
+}
+
+
+@contextlib.asynccontextmanager
+async def faulty(
+    model: Path, fault: Fault, kind: type[ModelServiceConfig] = TargetConfig
+) -> AsyncIterator[Tier]:
+    """A replica with a real model, whose passes fail while the fault is on."""
+    load = outrider.serving.life.load_served_engine
+
+    def loaded(config: ModelServiceConfig) -> Any:
+        engine, info = load(config)
+        forward = engine.forward
+        engine.forward = fault.around(forward)  # type: ignore[method-assign]
+        return engine, info
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outrider.serving.life, "load_served_engine", loaded)
+        async with tier(kind, model=str(model), simulate=None, kv_cache_tokens=KV_TOKENS) as served:
+            patch.undo()
+            yield served
+
+
+@contextlib.asynccontextmanager
+async def two_targets(
+    pair: Pair, redis_url: str, fault: Fault, draft: Tier | None = None, **settings: Any
+) -> AsyncIterator[tuple[Stack, Tier, Tier]]:
+    """The first is the faulty one."""
+    async with faulty(pair.target, fault) as broken, faulty(pair.target, Fault()) as healthy:
+        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (broken, healthy))
+        tiers = Tiers(healthy.server, draft.server if draft else None)
+        async with orchestrating(tiers, redis_url, target_endpoint=endpoints, **settings) as system:
+
+            async def are_known() -> bool:
+                """Both have had a generation."""
+                await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 1}, gamma=0)
+                return all([(await t.info()).load.num_opened_total for t in (broken, healthy)])
+
+            await eventually(are_known)
+            yield system, broken, healthy
+
+
+async def outputs(system: Stack, num: int, how: str, **fields: Any) -> list[Output]:
+    return await asyncio.gather(
+        *(system.generate(PROMPT[n % 8 :], **{**HOW[how], **fields}) for n in range(num))
+    )
+
+
+@pytest.mark.parametrize("leaves_service", [True, False])
+async def test_a_broken_replica_attracts_no_traffic(
+    leaves_service: bool,
+    pair: Pair,
+    redis_url: str,
+    greedy: Greedy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it does not notice by itself, or not yet: it fails fast, so it is least loaded."""
+    monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
+    if not leaves_service:
+        monkeypatch.setattr(recovery, "MAX_FAILED_PASSES", 10_000)
+    fault = Fault()
+    async with two_targets(pair, redis_url, fault) as (system, broken, _):
+        fault.is_on = True
+        num_before = (await broken.info()).load.num_opened_total
+        for _ in range(5):
+            for n, output in enumerate(await outputs(system, 8, "greedy", gamma=0)):
+                assert output.token_ids == greedy(PROMPT[n:], NUM_TOKENS)
+        # Eight may be on their way when the first fails; then now and then one tries.
+        assert (await broken.info()).load.num_opened_total - num_before < 20
+
+        fault.is_on = False
+
+        async def is_used() -> bool:
+            num = (await broken.info()).load.num_opened_total
+            await outputs(system, 4, "greedy", gamma=0)
+            return (await broken.info()).load.num_opened_total > num + 1
+
+        await eventually(is_used)
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_one_failed_pass_ends_no_stream(
+    how: str, pair: Pair, redis_url: str, brake: Brake
+) -> None:
+    """Those that were there go on elsewhere with the same tokens."""
+    fault = Fault()
+    async with two_targets(pair, redis_url, fault) as (system, _, _):
+        plain = [output.token_ids for output in await outputs(system, 8, how, gamma=0)]
+        brake.set(NUM_TOKENS // 2)
+        running = asyncio.create_task(outputs(system, 8, how, gamma=0))
+        num_passes = fault.num_passes
+
+        async def has_begun() -> bool:
+            return fault.num_passes > num_passes + 4
+
+        await eventually(has_begun)
+        fault.num_to_fail = 1
+        brake.release()
+        assert [output.token_ids for output in await running] == plain
+        assert fault.num_failed == 1
+
+
+async def test_without_another_replica_it_fails_by_name(pair: Pair, redis_url: str) -> None:
+    fault = Fault()
+    async with (
+        faulty(pair.target, fault) as only,
+        orchestrating(Tiers(only.server, None), redis_url) as system,
+    ):
+        fault.num_to_fail = 1
+        refused = await refusal(system.generate(PROMPT, **HOW["greedy"]))
+        assert refused.code is grpc.StatusCode.INTERNAL
+        assert "CUDA error" in refused.message
+        assert len((await system.generate(PROMPT, **HOW["greedy"])).token_ids) == NUM_TOKENS
+
+
+async def test_a_failure_at_both_is_the_requests_end(
+    pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is retried once: what fails everywhere does not go round."""
+    fault = Fault()
+    async with (
+        faulty(pair.target, fault) as one,
+        faulty(pair.target, fault) as other,
+    ):
+        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (one, other))
+        async with orchestrating(
+            Tiers(one.server, None), redis_url, target_endpoint=endpoints
+        ) as system:
+
+            async def are_known() -> bool:
+                await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 1})
+                return all([(await t.info()).load.num_opened_total for t in (one, other)])
+
+            await eventually(are_known)
+            fault.num_to_fail = 2
+            refused = await refusal(system.generate(PROMPT, **HOW["greedy"]))
+            assert refused.code is grpc.StatusCode.INTERNAL
+            assert fault.num_failed == 2
+
+
+async def test_a_broken_draft_costs_speed_only(
+    pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves service; when its passes succeed again, it drafts again."""
+    monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
+    fault, good = Fault(), Fault()
+    async with (
+        faulty(pair.draft, fault, DraftConfig) as draft,
+        faulty(pair.target, good) as target,
+        orchestrating(Tiers(target.server, draft.server), redis_url, gamma=4) as system,
+    ):
+        fault.is_on = True
+        for _ in range(5):
+            (output,) = await outputs(system, 1, "greedy")
+            assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+        assert not await draft.is_healthy()
+        fault.is_on = False
+
+        async def drafts() -> bool:
+            (output,) = await outputs(system, 1, "greedy")
+            assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+            return output.speculation.num_accepted_tokens > 0
+
+        await eventually(drafts)
+        assert await draft.is_healthy()
