@@ -274,3 +274,12 @@ def check_length(request: GenerationRequest, prompt_len: int, limits: Limits) ->
             f"{max_tokens} after a prompt of {prompt_len} tokens exceeds {limits.bound}; "
             f"at most {room}",
         )
+
+
+def parse_page_token(token: str) -> int:
+    """The cursor of ListSessions; 0: the first page. Raises InvalidRequest."""
+    if not token:
+        return 0
+    if not (token.isascii() and token.isdigit() and len(token) <= 20 and int(token) < 1 << 64):
+        raise InvalidRequest("page_token", "must be the next_page_token of a page")
+    return int(token)

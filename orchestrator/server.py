@@ -24,10 +24,16 @@ from orchestrator.request import (
     GenerationRequest,
     Limits,
     check_length,
+    parse_page_token,
     parse_request,
     resolve_max_tokens,
 )
-from orchestrator.responses import generate_response, pairing_response, session_response
+from orchestrator.responses import (
+    generate_response,
+    pairing_response,
+    session_response,
+    sessions_response,
+)
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, resumed, unanswered
 from orchestrator.session import Commitment, FinishReason, TokenOrigin
@@ -240,6 +246,14 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             validate_session_id(request.session_id)
             caller = current_caller().name
             return session_response(await self._tiers.store.get(request.session_id, caller))
+        return None
+
+    async def ListSessions(
+        self, request: orchestrator_pb2.ListSessionsRequest, context: Context
+    ) -> orchestrator_pb2.ListSessionsResponse | None:
+        async with translated(context):
+            cursor = parse_page_token(request.page_token)
+            return sessions_response(*await self._tiers.store.page(cursor, current_caller().name))
         return None
 
     async def DeleteSession(

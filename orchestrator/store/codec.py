@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.store.records import Counters, KvHandle, SessionRecord, TokenIds
+from orchestrator.store.records import (
+    Counters,
+    KvHandle,
+    SessionRecord,
+    SessionSummary,
+    TokenIds,
+)
 from outrider.errors import UnreadableRecord
 
 BYTES_PER_TOKEN = 4
@@ -101,3 +107,10 @@ def _unpack(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
         has_lost_turn=b"lost_turn" in fields
         or (b"lease_epoch" in fields and number(b"turn_epoch") != number(b"epoch")),
     )
+
+
+def unpack_summary(session_id: str, reply: Sequence[int]) -> SessionSummary:
+    """`reply` of `lua.SUMMARY`."""
+    remaining_ms, in_use, num_tokens, num_turns = reply
+    expires_in_s = max(0, remaining_ms) / 1000
+    return SessionSummary(session_id, num_tokens, num_turns, bool(in_use), expires_in_s)

@@ -228,6 +228,13 @@ if not seen then return {'not_found'} end
 return {'ok', seen}
 """)
 
+SUMMARY = Script("""
+local had = redis.call('HMGET', key, 'num_tokens', 'num_turns', 'lease_until')
+if not had[1] then return {'not_found'} end
+local in_use = had[3] and tonumber(had[3]) > now_us()
+return {'ok', redis.call('PTTL', key), in_use and 1 or 0, tonumber(had[1]), tonumber(had[2] or 0)}
+""")
+
 DELETE = Script("""
 if newer() then return {'newer', newer()} end
 local seen = snapshot()
@@ -244,4 +251,4 @@ redis.call('DEL', key)
 return {'ok'}
 """)
 
-SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, DELETE, PROBE)
+SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, SUMMARY, DELETE, PROBE)

@@ -97,6 +97,17 @@ class SessionRecord:
     not in Redis."""
 
 
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session in a list, without its tokens."""
+
+    session_id: str
+    num_tokens: int
+    num_turns: int
+    in_use: bool
+    expires_in_s: float
+
+
 @dataclass(slots=True)
 class Cursor:
     """How far Redis has confirmed this lease's writes. The store's own; callers leave it alone."""

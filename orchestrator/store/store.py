@@ -6,6 +6,7 @@ beyond what they add.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import secrets
@@ -19,13 +20,16 @@ from orchestrator.store.codec import (
     pack_messages,
     pack_tokens,
     unpack_snapshot,
+    unpack_summary,
 )
+from orchestrator.store.listing import scan
 from orchestrator.store.records import (
     Cursor,
     KvHandle,
     Lease,
     RoundRecord,
     SessionRecord,
+    SessionSummary,
     StoreOptions,
     TokenIds,
     scoped_id,
@@ -245,6 +249,13 @@ class SessionStore:
     async def get(self, session_id: str, caller: str = "") -> SessionRecord:
         """Raises SessionNotFound. Does not make the session live longer."""
         return await self._read(lua.GET, session_id, caller)
+
+    async def page(self, cursor: int, caller: str = "") -> tuple[list[SessionSummary], int]:
+        """Some of the caller's sessions, and the cursor of the next page; 0 begins and ends."""
+        names, cursor = await scan(self._writer, self._options.prefix, cursor, caller)
+        runs = (self._run(lua.SUMMARY, name, caller, ()) for name in names)
+        replies = zip(names, await asyncio.gather(*runs), strict=True)
+        return [unpack_summary(name, rest) for name, (_, *rest) in replies if rest], cursor
 
     async def delete(self, session_id: str, caller: str = "") -> SessionRecord:
         """What it was, so that its KV can be freed. Raises SessionNotFound, SessionInUse."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from outrider import __version__
 from outrider.cli.bench import bench
 from outrider.cli.chaos import chaos
 from outrider.cli.demo import demo
@@ -17,11 +20,29 @@ from outrider.cli.up import up
 
 app = typer.Typer(
     name="outrider",
-    help="Distributed speculative decoding for large language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Commands inherit the names.
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"outrider {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _outrider(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Distributed speculative decoding for large language models."""
+
 
 app.command()(up)
 app.command()(generate)

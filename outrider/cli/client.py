@@ -102,6 +102,17 @@ class Client:
         )
         return answer
 
+    async def sessions(self) -> list[orchestrator_pb2.SessionSummary]:
+        """All of the caller's, by name. Raises CallFailed."""
+        found: dict[str, orchestrator_pb2.SessionSummary] = {}  # Redis may name one twice
+        request = orchestrator_pb2.ListSessionsRequest()
+        while True:
+            page = await self._ask(self._stub.ListSessions, request)
+            found |= {session.session_id: session for session in page.sessions}
+            if not page.next_page_token:
+                return [found[name] for name in sorted(found)]
+            request.page_token = page.next_page_token
+
     async def delete_session(self, session_id: str) -> None:
         """Raises CallFailed."""
         request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)

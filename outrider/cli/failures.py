@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 from pathlib import Path
 
-from outrider.errors import ConfigError, InvalidRequest, OutriderError
+from outrider.errors import NO_ENGINE, ConfigError, InvalidRequest, OutriderError
+
+
+def require_engine() -> None:
+    """For commands that run models here. Raises ConfigError where torch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(NO_ENGINE)
 
 
 class CallFailed(OutriderError):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.child import tied_to_this_process
+from outrider.cli.failures import require_engine
 from outrider.cli.options import takes
 from outrider.errors import ConfigError, InternalError
 
@@ -84,6 +85,7 @@ async def made_pair(
     `hear` gets each measurement of the search: `epsilon` and `alpha`. Cancelling stops the child.
     Raises ConfigError for what cannot be made, InternalError where the child failed.
     """
+    require_engine()
     process = await asyncio.create_subprocess_exec(
         *tied_to_this_process([sys.executable, "-m", _MODULE, *_arguments(options)]),
         stdin=DEVNULL,

@@ -1,4 +1,4 @@
-"""`outrider session get | delete` and `outrider model`: what the orchestrator knows."""
+"""`outrider session list | get | delete` and `outrider model`: what the orchestrator knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption
 if TYPE_CHECKING:
     from outrider.cli.client import Client
 
-sessions = typer.Typer(help="Look at or delete a session.", no_args_is_help=True)
+sessions = typer.Typer(help="List, look at or delete your sessions.", no_args_is_help=True)
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
@@ -40,6 +40,31 @@ class DeleteOptions(AskOptions):
 @dataclass(frozen=True, kw_only=True)
 class GetOptions(ModelOptions):
     name: Annotated[str, typer.Argument()]
+
+
+@sessions.command("list")
+@takes(ModelOptions)
+def list_sessions(options: ModelOptions) -> None:
+    """Show all your sessions, by name; those of one-off generations while they run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from outrider.cli.plain import plain
+
+    found = _ask(options, lambda client: client.sessions())
+    if options.json:
+        for session in found:
+            typer.echo(json.dumps(plain(session), ensure_ascii=False))
+        return
+    table = Table(show_edge=False)
+    for name in ("session", "tokens", "turns", "in use", "expires in"):
+        table.add_column(name, justify="left" if name == "session" else "right", overflow="fold")
+    for session in found:
+        table.add_row(
+            session.session_id, str(session.num_tokens), str(session.num_turns),
+            "yes" if session.in_use else "", f"{session.expires_in_s:.0f} s",
+        )  # fmt: skip
+    Console().print(table if found else "no sessions")
 
 
 @sessions.command()

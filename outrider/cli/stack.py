@@ -12,7 +12,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from outrider.cli.failures import ProgramFailed
+from outrider.cli.failures import ProgramFailed, require_engine
 from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
 from outrider.config import OrchestratorConfig
@@ -148,6 +148,7 @@ class Stack:
     async def start(self) -> None:
         """Returns when it serves. Raises ConfigError or ProgramFailed."""
         options = self._options
+        require_engine()
         _check_port(options)
         _check_simulation(options)
         _check_orchestrator(options)

@@ -9,6 +9,13 @@ branches, packed, bound, flashinfer_backend, graphs, engine, then what loading n
 guards, prepack, probe, memory, backends, model. It knows nothing of sampling or sessions.
 """
 
+import importlib.util
+
+from outrider.errors import NO_ENGINE, ConfigError
+
+if importlib.util.find_spec("torch") is None:  # an installation for callers and orchestrators
+    raise ConfigError(NO_ENGINE)
+
 from outrider.engine.device_thread import DeviceThread
 from outrider.engine.draws import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
 from outrider.engine.engine import Append, Engine

@@ -44,6 +44,11 @@ class OrchestratorServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetSessionRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/outrider.v1.OrchestratorService/ListSessions',
+                request_serializer=outrider_dot_v1_dot_orchestrator__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_orchestrator__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
         self.DeleteSession = channel.unary_unary(
                 '/outrider.v1.OrchestratorService/DeleteSession',
                 request_serializer=outrider_dot_v1_dot_orchestrator__pb2.DeleteSessionRequest.SerializeToString,
@@ -67,6 +72,13 @@ class OrchestratorServiceServicer(object):
 
     def GetSession(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """The caller's own sessions, page by page, in no order.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -95,6 +107,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.GetSession,
                     request_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetSessionRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=outrider_dot_v1_dot_orchestrator__pb2.ListSessionsRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_orchestrator__pb2.ListSessionsResponse.SerializeToString,
             ),
             'DeleteSession': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteSession,
@@ -161,6 +178,33 @@ class OrchestratorService(object):
             '/outrider.v1.OrchestratorService/GetSession',
             outrider_dot_v1_dot_orchestrator__pb2.GetSessionRequest.SerializeToString,
             outrider_dot_v1_dot_orchestrator__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OrchestratorService/ListSessions',
+            outrider_dot_v1_dot_orchestrator__pb2.ListSessionsRequest.SerializeToString,
+            outrider_dot_v1_dot_orchestrator__pb2.ListSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -127,9 +127,9 @@ class CallAttack(Attack):
     async def _episode(self, feed: Feed, chance: random.Random) -> None:
         data, method = self._data(self._take(feed), chance), self._dialect.method
         if chance.random() < 0.15:
-            name = chance.choice(("GetSession", "DeleteSession", "GetModelInfo"))
+            name = chance.choice(("GetSession", "ListSessions", "DeleteSession", "GetModelInfo"))
             method = f"{method.rpartition('/')[0]}/{name}"
-            if chance.random() < 0.7:  # both of the requests with a name are alike
+            if chance.random() < 0.7:  # the requests with a name, or a page's, are alike
                 asked = orchestrator_pb2.GetSessionRequest(session_id=chance.choice(SESSION_IDS))
                 data = asked.SerializeToString()
         call = self._channel.unary_stream(method)(data, timeout=chance.choice((0.05, 0.3, 1.0)))

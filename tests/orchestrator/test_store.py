@@ -279,3 +279,36 @@ async def test_each_prefix_is_a_world(redis_url: str, store: SessionStore) -> No
         await leased(store)
         assert (await leased(other)).created
         assert redis_command(redis_url, "EXISTS", "elsewhere:session:{s}") == b":1"
+
+
+# -- lists of sessions -------------------------------------------------------------------------
+
+
+async def listed(store: SessionStore, caller: str = "") -> dict[str, tuple[int, int, bool]]:
+    """Tokens, turns and use of all sessions of the caller, from all pages."""
+    found: dict[str, tuple[int, int, bool]] = {}
+    cursor = 0
+    while True:
+        sessions, cursor = await store.page(cursor, caller)
+        for one in sessions:
+            assert 0 < one.expires_in_s <= StoreOptions().session_ttl_s
+            found[one.session_id] = (one.num_tokens, one.num_turns, one.in_use)
+        if not cursor:
+            return found
+
+
+async def test_a_caller_lists_its_own_sessions(redis_url: str) -> None:
+    async with opened(redis_url, prefix="listed") as store:
+        for caller, num in (("", 3), ("ada", 1200), ("ada.b", 2)):
+            for number in range(num):
+                lease = await store.acquire(f"s{number}", create=True, model=MODEL, caller=caller)
+                if number == 1:
+                    await begin(store, lease, [1, 2, 3])
+                if number:
+                    await store.release(lease, target_kv=None, draft_kv=None)
+        three = {"s0": (0, 0, True), "s1": (3, 1, False), "s2": (0, 0, False)}
+        assert await listed(store) == three
+        assert await listed(store, "ada.b") == {name: three[name] for name in ("s0", "s1")}
+        many = await listed(store, "ada")
+        assert many == three | {f"s{number}": (0, 0, False) for number in range(3, 1200)}
+        assert await listed(store, "nobody") == {}

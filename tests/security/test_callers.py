@@ -59,6 +59,21 @@ def deletion(stub: Any, session_id: str = "s") -> Any:
     return stub.DeleteSession(asked, timeout=60)
 
 
+async def test_a_key_lists_its_own_sessions(tmp_path: Path, redis_url: str) -> None:
+    async with keyed(tmp_path, redis_url, ada=KeyLimits(), bob=KeyLimits()) as (system, keys):
+        for name in keys:
+            async with client(system.endpoint, Access(api_key=keys[name])) as stub:
+                await generated(stub, session_id=f"of-{name}", create_session=True)
+        async with client(system.endpoint, Access(api_key=keys["ada"])) as stub:
+            page = await stub.ListSessions(orchestrator_pb2.ListSessionsRequest(), timeout=60)
+            assert [session.session_id for session in page.sessions] == ["of-ada"]
+            assert not page.next_page_token
+            for token in ("x", "-1", "9" * 21, "²"):
+                asked = orchestrator_pb2.ListSessionsRequest(page_token=token)
+                refused = await refusal(stub.ListSessions(asked, timeout=60))
+                assert (refused.code, refused.fields) == (Code.INVALID_ARGUMENT, ["page_token"])
+
+
 async def test_only_with_a_key_that_is_known(authority: Authority, redis_url: str) -> None:
     """Over TLS; by either header, on every method but health."""
     keys = write_keys(authority.folder / "keys", ada=KeyLimits())

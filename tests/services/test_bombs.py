@@ -149,7 +149,10 @@ async def test_calls(name: str, doors: Doors) -> None:
     assert name.split(".")[0] in refused.message
 
 
-@pytest.mark.parametrize("name", ["Generate", "GetSession", "DeleteSession", "GetModelInfo"])
+NAMES = ("Generate", "GetSession", "ListSessions", "DeleteSession", "GetModelInfo")
+
+
+@pytest.mark.parametrize("name", NAMES)
 async def test_what_is_no_message(name: str, doors: Doors) -> None:
     """Not UNKNOWN, with the name of a Python exception."""
     kind: Any = doors.orchestrator.unary_unary

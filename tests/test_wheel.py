@@ -1,0 +1,169 @@
+"""The wheel, and the commands of an installation without the engine. No network."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from contextlib import AsyncExitStack
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import orchestrator.service
+import outrider
+from outrider.config import OrchestratorConfig
+from tests import redis_fixture
+from tests.cli.processes import ROOT
+from tests.services.replicas import tier
+
+redis_server = redis_fixture.redis_server
+redis_url = redis_fixture.redis_url
+pytestmark = pytest.mark.slow
+
+ENGINE = {"torch", "transformers", "accelerate", "sentencepiece", "tiktoken"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of what git has: the build leaves folders in its source."""
+    root = tmp_path_factory.mktemp("wheel")
+    source = root / "source"
+    source.mkdir()
+    names = ("pyproject.toml", "README.md", "outrider", "orchestrator", "draft_service")
+    for name in (*names, "target_service", "tests", "scripts", "deploy", "docs"):
+        os.symlink(ROOT / name, source / name)
+    build = (
+        "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
+        str(root),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", *build], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = root.glob("*.whl")
+    return built
+
+
+def needed(requirements: list[str], seen: set[str]) -> set[str]:
+    """Distributions that are installed for these requirements, by name."""
+    for line in requirements:
+        requirement = Requirement(line)
+        extras = requirement.extras or {""}
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras
+        ):
+            continue
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name in seen:
+            continue
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue
+        seen.add(name)
+        inner = [
+            text
+            for text in found.requires or []
+            if (marker := Requirement(text).marker) is None
+            or any(marker.evaluate({"extra": extra}) for extra in extras)
+        ]
+        needed([text.partition(";")[0] for text in inner], seen)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site directory with the wheel and what `pip install outrider[client]` brings, no more."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for name in needed([*PROJECT["dependencies"]], set()):
+        for file in distribution(name).files or []:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (site / top).exists():
+                os.symlink(distribution(name).locate_file(top), site / top)
+    return site
+
+
+def command(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`outrider` there; without this environment's own packages (-S)."""
+    code = "from outrider.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code, *words],
+        env={"PYTHONPATH": str(site), "PATH": os.environ["PATH"], "TERM": "dumb"},
+        cwd=site.parent, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith("/METADATA")]
+        text = archive.read(metadata).decode()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {
+        "outrider", "orchestrator", "draft_service", "target_service", metadata.partition("/")[0],
+    }  # fmt: skip
+    assert "outrider/engine/quickstart/pair/target/tokenizer.json" in names
+    assert "outrider/py.typed" in names
+    assert f"\nVersion: {outrider.__version__}\n" in text
+    assert PROJECT["version"] == outrider.__version__
+    for name in ENGINE:
+        lines = re.findall(rf"^Requires-Dist: {name}\b.*$", text, re.MULTILINE)
+        assert lines
+        assert all('extra == "engine"' in line for line in lines), lines
+    assert "\nProvides-Extra: client\n" in text
+
+
+def test_a_caller_has_no_torch(installation: Path) -> None:
+    assert not any((installation / name).exists() for name in ENGINE)
+    version = command(installation, "--version")
+    assert version.stdout == f"outrider {outrider.__version__}\n"
+    for words in (("-h",), ("session", "list", "-h"), ("bench", "serve", "--help"), ("up", "-h")):
+        helped = command(installation, *words)
+        assert helped.returncode == 0, helped.stderr
+        assert "Usage:" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [("up", "--port=0"), ("demo",), ("bench", "pair", "/tmp/x"),
+              ("quickstart", "train", "--out=/tmp/x")]
+)  # fmt: skip
+def test_what_needs_the_engine_says_so(installation: Path, words: tuple[str, ...]) -> None:
+    ended = command(installation, *words)
+    assert ended.returncode == 2, ended
+    assert "pip install 'outrider[engine]'" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+async def test_a_caller_can_call(installation: Path, redis_url: str, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        target = await stack.enter_async_context(tier())
+        config = OrchestratorConfig(
+            target_endpoint=f"127.0.0.1:{target.server.port}",
+            draft_endpoint=None,
+            redis_url=redis_url,
+            port=0,
+        )
+        server = await stack.enter_async_context(orchestrator.service.serving(config))
+        endpoint = f"--endpoint=127.0.0.1:{server.port}"
+
+        async def told(*words: str) -> str:
+            ended = await asyncio.to_thread(command, installation, *words, endpoint)
+            assert ended.returncode == 0, ended.stderr
+            return ended.stdout
+
+        assert "no sessions" in await told("session", "list")
+        await told("generate", "--token-ids=1,2,3", "--max-tokens=4", "--session=notes")
+        assert "notes" in await told("session", "list")
+        assert "simulated" in await told("model")
+        served = ("--requests=4", "--concurrency=2", f"--out={tmp_path}")
+        await told("bench", "serve", *served)
