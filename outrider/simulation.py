@@ -6,6 +6,7 @@ no service; `outrider.engine.simulated` carries it out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -28,7 +29,8 @@ class Simulation:
     `row_ms` is added by each sequence beyond the first. `vocab_size` and `seed` make the truth, the
     same on both tiers. `survival`: chance that draft token k is what the target emits, if those
     before it were; the last goes on. `ranks`: where it is not, the chance that the draft's second,
-    third … choice is.
+    third … choice is. `fails_after_s`: every pass raises
+    from then on, as those of a broken device do; seconds since the start.
     """
 
     step_ms: tuple[tuple[int, float], ...] = ((1, 10.0),)
@@ -38,6 +40,7 @@ class Simulation:
     seed: int = 0
     survival: tuple[float, ...] = (0.8,)
     ranks: tuple[float, ...] = (0.5, 0.2, 0.1)
+    fails_after_s: float = math.inf
 
     @classmethod
     def parse(cls, text: str, *, is_draft: bool = True) -> Simulation:
@@ -117,6 +120,13 @@ def _chances(text: str) -> tuple[float, ...]:
     return chances
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise ValueError(text)
+    return value
+
+
 def _ranks(text: str) -> tuple[float, ...]:
     chances = _chances(text)
     if len(chances) > _MAX_RANKS or sum(chances) > 1 + 1e-9:
@@ -141,5 +151,6 @@ _VALUES: dict[str, _Value] = {
     "context_len": _Value(lambda text: _at_least(16, text), "16 or more"),
     "seed": _Value(int, "an integer"),
     "survival": _Value(_chances, f"1 to {_MAX_SURVIVAL} chances in [0, 1], as in 0.8/0.75"),
+    "fails_after_s": _Value(_seconds, "0 or more seconds"),
     "ranks": _Value(_ranks, f"1 to {_MAX_RANKS} chances, at most 1 in sum, as in 0.5/0.2/0.1"),
 }

@@ -59,6 +59,12 @@ class Node:
         self._program: Program | None = None
         self._watch: asyncio.Task[None] | None = None
 
+    @property
+    def pid(self) -> int:
+        """While it runs."""
+        assert self._program is not None, "it runs"
+        return self._program.process.pid
+
     async def start(self) -> None:
         """Returns when it serves. Raises ProgramFailed, Unavailable."""
         assert self._program is None, "it runs"
@@ -77,7 +83,8 @@ class Node:
     async def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
         program = await self._unwatched()
-        program.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            program.kill()
         await program.process.wait()
         self._program = None
 

@@ -41,6 +41,7 @@ class SimulatedEngine:
     def __init__(self, simulation: Simulation, kv_cache_tokens: int | None = None) -> None:
         self._simulation = simulation
         self._costs = simulation.costs
+        self._fails_at = time.monotonic() + simulation.fails_after_s
         self.store = KVStore([], (kv_cache_tokens or _KV_TOKENS) // PAGE_SIZE)
         self.info = EngineInfo(
             name="simulated",
@@ -58,7 +59,7 @@ class SimulatedEngine:
         )
 
     def forward(self, appends: Sequence[Append]) -> None:
-        """Takes the pass's time; lengths change after it. Raises ValueError like a real one."""
+        """Takes the pass's time; lengths change after it. Raises like a real one."""
         if not appends:
             return
         started_at = time.perf_counter()
@@ -70,6 +71,8 @@ class SimulatedEngine:
                 raise ValueError(
                     f"{len(token_ids)} tokens, {num_logits} logits: not for {sequence}"
                 )
+        if time.monotonic() >= self._fails_at:
+            raise RuntimeError("a simulated pass failed")
         num_tokens = sum(len(append.token_ids) for append in appends)
         pass_s = self._costs.pass_s(num_tokens, len(appends))
         time.sleep(max(0.0, started_at + pass_s - time.perf_counter()))

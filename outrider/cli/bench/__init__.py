@@ -6,7 +6,8 @@ under `--out`. Knows the services as any caller does.
 
 Reading order: cores, system, workload, load, summary, document, plots, show; then the commands:
 speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy),
-signals (bottlenecks, fleet), overload (crowd), serve (serve_options, serve_report, serve_figures),
+signals (bottlenecks, fleet), overload (crowd), attacks
+(attackers), serve (serve_options, serve_report, serve_figures),
 twin, wire.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import typer
 
+from outrider.cli.bench.attacks import attacks
 from outrider.cli.bench.concurrency import concurrency
 from outrider.cli.bench.delay import delay
 from outrider.cli.bench.explain import explain_gamma
@@ -37,6 +39,7 @@ for command in (
     growth,
     scaling,
     overload,
+    attacks,
     serve,
     signals,
     twin,

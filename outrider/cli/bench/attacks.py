@@ -1,0 +1,283 @@
+"""`outrider bench attacks`: a healthy stream beside hostile clients and failing parts.
+
+Each attack has a system of its own. Owns the phases of an attack and what is measured in them; the
+attacks are in `attackers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.bench.system import BenchOptions
+from outrider.cli.options import takes
+from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from outrider.chaos.system import System
+    from outrider.cli.bench.attackers import Attack
+    from outrider.cli.bench.document import Goal
+    from outrider.cli.bench.show import Step
+
+# One stream alone has about 45 tokens/s of them.
+_TARGET = "step_ms=1:40.0/64:40.0/1024:80.0"
+_DRAFT = "step_ms=4,survival=0.8"
+# A new client asks for so many tokens, again and again.
+_PROBE_TOKENS = 8
+_PROBE_GAP_S = 0.5
+_MEMORY_GAP_S = 0.1
+_MIB = 1 << 20
+_PHASES = ("before", "during", "after")
+
+
+@dataclass(frozen=True)
+class AttackOptions(BenchOptions):
+    attacks: Annotated[
+        str, typer.Option(help="all, or a list: long-prompts,unread,burst,failing,fail-over.")
+    ] = "all"
+    simulate_target: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="As in `outrider up`; all but long-prompts.")
+    ] = _TARGET
+    simulate_draft: Annotated[str | None, typer.Option(metavar="SPEC", help="Likewise.")] = _DRAFT
+    seconds: Annotated[float, typer.Option(min=1, help="Of each phase.")] = 20.0
+    clients: Annotated[int, typer.Option(min=1, help="Hostile streams or calls at once.")] = 2000
+    name: Annotated[str, typer.Option(help="Of the files.")] = "attacks"
+
+
+@dataclass
+class Phase:
+    """One phase of one attack. Times in seconds, memory of the orchestrator in MiB.
+
+    `gaps_s`: between messages of the healthy stream. `first_token_s`: of new clients, who ask one
+    after the other. `num_refused`: new clients refused with a retry hint; `failed`: all others.
+    """
+
+    attack: str
+    name: str
+    gaps_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    num_refused: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    most_memory_mib: float = 0.0
+    # What the attackers got, by status.
+    attackers: dict[str, int] = field(default_factory=dict)
+    # Why the healthy stream ended in this phase, if it did.
+    ended: str | None = None
+
+    def result(self) -> dict[str, Any]:
+        """For JSON: distributions instead of samples."""
+        from outrider.loadtest.measures import Distribution
+
+        told = asdict(self) | {"failed": dict(self.failed)}
+        for name in ("gaps_s", "first_token_s"):
+            values = told.pop(name)
+            found = Distribution.of(values)
+            told[name] = None if found is None else {**asdict(found), "most": max(values)}
+        return told
+
+
+@takes(AttackOptions)
+def attacks(options: AttackOptions) -> None:
+    """A healthy stream, and new clients, beside long prompts, streams that nobody reads, bursts of
+    calls, a replica whose every pass fails, and a Redis fail-over.
+    """
+    from outrider.cli.bench.attackers import ATTACKS
+    from outrider.cli.bench.document import Document
+    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.running import run
+
+    options = options.quickened(seconds=2.0, clients=50)
+    names = list(ATTACKS) if options.attacks == "all" else options.attacks.split(",")
+    for name in names:
+        if name not in ATTACKS:
+            raise ConfigError(f"--attacks: {name!r} is not one of all, {', '.join(ATTACKS)}")
+    console, document = bench_console(), Document(options.name, options)
+    phases = run(_measure(options, names, console))
+    document.results += [phase.result() for phase in phases]
+    document.samples += [
+        {"attack": phase.attack, "phase": phase.name, "gaps_s": [round(g, 5) for g in phase.gaps_s]}
+        for phase in phases
+    ]
+    document.goals += goals(phases)
+    document.write()
+    finish(console, document, [table(phases)])
+
+
+async def _measure(options: AttackOptions, names: list[str], console: Console) -> list[Phase]:
+    from outrider.cli.bench.attackers import ATTACKS, attacked_system
+    from outrider.cli.bench.show import progress
+
+    phases: list[Phase] = []
+    with progress(console, len(names) * len(_PHASES)) as step:
+        for name in names:
+            attack = ATTACKS[name]
+            async with attacked_system(options, attack) as system:
+                phases += await _attacked(options, system, attack, step)
+    return phases
+
+
+async def _attacked(
+    options: AttackOptions, system: System, attack: Attack, step: Step
+) -> list[Phase]:
+    """Before, during and after, of one stream."""
+    from outrider.chaos.faults import Tier
+    from outrider.chaos.system import Place
+
+    phases = [Phase(attack.name, name) for name in _PHASES]
+    healthy = Healthy(system.endpoints[0])
+    pid = system.nodes[Place(Tier.ORCHESTRATOR, 0)].pid
+    async with contextlib.AsyncExitStack() as until, healthy.running():
+        for phase in phases:
+            step(f"{attack.name}: {phase.name}")
+            async with healthy.measured(phase, pid):
+                if phase.name == "during":
+                    statuses = await attack.run(options, system, until)
+                    phase.attackers = {str(name): num for name, num in statuses.items()}
+                else:
+                    await asyncio.sleep(options.seconds)
+    return phases
+
+
+class Healthy:
+    """One long stream, new clients one after the other, and the orchestrator's memory."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._phase: Phase | None = None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The stream has begun on entering, and is cancelled at the end."""
+        from outrider.security.channel import open_channel
+        from outrider.v1 import orchestrator_pb2_grpc
+
+        async with open_channel(self._endpoint) as channel:
+            stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            begun = asyncio.Event()
+            async with asyncio.TaskGroup() as tasks:
+                listening = tasks.create_task(self._listen(stub, begun))
+                await begun.wait()
+                probing = tasks.create_task(self._probe(stub))
+                try:
+                    yield
+                finally:
+                    listening.cancel()
+                    probing.cancel()
+
+    @contextlib.asynccontextmanager
+    async def measured(self, phase: Phase, pid: int) -> AsyncIterator[None]:
+        """All that happens in the block is the phase's."""
+        watching = asyncio.create_task(_watch_memory(phase, pid))
+        self._phase = phase
+        try:
+            yield
+        finally:
+            self._phase = None
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _listen(self, stub: Any, begun: asyncio.Event) -> None:
+        import grpc
+
+        from outrider.cli.bench.attackers import asking
+
+        call: Any = stub.Generate(asking(num_tokens=100_000, seed=0))
+        last = time.monotonic()
+        try:
+            async for _ in call:
+                now = time.monotonic()
+                if begun.is_set() and self._phase is not None:
+                    self._phase.gaps_s.append(now - last)
+                begun.set()
+                last = now
+            why = "it ended"
+        except grpc.aio.AioRpcError as error:
+            why = f"{error.code().name}: {error.details()}"
+        finally:
+            call.cancel()
+        begun.set()
+        if self._phase is not None:
+            self._phase.ended = why
+
+    async def _probe(self, stub: Any) -> None:
+        from outrider.cli.bench.attackers import asking, first_token
+
+        for seed in range(1, 1_000_000):
+            phase = self._phase
+            status, first_s = await first_token(stub, asking(_PROBE_TOKENS, seed))
+            if phase is not None:
+                if status == "OK":
+                    phase.first_token_s.append(first_s)
+                elif status == "RESOURCE_EXHAUSTED":
+                    phase.num_refused += 1
+                else:
+                    phase.failed[status] += 1
+            await asyncio.sleep(_PROBE_GAP_S)
+
+
+async def _watch_memory(phase: Phase, pid: int) -> None:
+    from outrider.cli.bench.process import memory_bytes
+
+    while True:
+        resident, _ = memory_bytes(pid)
+        phase.most_memory_mib = max(phase.most_memory_mib, resident / _MIB)
+        await asyncio.sleep(_MEMORY_GAP_S)
+
+
+def goals(phases: list[Phase]) -> list[Goal]:
+    """The healthy stream goes on; beside long prompts its p99 is at most twice what it was."""
+    from outrider.cli.bench.document import Goal
+
+    by_name = {(phase.attack, phase.name): phase for phase in phases}
+    told = []
+    for attack in dict.fromkeys(phase.attack for phase in phases):
+        ended = sum(by_name[attack, name].ended is not None for name in _PHASES)
+        told.append(Goal(f"{attack}: healthy streams that ended", 0, ended, is_most=True))
+        failed = sum(by_name[attack, name].failed.total() for name in _PHASES)
+        told.append(Goal(f"{attack}: new clients that failed", 0, failed, is_most=True))
+    if ("long-prompts", "before") in by_name:
+        before, during = (_p99(by_name["long-prompts", name]) for name in ("before", "during"))
+        ratio = during / before if before and during else None
+        told.append(Goal("long-prompts: p99 during over before", 2.0, ratio, is_most=True))
+    return told
+
+
+def _p99(phase: Phase) -> float | None:
+    from outrider.loadtest.measures import Distribution
+
+    found = Distribution.of(phase.gaps_s)
+    return None if found is None else found.p99
+
+
+def table(phases: list[Phase]) -> Table:
+    from outrider.cli.bench import show
+    from outrider.loadtest.measures import Distribution
+
+    columns = ("attack", "", "messages", "gap p50 ms", "p99", "longest", "new clients",
+               "token 1 p50 s", "longest ", "refused", "failed", "MiB", "attackers")  # fmt: skip
+    shown = show.table("a healthy stream, new clients, memory", columns)
+    for phase in phases:
+        gaps, firsts = Distribution.of(phase.gaps_s), Distribution.of(phase.first_token_s)
+        statuses = " ".join(f"{name} {num}" for name, num in phase.attackers.items())
+        shown.add_row(
+            phase.attack, phase.name, str(len(phase.gaps_s)),
+            show.number(1e3 * gaps.p50 if gaps else None, 0),
+            show.number(1e3 * gaps.p99 if gaps else None, 0),
+            show.number(1e3 * max(phase.gaps_s) if gaps else None, 0),
+            str(len(phase.first_token_s)),
+            show.number(firsts.p50 if firsts else None),
+            show.number(max(phase.first_token_s) if firsts else None),
+            str(phase.num_refused), str(phase.failed.total()),
+            show.number(phase.most_memory_mib, 0), statuses,
+        )  # fmt: skip
+    return shown
