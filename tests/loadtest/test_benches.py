@@ -168,3 +168,13 @@ async def test_a_point_is_seen_by_the_replicas_own_counts(redis_url: str) -> Non
     assert 0 <= told.waiting_rows <= 3
     assert 0 <= told.draft_queue <= 3
     assert 0 <= told.hit_rate <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_healthy_stream_goes_on_beside_every_attack(tmp_path: Path) -> None:
+    ended = run("bench", "attacks", "--quick", f"--out={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads((tmp_path / "attacks.json").read_text("utf-8"))
+    assert len(told["results"]) == 5 * 3
+    assert [phase["ended"] for phase in told["results"]] == [None] * 15
