@@ -28,6 +28,7 @@ SIMULATIONS = st.builds(
     seed=st.integers(-(1 << 63), 1 << 63),
     survival=CHANCES,
     ranks=st.lists(st.floats(0, 1 / 7), min_size=1, max_size=7).map(tuple),
+    fails_after_s=st.floats(0),
 )
 
 
