@@ -44,7 +44,7 @@ async def failed(stream: Stream, *numbers: int) -> None:
         await stream.write(Frame(opens=[target_open(number)], rows=[row(number, 0, PROMPT)]))
         answer = await stream.answer(number)
         assert answer.reason == Reason.REASON_INTERNAL
-        assert "a defect of the replica (RuntimeError)" in answer.detail
+        assert "CUDA error" in answer.detail
 
 
 async def succeeded(stream: Stream, number: int) -> None:
