@@ -26,7 +26,7 @@ MAX_UNSEEN_COMMITMENTS = 64
 RENEW_INTERVAL_S = 3.0
 # How long the end of a generation waits for Redis to come back, to record what is owed.
 # Must be below the store's lease_ttl_s.
-_RELEASE_RETRY_S = 5.0
+_RELEASE_RETRY_S = 8.0
 _RELEASE_RETRY_INTERVAL_S = 0.3
 
 

@@ -104,7 +104,7 @@ def _unpack(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
         expires_in_s=max(0, remaining_ms) / 1000,
         turn_json=fields.get(b"turn", b"").decode(),
         turn_epoch=number(b"turn_epoch"),
-        has_lost_turn=b"lost_turn" in fields
+        has_lost_turn=b"orphan" in fields
         or (b"lease_epoch" in fields and number(b"turn_epoch") != number(b"epoch")),
     )
 

@@ -2,9 +2,10 @@
 
 Hash `{prefix}:session:{id}`:
   version (of this layout; none is 1), model, epoch (last given), lease_epoch + owner + lease_until
-  (while leased; microseconds of Redis' own clock), created_by, num_tokens, num_turns, turn_epoch
-  (epoch of the last begin_turn), lost_turn (there where a later holder left without a word, having
-  begun no turn here), the four counters, target_kv, draft_kv, messages, turn. Other fields stay.
+  (while leased; microseconds of Redis' own clock), resumes (while leased by a takeover),
+  created_by, num_tokens, num_turns, turn_epoch (epoch of the last turn's holder), begun_by (epoch
+  that its begin_turn came with), orphan (below), the four counters, target_kv, draft_kv, messages,
+  turn. Other fields stay.
 String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
 Every script touches only these two keys, which share a hash slot, and may be sent twice: a reply
@@ -13,6 +14,11 @@ lost on the way is answered by sending again. A reply is an array whose first it
 Epochs are fencing tokens: later leases have higher ones, also across deletion, expiry and a Redis
 that lost its data, hence the clock. Microseconds since 1970 stay below 2^53 (a Lua number) until
 2255; Lua prints only 14 digits of its own accord, hence the format.
+
+A holder whose lease was taken before it began its turn here, having run while Redis was away, is
+the session's orphan. Its turn may still be begun, once nobody holds the session and as long as no
+later holder has begun one: so nothing of a later one is ever written over. A takeover that finds
+nothing to go on with leaves the orphan as it is; a later turn takes its place.
 """
 
 from __future__ import annotations
@@ -47,10 +53,14 @@ local function newer()
 end
 
 -- Why a holder of this epoch may not write; nil if it may. A session without its tokens is gone.
-local function refusal(epoch)
-  local held = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'num_tokens')
+-- 'later': an orphan that may not write now.
+local function refusal(epoch, may_begin)
+  local held = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'num_tokens', 'orphan')
   if not held[2] then return 'gone' end
-  if held[1] ~= epoch then return 'fenced' end
+  if held[1] ~= epoch then
+    if not may_begin or held[4] ~= epoch then return 'fenced' end
+    if held[1] then return 'later' end
+  end
   if (tonumber(held[3]) or 0) * 4 > redis.call('STRLEN', tokens_key) then return 'gone' end
   return nil
 end
@@ -114,13 +124,14 @@ if not seen then
   seen = snapshot()
 end
 local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch',
-                       'lease_epoch')
+                       'lease_epoch', 'orphan', 'resumes')
 if had[1] ~= model then return {'other_model', had[1]} end
 local epoch = had[2]
 if had[3] ~= owner then  -- equal: this very call, sent again
   if seen[2] == 1 and takeover ~= '1' then return {'in_use'} end
-  -- Its holder may have shown tokens that were never recorded.
-  if had[6] and had[5] ~= had[2] then redis.call('HSET', key, 'lost_turn', 1) end
+  if had[6] and had[5] ~= had[2] and not (had[7] and had[8]) then
+    redis.call('HSET', key, 'orphan', had[6])
+  end
   epoch = digits(math.max(now, (tonumber(epoch) or 0) + 1))
   if takeover == '1' and had[5] and had[5] == had[2] then
     redis.call('HSET', key, 'turn_epoch', epoch)
@@ -128,6 +139,11 @@ if had[3] ~= owner then  -- equal: this very call, sent again
 end
 redis.call('HSET', key, 'epoch', epoch, 'lease_epoch', epoch, 'owner', owner,
            'lease_until', digits(now + lease_us))
+if takeover == '1' then
+  redis.call('HSET', key, 'resumes', 1)
+else
+  redis.call('HDEL', key, 'resumes')
+end
 expire(session_ttl_ms)
 return {'ok', epoch, had[4] == owner and 1 or 0, seen}
 """)
@@ -136,10 +152,10 @@ return {'ok', epoch, had[4] == owner and 1 or 0, seen}
 BEGIN_TURN = Script("""
 local epoch, previous, kept, tokens, messages, turn, lease_us, session_ttl_ms = unpack(ARGV)
 previous, kept = tonumber(previous), tonumber(kept)
-local why = refusal(epoch)
+local why = refusal(epoch, true)
 if why then return {why} end
 local have = committed()
-if redis.call('HGET', key, 'turn_epoch') == epoch then
+if redis.call('HGET', key, 'begun_by') == epoch then
   if have ~= kept + #tokens or redis.call('GETRANGE', tokens_key, kept, -1) ~= tokens then
     return {'mismatch', have / 4}
   end
@@ -157,8 +173,10 @@ else
   end
   redis.call('HINCRBY', key, 'num_turns', 1)
 end
-redis.call('HDEL', key, 'lost_turn')
-redis.call('HSET', key, 'turn_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
+redis.call('HDEL', key, 'orphan')
+-- Of the last lease given, also where this is an earlier one's turn: there is no later turn.
+redis.call('HSET', key, 'turn_epoch', redis.call('HGET', key, 'epoch'), 'begun_by', epoch,
+           'lease_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
            'messages', messages, 'turn', turn, 'lease_until', digits(now_us() + lease_us))
 expire(session_ttl_ms)
 return {'ok'}
@@ -190,8 +208,9 @@ return {'ok'}
 
 # epoch, lease_us, session_ttl_ms
 RENEW = Script("""
-local why = refusal(ARGV[1])
+local why = refusal(ARGV[1], true)
 if why then return {why} end
+if redis.call('HGET', key, 'lease_epoch') ~= ARGV[1] then return {'later'} end
 redis.call('HSET', key, 'lease_until', digits(now_us() + ARGV[2]))
 expire(ARGV[3])
 return {'ok'}
@@ -206,15 +225,15 @@ if why == 'gone' and delete == '1' then
   return {'ok'}
 end
 if why then
-  local had = redis.call('HMGET', key, 'lease_epoch', 'epoch')
-  if not had[1] and had[2] == epoch then return {'ok'} end  -- sent again
+  local had = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'begun_by')
+  if not had[1] and (had[2] == epoch or had[3] == epoch) then return {'ok'} end  -- sent again
   return {why}
 end
 if delete == '1' then
   redis.call('DEL', key, tokens_key)
   return {'ok'}
 end
-redis.call('HDEL', key, 'lease_epoch', 'owner', 'lease_until')
+redis.call('HDEL', key, 'lease_epoch', 'owner', 'lease_until', 'resumes')
 redis.call('HSET', key, 'target_kv', target_kv, 'draft_kv', draft_kv)
 if messages ~= '' then redis.call('HSET', key, 'messages', messages) end
 expire(session_ttl_ms)

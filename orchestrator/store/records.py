@@ -93,8 +93,7 @@ class SessionRecord:
     turn_epoch: int = 0
     """Of the lease that began the last turn, or took it over."""
     has_lost_turn: bool = False
-    """A later holder left without a word, or has not: it may have shown tokens of a turn that is
-    not in Redis."""
+    """A later holder has not begun its turn here, or not yet: it may have shown tokens of it."""
 
 
 @dataclass(frozen=True, slots=True)

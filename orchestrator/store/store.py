@@ -161,7 +161,8 @@ class SessionStore:
     ) -> None:
         """Once per lease: the committed tokens become the first keep_len of them + token_ids.
 
-        Raises LeaseLost. After Unavailable only the same call may follow, or release.
+        Raises LeaseLost. After Unavailable only the same call may follow, or release. Where later
+        leases were given, but none of them is held or has begun a turn, it is still good (`lua`).
         """
         cursor = lease.cursor
         async with cursor.lock:
@@ -302,6 +303,8 @@ def _refuse(status: bytes, rest: Sequence[Any], session_id: str) -> NoReturn:
         raise SessionInUse(f"session {session_id} is held by another call")
     if status == b"fenced":
         raise LeaseLost(f"session {session_id} has been taken by a later call")
+    if status == b"later":
+        raise Unavailable(f"session {session_id} is held by a later call, which has begun nothing")
     if status == b"gone":
         raise LeaseLost(f"session {session_id} has expired, or Redis has lost it")
     if status == b"newer":

@@ -29,10 +29,6 @@ class Excuse(Protocol):
     def redis(self, since: float) -> bool: ...
 
 
-# The last tokens, or a first turn as a whole, were shown while Redis was away.
-_NOT_RESUMABLE = (_Code.INVALID_ARGUMENT, _Code.NOT_FOUND)
-
-
 @dataclass(eq=False)
 class Stream:
     """What one caller has lived through. `problems`: what must not happen, in its own words."""
@@ -202,8 +198,8 @@ class Follower:
             stream.num_refused += 1
         elif code is _Code.ABORTED and stream.has_stray_call:
             stream.num_fenced += 1
-        elif code in _NOT_RESUMABLE and by_redis and num_held:
-            stream.is_lost_to_redis = True
+        elif code is _Code.INVALID_ARGUMENT and by_redis and num_held:
+            stream.is_lost_to_redis = True  # its last tokens were shown while Redis was away
         elif not (code in (_Code.UNAVAILABLE, _Code.ABORTED) and by_orchestrator):
             how = f"{code.name}: {attempt.why}"
             stream.problems.append(f"{where} failed at token {len(stream.token_ids)}: {how}")
@@ -212,5 +208,7 @@ class Follower:
 def _is_refusal(code: grpc.StatusCode, num_held: int, by_redis: bool) -> bool:
     """Of a call that has sent nothing; it may be made again."""
     if code is _Code.NOT_FOUND:
-        return num_held == 0  # nothing was recorded before its orchestrator died
+        # Nothing was recorded before its orchestrator died; or it was begun while Redis was away,
+        # and is about to be written.
+        return num_held == 0 or by_redis
     return code is _Code.RESOURCE_EXHAUSTED or (code is _Code.UNAVAILABLE and by_redis)

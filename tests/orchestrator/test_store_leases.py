@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import socket
 import subprocess
 import time
@@ -12,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import Lease, SessionStore
-from outrider.errors import InvalidRequest, LeaseLost, SessionInUse, SessionNotFound
+from outrider.errors import (
+    InvalidRequest,
+    LeaseLost,
+    SessionInUse,
+    SessionNotFound,
+    Unavailable,
+)
 from outrider.redis_server import answers, find_server
 from tests.orchestrator.sessions import MODEL, begin, leased, opened, round_of, tokens_of
 from tests.redis_fixture import redis_command
@@ -198,3 +206,140 @@ async def test_scripts_touch_keys_of_one_slot_only(cluster_url: str) -> None:
         await store.renew(lease)
         await store.release(lease, target_kv=None, draft_kv=None)
         assert (await store.delete("s")).token_ids.tolist() == [1, 2]
+
+
+async def test_a_beginning_is_written_behind_a_later_lease_that_was_empty(
+    store: SessionStore,
+) -> None:
+    """Its holder ran while Redis was away; who asked for the session meanwhile found nothing."""
+    first = await leased(store)
+    second = await store.acquire("s", create=False, model=MODEL, takeover=True)
+    for act in (begin(store, first, [1, 2]), store.renew(first)):
+        with pytest.raises(Unavailable, match="held by a later call"):
+            await act
+    await store.release(second, target_kv=None, draft_kv=None)
+    with pytest.raises(Unavailable):
+        await store.renew(first)  # it does not take the session back
+    assert (await store.get("s")).has_lost_turn
+    for _ in range(2):  # the second as if the first reply had been lost
+        await _begun_again(store, first, [1, 2])
+    await store.record(first, round_of(3))
+    await store.renew(first)
+    record = await store.get("s")
+    assert (record.token_ids.tolist(), record.num_turns) == ([1, 2, 3], 1)
+    assert record.in_use
+    assert not record.has_lost_turn
+    assert record.turn_epoch == record.epoch > first.epoch, "it can be resumed"
+    third = await store.acquire("s", create=False, model=MODEL, takeover=True)
+    for act in (store.record(first, round_of(9)), store.renew(first)):
+        with pytest.raises(LeaseLost):
+            await act
+    await store.record(third, round_of(4))
+    assert await tokens_of(store) == [1, 2, 3, 4]
+
+
+async def _begun_again(store: SessionStore, lease: Lease, token_ids: list[int]) -> None:
+    lease.cursor.committed_len = 0
+    await begin(store, lease, token_ids)
+
+
+async def test_a_later_turn_is_never_written_over(store: SessionStore) -> None:
+    """Begun or not: what was asked last counts."""
+    for has_begun in (False, True):
+        first = await leased(store)
+        empty = await store.acquire("s", create=False, model=MODEL, takeover=True)
+        await store.release(empty, target_kv=None, draft_kv=None)
+        second = await leased(store)
+        if has_begun:
+            await begin(store, second, [5])
+        again = await store.acquire("s", create=False, model=MODEL, takeover=True)
+        await store.release(again, target_kv=None, draft_kv=None)
+        with pytest.raises(LeaseLost):
+            await begin(store, first, [1])
+        if not has_begun:
+            await begin(store, second, [5])
+            await store.record(second, round_of(6))
+            await store.release(second, target_kv=None, draft_kv=None)
+            assert await tokens_of(store) == [5, 6]
+            await store.delete("s")
+    assert await tokens_of(store) == [5]
+
+
+async def test_who_has_released_begins_nothing_more(store: SessionStore) -> None:
+    first = await leased(store)
+    await begin(store, first, [1])
+    await store.release(first, target_kv=None, draft_kv=None)
+    given_up = await leased(store)
+    await store.release(given_up, target_kv=None, draft_kv=None)
+    empty = await store.acquire("s", create=False, model=MODEL, takeover=True)
+    await store.release(empty, target_kv=None, draft_kv=None)
+    with pytest.raises(LeaseLost):
+        await begin(store, given_up, [9], keep_len=1)
+    assert await tokens_of(store) == [1]
+    assert not (await store.get("s")).has_lost_turn
+
+
+@pytest.mark.slow
+async def test_any_order_of_holders(redis_url: str, store: SessionStore) -> None:
+    """Turns are begun in the order of their leases, each but by one, and none is changed later."""
+    num_begun = num_late = 0
+    for seed in range(40):
+        assert redis_command(redis_url, "FLUSHALL") == b"+OK"
+        holders = Holders(store, random.Random(seed))
+        for _ in range(150):
+            await holders.act()
+            assert await tokens_of(store) == holders.tokens
+        num_begun += len(holders.begun)
+        num_late += holders.num_late
+    assert num_begun > 80
+    assert num_late > 5, "some began behind a later lease"
+
+
+class Holders:
+    """Of one session, at any time, in any order; what they should come to."""
+
+    def __init__(self, store: SessionStore, chance: random.Random) -> None:
+        self._store = store
+        self._chance = chance
+        self._leases: list[Lease] = []
+        # Indices of leases: those with a turn of their own, in its order, and those with any.
+        self.begun: list[int] = []
+        self._with_turn: set[int] = set()
+        self.tokens: list[int] = []
+        self.num_late = 0
+
+    async def act(self) -> None:
+        with contextlib.suppress(LeaseLost, SessionInUse, Unavailable):
+            if not self._leases or self._chance.random() < 0.15:
+                await self._acquire()
+                return
+            num = len(self._leases)
+            number = self._chance.randrange(max(0, num - 4), num)
+            await self._act(number, self._leases[number])
+
+    async def _acquire(self) -> None:
+        takeover = bool(self._leases) and self._chance.random() < 0.6
+        made = await self._store.acquire("s", create=True, model=MODEL, takeover=takeover)
+        self._leases.append(made)
+        if takeover and self.begun and made.record.turn_epoch == made.record.epoch:
+            self._with_turn.add(len(self._leases) - 1)  # it goes on with the last turn
+
+    async def _act(self, number: int, lease: Lease) -> None:
+        acts = ["begin", "begin", "record", "release", "release", "renew"]
+        act, token = self._chance.choice(acts), len(self.tokens)
+        if act == "begin" and number not in self._with_turn:
+            if lease.cursor.committed_len == len(self.tokens):
+                await begin(self._store, lease, [token], keep_len=len(self.tokens))
+                assert all(number > other for other in self.begun), (number, self.begun)
+                self.num_late += number < len(self._leases) - 1
+                self.begun.append(number)
+                self._with_turn.add(number)
+                self.tokens.append(token)
+        elif act == "record" and number in self._with_turn:
+            await self._store.record(lease, round_of(token))
+            assert number >= self.begun[-1]
+            self.tokens.append(token)
+        elif act == "release":
+            await self._store.release(lease, target_kv=None, draft_kv=None)
+        elif act == "renew":
+            await self._store.renew(lease)

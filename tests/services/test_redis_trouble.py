@@ -359,6 +359,69 @@ async def test_a_later_turn_of_which_nothing_was_recorded_is_not_the_one_before(
         assert told.token_ids == again.token_ids[3:]
 
 
+@pytest.mark.parametrize("turn", ["a first turn", "a later turn"])
+@pytest.mark.parametrize("has_left", [True, False])
+async def test_a_turn_is_recorded_though_its_caller_has_asked_for_it_elsewhere(
+    turn: str,
+    has_left: bool,
+    tiers: Tiers,
+    redis: RedisServer,
+    greedy: Greedy,
+    brake: Brake,
+) -> None:
+    """Shown while Redis was away, and asked for before it was written: nothing is known of it yet.
+
+    Then it is written, behind the lease of the call that found nothing, and can be resumed.
+    """
+    output, context = Output(), PROMPT
+    async with (
+        orchestrating_at(tiers, redis.url) as system,
+        orchestrating_at(tiers, redis.url) as second,
+    ):
+        if turn == "a later turn":
+            first = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 5}, **FIRST)
+            context = [*PROMPT, *first.token_ids, *PROMPT]
+            begun = held_before_its_first(system, brake, output, session_id="s")
+        else:
+            begun = held_at(system, brake, output, 0, **FIRST)
+        async with begun as listening:
+            await eventually(lambda: in_use(system))
+            redis.kill()
+            goes_on(brake, 3)
+            await has_sent(listening, output, 3)
+            redis.start()
+            await eventually(lambda: serves(second))
+            for _ in range(2):
+                refused = await refusal(resumed(second, 3))
+                assert refused.code is grpc.StatusCode.NOT_FOUND
+            if has_left:
+                listening.cancel()
+                await asyncio.wait([listening])
+                await eventually(lambda: nothing_held(system))
+                brake.release()
+            else:
+                brake.release()
+                await listening
+        held = output.token_ids if not has_left else output.token_ids[:3]
+        told: list[Output] = []
+
+        async def is_resumed() -> bool:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                told.append(await resumed(second, len(held)))
+            return bool(told)
+
+        await eventually(is_resumed)
+        assert held + told[0].token_ids == greedy(context, NUM_TOKENS)
+        session = await recorded(second)
+        assert list(session.token_ids) == context + greedy(context, NUM_TOKENS)
+
+
+async def in_use(system: System) -> bool:
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        return (await recorded(system)).in_use
+    return False
+
+
 async def resumed(system: System, num_held: int) -> Output:
     output = Output()
     asked = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=num_held)
