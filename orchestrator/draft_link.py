@@ -115,21 +115,19 @@ class DraftHandle:
             self.retry_after_s = SILENT_RETRY_S
             self.link_lost(f"no proposal for {self._num_unanswered} rounds and {silent_s:.0f} s")
 
-    def proposal(self) -> Proposal | None:
-        """The longest proposal for exactly what is committed, if one is here."""
-        best: Proposal | None = None
-        for proposal in self._proposals:
-            if proposal.agrees(self._context):
-                rest = proposal.continuing(len(self._context))
-                if rest and (best is None or len(rest.token_ids) > len(best.token_ids)):
-                    best = rest
-        return best
+    def proposal(self, least: int = 1) -> Proposal | None:
+        """The longest that fits what is committed, of `least` tokens or all the replica makes."""
+        here = [p for p in self._proposals if p.agrees(self._context)]
+        rests = [rest for p in here if (rest := p.continuing(len(self._context))) is not None]
+        best = max(rests, key=lambda rest: len(rest.token_ids), default=None)
+        is_enough = best is not None and len(best.token_ids) >= min(least, self._max_gamma)
+        return best if is_enough else None
 
-    async def wait(self, timeout_s: float) -> Proposal | None:
+    async def wait(self, timeout_s: float, least: int = 1) -> Proposal | None:
         """As `proposal`, waiting so long for it; None if it did not come or the draft is lost."""
         try:
             async with asyncio.timeout(timeout_s):
-                while (proposal := self.proposal()) is None and self.lost is None:
+                while (proposal := self.proposal(least)) is None and self.lost is None:
                     self._news.clear()
                     await self._news.wait()
                 return proposal

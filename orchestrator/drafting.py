@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import inf
 
 from orchestrator.blocks import Proposal
-from orchestrator.draft_link import DraftHandle, DraftLink
+from orchestrator.draft_link import SILENT_RETRY_S, DraftHandle, DraftLink
 from orchestrator.gamma import GammaPolicy
 from orchestrator.pool import ReplicaPool
 from orchestrator.session import GenerationState
@@ -114,18 +114,28 @@ class Drafting:
         if self._is_quiet:  # no longer: first it has to catch up
             self._expect_prompt(self._handle.num_untold_tokens)
         self._is_quiet = decision.gamma == 0
-        proposal = self._handle.proposal() if decision.gamma else None
+        proposal = self._handle.proposal(self._least(room)) if decision.gamma else None
         if decision.gamma:
             self._policy.saw_lookahead(is_hit=proposal is not None)
         if proposal is not None:
             self.num_lookahead_hits += 1
             self._handle.commit(0, decision.gamma)
             return proposal.head(min(room, decision.gamma))
-        is_at_prompt = self._prompt_until - time.monotonic() > decision.wait_s
+        is_late = self._prompt_until - time.monotonic() > decision.wait_s
+        is_at_prompt = is_late and not self._policy.waits_always
         waiting_gamma = 0 if is_at_prompt else decision.waiting_gamma
         self._is_waiting = waiting_gamma > 0
         self._handle.commit(waiting_gamma, decision.gamma)
         return None
+
+    def _least(self, room: int) -> int:
+        """How many draft tokens a proposal must have.
+
+        A round that takes fewer of a block leaves its rest to a later one, so a generation that
+        waits for the γ it asked for takes whole blocks only.
+        """
+        decision = self._policy.decision
+        return min(room, decision.gamma) if self._policy.waits_always and decision.is_fixed else 1
 
     @property
     def has_waited(self) -> bool:
@@ -138,7 +148,8 @@ class Drafting:
             return None
         assert self._handle is not None, "it was asked"
         started_at = time.monotonic()
-        proposal = await self._handle.wait(self._policy.decision.wait_s)
+        least = self._least(state.max_draft_tokens)
+        proposal = await self._handle.wait(self._policy.decision.wait_s, least)
         waited_s = time.monotonic() - started_at
         self.waited_s += waited_s
         # What the prompt took says nothing of the rounds after it, nor of other generations.
@@ -146,6 +157,9 @@ class Drafting:
         if proposal is None:
             if self._is_open:  # one that is lost says nothing of the next
                 self._policy.saw_no_proposal(late_s)
+                if self._policy.waits_always:  # once, not in every round
+                    self._retry_at[self._handle.replica] = time.monotonic() + SILENT_RETRY_S
+                    self._leave()
             return None
         self._policy.saw_proposal(late_s, len(proposal.token_ids))
         return proposal.head(min(state.max_draft_tokens, max(1, self._policy.decision.gamma)))

@@ -34,6 +34,8 @@ _FIRST_GAMMA = 5
 _FIRST_WAIT_S = 0.5
 # Below this share of look-ahead hits, drafts are known from waits alone.
 _FEW_HITS = 0.1
+# Longest wait of a generation that always waits, where the operator sets no other.
+_ALWAYS_WAIT_S = 10.0
 # A request's own γ is waited for up to so many rounds.
 _FIXED_PATIENCE_ROUNDS = 4.0
 # A wait may take this many times what is expected, if it is worth it.
@@ -60,7 +62,10 @@ class GammaDecision:
 
 
 class GammaPolicy:
-    """Of one generation. `fixed`: the request's own γ; `fixed_wait_s`: the operator's patience."""
+    """Of one generation. `fixed`: the request's own γ; `fixed_wait_s`: the operator's longest wait.
+
+    `waits_always`: every round waits for its draft tokens, worth it or not.
+    """
 
     def __init__(
         self,
@@ -69,8 +74,12 @@ class GammaPolicy:
         *,
         fixed: int | None = None,
         fixed_wait_s: float | None = None,
+        waits_always: bool = False,
     ) -> None:
         self.costs = costs
+        self.waits_always = waits_always
+        if waits_always and fixed_wait_s is None:
+            fixed_wait_s = _ALWAYS_WAIT_S
         self._max_gamma = max_gamma
         self._fixed = fixed
         self._fixed_wait_s = fixed_wait_s
@@ -152,7 +161,7 @@ class GammaPolicy:
         if is_probe:
             gamma, self._num_rounds_left = min(_PROBE_GAMMA, self._max_gamma), 1
         waiting_gamma, is_trial = gamma, is_probe
-        if self._fixed is None and not is_probe:
+        if self._fixed is None and not (is_probe or self.waits_always):
             waiting_gamma = max(range(gamma + 1), key=lambda g: (values.of_waiting(g), -g))
             if waiting_gamma == 0 and gamma:
                 costs.forget_lateness()

@@ -81,6 +81,7 @@ class Generation:
             request.max_gamma,
             fixed=request.gamma,
             fixed_wait_s=tiers.timing.draft_wait_s,
+            waits_always=request.waits_for_draft,
         )
         self._may_draft = tiers.drafts is not None and request.max_gamma > 0 and request.gamma != 0
         self._drafting = Drafting(

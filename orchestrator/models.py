@@ -47,6 +47,7 @@ def limits(
         sampling_defaults=model.sampling_defaults,
         is_durable=config.durability == "durable",
         is_kv_bound=targets.max_len < model.max_context_len,
+        waits_for_draft=config.draft_wait == "always",
     )
 
 

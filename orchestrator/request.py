@@ -46,6 +46,7 @@ class Limits:
         default_factory=sampling_pb2.SamplingParams
     )
     is_durable: bool = True
+    waits_for_draft: bool = False
     # `max_context_len` is what the KV cache of a target holds, and less than the model's context.
     is_kv_bound: bool = False
 
@@ -62,7 +63,8 @@ class GenerationRequest:
 
     `max_tokens` is None where the caller left it to the server; `params` has it resolved once the
     prompt's length is known (`resolve_max_tokens`). `gamma` None: chosen round by round.
-    `is_durable`: tokens are recorded before they are sent. `resume_from`: how many tokens of the
+    `is_durable`: tokens are recorded before they are sent. `waits_for_draft`: rounds wait for all
+    their draft tokens, worth it or not. `resume_from`: how many tokens of the
     session's last turn the caller holds; the rest of the request is then what that turn's was, but
     for `priority`, the lower the more urgent.
     """
@@ -80,6 +82,7 @@ class GenerationRequest:
     session_id: str | None
     create_session: bool
     is_durable: bool = True
+    waits_for_draft: bool = False
     resume_from: int | None = None
     priority: int = 0
 
@@ -132,6 +135,7 @@ def parse_request(
         session_id=request.session_id or None,
         create_session=request.create_session,
         is_durable=_is_durable(request, limits),
+        waits_for_draft=_waits_for_draft(request, limits),
         resume_from=request.resume_from if request.HasField("resume_from") else None,
         priority=request.priority,
     )
@@ -154,6 +158,14 @@ def _is_durable(request: orchestrator_pb2.GenerateRequest, limits: Limits) -> bo
     if request.durability == orchestrator_pb2.DURABILITY_UNSPECIFIED:
         return limits.is_durable
     return request.durability == orchestrator_pb2.DURABILITY_DURABLE
+
+
+def _waits_for_draft(request: orchestrator_pb2.GenerateRequest, limits: Limits) -> bool:
+    if request.draft_wait not in orchestrator_pb2.DraftWait.values():
+        raise InvalidRequest("draft_wait", f"{request.draft_wait} is not one of its values")
+    if request.draft_wait == orchestrator_pb2.DRAFT_WAIT_UNSPECIFIED:
+        return limits.waits_for_draft
+    return request.draft_wait == orchestrator_pb2.DRAFT_WAIT_ALWAYS
 
 
 def _params(

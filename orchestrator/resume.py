@@ -29,6 +29,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "fan_out": 1,
     "session_id": None,
     "is_durable": True,
+    "waits_for_draft": False,
 }
 # There is no output that is right without them.
 _NEEDED_PARAMS = ("temperature", "seed", "max_tokens")

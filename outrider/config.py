@@ -161,8 +161,11 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     default_max_tokens: int = setting(256, "max_tokens where a request does not say")
     max_generations: int = setting(256, "generations at a time")
     max_waiting: int = setting(64, "requests that may wait for their turn; more are refused")
+    draft_wait: str = setting(
+        "adaptive", "rounds wait for draft tokens: adaptive, as long as it is worth; or always"
+    )
     draft_wait_ms: float | None = setting(
-        None, "longest wait for a proposal; unset: as long as it is worth"
+        None, "longest wait for a proposal; unset: as long as it is worth (always: 10 s)"
     )
     verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
     target_wait_s: float = setting(15.0, "longest wait for a target replica when none is there")
@@ -237,7 +240,11 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
 
 # Of a connection: gRPC counts milliseconds in 32 bits.
 MAX_AGE_S = 2_000_000.0
-_CHOICES = (("durability", ("durable", "fast")), ("without_redis", ("refuse", "unrecorded")))
+_CHOICES = (
+    ("durability", ("durable", "fast")),
+    ("without_redis", ("refuse", "unrecorded")),
+    ("draft_wait", ("adaptive", "always")),
+)
 REGISTRY = "registry"
 
 

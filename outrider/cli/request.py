@@ -41,6 +41,13 @@ class Method(StrEnum):
     block = "block"
 
 
+class DraftWait(StrEnum):
+    """The names of GenerateRequest's DraftWait."""
+
+    adaptive = "adaptive"
+    always = "always"
+
+
 class Durability(StrEnum):
     """The names of GenerateRequest's Durability."""
 
@@ -81,6 +88,9 @@ class GenerateOptions(AccessOptions):
     ] = None
     fan_out: Annotated[
         int | None, typer.Option(help="Most outcomes of a round that are drafted ahead.")
+    ] = None
+    draft_wait: Annotated[
+        DraftWait | None, typer.Option(help="Wait for every round's draft tokens, or as it pays.")
     ] = None
     priority: Annotated[int | None, typer.Option(help="Lower is more urgent. Default 0.")] = None
     durability: Annotated[
@@ -155,6 +165,9 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     if options.durability is not None:
         name = f"DURABILITY_{options.durability.name.upper()}"
         _set(request, "durability", orchestrator_pb2.Durability.Value(name))
+    if options.draft_wait is not None:
+        name = f"DRAFT_WAIT_{options.draft_wait.name.upper()}"
+        _set(request, "draft_wait", orchestrator_pb2.DraftWait.Value(name))
     sampling = sampling_pb2.SamplingParams()
     _set_sampling(sampling, options)
     if sampling.ListFields():

@@ -26,19 +26,21 @@ from outrider.v1 import model_pb2 as outrider_dot_v1_dot_model__pb2
 from outrider.v1 import sampling_pb2 as outrider_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoutrider/v1/orchestrator.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.outrider.v1.ChatMessage\"\xf2\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.outrider.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.outrider.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x12\n\x05gamma\x18\x05 \x01(\rH\x01\x88\x01\x01\x12/\n\x0cverification\x18\x06 \x01(\x0e\x32\x19.outrider.v1.Verification\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x16\n\x0e\x63reate_session\x18\x08 \x01(\x08\x12\x16\n\tlookahead\x18\t \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07\x66\x61n_out\x18\n \x01(\rH\x03\x88\x01\x01\x12\x18\n\x0bresume_from\x18\x0b \x01(\rH\x04\x88\x01\x01\x12+\n\ndurability\x18\x0c \x01(\x0e\x32\x17.outrider.v1.Durability\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x14\n\x0cheartbeat_ms\x18\x0e \x01(\rB\x07\n\x05inputB\x08\n\x06_gammaB\x0c\n\n_lookaheadB\n\n\x08_fan_outB\x0e\n\x0c_resume_from\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xe0\x01\n\x10GenerateResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x07origins\x18\x04 \x03(\x0e\x32\x18.outrider.v1.TokenOrigin\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.outrider.v1.TokenLogprobs\x12+\n\x06result\x18\x06 \x01(\x0b\x32\x1b.outrider.v1.GenerateResult\x12\x11\n\ttext_ends\x18\x07 \x03(\r\"\xcd\x02\n\x0eGenerateResult\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.outrider.v1.FinishReason\x12\x13\n\tstop_text\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x04 \x01(\rH\x00\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.outrider.v1.Usage\x12\x32\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1d.outrider.v1.SpeculationStats\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08recorded\x18\x08 \x01(\x08\x12&\n\x19interrupted_answer_tokens\x18\t \x01(\rH\x01\x88\x01\x01\x42\x06\n\x04stopB\x1c\n\x1a_interrupted_answer_tokens\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xaf\x05\n\x10SpeculationStats\x12\x12\n\nnum_drafts\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x04 \x03(\r\x12\x1c\n\x0f\x61\x63\x63\x65ptance_rate\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12#\n\x16mean_acceptance_length\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nnum_rounds\x18\x07 \x01(\r\x12\x1d\n\x15time_to_first_token_s\x18\x08 \x01(\x01\x12\x12\n\nduration_s\x18\t \x01(\x01\x12\x19\n\x0ctokens_per_s\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05gamma\x18\x0b \x01(\rH\x03\x88\x01\x01\x12/\n\x0cverification\x18\x0c \x01(\x0e\x32\x19.outrider.v1.Verification\x12\x18\n\x10\x64raft_wire_bytes\x18\r \x01(\x04\x12\x19\n\x11target_wire_bytes\x18\x0e \x01(\x04\x12\x1a\n\x12num_lookahead_hits\x18\x0f \x01(\r\x12\x1b\n\x13num_rejected_tokens\x18\x10 \x01(\r\x12\x1c\n\x14num_rounds_per_gamma\x18\x11 \x03(\r\x12\x15\n\rtarget_step_s\x18\x12 \x01(\x01\x12\x10\n\x08verify_s\x18\x13 \x01(\x01\x12\x14\n\x0c\x64raft_wait_s\x18\x14 \x01(\x01\x12,\n\x08\x64\x65\x63ision\x18\x15 \x01(\x0b\x32\x1a.outrider.v1.GammaDecisionB\x12\n\x10_acceptance_rateB\x19\n\x17_mean_acceptance_lengthB\x0f\n\r_tokens_per_sB\x08\n\x06_gamma\"\xa2\x02\n\rGammaDecision\x12\r\n\x05gamma\x18\x01 \x01(\r\x12\x15\n\rwaiting_gamma\x18\x02 \x01(\r\x12\x10\n\x08is_fixed\x18\x03 \x01(\x08\x12\x10\n\x08survival\x18\x04 \x03(\x02\x12\x15\n\rtarget_step_s\x18\x05 \x03(\x02\x12\x15\n\rmean_num_rows\x18\x06 \x01(\x02\x12\x14\n\x0c\x64raft_step_s\x18\x07 \x01(\x02\x12\x18\n\x10\x64raft_overhead_s\x18\x08 \x01(\x02\x12\x19\n\x11target_overhead_s\x18\t \x01(\x02\x12\x1a\n\x12lookahead_hit_rate\x18\n \x01(\x02\x12\x14\n\x0ctokens_per_s\x18\x0b \x03(\x02\x12\x1c\n\x14waiting_tokens_per_s\x18\x0c \x03(\x02\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\xbd\x02\n\x12GetSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06in_use\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\tnum_turns\x18\x05 \x01(\r\x12\x12\n\nnum_drafts\x18\x06 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12num_emitted_tokens\x18\t \x01(\x04\x12(\n\ttarget_kv\x18\n \x01(\x0b\x32\x15.outrider.v1.KvHandle\x12\'\n\x08\x64raft_kv\x18\x0b \x01(\x0b\x32\x15.outrider.v1.KvHandle\x12\x14\n\x0c\x65xpires_in_s\x18\x0c \x01(\x01\">\n\x08KvHandle\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncached_len\x18\x03 \x01(\r\")\n\x13ListSessionsRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"^\n\x14ListSessionsResponse\x12-\n\x08sessions\x18\x01 \x03(\x0b\x32\x1b.outrider.v1.SessionSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"q\n\x0eSessionSummary\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_turns\x18\x03 \x01(\r\x12\x0e\n\x06in_use\x18\x04 \x01(\x08\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\x01\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x15\n\x13GetModelInfoRequest\"\xd8\x01\n\x14GetModelInfoResponse\x12&\n\x06target\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12%\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12\x1a\n\rdefault_gamma\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tmax_gamma\x18\x04 \x01(\r\x12\x30\n\rdraft_pairing\x18\x05 \x01(\x0b\x32\x19.outrider.v1.DraftPairingB\x10\n\x0e_default_gamma\"N\n\x0c\x44raftPairing\x12\x19\n\x11num_differing_ids\x18\x01 \x01(\r\x12\x12\n\nis_assumed\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x01(\t*U\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_DURABLE\x10\x01\x12\x13\n\x0f\x44URABILITY_FAST\x10\x02*\x92\x01\n\x0bTokenOrigin\x12\x1c\n\x18TOKEN_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15TOKEN_ORIGIN_ACCEPTED\x10\x01\x12\x1a\n\x16TOKEN_ORIGIN_RECOVERED\x10\x02\x12\x16\n\x12TOKEN_ORIGIN_BONUS\x10\x03\x12\x16\n\x12TOKEN_ORIGIN_PLAIN\x10\x04*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xb1\x03\n\x13OrchestratorService\x12I\n\x08Generate\x12\x1c.outrider.v1.GenerateRequest\x1a\x1d.outrider.v1.GenerateResponse0\x01\x12M\n\nGetSession\x12\x1e.outrider.v1.GetSessionRequest\x1a\x1f.outrider.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .outrider.v1.ListSessionsRequest\x1a!.outrider.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.outrider.v1.DeleteSessionRequest\x1a\".outrider.v1.DeleteSessionResponse\x12S\n\x0cGetModelInfo\x12 .outrider.v1.GetModelInfoRequest\x1a!.outrider.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoutrider/v1/orchestrator.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.outrider.v1.ChatMessage\"\x9e\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.outrider.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.outrider.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x12\n\x05gamma\x18\x05 \x01(\rH\x01\x88\x01\x01\x12/\n\x0cverification\x18\x06 \x01(\x0e\x32\x19.outrider.v1.Verification\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x16\n\x0e\x63reate_session\x18\x08 \x01(\x08\x12\x16\n\tlookahead\x18\t \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07\x66\x61n_out\x18\n \x01(\rH\x03\x88\x01\x01\x12\x18\n\x0bresume_from\x18\x0b \x01(\rH\x04\x88\x01\x01\x12+\n\ndurability\x18\x0c \x01(\x0e\x32\x17.outrider.v1.Durability\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x14\n\x0cheartbeat_ms\x18\x0e \x01(\r\x12*\n\ndraft_wait\x18\x0f \x01(\x0e\x32\x16.outrider.v1.DraftWaitB\x07\n\x05inputB\x08\n\x06_gammaB\x0c\n\n_lookaheadB\n\n\x08_fan_outB\x0e\n\x0c_resume_from\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xe0\x01\n\x10GenerateResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x07origins\x18\x04 \x03(\x0e\x32\x18.outrider.v1.TokenOrigin\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.outrider.v1.TokenLogprobs\x12+\n\x06result\x18\x06 \x01(\x0b\x32\x1b.outrider.v1.GenerateResult\x12\x11\n\ttext_ends\x18\x07 \x03(\r\"\xcd\x02\n\x0eGenerateResult\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.outrider.v1.FinishReason\x12\x13\n\tstop_text\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x04 \x01(\rH\x00\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.outrider.v1.Usage\x12\x32\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1d.outrider.v1.SpeculationStats\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08recorded\x18\x08 \x01(\x08\x12&\n\x19interrupted_answer_tokens\x18\t \x01(\rH\x01\x88\x01\x01\x42\x06\n\x04stopB\x1c\n\x1a_interrupted_answer_tokens\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xaf\x05\n\x10SpeculationStats\x12\x12\n\nnum_drafts\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x04 \x03(\r\x12\x1c\n\x0f\x61\x63\x63\x65ptance_rate\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12#\n\x16mean_acceptance_length\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nnum_rounds\x18\x07 \x01(\r\x12\x1d\n\x15time_to_first_token_s\x18\x08 \x01(\x01\x12\x12\n\nduration_s\x18\t \x01(\x01\x12\x19\n\x0ctokens_per_s\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05gamma\x18\x0b \x01(\rH\x03\x88\x01\x01\x12/\n\x0cverification\x18\x0c \x01(\x0e\x32\x19.outrider.v1.Verification\x12\x18\n\x10\x64raft_wire_bytes\x18\r \x01(\x04\x12\x19\n\x11target_wire_bytes\x18\x0e \x01(\x04\x12\x1a\n\x12num_lookahead_hits\x18\x0f \x01(\r\x12\x1b\n\x13num_rejected_tokens\x18\x10 \x01(\r\x12\x1c\n\x14num_rounds_per_gamma\x18\x11 \x03(\r\x12\x15\n\rtarget_step_s\x18\x12 \x01(\x01\x12\x10\n\x08verify_s\x18\x13 \x01(\x01\x12\x14\n\x0c\x64raft_wait_s\x18\x14 \x01(\x01\x12,\n\x08\x64\x65\x63ision\x18\x15 \x01(\x0b\x32\x1a.outrider.v1.GammaDecisionB\x12\n\x10_acceptance_rateB\x19\n\x17_mean_acceptance_lengthB\x0f\n\r_tokens_per_sB\x08\n\x06_gamma\"\xa2\x02\n\rGammaDecision\x12\r\n\x05gamma\x18\x01 \x01(\r\x12\x15\n\rwaiting_gamma\x18\x02 \x01(\r\x12\x10\n\x08is_fixed\x18\x03 \x01(\x08\x12\x10\n\x08survival\x18\x04 \x03(\x02\x12\x15\n\rtarget_step_s\x18\x05 \x03(\x02\x12\x15\n\rmean_num_rows\x18\x06 \x01(\x02\x12\x14\n\x0c\x64raft_step_s\x18\x07 \x01(\x02\x12\x18\n\x10\x64raft_overhead_s\x18\x08 \x01(\x02\x12\x19\n\x11target_overhead_s\x18\t \x01(\x02\x12\x1a\n\x12lookahead_hit_rate\x18\n \x01(\x02\x12\x14\n\x0ctokens_per_s\x18\x0b \x03(\x02\x12\x1c\n\x14waiting_tokens_per_s\x18\x0c \x03(\x02\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\xbd\x02\n\x12GetSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06in_use\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\tnum_turns\x18\x05 \x01(\r\x12\x12\n\nnum_drafts\x18\x06 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12num_emitted_tokens\x18\t \x01(\x04\x12(\n\ttarget_kv\x18\n \x01(\x0b\x32\x15.outrider.v1.KvHandle\x12\'\n\x08\x64raft_kv\x18\x0b \x01(\x0b\x32\x15.outrider.v1.KvHandle\x12\x14\n\x0c\x65xpires_in_s\x18\x0c \x01(\x01\">\n\x08KvHandle\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncached_len\x18\x03 \x01(\r\")\n\x13ListSessionsRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"^\n\x14ListSessionsResponse\x12-\n\x08sessions\x18\x01 \x03(\x0b\x32\x1b.outrider.v1.SessionSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"q\n\x0eSessionSummary\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_turns\x18\x03 \x01(\r\x12\x0e\n\x06in_use\x18\x04 \x01(\x08\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\x01\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x15\n\x13GetModelInfoRequest\"\xd8\x01\n\x14GetModelInfoResponse\x12&\n\x06target\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12%\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12\x1a\n\rdefault_gamma\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tmax_gamma\x18\x04 \x01(\r\x12\x30\n\rdraft_pairing\x18\x05 \x01(\x0b\x32\x19.outrider.v1.DraftPairingB\x10\n\x0e_default_gamma\"N\n\x0c\x44raftPairing\x12\x19\n\x11num_differing_ids\x18\x01 \x01(\r\x12\x12\n\nis_assumed\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x01(\t*W\n\tDraftWait\x12\x1a\n\x16\x44RAFT_WAIT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44RAFT_WAIT_ADAPTIVE\x10\x01\x12\x15\n\x11\x44RAFT_WAIT_ALWAYS\x10\x02*U\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_DURABLE\x10\x01\x12\x13\n\x0f\x44URABILITY_FAST\x10\x02*\x92\x01\n\x0bTokenOrigin\x12\x1c\n\x18TOKEN_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15TOKEN_ORIGIN_ACCEPTED\x10\x01\x12\x1a\n\x16TOKEN_ORIGIN_RECOVERED\x10\x02\x12\x16\n\x12TOKEN_ORIGIN_BONUS\x10\x03\x12\x16\n\x12TOKEN_ORIGIN_PLAIN\x10\x04*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xb1\x03\n\x13OrchestratorService\x12I\n\x08Generate\x12\x1c.outrider.v1.GenerateRequest\x1a\x1d.outrider.v1.GenerateResponse0\x01\x12M\n\nGetSession\x12\x1e.outrider.v1.GetSessionRequest\x1a\x1f.outrider.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .outrider.v1.ListSessionsRequest\x1a!.outrider.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.outrider.v1.DeleteSessionRequest\x1a\".outrider.v1.DeleteSessionResponse\x12S\n\x0cGetModelInfo\x12 .outrider.v1.GetModelInfoRequest\x1a!.outrider.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.orchestrator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=3503
-  _globals['_DURABILITY']._serialized_end=3588
-  _globals['_TOKENORIGIN']._serialized_start=3591
-  _globals['_TOKENORIGIN']._serialized_end=3737
-  _globals['_FINISHREASON']._serialized_start=3739
-  _globals['_FINISHREASON']._serialized_end=3863
+  _globals['_DRAFTWAIT']._serialized_start=3547
+  _globals['_DRAFTWAIT']._serialized_end=3634
+  _globals['_DURABILITY']._serialized_start=3636
+  _globals['_DURABILITY']._serialized_end=3721
+  _globals['_TOKENORIGIN']._serialized_start=3724
+  _globals['_TOKENORIGIN']._serialized_end=3870
+  _globals['_FINISHREASON']._serialized_start=3872
+  _globals['_FINISHREASON']._serialized_end=3996
   _globals['_TOKENIDS']._serialized_start=100
   _globals['_TOKENIDS']._serialized_end=123
   _globals['_CHATMESSAGE']._serialized_start=125
@@ -46,41 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=171
   _globals['_CHATMESSAGES']._serialized_end=229
   _globals['_GENERATEREQUEST']._serialized_start=232
-  _globals['_GENERATEREQUEST']._serialized_end=730
-  _globals['_TOKENLOGPROBS']._serialized_start=732
-  _globals['_TOKENLOGPROBS']._serialized_end=803
-  _globals['_GENERATERESPONSE']._serialized_start=806
-  _globals['_GENERATERESPONSE']._serialized_end=1030
-  _globals['_GENERATERESULT']._serialized_start=1033
-  _globals['_GENERATERESULT']._serialized_end=1366
-  _globals['_USAGE']._serialized_start=1368
-  _globals['_USAGE']._serialized_end=1448
-  _globals['_SPECULATIONSTATS']._serialized_start=1451
-  _globals['_SPECULATIONSTATS']._serialized_end=2138
-  _globals['_GAMMADECISION']._serialized_start=2141
-  _globals['_GAMMADECISION']._serialized_end=2431
-  _globals['_GETSESSIONREQUEST']._serialized_start=2433
-  _globals['_GETSESSIONREQUEST']._serialized_end=2472
-  _globals['_GETSESSIONRESPONSE']._serialized_start=2475
-  _globals['_GETSESSIONRESPONSE']._serialized_end=2792
-  _globals['_KVHANDLE']._serialized_start=2794
-  _globals['_KVHANDLE']._serialized_end=2856
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=2858
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=2899
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2901
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2995
-  _globals['_SESSIONSUMMARY']._serialized_start=2997
-  _globals['_SESSIONSUMMARY']._serialized_end=3110
-  _globals['_DELETESESSIONREQUEST']._serialized_start=3112
-  _globals['_DELETESESSIONREQUEST']._serialized_end=3154
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=3156
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=3179
-  _globals['_GETMODELINFOREQUEST']._serialized_start=3181
-  _globals['_GETMODELINFOREQUEST']._serialized_end=3202
-  _globals['_GETMODELINFORESPONSE']._serialized_start=3205
-  _globals['_GETMODELINFORESPONSE']._serialized_end=3421
-  _globals['_DRAFTPAIRING']._serialized_start=3423
-  _globals['_DRAFTPAIRING']._serialized_end=3501
-  _globals['_ORCHESTRATORSERVICE']._serialized_start=3866
-  _globals['_ORCHESTRATORSERVICE']._serialized_end=4299
+  _globals['_GENERATEREQUEST']._serialized_end=774
+  _globals['_TOKENLOGPROBS']._serialized_start=776
+  _globals['_TOKENLOGPROBS']._serialized_end=847
+  _globals['_GENERATERESPONSE']._serialized_start=850
+  _globals['_GENERATERESPONSE']._serialized_end=1074
+  _globals['_GENERATERESULT']._serialized_start=1077
+  _globals['_GENERATERESULT']._serialized_end=1410
+  _globals['_USAGE']._serialized_start=1412
+  _globals['_USAGE']._serialized_end=1492
+  _globals['_SPECULATIONSTATS']._serialized_start=1495
+  _globals['_SPECULATIONSTATS']._serialized_end=2182
+  _globals['_GAMMADECISION']._serialized_start=2185
+  _globals['_GAMMADECISION']._serialized_end=2475
+  _globals['_GETSESSIONREQUEST']._serialized_start=2477
+  _globals['_GETSESSIONREQUEST']._serialized_end=2516
+  _globals['_GETSESSIONRESPONSE']._serialized_start=2519
+  _globals['_GETSESSIONRESPONSE']._serialized_end=2836
+  _globals['_KVHANDLE']._serialized_start=2838
+  _globals['_KVHANDLE']._serialized_end=2900
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=2902
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=2943
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2945
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=3039
+  _globals['_SESSIONSUMMARY']._serialized_start=3041
+  _globals['_SESSIONSUMMARY']._serialized_end=3154
+  _globals['_DELETESESSIONREQUEST']._serialized_start=3156
+  _globals['_DELETESESSIONREQUEST']._serialized_end=3198
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=3200
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=3223
+  _globals['_GETMODELINFOREQUEST']._serialized_start=3225
+  _globals['_GETMODELINFOREQUEST']._serialized_end=3246
+  _globals['_GETMODELINFORESPONSE']._serialized_start=3249
+  _globals['_GETMODELINFORESPONSE']._serialized_end=3465
+  _globals['_DRAFTPAIRING']._serialized_start=3467
+  _globals['_DRAFTPAIRING']._serialized_end=3545
+  _globals['_ORCHESTRATORSERVICE']._serialized_start=3999
+  _globals['_ORCHESTRATORSERVICE']._serialized_end=4432
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,7 @@ from outrider.cli.bench.process import cpu_seconds, memory_bytes
 from outrider.cli.bench.summary import Rounds, Speed
 from outrider.cli.bench.system import BenchOptions
 from outrider.cli.bench.twin import survival
-from outrider.cli.bench.workload import Prompts, Variant
+from outrider.cli.bench.workload import Prompts, Variant, fixed
 from outrider.cli.options import parse_cpus, parse_list
 from outrider.cli.request import Method
 from outrider.errors import ConfigError
@@ -218,7 +218,9 @@ def test_a_variant_asks_for_what_it_names() -> None:
     assert (request.lookahead, request.fan_out) == (2, 4)
     assert request.verification == sampling_pb2.VERIFICATION_COUPLED
     assert (request.sampling.seed, request.sampling.ignore_eos) == (5, True)
+    assert request.draft_wait == orchestrator_pb2.DRAFT_WAIT_UNSPECIFIED
     assert Variant("plain", gamma=0).request([1], 8, 5).HasField("gamma")
+    assert fixed(3).request([1], 8, 5).draft_wait == orchestrator_pb2.DRAFT_WAIT_ALWAYS
 
 
 def test_the_choice_of_gamma_in_a_table() -> None:

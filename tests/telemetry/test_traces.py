@@ -11,6 +11,7 @@ from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
 from outrider.telemetry.settings import TelemetrySettings
 from outrider.telemetry.tracing import FIRST_ROUNDS, tracing
+from outrider.v1 import orchestrator_pb2
 from tests.stack import request
 from tests.telemetry.otlp_receiver import Receiver, receiving
 from tests.telemetry.parts import Services, prompt, services
@@ -24,7 +25,8 @@ NUM_TOKENS = 120
 async def generate(system: Services, *metadata: tuple[str, str]) -> int:
     """How many tokens came."""
     num = 0
-    asked = request(prompt(3), {"temperature": 0, "ignore_eos": True, "max_tokens": NUM_TOKENS})
+    sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": NUM_TOKENS}
+    asked = request(prompt(3), sampling, draft_wait=orchestrator_pb2.DRAFT_WAIT_ALWAYS)
     async for chunk in system.client.Generate(asked, timeout=50, metadata=metadata):
         num += len(chunk.token_ids)
     return num
@@ -59,10 +61,9 @@ async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
         # γ is 4: so many tokens take at least so many rounds, and not all of them have spans.
         assert len(rounds) < NUM_TOKENS // 5
         assert all(0 < span.duration_ns <= whole.duration_ns for span in rounds)
-        # 4 is not certain among the rounds that have spans: on a busy machine they had 0, 1 and 2.
-        gammas = {span.attributes["gamma"] for span in rounds}
-        assert gammas <= set(range(5))
-        assert min(gammas) == 0 < max(gammas)
+        gammas = {span.attributes["outrider.round"]: span.attributes["gamma"] for span in rounds}
+        first = [gammas[number] for number in range(1, FIRST_ROUNDS + 1)]
+        assert first == [0] + [4] * (FIRST_ROUNDS - 1), "the prompt's round has no draft tokens"
 
 
 async def test_a_callers_trace_goes_on(redis_url: str) -> None:

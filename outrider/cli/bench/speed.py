@@ -142,8 +142,8 @@ def variants(options: SpeedOptions) -> list[Variant]:
     from outrider.cli.request import Method
 
     gamma = options.sequential_gamma
-    sequential = Variant("sequential", gamma=gamma, lookahead=0)
-    chain = Variant("chain", gamma=gamma, lookahead=1, fan_out=1)
+    sequential = Variant("sequential", gamma=gamma, lookahead=0, waits=True)
+    chain = Variant("chain", gamma=gamma, lookahead=1, fan_out=1, waits=True)
     gammas = parse_list(options.gammas, "--gammas", int) if options.gammas else []
     ways = [plain(), sequential, chain, adaptive(), *(fixed(g) for g in gammas)]
     hot = options.temperature

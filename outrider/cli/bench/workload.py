@@ -55,7 +55,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a prompt. None: the server's default."""
+    """One way to run a prompt. None: the server's default.
+
+    `waits`: each round has all of `gamma`, whatever the draft's timing.
+    """
 
     name: str
     gamma: int | None = None
@@ -64,6 +67,7 @@ class Variant:
     temperature: float = 0.0
     verification: Method = Method.rejection
     is_fast: bool = False
+    waits: bool = False
 
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
@@ -75,6 +79,8 @@ class Variant:
         request.token_ids.ids.extend(prompt_ids)
         if self.is_fast:
             request.durability = orchestrator_pb2.DURABILITY_FAST
+        if self.waits:
+            request.draft_wait = orchestrator_pb2.DRAFT_WAIT_ALWAYS
         request.verification = verification_to_proto(Verification(self.verification.value))
         request.sampling.temperature = self.temperature
         request.sampling.seed = seed
@@ -94,4 +100,4 @@ def adaptive(temperature: float = 0.0, verification: Method = Method.rejection) 
 
 
 def fixed(gamma: int, temperature: float = 0.0) -> Variant:
-    return Variant(f"γ {gamma}", gamma=gamma, temperature=temperature)
+    return Variant(f"γ {gamma}", gamma=gamma, temperature=temperature, waits=True)
