@@ -30,7 +30,7 @@ Frame = Any
 
 # Opens, rows, commits, closes and names together. An orchestrator sends 256 (`orchestrator.link`).
 MAX_FRAME_ITEMS = 16_384
-# Open, or refused and not closed. The KV budget is full long before.
+# Open, or refused and not closed. A replica has fewer KV pages, and takes no more than those.
 MAX_OPEN_GENERATIONS = 65_536
 # Heartbeats that an orchestrator may miss before its stream is ended: 10 s of its 0.5. A frame with
 # a long context may hold the others up, and what a dead orchestrator leaves is in nobody's way.

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import structlog
 
 from outrider.engine import Append, ServedEngine
+from outrider.engine.pages import PAGE_SIZE
+from outrider.engine.sequence import pages_for
 from outrider.errors import (
     InvalidRequest,
     KVFull,
@@ -175,8 +177,14 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         started: tuple[int, float],
         state: State,
     ) -> Live[State]:
-        """As SessionTable.open; a live generation of the session ends, and is told."""
+        """As SessionTable.open; a live generation of the session ends, and is told.
+
+        Raises KVFull where as many are open as there are pages: each will want one at least.
+        """
         self._failures += self._take_over(session_id, epoch)
+        num_pages = self._engine.store.num_pages
+        if self._table.num_live >= num_pages:
+            raise KVFull(f"{num_pages} generations are open, one for each KV page", num_pages + 1)
         return self._table.open(session_id, epoch, kept_epoch, max_len, started, state)
 
     def _reserve(
@@ -190,6 +198,8 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         """
         if num_tokens <= live.sequence.max_len and not context_len:
             return 0
+        # All of the last page: most rows then have their room already.
+        num_tokens = min(pages_for(num_tokens) * PAGE_SIZE, len(live.token_ids))
         margin = 0 if live.has_room else self._margin()
         while True:
             try:

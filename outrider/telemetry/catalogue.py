@@ -238,7 +238,7 @@ FAILURES = _counter(
 # --- Of one of them ---
 WAITING_ROWS = _gauge("waiting_rows", "Rows at the target that are not answered yet.")
 NUM_PREEMPTIONS = _counter(
-    "num_preemptions", "Generations that lost their room to more urgent ones.", vllm=True
+    "num_preemptions", "Generations that lost their room to more urgent or earlier ones.", vllm=True
 )
 DRAFT_QUEUE = _gauge("draft_queue", "Generations that wait for draft tokens.")
 

@@ -222,6 +222,22 @@ async def test_what_can_never_have_room_is_said_to(pair: Pair) -> None:
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
 
 
+async def test_no_more_are_open_than_there_are_pages(pair: Pair) -> None:
+    """Those that are open and send nothing cost the service memory of its own."""
+    async with (
+        both_tiers(pair, target_kv=64, draft_kv=None) as tiers,
+        clients(tiers) as system,
+        verifying(system) as stream,
+    ):
+        opens = [target_open(n, max_len=64) for n in range(3, 8)]
+        await stream.write(Frame(opens=opens))
+        refused = await _refused(stream, 7)
+        assert (refused.reason, "4 generations" in refused.detail) == (Reason.REASON_KV_FULL, True)
+        await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=3)]))
+        await stream.write(Frame(opens=[target_open(8, max_len=64)], rows=[row(8, 0, PROMPT)]))
+        assert isinstance(await stream.answer(8), target_pb2.VerifyResult)
+
+
 @pytest.mark.parametrize("epoch", [1, 4])
 async def test_an_older_epoch_is_refused(epoch: int, system: System, greedy: Greedy) -> None:
     async with beside_a_healthy_one(system, greedy) as stream, verifying(system) as other:

@@ -79,6 +79,27 @@ async def _is_idle(system: Services) -> bool:
     )
 
 
+async def test_kv_that_can_be_freed_is_not_in_use(redis_url: str) -> None:
+    """Sessions that are kept, and what is cached: without load the gauge that is scaled on is 0."""
+    sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": 30}
+    async with services(redis_url, METERED) as system:
+        for number in range(3):
+            fields = {"session_id": f"s{number}", "create_session": True}
+            async for _ in system.client.Generate(
+                request(prompt(number, 200), sampling, **fields), timeout=150
+            ):
+                pass
+
+        async def is_kept_and_not_used() -> bool:
+            said = await scrape(system.target)
+            return (
+                said("outrider_idle_sessions", tier="target") == 3
+                and said("outrider_kv_cache_usage_perc", tier="target") == 0
+            )
+
+        await eventually(is_kept_and_not_used)
+
+
 async def test_redis_that_is_away_is_told() -> None:
     """As soon as somebody wanted something of it; and that it is back."""
     asked = request(prompt(0), {"temperature": 0, "max_tokens": 1, "ignore_eos": True})
