@@ -6,6 +6,7 @@ logs are kept. What a caller says or is told is never part of it: counts, times 
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from types import TracebackType
@@ -17,9 +18,10 @@ import structlog
 from orchestrator.emitter import Chunk
 from orchestrator.metrics import ABORT, Meter
 from orchestrator.result import Result
-from outrider.errors import ClientStalled
+from outrider.errors import ClientStalled, InvalidRequest, OutriderError
 from outrider.rpc import known_error, status_name
 from outrider.telemetry import catalogue as metrics
+from outrider.telemetry.logs import HIDDEN
 from outrider.telemetry.tracing import NO_TRACING, Span, Tracing
 
 log = structlog.get_logger()
@@ -28,6 +30,8 @@ REQUEST_ID_KEY = "x-request-id"
 TRACEPARENT_KEY = "traceparent"
 # A longer one of a caller's is cut: it is repeated in every line of the call's log.
 _MAX_ID_CHARS = 128
+_MAX_WHY_CHARS = 500
+_QUOTED = re.compile(r"""(['"]).*\1""", re.DOTALL)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -118,7 +122,7 @@ class Call:
         if self._meter is not None:
             self._count(self._meter, status)
             self._meter.num_unread_streams += isinstance(known_error(error), ClientStalled)
-        told = self._summary(status)
+        told = self._summary(status) | _reason(error)
         if self._span is not None:
             for name, value in told.items():
                 self._span.set(f"outrider.{name}", value)
@@ -158,3 +162,20 @@ class Call:
         if self._first_at is not None and num_later:
             each_s = (self._last_at - self._first_at) / num_later
             meter.observe(metrics.TIME_PER_OUTPUT_TOKEN, each_s)
+
+
+def _reason(error: BaseException | None) -> dict[str, str]:
+    """Why a call did not end well, without what the caller has said: that stands in quotes."""
+    while isinstance(error, BaseExceptionGroup):
+        error = known_error(error) or error.exceptions[0]
+    if error is None:
+        return {}
+    told = {"reason": type(error).__name__}
+    if isinstance(error, InvalidRequest):
+        told["field"] = error.field
+    if isinstance(error, OutriderError):
+        why = error.why if isinstance(error, InvalidRequest) else str(error)
+        told["why"] = _QUOTED.sub(HIDDEN, why)[:_MAX_WHY_CHARS]
+    if told.get("field") == "chat":  # what a model's template says may be the caller's words
+        del told["why"]
+    return told

@@ -2,7 +2,7 @@
 
 Plain numbers, added to once a chunk or once a call; what Prometheus is told is worked out from them
 when it asks. Written on the event loop, read on the scraper's thread: every reading copies first.
-Knows no gRPC, no Redis command and nothing of how metrics are served.
+Knows no call, no Redis command and nothing of how metrics are served.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.session import Commitment, FinishReason, TokenOrigin
+from outrider.rpc import STATUS_NAMES
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.catalogue import Metric
 from outrider.telemetry.distribution import Distribution
@@ -66,7 +67,8 @@ class Meter:
         self.rounds: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
         self.num_rejected = 0
-        self.statuses: Counter[str] = Counter()
+        # At 0 from the start on: a series that begins with its first error has no rate.
+        self.statuses: Counter[str] = Counter(dict.fromkeys(STATUS_NAMES, 0))
         self.finished: Counter[str] = Counter(dict.fromkeys(_FINISHED.values(), 0))
         # Draft tokens of the last round of each stream that runs.
         self.gammas: dict[int, int] = {}

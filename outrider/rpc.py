@@ -66,6 +66,17 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
 )
 
 
+# Every status that one of our calls ends with.
+STATUS_NAMES: tuple[str, ...] = (
+    "OK",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "UNKNOWN",
+    "INTERNAL",
+    *dict.fromkeys(str(code_pb2.Code.Name(code)) for _, code in _STATUS if code),
+)
+
+
 def status_of(error: errors.OutriderError) -> status_pb2.Status:
     """The rich status of an error: a field violation or a retry hint where there is one."""
     code = next((c for kind, c in _STATUS if isinstance(error, kind)), code_pb2.INTERNAL)
@@ -87,18 +98,28 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
 
 def status_name(error: BaseException | None) -> str:
     """Of the status that a call ends with by this error; None: it ended well."""
-    if isinstance(error, BaseExceptionGroup):
-        error = known_error(error) or error.exceptions[0]
     if error is None:
         return "OK"
-    if isinstance(error, errors.OutriderError):
-        return str(code_pb2.Code.Name(status_of(error).code))
-    # A write to a caller that has gone fails before the call is cancelled.
-    has_gone = isinstance(error, (asyncio.CancelledError, grpc.aio.InternalError))
-    if has_gone:
+    known = known_error(error) if isinstance(error, BaseExceptionGroup) else error
+    if isinstance(known, errors.OutriderError):
+        return str(code_pb2.Code.Name(status_of(known).code))
+    if _has_gone(error):
         return "CANCELLED"
-    is_defect = isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError)
-    return "INTERNAL" if is_defect else "UNKNOWN"
+    return "INTERNAL" if _is_defect(error) else "UNKNOWN"
+
+
+def _has_gone(error: BaseException) -> bool:
+    """A write to a caller that has gone fails before the call is cancelled, in groups of groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_has_gone, error.exceptions))
+    return isinstance(error, (asyncio.CancelledError, grpc.aio.InternalError))
+
+
+def _is_defect(error: BaseException) -> bool:
+    """Of ours, and not of gRPC's."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_defect, error.exceptions))
+    return isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError)
 
 
 def _short(text: str) -> str:

@@ -95,7 +95,7 @@ async def test_unread_streams_end_and_free_their_slots_and_kv(
 async def test_a_stream_that_is_not_read_stops_generating(pair: Pair, redis_url: str) -> None:
     """At a bounded number of rounds ahead of what is sent, long before its time is over."""
     async with (
-        whole(pair, redis_url, write_timeout_s=600.0) as stack,
+        whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack,
         unread(stack.endpoint, 1) as (call,),
     ):
         seen = -1
@@ -111,6 +111,33 @@ async def test_a_stream_that_is_not_read_stops_generating(pair: Pair, redis_url:
         assert not call.done()
         call.cancel()
         await eventually(lambda: nothing_held(stack))
+        assert await _ended(stack) == {"CANCELLED": 1}, "not a fault of the service's"
+
+
+async def _ended(stack: System) -> dict[str, float]:
+    """Calls by status, once one has ended."""
+    found: dict[str, float] = {}
+
+    async def has_ended() -> bool:
+        said = Scrape(await get(stack.metrics_port))
+        statuses = said.by("outrider_requests_total", "status")
+        found.update({name: num for name, num in statuses.items() if num})
+        return bool(found)
+
+    await eventually(has_ended)
+    return found
+
+
+async def test_a_deadline_of_the_clients_own_is_counted_as_that(pair: Pair, redis_url: str) -> None:
+    """Also where it passes in the midst of a write."""
+    async with (
+        whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack,
+        grpc.aio.insecure_channel(stack.endpoint, options=WINDOW) as channel,
+    ):
+        client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+        call = client.Generate(request(PROMPT, UNREAD, gamma=0), timeout=3)
+        await call.read()
+        assert await _ended(stack) == {"DEADLINE_EXCEEDED": 1}
 
 
 async def test_an_unread_stream_gives_its_keys_stream_back(

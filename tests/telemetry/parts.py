@@ -107,6 +107,10 @@ class Scrape:
         """The sample with just these labels; 0 where there is none, as for a scraper."""
         return self._values.get(name, {}).get(frozenset(labels.items()), 0.0)
 
+    def values(self, name: str) -> list[float]:
+        """Of all samples of the name."""
+        return list(self._values.get(name, {}).values())
+
     def by(self, name: str, label: str) -> dict[str, float]:
         """All samples of the name, by this label's value, added up over the others."""
         found: dict[str, float] = {}

@@ -6,13 +6,15 @@ import socket
 import urllib.error
 from typing import Any
 
+import grpc
 import pytest
 
 import orchestrator.service
 import target_service.service
 from outrider.config import OrchestratorConfig, TargetConfig
 from outrider.errors import ConfigError
-from outrider.telemetry.catalogue import CATALOGUE, Kind
+from outrider.rpc import STATUS_NAMES
+from outrider.telemetry.catalogue import CATALOGUE, NUM_ACCEPTED_PER_POS, ROUNDS, Kind
 from outrider.telemetry.distribution import Distribution
 from tests.stack import eventually, request
 from tests.telemetry.parts import (
@@ -26,6 +28,8 @@ from tests.telemetry.parts import (
     services,
 )
 
+# Labels that are numbers: none of them is an error.
+_OPEN_ENDED = (ROUNDS, NUM_ACCEPTED_PER_POS)
 METERED = {"metrics_port": 0}
 VLLM_LABELS = {"model_name": "simulated", "engine": "0"}
 
@@ -63,6 +67,22 @@ async def test_every_metric_of_the_catalogue_is_told_by_some_service(redis_url: 
         suffix = "_count" if metric.kind is Kind.HISTOGRAM else ""
         assert metric.exported_name + suffix in samples
     assert not any(name.startswith("vllm:") for said in told for name in said.names)
+
+
+async def test_errors_are_told_before_the_first(redis_url: str) -> None:
+    """A series that begins with 1 has no rate: the first error would be seen by nobody."""
+    async with services(redis_url, METERED, has_draft=False, gamma=0) as system:
+        told = [await scrape(system.orchestrator), await scrape(system.target)]
+    for metric in CATALOGUE:
+        if metric.kind is not Kind.COUNTER or not metric.labels or metric in _OPEN_ENDED:
+            continue
+        values = [value for said in told for value in said.values(metric.exported_name)]
+        assert values, metric.name
+    statuses = told[0].by("outrider_requests_total", "status")
+    assert statuses == dict.fromkeys(STATUS_NAMES, 0)
+    assert {str(code.name) for code in grpc.StatusCode} - statuses.keys() == {
+        "ALREADY_EXISTS", "OUT_OF_RANGE", "UNIMPLEMENTED", "DATA_LOSS",
+    }  # fmt: skip
 
 
 async def test_vllm_names_have_the_same_values(redis_url: str) -> None:

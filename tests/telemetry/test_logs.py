@@ -119,6 +119,9 @@ async def test_lines_are_json_with_ids_and_without_words(
     assert [line["status"] for line in calls] == ["OK", "OK", "INVALID_ARGUMENT"]
     assert {line["request_id"] for line in calls} == {"request-7"}
     assert {line["trace_id"] for line in calls} == {SAMPLED.split("-")[1]}
+    (refused,) = (line for line in calls if line["status"] == "INVALID_ARGUMENT")
+    assert (refused["reason"], refused["field"]) == ("InvalidRequest", "sampling.stop")
+    assert refused["why"]
     told = [line.get("session_id") for line in calls]
     assert told == [*(output.session_id for output in outputs), None]
     assert [line["num_tokens"] for line in calls] == [24, 24, 0]
