@@ -33,7 +33,7 @@ class Security:
             self._gate = KeyGate(keys, metered, SharedQuotas(config.redis))
         self._channels = _tier_channels(config)
         self.protection: Protection = server_protection(
-            config, [self._gate] if self._gate is not None else []
+            config, [self._gate] if self._gate is not None else [], config.tier_tls_cert
         )
         _warn(config)
 

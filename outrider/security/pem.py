@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from outrider.errors import ConfigError
 from outrider.security.files import WatchedFiles, read_file
+
+_BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+# Tags of DER.
+_VERSION, _UTC_TIME = 0xA0, 0x17
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,32 @@ def _certificate(path: str, key: str | None, name: str) -> bytes:
             f"{name}: {path} and {key} are no certificate and its key: {error}"
         ) from None
     return content
+
+
+def expires_at(pem: bytes) -> float:
+    """End of the first certificate's validity, Unix time. Raises ValueError."""
+    text = pem.decode("ascii")
+    first = text[text.index(_BEGIN) : text.index(_END) + len(_END)]
+    certificate = _parts(ssl.PEM_cert_to_DER_cert(first))
+    fields = _parts(certificate[0][1])
+    # Certificate: its body first. Body: an explicit version or none, serial number, algorithm,
+    # issuer, validity.
+    body = _parts(fields[0][1])
+    validity = body[4 if body[0][0] == _VERSION else 3]
+    tag, value = _parts(validity[1])[1]
+    layout = "%y%m%d%H%M%SZ" if tag == _UTC_TIME else "%Y%m%d%H%M%SZ"
+    end = datetime.strptime(value.decode("ascii"), layout).replace(tzinfo=UTC)
+    return end.timestamp()
+
+
+def _parts(der: bytes) -> list[tuple[int, bytes]]:
+    """Tags and contents of DER values, one after the other."""
+    found, at = [], 0
+    while at < len(der):
+        tag, size, at = der[at], der[at + 1], at + 2
+        if size & 0x80:
+            num = size & 0x7F
+            size, at = int.from_bytes(der[at : at + num], "big"), at + num
+        found.append((tag, der[at : at + size]))
+        at += size
+    return found

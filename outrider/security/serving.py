@@ -6,9 +6,11 @@ streams that are open go on. Knows no service.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import structlog
@@ -16,7 +18,7 @@ import structlog
 from outrider.security.files import WatchedFiles
 from outrider.security.guarding import Gate, Reason
 from outrider.security.identity import IdentityGate
-from outrider.security.pem import Pem, watched_pem
+from outrider.security.pem import Pem, expires_at, watched_pem
 from outrider.security.settings import ServerSettings, TierSettings
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.exposition import Reading
@@ -26,17 +28,26 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Protection:
-    """`credentials` None: no TLS. `health_port` None: none; 0: a free one."""
+    """`credentials` None: no TLS. `health_port` None: none; 0: a free one.
+
+    `certificates`: the files in use, by what for.
+    """
 
     credentials: grpc.ServerCredentials | None = None
     gates: Sequence[Gate] = ()
     health_port: int | None = None
+    certificates: Mapping[str, str] = field(default_factory=dict)
 
     def readings(self, behind: Mapping[str, int] | None = None) -> Iterator[Reading]:
         """Who was refused at the gates, and `behind` them by the method; on any thread."""
         counts = [gate.refusals.by_reason for gate in self.gates]
         at_gates = {reason.value: sum(count[reason.value] for count in counts) for reason in Reason}
         yield Reading.by(metrics.CALLS_REFUSED, {**at_gates, **(behind or {})})
+        ends: dict[str, float] = {}
+        for use, path in self.certificates.items():
+            with contextlib.suppress(OSError, ValueError, LookupError):  # in the midst of a change
+                ends[use] = expires_at(Path(path).read_bytes())
+        yield Reading.by(metrics.CERTIFICATE_EXPIRES_AT, ends)
 
 
 UNPROTECTED = Protection()
@@ -49,12 +60,25 @@ def tier_protection(settings: TierSettings, host: str) -> Protection:
         gates.append(IdentityGate(settings.client_names))
     elif not is_loopback(host):
         log.warning("open_to_all", host=host, why="tls_client_ca is unset: anyone may connect")
-    return Protection(_credentials(settings), gates, settings.health_port)
+    return _protection(settings, gates, None)
 
 
-def server_protection(settings: ServerSettings, gates: Sequence[Gate]) -> Protection:
-    """Of a server that asks its callers for something else than a name. Raises ConfigError."""
-    return Protection(_credentials(settings), gates, settings.health_port)
+def server_protection(
+    settings: ServerSettings, gates: Sequence[Gate], client_cert: str | None = None
+) -> Protection:
+    """Of a server that asks its callers for something else than a name. Raises ConfigError.
+
+    `client_cert`: the file of the certificate that it shows to others itself.
+    """
+    return _protection(settings, gates, client_cert)
+
+
+def _protection(
+    settings: ServerSettings, gates: Sequence[Gate], client_cert: str | None
+) -> Protection:
+    files = {"server": settings.tls_cert, "client": client_cert}
+    certificates = {use: path for use, path in files.items() if path is not None}
+    return Protection(_credentials(settings), gates, settings.health_port, certificates)
 
 
 def is_loopback(host: str) -> bool:

@@ -252,6 +252,13 @@ CALLS_REFUSED = _counter(
     "reason",
 )
 
+CERTIFICATE_EXPIRES_AT = _gauge(
+    "certificate_expires_at_seconds",
+    "When the certificate in use ends, Unix time: server, what callers are shown; client, what the "
+    "orchestrator shows the tiers. None without TLS.",
+    "use",
+)
+
 CATALOGUE: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric)
 )

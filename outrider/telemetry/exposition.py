@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET, AF_INET6
-from typing import Any
-from urllib.parse import urlsplit
 
 import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -30,15 +24,12 @@ from prometheus_client.registry import Collector
 from outrider.errors import ConfigError
 from outrider.telemetry.catalogue import PREFIX, VLLM_PREFIX, Kind, Metric
 from outrider.telemetry.distribution import Distribution
+from outrider.telemetry.scrapes import ScrapeServer
 from outrider.telemetry.settings import TelemetrySettings
 
 log = structlog.get_logger()
 
 PATH = "/metrics"
-# A scraper that connects and says nothing keeps its thread no longer.
-_REQUEST_TIMEOUT_S = 10.0
-# A Prometheus or two, their neighbours' and a person.
-_MAX_SCRAPES = 16
 
 Value = float | Distribution
 # By the values of the metric's labels, in their order.
@@ -110,55 +101,6 @@ def _family(name: str, reading: Reading, more: Sequence[str], more_values: Seque
     return family
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """GET /metrics, and nothing else."""
-
-    registry: CollectorRegistry
-    timeout = _REQUEST_TIMEOUT_S
-    server_version = "outrider"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        if urlsplit(self.path).path != PATH:
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        encode, content_type = choose_encoder(self.headers.get("Accept") or "")
-        body = encode(self.registry)
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """A scrape is no event."""
-
-
-class _Server(ThreadingHTTPServer):
-    """So many scrapes at a time; who is one too many is hung up on."""
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        self._places = threading.BoundedSemaphore(_MAX_SCRAPES)
-        super().__init__(address, handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A scraper that went away in the midst is its own affair."""
-
-
 class Exposition:
     """`/metrics` of one program. `source` may come later: nothing is told till then.
 
@@ -181,26 +123,24 @@ class Exposition:
             yield
             return
         server = self._listening(self._wanted_port)
-        self.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
         log.info("metrics", port=self.port)
         try:
             yield
         finally:
-            await asyncio.to_thread(server.shutdown)
-            server.server_close()
-            thread.join()
+            await asyncio.to_thread(server.stop)
 
-    def _listening(self, port: int) -> ThreadingHTTPServer:
+    def _listening(self, port: int) -> ScrapeServer:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(_Readings(self._readings, self._vllm_values))
-        handler = type("_Scrape", (_Handler,), {"registry": registry})
-        family = AF_INET6 if ":" in self._host else AF_INET
-        kind = type("_Server", (_Server,), {"address_family": family})
+
+        def answer(accept: str) -> tuple[bytes, str]:
+            encode, content_type = choose_encoder(accept)
+            return encode(registry), content_type
+
+        server = ScrapeServer(PATH, answer)
         try:
-            server: ThreadingHTTPServer = kind((self._host.strip("[]"), port), handler)
+            self.port = server.start(self._host, port)
         except OSError as error:
             where, why = f"{self._host}:{port}", error.strerror or error
             raise ConfigError(f"metrics_port: cannot listen on {where}: {why}") from error

@@ -69,6 +69,8 @@ RULES: tuple[Rule, ...] = (
     wiring.ports_exist,
     wiring.policy_ports_exist,
     wiring.scalers_have_targets,
+    wiring.fallbacks_take_nothing_away,
+    wiring.protocols_are_spoken,
     wiring.references_exist,
     wiring.namespaces_agree,
     wiring.names_are_unique,
@@ -82,6 +84,8 @@ RULES: tuple[Rule, ...] = (
     pods.files_are_mounted,
     pods.certificates_fit,
     signals.metrics_exist,
+    signals.errors_are_the_services_own,
+    signals.pages_have_traffic,
     signals.scaler_metrics_exist,
     alerts_can_be_followed,
 )

@@ -1,6 +1,6 @@
 """Schemas of the custom resources, for the fields that are used here; any other is a mistake.
 
-After the CRDs of KEDA 2.16, the Prometheus operator 0.80 and cert-manager 1.17. What Kubernetes
+After the CRDs of KEDA 2.17, the Prometheus operator 0.80 and cert-manager 1.17. What Kubernetes
 itself defines is kubernetes-validate's.
 """
 
@@ -32,6 +32,9 @@ def listed(items: Schema) -> Schema:
     return {"type": "array", "minItems": 1, "items": items}
 
 
+FALLBACKS = [
+    "static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower",
+]  # fmt: skip
 _SCALING = closed(
     {},
     {
@@ -76,7 +79,9 @@ SCALED_OBJECT = closed(
         "maxReplicaCount": {"type": "integer", "minimum": 1},
         "pollingInterval": COUNT,
         "cooldownPeriod": COUNT,
-        "fallback": closed({"failureThreshold": COUNT, "replicas": COUNT}),
+        "fallback": closed(
+            {"failureThreshold": COUNT, "replicas": COUNT}, {"behavior": {"enum": FALLBACKS}}
+        ),
         "advanced": closed(
             {},
             {

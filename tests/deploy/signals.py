@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from outrider.rpc import STATUS_NAMES
 from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Kind, Metric
 from tests.deploy.manifests import Manifests, strings, title
 
 _NAME = re.compile(r"\boutrider[_:][a-z0-9_:]+")
 _LABELS = re.compile(r"(outrider[_:][a-z0-9_:]+)\{([^}]*)\}")
 _LABEL = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
+_STATUSES = re.compile(r'\bstatus\s*(=~|!~|!=|=)\s*"([^"]*)"')
 # Added by Prometheus as it scrapes.
 SCRAPED = {"namespace", "pod", "service", "job", "instance", "container", "endpoint", "le"}
 # What the adapter calls a recorded series (components/autoscaling/prometheus-adapter-values.yaml).
@@ -72,6 +74,34 @@ def metrics_exist(found: Manifests) -> Iterator[str]:
                 yield f"{whose}: {name} has no label {label}"
         if any(query.count(pair[0]) != query.count(pair[1]) for pair in ("()", "{}", "[]")):
             yield f"{whose}: brackets do not match"
+
+
+# Callers' own doing; and calls refused for want of room, which have an alert of their own.
+NOT_ERRORS = {
+    "OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "NOT_FOUND", "ABORTED",
+    "UNAUTHENTICATED", "PERMISSION_DENIED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED",
+}  # fmt: skip
+
+
+def errors_are_the_services_own(found: Manifests) -> Iterator[str]:
+    """No rule that counts a fault of the service counts what its callers did."""
+    for whose, query in expressions(found):
+        for how, pattern in _STATUSES.findall(query):
+            of = {name for name in STATUS_NAMES if re.fullmatch(pattern, name)}
+            counted = of if how.startswith("=") else set(STATUS_NAMES) - of
+            if counted - NOT_ERRORS and not counted >= {"OK"}:
+                for name in sorted(counted & NOT_ERRORS):
+                    yield f"{whose} counts {name} as an error"
+
+
+def pages_have_traffic(found: Manifests) -> Iterator[str]:
+    """A share of calls wakes nobody where there was hardly a call."""
+    for rules in found.of("PrometheusRule"):
+        for group in rules["spec"]["groups"]:
+            for rule in group["rules"]:
+                is_share = re.search(r"outrider:(errors|refusals):", rule["expr"])
+                if "alert" in rule and is_share and "rate(" not in rule["expr"]:
+                    yield f"{title(rules)} {rule['alert']}: one call may be all there was"
 
 
 def scaler_metrics_exist(found: Manifests) -> Iterator[str]:

@@ -132,6 +132,31 @@ def scalers_have_targets(found: Manifests) -> Iterator[str]:
             yield f"{title(scaler)}: its least is more than its most"
 
 
+def fallbacks_take_nothing_away(found: Manifests) -> Iterator[str]:
+    """Without its metrics a scaler leaves at least what runs: KEDA's default goes to `replicas`."""
+    for scaler in found.of("ScaledObject"):
+        fallback = scaler["spec"].get("fallback")
+        kept = ("currentReplicas", "currentReplicasIfHigher")
+        if fallback is not None and fallback.get("behavior") not in kept:
+            most = scaler["spec"].get("maxReplicaCount", 100)
+            yield f"{title(scaler)}: without Prometheus {most} become {fallback['replicas']}"
+
+
+def protocols_are_spoken(found: Manifests) -> Iterator[str]:
+    """`appProtocol` of a gRPC port is that of the pods: h2c is without TLS."""
+    for service in found.of("Service"):
+        for pod in found.pods():
+            if not selects(service["spec"].get("selector"), pod.labels):
+                continue
+            names = [name for each in pod.containers for name in found.environment(each)]
+            has_tls = any(name.endswith("_TLS_CERT") for name in names)
+            spoken = "https" if has_tls else "kubernetes.io/h2c"
+            for port in service["spec"]["ports"]:
+                if port.get("name") == "grpc" and port.get("appProtocol") != spoken:
+                    said = port.get("appProtocol")
+                    yield f"{title(service)}: appProtocol {said}; its pods speak {spoken}"
+
+
 def references_exist(found: Manifests) -> Iterator[str]:
     """ConfigMaps, Secrets, their keys, accounts, classes, Services and volumes named are there."""
     for pod in found.pods():

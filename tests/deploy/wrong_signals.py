@@ -13,6 +13,30 @@ MISTAKES: list[Mistake] = [
     (objects_are_valid, lambda m: put(trigger(m), "threshold", 8), "8 is not of type 'string'"),
     (objects_are_valid, lambda m: put(alert(m), "for", "soon"), "soon"),
     (
+        objects_are_valid,
+        lambda m: put(spec(m, "ScaledObject", "outrider-draft")["fallback"], "behavior", "keep"),
+        "'keep' is not one of",
+    ),
+    (
+        signals.errors_are_the_services_own,
+        lambda m: put(
+            alert(m), "expr", 'rate(outrider_requests_total{status=~"INTERNAL|CANCELLED"}[5m]) > 1'
+        ),
+        "OutriderNoTarget counts CANCELLED as an error",
+    ),
+    (
+        signals.errors_are_the_services_own,
+        lambda m: put(
+            alert(m), "expr", 'rate(outrider_requests_total{status!~"OK|CANCELLED"}[5m]) > 1'
+        ),
+        "counts DEADLINE_EXCEEDED as an error",
+    ),
+    (
+        signals.pages_have_traffic,
+        lambda m: put(alert(m), "expr", "outrider:errors:ratio5m > 0.01"),
+        "OutriderNoTarget: one call may be all there was",
+    ),
+    (
         signals.metrics_exist,
         lambda m: put(trigger(m), "query", "sum(outrider_draft_queue_length)"),
         "there is no metric outrider_draft_queue_length",

@@ -7,6 +7,23 @@ from tests.deploy.planting import TARGET, Mistake, container, drop, named, pod, 
 
 MISTAKES: list[Mistake] = [
     (
+        wiring.fallbacks_take_nothing_away,
+        lambda m: spec(m, "ScaledObject", "outrider-orchestrator")["fallback"].pop("behavior"),
+        "ScaledObject/outrider-orchestrator: without Prometheus 16 become 4",
+    ),
+    (
+        wiring.fallbacks_take_nothing_away,
+        lambda m: put(spec(m, "ScaledObject", "outrider-target")["fallback"], "behavior", "static"),
+        "ScaledObject/outrider-target: without Prometheus 8 become 2",
+    ),
+    (
+        wiring.protocols_are_spoken,
+        lambda m: put(
+            spec(m, "Service", "outrider-target")["ports"][0], "appProtocol", "kubernetes.io/h2c"
+        ),
+        "Service/outrider-target: appProtocol kubernetes.io/h2c; its pods speak https",
+    ),
+    (
         wiring.selectors_match,
         lambda m: put(spec(m, "Service", "outrider-draft")["selector"], "x", "y"),
         "Service/outrider-draft: selects no pod",

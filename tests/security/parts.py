@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ class Authority:
         replace(key, leaf.private_key_pem.bytes())
         replace(cert, b"".join(part.bytes() for part in leaf.cert_chain_pems))
         return str(cert), str(key)
+
+    def issue_until(self, who: str, end: datetime) -> None:
+        """Renews its certificate, to end then."""
+        leaf = self._authority.issue_cert(who, not_after=end)
+        replace(self.folder / f"{who}.key", leaf.private_key_pem.bytes())
+        replace(self.folder / f"{who}.pem", b"".join(p.bytes() for p in leaf.cert_chain_pems))
 
     def tier(self, who: str, **more: Any) -> dict[str, Any]:
         """Settings of a tier with mutual TLS."""

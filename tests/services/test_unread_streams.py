@@ -120,8 +120,7 @@ async def _ended(stack: System) -> dict[str, float]:
 
     async def has_ended() -> bool:
         said = Scrape(await get(stack.metrics_port))
-        statuses = said.by("outrider_requests_total", "status")
-        found.update({name: num for name, num in statuses.items() if num})
+        found.update(said.counted("outrider_requests_total", "status"))
         return bool(found)
 
     await eventually(has_ended)

@@ -119,6 +119,10 @@ class Scrape:
             found[key] = found.get(key, 0.0) + value
         return found
 
+    def counted(self, name: str, label: str) -> dict[str, float]:
+        """As `by`, without what is 0."""
+        return {value: num for value, num in self.by(name, label).items() if num}
+
 
 def _get(port: int | None, path: str, accept: str, body: bytes | None) -> str:
     assert port is not None, "it has a metrics port"

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import draft_service.service
 import target_service.service
@@ -153,6 +154,28 @@ async def _served(pair: Pair, redis_url: str, receiver: Receiver, said: list[str
         arguments = [f"--{name}={value}" for name, value in flags.items()]
         async with orchestrator_process(said, *arguments) as endpoint:
             return await talk(endpoint)
+
+
+async def test_grpc_writes_no_lines_of_its_own(pair: Pair, redis_url: str) -> None:
+    """As it does where a replica goes away, in the midst of JSON."""
+    said: list[str] = []
+    config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=4_096, calibration_s=0.0)
+    async with target_service.service.serving(config) as target:
+        flags = (f"--target-endpoint=127.0.0.1:{target.port}", f"--redis-url={redis_url}")
+        async with (
+            orchestrator_process(said, *flags) as endpoint,
+            grpc.aio.insecure_channel(endpoint) as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            await target.grpc_server.stop(0)
+
+            async def has_noticed() -> bool:
+                answer = await health.Check(health_pb2.HealthCheckRequest())
+                return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
+
+            await eventually(has_noticed)
+    events = [json.loads(line)["event"] for line in said]
+    assert "replica_lost" in events
 
 
 def test_values_of_secret_names_are_hidden() -> None:

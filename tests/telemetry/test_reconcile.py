@@ -163,7 +163,7 @@ async def test_calls_that_are_cut_off_count_what_was_sent(redis_url: str) -> Non
         assert sum(held) <= num_sent <= sum(recorded)
         assert sum(tokens(said).values()) == said("outrider_generation_tokens_total")
         assert said("outrider_spec_decode_num_accepted_tokens_total") == tokens(said)["accepted"]
-        assert said.by("outrider_requests_total", "status") == {
+        assert said.counted("outrider_requests_total", "status") == {
             "OK": len(outputs),
             "CANCELLED": len(names),
         }
@@ -218,7 +218,7 @@ async def test_refused_calls_are_counted_by_their_status(redis_url: str) -> None
             code = await _code(system.client.Generate(asked, timeout=150))
             assert code.name == status
         said = await ended(system, 2)
-    assert said.by("outrider_requests_total", "status") == {
+    assert said.counted("outrider_requests_total", "status") == {
         "INVALID_ARGUMENT": 1,
         "NOT_FOUND": 1,
     }

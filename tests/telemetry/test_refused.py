@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -24,6 +26,7 @@ from tests.telemetry.parts import scrape
 
 METERED = {"metrics_port": 0}
 NAME = "outrider_calls_refused_total"
+ENDS = "outrider_certificate_expires_at_seconds"
 NONE = {"no_key": 0, "unknown_key": 0, "over_limit": 0, "identity": 0}
 BY_ADMISSION = {"queue_full": 0, "displaced": 0, "deadline": 0}
 
@@ -54,8 +57,7 @@ async def test_callers_without_a_good_key(tmp_path: Path, redis_url: str) -> Non
         said = await scrape(system.orchestrator)
     counted = {"no_key": 1, "unknown_key": 2, "over_limit": 3}
     assert said.by(NAME, "reason") == NONE | BY_ADMISSION | counted
-    statuses = said.by("outrider_requests_total", "status")
-    assert {name: num for name, num in statuses.items() if num} == {"OK": 1, "INVALID_ARGUMENT": 1}
+    assert said.counted("outrider_requests_total", "status") == {"OK": 1, "INVALID_ARGUMENT": 1}
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "mallory"])
@@ -70,3 +72,20 @@ async def test_callers_of_a_tier_by_their_certificate(authority: Authority, name
                 assert refused.code is grpc.StatusCode.PERMISSION_DENIED
         said = await scrape(target)
     assert said.by(NAME, "reason") == NONE | {"identity": int(name == "mallory")}
+
+
+async def test_ends_of_certificates(authority: Authority) -> None:
+    """Of the file, as soon as it is renewed: no connection need begin for that."""
+    async with tiers(authority.tier("tier", **METERED)) as (target, _):
+        first = (await scrape(target)).by(ENDS, "use")
+        assert first == {"server": as_openssl_has_it(authority, "tier")}
+        authority.issue_until("tier", datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC))
+        assert (await scrape(target)).by(ENDS, "use") == {
+            "server": as_openssl_has_it(authority, "tier")
+        }
+
+
+def as_openssl_has_it(authority: Authority, who: str) -> float:
+    """Python's own decoder of certificates, which takes a file only."""
+    decoded = ssl._ssl._test_decode_cert(str(authority.folder / f"{who}.pem"))  # type: ignore[attr-defined]
+    return float(ssl.cert_time_to_seconds(decoded["notAfter"]))
