@@ -5,8 +5,8 @@ Knows no service: `draft_service`, `target_service` and `orchestrator` import it
 
 import os
 
-# gRPC's core writes lines of its own to standard error, in the midst of JSON logs. What they say our
-# logs and errors say as well. It reads this as it is imported: whoever wants its lines sets it.
+# gRPC's core writes lines to standard error, in the midst of JSON logs. What they say our own
+# logs and errors say as well. It reads this as it is imported: whoever wants the lines sets it.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 __version__ = "0.1.0"

@@ -43,6 +43,6 @@ async def test_two_thousand_calls_at_once_are_all_answered_and_counted(redis_url
         ended = Counter(await asyncio.gather(*(_ended_as(system.client) for _ in range(NUM_CALLS))))
         said = await at_rest(system.orchestrator)
     assert set(ended) == {"OK", "RESOURCE_EXHAUSTED"}
-    assert said.by("outrider_requests_total", "status") == ended
+    assert said.counted("outrider_requests_total", "status") == ended
     refused = said.by("outrider_calls_refused_total", "reason")
     assert refused["queue_full"] == ended["RESOURCE_EXHAUSTED"]
