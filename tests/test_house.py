@@ -33,14 +33,17 @@ def test_every_module_says_what_it_owns() -> None:
 
 
 def test_the_environment_is_read_by_the_loader_only() -> None:
-    """`os.environ` and `os.getenv` stand in outrider/loader.py and nowhere else."""
+    """`os.environ` and `os.getenv` stand in outrider/loader.py and nowhere else.
+
+    But for the package itself, which must quiet gRPC's core before that is imported.
+    """
     readers = {
         str(path.relative_to(ROOT))
         for path in sources()
         if any(word in path.read_text() for word in ("os.environ", "os.getenv", "getenv("))
         and "os.environ" in _code_without_strings(path)
     }
-    assert readers == {"outrider/loader.py"}
+    assert readers == {"outrider/__init__.py", "outrider/loader.py"}
 
 
 def _code_without_strings(path: Path) -> str:
