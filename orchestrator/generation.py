@@ -140,7 +140,7 @@ class Generation:
                 tasks.create_task(self._emitter.run(), name="emitter")
             is_done = True
         finally:
-            await asyncio.shield(self._release(is_done))
+            await self._tiers.endings.shielded(self._release(is_done))
 
     def stop(self) -> None:
         """Ends the output after the round under way; the server is stopping."""

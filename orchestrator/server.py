@@ -89,20 +89,26 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             generation.stop()
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
-        async with translated(context), self._calls.call(context) as call:
-            asked = parse_request(request, self._limits(), self._tiers.tokenizer)
-            caller, writer = current_caller(), StreamWriter(context)
-            heartbeat = orchestrator_pb2.GenerateResponse()
-            async with (
-                writer.beating(heartbeat, request.heartbeat_ms),
-                self._admission.admitted(
-                    asked.priority,
-                    context.time_remaining(),
-                    caller=caller.name,
-                    min_priority=caller.min_priority,
-                ) as place,
-            ):
-                await self._generate(asked, place, call, writer)
+        with self._tiers.endings.of_call():
+            async with translated(context), self._calls.call(context) as call:
+                await self._admitted(request, call, context)
+
+    async def _admitted(
+        self, request: orchestrator_pb2.GenerateRequest, call: Call, context: Context
+    ) -> None:
+        asked = parse_request(request, self._limits(), self._tiers.tokenizer)
+        caller, writer = current_caller(), StreamWriter(context)
+        heartbeat = orchestrator_pb2.GenerateResponse()
+        async with (
+            writer.beating(heartbeat, request.heartbeat_ms),
+            self._admission.admitted(
+                asked.priority,
+                context.time_remaining(),
+                caller=caller.name,
+                min_priority=caller.min_priority,
+            ) as place,
+        ):
+            await self._generate(asked, place, call, writer)
 
     async def _generate(
         self, asked: GenerationRequest, place: Place, call: Call, writer: StreamWriter
@@ -118,7 +124,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             generation = await self._begin(asked, lease, place, call, writer)
         finally:
             if generation is None:
-                await asyncio.shield(self._give_back(lease))
+                await tiers.endings.shielded(self._give_back(lease))
         self._running.add(generation)
         if self._is_stopping:
             generation.stop()
@@ -146,9 +152,12 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             log.warning("unrecorded", session_id=session_id, why=str(error))
             return unrecorded(session_id, model, caller)
         except asyncio.CancelledError:
-            with contextlib.suppress(OutriderError):
-                await self._give_back(await asyncio.shield(acquiring))
+            await self._tiers.endings.shielded(self._undo(acquiring))
             raise
+
+    async def _undo(self, acquiring: asyncio.Task[Lease]) -> None:
+        with contextlib.suppress(OutriderError):
+            await self._give_back(await acquiring)
 
     async def _begin(
         self,

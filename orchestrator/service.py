@@ -15,6 +15,7 @@ from orchestrator.call import Calls
 from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
+from orchestrator.endings import Endings
 from orchestrator.link import FetchTokenHashes
 from orchestrator.metrics import Meter, readings
 from orchestrator.models import check_shared, limits
@@ -43,6 +44,9 @@ SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService
 GENERATE = f"/{SERVICE_NAME}/Generate"
 # What is left of running outputs after the operator's grace ends after the round under way.
 STOP_GRACE_S = 2.0
+# How long the end of calls that were cut off is waited for, while Redis stalls: leases would then
+# stay until they lapse.
+ENDINGS_WAIT_S = 5.0
 # How long a start waits for a draft before serving without one: it joins when it comes.
 DRAFT_START_TIMEOUT_S = 5.0
 # So often it is said that no target is there.
@@ -109,7 +113,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                     log.info("serving", port=server.port)
                     async with (
                         _following_redis(store, server),
-                        _answering(server, servicer, targets, config.stop_grace_s),
+                        _answering(server, servicer, tiers, config.stop_grace_s),
                     ):
                         yield server
     finally:
@@ -122,17 +126,17 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
 async def _answering(
     server: Server,
     servicer: OrchestratorServicer,
-    targets: ReplicaPool[TargetLink],
+    tiers: Tiers,
     stop_grace_s: float,
 ) -> AsyncIterator[None]:
     orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
     async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(_follow(targets, server), name="health")
+        following = tasks.create_task(_follow(tiers.targets, server), name="health")
         try:
             yield
         finally:
             following.cancel()
-            await _stop(server, servicer, stop_grace_s)
+            await _stop(server, servicer, tiers.endings, stop_grace_s)
 
 
 def _pools(
@@ -263,8 +267,12 @@ async def _following_redis(store: SessionStore, server: Server) -> AsyncIterator
             following.cancel()
 
 
-async def _stop(server: Server, servicer: OrchestratorServicer, grace_s: float) -> None:
+async def _stop(
+    server: Server, servicer: OrchestratorServicer, endings: Endings, grace_s: float
+) -> None:
+    """What calls leave behind is over before the links and the store are closed."""
     stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
     await asyncio.wait([stopping], timeout=grace_s)
     servicer.stop_generations()
     await stopping
+    await endings.done(ENDINGS_WAIT_S)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
+from orchestrator.endings import Endings
 from orchestrator.pairing import Pairing
 from orchestrator.pool import ReplicaPool
 from orchestrator.rates import PairCosts
@@ -35,3 +36,4 @@ class Tiers:
     encoding: PromptEncoding
     timing: Timing
     costs: PairCosts
+    endings: Endings = field(default_factory=Endings)

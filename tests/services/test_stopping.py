@@ -1,0 +1,113 @@
+"""An orchestrator that stops while calls run: what they held is given back before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+import pytest
+
+import orchestrator.emitter
+import orchestrator.service
+from orchestrator.emitter import Emitter
+from orchestrator.store import KvHandle
+from outrider.errors import Unavailable
+from outrider.redis_server import RedisServer
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from tests.redis_fixture import redis_command
+from tests.services.parts import GREEDY, Brake, Pair, System, both_tiers, orchestrating, refusal
+from tests.stack import Output, request
+
+pytestmark = pytest.mark.slow
+
+PROMPT = [3, 1, 4, 1, 5]
+LONG_S = 60.0
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a lease could not be given back, and is tried again."""
+    failed, release = asyncio.Event(), Emitter._try_release
+
+    async def noted(
+        emitter: Emitter, target: KvHandle | None, draft: KvHandle | None, named: bool, done: bool
+    ) -> None:
+        try:
+            await release(emitter, target, draft, named, done)
+        except Unavailable:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(Emitter, "_try_release", noted)
+    return failed
+
+
+async def test_leases_are_given_back_when_redis_is_back(
+    pair: Pair, brake: Brake, failures: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By calls that were cut off; with what they had shown."""
+    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", LONG_S)
+    monkeypatch.setattr(orchestrator.service, "ENDINGS_WAIT_S", LONG_S)
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.0)
+    output = Output()
+    with RedisServer(keeps_data=True) as redis:
+        async with both_tiers(pair, draft_kv=None) as tiers, contextlib.AsyncExitStack() as stack:
+            async with orchestrating(tiers, redis.url, stop_grace_s=0.0) as system:
+                brake.set(20)
+                asked = {"session_id": "s", "create_session": True}
+                call = await _called(system, stack, **asked)
+                while len(output.token_ids) < 20:
+                    output.add(await call.read())
+                redis.kill()
+                call.cancel()
+                await failures.wait()  # it is giving its lease back when the stop cancels it again
+                failures.clear()
+                starting = asyncio.create_task(_start_after(failures, redis))
+            await starting
+            assert redis_command(redis.url, "HGET outrider:session:{s} lease_epoch") == b"$-1"
+            async with orchestrating(tiers, redis.url) as system:
+                session = await system.client.GetSession(
+                    orchestrator_pb2.GetSessionRequest(session_id="s"), timeout=200
+                )
+                assert list(session.token_ids) == PROMPT + output.token_ids
+                brake.release()
+                again = await system.generate(
+                    [1], sampling={**GREEDY, "max_tokens": 4}, session_id="s"
+                )
+                assert len(again.token_ids) == 4
+
+
+async def _start_after(failures: asyncio.Event, redis: RedisServer) -> None:
+    async with asyncio.timeout(LONG_S):
+        await failures.wait()
+    redis.start()
+
+
+async def test_a_stop_does_not_wait_for_ever(
+    pair: Pair, brake: Brake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Redis stays away the leases lapse."""
+    monkeypatch.setattr(orchestrator.service, "ENDINGS_WAIT_S", 0.2)
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.0)
+    with RedisServer() as redis:
+        async with both_tiers(pair, draft_kv=None) as tiers, contextlib.AsyncExitStack() as stack:
+            async with orchestrating(tiers, redis.url, stop_grace_s=0.0) as system:
+                brake.set(5)
+                call = await _called(system, stack)
+                await call.read()
+                redis.kill()
+            assert (await refusal(_rest(call))).code is not grpc.StatusCode.OK
+
+
+async def _called(system: System, stack: contextlib.AsyncExitStack, **fields: Any) -> Any:
+    """Through a channel that outlives the orchestrator."""
+    channel = await stack.enter_async_context(grpc.aio.insecure_channel(system.endpoint))
+    asked = request(PROMPT, {**GREEDY, "max_tokens": 60}, **fields)
+    return orchestrator_pb2_grpc.OrchestratorServiceStub(channel).Generate(asked, timeout=200)
+
+
+async def _rest(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
