@@ -26,6 +26,11 @@ Config = TypeVar("Config")
 _ASKS_CALLERS = re.compile(r"OUTRIDER_(TARGET|DRAFT|ORCHESTRATOR)_((TIER_)?TLS_\w+|API_KEYS_FILE)")
 
 
+def silence_grpc() -> None:
+    """For the command line, whose messages say what gRPC's lines mean; before it is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def api_key_variable() -> str | None:
     """A caller's own key, for the command line; None: it is not set. Raises ConfigError."""
     key = os.environ.get("OUTRIDER_API_KEY")

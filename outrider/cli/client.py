@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from outrider.cli.diagnosis import check_endpoint, unconnected
 from outrider.cli.failures import CallFailed
 from outrider.errors import ConfigError, InternalError, Unavailable
 from outrider.heartbeat import CALLER_HEARTBEAT_MS, listening
@@ -23,9 +25,9 @@ _NO_CONNECTION = (
     "dns resolution failed",
     "name resolution",
     "errors resolving",
+    "handshake",
+    "certificate",
 )
-_TLS = ("handshake", "certificate")
-_SHUT = ("socket closed", "connection reset")
 # In the trailers of every error that one of our servers has raised (outrider.rpc).
 _STATUS_DETAILS = "grpc-status-details-bin"
 
@@ -57,9 +59,10 @@ Show = Callable[[orchestrator_pb2.GenerateResponse], None]
 class Client:
     """Made by `connected`."""
 
-    def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, endpoint: str, *, has_tls: bool = False) -> None:
         self._stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         self._endpoint = endpoint
+        self._has_tls = has_tls
 
     @property
     def endpoint(self) -> str:
@@ -87,7 +90,7 @@ class Client:
         except Unavailable as error:
             raise CallFailed(f"UNAVAILABLE: {self._endpoint}: {error}") from error
         except grpc.aio.AioRpcError as error:
-            raise call_failed(error, self._endpoint) from error
+            raise await call_failed(error, self._endpoint, has_tls=self._has_tls) from error
         finally:
             call.cancel()  # leaving the loop does not cancel it: the server would go on
         if not output.result.finish_reason:
@@ -129,32 +132,33 @@ class Client:
         try:
             return await method(request, timeout=SHORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise call_failed(error, self._endpoint) from error
+            raise await call_failed(error, self._endpoint, has_tls=self._has_tls) from error
 
 
-def call_failed(error: grpc.aio.AioRpcError, endpoint: str) -> CallFailed:
-    """What the server said, or why there was none to say anything."""
+async def call_failed(
+    error: grpc.aio.AioRpcError, endpoint: str, *, has_tls: bool = False
+) -> CallFailed:
+    """What the server said; or, where none of ours said anything, what is wrong and what to do."""
     code, said = error.code().name, " ".join((error.details() or "").split())
     trailers: Any = error.trailing_metadata() or ()
-    was_heard = True
-    is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
-    if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answer:
-        why = _unconnected(said, endpoint)
-        was_heard = why is None
-        said = why or f"{said} (at {endpoint}; is it still up? start it with: outrider up)"
-    return CallFailed(f"{code}: {said}", was_heard=was_heard)
-
-
-def _unconnected(said: str, endpoint: str) -> str | None:
-    """Why there never was a connection, from gRPC's words for it; None: there was one."""
+    if any(key == _STATUS_DETAILS for key, _ in trailers):
+        return CallFailed(f"{code}: {said}")
     words = said.lower()
-    if any(there in words for there in _TLS):
-        return f"no TLS with {endpoint}: {said.rpartition('last error: ')[2]}"
-    if not any(there in words for there in _NO_CONNECTION):
-        return None
-    if any(there in words for there in _SHUT):
-        return f"{endpoint} closes connections as they begin: does it want TLS (--tls-ca)?"
-    return f"nothing answers at {endpoint}; start it with: outrider up"
+    if "deadline exceeded" in words:  # also of a stream that gRPC has removed for it
+        return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} has not answered in time")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return CallFailed(
+            f"{code}: {endpoint} is no orchestrator of this version (a model service?)"
+        )
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return CallFailed(f"{code}: {said}")
+    was_heard = not any(there in words for there in _NO_CONNECTION)
+    why = await asyncio.to_thread(unconnected, endpoint, said, has_tls=has_tls)
+    if was_heard:
+        why = f"the connection to {endpoint} broke; {why or 'it answers again: try again'}"
+    elif why is None:
+        why = f"{endpoint} was not there a moment ago and is now: try again"
+    return CallFailed(f"{code}: {why}", was_heard=was_heard)
 
 
 @contextlib.asynccontextmanager
@@ -162,5 +166,6 @@ async def connected(endpoint: str, access: Access | None = None) -> AsyncIterato
     """Connects with the first call. Raises ConfigError for files that cannot be used."""
     if "," in endpoint:
         raise ConfigError(f"--endpoint: {endpoint!r} is several; only `generate` follows them")
+    check_endpoint(endpoint)
     async with open_channel(endpoint, access) as channel:
-        yield Client(channel, endpoint)
+        yield Client(channel, endpoint, has_tls=access is not None and access.tls_ca is not None)

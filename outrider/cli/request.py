@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.access import AccessOptions
+from outrider.cli.diagnosis import check_endpoint
 from outrider.cli.options import parse_ids
 from outrider.errors import ConfigError, InvalidRequest
 
@@ -180,7 +181,7 @@ def endpoints_of(endpoint: str) -> list[str]:
     endpoints = [part.strip() for part in endpoint.split(",")]
     if not all(endpoints):
         raise ConfigError(f"--endpoint: {endpoint!r} is no list such as a:50051,b:50051")
-    return endpoints
+    return [check_endpoint(endpoint) for endpoint in endpoints]
 
 
 def _check_resumption(options: GenerateOptions) -> None:

@@ -226,6 +226,11 @@ def _reachable(address: str) -> str:
     return f"127.0.0.1:{port}" if host.strip("[]") in _ANY_HOST else address
 
 
+def _reason(error: OSError) -> str:
+    """Of a call that failed, without Python's words around it."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
 def _check_port(options: StackOptions) -> None:
     """Says so before models are loaded for minutes; the orchestrator has the last word."""
     if not 0 <= options.port <= 65535:
@@ -237,4 +242,6 @@ def _check_port(options: StackOptions) -> None:
             pass
     except OSError as error:
         where = f"{options.host}:{options.port}"
-        raise ConfigError(f"port: cannot listen on {where}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"port: cannot listen on {where}: {_reason(error)}; choose another with --port"
+        ) from error

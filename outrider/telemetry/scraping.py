@@ -42,7 +42,7 @@ class Scrape:
         except HTTPException as error:
             raise Unavailable(f"no metrics at {address}: not HTTP; is it metrics_port?") from error
         except (OSError, ValueError) as error:  # also of HTTP's errors, and of what is no metrics
-            raise Unavailable(f"no metrics at {address}: {error}") from error
+            raise Unavailable(f"no metrics at {address}: {_reason(error)}") from error
 
     def has(self, name: str) -> bool:
         return name in self.samples
@@ -65,6 +65,11 @@ def _parsed(text: str) -> dict[str, dict[Labels, float]]:
             values = samples.setdefault(sample.name, {})
             values[frozenset(sample.labels.items())] = sample.value
     return samples
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", error)
+    return getattr(inner, "strerror", None) or str(inner)
 
 
 @dataclass(frozen=True)

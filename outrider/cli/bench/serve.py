@@ -70,7 +70,9 @@ async def _measure(
             for _ in range(options.connections)
             for endpoint in endpoints
         ]
-        info = await Client(channels[0], endpoints[0]).model_info()
+        info = await Client(
+            channels[0], endpoints[0], has_tls=options.access.tls_ca is not None
+        ).model_info()
         _check_prompts(asked, info.target.max_context_len)
         stubs = [orchestrator_pb2_grpc.OrchestratorServiceStub(channel) for channel in channels]
         campaign = Campaign(
@@ -135,16 +137,19 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
     import grpc
 
     from outrider.cli.client import call_failed
+    from outrider.cli.diagnosis import check_endpoint
     from outrider.cli.tiers import target_info
     from outrider.loadtest.stretches import Passes
 
-    addresses = [part.strip() for part in options.target_endpoint.split(",") if part.strip()]
+    parts = (part.strip() for part in options.target_endpoint.split(","))
+    addresses = [check_endpoint(part, "--target-endpoint") for part in parts if part]
 
     async def load(address: str) -> Any:
         try:
             return (await target_info(address)).load
         except grpc.aio.AioRpcError as error:
-            raise ConfigError(f"--target-endpoint: {call_failed(error, address)}") from error
+            failed = await call_failed(error, address)
+            raise ConfigError(f"--target-endpoint: {failed}") from error
 
     async def read() -> Passes:
         loads = [await load(address) for address in addresses]
