@@ -92,7 +92,9 @@ def test_a_bad_line_says_what_is_allowed(line: str, named: str) -> None:
 
 def test_a_target_is_told_nothing_of_drafts() -> None:
     """Its line would not do what it says."""
-    with pytest.raises(ConfigError, match=r"'survival=0.5'; expected KEY=VALUE of .*seed$"):
+    with pytest.raises(
+        ConfigError, match=r"'survival=0.5'; expected KEY=VALUE of .*seed, fails_after_s$"
+    ):
         load(TargetConfig, "target", ["--simulate=survival=0.5"], {})
 
 
