@@ -120,12 +120,17 @@ class ReplicaPool(Generic[Link]):
         return min(open_links, key=lambda link: link.load, default=None)
 
     def rooms(self, max_len: int = 0) -> frozenset[str]:
-        """The replicas that take generations and could hold one of `max_len` tokens."""
-        return frozenset(
-            endpoint
-            for endpoint, link in self.links.items()
+        """The replicas that take generations and could hold one of `max_len` tokens.
+
+        Those whose circuit is open only where no other is there.
+        """
+        links = [
+            link
+            for link in self.links.values()
             if link.takes_generations and max_len <= link.max_len
-        )
+        ]
+        allowed = [link for link in links if link.breaker.allows] or links
+        return frozenset(link.endpoint for link in allowed)
 
     async def acquire(
         self, timeout_s: float, preferred: str | None = None, max_len: int = 0

@@ -154,7 +154,7 @@ class Verifying:
                     self._too_small.add(self._handle.replica)
                 if isinstance(error, KVFull):
                     full.add(self._handle.replica)
-                if full and self._pick(full) is None:
+                if full and not self._rooms() - full:
                     # One that has just lost its room to another does not find it free at once.
                     at_once = not is_short and not self._has_begun
                     if not is_short:
