@@ -24,7 +24,7 @@ log = structlog.get_logger()
 MAX_UNSEEN_COMMITMENTS = 64
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
-# How long the end of a generation waits for Redis to come back, to record what is owed.
+# How long after the end of a generation Redis may come back, for what is owed to be recorded.
 # Must be below the store's lease_ttl_s.
 _RELEASE_RETRY_S = 8.0
 _RELEASE_RETRY_INTERVAL_S = 0.3
@@ -79,6 +79,8 @@ class Emitter:
             MAX_UNSEEN_COMMITMENTS
         )
         self._unrecorded: RoundRecord | None = None
+        # As given to `release`.
+        self._end: tuple[KvHandle | None, KvHandle | None, bool, bool] = (None, None, False, False)
         self._is_away = False
         # The text that the caller has been sent.
         self.text = held_text
@@ -204,28 +206,33 @@ class Emitter:
         *,
         is_named: bool,
         is_done: bool,
-    ) -> None:
+    ) -> bool:
         """Ends the lease, once what is owed is written; a one-off session goes with it.
 
         `is_done`: all of the output was shown, so that `text` is all of the answer. The answer of
         a call that ended early is what its tokens say (`orchestrator.resume.unanswered`).
-        Where Redis stays away the lease lapses by itself.
+        False: Redis is away, and it is for `go_on_releasing`.
         """
-        if not self._lease.is_recorded:
-            return
+        self._end = (target_kv, draft_kv, is_named, is_done)
+        return not self._lease.is_recorded or await self._release_once() is None
+
+    async def go_on_releasing(self) -> None:
+        """Tries again for some seconds. Where Redis stays away the lease lapses by itself."""
         give_up_at = time.monotonic() + _RELEASE_RETRY_S
-        while True:
-            try:
-                await self._try_release(target_kv, draft_kv, is_named, is_done)
+        while (error := await self._release_once()) is not None:
+            if time.monotonic() > give_up_at:
+                log.error("not_released", session_id=self._lease.session_id, why=str(error))
                 return
-            except Unavailable as error:
-                if time.monotonic() > give_up_at:
-                    log.error("not_released", session_id=self._lease.session_id, why=str(error))
-                    return
-                await asyncio.sleep(_RELEASE_RETRY_INTERVAL_S)
-            except OutriderError as error:
-                log.warning("not_released", session_id=self._lease.session_id, why=str(error))
-                return
+            await asyncio.sleep(_RELEASE_RETRY_INTERVAL_S)
+
+    async def _release_once(self) -> Unavailable | None:
+        try:
+            await self._try_release(*self._end)
+        except Unavailable as error:
+            return error
+        except OutriderError as error:
+            log.warning("not_released", session_id=self._lease.session_id, why=str(error))
+        return None
 
     async def _try_release(
         self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool, is_done: bool

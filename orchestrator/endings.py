@@ -38,10 +38,14 @@ class Endings:
 
     async def shielded(self, work: Coroutine[Any, Any, None]) -> None:
         """Does it to its end, also where the caller is cancelled meanwhile."""
+        await asyncio.shield(self.behind(work))
+
+    def behind(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Does it after the call has ended. It must be bounded, and raise nothing."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        return task
 
     async def done(self, timeout_s: float) -> None:
         """Waits for all of it; what takes longer than that is cancelled."""

@@ -291,4 +291,6 @@ class Generation:
             target_kv, draft_kv = self._verifying.kv(epoch), self._drafting.kv(epoch)
         self._verifying.close(keep=keep)
         self._drafting.close(keep=keep)
-        await self._emitter.release(target_kv, draft_kv, is_named=is_named, is_done=is_done)
+        emitter = self._emitter
+        if not await emitter.release(target_kv, draft_kv, is_named=is_named, is_done=is_done):
+            self._tiers.endings.behind(emitter.go_on_releasing())  # the caller has all there is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import Any
@@ -194,6 +195,7 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
             finally:
                 os.kill(pid, signal.SIGCONT)
             second = await calling
+            await eventually(lambda: _is_free(stack, "s"))
             session = await _session(stack, "s")
     assert first.result is not None
     assert first.result.recorded
@@ -202,6 +204,12 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
     assert list(session.token_ids) == context + second.token_ids
     assert not session.in_use
     assert session.num_turns == 2
+
+
+async def _is_free(stack: Stack, name: str) -> bool:
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        return not (await _session(stack, name)).in_use
+    return False
 
 
 async def _is_at_it(stack: Stack, name: str, num_tokens: int) -> bool:

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 PROMPT = [3, 1, 4, 1, 5]
 NUM_TOKENS = 60
 KEY = "outrider:session:{s}"
+FIRST: dict[str, Any] = {"session_id": "s", "create_session": True}
 
 
 @pytest.fixture
@@ -230,6 +231,34 @@ async def test_a_stream_survives_what_stays_so(
     assert not output.result.recorded
 
 
+async def test_a_call_ends_with_its_last_token_though_redis_is_away(
+    tiers: Tiers,
+    redis: RedisServer,
+    greedy: Greedy,
+    brake: Brake,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is owed is written behind it, when Redis is back."""
+    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 200.0)
+    output = Output()
+    async with orchestrating_at(tiers, redis.url) as system:
+        async with held_at(system, brake, output, 20, **FIRST) as listening:
+            redis.kill()
+            brake.release()
+            await listening  # while nobody starts it again
+        assert output.result is not None
+        assert not output.result.recorded
+        redis.start()
+
+        async def is_free() -> bool:
+            return await serves(system) and not (await recorded(system)).in_use
+
+        await eventually(is_free)
+        session = await recorded(system)
+    assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
+    assert list(session.token_ids) == PROMPT + output.token_ids
+
+
 async def test_a_generation_begun_without_redis_goes_on_when_it_comes_back(
     tiers: Tiers,
     redis: RedisServer,
@@ -276,9 +305,6 @@ async def can_create(system: System) -> bool:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await system.client.GetSession(asked, timeout=200)
     return error.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-FIRST = {"session_id": "s", "create_session": True}
 
 
 @pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
