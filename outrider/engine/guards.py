@@ -87,6 +87,12 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def longest_window(config: Any) -> int:
+    """Tokens that some layer sees at most; 0 where all see everything."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) else 0
+
+
 def discover_layers(name: str, model: Any) -> list[LayerLayout]:
     """What each layer keeps per token, seen in a pass over one token. Raises ModelError."""
     recorder = _Recorder(name)

@@ -29,9 +29,15 @@ def affordable_tokens(layers: Seq[LayerLayout]) -> int:
 
 def _budget_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_SHARE)
-    return min(int(_available_ram() * _CPU_SHARE), _CPU_MOST_BYTES)
+        return int(free_bytes(device) * _CUDA_SHARE)
+    return min(int(free_bytes(device) * _CPU_SHARE), _CPU_MOST_BYTES)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _available_ram()
 
 
 def _available_ram() -> int:

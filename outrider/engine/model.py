@@ -19,6 +19,7 @@ from outrider.engine.attention import ATTENTION_NAME, registered_attention
 from outrider.engine.bound import BoundModel
 from outrider.engine.engine import Engine
 from outrider.engine.kv_store import PAGE_SIZE, KVStore, LayerLayout
+from outrider.engine.long_probe import LongProbe, long_probe
 from outrider.engine.options import EngineInfo, EngineOptions
 from outrider.errors import ConfigError, ModelError
 
@@ -51,12 +52,13 @@ def load_engine(options: EngineOptions) -> Engine:
     guards.check_interface(options.model, module)
     layers = guards.discover_layers(options.model, module)
     model = _bind(options, module)
-    tokens = probe.probe_tokens(model.num_embeddings, model.max_context_len)
+    tokens = probe.probe_tokens(module, model.max_context_len)
     expected = probe.eager_logits(module, tokens)
+    long = long_probe(options.model, model)
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options, model, layers)
     linear_kernels = _choose_kernels(options, module)
-    backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected))
+    backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected, long))
     store = KVStore(layers, _num_pages(options, layers))
     info = replace(
         info,
@@ -83,13 +85,21 @@ class _Trial(NamedTuple):
     info: EngineInfo
     tokens: tuple[probe.Tokens, probe.Tokens]
     expected: list[torch.Tensor]
+    long: LongProbe | None
 
     def difference(self, backend_name: str) -> float:
-        """From eager attention, largest; with a small store of its own. Raises ModelError."""
-        store = KVStore(self.layers, _PROBE_PAGES)
-        backend = backends.make(backend_name, self.model, store)
-        engine = Engine(self.model, store, self.info, backend)
-        return probe.compare(self.info.name, engine, self.tokens, self.expected)
+        """From eager attention, largest; with small stores of their own. Raises ModelError."""
+        name = self.info.name
+        engine = self._engine(backend_name, _PROBE_PAGES)
+        largest = probe.compare(name, engine, self.tokens, self.expected)
+        if self.long is None:
+            return largest
+        engine = self._engine(backend_name, self.long.num_pages)
+        return max(largest, self.long.difference(name, engine))
+
+    def _engine(self, backend_name: str, num_pages: int) -> Engine:
+        store = KVStore(self.layers, num_pages)
+        return Engine(self.model, store, self.info, backends.make(backend_name, self.model, store))
 
 
 def _prove(options: EngineOptions, trial: _Trial) -> tuple[str, float]:
