@@ -43,6 +43,11 @@ class Pairing:
         self._vocabulary: Vocabulary | None = None
         self._differences: dict[str, Difference] = {}  # to the target, by the draft's fingerprint
 
+    async def token_hashes(self) -> bytes:
+        """Of the target's vocabulary; empty where it has no tokenizer."""
+        vocabulary = self._vocabulary
+        return await asyncio.to_thread(vocabulary.to_bytes) if vocabulary is not None else b""
+
     async def check_target(
         self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes
     ) -> None:

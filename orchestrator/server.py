@@ -283,7 +283,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.GetModelInfoResponse:
         drafts, limits = self._tiers.drafts, self._limits()
         links = list(drafts.links.values()) if drafts is not None else []
-        return orchestrator_pb2.GetModelInfoResponse(
+        answer = orchestrator_pb2.GetModelInfoResponse(
             target=self._tiers.targets.model,
             draft=drafts.model if drafts is not None and drafts.num_connected else None,
             default_gamma=limits.gamma,
@@ -292,3 +292,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 self._tiers.pairing.draft, [link.refused for link in links if link.refused]
             ),
         )
+        if request.with_token_hashes:
+            answer.target.token_hashes = await self._tiers.pairing.token_hashes()
+        return answer

@@ -67,6 +67,12 @@ class Vocabulary:
         """Four bytes per id."""
         return self._hashes.tobytes()
 
+    @property
+    def ordinary_ids(self) -> npt.NDArray[np.int64]:
+        """Ids that have a token which is not an added one, rising."""
+        is_ordinary = (self._hashes != 0) & ((self._hashes & _IS_ADDED) == 0)
+        return np.flatnonzero(is_ordinary).astype(np.int64)
+
     def difference(self, other: Vocabulary) -> Difference:
         size = max(len(self._hashes), len(other._hashes))
         ours, theirs = (np.pad(v._hashes, (0, size - len(v._hashes))) for v in (self, other))

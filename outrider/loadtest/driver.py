@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
+from outrider.errors import ConfigError
 from outrider.loadtest.asking import Ask, note_failure, note_message
 from outrider.loadtest.plan import Job, Visit, prompt_ids
 from outrider.loadtest.records import CUT, OK, Record
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.vocabulary import Vocabulary
 
 # Of the short calls. A server that does not answer a deletion loses a clean-up.
 _SHORT_TIMEOUT_S = 10.0
@@ -32,6 +36,7 @@ class Subject:
 
     stubs: Sequence[Stub]
     info: orchestrator_pb2.GetModelInfoResponse
+    ordinary_ids: npt.NDArray[np.int64]
 
     def stub(self, visit: Visit) -> Stub:
         return self.stubs[visit.jobs[0].index % len(self.stubs)]
@@ -40,9 +45,24 @@ class Subject:
 async def subject(*channels: grpc.aio.Channel) -> Subject:
     """Behind these channels. Raises grpc.aio.AioRpcError where nobody answers."""
     stubs = [Stub(channel) for channel in channels]
-    request = orchestrator_pb2.GetModelInfoRequest()
+    request = orchestrator_pb2.GetModelInfoRequest(with_token_hashes=True)
     call: Any = stubs[0].GetModelInfo(request, timeout=_SHORT_TIMEOUT_S)
-    return Subject(stubs, await call)
+    info = await call
+    return Subject(stubs, info, _ordinary_ids(info.target))
+
+
+def _ordinary_ids(model: model_pb2.ModelInfo) -> npt.NDArray[np.int64]:
+    """What prompts are made of: tokens that mean a text, and do not end one.
+
+    Without a tokenizer: all of the vocabulary but what ends an output.
+    """
+    ids = np.arange(model.vocab_size)
+    if model.token_hashes:
+        ids = Vocabulary.from_bytes(model.token_hashes).ordinary_ids
+    ids = ids[(ids < model.vocab_size) & ~np.isin(ids, list(model.eos_token_ids))]
+    if not len(ids):
+        raise ConfigError(f"{model.name}: its tokenizer has no ordinary token to make prompts of")
+    return ids
 
 
 class Phase:
@@ -128,7 +148,7 @@ class Phase:
         """Never raises for what the server does: that is noted."""
         ids = []
         if job.text is None:
-            ids = prompt_ids(job, self._subject.info.target.vocab_size, self._seed, self._number)
+            ids = prompt_ids(job, self._subject.ordinary_ids, self._seed, self._number)
         request = self._ask.request(job, ids, session_id, seed=self._seed + job.index)
         record = Record(job.index, intended_s, prompt_len=len(ids), sent_s=self.now_s)
         self.records.append(record)

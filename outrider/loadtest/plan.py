@@ -12,14 +12,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from outrider.loadtest.arrivals import arrival_times
 from outrider.loadtest.lengths import Lengths
+
+# As in the traces of Mooncake.
+BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Job:
     """One request. `text`: its prompt; None: `prompt_len` random token ids.
+
+    `block_ids`: of each BLOCK_TOKENS of these; the same id is the same tokens, in any request.
 
     `not_before_s`: when a trace has it, from the begin of the phase; sent then, or when the turn
     before it has ended, if that is later.
@@ -31,6 +37,7 @@ class Job:
     text: str | None = None
     priority: int | None = None
     not_before_s: float = 0.0
+    block_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,15 @@ def endless(visits: Sequence[Visit]) -> Iterator[Visit]:
         offset += num_requests
 
 
-def prompt_ids(job: Job, vocab_size: int, seed: int, phase: int) -> list[int]:
-    """[prompt_len], from all of the vocabulary but its last entry (a synthetic pair's EOS)."""
-    generator = np.random.default_rng((seed, 2, phase, job.index))
-    return [int(i) for i in generator.integers(0, vocab_size - 1, job.prompt_len)]
+def prompt_ids(job: Job, ordinary_ids: npt.NDArray[np.int64], seed: int, phase: int) -> list[int]:
+    """[prompt_len], of `ordinary_ids`: without those that end, pad or mark something."""
+    if job.block_ids:
+        blocks = [_drawn((seed, 3, phase, b), BLOCK_TOKENS, ordinary_ids) for b in job.block_ids]
+        return [token_id for block in blocks for token_id in block][: job.prompt_len]
+    return _drawn((seed, 2, phase, job.index), job.prompt_len, ordinary_ids)
+
+
+def _drawn(key: tuple[int, ...], num: int, ordinary_ids: npt.NDArray[np.int64]) -> list[int]:
+    places = np.random.default_rng(key).integers(0, len(ordinary_ids), num)
+    drawn: list[int] = ordinary_ids[places].tolist()
+    return drawn

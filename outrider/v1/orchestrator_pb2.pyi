@@ -322,8 +322,10 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("with_token_hashes",)
+    WITH_TOKEN_HASHES_FIELD_NUMBER: _ClassVar[int]
+    with_token_hashes: bool
+    def __init__(self, with_token_hashes: bool = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
     __slots__ = ("target", "draft", "default_gamma", "max_gamma", "draft_pairing")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
+import tokenizers
 
 from outrider.loadtest.asking import Ask
 from outrider.loadtest.campaign import Campaign, Manner, Variant
 from outrider.loadtest.driver import Phase, Subject, subject
 from outrider.loadtest.lengths import Lengths
 from outrider.loadtest.measures import Distribution, Latencies
-from outrider.loadtest.plan import Job, Visit, Workload
+from outrider.loadtest.plan import Job, Visit, Workload, prompt_ids
 from outrider.loadtest.records import Record
 from outrider.loadtest.results import speed_up, summary_of, verify_batch
 from outrider.loadtest.slo import Slo
@@ -24,8 +27,10 @@ from outrider.loadtest.stretches import Passes
 from outrider.v1 import orchestrator_pb2
 from tests.loadtest.conftest import simulated
 from tests.loadtest.recorder import Recorder, Seen, percentiles
-from tests.services.parts import nothing_held, refusal
+from tests.services.parts import Pair, both_tiers, nothing_held, orchestrating, refusal
+from tests.services.tokenizer_files import write_tokenizer
 from tests.stack import eventually
+from tests.tiny_models import make_tiny_model
 
 
 def workload(output_len: str = "8", num_turns: str = "1") -> Workload:
@@ -206,3 +211,26 @@ async def test_a_campaign_compares_in_both_orders(redis_url: str) -> None:
     assert rows["off"] == off.num_tokens > rows["on"]
     assert verify_batch(kept["off"], off.drafting)["source"] == "target replicas"
     assert set(speed_up(on, off)) >= {"tokens_per_s", "tpot_p50", "e2e_p99"}
+
+
+@pytest.mark.slow
+async def test_random_prompts_are_of_ordinary_tokens(redis_url: str, tmp_path: Path) -> None:
+    """The vocabulary is padded: no special, EOS or padding id, none without a token."""
+    directory = make_tiny_model("llama", tmp_path / "target", vocab_size=320)
+    write_tokenizer(directory)
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens(["</s>", "<pad>", "<|im_start|>"])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 319]}))
+    special = {token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+    for tokenizer in (None, str(directory)):
+        async with (
+            both_tiers(Pair(directory, directory), draft_kv=None) as tiers,
+            orchestrating(tiers, redis_url, tokenizer=tokenizer) as system,
+        ):
+            whom = await subject(cast(grpc.aio.Channel, system.channel))
+        assert len(special) >= 4
+        expected = set(range(backend.get_vocab_size())) - special - {7, 319}
+        assert set(whom.ordinary_ids.tolist()) == expected
+        job = Job(index=0, prompt_len=5_000, max_tokens=1)
+        assert set(prompt_ids(job, whom.ordinary_ids, 0, 1)) == expected

@@ -237,11 +237,12 @@ def test_a_plan_is_its_seeds() -> None:
 
 def test_phases_have_prompts_of_the_same_lengths_but_not_the_same() -> None:
     job = Job(index=3, prompt_len=30, max_tokens=2)
-    assert prompt_ids(job, 100, 0, 1) == prompt_ids(job, 100, 0, 1)
-    assert prompt_ids(job, 100, 0, 1) != prompt_ids(job, 100, 0, 2)
-    ids = prompt_ids(job, 100, 0, 1)
+    ordinary = np.arange(3, 99)
+    assert prompt_ids(job, ordinary, 0, 1) == prompt_ids(job, ordinary, 0, 1)
+    assert prompt_ids(job, ordinary, 0, 1) != prompt_ids(job, ordinary, 0, 2)
+    ids = prompt_ids(job, ordinary, 0, 1)
     assert len(ids) == 30
-    assert set(ids) <= set(range(99))
+    assert set(ids) <= set(range(3, 99))
 
 
 def test_sessions_have_all_requests_in_turns() -> None:
@@ -284,8 +285,8 @@ def test_a_trace_keeps_its_times_and_turns(tmp_path: Path) -> None:
         '{"timestamp": 1000, "input_length": 10, "output_length": 20, "session_id": "a"}\n\n'
         '{"timestamp": 2000, "input_length": 30, "output_length": 40, "session_id": "a"}\n'
     )
-    visits = read_trace(table, speed=1000)
-    assert visits == read_trace(lines, speed=1000)
+    visits = read_trace(table, speed=1000).visits
+    assert visits == read_trace(lines, speed=1000).visits
     assert [(v.at_s, v.is_session, len(v.jobs)) for v in visits] == [
         (0.0, True, 2),
         (2.0, False, 1),
@@ -293,7 +294,7 @@ def test_a_trace_keeps_its_times_and_turns(tmp_path: Path) -> None:
     second = visits[0].jobs[1]
     assert (second.not_before_s, second.prompt_len, second.max_tokens) == (1.0, 30, 40)
     assert visits[1].jobs[0].priority == 2
-    assert len(read_trace(table, num_requests=1)) == 1
+    assert len(read_trace(table, num_requests=1).visits) == 1
 
 
 @pytest.mark.parametrize(
@@ -330,10 +331,10 @@ def test_a_table_as_spreadsheets_write_it(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     text = "x" * 200_000
     path.write_text(f"timestamp,text,output_length\n1,{text},4\n", "utf-8-sig")
-    (visit,) = read_trace(path)
+    (visit,) = read_trace(path).visits
     assert visit.jobs[0].text == text
     path.write_text("timestamp,text,output_length\n1,x,4,5\n")
-    with pytest.raises(ConfigError, match="request 1: more fields"):
+    with pytest.raises(ConfigError, match="line 2: more fields"):
         read_trace(path)
     path.write_text(
         "timestamp,text,output_length\n1,{text}{text},4\n".replace("{text}", "x" * 2_000_001)

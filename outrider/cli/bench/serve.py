@@ -43,12 +43,12 @@ def serve(options: ServeOptions) -> None:
     from outrider.cli.running import run
 
     options.check()
-    slo, asked = promised(options), visits(options)
+    console = bench_console()
+    slo, asked = promised(options), visits(options, console.print)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
-    console = bench_console()
     campaign, is_cut = run(_measure(options, asked, slo, console))
     report(options, campaign, slo, console, is_cut=is_cut)
 
@@ -57,11 +57,12 @@ async def _measure(
     options: ServeOptions, asked: Sequence[Visit], slo: Slo | None, console: Console
 ) -> tuple[Campaign, bool]:
     """What was measured, and whether it was cut short. Raises CallFailed where nobody answers."""
-    from outrider.cli.client import Client
+    import grpc
+
+    from outrider.cli.client import call_failed
     from outrider.loadtest.campaign import Campaign
-    from outrider.loadtest.driver import Subject
+    from outrider.loadtest.driver import subject
     from outrider.security.channel import open_channel
-    from outrider.v1 import orchestrator_pb2_grpc
 
     async with contextlib.AsyncExitStack() as stack:
         endpoints = endpoints_of(options.endpoint)
@@ -70,18 +71,19 @@ async def _measure(
             for _ in range(options.connections)
             for endpoint in endpoints
         ]
-        info = await Client(
-            channels[0], endpoints[0], has_tls=options.access.tls_ca is not None
-        ).model_info()
-        _check_prompts(asked, info.target.max_context_len)
-        stubs = [orchestrator_pb2_grpc.OrchestratorServiceStub(channel) for channel in channels]
+        try:
+            whom = await subject(*channels)
+        except grpc.aio.AioRpcError as error:
+            has_tls = options.access.tls_ca is not None
+            raise await call_failed(error, endpoints[0], has_tls=has_tls) from error
+        _check_prompts(asked, whom.info.target.max_context_len)
         campaign = Campaign(
-            subject=Subject(stubs, info),
+            subject=whom,
             run=secrets.token_hex(4),
             seed=options.seed,
             read_passes=_pass_reader(options),
         )
-        if not info.HasField("draft"):
+        if not whom.info.HasField("draft"):
             console.print("[yellow]no draft replica is connected: both variants are plain[/]")
         with _progress(console, campaign):
             try:

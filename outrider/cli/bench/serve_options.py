@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +65,13 @@ class ServeOptions(AccessOptions):
     ] = 1.0
     trace: Annotated[
         Path | None,
-        typer.Option(help="JSONL or CSV of requests, sent at its times unless --rate is given."),
+        typer.Option(help="File of requests, sent at its times unless --rate is given."),
+    ] = None
+    trace_format: Annotated[
+        str | None,
+        typer.Option(
+            help="outrider, mooncake, azure, burstgpt or sharegpt. Default: found by its fields."
+        ),
     ] = None
     trace_speed: Annotated[
         float, typer.Option(help="Divides the trace's times; 1000 if they are milliseconds.")
@@ -140,6 +147,8 @@ class ServeOptions(AccessOptions):
             raise ConfigError("--burstiness: only with --rate")
         if self.trace is None and self.trace_speed != 1.0:
             raise ConfigError("--trace-speed: only with --trace")
+        if self.trace is None and self.trace_format is not None:
+            raise ConfigError("--trace-format: only with --trace")
         if self.trace is not None:
             defaults = ServeOptions()
             for name in _OF_TRACES:
@@ -185,8 +194,8 @@ def manner(options: ServeOptions) -> Manner:
     return Manner(num_callers=options.concurrency or _DEFAULT_CALLERS)
 
 
-def visits(options: ServeOptions) -> list[Visit]:
-    """What is asked for. Raises ConfigError."""
+def visits(options: ServeOptions, say: Callable[[str], None] = lambda said: None) -> list[Visit]:
+    """What is asked for; says what of a trace is not. Raises ConfigError."""
     from outrider.loadtest.arrivals import arrival_times
     from outrider.loadtest.lengths import Lengths
     from outrider.loadtest.plan import Workload
@@ -197,7 +206,19 @@ def visits(options: ServeOptions) -> list[Visit]:
 
         arrival_times(options.rate, 1, np.random.default_rng(0), burstiness=options.burstiness)
     if options.trace is not None:
-        return read_trace(options.trace, speed=options.trace_speed, num_requests=options.requests)
+        trace = read_trace(
+            options.trace,
+            name=options.trace_format,
+            speed=options.trace_speed,
+            num_requests=options.requests,
+        )
+        if trace.num_left_out:
+            say(f"{trace.num_left_out} requests of the trace without output are left out")
+        if options.is_trace_replay and trace.visits[0].at_s is None:
+            raise ConfigError(
+                f"--trace: {options.trace} has no times: give --rate or --concurrency"
+            )
+        return trace.visits
     workload = Workload(
         input_len=Lengths.parse(options.input_len, "--input-len"),
         output_len=Lengths.parse(options.output_len, "--output-len"),
