@@ -6,6 +6,7 @@ quotas; nothing of requests or sessions.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -34,6 +35,34 @@ class Caller:
     name: str
     quota: Quota
     min_priority: int | None = None
+    gate: KeyGate | None = None
+
+    @contextlib.asynccontextmanager
+    async def making(self, session_id: str | None) -> AsyncIterator[None]:
+        """Around a call that may make this session; None: it makes none.
+
+        Raises CapacityExceeded where the caller has as many as it may. A call that ends early may
+        leave no session: its place is then given back.
+        """
+        if self.gate is None or session_id is None:
+            yield
+            return
+        places, limits = self.gate.shared.sessions, self.quota.limits
+        try:
+            await places.take(self.name, session_id, limits.sessions)
+        except CapacityExceeded:
+            self.gate.refusals.count(Reason.OVER_SESSIONS)
+            raise
+        try:
+            yield
+        except BaseException:
+            await asyncio.shield(places.settle(self.name, session_id))
+            raise
+
+    async def deleted(self, session_id: str) -> None:
+        """The session is gone, and counts no more."""
+        if self.gate is not None:
+            await self.gate.shared.sessions.settle(self.name, session_id)
 
 
 _ANYBODY = Caller("", Quota("", KeyLimits()))
@@ -89,7 +118,7 @@ class KeyGate(Gate):
         if quota is None:
             quota = self._quotas[key.name] = Quota(key.name, key.limits)
         quota.limits = key.limits
-        return Caller(key.name, quota, key.limits.min_priority or 0)
+        return Caller(key.name, quota, key.limits.min_priority or 0, self)
 
 
 def _presented(context: Context) -> str:

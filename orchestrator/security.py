@@ -30,7 +30,12 @@ class Security:
         self._gate = None
         if config.api_keys_file is not None:
             keys = watched_keys(config.api_keys_file)
-            self._gate = KeyGate(keys, metered, SharedQuotas(config.redis))
+            shared = SharedQuotas(
+                config.redis,
+                session_ttl_s=config.session_ttl_s,
+                max_sessions=config.max_sessions_per_key,
+            )
+            self._gate = KeyGate(keys, metered, shared)
         self._channels = _tier_channels(config)
         self.protection: Protection = server_protection(
             config, [self._gate] if self._gate is not None else [], config.tier_tls_cert

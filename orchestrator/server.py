@@ -107,6 +107,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 caller=caller.name,
                 min_priority=caller.min_priority,
             ) as place,
+            caller.making(asked.session_id if asked.create_session else None),
         ):
             await self._generate(asked, place, call, writer)
 
@@ -270,11 +271,12 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.DeleteSessionResponse | None:
         async with translated(context):
             validate_session_id(request.session_id)
-            caller = current_caller().name
-            await self._tiers.store.delete(request.session_id, caller)
+            caller = current_caller()
+            await self._tiers.store.delete(request.session_id, caller.name)
+            await caller.deleted(request.session_id)
             for pool in (self._tiers.targets, self._tiers.drafts):
                 if pool is not None:
-                    pool.forget(scoped_id(request.session_id, caller))
+                    pool.forget(scoped_id(request.session_id, caller.name))
             return orchestrator_pb2.DeleteSessionResponse()
         return None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from orchestrator import session_places
 from orchestrator.quota import Quota, streams_exceeded, tokens_exceeded
 from orchestrator.store.lua import Script
 from orchestrator.store.writer import PipelineWriter
@@ -102,10 +103,20 @@ class _Use:
 class SharedQuotas:
     """`running` around all use. Who has no limits costs nothing."""
 
-    def __init__(self, redis: RedisAddress | str) -> None:
-        """Raises ConfigError for the address."""
-        preamble = [(b"SCRIPT", b"LOAD", script.source) for script in (ENTER, TELL)]
+    def __init__(
+        self,
+        redis: RedisAddress | str,
+        *,
+        session_ttl_s: float = 3600.0,
+        max_sessions: int = 10_000,
+    ) -> None:
+        """`max_sessions`: of a key without a limit of its own. Raises ConfigError (`redis`)."""
+        scripts = (ENTER, TELL, *session_places.SCRIPTS)
+        preamble = [(b"SCRIPT", b"LOAD", script.source) for script in scripts]
         self._writer = PipelineWriter(Link(redis, timeout_s=REDIS_TIMEOUT_S, preamble=preamble))
+        self.sessions = session_places.SessionPlaces(
+            self._writer, session_ttl_s=session_ttl_s, most=max_sessions
+        )
         self._name = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._uses: dict[str, _Use] = {}

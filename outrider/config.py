@@ -186,6 +186,9 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     stop_grace_s: float = setting(2.0, "how long running outputs may go on at a stop")
     redis_wait_s: float = setting(0.0, "how long a start waits for a Redis that is away")
     session_ttl_s: float = setting(3600.0, "sessions unused for so long expire")
+    max_sessions_per_key: int = setting(
+        10_000, "sessions of an API key that has no limit of its own (api_keys_file)"
+    )
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
@@ -209,6 +212,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.max_generations >= 1, "max_generations", "must be 1 or more")
         require(self.max_waiting >= 0, "max_waiting", "must be 0 or more")
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
+        require(self.max_sessions_per_key >= 1, "max_sessions_per_key", "must be 1 or more")
         require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
         require(self.write_timeout_s > 0, "write_timeout_s", "must be more than 0")

@@ -35,6 +35,11 @@ def scoped_id(session_id: str, caller: str) -> str:
     return f"{caller}/{session_id}" if caller else session_id
 
 
+def session_key(session_id: str, caller: str, prefix: str) -> str:
+    """The key of its hash; that of its tokens has `:tokens` behind it."""
+    return f"{prefix}:session:{{{scoped_id(session_id, caller)}}}"
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     session_ttl_s: float = 3600.0

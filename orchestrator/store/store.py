@@ -32,7 +32,7 @@ from orchestrator.store.records import (
     SessionSummary,
     StoreOptions,
     TokenIds,
-    scoped_id,
+    session_key,
     validate_session_id,
 )
 from orchestrator.store.writer import PipelineWriter
@@ -287,8 +287,7 @@ class SessionStore:
         return reply
 
     def _keys(self, session_id: str, caller: str) -> Command:
-        name = scoped_id(validate_session_id(session_id), caller)
-        key = f"{self._options.prefix}:session:{{{name}}}"
+        key = session_key(validate_session_id(session_id), caller, self._options.prefix)
         return key.encode(), f"{key}:tokens".encode()
 
 

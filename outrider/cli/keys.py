@@ -22,6 +22,9 @@ def new(
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Of prompts and outputs together, over time.", min=1)
     ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(help="Most sessions. Default: the orchestrator's.", min=1)
+    ] = None,
     min_priority: Annotated[
         int | None,
         typer.Option(help="Lowest priority number that counts against other callers. Default 0."),
@@ -36,7 +39,7 @@ def new(
     """
     from outrider.security.keys import KeyLimits, add_key, new_key
 
-    secret, line = new_key(name, KeyLimits(streams, tokens_per_minute, min_priority))
+    secret, line = new_key(name, KeyLimits(streams, tokens_per_minute, sessions, min_priority))
     if file is None:
         typer.echo(str(line), err=True)
     else:

@@ -43,11 +43,12 @@ _NAMES = {
 
 
 class Reason(Enum):
-    """Why a call did not come as far as its method; a label of a metric."""
+    """Why a call was refused by who it is of; a label of a metric."""
 
     NO_KEY = "no_key"
     UNKNOWN_KEY = "unknown_key"
     OVER_LIMIT = "over_limit"
+    OVER_SESSIONS = "over_sessions"
     IDENTITY = "identity"
 
 

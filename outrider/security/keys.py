@@ -29,6 +29,7 @@ _MOST = 10**15 - 1
 _RANGES = {
     "streams": (1, _MOST),
     "tokens_per_minute": (1, _MOST),
+    "sessions": (1, _MOST),
     "min_priority": (-(2**31), 2**31 - 1),
 }
 _NUMBER = re.compile(r"-?[0-9]{1,16}", re.ASCII)
@@ -38,11 +39,13 @@ _NUMBER = re.compile(r"-?[0-9]{1,16}", re.ASCII)
 class KeyLimits:
     """What a caller may use at a time; None: as much as there is.
 
-    `min_priority`: the lowest priority number that counts against other callers; None: 0.
+    `sessions` None: the orchestrator's max_sessions_per_key. `min_priority`: the lowest priority
+    number that counts against other callers; None: 0.
     """
 
     streams: int | None = None
     tokens_per_minute: int | None = None
+    sessions: int | None = None
     min_priority: int | None = None
 
     def __str__(self) -> str:

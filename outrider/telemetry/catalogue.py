@@ -247,8 +247,8 @@ CALLS_REFUSED = _counter(
     "calls_refused",
     "Calls that were refused for want of rights or room. Before their method, and in no other "
     "metric: no_key or unknown_key, over_limit (of the key), identity (a certificate's name that "
-    "may not call). By admission, and in requests_total, too: queue_full, displaced (by a more "
-    "urgent one), deadline (sure to pass while it waits).",
+    "may not call). By the method, and in requests_total, too: over_sessions (of the key), "
+    "queue_full, displaced (by a more urgent one), deadline (sure to pass while it waits).",
     "reason",
 )
 

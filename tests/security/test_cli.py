@@ -100,7 +100,14 @@ async def test_from_the_first_key_to_the_last_command(
     pki: Path, tmp_path: Path, redis_url: str
 ) -> None:
     """As docs/security.md walks through it."""
-    words = ["new", "ada", "--streams=8", "--tokens-per-minute=60000", "--min-priority=-5"]
+    words = [
+        "new",
+        "ada",
+        "--streams=8",
+        "--tokens-per-minute=60000",
+        "--min-priority=-5",
+        "--sessions=9",
+    ]
     made = CliRunner().invoke(keys_command, words)
     key, line = made.stdout.strip(), made.stderr
     assert made.exit_code == 0
@@ -111,7 +118,7 @@ async def test_from_the_first_key_to_the_last_command(
     ring = watched_keys(str(keys)).current
     found = ring.find(key)
     assert found is not None
-    assert (found.name, found.limits) == ("ada", KeyLimits(8, 60_000, -5))
+    assert (found.name, found.limits) == ("ada", KeyLimits(8, 60_000, sessions=9, min_priority=-5))
     tier = tier_settings(pki)
     async with (
         tiers(tier, tier) as servers,

@@ -202,6 +202,59 @@ async def test_what_a_resumption_sends_again_is_not_charged_again(
         await eventually(are_all_charged_once)
 
 
+async def test_sessions_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> None:
+    """One more is refused until one is deleted or has expired; those that are there go on."""
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2), bob=KeyLimits())
+    settings = {"api_keys_file": str(tmp_path / "keys"), "max_sessions_per_key": 1}
+    async with (
+        tiers() as servers,
+        orchestrated(servers, redis_url, **settings) as system,
+        client(system.endpoint, Access(api_key=keys["ada"])) as ada,
+        client(system.endpoint, Access(api_key=keys["bob"])) as bob,
+    ):
+        for name in ("a", "b", "a"):
+            await generated(ada, session_id=name, create_session=True)
+        refused = await refusal(generated(ada, session_id="c", create_session=True))
+        assert (refused.code, bool(refused.retry_after_s)) == (Code.RESOURCE_EXHAUSTED, True)
+        assert "2 sessions" in refused.message
+        await generated(ada, session_id="b")
+        await generated(ada)  # a one-off keeps nothing
+        await generated(bob, session_id="a", create_session=True)
+        assert (await refusal(generated(bob, session_id="b", create_session=True))).code is (
+            Code.RESOURCE_EXHAUSTED
+        )
+        deleting = orchestrator_pb2.DeleteSessionRequest(session_id="a")
+        await ada.DeleteSession(deleting, timeout=60)
+        bad = generated(ada, prompt=[1], num_tokens=10**6, session_id="c", create_session=True)
+        assert (await refusal(bad)).code is Code.INVALID_ARGUMENT  # its place is free again
+        await generated(ada, session_id="d", create_session=True)
+
+
+async def test_expired_sessions_leave_their_places(tmp_path: Path, redis_url: str) -> None:
+    """Also where one of those that are due by the count has been used since."""
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2))
+    file, session = str(tmp_path / "keys"), "outrider:session:{{ada/{}}}"
+    async with (
+        tiers() as servers,
+        orchestrated(servers, redis_url, api_keys_file=file) as system,
+        client(system.endpoint, Access(api_key=keys["ada"])) as ada,
+    ):
+        for name in ("a", "b"):
+            await generated(ada, session_id=name, create_session=True)
+            words = ("ZADD", "outrider:key:{ada}:sessions", "1", session.format(name))
+            assert await asyncio.to_thread(redis_command, redis_url, *words) == b":0"
+        refused = await refusal(generated(ada, session_id="c", create_session=True))
+        assert refused.code is Code.RESOURCE_EXHAUSTED  # both are there still
+        for name in ("a", "b"):
+            words = ("ZADD", "outrider:key:{ada}:sessions", "1", session.format(name))
+            await asyncio.to_thread(redis_command, redis_url, *words)
+        await asyncio.to_thread(redis_command, redis_url, "DEL", session.format("a"))
+        await generated(ada, session_id="c", create_session=True)
+        assert (await refusal(generated(ada, session_id="d", create_session=True))).code is (
+            Code.RESOURCE_EXHAUSTED
+        )
+
+
 @pytest.mark.slow
 async def test_without_redis_each_counts_its_own(tmp_path: Path) -> None:
     """Limits hold at each orchestrator, and calls go on."""

@@ -27,7 +27,7 @@ from tests.telemetry.parts import scrape
 METERED = {"metrics_port": 0}
 NAME = "outrider_calls_refused_total"
 ENDS = "outrider_certificate_expires_at_seconds"
-NONE = {"no_key": 0, "unknown_key": 0, "over_limit": 0, "identity": 0}
+NONE = {"no_key": 0, "unknown_key": 0, "over_limit": 0, "over_sessions": 0, "identity": 0}
 BY_ADMISSION = {"queue_full": 0, "displaced": 0, "deadline": 0}
 
 
