@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import target_service.service
 from orchestrator.breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
+from orchestrator.pool import ReplicaPool
+from orchestrator.target_link import TargetLink
+from outrider.config import TargetConfig
+from tests.stack import eventually
 
 
 class Clock:
@@ -88,3 +95,36 @@ def test_changes_are_told() -> None:
     breaker.succeeded()
     breaker.succeeded()
     assert changes == [True, False]
+
+
+async def fits(*_: object) -> None:
+    """Any replica may join."""
+
+
+async def test_room_is_not_sought_at_a_broken_replica() -> None:
+    """A request waits for the room of one that works, unless all are broken."""
+    settings: dict[str, Any] = {"simulate": "step_ms=1,vocab_size=256", "port": 0}
+    settings |= {"kv_cache_tokens": 1_024, "calibration_s": 0.0}
+    async with (
+        target_service.service.serving(TargetConfig(**settings)) as first,
+        target_service.service.serving(TargetConfig(**settings)) as second,
+    ):
+        endpoints = [f"127.0.0.1:{server.port}" for server in (first, second)]
+        pool = ReplicaPool(
+            "target",
+            lambda endpoint, on_change: TargetLink(endpoint, fits, on_change),
+            endpoints,
+        )
+        async with pool.running():
+
+            async def both_are_there() -> bool:
+                return pool.rooms(1_024) == set(endpoints)
+
+            await eventually(both_are_there)
+            assert pool.rooms(1_025) == frozenset()
+            for link in pool.links.values():
+                link.breaker._clock = Clock()
+            for broken, left in ((0, {endpoints[1]}), (1, set(endpoints))):
+                for _ in range(MAX_FAILURES):
+                    pool.links[endpoints[broken]].breaker.failed("a pass failed")
+                assert pool.rooms(1_024) == left
