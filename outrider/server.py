@@ -29,7 +29,7 @@ MAX_PENDING_CALLS = 65_536
 
 # The health name for liveness probes; "" and the services' names are for readiness.
 LIVENESS = "liveness"
-# The orchestrator's, for monitors: whether sessions can be recorded now (docs/adr/0013).
+# The orchestrator's, for monitors: whether sessions can be recorded now (docs/adr/0014).
 REDIS = "redis"
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
