@@ -77,7 +77,7 @@ class Generation:
         self._write = write
         self._state = state
         self._policy = GammaPolicy(
-            tiers.costs,
+            tiers.costs.pair(),
             request.max_gamma,
             fixed=request.gamma,
             fixed_wait_s=tiers.timing.draft_wait_s,
@@ -180,6 +180,7 @@ class Generation:
 
     def _open_target(self, link: TargetLink, kept_len: int, preempts: bool) -> TargetHandle:
         params, kept = self._request.params, self._lease.record.target_kv
+        self._policy.costs.target_side = self._tiers.costs.target(link.endpoint)
         return link.open(
             session_id=self._lease.scoped_id,
             epoch=self._lease.epoch,
@@ -195,6 +196,7 @@ class Generation:
     def _open_draft(self, link: DraftLink, gamma: int) -> DraftHandle:
         request = self._request
         assert link.model is not None, "the draft is connected"
+        self._policy.costs.draft_side = self._tiers.costs.draft(link.endpoint)
         return link.open(
             session_id=self._lease.scoped_id,
             epoch=self._lease.epoch,
@@ -212,13 +214,13 @@ class Generation:
 
     async def _timed_reply(self) -> TargetReply:
         verifying = self._verifying
-        num_context = self._state.committed_len - verifying.cached_len
         reply = await verifying.reply()
         if self._state.counts.num_rounds:
             self._verify_s += verifying.latency_s
             self._target_step_s += reply.step_s
-        if num_context == 1:  # one that ran a prompt says nothing of the next
-            self._tiers.costs.saw_reply(
+        # One that ran a prompt, the whole context at another replica included, says nothing.
+        if verifying.num_context_sent == 1:
+            self._policy.costs.saw_reply(
                 verifying.latency_s, reply.step_s, left_at_once=not self._drafting.has_waited
             )
         return reply

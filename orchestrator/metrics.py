@@ -152,7 +152,7 @@ def readings(meter: Meter, admission: Admission, tiers: Tiers) -> Iterator[Readi
     yield Reading.one(metrics.NUM_REQUESTS_RUNNING, admission.num_generating)
     yield Reading.one(metrics.NUM_REQUESTS_WAITING, admission.num_waiting)
     yield from meter.readings()
-    costs = tiers.costs
+    costs = tiers.costs.shared
     hits, misses = costs.num_lookahead_hits, costs.num_lookahead_misses
     yield Reading.by(metrics.LOOKAHEAD_ROUNDS, {"hit": hits, "miss": misses})
     if costs.num_lookahead_hits or costs.num_lookahead_misses:

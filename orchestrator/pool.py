@@ -90,11 +90,11 @@ class ReplicaPool(Generic[Link]):
         links = (link for link in self.links.values() if link.is_connected)
         return [link.model for link in links if link.model is not None]
 
-    @property
-    def costs(self) -> CostReport:
-        """Of some replica that takes generations: they are of one kind."""
-        open_links = (link for link in self.links.values() if link.takes_generations)
-        link = next(open_links, None)
+    def costs_of(self, endpoint: str | None) -> CostReport:
+        """What the replica there has last reported; of one that takes generations if it is gone."""
+        link = self.links.get(endpoint or "")
+        if link is None:
+            link = next((link for link in self.links.values() if link.takes_generations), None)
         return link.costs if link is not None else CostReport()
 
     def pick(

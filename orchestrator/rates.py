@@ -55,21 +55,43 @@ class Probing:
 
 
 @dataclass
-class PairCosts:
-    """What rounds cost with one pair of replicas; shared by all generations that use it.
+class TargetSide:
+    """What is known of one target replica; `report` gives what it has last said."""
 
-    `target` and `draft` give what the replicas have last reported.
-    """
-
-    target: Callable[[], CostReport] = CostReport
-    draft: Callable[[], CostReport] = CostReport
-    survival: Survival = field(default_factory=Survival)
-    # Beyond the tiers' own passes: from a row to its reply, from a commit to its proposal.
-    target_overhead_s: float = 0.001
-    draft_overhead_s: float = 0.001
+    report: Callable[[], CostReport] = CostReport
+    # Beyond its own passes, from a row to its reply.
+    overhead_s: float = 0.001
     least_overhead_s: float = 0.001
     # Of the passes that those overheads were beyond.
     seen_step_s: float = 0.0
+    # Reports come seldom, decisions often.
+    _steps_of: CostReport | None = None
+    _steps_s: tuple[float, ...] = ()
+
+    def steps_s(self, max_gamma: int) -> tuple[float, ...]:
+        """[γ]: a pass if every row of the batch brings so many draft tokens."""
+        report = self.report()
+        if report is not self._steps_of or len(self._steps_s) <= max_gamma:
+            rows = report.mean_num_rows
+            self._steps_of = report
+            self._steps_s = tuple(report.pass_s(rows * (g + 1), rows) for g in range(max_gamma + 1))
+        return self._steps_s[: max_gamma + 1]
+
+
+@dataclass
+class DraftSide:
+    """What is known of one draft replica; `report` gives what it has last said."""
+
+    report: Callable[[], CostReport] = CostReport
+    # Beyond its own passes, from a commit to its proposal.
+    overhead_s: float = 0.001
+
+
+@dataclass
+class SharedRates:
+    """What is known of the two models, whichever replicas serve them."""
+
+    survival: Survival = field(default_factory=Survival)
     # For operators: look-ahead, and round trips where somebody wants to know.
     num_lookahead_hits: int = 0
     num_lookahead_misses: int = 0
@@ -79,21 +101,66 @@ class PairCosts:
     probing: Probing = field(default_factory=Probing)
     verify_round_trip: Distribution | None = None
     draft_round_trip: Distribution | None = None
-    # Reports come seldom, decisions often.
-    _report: CostReport | None = None
-    _steps_s: tuple[float, ...] = ()
+
+
+class PairCosts:
+    """What rounds cost at one generation's replicas, which change when it moves."""
+
+    def __init__(
+        self,
+        target: Callable[[], CostReport] = CostReport,
+        draft: Callable[[], CostReport] = CostReport,
+        shared: SharedRates | None = None,
+    ) -> None:
+        self.target_side = TargetSide(target)
+        self.draft_side = DraftSide(draft)
+        self.shared = shared or SharedRates()
+
+    @property
+    def survival(self) -> Survival:
+        return self.shared.survival
+
+    @property
+    def probing(self) -> Probing:
+        return self.shared.probing
+
+    @property
+    def lookahead_hit_rate(self) -> float:
+        return self.shared.lookahead_hit_rate
+
+    @property
+    def target_overhead_s(self) -> float:
+        return self.target_side.overhead_s
+
+    @property
+    def least_overhead_s(self) -> float:
+        return self.target_side.least_overhead_s
+
+    @property
+    def draft_overhead_s(self) -> float:
+        return self.draft_side.overhead_s
+
+    @draft_overhead_s.setter
+    def draft_overhead_s(self, seconds: float) -> None:
+        self.draft_side.overhead_s = seconds
+
+    def target(self) -> CostReport:
+        return self.target_side.report()
+
+    def draft(self) -> CostReport:
+        return self.draft_side.report()
 
     def saw_reply(self, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
         """`left_at_once`: the row, right after the verdict before it."""
-        if self.verify_round_trip is not None:
-            self.verify_round_trip.observe(latency_s)
-        overhead_s = max(0.0, latency_s - step_s)
-        if not self.seen_step_s:
-            self.least_overhead_s, self.seen_step_s = overhead_s, step_s
-        self.least_overhead_s = min(overhead_s, self.least_overhead_s * _LEAST_RISES)
+        if self.shared.verify_round_trip is not None:
+            self.shared.verify_round_trip.observe(latency_s)
+        side, overhead_s = self.target_side, max(0.0, latency_s - step_s)
+        if not side.seen_step_s:
+            side.least_overhead_s, side.seen_step_s = overhead_s, step_s
+        side.least_overhead_s = min(overhead_s, side.least_overhead_s * _LEAST_RISES)
         if left_at_once:
-            self.target_overhead_s += SMOOTHING * (overhead_s - self.target_overhead_s)
-            self.seen_step_s += SMOOTHING * (step_s - self.seen_step_s)
+            side.overhead_s += SMOOTHING * (overhead_s - side.overhead_s)
+            side.seen_step_s += SMOOTHING * (step_s - side.seen_step_s)
 
     def overhead_s(self, step_s: float) -> float:
         """Of a round whose pass takes so long. Beyond the least, rows wait for others' passes.
@@ -106,9 +173,10 @@ class PairCosts:
     @property
     def _num_queued_passes(self) -> float:
         """Of others, that a row waits for before its own."""
-        if not self.seen_step_s:
+        seen_step_s = self.target_side.seen_step_s
+        if not seen_step_s:
             return 0.0
-        return max(0.0, self.target_overhead_s - self.least_overhead_s) / self.seen_step_s
+        return max(0.0, self.target_overhead_s - self.least_overhead_s) / seen_step_s
 
     def plain_round_s(self, step_s: float) -> float:
         """Of γ = 0, whose pass takes `step_s` now: if all do without, all come back at once.
@@ -136,8 +204,8 @@ class PairCosts:
 
     def saw_proposal(self, waited_s: float, num_tokens: int, *, is_probe: bool = False) -> None:
         """Waited for, so long from its commit on. `is_probe`: what was known before is old."""
-        if self.draft_round_trip is not None:
-            self.draft_round_trip.observe(waited_s)
+        if self.shared.draft_round_trip is not None:
+            self.shared.draft_round_trip.observe(waited_s)
         self._took(waited_s, num_tokens, PROBE_SMOOTHING if is_probe else SMOOTHING)
 
     def _took(self, waited_s: float, num_tokens: int, smoothing: float = SMOOTHING) -> None:
@@ -151,9 +219,10 @@ class PairCosts:
 
     def saw_lookahead(self, *, is_hit: bool) -> None:
         """A round's proposal was here when the verdict before it came, or was not."""
-        self.num_lookahead_hits += is_hit
-        self.num_lookahead_misses += not is_hit
-        self.lookahead_hit_rate += _HIT_SMOOTHING * (is_hit - self.lookahead_hit_rate)
+        shared = self.shared
+        shared.num_lookahead_hits += is_hit
+        shared.num_lookahead_misses += not is_hit
+        shared.lookahead_hit_rate += _HIT_SMOOTHING * (is_hit - shared.lookahead_hit_rate)
 
     def forget_lateness(self) -> None:
         """Nobody waits any more, so nothing new is learnt of it; a wait is tried again some day."""
@@ -170,12 +239,7 @@ class PairCosts:
 
     def target_steps_s(self, max_gamma: int) -> tuple[float, ...]:
         """[γ]: a pass if every row of the batch brings so many draft tokens."""
-        report = self.target()
-        if report is not self._report or len(self._steps_s) <= max_gamma:
-            rows = report.mean_num_rows
-            self._report = report
-            self._steps_s = tuple(report.pass_s(rows * (g + 1), rows) for g in range(max_gamma + 1))
-        return self._steps_s[: max_gamma + 1]
+        return self.target_side.steps_s(max_gamma)
 
 
 @dataclass(frozen=True)

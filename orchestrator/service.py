@@ -12,6 +12,7 @@ import structlog
 
 from orchestrator.admission import Admission
 from orchestrator.call import Calls
+from orchestrator.cost_book import CostBook
 from orchestrator.discovery import discovering
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
@@ -21,7 +22,6 @@ from orchestrator.metrics import Meter, readings
 from orchestrator.models import check_shared, limits
 from orchestrator.pairing import Pairing
 from orchestrator.pool import ReplicaPool
-from orchestrator.rates import PairCosts
 from orchestrator.security import Security
 from orchestrator.server import OrchestratorServicer
 from orchestrator.store import SessionStore, StoreOptions
@@ -177,9 +177,9 @@ def _tiers(
         target_wait_s=config.target_wait_s,
         draft_wait_s=None if config.draft_wait_ms is None else config.draft_wait_ms / 1000,
     )
-    costs = PairCosts(
-        target=lambda: targets.costs,
-        draft=lambda: drafts.costs if drafts is not None else CostReport(),
+    costs = CostBook(
+        target=targets.costs_of,
+        draft=drafts.costs_of if drafts is not None else lambda _: CostReport(),
     )
     return Tiers(targets, drafts, pairing, store, tokenizer, PromptEncoding(), timing, costs)
 
@@ -191,8 +191,8 @@ def _meter(
     if not told.is_metered:
         return None
     meter = Meter()
-    tiers.costs.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
-    tiers.costs.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
+    tiers.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
+    tiers.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     told.exposition.source = lambda: chain(
         readings(meter, admission, tiers), protection.readings(admission.refused)
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from orchestrator.cost_book import CostBook
 from orchestrator.draft_link import DraftLink
 from orchestrator.encoding import PromptEncoding
 from orchestrator.endings import Endings
 from orchestrator.pairing import Pairing
 from orchestrator.pool import ReplicaPool
-from orchestrator.rates import PairCosts
 from orchestrator.store import SessionStore
 from orchestrator.target_link import TargetLink
 from outrider.tokenizer import Tokenizer
@@ -35,5 +35,5 @@ class Tiers:
     tokenizer: Tokenizer | None
     encoding: PromptEncoding
     timing: Timing
-    costs: PairCosts
+    costs: CostBook
     endings: Endings = field(default_factory=Endings)

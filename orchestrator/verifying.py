@@ -77,6 +77,8 @@ class Verifying:
         # How much of the context the replica holds, and how much of the prompt was there before.
         self.cached_len = 0
         self.num_reused = 0
+        # Context tokens of the row sent last: more than one is a prompt, or it all anew elsewhere.
+        self.num_context_sent = 0
 
     @property
     def wire_bytes(self) -> int:
@@ -208,6 +210,7 @@ class Verifying:
         context = self._state.token_ids
         if self.proposal is not None and self._link is not None and self._link.model is not None:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
+        self.num_context_sent = len(context) - self.cached_len
         self._handle.send_row(self.cached_len, context[self.cached_len :], self.proposal)
 
     async def _move(self, error: OutriderError, avoid: Collection[str], *, preempts: bool) -> None:

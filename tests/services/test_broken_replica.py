@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 import outrider.serving.life
+from orchestrator.rates import PairCosts
 from outrider.config import DraftConfig, ModelServiceConfig, TargetConfig
 from outrider.serving import recovery
 from outrider.v1 import sampling_pb2
@@ -204,3 +205,80 @@ async def test_a_broken_draft_costs_speed_only(
 
         await eventually(drafts)
         assert await draft.is_healthy()
+
+
+@pytest.mark.parametrize("num_failures", [0, 1])
+async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
+    num_failures: int,
+    pair: Pair,
+    redis_url: str,
+    brake: Brake,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every round tells what it took, but for those that ran a prompt."""
+    rounds: list[float] = []
+    saw_reply = PairCosts.saw_reply
+
+    def noted(costs: PairCosts, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
+        rounds.append(step_s)
+        saw_reply(costs, latency_s, step_s, left_at_once=left_at_once)
+
+    monkeypatch.setattr(PairCosts, "saw_reply", noted)
+    fault = Fault()
+    async with faulty(pair.target, fault) as one, faulty(pair.target, fault) as other:
+        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (one, other))
+        async with orchestrating(
+            Tiers(one.server, None), redis_url, target_endpoint=endpoints
+        ) as system:
+
+            async def are_known() -> bool:
+                await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 1})
+                return all([(await t.info()).load.num_opened_total for t in (one, other)])
+
+            await eventually(are_known)
+            rounds.clear()
+            brake.set(NUM_TOKENS // 2)
+            running = asyncio.create_task(system.generate(PROMPT, **HOW["greedy"]))
+
+            async def is_held() -> bool:
+                return len(rounds) == NUM_TOKENS // 2 - 1
+
+            await eventually(is_held)
+            fault.num_to_fail = num_failures
+            brake.release()
+            assert len((await running).token_ids) == NUM_TOKENS
+    assert fault.num_failed == num_failures
+    assert len(rounds) == NUM_TOKENS - 1 - num_failures
+
+
+async def test_rounds_are_valued_by_the_costs_of_the_replica_they_are_at(redis_url: str) -> None:
+    """A slow and a fast target: each generation's decision says which one it was at."""
+    slow_ms = 40
+    async with (
+        tier(simulate="step_ms=1,vocab_size=256") as fast,
+        tier(simulate=f"step_ms={slow_ms},vocab_size=256") as slow,
+        tier(DraftConfig, simulate="step_ms=0.5,survival=0.8,vocab_size=256") as draft,
+    ):
+        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (fast, slow))
+        async with orchestrating(
+            Tiers(fast.server, draft.server), redis_url, target_endpoint=endpoints
+        ) as system:
+
+            async def told() -> float:
+                output = await system.generate(PROMPT, **HOW["greedy"])
+                return float(output.speculation.decision.target_step_s[0])
+
+            async def num_slow() -> int:
+                return int((await slow.info()).load.num_opened_total)
+
+            seen: set[bool] = set()
+
+            async def both_were_seen() -> bool:
+                num_before = await num_slow()
+                step_s = await told()
+                is_slow = await num_slow() > num_before
+                assert step_s > slow_ms / 2000 or not is_slow
+                seen.add(is_slow)
+                return len(seen) == 2
+
+            await eventually(both_were_seen)
