@@ -45,6 +45,10 @@ class Load:
     num_cases: int
 
 
+# How `Progress` is told of a run that a signal ends.
+STOPPED = "stopped"
+
+
 class Faults(Protocol):
     """Where faults come from. `happened` as of `Injector`."""
 
@@ -106,10 +110,27 @@ class Run:
                 num_orchestrators=len(self.orchestrators),
             )
             began_at = time.monotonic()
-            await self._disturbed(faults, schedule, jobs, num_sorts)
+            try:
+                await self._disturbed(faults, schedule, jobs, num_sorts)
+            except asyncio.CancelledError:
+                self._tell_so_far(faults)
+                raise
             self.findings.duration_s = time.monotonic() - began_at
             self.findings.occurrences = faults.occurrences
             await self._audit(reference)
+
+    def _tell_so_far(self, faults: Faults) -> None:
+        """Of a run that is stopped: nothing of it is audited."""
+        ended = [stream for stream in self.findings.streams if stream.result is not None]
+        problems = [*self.findings.problems, *(what for s in ended for what in s.problems)]
+        self._progress(
+            f"{STOPPED}: {len(ended)} generations had ended, {len(faults.occurrences)} faults had "
+            f"begun, {len(problems)} problems seen; sessions in Redis were not audited",
+            len(ended),
+            self._load.generations,
+        )
+        for what in problems:
+            self._progress(f"{STOPPED}: {what}", len(ended), self._load.generations)
 
     async def _disturbed(
         self, faults: Faults, schedule: Iterator[Fault], jobs: Iterator[Job], num_sorts: int

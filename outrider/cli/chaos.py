@@ -197,19 +197,35 @@ class _Logs:
 
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
+
+    from outrider.chaos.run import STOPPED
 
     columns = (TextColumn("[dim]{task.description}[/]"), BarColumn(), MofNCompleteColumn())
     shows = console.is_terminal
     with Bars(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not shows
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("[dim]left[/]"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not shows,
     ) as bars:
         task, last = bars.add_task("", total=None), ""
 
         def progress(what: str, num_done: int, total: int) -> None:
             nonlocal last
-            if what != last and not shows:
+            if what.startswith(STOPPED):
+                console.print(what, markup=False, highlight=False, soft_wrap=True)
+            elif what != last and not shows:
                 console.print(f"{what} …", style="dim", highlight=False)
             last = what
             bars.update(task, description=what, completed=num_done, total=total)

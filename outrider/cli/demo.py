@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,7 @@ class Comparison:
         return all(
             len({tuple(output.token_ids) for output in (*drafted, *plain)}) == 1
             for drafted, plain in zip(self.drafted, self.plain, strict=True)
+            if drafted or plain
         )
 
 
@@ -97,7 +99,15 @@ async def _demo(options: DemoOptions, console: Console) -> bool:
 
 async def compare(client: Client, options: DemoOptions, console: Console) -> Comparison:
     """Each prompt with drafts and without, in turn, so that a busy machine hurts both alike."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from outrider.cli.running import survive_signal
 
     deadline = time.monotonic() + options.seconds
     prompts = options.prompt or list(PROMPTS)
@@ -108,13 +118,19 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
     comparison.drafted[0].append(await _show_one(client, prompts[0], options, console))
     comparison.plain[0].append(await client.generate(_request(prompts[0], 0, options)))
     columns = (TextColumn("[dim]measuring[/]"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    left = (TextColumn("[dim]left[/]"), TimeRemainingColumn())
+    console.print(f"[dim]about {options.seconds:.0f} s more; Ctrl-C compares what there is[/]")
+    with Progress(*columns, *left, console=console, transient=True) as progress:
         runs = [i for _ in range(options.rounds) for i in range(len(prompts))][1:]
-        for i in progress.track(runs):
-            if comparison.plain[i] and time.monotonic() > deadline:
-                break
-            for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
-                outputs[i].append(await client.generate(_request(prompts[i], gamma, options)))
+        try:
+            for i in progress.track(runs):
+                if comparison.plain[i] and time.monotonic() > deadline:
+                    break
+                for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
+                    outputs[i].append(await client.generate(_request(prompts[i], gamma, options)))
+        except asyncio.CancelledError:
+            survive_signal()
+            console.print("[yellow]stopped: this compares the outputs before[/]")
     return comparison
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _TIERS = ("target", "draft")
 _LAWS = ("greedy", "sampled")
 _MODULE = "outrider.engine.synthetic"
+# Two searches for ε of at most 16 measurements each, and how long the whole takes.
+_MOST_SEARCHES = 32
+_TAKES = {"tiny": "takes seconds", "p1": "takes minutes", "p2": "takes many minutes"}
 # Its exit status where an argument is wrong; the last line it says is why.
 _USAGE_STATUS = 2
 
@@ -68,11 +71,23 @@ def pair(options: PairOptions) -> None:
 
 
 async def _shown(options: PairOptions, console: Console) -> dict[str, Any]:
-    with console.status(f"making {options.size}: random weights") as status:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    what = f"making {options.size}"
+    search = "" if options.epsilon is not None else f"; 4 to {_MOST_SEARCHES} measurements of α"
+    console.print(
+        f"[dim]{what}: {_TAKES[options.size]}{search}[/]" if options.size in _TAKES else ""
+    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"{what}: random weights")
+        num_heard = 0
 
         def hear(measured: dict[str, float]) -> None:
+            nonlocal num_heard
+            num_heard += 1
             found = f"ε {measured['epsilon']:.4g} gives α {measured['alpha']:.3f}"
-            status.update(f"making {options.size}: {found}")
+            bar.update(task, description=f"{what}: measurement {num_heard}: {found}")
 
         return await made_pair(options, hear)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from outrider.cli.failures import Signalled
 from outrider.cli.stack_options import PAIR_PATH
 from outrider.errors import ConfigError
 
@@ -23,7 +25,13 @@ def train(
     """Train the pair from nothing on this machine; takes about an hour on two cores."""
     from outrider.engine.quickstart.train import main  # the one place of the CLI with torch
 
-    main(["--out", str(out), *([] if seed is None else ["--seed", str(seed)])])
+    typer.echo("about an hour on two cores; Ctrl-C keeps the target's last checkpoint")
+    try:
+        main(["--out", str(out), *([] if seed is None else ["--seed", str(seed)])])
+    except KeyboardInterrupt:
+        made = [name for name in ("target", "draft") if (out / name / "config.json").exists()]
+        typer.echo(f"stopped; in {out}: {', '.join(made) or 'nothing yet'}", err=True)
+        raise Signalled(signal.SIGINT) from None
 
 
 @quickstart.command()

@@ -14,6 +14,14 @@ Result = TypeVar("Result")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def survive_signal() -> None:
+    """In an `except CancelledError`: the command goes on with what it has. Raises it again where
+    it is not this task's only cancellation: a second signal, or a failure elsewhere."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling() or task.uncancel():
+        raise asyncio.CancelledError
+
+
 def run(main: Coroutine[Any, Any, Result]) -> Result:
     """Runs it to its end. A signal cancels it, a second one also what it does on its way out.
 

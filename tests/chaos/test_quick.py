@@ -88,10 +88,13 @@ def test_nothing_is_left_when_it_is_stopped(number: signal.Signals, tmp_path: Pa
             children = descendants(process.pid)
             assert len(children) >= 7
             process.send_signal(number)
+            rest = process.stdout.read() if number is signal.SIGINT else ""
             status = process.wait(60)
         finally:
             process.kill()
     wait_until_dead(children)
     if number is signal.SIGINT:
         assert status == 128 + number
+        assert "stopped: " in rest
+        assert "problems seen" in rest
         assert not (tmp_path / "out").exists()

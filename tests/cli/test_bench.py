@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.processes import run
+from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -106,3 +108,67 @@ def test_what_makes_no_sense_is_refused_by_name(
     ended = run("bench", name, "--quick", f"--out={tmp_path}", *rest)
     assert ended.returncode == 2, ended.stderr
     assert flag in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "until", "title"),
+    [
+        (("speed", "--max-tokens=4"), "14/", "one stream"),
+        (("concurrency", "--streams=1,2", "--max-tokens=4"), "8/", "many streams"),
+        (("delay", "--delays=0", "--ahead=1x1", "--max-tokens=4"), "5/", "delay"),
+        (("speed", "--max-tokens=4"), "8/", ""),
+    ],
+)
+def test_ctrl_c_reports_what_there_is(
+    words: tuple[str, ...], until: str, title: str, tmp_path: Path
+) -> None:
+    """The time is said first; a signal ends the measuring, not the report."""
+    flags = ("--repetitions=500", f"--out={tmp_path}")
+    with subprocess.Popen(
+        command("bench", *words, *flags, *SIMULATED),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith(until):
+                    break
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(TIMEOUT_S) == 0, rest
+        finally:
+            process.kill()
+    assert "Ctrl-C reports what there is" in "".join(said)
+    if words[0] != "delay":
+        assert "all will take about" in "".join(said)
+    assert "stopped in step" in rest
+    assert title in rest
+    assert "Traceback" not in rest
+    written = json.loads((tmp_path / f"{words[0]}.json").read_text("utf-8"))
+    assert written["is_cut"]
+    assert written["samples"]
+    assert written["goals"] == []
+
+
+def test_ctrl_c_in_a_demo_compares_what_there_is() -> None:
+    with subprocess.Popen(
+        command("demo", "--inflate=0", "--rounds=500", "--seconds=500", "--max-tokens=32"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "Ctrl-C compares what there is" in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(TIMEOUT_S) == 0, rest
+        finally:
+            process.kill()
+    assert "stopped: this compares the outputs before" in rest
+    assert "speculative" in rest
+    assert "identical token for token" in rest

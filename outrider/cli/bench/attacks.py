@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from outrider.chaos.system import System
     from outrider.cli.bench.attackers import Attack
-    from outrider.cli.bench.document import Goal
+    from outrider.cli.bench.document import Document, Goal
     from outrider.cli.bench.show import Step
 
 # One stream alone has about 45 tokens/s of them.
@@ -93,7 +93,7 @@ def attacks(options: AttackOptions) -> None:
     """
     from outrider.cli.bench.attackers import ATTACKS
     from outrider.cli.bench.document import Document
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     options = options.quickened(seconds=2.0, clients=50)
@@ -102,23 +102,30 @@ def attacks(options: AttackOptions) -> None:
         if name not in ATTACKS:
             raise ConfigError(f"--attacks: {name!r} is not one of all, {', '.join(ATTACKS)}")
     console, document = bench_console(), Document(options.name, options)
-    phases = run(_measure(options, names, console))
-    document.results += [phase.result() for phase in phases]
-    document.samples += [
-        {"attack": phase.attack, "phase": phase.name, "gaps_s": [round(g, 5) for g in phase.gaps_s]}
-        for phase in phases
-    ]
-    document.goals += goals(phases)
-    document.write()
-    finish(console, document, [table(phases)])
+    phases = run(_measure(options, names, console, document))
+    with reporting(console, document):
+        document.results += [phase.result() for phase in phases]
+        document.samples += [
+            {
+                "attack": phase.attack,
+                "phase": phase.name,
+                "gaps_s": [round(g, 5) for g in phase.gaps_s],
+            }
+            for phase in phases
+        ]
+        document.goals += goals(phases)
+        document.write()
+        finish(console, document, [table(phases)])
 
 
-async def _measure(options: AttackOptions, names: list[str], console: Console) -> list[Phase]:
+async def _measure(
+    options: AttackOptions, names: list[str], console: Console, document: Document
+) -> list[Phase]:
     from outrider.cli.bench.attackers import ATTACKS, attacked_system
     from outrider.cli.bench.show import progress
 
     phases: list[Phase] = []
-    with progress(console, len(names) * len(_PHASES)) as step:
+    with progress(console, len(names) * len(_PHASES), document, phases) as step:
         for name in names:
             attack = ATTACKS[name]
             async with attacked_system(options, attack) as system:

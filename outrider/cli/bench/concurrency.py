@@ -58,20 +58,21 @@ def concurrency(options: ConcurrencyOptions) -> None:
     """Total tokens/s of 1 to 32 streams in a closed loop, plain and with drafts, in turn."""
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     options = options.quickened(streams="1,2", requests=1)
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     blocks = run(_measure(options, console, document))
-    totals = summarised(blocks)
-    document.results += [asdict(total) for total in totals]
     document.samples += [block.to_dict() for block in blocks]
-    document.goals += _goals(totals)
-    document.write()
-    draw(document.plot_path, "Many streams", _panels(totals))
-    finish(console, document, [_table(totals)])
+    with reporting(console, document):
+        totals = summarised(blocks)
+        document.results += [asdict(total) for total in totals]
+        document.goals += _goals(totals)
+        document.write()
+        draw(document.plot_path, "Many streams", _panels(totals))
+        finish(console, document, [_table(totals)])
 
 
 def variants(options: ConcurrencyOptions) -> list[Variant]:
@@ -90,7 +91,7 @@ async def _measure(
     async with measured_system(options, console, max_generations=max(256, *streams)) as system:
         system.require_draft()
         document.about(system)
-        return await measure_blocks(system, options, variants(options), streams, console)
+        return await measure_blocks(system, options, variants(options), streams, console, document)
 
 
 async def measure_blocks(
@@ -99,6 +100,7 @@ async def measure_blocks(
     ways: list[Variant],
     streams: list[int],
     console: Console,
+    document: Document,
 ) -> list[Block]:
     """Every number of streams each way, in turn, the order turned round every time."""
     from outrider.cli.bench.load import Work, in_turn, run_block
@@ -109,8 +111,10 @@ async def measure_blocks(
         return [Work(variant, i % options.prompts, ids[i], max_tokens, 0, i) for i in range(num)]
 
     work = [(num_streams, variant) for num_streams in streams for variant in ways]
-    blocks = []
-    with progress(console, len(ways) + options.repetitions * len(work)) as step:
+    blocks: list[Block] = []
+    num_steps = len(ways) + options.repetitions * len(work)
+    warm_up = (len(ways), options.requests * options.max_tokens / _NUM_WARM_UP_TOKENS / 2)
+    with progress(console, num_steps, document, blocks, warm_up) as step:
         for variant in ways:
             step(f"warm-up: {variant.name}")
             num = max(streams)
@@ -165,10 +169,12 @@ def _goals(totals: list[Total]) -> list[Goal]:
             goals.append(Goal(text, 0.98, ratio))
     for total in full:
         if total.num_streams == 8:
-            goals.append(Goal("γ chosen over plain at 8 streams", 1.25, total.over_plain))
+            goals.append(
+                Goal("γ chosen over plain at 8 streams", 1.25, total.over_plain, pair="p1")
+            )
         if total.num_streams == 16:
             text = "16 streams over one, γ chosen (P1)"
-            goals.append(Goal(text, 4.0, total.over_one_stream))
+            goals.append(Goal(text, 4.0, total.over_one_stream, pair="p1"))
     return goals
 
 

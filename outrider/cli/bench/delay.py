@@ -57,20 +57,21 @@ def delay(options: DelayOptions) -> None:
     """Tokens/s of one stream with a delay on the draft's link."""
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     options = options.quickened(delays="0,5", ahead="1x1")
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     measured = run(_measure(options, console, document))
-    rows = _summarised(measured)
-    document.results += [asdict(row) for row in rows]
     document.samples += [{"delay_ms": ms} | sample.to_dict() for ms, sample in measured]
-    document.goals += _goals(rows)
-    document.write()
-    draw(document.plot_path, "Delay on the draft's link", _panels(rows))
-    finish(console, document, [_table(rows)])
+    with reporting(console, document):
+        rows = _summarised(measured)
+        document.results += [asdict(row) for row in rows]
+        document.goals += _goals(rows)
+        document.write()
+        draw(document.plot_path, "Delay on the draft's link", _panels(rows))
+        finish(console, document, [_table(rows)])
 
 
 def variants(options: DelayOptions) -> list[Variant]:
@@ -95,11 +96,12 @@ async def _measure(
 
     delays = parse_list(options.delays, "--delays", float)
     ways = variants(options)
-    measured = []
+    measured: list[tuple[float, Sample]] = []
     async with measured_system(options, console, draft_delay_ms=0.0) as system:
         system.require_draft()
         document.about(system)
-        with progress(console, options.repetitions * len(delays) * len(ways)) as step:
+        num_steps = options.repetitions * len(delays) * len(ways)
+        with progress(console, num_steps, document, measured) as step:
             for repetition, delay_ms in in_turn(delays, options.repetitions):
                 await _set_delay(system, delay_ms)
                 for variant in ways if repetition % 2 == 0 else reversed(ways):

@@ -23,6 +23,7 @@ import outrider
 from outrider.cli.bench.cores import CoreLayout
 from outrider.cli.bench.system import BenchOptions, System
 from outrider.cli.plain import plain
+from outrider.cli.stack_options import MADE_PAIR
 from outrider.errors import ConfigError
 
 _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "redis", "numpy", "uvloop")
@@ -36,6 +37,8 @@ class Goal:
     asked: float
     got: float | None
     is_most: bool = False
+    # The size of the `bench pair` that it was set for; empty: any.
+    pair: str = ""
 
     @property
     def is_met(self) -> bool | None:
@@ -53,6 +56,8 @@ class Document:
         self.results: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.goals: list[Goal] = []
+        # A signal has ended the measuring.
+        self.is_cut = False
         self._options = options
         self._about: dict[str, Any] = {}
         self._began = datetime.now(UTC)
@@ -69,6 +74,14 @@ class Document:
     def plot_path(self) -> Path:
         return self._options.out / f"{self.name}.svg"
 
+    @property
+    def goals_here(self) -> list[Goal]:
+        """Those that were set for this pair; none of a smoke test or of a part."""
+        if self._options.quick or self.is_cut:
+            return []
+        size = _made_size(self._options.target)
+        return [goal for goal in self.goals if goal.pair in ("", size)]
+
     def about(self, system: System) -> None:
         """Notes the models and the cores."""
         self._about = {"models": plain(system.info), "cores": _cores(system.layout)}
@@ -84,13 +97,25 @@ class Document:
             "versions": versions(),
             "options": {name: _plain(value) for name, value in vars(self._options).items()},
             **self._about,
-            "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals],
+            "is_cut": self.is_cut,
+            "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals_here],
             "results": self.results,
         }
         text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
         # One line each: there are hundreds.
         lines = ",\n    ".join(json.dumps(sample, ensure_ascii=False) for sample in self.samples)
         self.path.write_text(f'{text},\n  "samples": [\n    {lines}\n  ]\n}}\n', "utf-8")
+
+
+def _made_size(target: str | None) -> str | None:
+    """Of a pair that `bench pair` has made."""
+    if target is None:
+        return None
+    try:
+        report = json.loads((Path(target).expanduser().parent / MADE_PAIR).read_text("utf-8"))
+        return str(report["size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _plain(value: Any) -> Any:

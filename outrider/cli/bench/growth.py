@@ -95,7 +95,7 @@ def growth(options: GrowthOptions) -> None:
     """Tokens/s and the target's pass as one thing grows, all else the same."""
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     over = options.over
@@ -103,13 +103,14 @@ def growth(options: GrowthOptions) -> None:
     require_matplotlib()
     console, document = bench_console(), Document(f"growth-{over}", options)
     blocks = run(_measure(options, console, document))
-    points_made = _summarised(blocks)
-    document.results += [asdict(point) for point in points_made]
     document.samples += [{over.value: value} | block.to_dict() for value, block in blocks]
-    document.write()
-    title = f"Growth with {_WORDS[over]}"
-    draw(document.plot_path, title, _panels(over, points_made))
-    finish(console, document, [_table(over, points_made)])
+    with reporting(console, document):
+        points_made = _summarised(blocks)
+        document.results += [asdict(point) for point in points_made]
+        document.write()
+        title = f"Growth with {_WORDS[over]}"
+        draw(document.plot_path, title, _panels(over, points_made))
+        finish(console, document, [_table(over, points_made)])
 
 
 async def _measure(
@@ -124,7 +125,7 @@ async def _measure(
     ways = _ways(options)
     num_steps = len(values) * len(ways) * (options.repetitions + 1)
     blocks: list[tuple[int, Block]] = []
-    with progress(console, num_steps) as step:
+    with progress(console, num_steps, document, blocks) as step:
         async for system, own in _systems(options, values, console):
             system.require_draft()
             document.about(system)

@@ -68,18 +68,19 @@ def overload(options: OverloadOptions) -> None:
     from outrider.cli.bench.crowd import goals, panels, table
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     options = _resolved(options)
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     crowds = run(_measure(options, console, document))
-    document.results += [asdict(crowd) for crowd in crowds]
-    document.goals += goals(crowds)
-    document.write()
-    draw(document.plot_path, f"{options.factor:g} × capacity offered", panels(crowds))
-    finish(console, document, [table(crowds)])
+    with reporting(console, document):
+        document.results += [asdict(crowd) for crowd in crowds]
+        document.goals += goals(crowds)
+        document.write()
+        draw(document.plot_path, f"{options.factor:g} × capacity offered", panels(crowds))
+        finish(console, document, [table(crowds)])
 
 
 def _resolved(options: OverloadOptions) -> OverloadOptions:
@@ -110,14 +111,16 @@ async def _measure(options: OverloadOptions, console: Console, document: Documen
         "max_generations": options.generations,
         "max_waiting": options.waiting,
     }
+    crowds: list[Crowd] = []
     async with measured_system(options, console, **changes) as system:
         document.about(system)
         dying = asyncio.create_task(system.stack.next_death())
         try:
             async with open_channel(system.stack.endpoint) as channel:
                 whom = await subject(channel)
-                with progress(console, 2 + 2 * options.repetitions) as step:
-                    crowds = await _phases(options, system, whom, document, step)
+                num_steps = 2 + 2 * options.repetitions
+                with progress(console, num_steps, document, crowds) as step:
+                    await _phases(options, system, whom, document, step, crowds)
             if dying.done():
                 crowds[-1].deaths.append(str(dying.result()[0]))
         finally:
@@ -127,14 +130,21 @@ async def _measure(options: OverloadOptions, console: Console, document: Documen
 
 
 async def _phases(
-    options: OverloadOptions, system: System, whom: Subject, document: Document, step: Step
-) -> list[Crowd]:
-    """Capacity and overload in turn, and capacity once more: is the system as it was?"""
+    options: OverloadOptions,
+    system: System,
+    whom: Subject,
+    document: Document,
+    step: Step,
+    crowds: list[Crowd],
+) -> None:
+    """Capacity and overload in turn, and capacity once more: is the system as it was?
+
+    Adds to `crowds`.
+    """
     from outrider.cli.bench.crowd import Crowd
 
     step("warm-up")
     await at_capacity(options, whom, 0, _WARM_UP_S)
-    crowds: list[Crowd] = []
     for repetition in range(options.repetitions):
         step("capacity")
         phase = await at_capacity(options, whom, 1 + 2 * repetition, options.seconds)
@@ -151,7 +161,6 @@ async def _phases(
     crowds.append(Crowd.of("afterwards", phase.records, options.settle, options.seconds))
     _keep(document, crowds[-1].name, options.repetitions, phase)
     crowds[-1].num_left_open = await _left_open(system)
-    return crowds
 
 
 def _workload(options: OverloadOptions) -> Workload:

@@ -86,7 +86,7 @@ def rounds(options: RoundsOptions) -> None:
     """
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import Line, Panel, draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     options = options.quickened(streams="1,4")
@@ -96,29 +96,31 @@ def rounds(options: RoundsOptions) -> None:
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     costs = run(_measure(options, console, document))
-    document.results += [asdict(cost) for cost in costs]
-    document.goals += _goals(costs)
-    document.write()
-    streams = [cost.num_streams for cost in costs]
-    lines = [
-        Line("median", streams, [cost.cpu_us_median or 0.0 for cost in costs]),
-        Line("p99", streams, [cost.cpu_us_p99 or 0.0 for cost in costs]),
-    ]
-    panel = Panel("streams", "CPU µs a session-round", lines, is_log_x=True)
-    draw(document.plot_path, "The orchestrator's own cost", [panel])
-    finish(console, document, [_table(costs)])
+    with reporting(console, document):
+        document.results += [asdict(cost) for cost in costs]
+        document.goals += _goals(costs)
+        document.write()
+        streams = [cost.num_streams for cost in costs]
+        lines = [
+            Line("median", streams, [cost.cpu_us_median or 0.0 for cost in costs]),
+            Line("p99", streams, [cost.cpu_us_p99 or 0.0 for cost in costs]),
+        ]
+        panel = Panel("streams", "CPU µs a session-round", lines, is_log_x=True)
+        draw(document.plot_path, "The orchestrator's own cost", [panel])
+        finish(console, document, [_table(costs)])
 
 
 async def _measure(options: RoundsOptions, console: Console, document: Document) -> list[RoundCost]:
     from outrider.cli.bench.show import progress
 
     streams = parse_list(options.streams, "--streams", int)
-    costs = []
+    costs: list[RoundCost] = []
     async with measured_system(
         options, console, orchestrator_apart, max_generations=max(256, *streams)
     ) as system:
         document.about(system)
-        with progress(console, len(streams) * (1 + options.repetitions)) as step:
+        num_steps = len(streams) * (1 + options.repetitions)
+        with progress(console, num_steps, document, costs) as step:
             for num_streams in streams:
                 step(f"warm-up: {num_streams} streams")
                 await _block(system, options, num_streams, _NUM_WARM_UP_TOKENS)

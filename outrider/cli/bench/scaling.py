@@ -72,7 +72,7 @@ def scaling(options: ScalingOptions) -> None:
     """
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     _check(options)
@@ -80,10 +80,11 @@ def scaling(options: ScalingOptions) -> None:
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     outcomes = run(_measure(options, console, document))
-    document.results += [result(outcome) for outcome in outcomes]
-    document.write()
-    draw(document.plot_path, "Draft replicas for one target", panels(outcomes))
-    finish(console, document, [table(outcomes)])
+    with reporting(console, document):
+        document.results += [result(outcome) for outcome in outcomes]
+        document.write()
+        draw(document.plot_path, "Draft replicas for one target", panels(outcomes))
+        finish(console, document, [table(outcomes)])
 
 
 def _check(options: ScalingOptions) -> None:
@@ -128,7 +129,7 @@ async def _measure(options: ScalingOptions, console: Console, document: Document
     ]
     num_steps = options.repetitions * sum(len(trials(options, *pair)) for pair in pairs)
     outcomes: list[Outcome] = []
-    with progress(console, num_steps) as step:
+    with progress(console, num_steps, document, outcomes) as step:
         for pair in pairs:
             async with _lanes(options, pair, console) as lanes:
                 document.about(lanes[0])

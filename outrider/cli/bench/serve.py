@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ async def _measure(
     import grpc
 
     from outrider.cli.client import call_failed
+    from outrider.cli.running import survive_signal
     from outrider.loadtest.campaign import Campaign
     from outrider.loadtest.driver import subject
     from outrider.security.channel import open_channel
@@ -87,13 +89,11 @@ async def _measure(
             console.print("[yellow]no draft replica is connected: both variants are plain[/]")
         with _progress(console, campaign):
             try:
-                await _run(options, campaign, asked, slo, manner(options))
+                await _run(options, campaign, asked, slo, manner(options), console)
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                assert task is not None
                 if not any(stretch.records for stretch in campaign.all_stretches):
                     raise
-                task.uncancel()
+                survive_signal()
                 return campaign, True
     return campaign, False
 
@@ -113,10 +113,15 @@ async def _run(
     asked: Sequence[Visit],
     slo: Slo | None,
     how: Manner,
+    console: Console,
 ) -> None:
     ways = variants(options)
     if options.warm_up:
+        began_at = time.monotonic()
         await campaign.warm_up(ways, asked[: options.warm_up])
+        num = len(ways) * sum(len(visit.jobs) for visit in asked[: options.warm_up])
+        if not options.sweep:
+            _say_duration(console, len(ways), asked, how, num / (time.monotonic() - began_at))
     if not options.sweep:
         await campaign.compare(ways, asked, how, options.repetitions)
         return
@@ -129,6 +134,27 @@ async def _run(
     for way in ways:
         campaign.found[way.name] = await campaign.search(
             way, asked, how.rate, attains, options.attain, how.burstiness, options.precision
+        )
+
+
+def _say_duration(
+    console: Console, num_ways: int, asked: Sequence[Visit], how: Manner, warm_up_rate: float
+) -> None:
+    """Before minutes are spent on it. `warm_up_rate`: requests answered a second, just now."""
+    from outrider.cli.bench.show import duration
+
+    num = sum(len(visit.jobs) for visit in asked)
+    rate = min(warm_up_rate, how.rate or warm_up_rate)
+    console.print(
+        f"[dim]{num_ways} x {num} requests take about {duration(num_ways * num / rate)}; Ctrl-C "
+        "reports what there is by then[/]",
+        highlight=False,
+    )
+    if how.rate is not None and how.rate > warm_up_rate:
+        console.print(
+            f"[yellow]the warm-up was answered at {warm_up_rate:.2g} requests/s: at "
+            f"{how.rate:g} a second they will queue[/]",
+            highlight=False,
         )
 
 
@@ -168,13 +194,23 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
 def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
     """A bar of requests answered in the phase under way, and what went wrong in it."""
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("[dim]{task.description}[/]"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("answered"),
         TimeElapsedColumn(),
+        TextColumn("[dim]left[/]"),
+        TimeRemainingColumn(),
         TextColumn("[red]{task.fields[failures]}[/]"),
     )
     shows = console.is_terminal

@@ -1,15 +1,29 @@
-"""What a person sees of a benchmark: progress while it runs, a table and the goals at its end."""
+"""What a person sees of a benchmark: progress while it runs, a table and the goals at its end.
+
+Owns what a signal does to one: it ends the measuring, and the report is of what there is.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+
+from outrider.cli.running import survive_signal
 
 if TYPE_CHECKING:
     from outrider.cli.bench.document import Document
@@ -27,25 +41,78 @@ def bench_console() -> Console:
 
 
 @contextlib.contextmanager
-def progress(console: Console, num_steps: int) -> Iterator[Step]:
-    """Call what it yields before each step, with the step's name."""
+def progress(
+    console: Console,
+    num_steps: int,
+    document: Document,
+    measured: Sized,
+    warm_up: tuple[int, float] = (0, 0.0),
+) -> Iterator[Step]:
+    """Call what it yields before each step, with the step's name.
+
+    A signal ends the block and not the command, once something is `measured`: the command then
+    reports that much (`reporting`). `warm_up`: how many of the steps, and how much longer the
+    others take, for a word on the time that all will take.
+    """
     columns = (
         TextColumn("[dim]measuring[/]"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("[dim]left[/]"),
+        TimeRemainingColumn(),
         TextColumn("[dim]{task.description}[/]"),
     )
     shows = console.is_terminal
+    began_at = time.monotonic()
+    begun: list[str] = []
+    _say(console, f"{num_steps} steps; Ctrl-C reports what there is by then")
     with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
         task = bar.add_task("", total=num_steps)
-        begun: list[str] = []
 
         def step(name: str) -> None:
             bar.update(task, description=escape(name), completed=len(begun))
+            if begun and len(begun) == warm_up[0]:
+                each_s = (time.monotonic() - began_at) / len(begun) * warm_up[1]
+                _say(console, f"all will take about {duration(each_s * (num_steps - len(begun)))}")
             begun.append(name)
+            if not shows:
+                console.print(f"{len(begun)}/{num_steps} {escape(name)}", highlight=False)
 
-        yield step
+        try:
+            yield step
+        except asyncio.CancelledError:
+            if not measured:
+                raise
+            survive_signal()
+            document.is_cut = True
+    if document.is_cut:
+        console.print(
+            f"[yellow]stopped in step {len(begun)} of {num_steps}: figures are of those before[/]",
+            highlight=False,
+        )
+
+
+def _say(console: Console, words: str) -> None:
+    console.print(f"[dim]{words}[/]", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+@contextlib.contextmanager
+def reporting(console: Console, document: Document) -> Iterator[None]:
+    """Around the tables of what was measured, which may be too little for them after a signal."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, LookupError, StopIteration, TypeError, ValueError):
+        if not document.is_cut:
+            raise
+        document.write()
+        console.print("too little for a table; what was measured:")
+        console.print(f"[dim]{document.path}[/]", soft_wrap=True, highlight=False)
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
@@ -80,7 +147,7 @@ def finish(console: Console, document: Document, shown: Sequence[Table]) -> None
     for one in shown:
         console.print(one)
         console.print()
-    for goal in document.goals:
+    for goal in document.goals_here:
         sign = "≤" if goal.is_most else "≥"
         got = "not measured" if goal.got is None else f"{goal.got:.3g}"
         mark = {True: "[green]✔[/]", False: "[red]✘[/]", None: "·"}[goal.is_met]

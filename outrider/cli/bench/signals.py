@@ -58,7 +58,7 @@ def signals(options: SignalsOptions) -> None:
     from outrider.cli.bench.bottlenecks import goals, panels, table
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import draw, require_matplotlib
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     _check(options)
@@ -66,14 +66,15 @@ def signals(options: SignalsOptions) -> None:
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     points = run(_measure(options, console, document))
-    document.results += [
-        asdict(p) | {"draft_signal": p.draft_signal, "target_signal": p.target_signal}
-        for p in points
-    ]
-    document.goals += goals(points)
-    document.write()
-    draw(document.plot_path, "Each tier scaled by itself", panels(points))
-    finish(console, document, [table(points)])
+    with reporting(console, document):
+        document.results += [
+            asdict(p) | {"draft_signal": p.draft_signal, "target_signal": p.target_signal}
+            for p in points
+        ]
+        document.goals += goals(points)
+        document.write()
+        draw(document.plot_path, "Each tier scaled by itself", panels(points))
+        finish(console, document, [table(points)])
 
 
 def _check(options: SignalsOptions) -> None:
@@ -97,7 +98,7 @@ async def _measure(options: SignalsOptions, console: Console, document: Document
     given = replace(options, kv_cache_tokens=options.kv_cache_tokens or _KV_TOKENS)
     stack_options = given.stack_options(apart(options.cores))
     num, ways = options.replicas, sizes(options.replicas)
-    with progress(console, len(REGIMES) * len(ways)) as step:
+    with progress(console, len(REGIMES) * len(ways), document, points) as step:
         for regime in REGIMES:
             log_dir = options.out / "logs" / regime.name.replace(" ", "-")
             tiers = {"target": regime.target, "draft": regime.draft}

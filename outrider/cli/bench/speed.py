@@ -30,7 +30,8 @@ _NUM_WARM_UP_TOKENS = 32
 
 @dataclass(frozen=True)
 class SpeedOptions(BenchOptions):
-    gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 1,2,3,5,8.")] = "1,2,3,5,8"
+    gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 1,2,3,5,8.")] = "2,5"
+    prompts: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 2
     sequential_gamma: Annotated[
         int, typer.Option(min=1, help="γ of drafting and verifying in turn.")
     ] = 5
@@ -82,7 +83,7 @@ def speed(options: SpeedOptions) -> None:
     """Tokens/s of one stream: plain, drafting in turn, ahead, and with γ chosen or fixed."""
     from outrider.cli.bench.document import Document
     from outrider.cli.bench.plots import require_matplotlib
-    from outrider.cli.bench.show import bench_console
+    from outrider.cli.bench.show import bench_console, reporting
     from outrider.cli.running import run
 
     options = options.quickened(gammas="2", peer_threads="1")
@@ -91,7 +92,9 @@ def speed(options: SpeedOptions) -> None:
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     samples = run(_measure(options, console, document))
-    _report(options, console, document, samples)
+    document.samples += [sample.to_dict() for _, sample in samples]
+    with reporting(console, document):
+        _report(options, console, document, samples)
 
 
 async def _measure(
@@ -110,7 +113,9 @@ async def _measure(
             threads = parse_list(options.peer_threads, "--peer-threads", int)
             ways += await resources.enter_async_context(peers(options, system, threads))
         work = [(prompt, way) for prompt in range(options.prompts) for way in ways]
-        with progress(console, len(ways) + len(work) * options.repetitions) as step:
+        num_steps = len(ways) + len(work) * options.repetitions
+        warm_up = (len(ways), options.max_tokens / _NUM_WARM_UP_TOKENS)
+        with progress(console, num_steps, document, measured, warm_up) as step:
             for way in ways:
                 step(f"warm-up: {way.name}")
                 await way.run(0, _NUM_WARM_UP_TOKENS, -1)
@@ -167,7 +172,7 @@ def _results(measured: list[tuple[Way, Sample]]) -> list[Result]:
         found = Speed.of([s.tokens_per_s for s in own])
         base = Speed.of([s.tokens_per_s for s in samples[way.plain]])
         truth = {s.prompt: s.token_ids for s in samples["plain"]}
-        different = sum(s.token_ids != truth[s.prompt] for s in own)
+        different = sum(s.token_ids != truth.get(s.prompt, s.token_ids) for s in own)
         results.append(
             Result(
                 name=way.name,
@@ -194,7 +199,6 @@ def _report(
 
     results = _results(measured)
     document.results += [asdict(result) for result in results]
-    document.samples += [sample.to_dict() for _, sample in measured]
     document.goals += _goals(results)
     document.write()
     bars = [
@@ -252,9 +256,11 @@ def _goals(results: list[Result]) -> list[Goal]:
     rounds = full.rounds
     assert rounds is not None
     goals = [
-        Goal("greedy, γ chosen: over plain (P2, α 0.8)", 2.5, full.speed_up),
-        Goal("greedy, γ chosen: share of the limit τ / T_target", 0.95, rounds.limit_share),
-        Goal("greedy: waiting for drafts", 0.03, rounds.draft_wait_share, is_most=True),
+        Goal("greedy, γ chosen: over plain (P2, α 0.8)", 2.5, full.speed_up, pair="p2"),
+        Goal(
+            "greedy, γ chosen: share of the limit τ / T_target", 0.95, rounds.limit_share, pair="p2"
+        ),
+        Goal("greedy: waiting for drafts", 0.03, rounds.draft_wait_share, is_most=True, pair="p2"),
     ]
     for result in results:
         if result.temperature > 0 and result.name.startswith("full"):
@@ -266,7 +272,7 @@ def _goals(results: list[Result]) -> list[Goal]:
         alone = [r.tokens_per_s.median for r in theirs if r.name.endswith("plain, 1 core")]
         if alone:
             gain = plain.tokens_per_s.median / alone[0]
-            goals.append(Goal("plain over the peer's, one core", 1.5, gain))
+            goals.append(Goal("plain over the peer's, one core", 1.5, gain, pair="p2"))
         gain = full.tokens_per_s.median / best
-        goals.append(Goal("speculative over the peer's best of all", 2.5, gain))
+        goals.append(Goal("speculative over the peer's best of all", 2.5, gain, pair="p2"))
     return goals

@@ -64,7 +64,7 @@ class Compared:
 def twin(options: TwinOptions) -> None:
     """A pair of models beside a simulation that is told their costs and acceptance."""
     from outrider.cli.bench.document import Document
-    from outrider.cli.bench.show import bench_console, finish
+    from outrider.cli.bench.show import bench_console, finish, reporting
     from outrider.cli.running import run
 
     if options.is_simulated or options.simulate_draft:
@@ -72,10 +72,11 @@ def twin(options: TwinOptions) -> None:
     options = options.quickened(streams="1")
     console, document = bench_console(), Document(options.name, options)
     rows = run(_measure(options, console, document))
-    document.results += [asdict(row) for row in rows]
-    document.goals += _goals(rows)
-    document.write()
-    finish(console, document, [_table(rows)])
+    with reporting(console, document):
+        document.results += [asdict(row) for row in rows]
+        document.goals += _goals(rows)
+        document.write()
+        finish(console, document, [_table(rows)])
 
 
 def variants(gamma: int) -> list[Variant]:
@@ -100,7 +101,8 @@ async def _measure(options: TwinOptions, console: Console, document: Document) -
         real.require_draft()
         document.about(real)
         stood = await _stood(real, ways[1], options)
-        with progress(console, 2 * options.repetitions * len(counts) * len(ways)) as step:
+        num_steps = 2 * options.repetitions * len(counts) * len(ways)
+        with progress(console, num_steps, document, rows) as step:
             for num in counts:
                 for way in ways:
                     await _block(real, way, num, options, 0)  # what passes cost when it is so
