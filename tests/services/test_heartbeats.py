@@ -18,8 +18,8 @@ from outrider.errors import InvalidRequest, Unavailable
 from outrider.heartbeat import Heartbeat
 from outrider.program import LISTENING_PREFIX
 from outrider.streams import Outbox
-from outrider.v1 import target_pb2
-from tests.services.parts import GREEDY, Brake, Tiers, orchestrating, refusal
+from outrider.v1 import target_pb2, target_pb2_grpc
+from tests.services.parts import GREEDY, Brake, System, Tiers, orchestrating, refusal
 from tests.services.programs import END_TIMEOUT_S, program
 from tests.services.proxies import strict_proxy
 from tests.services.replicas import PROMPT, SIMULATED, TIMEOUT_S, Frame, Gate, tier
@@ -28,6 +28,7 @@ from tests.stack import Output, eventually, request
 
 BEATS = Frame(heartbeat_ms=100)
 NUM_TOKENS = 40
+MAX_CALLS = 40
 
 
 @pytest.mark.slow
@@ -69,34 +70,38 @@ async def test_a_frozen_target_is_left(redis_url: str, impatient: None, brake: B
         assert process.stdout is not None
         async with asyncio.timeout(END_TIMEOUT_S):
             line = (await process.stdout.readline()).decode()
-        frozen = line.strip().removeprefix(LISTENING_PREFIX)
-        both = f"{frozen},127.0.0.1:{other.server.port}"
-        async with orchestrating(
-            Tiers(other.server, None), redis_url, target_endpoint=both
-        ) as system:
-            asked = {"sampling": {**GREEDY, "max_tokens": NUM_TOKENS}, "gamma": 0}
-            whole = await system.generate(PROMPT, **asked)
-            await _go_on_without(process, system, brake, asked, whole)
+        address = line.strip().removeprefix(LISTENING_PREFIX)
+        both = f"{address},127.0.0.1:{other.server.port}"
+        async with (
+            grpc.aio.insecure_channel(address) as channel,
+            orchestrating(Tiers(other.server, None), redis_url, target_endpoint=both) as system,
+        ):
+            calls = await _held_calls(target_pb2_grpc.TargetServiceStub(channel), system, brake)
+            process.send_signal(signal.SIGSTOP)
+            try:
+                brake.release()
+                outputs = await asyncio.gather(*calls)
+            finally:
+                process.send_signal(signal.SIGCONT)
+    assert {len(output.token_ids) for output in outputs} == {NUM_TOKENS}
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
 
 
-async def _go_on_without(
-    process: asyncio.subprocess.Process, system: Any, brake: Brake, asked: Any, whole: Output
-) -> None:
-    """Streams until one is on the process, which is frozen then."""
+async def _held_calls(process: Any, system: System, brake: Brake) -> list[asyncio.Task[Output]]:
+    """Streams held at their tenth token, the last of them at the process."""
     brake.set(10)
-    calls = [asyncio.create_task(system.generate(PROMPT, **asked)) for _ in range(4)]
+    calls: list[asyncio.Task[Output]] = []
+    sampling = {**GREEDY, "max_tokens": NUM_TOKENS}
 
-    async def are_begun() -> bool:
-        return bool((await system.target_load()).num_open_generations == 2)
+    async def is_at_the_process() -> bool:
+        if len(calls) < MAX_CALLS:
+            generating = system.generate(PROMPT, sampling=sampling, gamma=0)
+            calls.append(asyncio.create_task(generating))
+        info = await process.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+        return bool(info.load.num_open_generations)
 
-    await eventually(are_begun)  # the other two are on the process
-    process.send_signal(signal.SIGSTOP)
-    try:
-        brake.release()
-        for output in await asyncio.gather(*calls):
-            assert output.token_ids == whole.token_ids
-    finally:
-        process.send_signal(signal.SIGCONT)
+    await eventually(is_at_the_process)
+    return calls
 
 
 async def _ended(call: Any, frames: list[Any] | None = None) -> grpc.aio.AioRpcError:
