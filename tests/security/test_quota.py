@@ -147,6 +147,7 @@ def _hash(redis_url: str) -> dict[str, float]:
     return {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
 
 
+@pytest.mark.slow
 async def test_tokens_count_once_though_redis_answers_late(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

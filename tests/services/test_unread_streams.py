@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
@@ -61,6 +62,7 @@ async def _num_recorded(stack: System, session_id: str) -> int:
     return len((await stack.client.GetSession(asked)).token_ids) - len(PROMPT)
 
 
+@pytest.mark.slow
 async def test_unread_streams_end_and_free_their_slots_and_kv(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
@@ -139,6 +141,7 @@ async def test_a_deadline_of_the_clients_own_is_counted_as_that(pair: Pair, redi
         assert await _ended(stack) == {"DEADLINE_EXCEEDED": 1}
 
 
+@pytest.mark.slow
 async def test_an_unread_stream_gives_its_keys_stream_back(
     pair: Pair, redis_url: str, tmp_path: Path
 ) -> None:
