@@ -175,9 +175,18 @@ async def test_cancelled_generations_leave_their_room_to_others(
         orchestrating(tiers, redis_url) as stack,
     ):
         brake.set(8)
-        calls = [stack.client.Generate(request(p, sampling), timeout=TIMEOUT_S) for p in prompts]
-        first, last, output = aiter(calls[0]), aiter(calls[7]), Output()
-        output.add(await anext(first))
+        calls = [stack.client.Generate(request(prompts[0], sampling), timeout=TIMEOUT_S)]
+        first, output = aiter(calls[0]), Output()
+        output.add(await anext(first))  # it has room; of the others some have
+        calls += [
+            stack.client.Generate(request(p, sampling), timeout=TIMEOUT_S) for p in prompts[1:]
+        ]
+        last = aiter(calls[7])
+
+        async def all_have_asked() -> bool:
+            return (await stack.target_load()).num_opened_total >= len(prompts)
+
+        await eventually(all_have_asked)
         brake.release()
         for call in calls[1:7]:
             call.cancel()
