@@ -225,6 +225,7 @@ def files_are_mounted(found: Manifests) -> Iterator[str]:
         for entry in fields(loaded):
             value = getattr(loaded, entry.name)
             is_file = entry.name.endswith(("_ca", "_cert", "_key", "_file"))
+            is_file = is_file and isinstance(value, str)  # max_sessions_per_key is none
             if is_file and value and not _is_mounted(found, pod, container, value):
                 yield f"{pod.name}: {entry.name}: nothing is mounted at {value}"
 
