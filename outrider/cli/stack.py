@@ -82,7 +82,7 @@ def orchestrator_arguments(
         *_flag("target-endpoint", target),
         *_flag("draft-endpoint", draft or ""),
         *_flag("tokenizer", options.target_model if options.has_tokenizer else None),
-        *_flag("assume-same-vocabulary", options.has_same_vocabulary or None),
+        *(["--assume-same-vocabulary"] if options.has_same_vocabulary else []),
         # A secret is for the environment, which the program has from us.
         *_flag("redis-url", None if has_password(redis_url) else redis_url),
         *_flag("host", options.host),

@@ -125,14 +125,15 @@ def test_a_made_pair_has_one_vocabulary(tmp_path: Path) -> None:
     """Without tokenizers to compare: `bench pair` has made both; other models need the flag."""
     target, draft = str(tmp_path / "target"), str(tmp_path / "draft")
     options = StackOptions(target=target, draft=draft)
-    flag = "--assume-same-vocabulary=True"
+    flag = "--assume-same-vocabulary"
     assert flag not in orchestrator_arguments(options, "h:1", "h:2", "redis://r")
     (tmp_path / MADE_PAIR).write_text("{}")
     assert flag in orchestrator_arguments(options, "h:1", "h:2", "redis://r")
     other = StackOptions(target=target, draft=str(tmp_path / "other" / "draft"))
     assert flag not in orchestrator_arguments(other, "h:1", "h:2", "redis://r")
     told = StackOptions(target="t", draft="d", assume_same_vocabulary=True)
-    assert flag in orchestrator_arguments(told, "h:1", "h:2", "redis://r")
+    arguments = orchestrator_arguments(told, "h:1", "h:2", "redis://r")
+    assert load(OrchestratorConfig, "orchestrator", arguments[1:], {}).assume_same_vocabulary
 
 
 def test_help_loads_nothing_heavy() -> None:
