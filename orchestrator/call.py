@@ -31,6 +31,8 @@ TRACEPARENT_KEY = "traceparent"
 # A longer one of a caller's is cut: it is repeated in every line of the call's log.
 _MAX_ID_CHARS = 128
 _MAX_WHY_CHARS = 500
+# A client's deadline passes there earlier than here, by the time that its request was under way.
+_DEADLINE_SLACK_S = 0.2
 _QUOTED = re.compile(r"""(['"]).*\1""", re.DOTALL)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -144,7 +146,8 @@ class Call:
 
     def _status(self, error: BaseException | None) -> str:
         left_s = self._context.time_remaining()
-        if status_name(error) == "CANCELLED" and left_s is not None and left_s <= 0:
+        is_due = left_s is not None and left_s <= _DEADLINE_SLACK_S
+        if status_name(error) == "CANCELLED" and is_due:
             return "DEADLINE_EXCEEDED"
         return status_name(error)
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from outrider.relay import Relay
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.security.parts import write_keys
@@ -129,16 +130,20 @@ async def _ended(stack: System) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 async def test_a_deadline_of_the_clients_own_is_counted_as_that(pair: Pair, redis_url: str) -> None:
-    """Also where it passes in the midst of a write."""
-    async with (
-        whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack,
-        grpc.aio.insecure_channel(stack.endpoint, options=WINDOW) as channel,
-    ):
-        client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
-        call = client.Generate(request(PROMPT, UNREAD, gamma=0), timeout=3)
-        await call.read()
-        assert await _ended(stack) == {"DEADLINE_EXCEEDED": 1}
+    """Also where it passes in the midst of a write. The client's reset never arrives."""
+    async with whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack:
+        host, _, port = stack.endpoint.rpartition(":")
+        async with (
+            Relay("127.0.0.1", 0, host, int(port), 0.0) as relay,
+            grpc.aio.insecure_channel(relay.address, options=WINDOW) as channel,
+        ):
+            client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            call = client.Generate(request(PROMPT, UNREAD, gamma=0), timeout=8)
+            await call.read()
+            relay.hold()
+            assert await _ended(stack) == {"DEADLINE_EXCEEDED": 1}
 
 
 @pytest.mark.slow
