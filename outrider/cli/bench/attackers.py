@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from outrider.v1 import orchestrator_pb2
 
 _NUM_LONG_CLIENTS = 8
+# Without it the clients would have this machine's cores to themselves.
+_LONG_GAP_S = 0.25
 # The most that a request may have; the model's context has room for far less.
 _MOST_CHARS = 4_000_000
 _NUM_CONNECTIONS = 20
 # Windows so small that a few messages fill them.
 _SMALL_WINDOWS = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 _CALL_TIMEOUT_S = 120.0
+# Longer than the write time-out.
+_UNREAD_S = 60.0
 # Until a sentinel has found that the primary is gone and promoted another.
 _ELECTION_S = 5.0
 _REPLICATES_S = 10.0
@@ -50,6 +54,8 @@ class Attack:
     num_targets: int = 1
     # Needs a tokenizer: the quickstart pair. The others have simulated tiers.
     has_text: bool = False
+    # Seconds that it lasts at least, but for --quick.
+    least_s: float = 0.0
 
 
 @contextlib.asynccontextmanager
@@ -109,6 +115,7 @@ async def _long_prompts(options: AttackOptions, system: System, until: AsyncExit
             while time.monotonic() < ends_at:
                 status, _ = await first_token(stub, asking(1, number, text=text))
                 statuses[status] += 1
+                await asyncio.sleep(_LONG_GAP_S)
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(_NUM_LONG_CLIENTS):
@@ -219,7 +226,7 @@ ATTACKS = {
     attack.name: attack
     for attack in (
         Attack("long-prompts", _long_prompts, has_text=True),
-        Attack("unread", _unread),
+        Attack("unread", _unread, least_s=_UNREAD_S),
         Attack("burst", _burst),
         Attack("failing", _failing, num_targets=2),
         Attack("fail-over", _fail_over),

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +36,9 @@ _DRAFT = "step_ms=4,survival=0.8"
 _PROBE_TOKENS = 8
 _PROBE_GAP_S = 0.5
 _MEMORY_GAP_S = 0.1
+# Of the healthy stream's generation, and of the context that it leaves for its prompt.
+_MOST_TOKENS = 100_000
+_NUM_SPARE_TOKENS = 32
 _MIB = 1 << 20
 _PHASES = ("before", "during", "after")
 
@@ -143,12 +146,15 @@ async def _attacked(
     phases = [Phase(attack.name, name) for name in _PHASES]
     healthy = Healthy(system.endpoints[0])
     pid = system.nodes[Place(Tier.ORCHESTRATOR, 0)].pid
+    own = (
+        options if options.quick else replace(options, seconds=max(options.seconds, attack.least_s))
+    )
     async with contextlib.AsyncExitStack() as until, healthy.running():
         for phase in phases:
             step(f"{attack.name}: {phase.name}")
             async with healthy.measured(phase, pid):
                 if phase.name == "during":
-                    statuses = await attack.run(options, system, until)
+                    statuses = await attack.run(own, system, until)
                     phase.attackers = {str(name): num for name, num in statuses.items()}
                 else:
                     await asyncio.sleep(options.seconds)
@@ -194,27 +200,33 @@ class Healthy:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _listen(self, stub: Any, begun: asyncio.Event) -> None:
+        """One generation after another, each as long as the context allows."""
         import grpc
 
         from outrider.cli.bench.attackers import asking
+        from outrider.v1 import orchestrator_pb2
 
-        call: Any = stub.Generate(asking(num_tokens=100_000, seed=0))
-        last = time.monotonic()
+        info = await stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
+        num_tokens = min(_MOST_TOKENS, info.target.max_context_len - _NUM_SPARE_TOKENS)
+        try:
+            while True:
+                await self._listen_to(stub.Generate(asking(num_tokens, seed=0)), begun)
+        except grpc.aio.AioRpcError as error:
+            if self._phase is None:
+                raise
+            self._phase.ended = f"{error.code().name}: {error.details()}"
+
+    async def _listen_to(self, call: Any, begun: asyncio.Event) -> None:
+        last = None
         try:
             async for _ in call:
                 now = time.monotonic()
-                if begun.is_set() and self._phase is not None:
+                if last is not None and self._phase is not None:
                     self._phase.gaps_s.append(now - last)
                 begun.set()
                 last = now
-            why = "it ended"
-        except grpc.aio.AioRpcError as error:
-            why = f"{error.code().name}: {error.details()}"
         finally:
             call.cancel()
-        begun.set()
-        if self._phase is not None:
-            self._phase.ended = why
 
     async def _probe(self, stub: Any) -> None:
         from outrider.cli.bench.attackers import asking, first_token
