@@ -75,6 +75,9 @@ class Drafting:
             return None
         position = block.alternatives[0].position
         fork_len, strand = block.base_len + position, block.strand
+        if strand.sequence.length < fork_len:  # cut, for want of room, when it became the trunk
+            tree.give_up(block)
+            return None
         longest = len(self.live.token_ids)
         # The likeliest outcome of a whole block goes on where the block ends, if it fits: blocks
         # may have become longer since the strand was forked.

@@ -178,7 +178,9 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
             self._ahead.clear()
         needed = list(self._needed.values())[:num_needed]
         rows = self._with_room([Row(drafting, drafting.tree.root) for drafting in needed])
-        return rows + self._gather_ahead(num_rows - len(rows))
+        ahead = self._gather_ahead(num_rows - len(rows))
+        # Some may have lost their room to sessions that began with what is drafted ahead.
+        return [row for row in rows if row.key in self._drafting] + ahead
 
     def _with_room(self, rows: Sequence[Row]) -> list[Row]:
         """Those that have room for their tokens: of prompts as many as the budget may take.

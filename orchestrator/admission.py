@@ -287,6 +287,7 @@ class Admission:
     @contextlib.contextmanager
     def short_of_room(self, place: Place, *, has_begun: bool) -> Iterator[None]:
         """As Place.short_of_room."""
+        place.displaced = None  # of an earlier wait, which ended well all the same
         if not has_begun:
             self._make_way(place, " and there is no room for keys and values")
             self._unbegun.append(place)

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 TELL_INTERVAL_S = 1.0
 # Streams of an orchestrator that died are forgotten after so long: several missed tellings.
 STREAM_TTL_S = 10.0
+_MAX_ENDED = 1_000
 # A call waits for the answer: who does not get it soon goes by what is known here.
 REDIS_TIMEOUT_S = 0.5
 
@@ -47,7 +48,7 @@ end
 ENTER = Script(
     _SPENT
     + """
-local stream, most, per_minute, ttl_us = unpack(ARGV)
+local stream, most, per_minute, ttl_us = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 for i = 5, #ARGV do redis.call('ZREM', key, ARGV[i]) end
 redis.call('ZREMRANGEBYSCORE', key, '-inf', digits(now_us()))
 if most ~= '' and not redis.call('ZSCORE', key, stream)
@@ -69,7 +70,7 @@ return {'ok'}
 TELL = Script(
     _SPENT
     + """
-local who, total, told, per_minute, ttl_us, num_ended = unpack(ARGV)
+local who, total, told, per_minute, ttl_us, num_ended = unpack(ARGV, 1, 6)
 for i = 7, 6 + num_ended do redis.call('ZREM', key, ARGV[i]) end
 local until_us = digits(now_us() + ttl_us)
 for i = 7 + num_ended, #ARGV do redis.call('ZADD', key, until_us, ARGV[i]) end
@@ -94,6 +95,10 @@ class _Use:
     ended: set[str] = field(default_factory=set)
     # Of the tokens spent, those that Redis has acknowledged.
     num_told: int = 0
+
+    def first_ended(self) -> list[str]:
+        """As many as fit into one call of a script: after an outage of Redis there may be many."""
+        return list(itertools.islice(self.ended, _MAX_ENDED))
 
     @property
     def has_news(self) -> bool:
@@ -157,7 +162,7 @@ class SharedQuotas:
             self._due.set()
 
     async def _enter(self, use: _Use, stream: str) -> None:
-        limits, ended = use.quota.limits, list(use.ended)
+        limits, ended = use.quota.limits, use.first_ended()
         words = (stream, _said(limits.streams), _said(limits.tokens_per_minute), _TTL_US, *ended)
         answer = await self._ask(ENTER, use, words)
         if answer is None:
@@ -186,7 +191,7 @@ class SharedQuotas:
 
     async def _tell(self, use: _Use) -> bool:
         """False: Redis is away."""
-        quota, ended = use.quota, list(use.ended)
+        quota, ended = use.quota, use.first_ended()
         total = quota.num_spent
         words = (
             self._name,

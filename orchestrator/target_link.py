@@ -99,10 +99,12 @@ class TargetHandle:
             self._link.fell_silent()
             raise Unavailable(f"the target has not answered for {timeout_s:g} s") from None
         try:
-            return self._parse(result, proposal)
+            reply = self._parse(result, proposal)
         except (InvalidRequest, ValueError) as error:
             self._link.breaker.failed(str(error))
             raise InternalError("the target's reply does not fit its row", str(error)) from error
+        self._link.breaker.succeeded()
+        return reply
 
     def close(self, *, keep: bool) -> None:
         """Ends the generation at the target; `keep` leaves its KV for the session's next turn."""
@@ -113,7 +115,6 @@ class TargetHandle:
 
     def answered(self, result: target_pb2.VerifyResult) -> None:
         self._count(result)
-        self._link.breaker.succeeded()
         if self._answer is not None and not self._answer.done():
             self.latency_s = time.monotonic() - self._sent_at
             if self.span is not None:
@@ -121,6 +122,8 @@ class TargetHandle:
             self._answer.set_result(result)
 
     def failed(self, error: target_pb2.RowError) -> None:
+        if self._failure is not None:  # of a row that was under way when the generation failed
+            return
         failure: OutriderError
         if (kind := _ERRORS.get(error.reason)) is not None:
             failure = kind(f"the target: {error.detail}")

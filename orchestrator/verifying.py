@@ -188,8 +188,8 @@ class Verifying:
 
     @property
     def _has_begun(self) -> bool:
-        """Its client may have seen tokens."""
-        return self._state.counts.num_rounds > 0
+        """Its client may have seen tokens, of this call or of one that it resumes."""
+        return self._state.num_output_tokens > 0
 
     def _rooms(self) -> frozenset[str]:
         """The replicas that could hold it, had they room now."""

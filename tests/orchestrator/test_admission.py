@@ -222,6 +222,20 @@ async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() 
     assert admission.refused == {"queue_full": 1, "displaced": 1, "deadline": 0}
 
 
+async def test_a_displaced_request_that_found_room_all_the_same_goes_on() -> None:
+    """It was tried while it was displaced: later waits are none of the earlier one's."""
+    admission = Admission(8, 1)
+    (first,) = await calls(admission, 0)
+    assert first.place is not None
+    with first.place.short_of_room(one_room, has_begun=False):
+        (urgent,) = await calls(admission, -5)
+        assert urgent.place is not None
+        with urgent.place.short_of_room(one_room, has_begun=False):
+            assert first.place.displaced is not None
+    with first.place.short_of_room(one_room, has_begun=True):
+        assert await first.place.turn_for_room(at_once=True) == one_room()
+
+
 async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> None:
     """All may run at once: the urgent one waits for the turn that the displaced one gives back."""
     admission = Admission(1, 1)

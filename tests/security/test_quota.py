@@ -174,6 +174,32 @@ async def test_tokens_count_once_though_redis_answers_late(
             assert _hash(redis_url)["spent"] <= 11_100
 
 
+async def test_limits_are_shared_again_after_many_calls_without_redis(redis_url: str) -> None:
+    """More than one script can be told of at a time."""
+    socket = redis_url.removeprefix("unix://")
+    limits = KeyLimits(streams=1)
+    async with Relay("127.0.0.1", 0, socket, 0, 0.0) as relay:
+        here, elsewhere = SharedQuotas(f"redis://{relay.address}/0"), SharedQuotas(redis_url)
+        async with here.running(), elsewhere.running():
+            relay.refuses = True
+            relay.reset()
+            quota = Quota("ada", limits)
+            for _ in range(10_000):
+                async with here.stream(quota):
+                    pass
+            relay.refuses = False
+            async with elsewhere.stream(Quota("ada", limits)):
+
+                async def is_refused() -> bool:
+                    try:
+                        async with here.stream(quota):
+                            return False
+                    except CapacityExceeded:
+                        return True
+
+                await eventually(is_refused)
+
+
 async def _spent(redis_url: str, least: int) -> bool:
     return (await asyncio.to_thread(_hash, redis_url)).get("spent", 0.0) >= least
 

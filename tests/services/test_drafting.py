@@ -19,6 +19,7 @@ import target_service.service
 from orchestrator import drafting, target_link
 from outrider.config import TargetConfig
 from outrider.engine.simulated import SimulatedEngine
+from outrider.serving import costs
 from outrider.simulation import Simulation
 from outrider.v1 import draft_pb2, model_pb2, orchestrator_pb2, target_pb2, target_pb2_grpc
 from outrider.wire import UINT32, pack, unpack
@@ -142,6 +143,9 @@ async def scripted(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target_link, "time", Clock())
+        # On a busy machine passes take what they take: costs as measured could make drafts free.
+        patch.setattr(costs, "_time_pass", _told_time)
+        patch.setattr(costs.StepCosts, "observe", lambda *_: None)
         async with target_service.service.serving(config) as target:
             tiers = Tiers(target, None)
             fake = PricedDraft(await _model_of(tiers), script, token_s)
@@ -150,6 +154,10 @@ async def scripted(
                 orchestrating(tiers, redis_url, draft_endpoint=endpoint, **settings) as stack,
             ):
                 yield stack
+
+
+def _told_time(engine: Any, counts: list[int], repeat_s: float) -> float:
+    return TARGET.costs.pass_s(sum(counts), len(counts))
 
 
 async def _ask(stack: System, num_tokens: int, **fields: Any) -> Output:

@@ -52,8 +52,11 @@ async def succeeded(stream: Stream, number: int) -> None:
     assert isinstance(await stream.answer(number), target_pb2.VerifyResult)
 
 
-async def test_out_of_service_and_back(redis_url: str, fault: Fault) -> None:
+async def test_out_of_service_and_back(
+    redis_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not ready, and alive; what failed is named; the first self-test that succeeds ends it."""
+    monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     async with (
         registered(redis_url) as registry,
         tier(redis_url=redis_url, metrics_port=0) as target,
@@ -125,8 +128,9 @@ def _leaf(error: Any) -> BaseException:
     return error
 
 
-async def test_a_draft_fails_and_is_back(fault: Fault) -> None:
+async def test_a_draft_fails_and_is_back(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same worker: the same rules."""
+    monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     kind: type[ModelServiceConfig] = DraftConfig
     async with tier(kind) as draft:
         stub = draft_pb2_grpc.DraftServiceStub(draft.channel)

@@ -34,7 +34,7 @@ _CALL_TIMEOUT_S = 120.0
 _UNREAD_S = 60.0
 # Until a sentinel has found that the primary is gone and promoted another.
 _ELECTION_S = 5.0
-_REPLICATES_S = 10.0
+_REPLICATES_S = 60.0
 
 # Of a target's process: long enough to start.
 _BREAKS_AFTER_S = 3.0
@@ -208,7 +208,12 @@ async def _fail_over(options: AttackOptions, system: System, until: AsyncExitSta
     to_primary = await until.enter_async_context(
         Relay("127.0.0.1", 0, _socket(system.redis), 0, 0.0)
     )
-    replica = until.enter_context(RedisServer())
+    replica = RedisServer()
+    until.callback(replica.stop)
+    replica.launch()
+    await asyncio.to_thread(replica.wait_until_up)  # the loop times the healthy stream
+    # Otherwise it waits 5 s for more replicas.
+    _redis(system.redis, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     _redis(replica, "REPLICAOF", "127.0.0.1", str(to_primary.port))
     async with asyncio.timeout(_REPLICATES_S):
         while "master_link_status:up" not in _redis(replica, "INFO", "replication"):  # noqa: ASYNC110
