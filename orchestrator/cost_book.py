@@ -52,7 +52,7 @@ def _side(
     make: Callable[[Callable[[], CostReport]], Side],
     report: Callable[[str | None], CostReport],
 ) -> Side:
-    """The endpoint's, which is the one used last now. Addresses come and go: so many are kept."""
+    """The endpoint's, now the one used last. Addresses come and go: a bounded number is kept."""
     side = sides.get(endpoint)
     if side is None:
         side = sides[endpoint] = make(lambda: report(endpoint))

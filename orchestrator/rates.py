@@ -69,7 +69,7 @@ class TargetSide:
     _steps_s: tuple[float, ...] = ()
 
     def steps_s(self, max_gamma: int) -> tuple[float, ...]:
-        """[γ]: a pass if every row of the batch brings so many draft tokens."""
+        """[γ]: a pass if every row of the batch brings γ draft tokens."""
         report = self.report()
         if report is not self._steps_of or len(self._steps_s) <= max_gamma:
             rows = report.mean_num_rows
@@ -238,7 +238,7 @@ class PairCosts:
         return _PROMPT_SLACK * self.draft().pass_s(num_tokens, 1)
 
     def target_steps_s(self, max_gamma: int) -> tuple[float, ...]:
-        """[γ]: a pass if every row of the batch brings so many draft tokens."""
+        """[γ]: a pass if every row of the batch brings γ draft tokens."""
         return self.target_side.steps_s(max_gamma)
 
 

@@ -39,7 +39,7 @@ def speedup_sequential(alpha: float, gamma: int, cost_ratio: float) -> float:
 
 
 def speedup_hidden(alpha: float, gamma: int, cost_ratio: float) -> float:
-    """Drafting entirely behind verification (design.md §9)."""
+    """Drafting entirely behind verification."""
     return mean_acceptance_length(alpha, gamma) / max(1.0, gamma * cost_ratio)
 
 
@@ -56,7 +56,7 @@ def acceptance_from_length(tau: float, gamma: int) -> float:
 
 
 def acceptance_band(alpha: float) -> str:
-    """The field's bands (design.md §6)."""
+    """The field's bands."""
     if alpha >= 0.7:
         return "excellent"
     return "good" if alpha >= 0.5 else "poor: look for another draft"

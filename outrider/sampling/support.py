@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# design.md §4: the tail a draft gives up costs at most as much acceptance as it has mass.
+# The tail a draft gives up costs at most as much acceptance as it has mass.
 MAX_SUPPORT_SIZE = 32
 SUPPORT_MASS = 0.99
 

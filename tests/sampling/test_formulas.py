@@ -63,7 +63,7 @@ def test_acceptance_from_length_at_the_ends(tau: float, expected: float) -> None
 
 
 def test_speedups_of_the_design() -> None:
-    """design.md §9: α = 0.8, c = 0.1 gives 2.47 sequentially at best γ; the ceiling is 5."""
+    """α = 0.8, c = 0.1 gives 2.47 sequentially at best γ; the ceiling is 5."""
     sequential = max(speedup_sequential(0.8, gamma, 0.1) for gamma in range(20))
     hidden = max(speedup_hidden(0.8, gamma, 0.1) for gamma in range(20))
     assert sequential == pytest.approx(2.47, abs=0.02)
@@ -114,6 +114,6 @@ def test_coupled_acceptance_is_between_its_bound_and_the_optimum() -> None:
     ("alpha", "band"), [(1.0, "excellent"), (0.7, "excellent"), (0.69, "good"), (0.5, "good")]
 )
 def test_bands(alpha: float, band: str) -> None:
-    """design.md §6."""
+    """Lower bounds of the bands."""
     assert acceptance_band(alpha) == band
     assert acceptance_band(0.49).startswith("poor")

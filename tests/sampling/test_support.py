@@ -92,7 +92,7 @@ def test_truncate_is_the_shortest_head_that_covers_the_mass(
 
 
 def test_truncate_by_default_keeps_99_hundredths() -> None:
-    """design.md §4: the likeliest tokens with 99 % of the mass."""
+    """The likeliest tokens with 99 % of the mass."""
     probs = np.array([0.5, 0.3, 0.19, 0.005, 0.005])
     ids, _ = truncate(np.arange(5), probs)
     assert len(ids) in (3, 4)  # 0.5 + 0.3 + 0.19 is 0.99 up to rounding

@@ -65,10 +65,17 @@ async def faulty(
 
 @contextlib.asynccontextmanager
 async def two_targets(
-    pair: Pair, redis_url: str, fault: Fault, draft: Tier | None = None, **settings: Any
+    pair: Pair,
+    redis_url: str,
+    fault: Fault,
+    draft: Tier | None = None,
+    *,
+    both: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Stack, Tier, Tier]]:
-    """The first is the faulty one."""
-    async with faulty(pair.target, fault) as broken, faulty(pair.target, Fault()) as healthy:
+    """The first is the faulty one, or `both` are."""
+    other = fault if both else Fault()
+    async with faulty(pair.target, fault) as broken, faulty(pair.target, other) as healthy:
         endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (broken, healthy))
         tiers = Tiers(healthy.server, draft.server if draft else None)
         async with orchestrating(tiers, redis_url, target_endpoint=endpoints, **settings) as system:
@@ -160,24 +167,11 @@ async def test_a_failure_at_both_is_the_requests_end(
 ) -> None:
     """It is retried once: what fails everywhere does not go round."""
     fault = Fault()
-    async with (
-        faulty(pair.target, fault) as one,
-        faulty(pair.target, fault) as other,
-    ):
-        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (one, other))
-        async with orchestrating(
-            Tiers(one.server, None), redis_url, target_endpoint=endpoints
-        ) as system:
-
-            async def are_known() -> bool:
-                await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 1})
-                return all([(await t.info()).load.num_opened_total for t in (one, other)])
-
-            await eventually(are_known)
-            fault.num_to_fail = 2
-            refused = await refusal(system.generate(PROMPT, **HOW["greedy"]))
-            assert refused.code is grpc.StatusCode.INTERNAL
-            assert fault.num_failed == 2
+    async with two_targets(pair, redis_url, fault, both=True) as (system, _, _):
+        fault.num_to_fail = 2
+        refused = await refusal(system.generate(PROMPT, **HOW["greedy"]))
+        assert refused.code is grpc.StatusCode.INTERNAL
+        assert fault.num_failed == 2
 
 
 async def test_a_broken_draft_costs_speed_only(
@@ -225,28 +219,18 @@ async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
 
     monkeypatch.setattr(PairCosts, "saw_reply", noted)
     fault = Fault()
-    async with faulty(pair.target, fault) as one, faulty(pair.target, fault) as other:
-        endpoints = ",".join(f"127.0.0.1:{t.server.port}" for t in (one, other))
-        async with orchestrating(
-            Tiers(one.server, None), redis_url, target_endpoint=endpoints
-        ) as system:
+    async with two_targets(pair, redis_url, fault, both=True) as (system, _, _):
+        rounds.clear()
+        brake.set(NUM_TOKENS // 2)
+        running = asyncio.create_task(system.generate(PROMPT, **HOW["greedy"]))
 
-            async def are_known() -> bool:
-                await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 1})
-                return all([(await t.info()).load.num_opened_total for t in (one, other)])
+        async def is_held() -> bool:
+            return len(rounds) == NUM_TOKENS // 2 - 1
 
-            await eventually(are_known)
-            rounds.clear()
-            brake.set(NUM_TOKENS // 2)
-            running = asyncio.create_task(system.generate(PROMPT, **HOW["greedy"]))
-
-            async def is_held() -> bool:
-                return len(rounds) == NUM_TOKENS // 2 - 1
-
-            await eventually(is_held)
-            fault.num_to_fail = num_failures
-            brake.release()
-            assert len((await running).token_ids) == NUM_TOKENS
+        await eventually(is_held)
+        fault.num_to_fail = num_failures
+        brake.release()
+        assert len((await running).token_ids) == NUM_TOKENS
     assert fault.num_failed == num_failures
     assert len(rounds) == NUM_TOKENS - 1 - num_failures
 
