@@ -1,9 +1,9 @@
-"""Admission queue: bounds running and waiting generations and refuses the rest with a retry hint.
+"""Admission queue: bounds running and queued generations and rejects the rest with a retry hint.
 
-Requests wait in the order of priority, then arrival. A generation that runs and lacks room for keys
-and values waits before all that are no more urgent. When the queue is full, a more urgent request
-displaces the least urgent one that waits, for its turn or for room. Knows no request and no tier.
-Lives on the event loop.
+Requests are admitted in the order of priority, then arrival. A running generation whose KV fits no
+target for now waits for room; it goes before every request of equal or lower urgency. When the
+queue is full, a more urgent request displaces the least urgent one that is queued or waits for
+room. Lives on the event loop. Quotas of API keys are in `orchestrator.quota`.
 """
 
 from __future__ import annotations
@@ -13,95 +13,30 @@ import bisect
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterable, Iterator
 from enum import Enum
 
+from orchestrator.place import Place, Rooms, of_same_caller, renumber
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
-# The targets that have room, or may come to have it.
-Rooms = Callable[[], Collection[str]]
-
-# Of the time that generations take, of which the estimate of a wait is made.
+# Weight of the newest generation in the mean duration, from which waits are estimated.
 _SMOOTHING = 0.1
 _LEAST_RETRY_S = 0.1
-# Room is freed by other orchestrators' generations too, of which nothing is heard here.
-_ROOM_RETRY_S = 0.2
 
 
-class Refusal(Enum):
-    """Why admission refused a request; a label of a metric."""
+class Rejection(Enum):
+    """Why admission rejected a request; a label of a metric."""
 
     QUEUE_FULL = "queue_full"
     DISPLACED = "displaced"
     DEADLINE = "deadline"
 
 
-class Place:
-    """A generation's place in the order: a lower `priority` is served earlier, 0 is the usual.
-
-    `asked`: the request's own priority, which orders its caller's requests of equal `priority`.
-    """
-
-    def __init__(
-        self, admission: Admission, *, caller: str, priority: int, asked: int, number: int
-    ) -> None:
-        self.caller = caller
-        self.priority = priority
-        self.asked = asked
-        self.number = number
-        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Set once a more urgent request took its place while it ran and had no room.
-        self.displaced: CapacityExceeded | None = None
-        # Where it could run while it is short of room.
-        self.rooms: Rooms = frozenset
-        self._asked_at = time.monotonic()
-        self._admission = admission
-
-    @property
-    def age_s(self) -> float:
-        """Since it came."""
-        return time.monotonic() - self._asked_at
-
-    def __lt__(self, other: Place) -> bool:
-        return (self.priority, self.number) < (other.priority, other.number)
-
-    def short_of_room(self, rooms: Rooms, *, has_begun: bool) -> AbstractContextManager[None]:
-        """For as long as it waits, running, for keys and values to fit into one of `rooms`.
-
-        Raises CapacityExceeded where it has shown nothing yet and as many others wait as may, none
-        of them less urgent; one that has is never refused.
-        """
-        self.rooms = rooms
-        return self._admission.short_of_room(self, has_begun=has_begun)
-
-    async def turn_for_room(self, *, at_once: bool) -> frozenset[str]:
-        """While short of room: the rooms that it is the first to try, once there is one.
-
-        None at all where it has no rooms any more. Not `at_once`: it has just tried; till
-        something ends, or others may have made room. Raises CapacityExceeded once a more urgent
-        request has displaced it.
-        """
-        while True:
-            if not at_once:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_ROOM_RETRY_S):
-                        await self._admission.change()
-                self._admission.let_in()  # rooms may have come
-            at_once = False
-            if self.displaced is not None:
-                raise self.displaced
-            rooms = frozenset(self.rooms())
-            unclaimed = rooms - self._admission.claimed_before(self)
-            if unclaimed or not rooms:
-                return unclaimed
-
-
 class Admission:
-    """At most `max_running` run and `max_waiting` wait.
+    """Admits at most `max_running` generations and queues at most `max_waiting`.
 
-    `rooms`: where generations run, the targets. Whoever is short of room claims those that it fits
-    into; a later request may run where one is left unclaimed.
+    `rooms`: all targets. A generation that waits for room claims the targets that it fits into. A
+    later request is admitted while a target is unclaimed.
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
@@ -109,23 +44,23 @@ class Admission:
         self._max_waiting = max_waiting
         self.rooms: Rooms = frozenset
         self._numbers = itertools.count()
-        self._line: list[Place] = []
+        self._queue: list[Place] = []
+        # Running generations that wait for room; of these, the ones that have sent no token yet.
         self._short: list[Place] = []
-        # Those of `_short` that have shown nothing yet.
         self._unbegun: list[Place] = []
         self._mean_s = 0.0
         self._changed = asyncio.Event()
         self.num_running = 0
-        self.refused = {reason.value: 0 for reason in Refusal}
+        self.rejected = {reason.value: 0 for reason in Rejection}
 
     @property
     def num_waiting(self) -> int:
-        """In the line, and those that run and have no room yet."""
-        return len(self._line) + len(self._unbegun)
+        """Queued requests, and running ones that wait for room before their first token."""
+        return len(self._queue) + len(self._unbegun)
 
     @property
     def num_generating(self) -> int:
-        """That run, but for those that wait for room before their first token."""
+        """Running generations without those that wait for room before their first token."""
         return self.num_running - len(self._unbegun)
 
     @contextlib.asynccontextmanager
@@ -137,14 +72,14 @@ class Admission:
         caller: str = "",
         min_priority: int | None = None,
     ) -> AsyncIterator[Place]:
-        """Waits for its turn, then runs for the time of the block.
+        """Waits until the request is admitted, then counts it as running for the block.
 
-        A priority below `min_priority` counts as that one, but for the order among the caller's
-        own requests.
+        A priority below `min_priority` counts as `min_priority`. Among requests of the same
+        `caller` it still decides the order. `patience_s`: time left until the client's deadline.
 
-        Raises CapacityExceeded where as many wait as may, all no less urgent, where a more urgent
-        one displaces it, and where it is sure to wait longer than `patience_s` (the caller's
-        deadline); Unavailable when the server stops.
+        Raises CapacityExceeded when the queue is full and nothing in it is less urgent, when a more
+        urgent request displaces this one, and when the estimated wait exceeds `patience_s`. Raises
+        Unavailable when the server stops.
         """
         place = Place(
             self,
@@ -153,7 +88,7 @@ class Admission:
             asked=priority,
             number=next(self._numbers),
         )
-        self._order_own(place)
+        self._overtake_own(place)
         if self._may_run(place):
             self.num_running += 1
         else:
@@ -162,56 +97,61 @@ class Admission:
         try:
             yield place
         finally:
-            self._saw(time.monotonic() - began_at)
+            self._observe_duration(time.monotonic() - began_at)
             self.num_running -= 1
-            self._let_in()
+            self._capacity_freed()
 
-    def _order_own(self, place: Place) -> None:
-        """A caller's waiting requests exchange their places, so that its more urgent ones go first.
+    def _overtake_own(self, place: Place) -> None:
+        """Exchanges numbers among the waiting requests of one caller: the most urgent goes first.
 
-        No other caller's request has more or fewer of them before it than by arrival alone.
+        The caller's requests together keep the same numbers, so nobody else is overtaken.
         """
-        if place.asked == place.priority:
-            return
-        own = [
-            other
-            for other in (*self._unbegun, *self._line)
-            if (other.caller, other.priority) == (place.caller, place.priority)
-        ]
-        own.append(place)
-        numbers = sorted(other.number for other in own)
-        own.sort(key=lambda other: (other.asked, other.number))
-        for other, number in zip(own, numbers, strict=True):
-            other.number = number
-        self._line.sort()
+        if place.asked != place.priority:
+            own = [*self._waiting_of_same_caller(place), place]
+            self._renumber(own, (other.number for other in own))
+
+    def _undo_overtaking(self, place: Place) -> None:
+        """Gives the number that a leaving request took back to its caller's other requests."""
+        if place.number < place.arrived:
+            own = self._waiting_of_same_caller(place)
+            numbers = {place.number, *(other.number for other in own)} - {place.arrived}
+            if len(numbers) == len(own):  # otherwise the one that had `arrived` has left
+                self._renumber(own, numbers)
+
+    def _waiting_of_same_caller(self, place: Place) -> list[Place]:
+        return of_same_caller((*self._unbegun, *self._queue), place)
+
+    def _renumber(self, places: list[Place], numbers: Iterable[int]) -> None:
+        renumber(places, numbers)
+        self._queue.sort()
         self._short.sort()
 
     def close(self) -> None:
-        """Nobody who waits is let in any more."""
-        while self._line:
-            self._dismiss(self._line[-1], Unavailable("the orchestrator is stopping"))
+        """Rejects every queued request: the server is stopping."""
+        while self._queue:
+            self._reject_queued(self._queue[-1], Unavailable("the orchestrator is stopping"))
 
-    def _dismiss(self, place: Place, error: OutriderError) -> None:
-        """One in the line."""
-        self._line.remove(place)
-        if not place.turn.done():  # else its caller has left this very moment
+    def _reject_queued(self, place: Place, error: OutriderError) -> None:
+        self._queue.remove(place)
+        if not place.turn.done():  # otherwise its client has cancelled at this very moment
             place.turn.set_exception(error)
 
-    def _make_way(self, place: Place, what_for: str) -> None:
-        """Where as many wait as may, displaces the least urgent of them.
+    def _reserve_slot(self, place: Place, what_for: str) -> None:
+        """When the queue is full, displaces its least urgent request.
 
-        Raises CapacityExceeded where none is less urgent.
+        Raises CapacityExceeded when none is less urgent than `place`.
         """
         if self.num_waiting < self._max_waiting:
             return
-        last = max((*self._line, *self._unbegun), default=place)
+        last = max((*self._queue, *self._unbegun), default=place)
         if not place < last:
-            raise self._refusal(
-                Refusal.QUEUE_FULL, f"{self.num_waiting} requests wait{what_for}, the most allowed"
+            raise self._rejection(
+                Rejection.QUEUE_FULL,
+                f"{self.num_waiting} requests wait{what_for}, the most allowed",
             )
-        error = self._refusal(Refusal.DISPLACED, "more urgent requests fill the queue")
-        if last in self._line:
-            self._dismiss(last, error)
+        error = self._rejection(Rejection.DISPLACED, "more urgent requests fill the queue")
+        if last in self._queue:
+            self._reject_queued(last, error)
         else:
             last.displaced = error
             self._leave_short(last)
@@ -228,72 +168,79 @@ class Admission:
         await self._changed.wait()
 
     def _may_run(self, place: Place) -> bool:
-        if self.num_running >= self._max_running or (self._line and self._line[0] < place):
+        if self.num_running >= self._max_running or (self._queue and self._queue[0] < place):
             return False
         if not self._short or place < self._short[0]:
             return True
         return bool(frozenset(self.rooms()) - self.claimed_before(place))
 
     def claimed_before(self, place: Place) -> frozenset[str]:
-        """The rooms that generations wait for that come before this one."""
+        """Targets claimed by generations that wait for room and go before `place`."""
         ahead = itertools.takewhile(lambda short: short < place, self._short)
         return frozenset().union(*(short.rooms() for short in ahead))
 
     async def _wait(self, place: Place, patience_s: float | None) -> None:
-        self._check_patience(place, patience_s)
-        self._make_way(place, "")
-        bisect.insort(self._line, place)
+        try:
+            self._check_patience(place, patience_s)
+            self._reserve_slot(place, "")
+        except CapacityExceeded:
+            self._undo_overtaking(place)
+            raise
+        bisect.insort(self._queue, place)
         try:
             await place.turn
         except asyncio.CancelledError:
-            if place in self._line:
-                self._line.remove(place)
-            if not place.turn.cancelled() and place.turn.exception() is None:  # let in, and gone
+            if place in self._queue:
+                self._queue.remove(place)
+            self._undo_overtaking(place)
+            # Admitted, and cancelled before it ran.
+            if not place.turn.cancelled() and place.turn.exception() is None:
                 self.num_running -= 1
-            self._let_in()
+            self._capacity_freed()
             raise
 
     def _check_patience(self, place: Place, patience_s: float | None) -> None:
-        ahead = bisect.bisect(self._line, place)
-        wait_s = self._mean_s * (ahead + 1) / self._max_running
+        num_ahead = bisect.bisect(self._queue, place)
+        wait_s = self._mean_s * (num_ahead + 1) / self._max_running
         if patience_s is not None and wait_s > patience_s:
-            raise self._refusal(
-                Refusal.DEADLINE,
+            raise self._rejection(
+                Rejection.DEADLINE,
                 f"about {wait_s:.1f} s to wait, more than the {patience_s:.1f} s that are left",
             )
 
-    def _let_in(self) -> None:
+    def _capacity_freed(self) -> None:
+        """Wakes the generations that wait for room, then admits from the queue."""
         self._changed.set()
-        self.let_in()
+        self.admit_queued()
 
-    def let_in(self) -> None:
-        """Those of the line that may run now."""
-        while self._line and self._may_run(self._line[0]):
-            turn = self._line.pop(0).turn
+    def admit_queued(self) -> None:
+        """Admits requests from the head of the queue as long as they may run."""
+        while self._queue and self._may_run(self._queue[0]):
+            turn = self._queue.pop(0).turn
             if not turn.done():
                 self.num_running += 1
                 turn.set_result(None)
 
-    def _refusal(self, reason: Refusal, why: str) -> CapacityExceeded:
-        """Counted: it is raised."""
-        self.refused[reason.value] += 1
+    def _rejection(self, reason: Rejection, why: str) -> CapacityExceeded:
+        """Counts a rejection and returns its error, with the retry hint."""
+        self.rejected[reason.value] += 1
         after_s = self._mean_s * (self.num_waiting + 1) / self._max_running
         return CapacityExceeded(why, max(_LEAST_RETRY_S, after_s))
 
-    def _saw(self, seconds: float) -> None:
+    def _observe_duration(self, seconds: float) -> None:
         share = _SMOOTHING if self._mean_s else 1.0
         self._mean_s += share * (seconds - self._mean_s)
 
     @contextlib.contextmanager
     def short_of_room(self, place: Place, *, has_begun: bool) -> Iterator[None]:
-        """As Place.short_of_room."""
-        place.displaced = None  # of an earlier wait, which ended well all the same
+        """Does what `Place.short_of_room` documents."""
+        place.displaced = None  # left from an earlier wait that found room all the same
         if not has_begun:
-            self._make_way(place, " and there is no room for keys and values")
+            self._reserve_slot(place, " and there is no room for keys and values")
             self._unbegun.append(place)
         bisect.insort(self._short, place)
         try:
             yield
         finally:
             self._leave_short(place)
-            self._let_in()
+            self._capacity_freed()

@@ -12,13 +12,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from orchestrator.admission import Place
 from orchestrator.blocks import TargetReply
 from orchestrator.conversation import Turn
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
 from orchestrator.emitter import Chunk, Emitter
 from orchestrator.gamma import GammaPolicy
+from orchestrator.place import Place
 from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
 from orchestrator.resume import Resumed, turn_json

@@ -14,12 +14,13 @@ from typing import Any
 import grpc
 import structlog
 
-from orchestrator.admission import Admission, Place
+from orchestrator.admission import Admission
 from orchestrator.call import Call, Calls
 from orchestrator.callers import current_caller
 from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
 from orchestrator.generation import Generation, new_state
+from orchestrator.place import Place
 from orchestrator.request import (
     GenerationRequest,
     Limits,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 
 import structlog
 
-from orchestrator.admission import Place
 from orchestrator.blocks import Proposal, TargetReply
+from orchestrator.place import Place
 from orchestrator.pool import ReplicaPool
 from orchestrator.session import GenerationState
 from orchestrator.store import KvHandle

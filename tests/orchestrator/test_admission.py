@@ -1,4 +1,4 @@
-"""Who runs, who waits, who is sent away: the order, its bounds, and that nothing leaks."""
+"""Admission queue: order, bounds, displacement, and that no running slot leaks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from orchestrator.admission import Admission, Place
+from orchestrator.admission import Admission
+from orchestrator.place import Place
 from outrider.errors import CapacityExceeded, Unavailable
 
 
@@ -85,8 +86,8 @@ async def test_the_most_urgent_first_then_whoever_came_first() -> None:
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
-async def test_a_full_line_refuses_whoever_is_no_more_urgent_than_its_last() -> None:
-    """Whom a more urgent one displaces is told so; a hint says when to come back."""
+async def test_a_full_queue_rejects_a_request_that_is_no_more_urgent_than_its_last() -> None:
+    """A displaced request gets an error of its own; both have a retry hint."""
     admission = Admission(1, 2)
     _, kept, last, late = await calls(admission, 0, 0, 1, 1)
     assert "2 requests wait" in str(await refusal(late))
@@ -99,7 +100,7 @@ async def test_a_full_line_refuses_whoever_is_no_more_urgent_than_its_last() -> 
         caller.task.cancel()
 
 
-async def test_without_a_line_everybody_is_refused_at_once() -> None:
+async def test_with_a_queue_of_zero_requests_are_rejected_at_once() -> None:
     admission = Admission(2, 0)
     first, _, late = await calls(admission, 0, 0, -9)
     await refusal(late)
@@ -108,7 +109,7 @@ async def test_without_a_line_everybody_is_refused_at_once() -> None:
     assert again.is_running
 
 
-async def test_a_deadline_that_cannot_be_met_is_said_at_once() -> None:
+async def test_a_deadline_that_cannot_be_met_is_rejected_at_once() -> None:
     admission = Admission(1, 8)
     (first,) = await calls(admission, 0)
     await asyncio.sleep(0.2)
@@ -121,7 +122,7 @@ async def test_a_deadline_that_cannot_be_met_is_said_at_once() -> None:
     patient.task.cancel()
 
 
-async def test_a_stop_sends_away_those_who_wait_and_nobody_else() -> None:
+async def test_a_stop_rejects_queued_requests_and_no_running_one() -> None:
     admission = Admission(1, 8)
     first, waiting = await calls(admission, 0, 0)
     admission.close()
@@ -131,7 +132,7 @@ async def test_a_stop_sends_away_those_who_wait_and_nobody_else() -> None:
     await first.end()
 
 
-async def test_those_short_of_room_stand_before_the_line() -> None:
+async def test_generations_short_of_room_go_before_the_queue() -> None:
     """What becomes free is theirs, unless somebody is more urgent."""
     admission = Admission(3, 8)
     first, second = await calls(admission, 0, 0)
@@ -182,7 +183,7 @@ async def test_nobody_waits_behind_one_that_waits_for_another_room() -> None:
 
 
 async def test_too_many_without_room() -> None:
-    """Who has shown something is never sent away."""
+    """A generation that has sent tokens is never rejected."""
     admission = Admission(4, 1)
     (first, second, third) = await calls(admission, 0, 0, 0)
     assert first.place is not None
@@ -219,7 +220,7 @@ async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() 
             await urgent.place.turn_for_room(at_once=True)
             assert "2 requests wait" in str(await refusal(equal))
     assert admission.num_waiting == 0
-    assert admission.refused == {"queue_full": 1, "displaced": 1, "deadline": 0}
+    assert admission.rejected == {"queue_full": 1, "displaced": 1, "deadline": 0}
 
 
 async def test_a_displaced_request_that_found_room_all_the_same_goes_on() -> None:
@@ -282,6 +283,49 @@ async def test_without_the_right_a_priority_orders_only_a_callers_own_requests()
     assert await served(first, waiting) == [2, 5, 4, 3, 0, 1]
 
 
+async def test_a_refused_request_leaves_its_own_keys_order_as_it_was() -> None:
+    """Rejected by its deadline, it gives back the place that it took from an earlier request."""
+    admission = Admission(1, 8)
+    (first,) = await of_keys(admission, ("ada", 0))
+    await asyncio.sleep(0.2)
+    await first.end()  # so generations take 0.2 s
+    (running,) = await of_keys(admission, ("ada", 0))
+    waiting = await of_keys(admission, ("ada", 0), ("bob", 0), ("ada", -2))
+    late = Caller(admission, -9, patience_s=0.01, key="ada", min_priority=0)
+    assert "to wait, more than" in str(await refusal(late))
+    # ada's places are the first and the third; bob's is the second.
+    assert await served(running, waiting) == [2, 1, 0]
+
+
+async def test_a_cancelled_request_gives_back_the_place_it_took_from_its_own_key() -> None:
+    admission = Admission(1, 8)
+    (running,) = await of_keys(admission, ("ada", 0))
+    *waiting, urgent = await of_keys(
+        admission, ("ada", 0), ("bob", 0), ("ada", -2), ("cleo", 0), ("ada", -9)
+    )
+    urgent.task.cancel()
+    await settle()
+    assert await served(running, waiting) == [2, 1, 0, 3]
+
+
+async def test_cancelling_a_request_keeps_the_place_that_another_took_from_it() -> None:
+    admission = Admission(1, 8)
+    (running,) = await of_keys(admission, ("ada", 0))
+    early, *waiting = await of_keys(admission, ("ada", 0), ("bob", 0), ("ada", -9))
+    early.task.cancel()
+    await settle()
+    assert await served(running, waiting) == [1, 0]
+
+
+async def test_a_request_rejected_by_a_full_queue_changes_nothing() -> None:
+    admission = Admission(1, 2)
+    (running,) = await of_keys(admission, ("ada", 0))
+    waiting = await of_keys(admission, ("ada", -2), ("bob", 0))
+    (late,) = await of_keys(admission, ("ada", -1))
+    assert "2 requests wait" in str(await refusal(late))
+    assert await served(running, waiting) == [0, 1]
+
+
 async def test_without_the_right_nobody_else_is_displaced_or_overtaken() -> None:
     admission = Admission(2, 2)
     running = await of_keys(admission, ("ada", 0), ("bob", 0))
@@ -307,7 +351,7 @@ async def test_what_a_priority_counts_as_towards_others(least: int | None, count
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
-    """Callers come, leave while they wait, leave when just let in, end: bounds hold throughout."""
+    """Requests arrive, are cancelled while queued or just admitted, end: bounds always hold."""
     generator = random.Random(seed)
     admission = Admission(3, 5)
     callers: list[Caller] = []
