@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,15 +20,26 @@ from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # The short calls read a few rows of Redis.
 SHORT_TIMEOUT_S = 10.0
+# How gRPC itself begins to report that it has no connection, in lower case.
 _NO_CONNECTION = (
-    "failed to connect",
-    "connection refused",
+    "failed to connect to all addresses",
+    "connections to all backends failing",
     "dns resolution failed",
-    "name resolution",
+    "domain name not found",
+    "name resolution failure",
     "errors resolving",
-    "handshake",
-    "certificate",
+    "empty address list",
 )
+# Its whole report of a connection that broke under a call. A proxy may quote the same words, of its
+# own connection to an orchestrator: they are then only a part of what it says.
+_BROKE = re.compile(
+    r"stream removed \(.*\)|socket closed|transport closed|endpoint closing|broken pipe|"
+    r"connection (reset( by peer)?|aborted)|(recvmsg|sendmsg):.*|(read|write) failed \(.*\)|"
+    r"keepalive watchdog timeout|ping timeout|cancelling all calls|channel closed.*|"
+    r"failed parsing http/2.*"
+)
+_TIMED_OUT = ("deadline exceeded", "stream removed (deadline exceeded)")
+_HTTP_STATUS = re.compile(r"received http2 header with status: (\d+)")
 # In the trailers of every error that one of our servers has raised (outrider.rpc).
 _STATUS_DETAILS = "grpc-status-details-bin"
 
@@ -59,10 +71,12 @@ Show = Callable[[orchestrator_pb2.GenerateResponse], None]
 class Client:
     """Made by `connected`."""
 
-    def __init__(self, channel: grpc.aio.Channel, endpoint: str, *, has_tls: bool = False) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, endpoint: str, access: Access | None = None
+    ) -> None:
         self._stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         self._endpoint = endpoint
-        self._has_tls = has_tls
+        self._access = access
 
     @property
     def endpoint(self) -> str:
@@ -90,7 +104,7 @@ class Client:
         except Unavailable as error:
             raise CallFailed(f"UNAVAILABLE: {self._endpoint}: {error}") from error
         except grpc.aio.AioRpcError as error:
-            raise await call_failed(error, self._endpoint, has_tls=self._has_tls) from error
+            raise await call_failed(error, self._endpoint, self._access) from error
         finally:
             call.cancel()  # leaving the loop does not cancel it: the server would go on
         if not output.result.finish_reason:
@@ -132,33 +146,47 @@ class Client:
         try:
             return await method(request, timeout=SHORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise await call_failed(error, self._endpoint, has_tls=self._has_tls) from error
+            raise await call_failed(error, self._endpoint, self._access) from error
 
 
 async def call_failed(
-    error: grpc.aio.AioRpcError, endpoint: str, *, has_tls: bool = False
+    error: grpc.aio.AioRpcError, endpoint: str, access: Access | None = None
 ) -> CallFailed:
-    """What the server said; or, where none of ours said anything, what is wrong and what to do."""
+    """What the server or a proxy said; where nobody said anything, what is wrong and what to do."""
     code, said = error.code().name, " ".join((error.details() or "").split())
     trailers: Any = error.trailing_metadata() or ()
     if any(key == _STATUS_DETAILS for key, _ in trailers):
         return CallFailed(f"{code}: {said}")
     words = said.lower()
-    if "deadline exceeded" in words:  # also of a stream that gRPC has removed for it
+    if words in _TIMED_OUT:  # also of a stream that gRPC has removed for it
         return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} has not answered in time")
+    if status := _HTTP_STATUS.search(words):
+        return CallFailed(f"{code}: {_answered_by_http(endpoint, status[1])}")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return CallFailed(
-            f"{code}: {endpoint} is no orchestrator of this version (a model service?)"
+            f"{code}: {endpoint} is no orchestrator of this version (a model service?): {said}"
         )
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return CallFailed(f"{code}: {said}")
-    was_heard = not any(there in words for there in _NO_CONNECTION)
-    why = await asyncio.to_thread(unconnected, endpoint, said, has_tls=has_tls)
-    if was_heard:
-        why = f"the connection to {endpoint} broke; {why or 'it answers again: try again'}"
-    elif why is None:
-        why = f"{endpoint} was not there a moment ago and is now: try again"
-    return CallFailed(f"{code}: {why}", was_heard=was_heard)
+    if words.startswith(_NO_CONNECTION):
+        why = await asyncio.to_thread(unconnected, endpoint, access)
+        why = why or f"{endpoint} was not there a moment ago and is now: try again"
+        return CallFailed(f"{code}: {why}", was_heard=False)
+    if words and not _BROKE.fullmatch(words):
+        return CallFailed(
+            f"{code}: {endpoint} answered: {said} (not an orchestrator's words: check the proxy or "
+            "gateway there, and that the orchestrator behind it runs; then try again)"
+        )
+    why = await asyncio.to_thread(unconnected, endpoint, access)
+    why = why or "it answers again: try again"
+    return CallFailed(f"{code}: the connection to {endpoint} broke; {why}")
+
+
+def _answered_by_http(endpoint: str, status: str) -> str:
+    return (
+        f"{endpoint} answered with HTTP status {status}: a proxy or gateway, not an orchestrator; "
+        "check that it forwards gRPC (HTTP/2), and that the orchestrator behind it runs"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -168,4 +196,4 @@ async def connected(endpoint: str, access: Access | None = None) -> AsyncIterato
         raise ConfigError(f"--endpoint: {endpoint!r} is several; only `generate` follows them")
     check_endpoint(endpoint)
     async with open_channel(endpoint, access) as channel:
-        yield Client(channel, endpoint, has_tls=access is not None and access.tls_ca is not None)
+        yield Client(channel, endpoint, access)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,7 +18,9 @@ from outrider.cli.failures import CallFailed
 from outrider.cli.request import endpoints_of
 from outrider.errors import ConfigError
 from outrider.security.channel import Access
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.cli.processes import run
+from tests.security.parts import Authority
 from tests.services.replicas import tier
 
 # gRPC's parts and their addresses.
@@ -33,20 +37,47 @@ async def told(endpoint: str, access: Access | None = None) -> str:
     return said
 
 
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def listening(serve: Serve) -> AsyncIterator[str]:
+    """The address of a TCP server; at the end none of its connections is left."""
+    tasks: set[asyncio.Task[Any]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio runs callbacks of connections as tasks"
+        tasks.add(task)
+        try:
+            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+                await serve(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await asyncio.sleep(0)  # what was just accepted becomes a task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
+
+
 @contextlib.asynccontextmanager
 async def answering(answer: bytes) -> AsyncIterator[str]:
     """A server that answers whatever it reads with this, and hangs up."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            await reader.read(64)
-            writer.write(answer)
-            await writer.drain()
-        writer.close()
+        await reader.read(64)
+        writer.write(answer)
+        await writer.drain()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with listening(serve) as endpoint:
+        yield endpoint
 
 
 @pytest.mark.parametrize(
@@ -104,6 +135,191 @@ async def test_a_connection_that_broke() -> None:
     failed = await call_failed(error, "127.0.0.1:1")
     assert failed.was_heard
     assert "the connection to 127.0.0.1:1 broke; nothing answers at 127.0.0.1:1" in str(failed)
+
+
+class Gateway(orchestrator_pb2_grpc.OrchestratorServiceServicer):
+    """Fails every short call as a proxy does, in its own words; a Generate waits until it ends."""
+
+    def __init__(self, code: grpc.StatusCode, words: str) -> None:
+        self._code = code
+        self._words = words
+        self.has_begun = asyncio.Event()
+
+    async def GetModelInfo(self, request: Any, context: Any) -> Any:
+        await context.abort(self._code, self._words)
+
+    async def Generate(self, request: Any, context: Any) -> Any:
+        self.has_begun.set()
+        yield orchestrator_pb2.GenerateResponse(text="a")
+        await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    words: str = "no healthy upstream",
+    code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE,
+    credentials: grpc.ServerCredentials | None = None,
+) -> AsyncIterator[tuple[int, Gateway, grpc.aio.Server]]:
+    server, gateway = grpc.aio.server(), Gateway(code, words)
+    orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(gateway, server)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield port, gateway, server
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def passing_on(port: int) -> AsyncIterator[tuple[str, set[asyncio.StreamWriter]]]:
+    """Bytes of both directions, as a firewall does; and the connections, to cut."""
+    writers: set[asyncio.StreamWriter] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.transport.abort()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        writers.add(writer)
+        await asyncio.gather(pump(reader, far_writer), pump(far, writer))
+
+    async with listening(serve) as endpoint:
+        yield endpoint.replace("127.0.0.1", "localhost"), writers
+
+
+def server_credentials(
+    authority: Authority, *names: str, client_ca: str | None = None
+) -> grpc.ServerCredentials:
+    cert, key = (Path(path).read_bytes() for path in authority.issue(names[0], *names))
+    roots = None if client_ca is None else Path(client_ca).read_bytes()
+    return grpc.ssl_server_credentials([(key, cert)], roots, client_ca is not None)
+
+
+async def broken(endpoint: str, access: Access | None, gateway: Gateway, cut: Any) -> str:
+    """What is said of a stream that `cut` breaks after its first message."""
+    async with connected(endpoint, access) as client:
+        call = asyncio.create_task(client.generate(orchestrator_pb2.GenerateRequest()))
+        await gateway.has_begun.wait()
+        await cut()
+        with pytest.raises(CallFailed) as caught:
+            await call
+    assert caught.value.was_heard
+    said = str(caught.value)
+    assert not any(word in said for word in INTERNAL), said
+    return said
+
+
+async def test_a_failed_handshake_is_named(tmp_path: Path) -> None:
+    ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
+    access = Access(tls_ca=ours.ca)
+    async with serving(credentials=server_credentials(ours, "localhost")) as (port, _, _):
+        endpoint = f"localhost:{port}"
+        assert await told(endpoint, Access(tls_ca=other.ca)) == (
+            f"UNAVAILABLE: no TLS with {endpoint}: its certificate is not signed by the authority "
+            "in --tls-ca"
+        )
+        assert "its certificate is for another host name" in await told(f"127.0.0.1:{port}", access)
+    wants = server_credentials(ours, "localhost", client_ca=ours.ca)
+    async with serving(credentials=wants) as (port, _, _):
+        endpoint = f"localhost:{port}"
+        said = await told(endpoint, access)
+        assert "it requires a client certificate: give --tls-cert and --tls-key" in said
+        cert, key = other.issue("stranger")
+        said = await told(endpoint, Access(tls_ca=ours.ca, tls_cert=cert, tls_key=key))
+        assert "it refuses the certificate in --tls-cert" in said
+    async with serving() as (port, _, _):
+        assert "does not use TLS: leave out --tls-ca" in await told(f"localhost:{port}", access)
+
+
+@pytest.mark.parametrize("has_tls", [True, False])
+async def test_a_call_that_broke_after_a_good_handshake(has_tls: bool, tmp_path: Path) -> None:
+    """Cut by what stands between, and by the end of the server. No word of certificates."""
+    authority = Authority(tmp_path / "pki")
+    access = Access(tls_ca=authority.ca) if has_tls else None
+    credentials = server_credentials(authority, "localhost") if has_tls else None
+    async with serving(credentials=credentials) as (port, gateway, server):
+        async with passing_on(port) as (endpoint, writers):
+
+            async def cut() -> None:
+                for writer in writers:
+                    writer.transport.abort()
+
+            said = await broken(endpoint, access, gateway, cut)
+            assert said == (
+                f"UNAVAILABLE: the connection to {endpoint} broke; it answers again: try again"
+            )
+        gateway.has_begun.clear()
+        endpoint = f"localhost:{port}"
+        said = await broken(endpoint, access, gateway, lambda: server.stop(0))
+        assert said == (
+            f"UNAVAILABLE: the connection to {endpoint} broke; nothing answers at {endpoint}; "
+            "start it with: outrider up"
+        )
+
+
+@pytest.mark.parametrize("has_tls", [True, False])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "no healthy upstream",
+        "upstream connect error or disconnect/reset before headers. reset reason: remote "
+        "connection failure, transport failure reason: delayed connect error: Connection refused",
+        "TLS handshake with backend 10.0.0.7 failed: certificate has expired",
+        "deadline exceeded while waiting for a backend",
+    ],
+)
+async def test_a_proxys_own_reason_is_shown(words: str, has_tls: bool, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "pki")
+    access = Access(tls_ca=authority.ca) if has_tls else None
+    credentials = server_credentials(authority, "localhost") if has_tls else None
+    async with serving(words, credentials=credentials) as (port, _, _):
+        with pytest.raises(CallFailed) as caught:
+            async with connected(f"localhost:{port}", access) as client:
+                await client.model_info()
+    said = str(caught.value)
+    assert said.startswith(f"UNAVAILABLE: localhost:{port} answered: {words} (")
+    assert "check the proxy or gateway" in said
+    assert caught.value.was_heard
+
+
+async def test_a_proxys_reason_with_another_status() -> None:
+    async with serving("no route /outrider.v1", grpc.StatusCode.UNIMPLEMENTED) as (port, _, _):
+        assert "no route /outrider.v1" in await told(f"127.0.0.1:{port}")
+    async with serving("quota of team 7", grpc.StatusCode.RESOURCE_EXHAUSTED) as (port, _, _):
+        assert await told(f"127.0.0.1:{port}") == "RESOURCE_EXHAUSTED: quota of team 7"
+
+
+async def test_a_gateways_http_status_is_shown() -> None:
+    """It answers gRPC's request with HTTP/2 headers alone: a status and the end of the stream."""
+    settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    status = b"\x08\x03503"  # the name `:status` by its index, then the value
+    headers = len(status).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + status
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(24)  # the preface
+        writer.write(settings)
+        while True:
+            frame = await reader.readexactly(9)
+            await reader.readexactly(int.from_bytes(frame[:3], "big"))
+            if frame[3] == 1:  # headers
+                writer.write(headers)
+
+    async with listening(serve) as endpoint:
+        said = await told(endpoint)
+    assert f"UNAVAILABLE: {endpoint} answered with HTTP status 503: a proxy or gateway" in said
+
+
+async def test_a_port_that_hangs_up_is_not_taken_for_tls() -> None:
+    async with answering(b"") as endpoint:
+        assert f"{endpoint} closes connections without an answer" in await told(endpoint)
 
 
 @pytest.mark.slow

@@ -76,8 +76,7 @@ async def _measure(
         try:
             whom = await subject(*channels)
         except grpc.aio.AioRpcError as error:
-            has_tls = options.access.tls_ca is not None
-            raise await call_failed(error, endpoints[0], has_tls=has_tls) from error
+            raise await call_failed(error, endpoints[0], options.access) from error
         _check_prompts(asked, whom.info.target.max_context_len)
         campaign = Campaign(
             subject=whom,
