@@ -6,6 +6,7 @@ that a green run stays green; `pytest --hypothesis-profile=default` explores ane
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import hypothesis
@@ -18,6 +19,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+# Collecting imports torch and every test: full collections of that garbage, none of which can be
+# freed, would take seconds of each worker.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected as ever; what was imported is not looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
