@@ -22,6 +22,7 @@ from outrider.errors import (
     LeaseLost,
     NonFiniteLogits,
     OutriderError,
+    ReplicaLost,
     Unavailable,
 )
 from outrider.sampling.params import SamplingParams
@@ -89,7 +90,8 @@ class TargetHandle:
         """The answer to the row sent last.
 
         Raises KVLost (send the row again with the whole context), KVFull (open it again when there
-        is room), KVNeverFits, LeaseLost, InternalError, Unavailable (the replica is gone or slow).
+        is room), KVNeverFits, LeaseLost, InternalError, Unavailable (the replica takes no
+        generations), ReplicaLost (it was lost while the row was there, or is slow).
         """
         assert self._answer is not None, "a row was sent"
         try:
@@ -97,7 +99,7 @@ class TargetHandle:
                 result = await self._answer
         except TimeoutError:
             self._link.fell_silent()
-            raise Unavailable(f"the target has not answered for {timeout_s:g} s") from None
+            raise ReplicaLost(f"the target has not answered for {timeout_s:g} s") from None
         try:
             reply = self._parse(result, proposal)
         except (InvalidRequest, ValueError) as error:
@@ -140,8 +142,9 @@ class TargetHandle:
         self._fail(failure)
 
     def link_lost(self, why: str) -> None:
-        self._failure = Unavailable("the target replica is lost, and no other took its place", why)
-        self._fail(self._failure)
+        message = "the target replica is lost, and no other took its place"
+        self._failure = Unavailable(message, why)  # of a row that is not there yet
+        self._fail(ReplicaLost(message, why))
 
     def _fail(self, failure: OutriderError) -> None:
         if self._answer is not None and not self._answer.done():

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -26,6 +27,7 @@ from outrider.errors import (
     KVLost,
     KVNeverFits,
     OutriderError,
+    ReplicaLost,
     Unavailable,
 )
 
@@ -35,8 +37,40 @@ log = structlog.get_logger()
 _RETRY_S = 0.2
 # A replica that has lost the keys and values of one row so often does not hold them at all.
 _MAX_LOST = 3
+# A row that was at so many replicas when they were lost, one after the other, is not sent again:
+# it may be what they die of.
+MAX_LOST_REPLICAS = 3
 # After these the row is sent again, or elsewhere: the context is known here.
 _RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable, InternalError)
+
+
+@dataclass
+class _Tries:
+    """What has become of one verify request so far."""
+
+    # Replicas that have no room for it, and those that were lost while it was there.
+    full: set[str] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
+    num_kv_lost: int = 0
+    is_short: bool = False
+    has_failed: bool = False
+
+    def lost_kv(self, error: KVLost) -> None:
+        """Raises InternalError where it is too often."""
+        self.num_kv_lost += 1
+        if self.num_kv_lost > _MAX_LOST:
+            raise InternalError("the target keeps losing the context", str(error)) from error
+
+    def lost_replica(self, replica: str, error: ReplicaLost) -> None:
+        """Raises Unavailable where it is too often."""
+        self.lost.append(replica)
+        log.warning("verify_request_lost", replica=replica, num=len(self.lost), why=str(error))
+        if len(self.lost) >= MAX_LOST_REPLICAS:
+            raise Unavailable(
+                f"the target was lost {len(self.lost)} times in a row at the same verify request, "
+                "which is not sent again",
+                f"at {', '.join(self.lost)}: {error}",
+            ) from error
 
 
 class Verifying:
@@ -114,7 +148,8 @@ class Verifying:
 
         Where no replica has room it is waited for. Raises CapacityExceeded where too many wait
         for that already and nothing is shown yet, InvalidRequest where then no replica is large
-        enough, Unavailable where none comes in time, LeaseLost, InternalError.
+        enough, Unavailable where none comes in time or replicas are lost at this row again and
+        again, LeaseLost, InternalError.
         """
         assert self._handle is not None, "it is open"
         try:
@@ -129,48 +164,57 @@ class Verifying:
         return reply
 
     async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> TargetReply:
-        """Sends the row until it is answered; what it waits in is left with `waiting`.
-
-        A failure of the replica's is retried once, at another one.
-        """
-        num_lost, full, is_short, has_failed = 0, set[str](), False, False
+        """Sends the row until it is answered; what it waits in is left with `waiting`."""
+        tries = _Tries()
         while True:
+            await self._send_again(error, tries, waiting)
             assert self._handle is not None, "it is open"
-            if isinstance(error, InternalError):
-                failing = {self._handle.replica}
-                if has_failed or self._pick(failing) is None:
-                    raise error
-                has_failed = True
-                await self._move(error, failing, preempts=False)
-            elif isinstance(error, KVLost):
-                num_lost += 1
-                if num_lost > _MAX_LOST:
-                    raise InternalError(
-                        "the target keeps losing the context", str(error)
-                    ) from error
-                log.info("kv_lost", replica=self._handle.replica, why=str(error))
-                self.num_reused = self.cached_len = 0
-                self._send()
-            else:
-                if isinstance(error, KVNeverFits):
-                    self._too_small.add(self._handle.replica)
-                if isinstance(error, KVFull):
-                    full.add(self._handle.replica)
-                if full and not self._rooms() - full:
-                    # One that has just lost its room to another does not find it free at once.
-                    at_once = not is_short and not self._has_begun
-                    if not is_short:
-                        waiting.enter_context(
-                            self._place.short_of_room(self._rooms, has_begun=self._has_begun)
-                        )
-                        log.info("short_of_room", why=str(error))
-                    is_short = True
-                    full = set(self._rooms() - await self._place.turn_for_room(at_once=at_once))
-                await self._move(error, full, preempts=is_short)
             try:
                 return await self._handle.reply(self.proposal, self._verdict_timeout_s)
             except _RETRIED as again:
                 error = again
+
+    async def _send_again(
+        self, error: OutriderError, tries: _Tries, waiting: contextlib.ExitStack
+    ) -> None:
+        """To the same replica or to another one, as the error says.
+
+        A failure of the replica's is retried once, at another one.
+        """
+        assert self._handle is not None, "it is open"
+        replica = self._handle.replica
+        if isinstance(error, InternalError):
+            if tries.has_failed or self._pick({replica}) is None:
+                raise error
+            tries.has_failed = True
+            await self._move(error, {replica}, preempts=False)
+        elif isinstance(error, KVLost):
+            tries.lost_kv(error)
+            log.info("kv_lost", replica=replica, why=str(error))
+            self.num_reused = self.cached_len = 0
+            self._send()
+        else:
+            if isinstance(error, ReplicaLost):
+                tries.lost_replica(replica, error)
+            if isinstance(error, KVNeverFits):
+                self._too_small.add(replica)
+            if isinstance(error, KVFull):
+                tries.full.add(replica)
+            if tries.full and not self._rooms() - tries.full:
+                await self._wait_for_room(error, tries, waiting)
+            await self._move(error, {*tries.full, *tries.lost}, preempts=tries.is_short)
+
+    async def _wait_for_room(
+        self, error: OutriderError, tries: _Tries, waiting: contextlib.ExitStack
+    ) -> None:
+        # One that has just lost its room to another does not find it free at once.
+        at_once = not tries.is_short and not self._has_begun
+        if not tries.is_short:
+            short = self._place.short_of_room(self._rooms, has_begun=self._has_begun)
+            waiting.enter_context(short)
+            log.info("short_of_room", why=str(error))
+        tries.is_short = True
+        tries.full = set(self._rooms() - await self._place.turn_for_room(at_once=at_once))
 
     def committed(self, cached_len: int) -> None:
         """So many tokens of the context are held at the replica, and right."""

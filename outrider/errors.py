@@ -17,6 +17,7 @@ OutriderError
  ├─ ClientStalled        a client has not read its stream for too long
  ├─ KVLost               keys and values that a caller relied on are gone
  ├─ Unavailable          a tier or the store cannot be reached
+ │   └─ ReplicaLost      a replica was lost while it had a request
  └─ InternalError        a defect on our side, by name
      └─ NonFiniteLogits  the model computed NaN or infinity
 """
@@ -130,6 +131,10 @@ class Unavailable(_Detailed):
     """A tier or the store cannot be reached; it may be again in `retry_after_s`."""
 
     retry_after_s = 1.0
+
+
+class ReplicaLost(Unavailable):
+    """The replica died, was cut off or did not answer in time while it had the request."""
 
 
 class InternalError(_Detailed):
