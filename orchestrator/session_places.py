@@ -2,12 +2,13 @@
 
 Owns the keys `outrider:key:*:sessions`: a sorted set of a caller's session keys by when each may
 have expired. A place is taken before a session is made, and given back when the session is gone.
+The set lives as long as its sessions: each write to one of them sees to that (`store.lua`).
 """
 
 from __future__ import annotations
 
 from orchestrator.store import StoreOptions
-from orchestrator.store.lua import Script
+from orchestrator.store.lua import PLACES_KEY, Script
 from orchestrator.store.records import session_key
 from orchestrator.store.writer import PipelineWriter
 from outrider.errors import CapacityExceeded, OutriderError
@@ -37,7 +38,7 @@ if not is_counted and redis.call('ZCARD', key) >= tonumber(most)
   end
 end
 redis.call('ZADD', key, after(ttl_ms), tokens_key)
-redis.call('PEXPIRE', key, 2 * ttl_ms)
+outlive(key, ttl_ms)
 return {'ok'}
 """)
 
@@ -82,4 +83,4 @@ class SessionPlaces:
 
 def _keys(caller: str, session_id: str) -> tuple[bytes, bytes]:
     session = session_key(session_id, caller, StoreOptions().prefix)
-    return f"outrider:key:{{{caller}}}:sessions".encode(), session.encode()
+    return (PLACES_KEY % caller).encode(), session.encode()

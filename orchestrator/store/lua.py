@@ -8,8 +8,10 @@ Hash `{prefix}:session:{id}`:
   turn. Other fields stay.
 String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
-Every script touches only these two keys, which share a hash slot, and may be sent twice: a reply
-lost on the way is answered by sending again. A reply is an array whose first item is its status.
+Every script may be sent twice: a reply lost on the way is answered by sending again. A reply is an
+array whose first item is its status. The two keys share a hash slot. Beside them scripts touch only
+the count of a caller's sessions (`session_places`): it lives at least as long as each of them, and
+a session that is used is in it, also where Redis has lost it. In a cluster there is no such count.
 
 Epochs are fencing tokens: later leases have higher ones, also across deletion, expiry and a Redis
 that lost its data, hence the clock. Microseconds since 1970 stay below 2^53 (a Lua number) until
@@ -29,6 +31,8 @@ from dataclasses import dataclass, field
 # Grows with a change that older orchestrators must not write behind. A field that they may leave as
 # it is, and that may be missing, is none.
 VERSION = 1
+# A caller's sorted set of sessions (`orchestrator.session_places`), by the caller's name.
+PLACES_KEY = "outrider:key:{%s}:sessions"
 
 _PRELUDE = """
 local key, tokens_key = KEYS[1], KEYS[2]
@@ -40,9 +44,29 @@ local function now_us()
   return t[1] * 1000000 + t[2]
 end
 
-local function expire(session_ttl_ms)
-  redis.call('PEXPIRE', key, session_ttl_ms)
-  redis.call('PEXPIRE', tokens_key, session_ttl_ms)
+local function outlive(name, ttl_ms)
+  local left_ms = redis.pcall('PTTL', name)
+  if type(left_ms) == 'number' and left_ms < tonumber(ttl_ms) then
+    redis.call('PEXPIRE', name, digits(2 * ttl_ms))
+  end
+end
+
+-- Of a session whose caller has a name.
+local caller = string.match(key, '{([^/}]+)/')
+local places_key = caller and string.format(PLACES_KEY, caller)
+
+-- While it is leased, a session lives at least as long as its lease.
+local function expire(session_ttl_ms, lease_us)
+  local ttl_ms = digits(math.max(session_ttl_ms, math.ceil((lease_us or 0) / 1000)))
+  redis.call('PEXPIRE', key, ttl_ms)
+  redis.call('PEXPIRE', tokens_key, ttl_ms)
+  if places_key then outlive(places_key, ttl_ms) end
+end
+
+-- A session that was there before this call counts; who makes one has counted it.
+local function count(session_ttl_ms)
+  if not places_key then return end
+  redis.pcall('ZADD', places_key, digits(now_us() + session_ttl_ms * 1000), key)
 end
 
 -- The version of a session whose layout is newer than VERSION; nil otherwise.
@@ -100,7 +124,8 @@ class Script:
     sha: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        source = (f"local VERSION = {VERSION}\n" + _PRELUDE + self.body).encode()
+        names = f"local VERSION, PLACES_KEY = {VERSION}, '{PLACES_KEY}'\n"
+        source = (names + _PRELUDE + self.body).encode()
         object.__setattr__(self, "source", source)
         # Redis names scripts by SHA-1; no secret depends on it.
         digest = hashlib.sha1(source, usedforsecurity=False).hexdigest()
@@ -144,7 +169,8 @@ if takeover == '1' then
 else
   redis.call('HDEL', key, 'resumes')
 end
-expire(session_ttl_ms)
+if had[4] ~= owner then count(session_ttl_ms) end
+expire(session_ttl_ms, lease_us)
 return {'ok', epoch, had[4] == owner and 1 or 0, seen}
 """)
 
@@ -178,7 +204,7 @@ redis.call('HDEL', key, 'orphan')
 redis.call('HSET', key, 'turn_epoch', redis.call('HGET', key, 'epoch'), 'begun_by', epoch,
            'lease_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
            'messages', messages, 'turn', turn, 'lease_until', digits(now_us() + lease_us))
-expire(session_ttl_ms)
+expire(session_ttl_ms, lease_us)
 return {'ok'}
 """)
 
@@ -202,7 +228,7 @@ redis.call('HSET', key, 'num_tokens', (have + #tokens) / 4,
            'num_drafts', ARGV[4], 'num_draft_tokens', ARGV[5], 'num_accepted_tokens', ARGV[6],
            'num_emitted_tokens', ARGV[7], 'target_kv', ARGV[8], 'draft_kv', ARGV[9],
            'lease_until', digits(now_us() + ARGV[10]))
-expire(ARGV[11])
+expire(ARGV[11], ARGV[10])
 return {'ok'}
 """)
 
@@ -212,7 +238,7 @@ local why = refusal(ARGV[1], true)
 if why then return {why} end
 if redis.call('HGET', key, 'lease_epoch') ~= ARGV[1] then return {'later'} end
 redis.call('HSET', key, 'lease_until', digits(now_us() + ARGV[2]))
-expire(ARGV[3])
+expire(ARGV[3], ARGV[2])
 return {'ok'}
 """)
 

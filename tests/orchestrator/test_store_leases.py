@@ -129,13 +129,58 @@ async def test_a_session_expires_whole(redis_url: str) -> None:
             await store.record(lease, round_of(token))
             assert all(500_000 < left <= 1_000_000 for left in left_ms())
         assert await tokens_of(store) == list(range(5))
-        async with opened(redis_url, session_ttl_s=0.1) as hasty:
+        async with opened(redis_url, session_ttl_s=0.1, lease_ttl_s=0.1) as hasty:
             await hasty.renew(lease)
             await eventually(is_empty)
         with pytest.raises(SessionNotFound):
             await store.get("s")
         with pytest.raises(LeaseLost, match="expired"):
             await store.record(lease, round_of(9))
+
+
+async def test_each_write_keeps_the_callers_count_of_sessions(
+    store: SessionStore, redis_url: str
+) -> None:
+    """It lives at least as long as the session: else the key could have more than it may."""
+    count, session = "outrider:key:{ada}:sessions", "outrider:session:{ada/s}"
+
+    def outlives() -> bool:
+        left = [int(redis_command(redis_url, "PTTL", key)[1:]) for key in (count, session)]
+        assert redis_command(redis_url, "PEXPIRE", count, "1000000") == b":1"
+        return left[0] > left[1] > 1_000_000
+
+    assert redis_command(redis_url, "ZADD", count, "1", "other") == b":1"
+    lease = await store.acquire("s", create=True, model=MODEL, caller="ada")
+    assert outlives()
+    await store.begin_turn(lease, [1, 2], keep_len=0, messages=(), turn_json="{}")
+    assert outlives()
+    await store.record(lease, round_of(3))
+    assert outlives()
+    await store.renew(lease)
+    assert outlives()
+    await store.release(lease, target_kv=None, draft_kv=None)
+    assert outlives()
+    assert redis_command(redis_url, "ZSCORE", count, session) == b"$-1", "who makes one counts it"
+    lease = await store.acquire("s", create=False, model=MODEL, caller="ada")
+    assert redis_command(redis_url, "ZCARD", count) == b":2"
+
+
+async def test_a_session_does_not_expire_while_it_is_leased(redis_url: str) -> None:
+    """Leases are renewed every few seconds; a session may be meant to live for less."""
+    async with opened(redis_url, session_ttl_s=0.001) as store:
+        lease = await leased(store)
+        await store.record(lease, round_of(1))
+        await store.renew(lease)
+        for key in ("outrider:session:{s}", "outrider:session:{s}:tokens"):
+            assert int(redis_command(redis_url, "PTTL", key)[1:]) > 1_000
+        await store.release(lease, target_kv=None, draft_kv=None)
+
+        async def is_gone() -> bool:
+            with contextlib.suppress(SessionNotFound):
+                return not await store.get("s")
+            return True
+
+        await eventually(is_gone)
 
 
 async def test_epochs_grow_across_deletion_and_loss_of_all_data(

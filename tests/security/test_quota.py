@@ -282,6 +282,41 @@ async def test_expired_sessions_leave_their_places(tmp_path: Path, redis_url: st
         )
 
 
+PLACES = "outrider:key:{ada}:sessions"
+
+
+def _left_ms(redis_url: str, *keys: str) -> list[int]:
+    return [int(redis_command(redis_url, "PTTL", key)[1:]) for key in keys]
+
+
+async def test_a_keys_count_lives_as_long_as_its_sessions(tmp_path: Path, redis_url: str) -> None:
+    """However long they are used without a new one being made; also once Redis has lost it."""
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2))
+    file = str(tmp_path / "keys")
+    async with (
+        tiers() as servers,
+        orchestrated(servers, redis_url, api_keys_file=file) as system,
+        client(system.endpoint, Access(api_key=keys["ada"])) as ada,
+    ):
+        for name in ("a", "b"):
+            await generated(ada, session_id=name, create_session=True)
+        # As if two hours had passed, in which both were used.
+        assert (
+            await asyncio.to_thread(redis_command, redis_url, "PEXPIRE", PLACES, "60000") == b":1"
+        )
+        await generated(ada, session_id="a")
+        session = "outrider:session:{ada/a}"
+        count_ms, session_ms = await asyncio.to_thread(_left_ms, redis_url, PLACES, session)
+        assert count_ms > session_ms > 60_000
+
+        assert await asyncio.to_thread(redis_command, redis_url, "DEL", PLACES) == b":1"
+        await generated(ada)  # a one-off does not count
+        for name in ("a", "b"):
+            await generated(ada, session_id=name)
+        refused = await refusal(generated(ada, session_id="c", create_session=True))
+        assert (refused.code, bool(refused.retry_after_s)) == (Code.RESOURCE_EXHAUSTED, True)
+
+
 @pytest.mark.slow
 async def test_without_redis_each_counts_its_own(tmp_path: Path) -> None:
     """Limits hold at each orchestrator, and calls go on."""
