@@ -24,7 +24,13 @@ OutriderError
 
 from __future__ import annotations
 
-NO_ENGINE = "models need torch, which is not installed: pip install 'outrider[engine]'"
+
+def installs(extra: str) -> str:
+    """The command that installs an optional part. Outrider is on no package index."""
+    return f"in a clone of Outrider, run: pip install '.[{extra}]'"
+
+
+NO_ENGINE = f"models need torch, which is not installed; {installs('engine')}"
 
 
 class OutriderError(Exception):

@@ -81,7 +81,7 @@ def needed(requirements: list[str], seen: set[str]) -> set[str]:
 
 @pytest.fixture(scope="session")
 def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site directory with the wheel and what `pip install outrider[client]` brings, no more."""
+    """A site directory with the wheel and what `pip install '.[client]'` brings, no more."""
     site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -134,14 +134,44 @@ def test_a_caller_has_no_torch(installation: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("up", "--port=0"), ("demo",), ("bench", "pair", "/tmp/x"),
+    "words", [("up", "--port=0"), ("demo",), ("chaos", "--quick", "--out=x"),
               ("quickstart", "train", "--out=/tmp/x")]
 )  # fmt: skip
 def test_what_needs_the_engine_says_so(installation: Path, words: tuple[str, ...]) -> None:
     ended = command(installation, *words)
     assert ended.returncode == 2, ended
-    assert "pip install 'outrider[engine]'" in ended.stderr
+    assert "in a clone of Outrider, run: pip install '.[engine]'" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+@pytest.mark.parametrize("extras", ["engine", "engine,bench"])
+def test_benches_say_what_they_need(installation: Path, extras: str) -> None:
+    """As docs/dependencies.md lists them: those with a plot need matplotlib, too."""
+    text = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    (row,) = re.findall(rf"^\| `pip install '\.\[{extras}\]'` \|(.*benches.*)$", text, re.MULTILINE)
+    names = re.findall(r"`([a-z-]+)`", row.partition("benches")[2])
+    assert len(names) >= 5
+    for name in names:
+        words = ["x"] if name == "pair" else ["--quick"] if name != "wire" else []
+        ended = command(installation, "bench", name, *words)
+        assert ended.returncode == 2, ended
+        missing = extras.rpartition(",")[2]
+        assert ended.stderr.endswith(f"run: pip install '.[{missing}]'\n"), (name, ended.stderr)
+
+
+def test_no_text_names_a_package_on_an_index() -> None:
+    """Outrider is not published: it is installed from a clone."""
+    tracked = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "*.md", "*.py", "*.toml", "Makefile", "deploy"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    named = re.compile(r"pip install ['\"`]?outrider\b")
+    found = [
+        name
+        for name in tracked.split("\0")
+        if name and named.search((ROOT / name).read_text("utf-8"))
+    ]
+    assert found == []
 
 
 async def test_a_caller_can_call(installation: Path, redis_url: str, tmp_path: Path) -> None:

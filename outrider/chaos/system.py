@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from outrider.chaos.faults import Tier
 from outrider.chaos.nodes import Node
+from outrider.cli.failures import require_engine
 from outrider.cli.stack import (
     draft_arguments,
     orchestrator_arguments,
@@ -57,13 +58,14 @@ class Size:
 class System:
     """An async context manager: serves on entering, leaves no process and no socket.
 
-    `on_death` is told what ended that nobody had ended. Raises ConfigError or ProgramFailed on
-    entering. For the event loop of the main thread (`outrider.child`).
+    `on_death` is told what ended that nobody had ended. Raises ConfigError, also when made, or
+    ProgramFailed. For the event loop of the main thread (`outrider.child`).
     """
 
     def __init__(
         self, options: StackOptions, size: Size, log_dir: Path, on_death: Callable[[str], None]
     ) -> None:
+        require_engine()
         self.size = size
         self.nodes: dict[Place, Node] = {}
         self.links: dict[LinkPlace, Relay] = {}

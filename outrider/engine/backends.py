@@ -22,7 +22,7 @@ from outrider.engine.graphs import GraphedSteps
 from outrider.engine.kv_store import KVStore, LayerLayout
 from outrider.engine.packed import TorchBackend
 from outrider.engine.segments import Backend
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, installs
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _obstacle(model: BoundModel, layers: Seq[LayerLayout]) -> str | None:
     if len(devices) > 1:
         return "the model's layers are on several devices"
     if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed (pip install 'outrider[gpu]')"
+        return f"flashinfer is not installed; {installs('gpu')}"
     capability = torch.cuda.get_device_capability(layers[0].device)
     if capability < _LEAST_CAPABILITY:
         return f"the device's compute capability {capability} is below {_LEAST_CAPABILITY}"

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, installs
 from outrider.telemetry.settings import DEFAULT_SAMPLE_RATIO, TelemetrySettings
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _provider(service: str, endpoint: str, ratio: float | None) -> TracerProvide
         from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
     except ImportError as error:
         raise ConfigError(
-            "otlp_endpoint: OpenTelemetry is not installed: pip install 'outrider[otel]'"
+            f"otlp_endpoint: OpenTelemetry is not installed; {installs('otel')}"
         ) from error
     share = DEFAULT_SAMPLE_RATIO if ratio is None else ratio
     provider = TracerProvider(

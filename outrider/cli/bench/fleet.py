@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.failures import ProgramFailed
+from outrider.cli.failures import ProgramFailed, require_engine
 from outrider.cli.stack_options import StackOptions
 from outrider.errors import ConfigError
 
@@ -74,6 +74,7 @@ async def running_fleet(
     def report(event: Event) -> None:
         """Nobody is to see it: the command's bar tells how far things are."""
 
+    require_engine()
     supervisor = Supervisor(log_dir, report)
     options = replace(options, simulate_target=target, simulate_draft=draft)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, installs
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#8c8c8c")
 # So many places along an axis are each named.
@@ -69,7 +69,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "matplotlib is missing, which draws the plots: pip install 'outrider[bench]'"
+            f"matplotlib, which draws the plots, is not installed; {installs('bench')}"
         ) from None
 
 
