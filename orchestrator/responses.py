@@ -11,7 +11,7 @@ from orchestrator.pairing import DraftMatch
 from orchestrator.request import GenerationRequest
 from orchestrator.result import Result
 from orchestrator.session import EmittedToken, FinishReason, TokenOrigin
-from orchestrator.store import KvHandle, SessionRecord, SessionSummary
+from orchestrator.store import KvHandle, SessionPage, SessionRecord
 from outrider.errors import ConfigError
 from outrider.v1 import orchestrator_pb2
 from outrider.wire import verification_to_proto
@@ -113,12 +113,11 @@ def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:
     return orchestrator_pb2.GammaDecision(**said)
 
 
-def sessions_response(
-    sessions: Sequence[SessionSummary], cursor: int
-) -> orchestrator_pb2.ListSessionsResponse:
+def sessions_response(page: SessionPage) -> orchestrator_pb2.ListSessionsResponse:
     return orchestrator_pb2.ListSessionsResponse(
-        sessions=[orchestrator_pb2.SessionSummary(**asdict(session)) for session in sessions],
-        next_page_token=str(cursor) if cursor else "",
+        sessions=[orchestrator_pb2.SessionSummary(**asdict(one)) for one in page.sessions],
+        next_page_token=str(page.cursor) if page.cursor else "",
+        num_unreadable=page.num_unreadable,
     )
 
 

@@ -264,7 +264,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.ListSessionsResponse | None:
         async with translated(context):
             cursor = parse_page_token(request.page_token)
-            return sessions_response(*await self._tiers.store.page(cursor, current_caller().name))
+            return sessions_response(await self._tiers.store.page(cursor, current_caller().name))
         return None
 
     async def DeleteSession(

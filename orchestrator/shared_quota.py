@@ -20,7 +20,7 @@ from orchestrator import session_places
 from orchestrator.quota import Quota, streams_exceeded, tokens_exceeded
 from orchestrator.store.lua import Script
 from orchestrator.store.writer import PipelineWriter
-from outrider.errors import OutriderError
+from outrider.errors import OutriderError, Unavailable
 from outrider.redis_address import RedisAddress
 from outrider.redis_link import Command, Link
 
@@ -95,6 +95,8 @@ class _Use:
     ended: set[str] = field(default_factory=set)
     # Of the tokens spent, those that Redis has acknowledged.
     num_told: int = 0
+    # Redis holds something else under this API key's keys; the count here goes on.
+    is_unreadable: bool = False
 
     def first_ended(self) -> list[str]:
         """As many as fit into one call of a script: after an outage of Redis there may be many."""
@@ -186,11 +188,12 @@ class SharedQuotas:
 
     async def _tell_all(self) -> None:
         for use in list(self._uses.values()):
-            if use.has_news and not await self._tell(use):
-                return  # the others' would fail as slowly
+            if use.has_news:
+                await self._tell(use)
+                if self._is_away:
+                    return  # each of the others would wait for the same time-out
 
-    async def _tell(self, use: _Use) -> bool:
-        """False: Redis is away."""
+    async def _tell(self, use: _Use) -> None:
         quota, ended = use.quota, use.first_ended()
         total = quota.num_spent
         words = (
@@ -204,23 +207,29 @@ class SharedQuotas:
             *use.running,
         )
         if await self._ask(TELL, use, words) is None:
-            return False
+            return
         use.ended.difference_update(ended)
         use.num_told = total
-        return True
 
     async def _ask(self, script: Script, use: _Use, words: tuple[str, ...]) -> Any:
-        """None: Redis is away, which is said once."""
-        key = f"outrider:key:{{{use.quota.name}}}"
+        """None: Redis is away, or holds something else under this key. Each is logged once."""
+        name = use.quota.name
+        key = f"outrider:key:{{{name}}}"
         keys: Command = (f"{key}:streams".encode(), f"{key}:tokens".encode())
         try:
             answer = await self._writer.run(script, keys, tuple(word.encode() for word in words))
-        except OutriderError as error:
+        except Unavailable as error:
             if not self._is_away:
                 log.warning("quotas_not_shared", why=str(error))
             self._is_away = True
             return None
-        self._is_away = False
+        except OutriderError as error:
+            self._is_away = False
+            if not use.is_unreadable:
+                log.warning("quota_unreadable", key=name, why=str(error))
+            use.is_unreadable = True
+            return None
+        self._is_away = use.is_unreadable = False
         return answer
 
 

@@ -1,13 +1,14 @@
-"""Records to and from the bytes of the layout in `lua`. Pure: no Redis here."""
+"""Conversion of records and of scripts' replies, in the layout of `lua`. Pure: no I/O."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from orchestrator.store import lua
 from orchestrator.store.records import (
     Counters,
     KvHandle,
@@ -15,10 +16,18 @@ from orchestrator.store.records import (
     SessionSummary,
     TokenIds,
 )
-from outrider.errors import UnreadableRecord
+from outrider.errors import (
+    InternalError,
+    LeaseLost,
+    SessionInUse,
+    SessionNotFound,
+    Unavailable,
+    UnreadableRecord,
+)
 
 BYTES_PER_TOKEN = 4
-_MAX_TOKEN_ID = 2**32 - 1
+_MAX_UINT32 = 2**32 - 1
+_MAX_INT64 = 2**63 - 1
 
 
 def pack_tokens(token_ids: TokenIds | Sequence[int]) -> bytes:
@@ -27,7 +36,7 @@ def pack_tokens(token_ids: TokenIds | Sequence[int]) -> bytes:
         # numpy would wrap these silently; in a list of Python numbers it raises by itself.
         if token_ids.dtype.kind not in "iu":
             raise ValueError(f"token ids of dtype {token_ids.dtype}")
-        if token_ids.min() < 0 or token_ids.max() > _MAX_TOKEN_ID:
+        if token_ids.min() < 0 or token_ids.max() > _MAX_UINT32:
             raise OverflowError("token id outside uint32")
     return np.asarray(token_ids, dtype="<u4").tobytes()
 
@@ -82,15 +91,15 @@ def _unpack(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
     remaining_ms, in_use, flat, tokens = snapshot
     fields: dict[bytes, bytes] = dict(zip(flat[::2], flat[1::2], strict=True))
 
-    def number(name: bytes) -> int:
-        return int(fields.get(name, 0))
+    def number(name: bytes, most: int = _MAX_INT64) -> int:
+        return _count(fields.get(name, 0), most)
 
     return SessionRecord(
         session_id=session_id,
         epoch=number(b"epoch"),
         in_use=bool(in_use),
         token_ids=unpack_tokens(tokens),
-        num_turns=number(b"num_turns"),
+        num_turns=number(b"num_turns", _MAX_UINT32),
         counters=Counters(
             number(b"num_drafts"),
             number(b"num_draft_tokens"),
@@ -109,8 +118,46 @@ def _unpack(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:
     )
 
 
-def unpack_summary(session_id: str, reply: Sequence[int]) -> SessionSummary:
-    """`reply` of `lua.SUMMARY`."""
+def unpack_summary(session_id: str, reply: Sequence[Any]) -> SessionSummary:
+    """`reply` of `lua.SUMMARY`. Raises UnreadableRecord."""
     remaining_ms, in_use, num_tokens, num_turns = reply
     expires_in_s = max(0, remaining_ms) / 1000
-    return SessionSummary(session_id, num_tokens, num_turns, bool(in_use), expires_in_s)
+    try:
+        counts = _count(num_tokens, _MAX_UINT32), _count(num_turns, _MAX_UINT32)
+    except ValueError as error:
+        raise UnreadableRecord(f"its record is malformed: {error}") from None
+    return SessionSummary(session_id, *counts, bool(in_use), expires_in_s)
+
+
+def _count(value: bytes | int, most: int) -> int:
+    """Raises ValueError for a value that is not in [0, `most`], which no answer could carry."""
+    count = int(value)
+    if not 0 <= count <= most:
+        raise ValueError(f"{count} is not in [0, {most}]")
+    return count
+
+
+def refuse(status: bytes, rest: Sequence[Any], session_id: str) -> NoReturn:
+    """Raises the error for a script's reply of another status than ok."""
+    if status == b"not_found":
+        raise SessionNotFound(f"session {session_id} does not exist or has expired")
+    if status == b"in_use":
+        raise SessionInUse(f"session {session_id} is in use by another request")
+    if status == b"fenced":
+        raise LeaseLost(f"session {session_id} was taken over by a later request")
+    if status == b"later":
+        raise Unavailable(
+            f"session {session_id} is leased to a later request that has not begun a turn yet"
+        )
+    if status == b"gone":
+        raise LeaseLost(f"session {session_id} has expired or was lost by Redis")
+    if status == b"newer":
+        raise UnreadableRecord(
+            f"session {session_id}: its record has version {rest[0].decode()}; this orchestrator "
+            f"reads up to {lua.VERSION}: send the request to a newer orchestrator"
+        )
+    if status == b"mismatch":
+        raise InternalError(
+            f"session {session_id}: Redis holds {rest[0]} tokens, and they differ from the expected"
+        )
+    raise InternalError(f"session {session_id}: status {status!r}")

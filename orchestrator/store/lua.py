@@ -276,8 +276,9 @@ return {'ok', seen}
 SUMMARY = Script("""
 local had = redis.call('HMGET', key, 'num_tokens', 'num_turns', 'lease_until')
 if not had[1] then return {'not_found'} end
-local in_use = had[3] and tonumber(had[3]) > now_us()
-return {'ok', redis.call('PTTL', key), in_use and 1 or 0, tonumber(had[1]), tonumber(had[2] or 0)}
+local until_us = tonumber(had[3] or '')
+local in_use = until_us and until_us > now_us()
+return {'ok', redis.call('PTTL', key), in_use and 1 or 0, had[1], had[2] or '0'}
 """)
 
 DELETE = Script("""

@@ -112,6 +112,17 @@ class SessionSummary:
     expires_in_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SessionPage:
+    """Part of the list of a caller's sessions."""
+
+    sessions: Sequence[SessionSummary]
+    num_unreadable: int
+    """Keys of sessions in this page that hold something else; they are left out."""
+    cursor: int
+    """Of the next page; 0: this is the last one."""
+
+
 @dataclass(slots=True)
 class Cursor:
     """How far Redis has confirmed this lease's writes. The store's own; callers leave it alone."""

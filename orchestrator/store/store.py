@@ -1,17 +1,15 @@
-"""The session store: one method per transition of a session, each one script in Redis.
+"""Session store: one method per transition of a session, each one a script in Redis.
 
-Owns the keys' names, the leases' bookkeeping and the meaning of replies. Knows nothing of rounds
-beyond what they add.
+Owns the names of the keys, the state of leases and the meaning of the scripts' replies.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import secrets
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from orchestrator.store import lua
 from orchestrator.store.codec import (
@@ -19,15 +17,17 @@ from orchestrator.store.codec import (
     pack_kv,
     pack_messages,
     pack_tokens,
+    refuse,
     unpack_snapshot,
     unpack_summary,
 )
-from orchestrator.store.listing import scan
+from orchestrator.store.listing import read_page, scan
 from orchestrator.store.records import (
     Cursor,
     KvHandle,
     Lease,
     RoundRecord,
+    SessionPage,
     SessionRecord,
     SessionSummary,
     StoreOptions,
@@ -39,10 +39,7 @@ from orchestrator.store.writer import PipelineWriter
 from outrider.errors import (
     InternalError,
     InvalidRequest,
-    LeaseLost,
     OutriderError,
-    SessionInUse,
-    SessionNotFound,
     Unavailable,
     UnreadableRecord,
 )
@@ -51,13 +48,14 @@ from outrider.redis_link import Command, Link
 
 
 class SessionStore:
-    """All methods may be called by any task of the loop that called start.
+    """Reads and writes sessions; any task of the event loop that called `start` may use it.
 
-    Each raises Unavailable where Redis cannot be reached, within about 2 x socket_timeout_s.
+    Every method raises Unavailable when Redis cannot be reached, after at most about
+    2 x socket_timeout_s.
     """
 
     def __init__(self, redis: RedisAddress | str, options: StoreOptions | None = None) -> None:
-        """A URL is redis://, rediss:// or unix://. Raises ConfigError for another."""
+        """`redis`: an address, or a redis://, rediss:// or unix:// URL. Raises ConfigError."""
         self._options = options = options or StoreOptions()
         preamble = [(b"SCRIPT", b"LOAD", script.source) for script in lua.SCRIPTS]
         self._writer = PipelineWriter(
@@ -69,7 +67,7 @@ class SessionStore:
         self._acquisitions = itertools.count()
 
     async def start(self) -> None:
-        """Raises Unavailable, having closed, where Redis does not answer now."""
+        """Connects. Raises Unavailable, with the store closed again, when Redis does not answer."""
         self._writer.start()
         try:
             await self._writer.command(b"PING")
@@ -78,16 +76,16 @@ class SessionStore:
             raise
 
     async def close(self) -> None:
-        """What is pending is written first. Leases are left to their holders."""
+        """Sends pending writes, then disconnects. Leases that are not released expire."""
         await self._writer.close()
 
     @property
     def is_away(self) -> bool:
-        """Redis has not answered, or could not do what it was last asked for."""
+        """Whether the last exchange with Redis failed."""
         return self._writer.is_away
 
     async def takes_writes(self) -> bool:
-        """Asks Redis now, so that `is_away` is known where nobody else asks."""
+        """Writes a probe to Redis, which also updates `is_away` while there are no requests."""
         key = f"{self._options.prefix}:probe".encode()
         with contextlib.suppress(OutriderError):
             await self._writer.run(lua.PROBE, (key, key), ())
@@ -109,11 +107,11 @@ class SessionStore:
         takeover: bool = False,
         caller: str = "",
     ) -> Lease:
-        """Raises SessionNotFound, SessionInUse, InvalidRequest.
+        """Acquires the session's lease. Raises SessionNotFound, SessionInUse, InvalidRequest.
 
-        `caller`: whose session; another's of the same name is another.
-        `takeover` asks nobody: whoever holds the session can write no more, from this very moment.
-        A caller cancelled here may leave a lease behind; it lapses after lease_ttl_s.
+        `caller`: the owner of the session; each owner has session ids of its own.
+        `takeover`: take the lease although it is held; the former holder is fenced at once.
+        When the task is cancelled here, a lease may stay until lease_ttl_s have passed.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
         status, *rest = await self._run(
@@ -134,9 +132,9 @@ class SessionStore:
                 "session_id", f"made with model {rest[0].decode()}; this one is {model}"
             )
         if status != b"ok":
-            _refuse(status, rest, session_id)
+            refuse(status, rest, session_id)
         epoch, created, snapshot = rest
-        snapshot[1] = 0  # not in use but by this very call, if that had to be sent twice
+        snapshot[1] = 0  # if the command was sent twice, the first one is what uses the session
         try:
             record = unpack_snapshot(session_id, snapshot)
         except UnreadableRecord:
@@ -159,10 +157,11 @@ class SessionStore:
         messages: Sequence[dict[str, str]],
         turn_json: str,
     ) -> None:
-        """Once per lease: the committed tokens become the first keep_len of them + token_ids.
+        """Begins a turn: keeps the first `keep_len` committed tokens and appends `token_ids`.
 
-        Raises LeaseLost. After Unavailable only the same call may follow, or release. Where later
-        leases were given, but none of them is held or has begun a turn, it is still good (`lua`).
+        Once per lease. Raises LeaseLost. After Unavailable only the same call or release may
+        follow. It still succeeds after later leases were given, as long as none of them is held or
+        has begun a turn (`lua`).
         """
         cursor = lease.cursor
         async with cursor.lock:
@@ -185,17 +184,17 @@ class SessionStore:
             cursor.committed_len = keep_len + len(tokens) // BYTES_PER_TOKEN
 
     async def record(self, lease: Lease, round: RoundRecord) -> None:
-        """Appends a round; returns when Redis has it. Renews the lease. Raises LeaseLost.
+        """Appends a round, renews the lease, and returns once Redis has both. Raises LeaseLost.
 
-        After Unavailable the round is the caller's to send again: as it was, or with later ones
-        joined to it (RoundRecord.then). What had arrived is not added twice. Calls for one lease
-        are served in their order, one at a time.
+        After Unavailable send the same round again, alone or joined with later ones
+        (RoundRecord.then). Tokens that had arrived are not appended twice. Calls for one lease run
+        one at a time, in order.
         """
         cursor = lease.cursor
         tokens = pack_tokens(round.token_ids)
         async with cursor.lock:
             if cursor.turn_owed:
-                raise Unavailable("the turn itself is not recorded yet")
+                raise Unavailable("the turn's prompt is not recorded yet")
             if not tokens.startswith(cursor.owed):
                 raise Unavailable("an earlier round is not recorded yet")
             counters = cursor.counters + round.counters
@@ -205,7 +204,7 @@ class SessionStore:
                 lease,
                 _bytes_of(cursor.committed_len),
                 tokens,
-                # Totals, not increments: the same however often they arrive.
+                # Totals, not increments, so that a repeated command changes nothing.
                 b"%d" % counters.num_drafts,
                 b"%d" % counters.num_draft_tokens,
                 b"%d" % counters.num_accepted_tokens,
@@ -220,7 +219,7 @@ class SessionStore:
             cursor.counters = counters
 
     async def renew(self, lease: Lease) -> None:
-        """For rounds longer than the lease. Raises LeaseLost."""
+        """Extends the lease, for rounds that take longer than it. Raises LeaseLost."""
         await self._write(lua.RENEW, lease, self._lease_us, self._session_ttl_ms)
 
     async def release(
@@ -232,9 +231,10 @@ class SessionStore:
         messages: Sequence[dict[str, str]] | None = None,
         delete: bool = False,
     ) -> None:
-        """Ends the lease after the writes before it. None messages: as they are.
+        """Ends the lease after all writes before it. `messages` None: leave them unchanged.
 
-        delete removes the session. Raises LeaseLost. Shield it: cancelled, it may not happen.
+        `delete` removes the session. Raises LeaseLost. Shield this call from cancellation:
+        otherwise the lease may stay until it expires.
         """
         async with lease.cursor.lock:
             await self._write(
@@ -248,24 +248,33 @@ class SessionStore:
             )
 
     async def get(self, session_id: str, caller: str = "") -> SessionRecord:
-        """Raises SessionNotFound. Does not make the session live longer."""
+        """Reads a session without extending its expiry. Raises SessionNotFound."""
         return await self._read(lua.GET, session_id, caller)
 
-    async def page(self, cursor: int, caller: str = "") -> tuple[list[SessionSummary], int]:
-        """Some of the caller's sessions, and the cursor of the next page; 0 begins and ends."""
+    async def page(self, cursor: int, caller: str = "") -> SessionPage:
+        """Part of the list of the caller's sessions, from `cursor` on; 0 is the first page.
+
+        Keys that do not hold a readable session are logged and counted, not raised.
+        """
+
+        async def summary(session_id: str) -> SessionSummary | None:
+            _, *rest = await self._run(lua.SUMMARY, session_id, caller, ())
+            return unpack_summary(session_id, rest) if rest else None
+
         names, cursor = await scan(self._writer, self._options.prefix, cursor, caller)
-        runs = (self._run(lua.SUMMARY, name, caller, ()) for name in names)
-        replies = zip(names, await asyncio.gather(*runs), strict=True)
-        return [unpack_summary(name, rest) for name, (_, *rest) in replies if rest], cursor
+        return await read_page(names, cursor, summary)
 
     async def delete(self, session_id: str, caller: str = "") -> SessionRecord:
-        """What it was, so that its KV can be freed. Raises SessionNotFound, SessionInUse."""
+        """Deletes a session and returns its last record, so that its KV can be freed.
+
+        Raises SessionNotFound, SessionInUse.
+        """
         return await self._read(lua.DELETE, session_id, caller)
 
     async def _read(self, script: lua.Script, session_id: str, caller: str) -> SessionRecord:
         status, *rest = await self._run(script, session_id, caller, ())
         if status != b"ok":
-            _refuse(status, rest, session_id)
+            refuse(status, rest, session_id)
         return unpack_snapshot(session_id, rest[0])
 
     async def _write(self, script: lua.Script, lease: Lease, *args: bytes) -> None:
@@ -273,7 +282,7 @@ class SessionStore:
             script, lease.session_id, lease.caller, (b"%d" % lease.epoch, *args)
         )
         if status != b"ok":
-            _refuse(status, rest, lease.session_id)
+            refuse(status, rest, lease.session_id)
 
     async def _run(
         self, script: lua.Script, session_id: str, caller: str, args: Command
@@ -293,24 +302,3 @@ class SessionStore:
 
 def _bytes_of(num_tokens: int) -> bytes:
     return b"%d" % (num_tokens * BYTES_PER_TOKEN)
-
-
-def _refuse(status: bytes, rest: Sequence[Any], session_id: str) -> NoReturn:
-    if status == b"not_found":
-        raise SessionNotFound(f"session {session_id} does not exist or has expired")
-    if status == b"in_use":
-        raise SessionInUse(f"session {session_id} is held by another call")
-    if status == b"fenced":
-        raise LeaseLost(f"session {session_id} has been taken by a later call")
-    if status == b"later":
-        raise Unavailable(f"session {session_id} is held by a later call, which has begun nothing")
-    if status == b"gone":
-        raise LeaseLost(f"session {session_id} has expired, or Redis has lost it")
-    if status == b"newer":
-        raise UnreadableRecord(
-            f"session {session_id}: its record has version {rest[0].decode()}; this orchestrator "
-            f"reads up to {lua.VERSION}: ask a newer one"
-        )
-    if status == b"mismatch":
-        raise InternalError(f"session {session_id}: Redis has {rest[0]} tokens, not those expected")
-    raise InternalError(f"session {session_id}: status {status!r}")

@@ -119,15 +119,20 @@ class Client:
         )
         return answer
 
-    async def sessions(self) -> list[orchestrator_pb2.SessionSummary]:
-        """All of the caller's, by name. Raises CallFailed."""
+    async def sessions(self) -> tuple[list[orchestrator_pb2.SessionSummary], int]:
+        """All sessions of the client by name, and the number of unreadable ones that are left out.
+
+        Raises CallFailed.
+        """
         found: dict[str, orchestrator_pb2.SessionSummary] = {}  # Redis may name one twice
+        num_unreadable = 0
         request = orchestrator_pb2.ListSessionsRequest()
         while True:
             page = await self._ask(self._stub.ListSessions, request)
             found |= {session.session_id: session for session in page.sessions}
+            num_unreadable += page.num_unreadable
             if not page.next_page_token:
-                return [found[name] for name in sorted(found)]
+                return [found[name] for name in sorted(found)], num_unreadable
             request.page_token = page.next_page_token
 
     async def delete_session(self, session_id: str) -> None:

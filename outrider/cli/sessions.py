@@ -51,7 +51,13 @@ def list_sessions(options: ModelOptions) -> None:
 
     from outrider.cli.plain import plain
 
-    found = _ask(options, lambda client: client.sessions())
+    found, num_unreadable = _ask(options, lambda client: client.sessions())
+    if num_unreadable:
+        typer.echo(
+            f"warning: {num_unreadable} not shown: Redis holds no readable session under these "
+            "keys; the orchestrator's log names the first of them (unreadable_sessions)",
+            err=True,
+        )
     if options.json:
         for session in found:
             typer.echo(json.dumps(plain(session), ensure_ascii=False))

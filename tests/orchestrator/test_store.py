@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from orchestrator.store import (
     Counters,
@@ -148,7 +149,7 @@ async def test_a_repeated_turn_is_one_turn(store: SessionStore) -> None:
         await begin(store, lease, [1, 2, 3])
     record = await store.get("s")
     assert (record.token_ids.tolist(), record.num_turns) == ([1, 2, 3], 1)
-    with pytest.raises(InternalError, match="Redis has 3 tokens"):
+    with pytest.raises(InternalError, match="Redis holds 3 tokens"):
         await begin(store, lease, [4], keep_len=3)
 
 
@@ -170,7 +171,7 @@ async def test_a_record_from_elsewhere_is_refused(store: SessionStore, wrong_len
     lease = await leased(store)
     await begin(store, lease, [1, 2, 3])
     as_before(lease, wrong_len, Counters())
-    with pytest.raises(InternalError, match="Redis has 3 tokens"):
+    with pytest.raises(InternalError, match="Redis holds 3 tokens"):
         await store.record(lease, round_of(8, 9))
     assert await tokens_of(store) == [1, 2, 3]
 
@@ -289,8 +290,9 @@ async def listed(store: SessionStore, caller: str = "") -> dict[str, tuple[int, 
     found: dict[str, tuple[int, int, bool]] = {}
     cursor = 0
     while True:
-        sessions, cursor = await store.page(cursor, caller)
-        for one in sessions:
+        page = await store.page(cursor, caller)
+        cursor = page.cursor
+        for one in page.sessions:
             assert 0 < one.expires_in_s <= StoreOptions().session_ttl_s
             found[one.session_id] = (one.num_tokens, one.num_turns, one.in_use)
         if not cursor:
@@ -312,3 +314,41 @@ async def test_a_caller_lists_its_own_sessions(redis_url: str) -> None:
         many = await listed(store, "ada")
         assert many == three | {f"s{number}": (0, 0, False) for number in range(3, 1200)}
         assert await listed(store, "nobody") == {}
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        ("SET", "{key}", "a-string"),
+        ("RPUSH", "{key}", "a-list"),
+        ("HSET", "{key}", "num_tokens", "many"),
+        ("HSET", "{key}", "num_tokens", "-1"),
+        ("HSET", "{key}", "num_tokens", "1", "num_turns", "4294967296"),
+        ("SET", "listed:session:{a*name}", "x"),
+        ("SET", r'"listed:session:{\xff}"', "x"),
+    ],
+)
+async def test_a_list_shows_the_other_sessions_beside_an_unreadable_one(
+    foreign: tuple[str, ...], redis_url: str
+) -> None:
+    """It is counted and logged."""
+    key = "listed:session:{foreign}"
+    async with opened(redis_url, prefix="listed") as store:
+        for name in ("a", "z"):
+            lease = await store.acquire(name, create=True, model=MODEL)
+            await begin(store, lease, [1, 2, 3])
+        redis_command(redis_url, *(word.replace("{key}", key) for word in foreign))
+        with capture_logs() as logs:
+            page = await store.page(0)
+    assert {one.session_id: one.num_tokens for one in page.sessions} == {"a": 3, "z": 3}
+    assert page.num_unreadable == 1
+    (entry,) = [log for log in logs if log["event"] == "unreadable_sessions"]
+    assert entry["count"] == 1
+
+
+async def test_a_session_with_a_malformed_lease_is_listed(redis_url: str) -> None:
+    async with opened(redis_url, prefix="listed") as store:
+        lease = await store.acquire("a", create=True, model=MODEL)
+        await begin(store, lease, [1, 2, 3])
+        redis_command(redis_url, "HSET", "listed:session:{a}", "lease_until", "soon")
+        assert await listed(store) == {"a": (3, 1, False)}

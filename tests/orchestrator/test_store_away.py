@@ -70,7 +70,7 @@ async def test_a_killed_server_is_noticed_at_once_and_so_is_its_return() -> None
             server.stop()
             server.start()
             await is_back(store)
-            with pytest.raises(LeaseLost, match="Redis has lost it"):
+            with pytest.raises(LeaseLost, match="lost by Redis"):
                 await store.record(lease, round_of(2))
             assert (await leased(store)).epoch > lease.epoch
 
@@ -116,7 +116,7 @@ async def test_a_turn_in_doubt_comes_before_its_rounds() -> None:
             with frozen(server, store), pytest.raises(Unavailable):
                 await begin(store, lease, [1])
             await is_back(store)
-            with pytest.raises(Unavailable, match="turn itself"):
+            with pytest.raises(Unavailable, match="turn's prompt"):
                 await store.record(lease, round_of(2))
             await begin(store, lease, [1])
             await store.record(lease, round_of(2))

@@ -201,7 +201,7 @@ async def test_a_session_half_evicted_is_none(store: SessionStore, redis_url: st
     assert redis_command(redis_url, "DEL", "outrider:session:{s}:tokens") == b":1"
     with pytest.raises(SessionNotFound):
         await store.get("s")
-    with pytest.raises(LeaseLost, match="Redis has lost it"):
+    with pytest.raises(LeaseLost, match="lost by Redis"):
         await store.record(lease, round_of(3))
     assert (await leased(store)).created
 
@@ -260,7 +260,7 @@ async def test_a_beginning_is_written_behind_a_later_lease_that_was_empty(
     first = await leased(store)
     second = await store.acquire("s", create=False, model=MODEL, takeover=True)
     for act in (begin(store, first, [1, 2]), store.renew(first)):
-        with pytest.raises(Unavailable, match="held by a later call"):
+        with pytest.raises(Unavailable, match="leased to a later request"):
             await act
     await store.release(second, target_kv=None, draft_kv=None)
     with pytest.raises(Unavailable):

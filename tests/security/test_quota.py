@@ -174,6 +174,26 @@ async def test_tokens_count_once_though_redis_answers_late(
             assert _hash(redis_url)["spent"] <= 11_100
 
 
+async def test_a_foreign_value_under_one_key_stops_no_other_keys_count(redis_url: str) -> None:
+    """It is logged once, with the key's name, and not as an outage of Redis."""
+    redis_command(redis_url, "SET", "outrider:key:{zoe}:streams", "foreign")
+    limits = KeyLimits(tokens_per_minute=1)  # hardly any flow back meanwhile
+    shared = SharedQuotas(redis_url)
+    zoe, ada = Quota("zoe", limits), Quota("ada", limits)
+    with capture_logs() as logs:
+        async with shared.running():
+            async with shared.stream(zoe), shared.stream(ada):
+                zoe.spend(100)
+                ada.spend(100)
+                await eventually(lambda: _spent(redis_url, 99))
+            for _ in range(3):
+                ada.spend(100)
+                expected = ada.num_spent - 10
+                await eventually(lambda least=expected: _spent(redis_url, least))
+    told = [(log["event"], log.get("key")) for log in logs]
+    assert told == [("quota_unreadable", "zoe")]
+
+
 async def test_limits_are_shared_again_after_many_calls_without_redis(redis_url: str) -> None:
     """More than one script can be told of at a time."""
     socket = redis_url.removeprefix("unix://")

@@ -86,6 +86,10 @@ async def test_redis_is_away_or_refuses(pair: Pair) -> None:
             for refused in named:
                 says = "session s: its key in Redis holds something else"
                 assert_is_plain(refused, grpc.StatusCode.FAILED_PRECONDITION, says)
+            page = await system.client.ListSessions(
+                orchestrator_pb2.ListSessionsRequest(), timeout=60
+            )
+            assert (len(page.sessions), page.num_unreadable) == (0, 1)
             redis.kill()
             for refused in await every_refusal(system):
                 says = "Redis cannot be reached"

@@ -155,7 +155,7 @@ async def test_a_session_in_use_is_refused_and_goes_on(
         for call in (turn(stack, SECOND), delete(stack), turn(stack, SECOND, create_session=True)):
             refused = await refusal(call)
             assert refused.code is grpc.StatusCode.ABORTED
-            assert "held by another call" in refused.message
+            assert "in use by another request" in refused.message
         brake.release()
         async for chunk in running:
             output.add(chunk)
