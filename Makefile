@@ -50,6 +50,8 @@ demo: setup
 # tests/conftest.py puts the long files first. The engine's tests run twice where the CPU has AVX-512, the
 # first time as if it had not.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# Bytecode is kept whatever the caller's environment says: tests start hundreds of programs.
+unexport PYTHONDONTWRITEBYTECODE
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 test: setup lint proto-check
 	@if grep -qm1 avx512f /proc/cpuinfo; then set -x; \

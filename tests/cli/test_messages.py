@@ -103,7 +103,8 @@ async def test_what_is_there_instead() -> None:
     assert await told("127.0.0.1:1") == (
         "UNAVAILABLE: nothing answers at 127.0.0.1:1; start it with: outrider up"
     )
-    assert "no host is called 'nobody.invalid'" in await told("nobody.invalid:50051")
+    # No address and no possible name: no name server is asked.
+    assert "no host is called '[::zz]'" in await told("[::zz]:50051")
     async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as endpoint:
         assert f"{endpoint} is an HTTP server (metrics?)" in await told(endpoint)
     async with answering(b"\x15\x03\x03\x00\x02\x02\x46") as endpoint:  # an alert of TLS

@@ -60,8 +60,9 @@ def joint_law(
     """The probability of every output of so many tokens."""
     vocab_size = reference.model.config.vocab_size
     joint = {}
-    for head in itertools.product(range(vocab_size), repeat=num_tokens - 1):
-        laws = reference.laws(prompt, (*head, 0), sampling)
+    heads = list(itertools.product(range(vocab_size), repeat=num_tokens - 1))
+    found = reference.laws_of(prompt, [(*head, 0) for head in heads], sampling)
+    for head, laws in zip(heads, found, strict=True):
         chance = np.prod([laws[i, token] for i, token in enumerate(head)])
         for token in range(vocab_size):
             joint[*head, token] = float(chance * laws[-1, token])

@@ -63,9 +63,29 @@ class Reference:
         self._greedy[key] = output
         return output
 
+    @torch.inference_mode()
+    def laws_of(
+        self, prompt: Sequence[int], outputs: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Floats]:
+        """`laws` of each output; those of one length in one pass, whose rows know nothing of each
+        other."""
+        together: dict[int, list[int]] = {}
+        for i, output in enumerate(outputs):
+            together.setdefault(len(output), []).append(i)
+        rows: dict[int, Floats] = {}
+        for number in together.values():
+            ids = torch.tensor([[*prompt, *outputs[i]] for i in number])
+            logits = self.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+            rows |= zip(number, logits.double().numpy(), strict=True)
+        return [self._laws(rows[i], prompt, output, sampling) for i, output in enumerate(outputs)]
+
     def laws(self, prompt: Sequence[int], output: Sequence[int], sampling: Sampling) -> Floats:
         """[len(output), vocab]: the law of each output token given those before it."""
-        rows = self.output_logits(prompt, output)
+        return self._laws(self.output_logits(prompt, output), prompt, output, sampling)
+
+    def _laws(
+        self, rows: Floats, prompt: Sequence[int], output: Sequence[int], sampling: Sampling
+    ) -> Floats:
         return np.stack(
             [
                 law(row, prompt, output[:i], sampling, self.eos_token_id)

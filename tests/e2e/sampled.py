@@ -61,11 +61,12 @@ def law_p_values(
     spread_pair: SpreadPair, outputs: Sequence[Output], sampling: Sampling, num_places: int
 ) -> dict[str, float]:
     given = {"ignore_eos": True, **sampling}
+    ids = [output.token_ids for output in outputs]
+    of_target = spread_pair.reference.laws_of(PROMPT, ids, given)
+    of_draft = spread_pair.draft_reference.laws_of(PROMPT, ids, given)
     found = []
-    for seed, output in enumerate(outputs):
-        laws = spread_pair.reference.laws(PROMPT, output.token_ids, given)
-        drafts = spread_pair.draft_reference.laws(PROMPT, output.token_ids, given)
+    for seed, (laws, drafts) in enumerate(zip(of_target, of_draft, strict=True)):
         # What the draft overrates first: wrong acceptance crowds the places at one end.
         overrated = drafts / np.maximum(laws, 1e-300)
-        found.append(places(laws, output.token_ids, overrated, seed))
+        found.append(places(laws, ids[seed], overrated, seed))
     return p_values(found, num_places)

@@ -159,12 +159,12 @@ async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: 
         plain, wrong, nowhere, of_target = await asyncio.gather(
             outrider("model", to),
             outrider("model", to, f"--tls-ca={stranger.ca}"),
-            outrider("model", "--endpoint=nobody.invalid:1", ca),
+            outrider("model", "--endpoint=[::zz]:1", ca),
             outrider("bench", "serve", to, ca, f"--target-endpoint={target}", f"--out={tmp_path}"),
         )
     assert f"{system.endpoint} does not answer without TLS: give --tls-ca" in plain[2]
     assert f"no TLS with {system.endpoint}: its certificate is not signed by" in wrong[2]
-    assert "nothing answers at nobody.invalid:1: no host is called" in nowhere[2]
+    assert "nothing answers at [::zz]:1: no host is called" in nowhere[2]
     assert f"--target-endpoint: UNAVAILABLE: {target} does not answer without TLS" in of_target[2]
     for said in (plain, wrong, nowhere, of_target):
         assert len(said[2].splitlines()) == 1, "nothing of gRPC's own"
