@@ -8,7 +8,7 @@ UV_VENV ?= .venv-uv
 UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-quick test-newest test-oldest pods lint audit lock proto proto-check clean
+.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check clean
 
 help:
 	@echo "make demo         set up, run a speculative generation through four real processes, compare"
@@ -48,15 +48,19 @@ demo: setup
 
 # Three workers on two cores: tests wait a third of their time. A file stays with one worker, for its fixtures;
 # tests/conftest.py puts the long files first. The engine's tests run twice where the CPU has AVX-512, the
-# first time as if it had not.
+# first time as if it had not, beside what uses one core only: installing, linting, checking types.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 # Bytecode is kept whatever the caller's environment says: tests start hundreds of programs.
 unexport PYTHONDONTWRITEBYTECODE
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-test: setup lint proto-check
-	@if grep -qm1 avx512f /proc/cpuinfo; then set -x; \
-		$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu"; fi
+test:
+	$(MAKE) -j3 lint proto-check test-without-avx512
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The slow ones are programs, which compute nothing that the others do not.
+test-without-avx512: setup
+	@if grep -qm1 avx512f /proc/cpuinfo; then set -x; \
+		$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu and not slow"; fi
 
 # The inner loop. Every other test is marked slow.
 test-quick: setup
