@@ -58,6 +58,17 @@ class Proposal:
         supports = self.supports[:num_tokens] if self.supports is not None else None
         return Proposal(self.base_len, self.token_ids[:num_tokens], supports)
 
+    def run_without(self, num_left_out: int) -> Proposal | None:
+        """The draft tokens that a target judges which does not run the last `num_left_out`.
+
+        With supports the first of those is judged, too. It must be: a draft token that is dropped
+        because of what it is makes the output's distribution differ from the target's.
+        """
+        if not num_left_out:
+            return self
+        num_judged = len(self.token_ids) - num_left_out + (self.supports is not None)
+        return self.head(num_judged) if num_judged else None
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -73,7 +84,7 @@ class TargetReply:
     """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
 
     The support arrays are split by position. `logprobs` fields are None unless asked for.
-    `is_without_drafts`: it is for the row without its draft tokens, which the model cannot compute.
+    `num_left_out`: draft tokens that the model cannot run, as `Proposal.run_without` takes them.
     `step_s`: the target's own passes for it. `num_reused_tokens`: tokens of the row whose keys and
     values were in the replica's prefix cache.
     """
@@ -84,11 +95,16 @@ class TargetReply:
     tail_logprobs: npt.NDArray[np.float64]
     step_s: float = 0.0
     num_reused_tokens: int = 0
-    is_without_drafts: bool = False
+    num_left_out: int = 0
     support_logprobs: Sequence[Floats] | None = None
     sample_logprobs: Floats | None = None
     top_ids: npt.NDArray[np.int64] | None = None
     top_logprobs: Floats | None = None
+
+    @property
+    def num_run(self) -> int:
+        """Draft tokens that the model has run, so that it holds their keys and values."""
+        return len(self.sample_ids) - 1
 
 
 def judge(

@@ -230,7 +230,8 @@ class Generation:
         commitment = self._state.commit(self._verifying.proposal, reply)
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
-        self._verifying.committed(base_len + commitment.num_accepted_tokens)
+        num_held = min(commitment.num_accepted_tokens, reply.num_run)
+        self._verifying.committed(base_len + num_held)
         self._policy.saw_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,

@@ -160,7 +160,8 @@ class GenerationState:
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []
         text_ends: list[int] = []
-        for position, token_id in enumerate((*drafts[: verdict.num_accepted], verdict.next_token)):
+        following = () if verdict.next_token is None else (verdict.next_token,)
+        for position, token_id in enumerate((*drafts[: verdict.num_accepted], *following)):
             origin = _origin(position, verdict.num_accepted, len(drafts))
             logprobs = logprobs_of(token_id, position, proposal, reply)
             tokens.append(EmittedToken(token_id, origin, logprobs))

@@ -155,16 +155,19 @@ class TargetHandle:
         self.wire_bytes += item.ByteSize()
 
     def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> TargetReply:
-        if result.is_without_drafts:
-            proposal = None
+        sent, left_out = self._gamma, result.num_left_out
+        if left_out > sent:
+            raise ValueError(f"{left_out} draft tokens left out of {sent}")
+        if proposal is not None:
+            proposal = proposal.run_without(left_out)
         gamma = len(proposal.token_ids) if proposal is not None else 0
         if self._num_logprobs is None and (proposal is None or proposal.supports is None):
             sample_ids = unpack(result.sample_ids, UINT32, "sample_ids").tolist()
             told = result.support_probs or result.tail_mass or result.tail_logprobs
             if len(sample_ids) != gamma + 1 or told:
                 raise ValueError("wrong lengths")
-            reused, alone = result.num_reused_tokens, result.is_without_drafts
-            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, alone)
+            reused = result.num_reused_tokens
+            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, left_out)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
         reply = TargetReply(
@@ -174,12 +177,13 @@ class TargetHandle:
             tail_logprobs=_floats(result.tail_logprobs).astype(np.float64),
             step_s=result.step_s,
             num_reused_tokens=result.num_reused_tokens,
-            is_without_drafts=result.is_without_drafts,
+            num_left_out=left_out,
         )
+        num_rows = gamma if supports and left_out else gamma + 1
         num_support = sum(len(support.token_ids) for support in supports)
         lengths = (len(reply.sample_ids), len(result.support_probs))
         tails = (len(reply.tail_mass), len(reply.tail_logprobs))
-        if lengths != (gamma + 1, 4 * num_support) or (supports and tails != (gamma, gamma)):
+        if lengths != (num_rows, 4 * num_support) or (supports and tails != (gamma, gamma)):
             raise ValueError("wrong lengths")
         if self._num_logprobs is None:
             return reply
@@ -188,8 +192,8 @@ class TargetHandle:
             reply,
             support_logprobs=np.split(_floats(result.support_logprobs), splits),
             sample_logprobs=_floats(result.sample_logprobs),
-            top_ids=top_ids.reshape(gamma + 1, -1),
-            top_logprobs=_floats(result.top_logprobs).reshape(gamma + 1, -1),
+            top_ids=top_ids.reshape(num_rows, -1),
+            top_logprobs=_floats(result.top_logprobs).reshape(num_rows, -1),
         )
 
 

@@ -157,8 +157,8 @@ class Verifying:
         except _RETRIED as error:
             with contextlib.ExitStack() as waiting:
                 reply = await self._retried(error, waiting)
-        if reply.is_without_drafts:
-            self.proposal = None
+        if self.proposal is not None:
+            self.proposal = self.proposal.run_without(reply.num_left_out)
         if self._state.counts.num_rounds == 0:
             self.num_reused = self.cached_len + reply.num_reused_tokens
         return reply

@@ -79,28 +79,65 @@ class Row:
             if len(set(ids.tolist())) != len(ids):
                 raise InvalidRequest("support_ids", "a token stands twice in a support")
 
-    def without_drafts(self) -> Row:
-        """The context alone."""
-        nothing = self.draft_token_ids[:0]
-        return Row(self.key, self.keep_len, self.context_token_ids, nothing, None)
+    def head(self, num_drafts: int) -> Row:
+        """The row with only its first `num_drafts` draft tokens.
+
+        Where there are supports it keeps that of the draft token after them, too: the logits of
+        that position are there, and the token can be judged.
+        """
+        supports = self.supports[: num_drafts + 1] if self.supports is not None else None
+        drafts = self.draft_token_ids[:num_drafts]
+        return Row(self.key, self.keep_len, self.context_token_ids, drafts, supports)
 
 
 Command = Open | Row | Close | Forget
+
+
+@dataclass
+class DraftSearch:
+    """How many of the row's draft tokens leave its logits finite: bisection, one pass each.
+
+    The logits do not say which token is the bad one: NaN may reach earlier positions of its pass.
+    The last pass is always one with finite logits, so that its keys and values are right.
+    """
+
+    row: Row
+    # Draft tokens with which the logits were not finite, and with which they were.
+    num_bad: int
+    num_good: int = -1
+
+    def saw(self, num_drafts: int, *, is_finite: bool) -> bool:
+        """After a pass with so many draft tokens; whether it was the last one."""
+        if is_finite:
+            self.num_good = num_drafts
+        else:
+            self.num_bad = num_drafts
+            self.num_good = min(self.num_good, num_drafts - 1)
+        return self._is_found and self.num_good in (num_drafts, -1)
+
+    def next_row(self) -> Row:
+        """What to run next."""
+        middle = (self.num_good + self.num_bad) // 2
+        return self.row.head(self.num_good if self._is_found else middle)
+
+    @property
+    def _is_found(self) -> bool:
+        return self.num_bad - self.num_good == 1
 
 
 @dataclass(frozen=True)
 class RowReply:
     """`step_s`: time of the passes that the row took part in.
 
-    `num_reused_tokens` of its context were found in the prefix cache. `is_without_drafts`: the
-    row's draft tokens were left out, as the model cannot compute with them.
+    `num_reused_tokens` of its context were found in the prefix cache. `num_left_out`: draft tokens
+    at the row's end that were not run, as in target.proto.
     """
 
     key: GenerationKey
     reply: Reply
     step_s: float
     num_reused_tokens: int
-    is_without_drafts: bool = False
+    num_left_out: int = 0
 
 
 RowOutcome = RowReply | Failure

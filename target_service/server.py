@@ -181,7 +181,7 @@ def _result(outcome: RowReply) -> target_pb2.VerifyResult:
         sample_ids=pack(reply.sample_ids, UINT32),
         step_s=outcome.step_s,
         num_reused_tokens=outcome.num_reused_tokens,
-        is_without_drafts=outcome.is_without_drafts,
+        num_left_out=outcome.num_left_out,
     )
     if reply.logprobs is not None:
         result.support_logprobs = pack(reply.logprobs.support, FLOAT32)

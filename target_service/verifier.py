@@ -22,6 +22,7 @@ from outrider.serving.sessions import Live
 from outrider.serving.worker import GenerationWorker
 from target_service.rows import (
     Command,
+    DraftSearch,
     Ids,
     Open,
     Row,
@@ -43,9 +44,15 @@ class _Generation:
     # The waiting row's: whether it has been in a pass, tokens found in the prefix cache, and the
     # time of the passes that it took part in.
     is_begun: bool = False
-    is_without_drafts: bool = False
     num_reused: int = 0
     step_s: float = 0.0
+    # Where the waiting row has draft tokens that give NaN or infinity.
+    search: DraftSearch | None = None
+
+    @property
+    def num_left_out(self) -> int:
+        search = self.search
+        return len(search.row.draft_token_ids) - search.num_good if search is not None else 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         self._table.cut(live, row.keep_len)
         live.token_ids[row.keep_len : row.num_tokens] = row.token_ids
         state = live.state
-        state.waiting, state.is_begun, state.is_without_drafts = row, False, False
+        state.waiting, state.is_begun, state.search = row, False, None
         state.committed_len = row.keep_len + len(row.context_token_ids)
         self._waiting[row.key] = live
 
@@ -234,7 +241,6 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
                 self._table.cache_prefix(planned.live, planned.live.state.committed_len)
         replies = self._engine.reply([p.ask for p in complete], logits)
-        self.health.saw(replies)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
         self._num_steps += 1
@@ -242,36 +248,45 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         for planned in work:
             planned.live.state.step_s += step_s
         outcomes: list[RowReply | Failure] = []
-        for planned, reply in zip(complete, replies, strict=True):
-            if self._goes_without_drafts(planned, reply):
-                continue
+        settled = [
+            (planned, reply)
+            for planned, reply in zip(complete, replies, strict=True)
+            if not self._is_run_again(planned, reply)
+        ]
+        self.health.saw([reply for _, reply in settled])
+        for planned, reply in settled:
             if isinstance(reply, Exception):  # this row's own; the others are answered
                 outcomes.append(self._failed(planned.key, reply))
                 continue
             state = planned.live.state
             outcomes.append(
-                RowReply(
-                    planned.key, reply, state.step_s, state.num_reused, state.is_without_drafts
-                )
+                RowReply(planned.key, reply, state.step_s, state.num_reused, state.num_left_out)
             )
             state.waiting, state.step_s = None, 0.0
             del self._waiting[planned.key]
             self._num_rows += 1
         return outcomes
 
-    def _goes_without_drafts(self, planned: _Planned, reply: object) -> bool:
-        """Whether the row is run again, as its draft tokens may be what gives NaN or infinity.
+    def _is_run_again(self, planned: _Planned, reply: object) -> bool:
+        """Whether the row is run with fewer draft tokens: they may be what gives NaN or infinity.
 
-        Also before them: one token's NaN reaches all rows that it is masked for.
+        Exact for every verification only if the draft tokens up to the first bad one, and no
+        others, are judged (docs/exactness.md).
         """
-        live, row = planned.live, planned.row
-        if not isinstance(reply, NonFiniteLogits) or not len(row.draft_token_ids):
+        live, row, state = planned.live, planned.row, planned.live.state
+        is_finite, num_drafts = not isinstance(reply, Exception), len(row.draft_token_ids)
+        if not is_finite and not isinstance(reply, NonFiniteLogits):
             return False
-        log.warning("drafts_left_out", session_id=live.session_id, why=str(reply))
+        if state.search is None:
+            if is_finite or not num_drafts:
+                return False
+            log.warning("drafts_left_out", session_id=live.session_id, why=str(reply))
+            state.search = DraftSearch(row, num_drafts)
+        if state.search.saw(num_drafts, is_finite=is_finite):
+            return False
         self._table.forget_prefix(live)
         self._table.cut(live, row.keep_len)
-        state = live.state
-        state.waiting, state.is_begun, state.is_without_drafts = row.without_drafts(), False, True
+        state.waiting, state.is_begun = state.search.next_row(), False
         return True
 
 

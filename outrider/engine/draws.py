@@ -63,7 +63,8 @@ class ReplyAsk:
     """The target's answer to one block: 1 + γ rows of logits.
 
     `history` is the context with all draft tokens; `position` of the first row's token; `supports`
-    γ arrays of ids, or None for none anywhere.
+    γ arrays of ids, or None for none anywhere. γ + 1 arrays where the last row's token is a draft
+    token, too, which the model has not run.
     """
 
     sampler: Sampler

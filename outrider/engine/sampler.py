@@ -206,7 +206,8 @@ def _reply(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Excep
                 stop = start + ask.num_rows
                 tail, of_tail = _NOTHING, _NOTHING
                 if ask.supports is not None:
-                    tail, of_tail = (part[start : stop - 1] for part in (tails, tail_logprobs))
+                    last = start + len(ask.supports)
+                    tail, of_tail = (part[start:last] for part in (tails, tail_logprobs))
                 placed[place] = Reply(samples[start:stop], on_support, tail, of_tail, told)
     return [placed[place] for place in range(len(asks))]
 

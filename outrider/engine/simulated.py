@@ -141,7 +141,8 @@ class SimulatedEngine:
         samples = [self._outside(t, ids) for t, ids in zip(truths, ask.supports, strict=False)]
         probs = np.concatenate(hits).astype(np.float32) if hits else np.zeros(0, np.float32)
         of_samples = np.where(tail > 0, 0.0, -np.inf).astype(np.float32)
-        return Reply(np.array([*samples, truths[-1]]), probs, tail, of_samples, None)
+        samples += truths[len(samples) :]  # the bonus, where the block has one
+        return Reply(np.array(samples), probs, tail, of_samples, None)
 
     def _outside(self, truth: int, support: Ids) -> int:
         token_id = truth

@@ -36,7 +36,8 @@ class Evidence:
     """The target's reply for a block of γ draft tokens.
 
     `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ]; `samples` γ + 1 token
-    ids: outside the support at i < γ, from all tokens at γ. `tail_logprobs` float64 [γ]: log p of
+    ids: outside the support at i < γ, from all tokens at γ. Only γ of them where the target could
+    not run the last draft token: no bonus follows it. `tail_logprobs` float64 [γ]: log p of
     the samples at i < γ, -inf where nothing is outside; rounded to float32 they move a
     distribution by at most 2**-24 times its entropy in nats, about as its rounded probabilities do.
     """
@@ -49,10 +50,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`num_accepted` draft tokens stand and `next_token` follows them."""
+    """`num_accepted` draft tokens stand and `next_token` follows them; None: nothing follows."""
 
     num_accepted: int
-    next_token: int
+    next_token: int | None
 
 
 def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verdict:
@@ -85,6 +86,10 @@ def _recover(support: Support, evidence: Evidence, i: int, reach: float, noise: 
     return int(token_ids[np.argmax(log_weights + noise(i, token_ids))])
 
 
+def _all_accepted(gamma: int, evidence: Evidence) -> Verdict:
+    return Verdict(gamma, evidence.samples[gamma] if len(evidence.samples) > gamma else None)
+
+
 def verify_tokens(
     draft_token_ids: Sequence[int],
     supports: Sequence[Support],
@@ -102,7 +107,7 @@ def verify_tokens(
         if accept_uniforms[i] * support.probs[index] < target_probs[index]:
             continue
         return Verdict(i, _recover(support, evidence, i, 1.0, noise))
-    return Verdict(len(draft_token_ids), evidence.samples[len(draft_token_ids)])
+    return _all_accepted(len(draft_token_ids), evidence)
 
 
 def verify_block(
@@ -130,6 +135,6 @@ def verify_block(
         if accept_uniforms[i] < accept_prob:
             num_accepted, reach_accepted = i + 1, reach
     if num_accepted == gamma:
-        return Verdict(gamma, evidence.samples[gamma])
+        return _all_accepted(gamma, evidence)
     i = num_accepted
     return Verdict(i, _recover(supports[i], evidence, i, reach_accepted, noise))

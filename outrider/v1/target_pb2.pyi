@@ -134,7 +134,7 @@ class VerifyResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "is_without_drafts")
+    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "num_left_out")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -146,7 +146,7 @@ class VerifyResult(_message.Message):
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     TAIL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    IS_WITHOUT_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     support_probs: bytes
     tail_mass: bytes
@@ -158,8 +158,8 @@ class VerifyResult(_message.Message):
     step_s: float
     tail_logprobs: bytes
     num_reused_tokens: int
-    is_without_drafts: bool
-    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., is_without_drafts: bool = ...) -> None: ...
+    num_left_out: int
+    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., num_left_out: _Optional[int] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")

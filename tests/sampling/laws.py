@@ -34,14 +34,34 @@ _LOST, _WIDEST = -1e6, 1e3
 _GUMBELS = np.random.default_rng(3).gumbel(size=(3, 16))
 
 
+def up_to_the_bad_one(block: Context, bad: int) -> Context:
+    """The first bad token is the last one judged: its own position has logits."""
+    return block[: block.index(bad) + 1]
+
+
 @dataclass(frozen=True)
 class Case:
-    """`target[context]` float64 [vocab]; `draft[context]`; contexts up to length γ."""
+    """`target[context]` float64 [vocab]; `draft[context]`; contexts up to length γ.
+
+    `bad`: a token that the target cannot run; it has no logits for any position after it.
+    `judged(block, bad)`: the tokens of the block that are verified where it has the bad one.
+    """
 
     vocab_size: int
     gamma: int
     target: Mapping[Context, Floats]
     draft: Mapping[Context, Support]
+    bad: int | None = None
+    judged: Callable[[Context, int], Context] = up_to_the_bad_one
+
+    def block(self, draft_tokens: Context) -> Context:
+        """What is judged of them."""
+        if self.bad is None or self.bad not in draft_tokens:
+            return draft_tokens
+        return self.judged(draft_tokens, self.bad)
+
+    def has_bonus(self, block: Context) -> bool:
+        return self.bad not in block and len(block) in (0, self.gamma)
 
 
 def contexts(vocab_size: int, longest: int) -> Iterator[Context]:
@@ -108,8 +128,9 @@ def emitted_law(verify: Verify, case: Case) -> tuple[Floats, float]:
     mean_accepted = 0.0
     prefixes: dict[Context, float] = {}
     for draft_tokens, chance in _drafts(case):
-        for verdict, share in _verdicts(verify, case, draft_tokens).items():
-            prefix = (*draft_tokens[: verdict.num_accepted], verdict.next_token)
+        for verdict, share in _verdicts(verify, case, case.block(draft_tokens)).items():
+            following = () if verdict.next_token is None else (verdict.next_token,)
+            prefix = (*draft_tokens[: verdict.num_accepted], *following)
             assert NO_TOKEN not in prefix, f"emitted a token from nowhere at {draft_tokens}"
             prefixes[prefix] = prefixes.get(prefix, 0.0) + chance * share
             mean_accepted += chance * share * verdict.num_accepted
@@ -161,8 +182,8 @@ def silence(position: int, token_ids: npt.NDArray[np.int64]) -> Floats:
 def _evidence(
     case: Case, draft_tokens: Context, samples: Sequence[int]
 ) -> tuple[list[Support], Evidence]:
-    supports = [case.draft[draft_tokens[:i]] for i in range(case.gamma)]
-    rows = [case.target[draft_tokens[:i]] for i in range(case.gamma)]
+    supports = [case.draft[draft_tokens[:i]] for i in range(len(draft_tokens))]
+    rows = [case.target[draft_tokens[:i]] for i in range(len(draft_tokens))]
     on_support = [row[s.token_ids] for row, s in zip(rows, supports, strict=True)]
     tail = [np.delete(row, s.token_ids).sum() for row, s in zip(rows, supports, strict=True)]
     with np.errstate(divide="ignore"):
@@ -175,10 +196,10 @@ def _evidence(
 
 def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, float]]]:
     """Each sample's tokens and chances: outside the support at i < γ, everywhere at γ."""
-    laws = []
-    for i in range(case.gamma + 1):
+    laws, gamma = [], len(draft_tokens)
+    for i in range(gamma + case.has_bonus(draft_tokens)):
         row = case.target[draft_tokens[:i]].copy()
-        if i < case.gamma:
+        if i < gamma:
             row[case.draft[draft_tokens[:i]].token_ids] = 0.0
         mass = row.sum()
         laws.append(
@@ -194,12 +215,13 @@ def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[Verdict
     first = [draws[0][0] for draws in laws]
     block = (draft_tokens, *_evidence(case, draft_tokens, first))
     verdicts: dict[Verdict, float] = {}
-    for volume, point in cells(lambda u: verify(*block, u, silence).num_accepted, case.gamma):
+    gamma = len(draft_tokens)
+    for volume, point in cells(lambda u: verify(*block, u, silence).num_accepted, gamma):
         at = verify(*block, point, silence).num_accepted
-        for sample, chance in laws[at]:
-            samples = [*first[:at], sample, *first[at + 1 :]]
+        for sample, chance in laws[at] if at < len(laws) else [(NO_TOKEN, 1.0)]:
+            samples = [*first[:at], sample, *first[at + 1 :]][: len(laws)]
             told = (draft_tokens, *_evidence(case, draft_tokens, samples), point)
-            if at == case.gamma:
+            if at == gamma:
                 found = {verify(*told, silence): 1.0}
             else:
                 outside = math.fsum(

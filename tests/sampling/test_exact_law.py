@@ -7,6 +7,7 @@ the function's answers (`laws.py`), so that nothing is taken from its text.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_the_law_is_the_targets_for_larger_blocks(
     """As above with five tokens, and with three draft tokens."""
     case = random_case(100, vocab_size, gamma, **_SHAPES[shape])
     assert law_error(verify, case) < _EXACT
+
+
+@_both
+@pytest.mark.parametrize("shape", ["full support", "truncated", "truncated, zeros"])
+def test_a_block_with_a_token_that_the_target_cannot_run(verify: Verify, shape: str) -> None:
+    """It is judged up to that token, which ends it, wherever it stands; nothing follows it."""
+    for seed in range(4):
+        case = random_case(200 + seed, 3, 2, **_SHAPES[shape])
+        for bad in range(3):
+            assert law_error(verify, replace(case, bad=bad)) < _EXACT, f"seed {seed}, bad {bad}"
+
+
+@_both
+def test_a_long_block_with_a_token_that_the_target_cannot_run(verify: Verify) -> None:
+    case = random_case(104, 3, 3, full_support=True)
+    assert law_error(verify, replace(case, bad=1)) < _EXACT
 
 
 @_both

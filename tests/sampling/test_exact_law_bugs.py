@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,23 @@ def test_noise_of_another_position_is_caught(verify: Verify) -> None:
         return verify(*others, lambda position, token_ids: noise(position + 1, token_ids))
 
     assert law_error(planted, random_case(2, 4, 2)) > _WRONG
+
+
+@pytest.mark.parametrize(
+    ("verify", "judged"),
+    [
+        pytest.param(verify_tokens, lambda block, bad: (), id="tokens-none"),
+        pytest.param(verify_block, lambda block, bad: (), id="block-none"),
+        pytest.param(verify_tokens, lambda block, bad: block[:1], id="tokens-first"),
+        pytest.param(verify_block, lambda block, bad: block[:1], id="block-first"),
+        pytest.param(
+            verify_tokens, lambda block, bad: block[: block.index(bad)], id="tokens-before"
+        ),
+        pytest.param(verify_block, lambda block, bad: block[: block.index(bad)], id="block-before"),
+    ],
+)
+def test_a_token_dropped_for_what_it_is_is_caught(verify: Verify, judged: Any) -> None:
+    """Of a block with a token that the target cannot run, fewer tokens are judged than must be."""
+    cases = [random_case(200 + seed, 3, 2, full_support=True) for seed in range(4)]
+    errors = [law_error(verify, replace(case, bad=1, judged=judged)) for case in cases]
+    assert max(errors) > 5 * _WRONG

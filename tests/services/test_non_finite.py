@@ -16,13 +16,14 @@ import pytest
 import torch
 import transformers
 
-from outrider.v1 import draft_pb2, sampling_pb2, target_pb2
+from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from outrider.wire import FLOAT32, UINT16, UINT32, pack
 from tests.services.fake_draft import FakeDraft, faking
 from tests.services.parts import (
     GREEDY,
     Greedy,
     Pair,
+    System,
     Tiers,
     both_tiers,
     clients,
@@ -30,7 +31,7 @@ from tests.services.parts import (
     refusal,
 )
 from tests.services.replicas import FAILING, READY, told
-from tests.services.streams import ids, raw, row, target_open
+from tests.services.streams import ids, raw, row, sizes, target_open
 from tests.stack import Output, Stack, request
 from tests.telemetry.parts import scrape
 
@@ -170,19 +171,63 @@ async def test_a_batch_of_both(bad_pair: Pair, greedy: Greedy) -> None:
                     assert NAMED in answers[n].detail
                 else:
                     assert answers[n].sample_ids == ids(greedy(PROMPT, 1))
-            # The bad token among draft tokens: the row is answered without them.
+            # The bad token among draft tokens: the row is answered without it and what follows.
             truth = greedy(PROMPT, 4)
             good = [n for n, prompt in prompts.items() if prompt is PROMPT]
             drafts = {n: [*truth[1:2], BAD, truth[3]] if n == good[0] else truth[1:4] for n in good}
             await stream.write(
                 Frame(rows=[row(n, len(PROMPT), truth[:1], drafts[n]) for n in good])
             )
-            alone, *others = [await stream.answer(n) for n in good]
-            assert (alone.is_without_drafts, alone.sample_ids) == (True, ids(truth[1:2]))
+            cut, *others = [await stream.answer(n) for n in good]
+            assert (cut.num_left_out, cut.sample_ids) == (2, ids(greedy(PROMPT, 3)[1:]))
             for other in others:
-                assert not other.is_without_drafts
+                assert other.num_left_out == 0
                 assert other.sample_ids == ids(greedy(PROMPT, 5)[1:])
             await stream.write(Frame(closes=[{"generation_id": n} for n in numbers]))
+
+
+@pytest.mark.parametrize("has_supports", [False, True])
+async def test_a_bad_draft_token_at_every_place(
+    has_supports: bool, bad_pair: Pair, greedy: Greedy
+) -> None:
+    """The positions up to the bad token are answered; what is held is right, and goes on.
+
+    With supports the bad token's own position is among them. Nothing of it counts as a failed pass.
+    """
+    truth = greedy(PROMPT, 200)
+    supports: dict[str, Any] = {}
+    async with (
+        both_tiers(bad_pair, draft_kv=None) as tiers,
+        clients(tiers) as system,
+        raw(system.target.Verify()) as stream,
+    ):
+        await stream.write(
+            Frame(
+                opens=[target_open(1, prompt_len=len(PROMPT), max_len=400)],
+                rows=[row(1, 0, PROMPT)],
+            )
+        )
+        assert (await stream.answer(1)).sample_ids == ids(truth[:1])
+        num_out = 1
+        for gamma, place in [(1, 0), (2, 0), (2, 1), *((16, place) for place in range(16))]:
+            drafts = truth[num_out : num_out + gamma]
+            drafts[place] = BAD
+            if has_supports:
+                supports = {"support_sizes": sizes([1] * gamma), "support_ids": ids(drafts)}
+            start = len(PROMPT) + num_out - 1
+            await stream.write(
+                Frame(rows=[row(1, start, truth[num_out - 1 : num_out], drafts, **supports)])
+            )
+            answer = await stream.answer(1)
+            assert answer.num_left_out == gamma - place
+            assert answer.sample_ids[4 * place :] == ids([truth[num_out + place]])
+            if has_supports:
+                assert answer.support_probs == pack([1.0] * place + [0.0], FLOAT32)
+                assert answer.tail_mass == pack([0.0] * place + [1.0], FLOAT32)
+            else:
+                assert answer.sample_ids == ids(truth[num_out : num_out + place + 1])
+            num_out += place + 1
+        assert FAILING not in stream.states
 
 
 async def test_repeated_it_takes_the_replica_out_of_service(bad_pair: Pair, greedy: Greedy) -> None:
@@ -225,12 +270,9 @@ async def test_the_prefix_of_a_bad_prompt_is_not_reused(bad_pair: Pair, greedy: 
         assert answer.sample_ids == ids(greedy(long[: len(PROMPT) + 5], 1))
 
 
-@pytest.mark.parametrize("how", ["greedy", "rejection", "block", "coupled"])
-async def test_a_bad_draft_token_costs_no_answer(
-    how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
-) -> None:
-    """The draft proposes what the target cannot compute and would reject."""
-    has_supports = how in ("rejection", "block")
+@contextlib.asynccontextmanager
+async def bad_draft(pair: Pair, redis_url: str, chance: float | None) -> AsyncIterator[System]:
+    """A draft that proposes the bad token in every round, from a support that gives it `chance`."""
 
     def propose(asked: Any) -> list[draft_pb2.Proposal]:
         if not isinstance(asked, draft_pb2.DraftCommit):
@@ -238,26 +280,57 @@ async def test_a_bad_draft_token_costs_no_answer(
         support = {
             "support_sizes": pack([2], UINT16),
             "support_ids": pack([BAD, 3], UINT32),
-            "support_probs": pack([0.9, 0.1], FLOAT32),
+            "support_probs": pack([chance or 0.0, 1 - (chance or 0.0)], FLOAT32),
         }
         return [
             draft_pb2.Proposal(
                 generation_id=asked.generation_id,
                 base_len=asked.committed_len,
                 token_ids=pack([BAD], UINT32),
-                **(support if has_supports else {}),
+                **(support if chance is not None else {}),
             )
         ]
 
-    async with both_tiers(bad_pair, draft_kv=None) as tiers, clients(tiers) as target:
+    async with both_tiers(pair, draft_kv=None) as tiers, clients(tiers) as target:
         asked = target_pb2.TargetServiceGetModelInfoRequest()
         model = (await target.target.GetModelInfo(asked)).model
         async with (
             faking(FakeDraft(model, propose)) as endpoint,
             orchestrating(tiers, redis_url, draft_endpoint=endpoint, gamma=1) as system,
         ):
-            plain = await system.generate(PROMPT, **{**asking(how), "gamma": 0})
-            drafted = await system.generate(PROMPT, **asking(how))
+            yield system
+
+
+@pytest.mark.parametrize("how", ["rejection", "block"])
+async def test_an_accepted_draft_token_that_gives_nan_ends_the_output(
+    how: str, bad_pair: Pair, redis_url: str
+) -> None:
+    """As where the target had drawn it: it is the last token shown."""
+    shown = [Output() for _ in range(8)]
+    async with bad_draft(bad_pair, redis_url, 1e-6) as system:
+
+        async def generate(seed: int) -> None:
+            fields = asking(how, seed=seed, logit_bias={BAD: 3.0}, max_tokens=200)
+            async for chunk in system.client.Generate(request(PROMPT, **fields), timeout=200):
+                shown[seed].add(chunk)
+
+        for seed, output in enumerate(shown):
+            refused = await refusal(generate(seed))
+            assert refused.code is grpc.StatusCode.INTERNAL
+            assert NAMED in refused.message
+            assert output.token_ids.index(BAD) == len(output.token_ids) - 1
+    assert orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED in {output.origins[-1] for output in shown}
+
+
+@pytest.mark.parametrize("how", ["greedy", "rejection", "block", "coupled"])
+async def test_a_bad_draft_token_costs_no_answer(
+    how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """The draft proposes what the target cannot compute and would reject."""
+    has_supports = how in ("rejection", "block")
+    async with bad_draft(bad_pair, redis_url, 0.9 if has_supports else None) as system:
+        plain = await system.generate(PROMPT, **{**asking(how), "gamma": 0})
+        drafted = await system.generate(PROMPT, **asking(how))
     assert drafted.speculation.num_rounds == len(drafted.token_ids) == NUM_TOKENS
     if not has_supports:
         assert drafted.token_ids == plain.token_ids
