@@ -97,7 +97,7 @@ def test_growth(over: str, tmp_path: Path) -> None:
     [
         (("growth", "--over=vocabulary", "--target=here"), "--over vocabulary"),
         (("growth", "--points=x"), "--points"),
-        (("speed", "--draft=none"), "--draft"),
+        (("speed", "--draft=none", SIMULATED[0]), "--draft"),
         (("speed", "--peer=huggingface", "--inflate=20M"), "--peer"),
     ],
 )

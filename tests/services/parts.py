@@ -21,7 +21,7 @@ import orchestrator.service
 import target_service.service
 from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.server import Server
-from tests.stack import Stack
+from tests.stack import Output, Stack
 
 KV_TOKENS = 16_384
 CONTEXT_LEN = 2_048
@@ -221,3 +221,17 @@ async def nothing_held(stack: Stack) -> bool:
         and load.kv_used_tokens == 0
         for load in loads
     )
+
+
+async def disturbed(client: Any, brake: Brake, asked: Any, disturb: Any) -> Output:
+    """An output, with `disturb` awaited once some of it has come, and before most of it."""
+    output, is_disturbed = Output(), False
+    brake.set(60)
+    async for chunk in client.Generate(asked, timeout=200):
+        output.add(chunk)
+        if not is_disturbed and len(output.token_ids) > 20:
+            is_disturbed = True
+            await disturb()
+            brake.release()
+    assert is_disturbed
+    return output

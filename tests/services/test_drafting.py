@@ -35,6 +35,7 @@ from tests.services.parts import (
     System,
     Tiers,
     both_tiers,
+    disturbed,
     orchestrating,
 )
 from tests.stack import Output, request
@@ -301,17 +302,14 @@ async def test_a_draft_that_is_lost_in_mid_stream(
 ) -> None:
     """While it is waited for: the output goes on at once, and nothing is learnt of patience."""
     monkeypatch.setattr(orchestrator.emitter, "MAX_UNSEEN_COMMITMENTS", 4)
-    brake.set(80)
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
-        assert tiers.draft is not None
-        output, sampling = Output(), {**GREEDY, "max_tokens": 300}
-        stopped = False
-        async for chunk in stack.client.Generate(request(PROMPT, sampling, gamma=4), timeout=200):
-            output.add(chunk)
-            if len(output.token_ids) > 40 and not stopped:
-                stopped = True
-                await tiers.draft.grpc_server.stop(0)
-                brake.release()
+        asked = request(PROMPT, {**GREEDY, "max_tokens": 300}, gamma=4)
+
+        async def stop() -> None:
+            assert tiers.draft is not None
+            await tiers.draft.grpc_server.stop(0)
+
+        output = await disturbed(stack.client, brake, asked, stop)
         again = await _ask(stack, 50)
     assert output.token_ids == greedy(PROMPT, 300)
     assert ACCEPTED in output.origins[:60]

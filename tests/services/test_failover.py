@@ -24,6 +24,7 @@ from outrider.v1 import (
     target_pb2,
     target_pb2_grpc,
 )
+from tests.services import parts
 from tests.services.parts import (
     CONTEXT_LEN,
     GREEDY,
@@ -130,18 +131,8 @@ async def where(replicas: Replicas, tier: str = "target") -> Server:
 
 
 async def disturbed(client: Any, brake: Brake, disturb: Any, **how: Any) -> Output:
-    """An output, with `disturb` awaited once some of it has come, and before most of it."""
-    output, is_disturbed = Output(), False
     how = {"gamma": 4, "sampling": {**GREEDY, "max_tokens": NUM_TOKENS}} | how
-    brake.set(60)
-    async for chunk in client.Generate(request(PROMPT, **how), timeout=200):
-        output.add(chunk)
-        if not is_disturbed and len(output.token_ids) > 20:
-            is_disturbed = True
-            await disturb()
-            brake.release()
-    assert is_disturbed
-    return output
+    return await parts.disturbed(client, brake, request(PROMPT, **how), disturb)
 
 
 @pytest.mark.slow

@@ -187,8 +187,7 @@ async def test_a_stream_survives_every_refusal_of_redis(
 ) -> None:
     output = Output()
     async with orchestrating_at(tiers, redis.url) as system:
-        fields: dict[str, Any] = {"session_id": "s", "create_session": True}
-        async with held_at(system, brake, output, 20, **fields) as listening:
+        async with held_at(system, brake, output, 20, **FIRST) as listening:
             with TROUBLES[trouble](redis):
                 goes_on(brake, 40)
                 await has_sent(listening, output, 40)
@@ -215,17 +214,18 @@ async def test_a_stream_survives_what_stays_so(
     """The result says that not all of it is recorded."""
     monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 0.5)
     output = Output()
-    async with orchestrating_at(tiers, redis.url) as system:
-        fields: dict[str, Any] = {"session_id": "s", "create_session": True}
-        async with held_at(system, brake, output, 20, **fields) as listening:
-            if trouble == "WRONGTYPE":
-                send(redis, f"SET {KEY} foreign")
-            else:
-                lock = ("ACL SETUSER default resetpass >secret", "CLIENT KILL TYPE normal")
-                with _connected(redis, *lock):
-                    pass
-            brake.release()
-            await listening
+    async with (
+        orchestrating_at(tiers, redis.url) as system,
+        held_at(system, brake, output, 20, **FIRST) as listening,
+    ):
+        if trouble == "WRONGTYPE":
+            send(redis, f"SET {KEY} foreign")
+        else:
+            lock = ("ACL SETUSER default resetpass >secret", "CLIENT KILL TYPE normal")
+            with _connected(redis, *lock):
+                pass
+        brake.release()
+        await listening
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
     assert output.result is not None
     assert not output.result.recorded
@@ -281,9 +281,8 @@ async def test_a_generation_begun_without_redis_goes_on_when_it_comes_back(
         redis.kill()
         async with held_at(system, brake, output, 20) as listening:
             redis.start()
-            asked = {"session_id": "s", "create_session": True}
             await eventually(lambda: can_create(system))
-            async with held_at(system, brake, later, 20, **asked) as other:
+            async with held_at(system, brake, later, 20, **FIRST) as other:
                 # A lease of a recorded one is renewed: so would have been the first one's.
                 await eventually(lambda: _is_true(any(r.session_id == "s" for r in renewals)))
                 brake.release()

@@ -30,6 +30,7 @@ from tests.services.parts import (
     Pair,
     System,
     Tiers,
+    disturbed,
     orchestrating,
     refusal,
 )
@@ -136,18 +137,17 @@ async def test_a_draft_that_joins_late_lowers_the_limit_too(pair: Pair, redis_ur
         await max_gamma_becomes(system, 12)
 
 
-async def disturbed(system: System, brake: Brake, disturb: Any, gamma: int) -> Output:
-    """An output with `disturb` awaited in the middle of it."""
-    output, is_disturbed = Output(), False
-    brake.set(60)
-    async for chunk in system.client.Generate(with_gamma(gamma, NUM_TOKENS), timeout=200):
-        output.add(chunk)
-        if not is_disturbed and len(output.token_ids) > 20:
-            is_disturbed = True
-            await disturb()
-            brake.release()
-    assert is_disturbed
-    return output
+async def moved(
+    system: System, brake: Brake, places: Places, large: Server, small: Server
+) -> Output:
+    """An output, the larger of whose two replicas goes in the middle of it; the smaller has γ 3."""
+
+    async def replace() -> None:
+        places.move(places.second, small)
+        await max_gamma_becomes(system, 3)
+        await large.grpc_server.stop(0)
+
+    return await disturbed(system.client, brake, with_gamma(12, NUM_TOKENS), replace)
 
 
 async def test_a_generation_moves_to_a_target_that_takes_fewer_draft_tokens(
@@ -160,13 +160,7 @@ async def test_a_generation_moves_to_a_target_that_takes_fewer_draft_tokens(
         places(large) as targets,
         orchestrating(Tiers(large, draft), redis_url, target_endpoint=targets.endpoints) as system,
     ):
-
-        async def replace() -> None:
-            targets.move(targets.second, small)
-            await max_gamma_becomes(system, 3)
-            await large.grpc_server.stop(0)
-
-        output = await disturbed(system, brake, replace, gamma=12)
+        output = await moved(system, brake, targets, large, small)
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
     assert output.origins[-40:].count(ACCEPTED) > 10
 
@@ -181,13 +175,7 @@ async def test_a_generation_moves_to_a_draft_that_drafts_fewer_tokens(
         places(large) as drafts,
         orchestrating(Tiers(target, large), redis_url, draft_endpoint=drafts.endpoints) as system,
     ):
-
-        async def replace() -> None:
-            drafts.move(drafts.second, small)
-            await max_gamma_becomes(system, 3)
-            await large.grpc_server.stop(0)
-
-        output = await disturbed(system, brake, replace, gamma=12)
+        output = await moved(system, brake, drafts, large, small)
     assert output.token_ids == greedy(PROMPT, NUM_TOKENS)
     assert output.origins[-40:].count(ACCEPTED) > 10
 
