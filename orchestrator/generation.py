@@ -13,17 +13,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from orchestrator.blocks import TargetReply
-from orchestrator.conversation import Turn
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
 from orchestrator.emitter import Chunk, Emitter
 from orchestrator.gamma import GammaPolicy
 from orchestrator.place import Place
-from orchestrator.request import GenerationRequest
+from orchestrator.preparation import PreparedTurn
 from orchestrator.result import Result
-from orchestrator.resume import Resumed, turn_json
-from orchestrator.session import Commitment, Finish, GenerationState
-from orchestrator.stop_strings import OutputText
+from orchestrator.session import Commitment, Finish
 from orchestrator.store import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.target_link import TargetHandle, TargetLink
 from orchestrator.tiers import Tiers
@@ -31,51 +28,33 @@ from orchestrator.verifying import Verifying
 from outrider.errors import OutriderError
 
 
-def new_state(tiers: Tiers, request: GenerationRequest, turn: Turn) -> GenerationState:
-    """The state of a generation before its first round."""
-    assert tiers.targets.model is not None, "a target was connected"
-    return GenerationState(
-        turn.token_ids,
-        request.params,
-        request.verification,
-        tiers.targets.model.eos_token_ids,
-        OutputText(tiers.tokenizer, turn.token_ids, request.params.stop),
-    )
-
-
 class Generation:
     """`run` once. `write` gets every chunk, in order; `asked_at` is when the call came in.
 
     `check_length` raises InvalidRequest where the request fits no target that there is now.
 
-    `state`: of `new_state`. `resumed`: the turn was begun elsewhere, and goes on here; `replayed`
-    is then what the state's `replay` returned.
     """
 
     def __init__(
         self,
         tiers: Tiers,
-        request: GenerationRequest,
+        prepared: PreparedTurn,
         lease: Lease,
-        turn: Turn,
         place: Place,
-        state: GenerationState,
         *,
         asked_at: float,
         write: Callable[[Chunk, Result | None], Awaitable[None]],
         check_length: Callable[[], None],
-        resumed: Resumed | None = None,
-        replayed: tuple[str, Commitment | None] = ("", None),
     ) -> None:
         assert tiers.targets.model is not None, "a target was connected"
         self._model = tiers.targets.model
         self._tiers = tiers
-        self._request = request
+        self._request = request = prepared.request
         self._lease = lease
-        self._turn = turn
+        self._turn = prepared.turn
         self._place = place
         self._write = write
-        self._state = state
+        self._state = prepared.state
         self._policy = GammaPolicy(
             tiers.costs.pair(),
             request.max_gamma,
@@ -95,25 +74,22 @@ class Generation:
             self._open_target,
             check_length,
             self._state,
-            self._kept(is_resumed=resumed is not None),
+            self._kept(is_resumed=prepared.earlier is not None),
             place,
             verdict_timeout_s=tiers.timing.verdict_timeout_s,
             wait_s=tiers.timing.target_wait_s,
         )
-        held_text, self._earlier = replayed
-        num_unshown = 0
-        if resumed is not None:
-            num_unshown = max(0, resumed.num_held - len(resumed.output_ids))
+        held_text, self._earlier = prepared.replayed
         self._emitter = Emitter(
             tiers.store,
             lease,
-            turn,
-            turn_json(request, turn),
+            prepared.turn,
+            prepared.turn_json,
             self._show,
             is_durable=request.is_durable,
-            is_begun=resumed is not None,
+            is_begun=prepared.earlier is not None,
             held_text=held_text,
-            num_unshown=num_unshown,
+            num_unshown=prepared.num_unshown,
         )
         self._asked_at = asked_at
         self._is_stopping = False

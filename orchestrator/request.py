@@ -16,7 +16,7 @@ from outrider.heartbeat import check_interval
 from outrider.sampling.params import SamplingParams, Verification, check_entries
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2, sampling_pb2
-from outrider.wire import sampling_from_proto, verification_from_proto
+from outrider.wire import LONG_LIST, copied, sampling_from_proto, verification_from_proto
 
 MAX_LOOKAHEAD = 4
 MAX_FAN_OUT = 64
@@ -94,6 +94,12 @@ class GenerationRequest:
         if self.text is not None:
             return "text"
         return "token_ids" if self.token_ids is not None else "chat"
+
+
+def is_long(request: orchestrator_pb2.GenerateRequest) -> bool:
+    """Whether `parse_request` takes milliseconds: call it in a thread."""
+    lists = (request.token_ids.ids, request.sampling.allowed_token_ids)
+    return sum(map(len, lists)) > LONG_LIST
 
 
 def parse_request(
@@ -190,7 +196,7 @@ def _params(
     if (
         params.min_tokens
         and params.allowed_token_ids
-        and stops.issuperset(params.allowed_token_ids)
+        and all(token_id in stops for token_id in params.allowed_token_ids)
     ):
         raise InvalidRequest(
             "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
@@ -210,17 +216,19 @@ def _input(
             raise InvalidRequest(
                 "token_ids", f"{num_ids} tokens; 1 to {limits.max_context_len}, {limits.bound}"
             )
-        ids = tuple(request.token_ids.ids)
-        if bad := [i for i in ids if i >= limits.vocab_size]:
-            raise InvalidRequest("token_ids", f"{bad[0]} is not in [0, {limits.vocab_size})")
+        ids = copied(request.token_ids.ids)
+        if max(ids) >= limits.vocab_size:
+            bad = next(i for i in ids if i >= limits.vocab_size)
+            raise InvalidRequest("token_ids", f"{bad} is not in [0, {limits.vocab_size})")
         return None, ids, None
     if tokenizer is None:
         raise InvalidRequest(kind, "the model has no tokenizer; send token_ids")
     if kind == "text":
-        if not request.text:
+        text = request.text  # decoded anew at each access
+        if not text:
             raise InvalidRequest("text", "the prompt is empty")
-        _check_chars("text", len(request.text), limits, tokenizer)
-        return request.text, None, None
+        _check_chars("text", len(text), limits, tokenizer)
+        return text, None, None
     messages = _messages(request.chat.messages)
     num_chars = sum(len(message["content"]) for message in messages)
     _check_chars("chat", num_chars, limits, tokenizer)

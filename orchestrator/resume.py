@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from orchestrator.conversation import Turn
@@ -49,13 +49,15 @@ class Resumed:
 
 
 def turn_json(request: GenerationRequest, turn: Turn) -> str:
-    """To be recorded with the turn's prompt."""
+    """JSON to be recorded with the turn's prompt. Call it in a thread: lists may be long."""
+    params = request.params
     return json.dumps(
         {
             "version": TURN_VERSION,
             "prompt_len": len(turn.token_ids),
             "num_messages": len(turn.messages),
-            "params": asdict(request.params),
+            # Not dataclasses.asdict, which copies each entry of a list by itself.
+            "params": {entry.name: getattr(params, entry.name) for entry in fields(params)},
             "verification": request.verification.value,
             **{name: getattr(request, name) for name in _DEFAULTS},
         }

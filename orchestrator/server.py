@@ -8,7 +8,6 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,17 +16,17 @@ import structlog
 from orchestrator.admission import Admission
 from orchestrator.call import Call, Calls
 from orchestrator.callers import current_caller
-from orchestrator.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.emitter import Chunk
-from orchestrator.generation import Generation, new_state
+from orchestrator.generation import Generation
 from orchestrator.place import Place
+from orchestrator.preparation import Preparation, PreparedTurn
 from orchestrator.request import (
     GenerationRequest,
     Limits,
     check_length,
+    is_long,
     parse_page_token,
     parse_request,
-    resolve_max_tokens,
 )
 from orchestrator.responses import (
     generate_response,
@@ -36,8 +35,7 @@ from orchestrator.responses import (
     sessions_response,
 )
 from orchestrator.result import Result
-from orchestrator.resume import Resumed, resumed, unanswered
-from orchestrator.session import Commitment, FinishReason, TokenOrigin
+from orchestrator.session import TokenOrigin
 from orchestrator.store import (
     Lease,
     SessionRecord,
@@ -97,7 +95,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _admitted(
         self, request: orchestrator_pb2.GenerateRequest, call: Call, context: Context
     ) -> None:
-        asked = parse_request(request, self._limits(), self._tiers.tokenizer)
+        parse = functools.partial(parse_request, request, self._limits(), self._tiers.tokenizer)
+        asked = await self._tiers.encoding.check(parse) if is_long(request) else parse()
         caller, writer = current_caller(), StreamWriter(context)
         heartbeat = orchestrator_pb2.GenerateResponse()
         async with (
@@ -169,14 +168,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         call: Call,
         writer: StreamWriter,
     ) -> Generation:
-        tiers, earlier = self._tiers, None
-        if asked.resume_from is not None:
-            earlier = resumed(lease.record, asked.resume_from)
-            turn, asked = earlier.turn, self._fitted(earlier)
-        else:
-            turn = await self._build_turn(asked, lease.record)
-            asked = resolve_max_tokens(asked, len(turn.token_ids), self._limits())
-
+        prepared = await self._prepare(asked, lease.record)
+        asked, num_prompt_tokens = prepared.request, len(prepared.turn.token_ids)
         quota = current_caller().quota
 
         async def write(chunk: Chunk, result: Result | None) -> None:
@@ -186,57 +179,25 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             await writer.write(generate_response(chunk, result, lease.session_id, asked))
             call.sent(chunk, result, ready_at)
 
-        state = new_state(tiers, asked, turn)
-        replayed: tuple[str, Commitment | None] = ("", None)
-        if earlier is not None:  # in a thread: it takes a few microseconds a token
-            replay = functools.partial(state.replay, earlier.output_ids, earlier.num_held)
-            replayed = await asyncio.to_thread(replay)
-        call.began(len(turn.token_ids))
+        call.began(num_prompt_tokens)
         return Generation(
-            tiers,
-            asked,
+            self._tiers,
+            prepared,
             lease,
-            turn,
             place,
-            state,
             asked_at=call.asked_at,
             write=write,
-            check_length=lambda: check_length(asked, len(turn.token_ids), self._limits()),
-            resumed=earlier,
-            replayed=replayed,
+            check_length=lambda: check_length(asked, num_prompt_tokens, self._limits()),
         )
 
-    async def _build_turn(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
-        """Charges the prompt to the key, also where it is refused once it is encoded."""
-        quota = current_caller().quota
-        build = functools.partial(self._turn_behind, asked, record)
+    async def _prepare(self, asked: GenerationRequest, record: SessionRecord) -> PreparedTurn:
+        """Charges the prompt to the API key, also where it is refused once it is encoded."""
+        tiers, quota = self._tiers, current_caller().quota
+        preparation = Preparation(asked, record, self._limits(), tiers.tokenizer)
         try:
-            turn = await self._tiers.encoding.run(build, num_chars(asked, record))
-        except PromptTooLong as error:
-            quota.spend(error.num_tokens)
-            raise
-        quota.spend(len(turn.token_ids) - turn.keep_len)
-        return turn
-
-    def _turn_behind(self, asked: GenerationRequest, record: SessionRecord) -> Turn:
-        """In a thread. A chat's answer that was cut off becomes the assistant's message first."""
-        tiers, max_len = self._tiers, self._limits().max_context_len
-        last = unanswered(record) if asked.messages is not None else None
-        if last is None:
-            return build_turn(asked, record, tiers.tokenizer, max_len)
-        state = new_state(tiers, last.request, last.turn)
-        answer = {"role": "assistant", "content": state.replayed_text(last.output_ids)}
-        record = replace(record, messages=(*record.messages, answer))
-        turn = build_turn(asked, record, tiers.tokenizer, max_len)
-        if state.finish is not None and state.finish.reason is not FinishReason.CANCELLED:
-            return turn  # it had ended: only its last write is missing
-        return replace(turn, num_interrupted_tokens=len(last.output_ids))
-
-    def _fitted(self, earlier: Resumed) -> GenerationRequest:
-        """The orchestrator it was begun at may have taken more draft tokens a round."""
-        request, most = earlier.request, self._limits().max_gamma
-        gamma = None if request.gamma is None else min(request.gamma, most)
-        return replace(request, gamma=gamma, max_gamma=min(request.max_gamma, most))
+            return await tiers.encoding.run(preparation.run, preparation.num_chars)
+        finally:
+            quota.spend(preparation.num_encoded_tokens)
 
     async def _give_back(self, lease: Lease) -> None:
         """The turn did not begin: the session is as it was, and one that was made for it goes."""

@@ -14,19 +14,21 @@ Symbol = str | int
 class StopString:
     """Searches a stream of symbols for one stop string (Knuth, Morris and Pratt 1977).
 
-    Special tokens are skipped, as they are in the text, unless the stop string names one.
+    Special tokens are skipped, as they are in the text, unless the stop string names one. The
+    table of fallbacks grows with the longest match so far: a stop string of any length costs
+    nothing until the output begins to match it.
     """
 
     def __init__(self, text: str, symbols: Sequence[Symbol]) -> None:
         self.text = text
-        self._symbols = tuple(symbols)
-        self._names_special = any(isinstance(symbol, int) for symbol in symbols)
-        # [n]: characters among the first n symbols.
-        self._num_chars = [0, *itertools.accumulate(isinstance(s, str) for s in symbols)]
-        self._fallback = [0] * len(symbols)
+        self._symbols = symbols
+        self._names_special = symbols is not text
+        # [n]: characters among the first n symbols; all of them where no symbol is an id.
+        self._num_chars: Sequence[int] = range(len(symbols) + 1)
+        if self._names_special:
+            self._num_chars = [0, *itertools.accumulate(isinstance(s, str) for s in symbols)]
+        self._fallback = [0]
         self._num_matched = 0
-        for index in range(1, len(symbols)):
-            self._fallback[index] = self._next(self._fallback[index - 1], symbols[index])
 
     @property
     def num_chars(self) -> int:
@@ -44,6 +46,9 @@ class StopString:
         if isinstance(symbol, int) and not self._names_special:
             return False
         self._num_matched = self._next(self._num_matched, symbol)
+        if self._num_matched > len(self._fallback):  # by one: a match grows by one symbol
+            last = self._symbols[self._num_matched - 1]
+            self._fallback.append(self._next(self._fallback[-1], last))
         return self._num_matched == len(self._symbols)
 
     def _next(self, num_matched: int, symbol: Symbol) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ FLOAT32 = np.dtype("<f4")
 MAX_SESSION_ID_CHARS = 192
 # Of one draft position. Ours have 32 at most (`outrider.sampling.support`).
 MAX_SUPPORT_IDS = 4096
+
+# Entries of a message's list that are copied in about half a millisecond.
+LONG_LIST = 16_384
 
 _OPTIONAL_FIELDS = (
     "temperature",
@@ -63,8 +67,10 @@ _STATES = {
 
 def pack(values: Iterable[int] | Iterable[float] | npt.NDArray[Any], dtype: np.dtype[Any]) -> bytes:
     """The values as little-endian bytes of `dtype`."""
-    array = values if isinstance(values, np.ndarray) else np.array(list(values))
-    return array.astype(dtype, copy=False).tobytes()
+    if dtype == UINT32 and isinstance(values, list | tuple):
+        values = np.asarray(array("I", values))  # a third of the time that numpy takes for a list
+    packed = values if isinstance(values, np.ndarray) else np.array(list(values))
+    return packed.astype(dtype, copy=False).tobytes()
 
 
 def unpack(
@@ -138,8 +144,19 @@ def sampling_from_proto(
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias={token: _shortest(bias) for token, bias in message.logit_bias.items()},
-        allowed_token_ids=tuple(message.allowed_token_ids),
+        allowed_token_ids=copied(message.allowed_token_ids),
     )
+
+
+def copied(values: Sequence[int]) -> tuple[int, ...]:
+    """A message's list as a tuple, slice by slice.
+
+    A copy in one call would hold the GIL, and so the event loop, for 40 ms per million entries.
+    """
+    copy: list[int] = []
+    for start in range(0, len(values), LONG_LIST):
+        copy += values[start : start + LONG_LIST]
+    return tuple(copy)
 
 
 def _shortest(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -10,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 
 from outrider import frames
 from outrider.errors import InvalidRequest
-from outrider.frames import MAX_FIELDS, MAX_PACKED_BYTES, SMALL_BYTES, Parser
+from outrider.frames import MAX_FIELDS, MAX_PACKED_BYTES, SMALL_BYTES, Large, Parser
 from outrider.v1 import draft_pb2, orchestrator_pb2, target_pb2
 from tests.fuzz.bombs import bombs, nested, of_length
 from tests.fuzz.mutation import Mutator
@@ -48,6 +49,25 @@ def test_numbers() -> None:
     halves = nested(b"\1" * (MAX_PACKED_BYTES // 2 + 1), 2, 1)
     with pytest.raises(InvalidRequest, match="numbers"):
         read.parse(halves + halves)
+
+
+async def test_other_tasks_run_while_a_large_request_is_checked() -> None:
+    """As many fields as are allowed, and one more."""
+    call = orchestrator_pb2.GenerateRequest()
+    for _ in range(MAX_FIELDS // 3):
+        call.chat.messages.add(role="user", content="x")
+    data = call.SerializeToString()
+    read, num_turns = parser(orchestrator_pb2.GenerateRequest), 0
+    for request, is_refused in ((data, False), (data + data[:9] * 2, True)):
+        large = read.begin(request)
+        assert isinstance(large, Large)
+        parsing = asyncio.create_task(read.finish(large))
+        while not parsing.done():
+            num_turns += 1
+            await asyncio.sleep(0)
+        assert isinstance(await parsing, InvalidRequest) == is_refused
+        assert is_refused or await parsing == call
+    assert num_turns >= 2 * MAX_FIELDS // 4_096
 
 
 def test_what_is_honest_and_large() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -31,13 +32,15 @@ _MAX_INT64 = 2**63 - 1
 
 
 def pack_tokens(token_ids: TokenIds | Sequence[int]) -> bytes:
-    """uint32 little-endian. Raises ValueError or OverflowError for what is no token id."""
+    """uint32 little-endian. Raises ValueError, TypeError or OverflowError for other values."""
     if isinstance(token_ids, np.ndarray) and token_ids.dtype != np.uint32 and token_ids.size:
         # numpy would wrap these silently; in a list of Python numbers it raises by itself.
         if token_ids.dtype.kind not in "iu":
             raise ValueError(f"token ids of dtype {token_ids.dtype}")
         if token_ids.min() < 0 or token_ids.max() > _MAX_UINT32:
             raise OverflowError("token id outside uint32")
+    if isinstance(token_ids, list | tuple):
+        token_ids = np.asarray(array("I", token_ids))  # faster than numpy with a list
     return np.asarray(token_ids, dtype="<u4").tobytes()
 
 

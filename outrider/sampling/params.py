@@ -131,10 +131,9 @@ class SamplingParams:
             ("logit_bias", tuple(self.logit_bias)),
             ("allowed_token_ids", self.allowed_token_ids),
         ):
-            if bad := [i for i in ids if not 0 <= i < vocab_size]:
-                raise InvalidRequest(
-                    f"sampling.{name}", f"token {bad[0]} is not in [0, {vocab_size})"
-                )
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+                bad = next(i for i in ids if not 0 <= i < vocab_size)
+                raise InvalidRequest(f"sampling.{name}", f"token {bad} is not in [0, {vocab_size})")
         for token_id, bias in self.logit_bias.items():
             if not abs(bias) <= 100:
                 raise InvalidRequest(
