@@ -22,6 +22,9 @@ log = structlog.get_logger()
 
 # Commitments that may wait for Redis and the caller before the rounds pause.
 MAX_UNSEEN_COMMITMENTS = 64
+# Tokens from which on a message to the client takes no further round. Of a resumed output there may
+# be a hundred thousand, which take tens of milliseconds of the event loop in one message.
+MAX_CHUNK_TOKENS = 4_096
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
 # How long after the end of a generation Redis may come back, for what is owed to be recorded.
@@ -106,8 +109,10 @@ class Emitter:
     async def _show_all(self) -> None:
         while True:
             batch = [await self._unseen.get()]
-            while not self._unseen.empty():
+            num_tokens = len(batch[0][0].tokens)
+            while num_tokens < MAX_CHUNK_TOKENS and not self._unseen.empty():
                 batch.append(self._unseen.get_nowait())
+                num_tokens += len(batch[-1][0].tokens)
             for _, record in batch:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
             commitments = [self._shown_of(commitment) for commitment, _ in batch]

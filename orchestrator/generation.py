@@ -15,7 +15,7 @@ from dataclasses import replace
 from orchestrator.blocks import TargetReply
 from orchestrator.draft_link import DraftHandle, DraftLink
 from orchestrator.drafting import Drafting
-from orchestrator.emitter import Chunk, Emitter
+from orchestrator.emitter import MAX_CHUNK_TOKENS, Chunk, Emitter
 from orchestrator.gamma import GammaPolicy
 from orchestrator.place import Place
 from orchestrator.preparation import PreparedTurn
@@ -131,7 +131,8 @@ class Generation:
 
     async def _run_rounds(self) -> None:
         if self._earlier is not None:
-            await self._emitter.put(self._earlier, self._record_of(self._earlier, is_earlier=True))
+            for part in self._earlier.parts(MAX_CHUNK_TOKENS):
+                await self._emitter.put(part, self._record_of(part, is_earlier=True))
             if self._earlier.finish is not None:
                 return
         if self._state.max_draft_tokens > 0:

@@ -6,7 +6,7 @@ No I/O, no clock, no knowledge of links, Redis or the wire.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -64,6 +64,21 @@ class Commitment:
     num_accepted_tokens: int
     is_rejected: bool
     finish: Finish | None
+
+    def parts(self, num_tokens: int) -> Iterator[Commitment]:
+        """Splits a replayed output, which has no draft tokens, into parts of `num_tokens`."""
+        for start in range(0, max(1, len(self.tokens)), num_tokens):
+            end = start + num_tokens
+            is_last = end >= len(self.tokens)
+            text_start = self.text_ends[start - 1] if start else 0
+            text_end = len(self.text) if is_last else self.text_ends[end - 1]
+            yield replace(
+                self,
+                tokens=self.tokens[start:end],
+                text=self.text[text_start:text_end],
+                text_ends=tuple(at - text_start for at in self.text_ends[start:end]),
+                finish=self.finish if is_last else None,
+            )
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from orchestrator import emitter
 from orchestrator.blocks import Proposal, TargetReply
 from orchestrator.session import Commitment, Finish, FinishReason, GenerationState, TokenOrigin
 from orchestrator.stop_strings import OutputText
@@ -253,3 +254,31 @@ def test_text_is_cut_at_stop_strings(
             held = full.removeprefix(shown)
             assert shown + held == full
             assert not held or any(text.startswith(held) for text in stop), "no more than needed"
+
+
+@given(
+    made=rounds(st.integers(0, 2)),
+    num_tokens=st.integers(1, 7),
+    num_held=st.integers(0, 5),
+    has_ended=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_a_replayed_output_in_parts_is_the_same_output(
+    made: list[Round], num_tokens: int, num_held: int, has_ended: bool, tokenizer: Tokenizer
+) -> None:
+    letters = [tokenizer.encode(letter)[0] for letter in LETTERS]
+    output = [letters[i] for one in made for i in one.samples]
+    prompt = tokenizer.encode("the")
+    params = SamplingParams(max_tokens=len(output) + 1 - has_ended)
+    text = OutputText(tokenizer, prompt, ("zz",))
+    state = GenerationState(prompt, params, Verification.REJECTION, [], text)
+    _, rest = state.replay(output, num_held)
+    if rest is None:
+        return
+    parts = list(rest.parts(num_tokens))
+    assert all(len(part.tokens) <= num_tokens for part in parts)
+    assert all(part.text_ends[-1] == len(part.text) for part in parts[:-1])
+    shown = emitter._joined(parts, recorded=True)
+    assert (shown.tokens, shown.text, shown.finish) == (rest.tokens, rest.text, rest.finish)
+    assert shown.text_ends == rest.text_ends
+    assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)

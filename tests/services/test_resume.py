@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
+import orchestrator.emitter
+import orchestrator.generation
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.services.parts import (
     GREEDY,
@@ -65,6 +67,26 @@ async def some(call: Any, num_tokens: int) -> Output:
     while len(output.token_ids) < num_tokens:
         output.add(await call.read())
     return output
+
+
+async def test_a_long_output_is_sent_again_in_several_messages(
+    pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orchestrator.emitter, "MAX_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(orchestrator.generation, "MAX_CHUNK_TOKENS", 8)
+    async with two(pair, redis_url) as (first, second):
+        before = await first.generate(
+            PROMPT,
+            sampling={**GREEDY, "max_tokens": NUM_TOKENS},
+            session_id="s",
+            create_session=True,
+        )
+        again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=3)
+        chunks = [chunk async for chunk in second.client.Generate(again, timeout=200)]
+    assert [len(chunk.token_ids) for chunk in chunks] == [8] * 14 + [5]
+    assert before.token_ids[3:] == [i for chunk in chunks for i in chunk.token_ids]
+    assert [chunk.HasField("result") for chunk in chunks] == [False] * 14 + [True]
+    assert chunks[-1].result.usage.completion_tokens == NUM_TOKENS
 
 
 COUPLED = {"verification": sampling_pb2.VERIFICATION_COUPLED}
