@@ -237,12 +237,15 @@ class GenerationState:
         return (self.cancel(rest) if rest.finish is None else rest).text
 
     def cancel(self, commitment: Commitment) -> Commitment:
-        """Makes the round just committed the last one."""
+        """Makes the round just committed the last one.
+
+        What was held back of the text becomes part of it, and stays uncertain: it is behind the
+        last of `text_ends`, and an output that goes on elsewhere has its own in its place.
+        """
         self.finish = Finish(FinishReason.CANCELLED)
         self._text.finish()
         text = commitment.text + self._text.take()
-        text_ends = (*commitment.text_ends[:-1], len(text))
-        return replace(commitment, text=text, text_ends=text_ends, finish=self.finish)
+        return replace(commitment, text=text, finish=self.finish)
 
     def _finish_at(self, token_id: int) -> Finish | None:
         params = self.params

@@ -24,7 +24,11 @@ _DELETE_FOR_S = 5.0
 # What another orchestrator, or a later call, may answer otherwise. What a stream that runs is told,
 # or the first call, is its caller's affair: somebody else may have taken the session over.
 _BREAKS = ("UNAVAILABLE",)
-_PASSES = (*_BREAKS, "ABORTED", "RESOURCE_EXHAUSTED")
+_PASSES = (*_BREAKS, "ABORTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")
+# A Redis that has just taken over may not have the session yet. Later than this it will not come.
+UNKNOWN_FOR_S = 10.0
+# The session is there, and cannot be gone on with from these tokens.
+_FINAL = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
 Request = orchestrator_pb2.GenerateRequest
 
@@ -41,12 +45,16 @@ class Patience:
 
 
 class GaveUp(CallFailed):
-    """Nobody went on with it. `num_held` of its tokens have come, `session_id` has them all."""
+    """Nobody went on with it. `num_held` of its tokens have come, `session_id` has them all.
 
-    def __init__(self, message: str, session_id: str, num_held: int) -> None:
-        super().__init__(message)
+    `can_resume`: another call may still go on with it.
+    """
+
+    def __init__(self, why: str, session_id: str, num_held: int, *, can_resume: bool) -> None:
+        super().__init__(f"{why}; {num_held} tokens have come")
         self.session_id = session_id
         self.num_held = num_held
+        self.can_resume = can_resume
 
 
 class Follower:
@@ -79,6 +87,8 @@ class Follower:
         self._num_turns_before = 0
         self._may_be_begun = False
         self._broke_at: float | None = None
+        # Since when nobody knows the session, that had tokens.
+        self._unknown_at: float | None = None
         self._deadline = None if patience.timeout_s is None else _now() + patience.timeout_s
 
     async def run(self) -> Output:
@@ -115,9 +125,9 @@ class Follower:
     def _take(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
         if self._broke_at is not None:
             self._say(f"going on at {self._client.endpoint}")
-            self._broke_at = None
+            self._broke_at = self._unknown_at = None
         if _is_cut_short(chunk.result):
-            chunk = _without_last_token(chunk)
+            chunk = _certain(chunk)
         self._output.add(chunk)
         if self._show is not None:
             self._show(chunk)
@@ -145,6 +155,8 @@ class Follower:
 
     def _failed(self, error: CallFailed) -> None:
         """Turns to the next orchestrator, or raises where that would not help."""
+        if self._broke_at is not None and error.code in _FINAL:
+            raise self._gave_up(str(error), can_resume=False) from error
         if error.code not in (_BREAKS if self._broke_at is None else _PASSES):
             raise error
         self._num_calls += error.was_heard
@@ -163,10 +175,18 @@ class Follower:
         if self._broke_at is None:
             self._broke_at = now
             self._say(f"the stream broke after {self._num_held} tokens: {error}")
-        waited_s = now - self._broke_at
-        if waited_s >= self._patience.resume_for_s:
-            message = f"{error}; nobody went on with it for {waited_s:.0f} s"
-            raise GaveUp(message, self._request.session_id, self._num_held) from error
+        waited_s, wait_s = now - self._broke_at, self._patience.resume_for_s
+        if error.code == "NOT_FOUND":
+            if self._unknown_at is None:
+                self._unknown_at = now
+                self._say(f"{error}; asking again")
+            waited_s, wait_s = now - self._unknown_at, min(wait_s, UNKNOWN_FOR_S)
+        if waited_s >= wait_s:
+            why = f"{error}; nobody went on with it for {waited_s:.0f} s"
+            raise self._gave_up(why, can_resume=True) from error
+
+    def _gave_up(self, why: str, *, can_resume: bool) -> GaveUp:
+        return GaveUp(why, self._request.session_id, self._num_held, can_resume=can_resume)
 
     async def forget(self) -> None:
         """Deletes the session, if there may be one; says so where nobody does."""
@@ -200,20 +220,12 @@ def _is_cut_short(result: orchestrator_pb2.GenerateResult) -> bool:
     return result.finish_reason == orchestrator_pb2.FINISH_REASON_CANCELLED
 
 
-def _without_last_token(
-    chunk: orchestrator_pb2.GenerateResponse,
-) -> orchestrator_pb2.GenerateResponse:
-    """Its text has what was not certain: half a character, or what may begin a stop string."""
-    num = max(0, len(chunk.token_ids) - 1)
-    return orchestrator_pb2.GenerateResponse(
-        session_id=chunk.session_id,
-        token_ids=chunk.token_ids[:num],
-        text=chunk.text[: chunk.text_ends[num - 1]] if num else "",
-        text_ends=chunk.text_ends[:num],
-        origins=chunk.origins[:num],
-        logprobs=chunk.logprobs[:num],
-        result=chunk.result,
-    )
+def _certain(chunk: orchestrator_pb2.GenerateResponse) -> orchestrator_pb2.GenerateResponse:
+    """Without text that is not certain: half a character, or what may begin a stop string."""
+    kept = orchestrator_pb2.GenerateResponse()
+    kept.CopyFrom(chunk)
+    kept.text = chunk.text[: chunk.text_ends[-1]] if chunk.text_ends else ""
+    return kept
 
 
 def _now() -> float:

@@ -84,21 +84,30 @@ async def _follow(
             return await follower.run()
         except GaveUp as error:
             is_ours = False  # it is what the output can be gone on with
-            raise CallFailed(f"{error}. Go on with: {_by_hand(options, error)}") from error
+            raise CallFailed(f"{error}. {_way_on(options, error)}") from error
         finally:
             if is_ours:
                 await follower.forget()
 
 
-def _by_hand(options: GenerateOptions, error: GaveUp) -> str:
-    """The command that writes what is missing: of text that which was not written, else all."""
+def _way_on(options: GenerateOptions, error: GaveUp) -> str:
+    """The command that writes what is missing: of text that which was not written, else all.
+
+    Where no call can write it, the one that shows what the session has.
+    """
+    access = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("tls_ca", "tls_cert", "tls_key", "api_key_file")
+        if (value := getattr(options, name))
+    ]
+    if not error.can_resume:
+        endpoint = f"--endpoint={endpoints_of(options.endpoint)[0]}"
+        command = ["outrider", "session", "get", error.session_id, endpoint, *access]
+        return f"What was recorded of it is shown by: {shlex.join(command)}"
     num_held = 0 if options.json or options.token_ids is not None else error.num_held
     command = ["outrider", "generate", f"--endpoint={options.endpoint}"]
-    command += [f"--session={error.session_id}", f"--resume-from={num_held}"]
-    for name in ("tls_ca", "tls_cert", "tls_key", "api_key_file"):
-        if value := getattr(options, name):
-            command.append(f"--{name.replace('_', '-')}={value}")
-    return shlex.join([*command, *(["--json"] if options.json else [])])
+    command += [f"--session={error.session_id}", f"--resume-from={num_held}", *access]
+    return f"Go on with: {shlex.join([*command, *(['--json'] if options.json else [])])}"
 
 
 def _writer() -> Painter | Plain:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import shlex
 import signal
@@ -21,6 +22,7 @@ import pytest
 import pytest_asyncio
 
 import orchestrator.service
+import outrider.cli.following
 import target_service.service
 from outrider.cli.client import Output, connected
 from outrider.cli.failures import CallFailed
@@ -46,6 +48,7 @@ ASKED = GenerateOptions(
     prompt="the quick", max_tokens=NUM_TOKENS, seed=5, verification=Method.coupled,
     ignore_eos=True, gamma=0,
 )  # fmt: skip
+WITH_LOGPROBS = dataclasses.replace(ASKED, logprobs=2)
 FLAGS = ("the quick", f"--max-tokens={NUM_TOKENS}", "--seed=5", "--verification=coupled",
          "--ignore-eos", "--gamma=0")  # fmt: skip
 
@@ -109,13 +112,18 @@ class Following:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(
-        self, endpoints: Sequence[str], session_id: str, *, resume_for_s: float = 60.0
+        self,
+        endpoints: Sequence[str],
+        session_id: str,
+        *,
+        resume_for_s: float = 60.0,
+        asked: GenerateOptions = ASKED,
     ) -> Output:
         def show(chunk: object) -> None:
             self.text += getattr(chunk, "text", "")
             self.begun.set()
 
-        request = build_request(ASKED)
+        request = build_request(asked)
         request.session_id, request.create_session = session_id, True
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(connected(e)) for e in endpoints]
@@ -128,6 +136,7 @@ class Following:
 
 def check(output: Output, following: Following, place: Place) -> None:
     """It is what an undisturbed one would have been."""
+    assert len(output.logprobs) in (0, NUM_TOKENS)
     assert output.token_ids == place.whole.token_ids
     assert output.text == following.text == place.whole.text
     assert output.result.usage.completion_tokens == NUM_TOKENS
@@ -175,6 +184,111 @@ async def test_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
             running = asyncio.create_task(following.run([first, place.steady], "stopped"))
             await following.begun.wait()
         check(await running, following, place)
+
+
+async def test_stopped_with_logprobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first orchestrator's tokens are kept, and the second goes on behind them."""
+    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 60.0)  # none breaks off before
+    following = Following()
+    async with connected(place.steady) as client:
+        whole = await client.generate(build_request(WITH_LOGPROBS))
+    async with place.slow_target() as slow:
+        async with place.serving(slow) as first:
+            running = asyncio.create_task(
+                following.run([first, place.steady], "stopped-l", asked=WITH_LOGPROBS)
+            )
+            await following.begun.wait()
+        output = await running
+    check(output, following, place)
+    for had, should in zip(output.logprobs, whole.logprobs, strict=True):
+        assert had.logprob == pytest.approx(should.logprob, abs=1e-3)
+        assert had.top_ids == should.top_ids
+
+
+async def test_killed_with_logprobs(place: Place) -> None:
+    """Tokens that were recorded and did not arrive have none any more: that is said, and where."""
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as first,
+        Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+        connected(place.steady) as client,
+    ):
+        endpoints = f"{relay.address},{place.steady}"
+        process, begun = await begin(endpoints, "--session=killed-l", "--logprobs=2")
+        relay.hold()  # so the next tokens are recorded, and do not arrive
+        num_held = len((await client.get_session("killed-l")).token_ids)
+
+        async def has_more() -> bool:
+            return len((await client.get_session("killed-l")).token_ids) >= num_held + 2
+
+        await eventually(has_more)
+        relay.refuses = True
+        relay.reset()
+        ended = await end(process, begun)
+        assert ended.status == 1
+        assert "log-probabilities of tokens" in ended.said
+        assert "outrider session get killed-l" in ended.said
+        assert (await client.get_session("killed-l")).token_ids
+
+
+def hide(place: Place, name: str) -> None:
+    """The session is not known any more, to nobody: as while Redis fails over."""
+    words = ("RENAME", f"outrider:session:{{{name}}}", f"hidden:{{{name}}}")
+    assert redis_fixture.redis_command(place.redis_url, *words) == b"+OK"
+
+
+def bring_back(place: Place, name: str) -> None:
+    words = ("RENAME", f"hidden:{{{name}}}", f"outrider:session:{{{name}}}")
+    assert redis_fixture.redis_command(place.redis_url, *words) == b"+OK"
+
+
+async def test_the_session_is_unknown_for_a_while(place: Place) -> None:
+    """It is asked for again: who took over from a Redis that died may not have it yet."""
+    following = Following()
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as first,
+        Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+    ):
+        running = asyncio.create_task(following.run([relay.address, place.steady], "unknown"))
+        await following.begun.wait()
+        relay.refuses = True
+        relay.reset()
+        hide(place, "unknown")
+
+        async def is_said() -> bool:
+            return any("NOT_FOUND" in said for said in following.said)
+
+        await eventually(is_said)
+        bring_back(place, "unknown")
+        output = await running
+    assert output.token_ids == place.whole.token_ids
+    assert output.text == following.text == place.whole.text
+    assert sum("NOT_FOUND" in said for said in following.said) == 1, "once"
+
+
+async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not looked for as long as an orchestrator: what there is is told, with the way on."""
+    monkeypatch.setattr(outrider.cli.following, "UNKNOWN_FOR_S", 0.5)
+    following = Following()
+    async with (
+        place.slow_target() as slow,
+        place.serving(slow) as first,
+        Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
+    ):
+        running = asyncio.create_task(
+            following.run([relay.address, place.steady], "lost", resume_for_s=600.0)
+        )
+        await following.begun.wait()
+        relay.refuses = True
+        relay.reset()
+        hide(place, "lost")
+        with pytest.raises(GaveUp, match=r"^NOT_FOUND: ") as caught:
+            await asyncio.wait_for(running, TIMEOUT_S)
+        assert caught.value.session_id == "lost"
+        assert caught.value.can_resume
+        assert 0 < caught.value.num_held < NUM_TOKENS
+        assert f"{caught.value.num_held} tokens have come" in str(caught.value)
 
 
 async def test_a_second_turn(place: Place) -> None:

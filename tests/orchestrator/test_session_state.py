@@ -231,11 +231,12 @@ def test_text_is_cut_at_stop_strings(
             _cut(named, state.max_draft_tokens), state.committed_len
         )
         commitment = state.commit(proposal, reply)
+        assert commitment.text_ends[-1] == len(commitment.text), "all that is shown is certain"
         if commitment.finish is None and number == cancelled_after:
-            commitment = state.cancel(commitment)
+            certain, commitment = commitment.text, state.cancel(commitment)
+            assert commitment.text[: commitment.text_ends[-1]] == certain
         assert len(commitment.text_ends) == len(commitment.tokens)
         assert list(commitment.text_ends) == sorted(commitment.text_ends)
-        assert commitment.text_ends[-1] == len(commitment.text), "all that is shown is certain"
         shown += commitment.text
         if commitment.finish is not None:
             break
