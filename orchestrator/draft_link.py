@@ -146,15 +146,16 @@ class DraftHandle:
         if self.lost is not None:
             return
         self._num_unanswered, self._heard_at = 0, time.monotonic()
-        self._link.breaker.succeeded()
         try:
             proposal = self._parse(message)
         except InvalidRequest as error:
             # A wrong draft costs speed, never an answer: nothing of it is used any more.
             self._log(log.warning, "bad_proposal", str(error))
+            self._link.breaker.failed(str(error))
             self.retry_after_s = None
             self.link_lost(f"it sent a bad proposal: {error}")
             return
+        self._link.breaker.succeeded()
         proven_len = proposal.base_len - len(proposal.assumed_token_ids)
         if proposal.agrees(self._context):
             proven_len = min(proposal.base_len, len(self._context) + 1)

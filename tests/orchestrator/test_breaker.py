@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
+
+import grpc
+import pytest
 
 import target_service.service
 from orchestrator.breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
+from orchestrator.draft_link import DraftLink
 from orchestrator.pool import ReplicaPool
-from orchestrator.target_link import TargetLink
+from orchestrator.target_link import TargetHandle, TargetLink
 from outrider.config import TargetConfig
+from outrider.errors import InternalError
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2, target_pb2, target_pb2_grpc
+from outrider.wire import UINT32, pack
+from tests.services.fake_draft import FakeDraft
 from tests.stack import eventually
 
 
@@ -128,3 +140,130 @@ async def test_room_is_not_sought_at_a_broken_replica() -> None:
                 for _ in range(MAX_FAILURES):
                     pool.links[endpoints[broken]].breaker.failed("a pass failed")
                 assert pool.rooms(1_024) == left
+
+
+class Lying(target_pb2_grpc.TargetServiceServicer):
+    """Answers each row with tokens for other draft tokens than it had; then as it should."""
+
+    def __init__(self, num_lies: int) -> None:
+        self._num_lies = num_lies
+
+    async def GetModelInfo(
+        self, request: Any, context: Any
+    ) -> target_pb2.TargetServiceGetModelInfoResponse:
+        return target_pb2.TargetServiceGetModelInfoResponse()
+
+    async def Verify(self, request_iterator: Any, context: Any) -> None:
+        async for frame in request_iterator:
+            for row in frame.rows:
+                self._num_lies -= 1
+                num_tokens = 3 if self._num_lies >= 0 else 1
+                result = target_pb2.VerifyResult(
+                    generation_id=row.generation_id, sample_ids=pack([7] * num_tokens, UINT32)
+                )
+                await context.write(target_pb2.VerifyResponse(results=[result]))
+
+
+def opened_at(link: TargetLink) -> TargetHandle:
+    """A generation whose first row is on its way."""
+    handle = link.open(
+        session_id="s",
+        epoch=1,
+        kept_epoch=0,
+        prompt_len=2,
+        max_len=8,
+        params=SamplingParams(temperature=0.0, max_tokens=4),
+        priority=0,
+        preempts=False,
+        age_s=0.0,
+    )
+    handle.send_row(0, [1, 2], None)
+    return handle
+
+
+@contextlib.asynccontextmanager
+async def linked(servicer: Any, link_type: Any, add: Any) -> AsyncIterator[Any]:
+    """A link to a server of that servicer, once it is connected."""
+    server = grpc.aio.server()
+    add(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    link = link_type(f"127.0.0.1:{port}", fits, lambda: None)
+    running = asyncio.create_task(link.run())
+
+    async def is_connected() -> bool:
+        return bool(link.is_connected)
+
+    try:
+        await eventually(is_connected)
+        yield link
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await server.stop(0)
+
+
+async def test_replies_that_do_not_fit_their_requests_open_it() -> None:
+    """Three in a row; the target failed these generations as one does whose passes fail."""
+    lying = Lying(num_lies=MAX_FAILURES)
+    add = target_pb2_grpc.add_TargetServiceServicer_to_server
+    async with linked(lying, TargetLink, add) as link:
+        link.breaker._clock = clock = Clock()
+        for _ in range(MAX_FAILURES):
+            assert not link.breaker.is_open
+            handle = opened_at(link)
+            with pytest.raises(InternalError, match="does not fit its row"):
+                await handle.reply(None, 60.0)
+            handle.close(keep=False)
+        assert link.breaker.is_open
+        assert not link.breaker.allows
+        assert link.condition == "failing"
+        clock.now += FIRST_OPEN_S
+        handle = opened_at(link)
+        assert (await handle.reply(None, 60.0)).sample_ids == [7]
+        assert not link.breaker.is_open
+
+
+async def test_bad_proposals_open_it() -> None:
+    """Of a draft: other drafts are then tried first."""
+    lies = [MAX_FAILURES]
+
+    def answer(item: Any) -> list[draft_pb2.Proposal]:
+        lies[0] -= 1
+        token_ids = pack([300 if lies[0] >= 0 else 7], UINT32)  # of a vocabulary of 256
+        proposal = draft_pb2.Proposal(
+            generation_id=item.generation_id, base_len=2, token_ids=token_ids
+        )
+        return [proposal]
+
+    fake = FakeDraft(model_pb2.ModelInfo(), answer)
+    add = draft_pb2_grpc.add_DraftServiceServicer_to_server
+    async with linked(fake, DraftLink, add) as link:
+        link.breaker._clock = clock = Clock()
+        for _ in range(MAX_FAILURES):
+            assert not link.breaker.is_open
+            handle = _opened_draft(link)
+            assert await handle.wait(60.0) is None
+            assert "bad proposal" in handle.lost
+        assert link.breaker.is_open
+        clock.now += FIRST_OPEN_S
+        proposal = await _opened_draft(link).wait(60.0)
+        assert proposal.token_ids == (7,)
+        assert not link.breaker.is_open
+
+
+def _opened_draft(link: DraftLink) -> Any:
+    return link.open(
+        session_id="s",
+        epoch=1,
+        token_ids=[1, 2],
+        prompt_len=2,
+        max_len=8,
+        params=SamplingParams(temperature=0.0, max_tokens=4),
+        verification=Verification.REJECTION,
+        gamma=4,
+        max_gamma=4,
+        lookahead=1,
+        fan_out=1,
+        vocab_size=256,
+    )
