@@ -16,6 +16,7 @@ import grpc
 import structlog
 
 from orchestrator.breaker import Breaker
+from orchestrator.refusal import Refusal
 from outrider.costs import CostReport
 from outrider.errors import ConfigError, Unavailable
 from outrider.frames import SMALL_BYTES
@@ -80,7 +81,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         self.model: model_pb2.ModelInfo | None = None
         # What the replica's passes cost, as it last said.
         self.costs = CostReport()
-        self.refused: ConfigError | None = None
+        self.refusal = Refusal(self.tier, endpoint, on_change)
         # Generations of other orchestrators there, as last announced.
         self.num_others = 0
         self.breaker = Breaker(self.tier, endpoint, on_change)
@@ -111,7 +112,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def condition(self) -> str:
         """For operators: the replica's state, or what keeps it from having one here."""
         if not self.is_connected:
-            return "away" if self.refused is None else "refused"
+            return "refused" if self.refusal.why else "away"
         if self._is_silent:
             return "silent"
         return "failing" if self.breaker.is_open else _state_name(self._state)
@@ -149,9 +150,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 why = str(error)
             except ConfigError as error:
                 why = str(error)
-                if str(self.refused) != why:
-                    log.error("replica_refused", tier=self.tier, endpoint=self.endpoint, why=why)
-                self.refused = error
+                self.refusal.note(error)
             except asyncio.InvalidStateError:  # grpc.aio: a write after the stream broke
                 why = "the stream broke"
             except asyncio.CancelledError:  # the task is to end, or only the call was cancelled
@@ -170,12 +169,14 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     async def _connect(self) -> None:
         async with self._open_channel(self.endpoint) as channel:
-            model, self._state = await self._get_model(channel)
-            await self._check_model(model, lambda: self._get_token_hashes(channel))
+            async with self.refusal.backing_off(channel):
+                model, self._state = await self._get_model(channel)
+                await self._check_model(model, lambda: self._get_token_hashes(channel))
             outbox: Outbox[Item] = Outbox()
             call = self._open_stream(channel)
             try:
-                self.model, self.refused, self._outbox = model, None, outbox
+                self.model, self._outbox = model, outbox
+                self.refusal.clear()
                 self._is_silent = False
                 self.breaker.reset()
                 self._on_change()

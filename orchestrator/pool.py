@@ -148,7 +148,7 @@ class ReplicaPool(Generic[Link]):
     async def settled(self) -> None:
         """Returns once a replica is connected; raises ConfigError where all were refused."""
         while not self.num_connected:
-            refused = [link.refused for link in self.links.values()]
+            refused = [link.refusal.error for link in self.links.values()]
             reason = refused[0] if refused and all(refused) else None
             if reason is not None and self._wanted == self._static:
                 raise reason

@@ -253,7 +253,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             default_gamma=limits.gamma,
             max_gamma=limits.max_gamma,
             draft_pairing=pairing_response(
-                self._tiers.pairing.draft, [link.refused for link in links if link.refused]
+                self._tiers.pairing.draft,
+                [error for link in links if (error := link.refusal.error) is not None],
             ),
         )
         if request.with_token_hashes:
