@@ -87,7 +87,7 @@ def test_rounds_reads_the_orchestrators_own_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("over", ["context"])
 def test_growth(over: str, tmp_path: Path) -> None:
     """Two points of each."""
-    told = bench("growth", tmp_path, f"--over={over}", file=f"growth-{over}")
+    told = bench("growth", tmp_path, f"--over={over}", *SIMULATED, file=f"growth-{over}")
     assert len({result["value"] for result in told["results"]}) == 2
     assert all(result["tokens_per_s"] > 0 for result in told["results"])
 

@@ -174,7 +174,7 @@ async def test_a_point_is_seen_by_the_replicas_own_counts(redis_url: str) -> Non
 @pytest.mark.timeout(600)
 def test_a_healthy_stream_goes_on_beside_attacks(tmp_path: Path) -> None:
     attacks = "--attacks=burst,failing,fail-over"
-    ended = run("bench", "attacks", "--quick", attacks, f"--out={tmp_path}")
+    ended = run("bench", "attacks", "--quick", "--seconds=1", attacks, f"--out={tmp_path}")
     assert ended.returncode == 0, ended.stderr
     told = json.loads((tmp_path / "attacks.json").read_text("utf-8"))
     assert [phase["ended"] for phase in told["results"]] == [None] * 9
