@@ -194,7 +194,8 @@ def _meter(
     tiers.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     told.exposition.source = lambda: chain(
-        readings(meter, admission, tiers), protection.readings(admission.rejected)
+        readings(meter, admission, tiers),
+        protection.readings(admission.rejected, tiers.store.certificate_expires_at),
     )
     return meter
 

@@ -32,6 +32,7 @@ from outrider.errors import (
 )
 from outrider.redis_address import RedisAddress
 from outrider.security.files import read_secret
+from outrider.security.pem import der_expires_at
 
 Command = tuple[bytes, ...]
 Reply = Any
@@ -97,6 +98,8 @@ class Link:
         self._preamble = tuple(preamble)
         self._address = RedisAddress(redis) if isinstance(redis, str) else redis
         self._connection = _connection(self._address)
+        # End of the certificate that Redis showed at the last connection, Unix time. None: no TLS.
+        self.certificate_expires_at: float | None = None
         if self._address.password_file is not None:
             read_secret(self._address.password_file, "redis_password_file")
         _tls_context(self._address)
@@ -132,6 +135,7 @@ class Link:
                 async with _patience(self._timeout_s):
                     await self._renew_tls()
                     await self._connection.connect()
+                    self.certificate_expires_at = _expires_at(self._connection)
                     for reply in await self._pipeline(self._preamble):
                         if isinstance(reply, Exception):
                             raise self._unavailable(reply)
@@ -173,6 +177,16 @@ class Link:
 
     async def _drop(self) -> None:
         await self._connection.disconnect(nowait=True)
+
+
+def _expires_at(connection: _Connection) -> float | None:
+    """None also for a certificate that cannot be read: it is only watched here."""
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    tls = writer.get_extra_info("ssl_object") if writer is not None else None
+    with contextlib.suppress(ValueError, LookupError):
+        der = tls.getpeercert(binary_form=True) if tls is not None else None
+        return der_expires_at(der) if der else None
+    return None
 
 
 def _pack(commands: Sequence[Command]) -> bytes:

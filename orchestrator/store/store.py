@@ -84,6 +84,11 @@ class SessionStore:
         """Whether the last exchange with Redis failed."""
         return self._writer.is_away
 
+    @property
+    def certificate_expires_at(self) -> float | None:
+        """End of the certificate that Redis showed at the last connection, Unix time."""
+        return self._writer.certificate_expires_at
+
     async def takes_writes(self) -> bool:
         """Writes a probe to Redis, which also updates `is_away` while there are no requests."""
         key = f"{self._options.prefix}:probe".encode()

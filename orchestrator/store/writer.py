@@ -60,6 +60,11 @@ class PipelineWriter:
         # Redis has not answered last time, or could not do what it was asked for.
         self.is_away = False
 
+    @property
+    def certificate_expires_at(self) -> float | None:
+        """End of the certificate that Redis showed at the last connection, Unix time."""
+        return self._link.certificate_expires_at
+
     def start(self) -> None:
         """Also once more after a close."""
         assert self._task is None, "started twice"

@@ -69,7 +69,12 @@ def expires_at(pem: bytes) -> float:
     """End of the first certificate's validity, Unix time. Raises ValueError."""
     text = pem.decode("ascii")
     first = text[text.index(_BEGIN) : text.index(_END) + len(_END)]
-    certificate = _parts(ssl.PEM_cert_to_DER_cert(first))
+    return der_expires_at(ssl.PEM_cert_to_DER_cert(first))
+
+
+def der_expires_at(der: bytes) -> float:
+    """As `expires_at`, of a certificate in DER. Raises ValueError, LookupError."""
+    certificate = _parts(der)
     fields = _parts(certificate[0][1])
     # Certificate: its body first. Body: an explicit version or none, serial number, algorithm,
     # issuer, validity.

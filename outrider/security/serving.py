@@ -38,12 +38,19 @@ class Protection:
     health_port: int | None = None
     certificates: Mapping[str, str] = field(default_factory=dict)
 
-    def readings(self, behind: Mapping[str, int] | None = None) -> Iterator[Reading]:
-        """Who was refused at the gates, and `behind` them by the method; on any thread."""
+    def readings(
+        self, behind: Mapping[str, int] | None = None, redis_certificate: float | None = None
+    ) -> Iterator[Reading]:
+        """Calls refused at the gates, and `behind` them by the method; ends of certificates.
+
+        `redis_certificate`: end of the one that Redis shows. On any thread.
+        """
         counts = [gate.refusals.by_reason for gate in self.gates]
         at_gates = {reason.value: sum(count[reason.value] for count in counts) for reason in Reason}
         yield Reading.by(metrics.CALLS_REFUSED, {**at_gates, **(behind or {})})
         ends: dict[str, float] = {}
+        if redis_certificate is not None:
+            ends["redis"] = redis_certificate
         for use, path in self.certificates.items():
             with contextlib.suppress(OSError, ValueError, LookupError):  # in the midst of a change
                 ends[use] = expires_at(Path(path).read_bytes())

@@ -255,7 +255,8 @@ CALLS_REFUSED = _counter(
 CERTIFICATE_EXPIRES_AT = _gauge(
     "certificate_expires_at_seconds",
     "When the certificate in use ends, Unix time: server, what callers are shown; client, what the "
-    "orchestrator shows the tiers. None without TLS.",
+    "orchestrator shows the tiers; redis, what Redis showed the orchestrator when it last "
+    "connected. None without TLS.",
     "use",
 )
 

@@ -86,6 +86,7 @@ RULES: tuple[Rule, ...] = (
     signals.metrics_exist,
     signals.errors_are_the_services_own,
     signals.pages_have_traffic,
+    signals.unhealthy_states_have_alerts,
     signals.scaler_metrics_exist,
     alerts_can_be_followed,
 )

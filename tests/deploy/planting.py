@@ -37,6 +37,12 @@ def put(value: Any, key: Any, new: Any) -> None:
     value[key] = new
 
 
+def alerts(found: Manifests) -> dict[str, Any]:
+    """By name."""
+    groups = spec(found, "PrometheusRule", "outrider-alerts")["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
 def alert(found: Manifests) -> Any:
     return spec(found, "PrometheusRule", "outrider-alerts")["groups"][0]["rules"][0]
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from outrider.replica import ReplicaState
 from outrider.rpc import STATUS_NAMES
 from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Kind, Metric
 from tests.deploy.manifests import Manifests, strings, title
@@ -122,6 +123,21 @@ def scaler_metrics_exist(found: Manifests) -> Iterator[str]:
         names = {trigger.get("name") for trigger in scaler["spec"]["triggers"]}
         for word in sorted(set(re.findall(r"[a-z_]+", formula)) - names):
             yield f"{title(scaler)}: its formula has {word}, which is no trigger"
+
+
+_HEALTHY = {ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING}
+
+
+def unhealthy_states_have_alerts(found: Manifests) -> Iterator[str]:
+    """Each state in which a replica needs a person."""
+    for rules in found.of("PrometheusRule"):
+        alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+        asked = " ".join(rule["expr"] for rule in alerts if "alert" in rule)
+        if not asked:
+            continue
+        for state in ReplicaState:
+            if state not in _HEALTHY and f'replica_state{{state="{state.value}"}}' not in asked:
+                yield f"{title(rules)}: no alert for a replica that is {state.value}"
 
 
 def alerts_can_be_followed(found: Manifests, headings: set[str]) -> Iterator[str]:

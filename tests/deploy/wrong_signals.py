@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from tests.deploy import signals
 from tests.deploy.lint import alerts_can_be_followed, objects_are_valid
-from tests.deploy.planting import TARGET, Mistake, alert, container, put, scaler, spec, trigger
+from tests.deploy.planting import (
+    TARGET,
+    Mistake,
+    alert,
+    alerts,
+    container,
+    put,
+    scaler,
+    spec,
+    trigger,
+)
 
 MISTAKES: list[Mistake] = [
     (objects_are_valid, lambda m: put(container(m), "imagePulPolicy", "Always"), "imagePulPolicy"),
@@ -81,6 +91,11 @@ MISTAKES: list[Mistake] = [
             "queue * (2 - hit)",
         ),
         "its formula has hit",
+    ),
+    (
+        signals.unhealthy_states_have_alerts,
+        lambda m: put(alerts(m)["OutriderReplicaFailing"], "expr", "outrider_redis_up == 0"),
+        "no alert for a replica that is failing",
     ),
     (alerts_can_be_followed, lambda m: alert(m).pop("labels"), "no severity"),
     (

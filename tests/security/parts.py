@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,6 +70,12 @@ class Authority:
         """Settings of a tier with mutual TLS."""
         cert, key = self.issue(who)
         return {"tls_cert": cert, "tls_key": key, "tls_client_ca": self.ca, **more}
+
+
+def as_openssl_has_it(authority: Authority, who: str) -> float:
+    """Python's own decoder of certificates, which takes a file only."""
+    decoded = ssl._ssl._test_decode_cert(str(authority.folder / f"{who}.pem"))  # type: ignore[attr-defined]
+    return float(ssl.cert_time_to_seconds(decoded["notAfter"]))
 
 
 def replace(path: Path, content: bytes | str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from outrider.loader import load
 from outrider.redis_address import RedisAddress
 from outrider.redis_server import RedisServer
 from tests.redis_fixture import redis_command
-from tests.security.parts import Authority, client, generated, orchestrated, replace, tiers
+from tests.security.parts import (
+    Authority,
+    as_openssl_has_it,
+    client,
+    generated,
+    orchestrated,
+    replace,
+    tiers,
+)
 from tests.security.tls_front import TlsFront
 from tests.stack import eventually
+from tests.telemetry.parts import scrape
 
+EXPIRES_AT = "outrider_certificate_expires_at_seconds"
 PASSWORD = "correct-horse"
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -99,6 +110,39 @@ async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None
                     return False
 
                 await eventually(is_back)
+
+
+async def test_the_end_of_the_certificate_that_redis_shows_is_exported(
+    authority: Authority,
+) -> None:
+    """As it was at the last connection: a renewed one is seen when the connection is made anew."""
+    async with guarded(authority) as redis, tiers() as servers:
+        settings = redis.settings(metrics_port=0)
+        url = settings.pop("redis_url")
+        async with orchestrated(servers, url, **settings) as system:
+
+            async def exported() -> dict[str, float]:
+                return (await scrape(system.orchestrator)).by(EXPIRES_AT, "use")
+
+            assert await exported() == {"redis": as_openssl_has_it(authority, "localhost")}
+            authority.issue_until("localhost", datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC))
+            folder = authority.folder
+            redis.front.use(
+                authority.ca, str(folder / "localhost.pem"), str(folder / "localhost.key")
+            )
+            renewed = {"redis": as_openssl_has_it(authority, "localhost")}
+            assert await exported() != renewed
+            redis.front.drop()
+
+            async def is_seen() -> bool:
+                return await exported() == renewed
+
+            await eventually(is_seen)
+
+
+async def test_without_tls_no_certificate_of_redis_is_exported(redis_url: str) -> None:
+    async with tiers() as servers, orchestrated(servers, redis_url, metrics_port=0) as system:
+        assert (await scrape(system.orchestrator)).by(EXPIRES_AT, "use") == {}
 
 
 def authority_anew(authority: Authority, redis: Guarded) -> Any:

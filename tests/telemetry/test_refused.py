@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from outrider.security.channel import Access
 from outrider.security.keys import KeyLimits
 from tests.security.parts import (
     Authority,
+    as_openssl_has_it,
     asked_target,
     channels,
     client,
@@ -83,9 +83,3 @@ async def test_ends_of_certificates(authority: Authority) -> None:
         assert (await scrape(target)).by(ENDS, "use") == {
             "server": as_openssl_has_it(authority, "tier")
         }
-
-
-def as_openssl_has_it(authority: Authority, who: str) -> float:
-    """Python's own decoder of certificates, which takes a file only."""
-    decoded = ssl._ssl._test_decode_cert(str(authority.folder / f"{who}.pem"))  # type: ignore[attr-defined]
-    return float(ssl.cert_time_to_seconds(decoded["notAfter"]))
