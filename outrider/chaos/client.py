@@ -144,7 +144,7 @@ class Follower:
         first, second = await self._race(stream, request)
         if first.overlaps(second):
             stream.problems.append("two callers were served at once in one session")
-        winner, loser = (first, second) if first.token_ids or first.is_finished else (second, first)
+        winner, loser = served_first(first, second)
         stream.orchestrator = winner.orchestrator
         stream.take(winner, 0)
         self._judge(stream, winner, 0)
@@ -203,6 +203,18 @@ class Follower:
         elif not (code in (_Code.UNAVAILABLE, _Code.ABORTED) and by_orchestrator):
             how = f"{code.name}: {attempt.why}"
             stream.problems.append(f"{where} failed at token {len(stream.token_ids)}: {how}")
+
+
+def served_first(*attempts: Attempt) -> list[Attempt]:
+    """Rival attempts at one session: the one that was served, then the refused one.
+
+    Where neither was sent anything, the refused one is ABORTED: the other had the session, on an
+    orchestrator that froze before its first token.
+    """
+    return sorted(
+        attempts,
+        key=lambda a: (not (a.token_ids or a.is_finished), a.code is _Code.ABORTED),
+    )
 
 
 def _is_refusal(code: grpc.StatusCode, num_held: int, by_redis: bool) -> bool:

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import grpc
 import pytest
 
 import outrider.chaos.run
-from outrider.chaos.client import Stream
+from outrider.chaos.calls import Attempt
+from outrider.chaos.client import Stream, served_first
 from outrider.chaos.faults import Fault, Tier
 from outrider.chaos.inject import Occurrence
 from outrider.chaos.jobs import Caller, make_cases, make_jobs
@@ -153,3 +155,15 @@ async def test_the_report_replaces_the_one_before() -> None:
     assert "tomorrow" in again
     assert "today" not in again
     assert again.endswith("The end.\n")
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_of_two_rivals_the_refused_one_is_not_taken_for_the_served_one(
+    is_swapped: bool, num_tokens: int
+) -> None:
+    """Also where the other's orchestrator froze before its first token."""
+    served = Attempt(0, 0.0, token_ids=[7] * num_tokens, is_silent=True)
+    refused = Attempt(1, 0.0, code=grpc.StatusCode.ABORTED)
+    given = (refused, served) if is_swapped else (served, refused)
+    assert served_first(*given) == [served, refused]
