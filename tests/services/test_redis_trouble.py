@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -19,44 +19,31 @@ from orchestrator.store import Lease, SessionStore
 from outrider.redis_server import RedisServer
 from outrider.v1 import orchestrator_pb2
 from tests.redis_fixture import redis_command
+from tests.services import redis_streams
 from tests.services.parts import (
-    GREEDY,
     Brake,
     Greedy,
-    Pair,
     System,
     Tiers,
-    both_tiers,
-    nothing_held,
-    refusal,
 )
 from tests.services.parts import orchestrating as orchestrating_at
-from tests.stack import Output, eventually, request
+from tests.services.redis_streams import (
+    FIRST,
+    KEY,
+    NUM_TOKENS,
+    PROMPT,
+    goes_on,
+    has_sent,
+    held_at,
+    recorded,
+    send,
+    serves,
+)
+from tests.stack import Output, eventually
 
 pytestmark = pytest.mark.slow
 
-PROMPT = [3, 1, 4, 1, 5]
-NUM_TOKENS = 60
-KEY = "outrider:session:{s}"
-FIRST: dict[str, Any] = {"session_id": "s", "create_session": True}
-
-
-@pytest.fixture
-async def tiers(pair: Pair) -> AsyncIterator[Tiers]:
-    async with both_tiers(pair, draft_kv=None) as tiers:
-        yield tiers
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    """Its own: the tests here make it unusable."""
-    with RedisServer(keeps_data=True) as server:
-        yield server
-
-
-def send(redis: RedisServer, *commands: str) -> None:
-    for command in commands:
-        assert redis_command(redis.url, *command.split()).startswith((b"+", b":")), command
+tiers, redis = redis_streams.tiers, redis_streams.redis
 
 
 @contextlib.contextmanager
@@ -130,55 +117,6 @@ TROUBLES: dict[str, Callable[[RedisServer], Any]] = {
     "max number of clients": _crowded,
     "NOSCRIPT": lambda redis: _between(redis, ("SCRIPT FLUSH",)),
 }
-
-
-@contextlib.asynccontextmanager
-async def held_at(
-    system: System, brake: Brake, output: Output, num_tokens: int, **fields: Any
-) -> AsyncIterator[asyncio.Task[None]]:
-    """A call whose generation waits behind that many tokens, all of which were sent."""
-    brake.set(num_tokens)
-    asked = request(PROMPT, {**GREEDY, "max_tokens": NUM_TOKENS}, gamma=0, **fields)
-
-    async def listen() -> None:
-        async for chunk in system.client.Generate(asked, timeout=200):
-            output.add(chunk)
-
-    listening = asyncio.create_task(listen())
-    try:
-        await has_sent(listening, output, num_tokens)
-        yield listening
-    finally:
-        brake.release()
-        listening.cancel()
-        await asyncio.wait([listening])
-
-
-async def has_sent(listening: asyncio.Task[None], output: Output, num_tokens: int) -> None:
-    async def sent() -> bool:
-        if listening.done():
-            listening.result()
-        return len(output.token_ids) >= num_tokens
-
-    await eventually(sent)
-
-
-def goes_on(brake: Brake, num_tokens: int) -> None:
-    """Up to that many tokens."""
-    brake.release()
-    brake.set(num_tokens)
-
-
-async def recorded(system: System) -> orchestrator_pb2.GetSessionResponse:
-    asked = orchestrator_pb2.GetSessionRequest(session_id="s")
-    return await system.client.GetSession(asked, timeout=200)
-
-
-async def serves(system: System) -> bool:
-    """Whether the store has Redis again: it pauses for a moment after each failure."""
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        return bool((await recorded(system)).session_id)
-    return False
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
@@ -304,152 +242,3 @@ async def can_create(system: System) -> bool:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await system.client.GetSession(asked, timeout=200)
     return error.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-@pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
-async def test_a_later_turn_goes_on_without_redis(
-    durability: str, tiers: Tiers, redis: RedisServer, greedy: Greedy, brake: Brake
-) -> None:
-    """As a first one does; when Redis is back all of it is recorded."""
-    mode = orchestrator_pb2.Durability.Value(f"DURABILITY_{durability}")
-    output = Output()
-    async with orchestrating_at(tiers, redis.url) as system:
-        first = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 5}, **FIRST)
-        context = [*PROMPT, *first.token_ids, *PROMPT]
-        later: dict[str, Any] = {"session_id": "s", "durability": mode}
-        async with held_before_its_first(system, brake, output, **later) as listening:
-            redis.kill()
-            goes_on(brake, 40)
-            await has_sent(listening, output, 40)
-            redis.start()
-            await eventually(lambda: serves(system))
-            brake.release()
-            await listening
-        session = await recorded(system)
-    assert output.token_ids == greedy(context, NUM_TOKENS)
-    assert output.result is not None
-    assert output.result.recorded
-    assert list(session.token_ids) == context + output.token_ids
-    assert session.num_turns == 2
-
-
-@contextlib.asynccontextmanager
-async def held_before_its_first(
-    system: System, brake: Brake, output: Output, **fields: Any
-) -> AsyncIterator[asyncio.Task[None]]:
-    """A later turn that has its lease, and no token."""
-    before = (await recorded(system)).epoch
-    async with held_at(system, brake, output, 0, **fields) as listening:
-
-        async def has_its_lease() -> bool:
-            return (await recorded(system)).epoch > before
-
-        await eventually(has_its_lease)
-        yield listening
-
-
-async def test_a_later_turn_of_which_nothing_was_recorded_is_not_the_one_before(
-    tiers: Tiers,
-    redis: RedisServer,
-    greedy: Greedy,
-    brake: Brake,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its caller holds tokens that Redis never had: the call is to be sent again, as a first one.
-
-    Also when it asks twice, and when other calls have failed meanwhile.
-    """
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 0.0)
-    output = Output()
-    async with orchestrating_at(tiers, redis.url) as second:
-        async with orchestrating_at(tiers, redis.url) as system:
-            first = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 5}, **FIRST)
-            async with held_before_its_first(system, brake, output, session_id="s") as listening:
-                redis.kill()
-                goes_on(brake, 3)
-                await has_sent(listening, output, 3)
-                listening.cancel()
-                brake.release()
-            await eventually(lambda: nothing_held(system))
-        redis.start()
-        await eventually(lambda: serves(second))
-        for num_held in (3, 3, 5):
-            refused = await refusal(resumed(second, num_held))
-            assert refused.code is grpc.StatusCode.NOT_FOUND
-            assert "send it again" in refused.message
-        again = await second.generate(PROMPT, sampling={**GREEDY, "max_tokens": 9}, session_id="s")
-        assert again.token_ids == greedy([*PROMPT, *first.token_ids, *PROMPT], 9)
-        assert again.token_ids[:3] == output.token_ids[:3]
-        told = await resumed(second, 3)
-        assert told.token_ids == again.token_ids[3:]
-
-
-@pytest.mark.parametrize("turn", ["a first turn", "a later turn"])
-@pytest.mark.parametrize("has_left", [True, False])
-async def test_a_turn_is_recorded_though_its_caller_has_asked_for_it_elsewhere(
-    turn: str,
-    has_left: bool,
-    tiers: Tiers,
-    redis: RedisServer,
-    greedy: Greedy,
-    brake: Brake,
-) -> None:
-    """Shown while Redis was away, and asked for before it was written: nothing is known of it yet.
-
-    Then it is written, behind the lease of the call that found nothing, and can be resumed.
-    """
-    output, context = Output(), PROMPT
-    async with (
-        orchestrating_at(tiers, redis.url) as system,
-        orchestrating_at(tiers, redis.url) as second,
-    ):
-        if turn == "a later turn":
-            first = await system.generate(PROMPT, sampling={**GREEDY, "max_tokens": 5}, **FIRST)
-            context = [*PROMPT, *first.token_ids, *PROMPT]
-            begun = held_before_its_first(system, brake, output, session_id="s")
-        else:
-            begun = held_at(system, brake, output, 0, **FIRST)
-        async with begun as listening:
-            await eventually(lambda: in_use(system))
-            redis.kill()
-            goes_on(brake, 3)
-            await has_sent(listening, output, 3)
-            redis.start()
-            await eventually(lambda: serves(second))
-            for _ in range(2):
-                refused = await refusal(resumed(second, 3))
-                assert refused.code is grpc.StatusCode.NOT_FOUND
-            if has_left:
-                listening.cancel()
-                await asyncio.wait([listening])
-                await eventually(lambda: nothing_held(system))
-                brake.release()
-            else:
-                brake.release()
-                await listening
-        held = output.token_ids if not has_left else output.token_ids[:3]
-        told: list[Output] = []
-
-        async def is_resumed() -> bool:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                told.append(await resumed(second, len(held)))
-            return bool(told)
-
-        await eventually(is_resumed)
-        assert held + told[0].token_ids == greedy(context, NUM_TOKENS)
-        session = await recorded(second)
-        assert list(session.token_ids) == context + greedy(context, NUM_TOKENS)
-
-
-async def in_use(system: System) -> bool:
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        return (await recorded(system)).in_use
-    return False
-
-
-async def resumed(system: System, num_held: int) -> Output:
-    output = Output()
-    asked = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=num_held)
-    async for chunk in system.client.Generate(asked, timeout=200):
-        output.add(chunk)
-    return output
