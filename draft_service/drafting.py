@@ -13,7 +13,7 @@ from draft_service.block import Block, Offer
 from draft_service.messages import Commit, Open, Proposal
 from draft_service.strand import Strand, Strands
 from draft_service.tree import Tree, Walk
-from outrider.engine import Append, DrawAsk, KVStore, Sampler
+from outrider.engine import Append, DrawAsk, KVStore, Sampler, Sequence
 from outrider.errors import KVFull
 from outrider.sampling.params import Verification
 from outrider.serving.scheduler import GenerationKey
@@ -105,11 +105,15 @@ class Drafting:
             return False
         return True
 
-    def prune(self) -> bool:
-        """Frees what is drafted ahead, until the next commit; whether there was any."""
-        num_dropped = self.tree.prune()
+    @property
+    def branch_sequences(self) -> list[Sequence]:
+        """Of what is drafted ahead, all that `prune` frees."""
+        return self._strands.fork_sequences
+
+    def prune(self) -> None:
+        """Frees what is drafted ahead, until the next commit."""
+        self.tree.prune()
         self._strands.keep({self.tree.root.strand})
-        return num_dropped > 0
 
     def told(self, block: Block) -> Proposal:
         """The block, for the orchestrator, which has then been told all its tokens."""

@@ -9,7 +9,7 @@ nothing of streams, protobuf or asyncio; every method is called on the device th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -27,12 +27,13 @@ from draft_service.messages import (
 )
 from draft_service.rows import RowBudget, best_offers
 from outrider.engine import Append, Drawn, ServedEngine
-from outrider.errors import InvalidRequest, KVFull
+from outrider.engine import Sequence as KVSequence
+from outrider.errors import InvalidRequest
 from outrider.serving.commands import Close, Failure, Forget
 from outrider.serving.costs import StepCosts
 from outrider.serving.scheduler import GenerationKey
 from outrider.serving.sessions import Live
-from outrider.serving.worker import GenerationWorker
+from outrider.serving.worker import GenerationWorker, Reclaimable
 
 # A row with more tokens than this that the model has not seen is a prompt: it is run in chunks.
 _MAX_ROW_TOKENS = 16
@@ -109,10 +110,14 @@ class Proposer(GenerationWorker[Command, Proposal, Generation, Row]):
         self._drafting[command.key] = drafting
         self._line_up(drafting)
 
-    def _make_room(self, live: Live[Generation], error: KVFull, *, preempts: bool) -> bool:
-        """Branches drafted ahead are the first to go when a session needs their memory."""
-        pruned = [drafting.prune() for drafting in self._drafting.values()]
-        return any(pruned) or super()._make_room(live, error, preempts=preempts)
+    def _reclaims(self, live: Live[Generation], *, preempts: bool) -> list[Reclaimable]:
+        """Branches drafted ahead go first, a tree at a time: that of the oldest commit first."""
+        trees = sorted(self._drafting.values(), key=lambda drafting: drafting.committed_at)
+        branches = [Reclaimable(tree.branch_sequences, tree.prune) for tree in trees]
+        return [*branches, *super()._reclaims(live, preempts=preempts)]
+
+    def _sequences_of(self, live: Live[Generation]) -> Collection[KVSequence]:
+        return (live.sequence, *self._drafting[live.state.key].branch_sequences)
 
     def _check(self, command: Open) -> None:
         if command.key in self._drafting:

@@ -39,6 +39,11 @@ class Strands:
         self.trunk = Strand(sequence)
         self._forks: set[Strand] = set()
 
+    @property
+    def fork_sequences(self) -> list[Sequence]:
+        """All sequences but the trunk's."""
+        return [fork.sequence for fork in self._forks]
+
     def fork(self, strand: Strand, length: int, max_len: int) -> Strand:
         """A strand that shares the first `length` tokens. Raises KVFull, changing nothing."""
         sequence = self._store.fork(strand.sequence, max_len, length=length)

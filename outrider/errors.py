@@ -24,6 +24,8 @@ OutriderError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def installs(extra: str) -> str:
     """The command that installs an optional part. Outrider is on no package index."""
@@ -114,11 +116,15 @@ class CapacityExceeded(OutriderError):
 
 
 class KVFull(CapacityExceeded):
-    """The KV budget has no room for the sequence now. `num_pages` are needed, where it is known."""
+    """The KV budget has no room for the sequence now.
+
+    `num_pages` are needed, where it is known, beside `shared_pages`, which it would share.
+    """
 
     def __init__(self, message: str, num_pages: int = 0) -> None:
         super().__init__(message)
         self.num_pages = num_pages
+        self.shared_pages: Sequence[int] = ()
 
 
 class KVNeverFits(OutriderError):

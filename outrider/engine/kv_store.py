@@ -12,6 +12,7 @@ written. `max_len` grows with the sequence; how its pages are found and placed i
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -20,6 +21,7 @@ from outrider.engine.kv_rows import KVRows, LayerLayout
 from outrider.engine.pages import PAGE_SIZE, PageAllocator
 from outrider.engine.placement import Placement
 from outrider.engine.prefix_cache import PrefixCache, TokenIds
+from outrider.engine.reclaim import Reclaim
 from outrider.engine.sequence import Sequence, pages_for
 from outrider.errors import KVFull
 
@@ -48,10 +50,18 @@ class KVStore:
     def num_pages(self) -> int:
         return self._allocator.num_pages
 
-    @property
-    def num_unpinned_pages(self) -> int:
-        """Pages that are not used: free, spare, only cached, or parked."""
-        return self._allocator.num_pages - self._allocator.num_pinned
+    def to_free(self, groups: Seq[Collection[Sequence]], error: KVFull) -> list[int] | None:
+        """Indices of the groups of sequences to free so that what met `error` has room.
+
+        Earlier groups first, and no more than needed; none where parked sequences are enough. None
+        where all groups are not enough. Pages that it shares itself make no room.
+        """
+        with self._lock:
+            allocator, shared = self._allocator, error.shared_pages
+            num_unpinned = allocator.num_pages - allocator.num_pinned
+            num_unpinned -= sum(not allocator.num_pins(page) for page in shared)
+            reclaim = Reclaim(allocator.num_pins, shared)
+            return reclaim.choose(groups, error.num_pages - num_unpinned)
 
     @property
     def capacity_tokens(self) -> int:
@@ -207,8 +217,9 @@ class KVStore:
             self._cache.share(found_on)  # they are not what makes room
             try:
                 is_shared = self._begin_with(sequence, found, max_len, margin)
-            except KVFull:
+            except KVFull as error:
                 self._cache.release(found_on)
+                error.shared_pages = found_on
                 raise
             if not is_shared:
                 self._cache.release(found_on)

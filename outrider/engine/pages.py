@@ -107,6 +107,9 @@ class PageAllocator:
     def num_owners(self, page: int) -> int:
         return self._num_owners[page]
 
+    def num_pins(self, page: int) -> int:
+        return self._num_pins[page]
+
     def has_run(self, count: int) -> bool:
         """Whether `count` consecutive pages are free."""
         return any(end - start >= count for start, end in self._end_of.items())

@@ -51,6 +51,11 @@ class Sequence:
         return len(self._pages) - self.num_spare
 
     @property
+    def pinned_pages(self) -> list[int]:
+        """Pages that are not given up as long as the sequence is open."""
+        return [] if self.is_parked else self._pages[: self.num_reserved]
+
+    @property
     def first_row(self) -> int:
         """Row of position 0 in the layers' tensors; num_leading pages follow it in place."""
         return self._pages[0] * PAGE_SIZE

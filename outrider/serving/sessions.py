@@ -164,7 +164,7 @@ class SessionTable(Generic[State]):
                     store.extend(sequence, num_tokens, margin=margin)
                 break
             except KVFull as error:
-                if not self._kept or error.num_pages > store.num_unpinned_pages:
+                if not self._kept or store.to_free((), error) is None:
                     raise
                 self._evict()
         live.has_room = True

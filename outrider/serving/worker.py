@@ -8,13 +8,16 @@ no streams and no protobuf; every method is called on the device thread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
 import structlog
 
 from outrider.engine import Append, ServedEngine
+from outrider.engine import Sequence as KVSequence
 from outrider.engine.pages import PAGE_SIZE
 from outrider.engine.sequence import pages_for
 from outrider.errors import (
@@ -48,6 +51,15 @@ _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
 )
 # The device's or ours: what such a generation left in the prefix cache may be wrong.
 _DEFECTS = (FailureReason.INTERNAL, FailureReason.NON_FINITE)
+
+
+@dataclass(frozen=True)
+class Reclaimable:
+    """KV that may be given up for another generation: `give_up` frees the sequences."""
+
+    sequences: Collection[KVSequence]
+    give_up: Callable[[], None]
+
 
 CommandType = TypeVar("CommandType", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
@@ -200,7 +212,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             return 0
         # All of the last page: most rows then have their room already.
         num_tokens = min(pages_for(num_tokens) * PAGE_SIZE, len(live.token_ids))
-        margin = 0 if live.has_room else self._margin()
+        margin = 0 if live.has_room else self._margin(live, preempts=preempts)
         while True:
             try:
                 return self._table.reserve(live, num_tokens, context_len=context_len, margin=margin)
@@ -210,35 +222,51 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
                     self._failures.append(self._failed(live.state.key, error))
                     return None
 
-    def _margin(self) -> int:
-        """Pages: one for each generation that runs, and one in a hundred."""
-        num_running = sum(live.has_room for live in self._table.live_sessions())
+    def _margin(self, live: Live[State], *, preempts: bool) -> int:
+        """Pages: one for each generation that runs, and one in a hundred.
+
+        Those do not count that it may preempt: room for them could keep it waiting for ever.
+        """
+        num_running = sum(
+            other.has_room and not (preempts and other.urgency > live.urgency)
+            for other in self._table.live_sessions()
+        )
         if not num_running:
             return 0
         return max(num_running, self._engine.store.num_pages // _MARGIN_SHARE)
 
     def _make_room(self, live: Live[State], error: KVFull, *, preempts: bool) -> bool:
-        """Ends the least urgent generation, of several the latest; whether there is one to end.
+        """Gives up no more than is needed, and nothing where all of it is not enough."""
+        reclaims = self._reclaims(live, preempts=preempts)
+        chosen = self._engine.store.to_free([each.sequences for each in reclaims], error)
+        for index in chosen or ():
+            reclaims[index].give_up()
+        return bool(chosen)
 
-        Nothing is lost with it but time: its orchestrator opens it again when there is room. The
-        order is total, so the first in it always goes on, and nobody waits for ever.
+    def _reclaims(self, live: Live[State], *, preempts: bool) -> list[Reclaimable]:
+        """What may be given up for a generation, in that order: less urgent ones, the latest first.
+
+        Nothing is lost with them but time: their orchestrators open them again when there is room.
+        The order is total, so the first in it always goes on, and nobody waits for ever.
         """
+        if not (live.has_room or preempts):
+            return []
         others = [
             other
             for other in self._table.live_sessions()
             if other.has_room and other.urgency > live.urgency and other is not live
         ]
-        if not others or not (live.has_room or preempts):
-            return False
-        if not live.has_room:  # not for one that would not fit all the same
-            num_theirs = sum(other.sequence.num_reserved for other in others)
-            if self._engine.store.num_unpinned_pages + num_theirs < error.num_pages:
-                return False
-        victim = max(others, key=lambda other: other.urgency)
+        others.sort(key=lambda other: other.urgency, reverse=True)
+        return [Reclaimable(self._sequences_of(o), partial(self._preempt, o)) for o in others]
+
+    def _preempt(self, victim: Live[State]) -> None:
         self._num_preempted += 1
         why = "its room went to a generation that is more urgent or began earlier"
         self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
-        return True
+
+    def _sequences_of(self, live: Live[State]) -> Collection[KVSequence]:
+        """All sequences that are freed with the generation."""
+        return (live.sequence,)
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation by this error; where KV is lost it stays open, to be sent again."""

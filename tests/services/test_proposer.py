@@ -339,6 +339,35 @@ def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) ->
         assert list(told[0].token_ids) == truth([*context, 9], 3)
 
 
+def test_branches_stay_where_their_room_would_not_be_enough(draft: Draft) -> None:
+    draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
+    before = draft.drafted(1)
+    assert len(before) > 3
+    taken = draft.engine.store.open(16)
+    (full,) = [e for e in draft.run(opening(2, [2] * 1000, max_len=1020)) if isinstance(e, Failure)]
+    assert full.reason is FailureReason.KV_FULL
+    assert draft.drafted(1) == before
+    draft.engine.store.free(taken)
+
+
+def test_branches_go_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
+    """That of the oldest commit first, and no other where it is enough."""
+    for number in (1, 2):
+        draft.run(opening(number, max_len=120, lookahead=1, ahead_gamma=3, fan_out=8))
+        clock.now += 1.0
+    draft.run(draft.commit(1, [9]))
+    kept, gone = draft.drafted(1), draft.drafted(2)
+    assert min(len(kept), len(gone)) > 2
+    taken = draft.engine.store.open(KV_TOKENS - draft.engine.store.used_tokens)
+    assert not [
+        e for e in draft.step(opening(3, [3] * 20, max_len=60)) if not isinstance(e, Proposal)
+    ]
+    assert draft.drafted(1) == kept
+    assert not draft.drafted(2)
+    draft.engine.store.free(taken)
+    draft.run()
+
+
 def test_the_session_opened_last_loses_its_room_to_one_that_grows(
     draft: Draft, truth: Greedy
 ) -> None:
