@@ -37,16 +37,23 @@ class Disturbance:
 
 
 async def run_on_own(
-    load: Load, disturbance: Disturbance, options: StackOptions, log_dir: Path, progress: Progress
-) -> Findings:
+    load: Load,
+    disturbance: Disturbance,
+    options: StackOptions,
+    log_dir: Path,
+    progress: Progress,
+    findings: Findings,
+) -> None:
     """Starts a system, disturbs it under load, judges, and leaves nothing of it but logs.
+
+    Adds to `findings`, also where it is cancelled.
 
     For the event loop of the main thread. Raises ConfigError, ProgramFailed, Unavailable.
     """
     deaths: list[str] = []
     progress("start", 0, 1)
     async with System(options, Size(), log_dir, deaths.append) as system:
-        run = Run(load, system.endpoints, progress)
+        run = Run(load, system.endpoints, progress, findings)
 
         async def find_streams(fault: Fault) -> Sequence[Stream]:
             return await _streams_on(fault, run, system)
@@ -63,10 +70,11 @@ async def run_on_own(
         num_sorts = len(disturbance.names)
         if disturbance.is_once:
             faults = itertools.islice(faults, num_sorts)
-        await run.run(injector, faults, num_sorts)
-        run.findings.problems += [f"{death} (by itself)" for death in deaths]
+        try:
+            await run.run(injector, faults, num_sorts)
+        finally:
+            findings.problems += [f"{death} (by itself)" for death in deaths]
         run.findings.problems += await _left_open(system)
-    return run.findings
 
 
 async def _streams_on(fault: Fault, run: Run, system: System) -> Sequence[Stream]:

@@ -50,6 +50,8 @@ class Summary:
     num_unrecorded: int
     num_ties: int
     num_problems: int
+    num_audited: int
+    is_cut: bool
     faults: list[FaultSummary]
     problems: list[str]
 
@@ -78,6 +80,8 @@ def summarised(findings: Findings) -> Summary:
         num_unrecorded=findings.num_unrecorded,
         num_ties=findings.num_ties,
         num_problems=len(problems),
+        num_audited=findings.num_audited,
+        is_cut=findings.is_cut,
         faults=_by_name(findings.occurrences),
         problems=problems,
     )
@@ -112,7 +116,9 @@ def _median(values: Sequence[float]) -> float | None:
 def markdown(summary: Summary, command: str, about: dict[str, str]) -> str:
     """Two tables and what went wrong, between two marks that `inserted` knows."""
     s = summary
+    cut = f"after {s.num_generations} generations; {s.num_audited} of them were audited"
     rows = [
+        *([("**interrupted**", cut)] if s.is_cut else []),
         ("command", f"`{command}`"),
         *about.items(),
         ("generations", f"{s.num_generations} ({_counts(s.methods)}), {s.num_tokens} tokens"),

@@ -45,10 +45,6 @@ class Load:
     num_cases: int
 
 
-# How `Progress` is told of a run that a signal ends.
-STOPPED = "stopped"
-
-
 class Faults(Protocol):
     """Where faults come from. `happened` as of `Injector`."""
 
@@ -69,6 +65,10 @@ class Findings:
     num_ties: int = 0
     num_unrecorded: int = 0
     duration_s: float = 0.0
+    # Streams that were held against the reference and against Redis.
+    num_audited: int = 0
+    # The run was cancelled under load or in the audit: `streams` are those that had ended.
+    is_cut: bool = False
 
     @property
     def all_problems(self) -> list[str]:
@@ -77,10 +77,19 @@ class Findings:
 
 
 class Run:
-    """One run against the orchestrators at `endpoints`; `findings` grow while it lasts."""
+    """One run against the orchestrators at `endpoints`; `findings` grow while it lasts.
 
-    def __init__(self, load: Load, endpoints: Sequence[str], progress: Progress) -> None:
-        self.findings = Findings()
+    Cancelled, it leaves in `findings` what there is.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        endpoints: Sequence[str],
+        progress: Progress,
+        findings: Findings | None = None,
+    ) -> None:
+        self.findings = findings or Findings()
         self._load = load
         self._endpoints = endpoints
         self._progress = progress
@@ -111,26 +120,16 @@ class Run:
             )
             began_at = time.monotonic()
             try:
-                await self._disturbed(faults, schedule, jobs, num_sorts)
+                try:
+                    await self._disturbed(faults, schedule, jobs, num_sorts)
+                finally:
+                    self.findings.duration_s = time.monotonic() - began_at
+                    self.findings.occurrences = faults.occurrences
+                await self._audit(reference)
             except asyncio.CancelledError:
-                self._tell_so_far(faults)
+                self.findings.is_cut = True
+                self.findings.streams = [s for s in self.findings.streams if s.ended_at is not None]
                 raise
-            self.findings.duration_s = time.monotonic() - began_at
-            self.findings.occurrences = faults.occurrences
-            await self._audit(reference)
-
-    def _tell_so_far(self, faults: Faults) -> None:
-        """Of a run that is stopped: nothing of it is audited."""
-        ended = [stream for stream in self.findings.streams if stream.result is not None]
-        problems = [*self.findings.problems, *(what for s in ended for what in s.problems)]
-        self._progress(
-            f"{STOPPED}: {len(ended)} generations had ended, {len(faults.occurrences)} faults had "
-            f"begun, {len(problems)} problems seen; sessions in Redis were not audited",
-            len(ended),
-            self._load.generations,
-        )
-        for what in problems:
-            self._progress(f"{STOPPED}: {what}", len(ended), self._load.generations)
 
     async def _disturbed(
         self, faults: Faults, schedule: Iterator[Fault], jobs: Iterator[Job], num_sorts: int
@@ -160,12 +159,11 @@ class Run:
         return not is_enough or len({o.name for o in faults.occurrences}) < num_sorts
 
     async def _audit(self, reference: Reference) -> None:
-        findings, num_judged = self.findings, 0
+        findings = self.findings
 
         def on_judged() -> None:
-            nonlocal num_judged
-            num_judged += 1
-            self._progress("audit", num_judged, len(findings.streams))
+            findings.num_audited += 1
+            self._progress("audit", findings.num_audited, len(findings.streams))
 
         audit = Audit(self.orchestrators, reference, self)
         await audit.judge(findings.streams, on_judged)

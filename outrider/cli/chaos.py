@@ -1,16 +1,17 @@
 """`outrider chaos`: load under faults on a system of its own, or on yours, and what came of it.
 
-Owns the flags, the progress bar and the files. Knows no fault.
+Owns the flags and the files. What is shown is for `chaos_view`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from outrider.chaos.report import Summary
     from outrider.chaos.run import Findings, Load, Progress
+    from outrider.cli.failures import Signalled
 
 # No model, a truth that every output is a pure function of: what is tested is all but the engine.
 _SIMULATED_TARGET = "step_ms=25,row_ms=0.3,vocab_size=512"
@@ -39,7 +41,7 @@ _QUICK: dict[str, Any] = {
     "gap": 0.6,
     "longest": 3.5,
 }
-_NUM_TOLD = 10
+_JSON = "chaos.json"
 
 
 @dataclass(frozen=True)
@@ -103,45 +105,81 @@ def chaos(options: ChaosOptions) -> None:
     from rich.console import Console
 
     from outrider.chaos.report import summarised
+    from outrider.chaos.run import Findings
+    from outrider.cli.chaos_view import announce, progress, show_summary
     from outrider.cli.running import run
 
     options = options.quickened()
-    console, logs = Console(), _Logs(options.out)
-    with logs, _progress(console) as progress:
-        findings = run(_run(options, logs.path, progress))
+    console, logs, findings = Console(), _Logs(options.out), Findings()
+    announce(console, options.generations, options.concurrent, _faults_s(options))
+    with logs:
+        with progress(console, options.concurrent) as shown:
+            stopped = run(_stoppable(options, logs.path, shown, findings))
         summary = summarised(findings)
         logs.keeps = bool(summary.problems)
-    _write(options, summary)
-    _tell(console, options, summary, logs.path)
+    _write(options, summary, console)
+    show_summary(console, summary, logs.path, options.out / _JSON)
+    if stopped is not None:
+        raise stopped
     raise typer.Exit(1 if summary.problems else 0)
 
 
-async def _run(options: ChaosOptions, log_dir: Path, progress: Progress) -> Findings:
+async def _stoppable(
+    options: ChaosOptions, log_dir: Path, shown: Progress, findings: Findings
+) -> Signalled | None:
+    """Adds to `findings`; the signal that has ended it, once there is anything to report."""
+    from outrider.cli.running import survive_signal
+
+    try:
+        await _run(options, log_dir, shown, findings)
+    except asyncio.CancelledError:
+        if not findings.streams:
+            raise
+        return survive_signal()
+    return None
+
+
+def _fault_names(options: ChaosOptions) -> Sequence[str]:
+    """Raises ConfigError."""
     from outrider.chaos.faults import FAULTS, QUICK_FAULTS, parse_faults
+
+    named = {"all": FAULTS, "quick": QUICK_FAULTS, "none": ()}.get(options.faults)
+    return parse_faults(options.faults) if named is None else named
+
+
+def _faults_s(options: ChaosOptions) -> float:
+    """Until every sort of fault has happened once, about."""
+    if options.endpoint is not None:
+        return options.every * len(options.fault or [])
+    return options.gap * len(_fault_names(options))
+
+
+async def _run(options: ChaosOptions, log_dir: Path, shown: Progress, findings: Findings) -> None:
     from outrider.chaos.own import Disturbance, run_on_own
 
     if options.endpoint is not None:
-        return await _run_on_yours(options, progress)
+        await _run_on_yours(options, shown, findings)
+        return
     if options.fault:
         raise ConfigError("--fault: only with --endpoint; faults of an own system are --faults")
-    named = {"all": FAULTS, "quick": QUICK_FAULTS, "none": ()}.get(options.faults)
-    names = parse_faults(options.faults) if named is None else named
+    names = tuple(_fault_names(options))
     disturbance = Disturbance(names, options.gap, options.longest, is_once=options.quick)
-    load = _load(options)
-    return await run_on_own(load, disturbance, _stack_options(options), log_dir, progress)
+    stack_options = _stack_options(options)
+    await run_on_own(_load(options), disturbance, stack_options, log_dir, shown, findings)
 
 
-async def _run_on_yours(options: ChaosOptions, progress: Progress) -> Findings:
+async def _run_on_yours(options: ChaosOptions, shown: Progress, findings: Findings) -> None:
     from outrider.chaos.run import Run
     from outrider.chaos.shell import ShellFaults
 
     assert options.endpoint is not None, "it was given"
     endpoints = [part.strip() for part in options.endpoint.split(",") if part.strip()]
     faults = ShellFaults(options.fault or [], options.every)
-    run = Run(_load(options), endpoints, progress)
-    await run.run(faults, iter(()), len(options.fault or []))
-    run.findings.problems += [f"--fault: {failure}" for failure in faults.failures]
-    return run.findings
+    try:
+        run = Run(_load(options), endpoints, shown, findings)
+        await run.run(faults, iter(()), len(options.fault or []))
+    finally:
+        findings.problems += [f"--fault: {failure}" for failure in faults.failures]
 
 
 def _load(options: ChaosOptions) -> Load:
@@ -195,49 +233,11 @@ class _Logs:
                 self.path.parent.rmdir()
 
 
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bars
-
-    from outrider.chaos.run import STOPPED
-
-    columns = (TextColumn("[dim]{task.description}[/]"), BarColumn(), MofNCompleteColumn())
-    shows = console.is_terminal
-    with Bars(
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("[dim]left[/]"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not shows,
-    ) as bars:
-        task, last = bars.add_task("", total=None), ""
-
-        def progress(what: str, num_done: int, total: int) -> None:
-            nonlocal last
-            if what.startswith(STOPPED):
-                console.print(what, markup=False, highlight=False, soft_wrap=True)
-            elif what != last and not shows:
-                console.print(f"{what} …", style="dim", highlight=False)
-            last = what
-            bars.update(task, description=what, completed=num_done, total=total)
-
-        yield progress
-
-
 def _command() -> str:
     return shlex.join(["outrider", *sys.argv[1:]])
 
 
-def _write(options: ChaosOptions, summary: Summary) -> None:
+def _write(options: ChaosOptions, summary: Summary, console: Console) -> None:
     from outrider.chaos.report import inserted, markdown
     from outrider.cli.bench.document import git_commit, machine, versions
 
@@ -252,35 +252,12 @@ def _write(options: ChaosOptions, summary: Summary) -> None:
         **summary.to_dict(),
     }
     text = json.dumps(told, indent=2, ensure_ascii=False)
-    (options.out / "chaos.json").write_text(f"{text}\n", "utf-8")
+    (options.out / _JSON).write_text(f"{text}\n", "utf-8")
     about = {"date, commit": f"{date}, {git_commit()}"}
     part = markdown(summary, _command(), about)
     (options.out / "chaos.md").write_text(f"{part}\n", "utf-8")
-    if options.report is not None:
+    if options.report is not None and summary.is_cut:
+        console.print(f"{options.report}: unchanged, as the run was interrupted", markup=False)
+    elif options.report is not None:
         page = options.report.read_text("utf-8") if options.report.exists() else ""
         options.report.write_text(inserted(page, part), "utf-8")
-
-
-def _tell(console: Console, options: ChaosOptions, summary: Summary, log_dir: Path) -> None:
-    from rich.markup import escape
-
-    from outrider.chaos.report import first
-    from outrider.cli.bench.show import number, table
-
-    shown = table("faults", ("fault", "times", "streams on it", "next token p50 s", "longest s"))
-    for row in summary.faults:
-        waits = (number(row.wait_p50_s), number(row.wait_max_s))
-        shown.add_row(row.name, str(row.num_times), str(row.num_streams), *waits)
-    console.print(shown)
-    console.print(
-        f"{summary.num_generations} generations, {summary.num_tokens} tokens, "
-        f"{summary.num_faults} faults in {summary.duration_s:.0f} s; {summary.num_resumes} resumed",
-        highlight=False,
-    )
-    for what in first(summary.problems, _NUM_TOLD):
-        console.print(f"[bold red]✘[/] {escape(what)}", soft_wrap=True, highlight=False)
-    if summary.problems:
-        console.print(f"[dim]logs: {log_dir}[/]", soft_wrap=True, highlight=False)
-    else:
-        console.print("[green]✔[/] nothing lost, repeated or different", highlight=False)
-    console.print(f"[dim]{options.out / 'chaos.json'}[/]", soft_wrap=True, highlight=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
 from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, kept_to_itself
 
@@ -53,10 +54,11 @@ class DemoOptions:
 
 @dataclass
 class Comparison:
-    """What was measured: outputs by prompt, with drafts and without."""
+    """What was measured: outputs by prompt, with drafts and without. `stopped`: by which signal."""
 
     drafted: list[list[Output]] = field(default_factory=list)
     plain: list[list[Output]] = field(default_factory=list)
+    stopped: Signalled | None = None
 
     @property
     def identical(self) -> bool:
@@ -75,10 +77,13 @@ def demo(options: DemoOptions) -> None:
 
     from outrider.cli.running import run
 
-    raise typer.Exit(0 if run(_demo(options, Console())) else 1)
+    comparison = run(_demo(options, Console()))
+    if comparison.stopped is not None:
+        raise comparison.stopped
+    raise typer.Exit(0 if comparison.identical else 1)
 
 
-async def _demo(options: DemoOptions, console: Console) -> bool:
+async def _demo(options: DemoOptions, console: Console) -> Comparison:
     from outrider.cli.client import connected
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
@@ -87,6 +92,11 @@ async def _demo(options: DemoOptions, console: Console) -> bool:
         StackOptions(inflate=options.inflate, dtype=options.dtype, device=options.device)
     )
     view = StackView(console, models=described_models(stack_options))
+    console.print(
+        f"[dim]starts four programs, then compares for about {options.seconds:.0f} s; Ctrl-C stops "
+        "it[/]",
+        highlight=False,
+    )
     async with (
         shown_stack(stack_options, view) as stack,
         connected(stack.endpoint) as client,
@@ -94,7 +104,7 @@ async def _demo(options: DemoOptions, console: Console) -> bool:
         comparison = await compare(client, options, console)
     console.print(_table(comparison, options))
     console.print(_verdict(comparison), highlight=False)
-    return comparison.identical
+    return comparison
 
 
 async def compare(client: Client, options: DemoOptions, console: Console) -> Comparison:
@@ -129,7 +139,7 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
                 for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
                     outputs[i].append(await client.generate(_request(prompts[i], gamma, options)))
         except asyncio.CancelledError:
-            survive_signal()
+            comparison.stopped = survive_signal()
             console.print("[yellow]stopped: this compares the outputs before[/]")
     return comparison
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outrider.child import tied_to_this_process
-from outrider.cli.failures import require_engine
+from outrider.cli.failures import Signalled, require_engine
 from outrider.cli.options import takes
 from outrider.errors import ConfigError, InternalError
 
@@ -62,34 +63,89 @@ def pair(options: PairOptions) -> None:
 
     from outrider.cli.running import run
 
-    console = Console(stderr=options.json)
-    report = run(_shown(options, console))
+    console, search = Console(stderr=options.json), Search()
+    report = run(_shown(options, console, search))
     if options.json:
-        typer.echo(json.dumps(report))
-    else:
+        typer.echo(json.dumps(report or search.to_dict()))
+    elif report:
         console.print(_table(options, report))
+    if search.stopped is not None:
+        _show_stopped(options, console, search)
+        raise search.stopped
 
 
-async def _shown(options: PairOptions, console: Console) -> dict[str, Any]:
+@dataclass
+class Search:
+    """The measurements so far, each with `epsilon` and `alpha`. `stopped`: by which signal."""
+
+    measured: list[dict[str, float]] = field(default_factory=list)
+    stopped: Signalled | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, of a search without a pair."""
+        return {"is_cut": True, "measurements": self.measured}
+
+    def nearest(self, alpha: float) -> dict[str, float]:
+        return min(self.measured, key=lambda one: abs(one["alpha"] - alpha))
+
+
+async def _shown(options: PairOptions, console: Console, search: Search) -> dict[str, Any] | None:
+    """The pair's report; None: a signal has ended the search."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from outrider.cli.bench.show import duration
+    from outrider.cli.running import survive_signal
+
     what = f"making {options.size}"
-    search = "" if options.epsilon is not None else f"; 4 to {_MOST_SEARCHES} measurements of α"
-    console.print(
-        f"[dim]{what}: {_TAKES[options.size]}{search}[/]" if options.size in _TAKES else ""
-    )
+    searches = options.epsilon is None
+    console.print(f"[dim]{what}: {_announcement(options)}[/]", highlight=False, soft_wrap=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    began_at = time.monotonic()
+    shows = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
         task = bar.add_task(f"{what}: random weights")
-        num_heard = 0
 
         def hear(measured: dict[str, float]) -> None:
-            nonlocal num_heard
-            num_heard += 1
-            found = f"ε {measured['epsilon']:.4g} gives α {measured['alpha']:.3f}"
-            bar.update(task, description=f"{what}: measurement {num_heard}: {found}")
+            search.measured.append(measured)
+            num, found = len(search.measured), _found(measured)
+            each_s = (time.monotonic() - began_at) / num
+            left = f", at most {duration(each_s * (_MOST_SEARCHES - num))} left" if searches else ""
+            bar.update(task, description=f"{what}: measurement {num}: {found}{left}")
+            if not shows:
+                console.print(f"measurement {num}: {found}{left}", highlight=False)
 
-        return await made_pair(options, hear)
+        try:
+            return await made_pair(options, hear)
+        except asyncio.CancelledError:
+            if not search.measured:
+                console.print("[yellow]stopped: nothing was measured by then[/]")
+                raise
+            search.stopped = survive_signal()
+    return None
+
+
+def _announcement(options: PairOptions) -> str:
+    takes = _TAKES.get(options.size, "takes minutes")
+    if options.epsilon is not None:
+        return takes
+    return (
+        f"{takes}; 4 to {_MOST_SEARCHES} measurements of α, the first shows how long they take; "
+        "Ctrl-C reports what there is by then"
+    )
+
+
+def _show_stopped(options: PairOptions, console: Console, search: Search) -> None:
+    nearest = search.nearest(options.alpha)
+    console.print(
+        f"[yellow]stopped after {len(search.measured)} measurements; no pair was written. Nearest: "
+        f"{_found(nearest)}; without a search: --epsilon {nearest['epsilon']:g}[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _found(measured: dict[str, float]) -> str:
+    return f"ε {measured['epsilon']:.4g} gives α {measured['alpha']:.3f}"
 
 
 async def made_pair(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.failures import Signalled
+from outrider.cli.failures import Signalled, require_engine
 from outrider.cli.stack_options import PAIR_PATH
 from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outrider.engine.quickstart.train import TrainingConfig
 
 quickstart = typer.Typer(
     help="The small model pair that comes with Outrider.", no_args_is_help=True
@@ -21,17 +24,31 @@ quickstart = typer.Typer(
 def train(
     out: Annotated[Path, typer.Option(help="Where the pair is written.")],
     seed: Annotated[int | None, typer.Option(help="Default: the shipped pair's.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Target of an earlier run: is kept, and only a draft is trained."),
+    ] = None,
 ) -> None:
-    """Train the pair from nothing on this machine; takes about an hour on two cores."""
-    from outrider.engine.quickstart.train import main  # the one place of the CLI with torch
+    """Train the pair from nothing on this machine; takes up to 2 h 15 min on two cores."""
+    require_engine()
+    if target is not None and not (target / "config.json").exists():
+        raise ConfigError(f"--target: {target} is no directory of a model")
+    from outrider.engine.quickstart.train import TrainingConfig
 
-    typer.echo("about an hour on two cores; Ctrl-C keeps the target's last checkpoint")
+    config = TrainingConfig() if seed is None else TrainingConfig(seed=seed)
+    made(out, config, trained_target=target)
+
+
+def made(out: Path, config: TrainingConfig, **more: Any) -> None:
+    """As `make`, of which `more` are arguments. Raises Signalled after Ctrl-C."""
+    from outrider.engine.quickstart.make import make  # the one place of the CLI with torch
+
     try:
-        main(["--out", str(out), *([] if seed is None else ["--seed", str(seed)])])
+        is_cut = make(out, config, **more).is_cut
     except KeyboardInterrupt:
-        made = [name for name in ("target", "draft") if (out / name / "config.json").exists()]
-        typer.echo(f"stopped; in {out}: {', '.join(made) or 'nothing yet'}", err=True)
-        raise Signalled(signal.SIGINT) from None
+        is_cut = True
+    if is_cut:
+        raise Signalled(signal.SIGINT)
 
 
 @quickstart.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from outrider.cli.failures import Signalled
@@ -12,14 +13,20 @@ from outrider.cli.failures import Signalled
 Result = TypeVar("Result")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Signals that the command has received, in this event loop.
+_RECEIVED: ContextVar[list[signal.Signals]] = ContextVar("received")
 
 
-def survive_signal() -> None:
-    """In an `except CancelledError`: the command goes on with what it has. Raises it again where
-    it is not this task's only cancellation: a second signal, or a failure elsewhere."""
-    task = asyncio.current_task()
-    if task is None or not task.cancelling() or task.uncancel():
+def survive_signal() -> Signalled:
+    """In an `except CancelledError`: lets the command report the results so far.
+
+    Returns what the command must raise after the report, for its exit status. Raises CancelledError
+    again where it is not this task's only cancellation: a second signal, or a failure elsewhere.
+    """
+    task, received = asyncio.current_task(), _RECEIVED.get([])
+    if task is None or not received or not task.cancelling() or task.uncancel():
         raise asyncio.CancelledError
+    return Signalled(received[0])
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
@@ -32,6 +39,7 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
     async def body() -> Result:
         task = asyncio.current_task()
         assert task is not None
+        _RECEIVED.set(received)
 
         def stop(number: signal.Signals) -> None:
             received.append(number)

@@ -34,6 +34,39 @@ class Manner:
     burstiness: float = 1.0
 
 
+def warm_up_callers(visits: Sequence[Visit]) -> int:
+    """Of the closed loop that warms up."""
+    return max(1, len(visits) // 2)
+
+
+def expected_s(
+    num_variants: int,
+    visits: Sequence[Visit],
+    manner: Manner,
+    repetitions: int,
+    visit_s: float | None,
+) -> float | None:
+    """About how long `Campaign.compare` takes; None: that is not known.
+
+    Of a trace and of an open loop the time in which requests are sent; a system that cannot keep
+    up takes longer. Of a closed loop by `visit_s`, the time of one visit, where it was measured.
+    """
+    if manner.rate is not None:
+        return num_variants * sum(len(visit.jobs) for visit in visits) / manner.rate
+    parts = slices(visits, repetitions)
+    if manner.num_callers is None:
+        return num_variants * sum(map(_span_s, parts))
+    if visit_s is None:
+        return None
+    rounds = sum(len(part) / min(manner.num_callers, len(part)) for part in parts)
+    return num_variants * rounds * visit_s
+
+
+def _span_s(visits: Sequence[Visit]) -> float:
+    """From the first to the last request, by a trace's times."""
+    return max(max(visit.at_s or 0.0, visit.jobs[-1].not_before_s) for visit in visits)
+
+
 @dataclass
 class Campaign:
     """`read_passes` asks the target replicas; `on_phase` is told of each phase before it begins."""
@@ -58,7 +91,7 @@ class Campaign:
     async def warm_up(self, variants: Sequence[Variant], visits: Sequence[Visit]) -> None:
         """Each variant once, in a closed loop; nothing is kept of it."""
         for variant in variants:
-            manner = Manner(num_callers=max(1, len(visits) // 2))
+            manner = Manner(num_callers=warm_up_callers(visits))
             await self._phase(variant, visits, manner, -1, [])
 
     async def compare(

@@ -51,6 +51,32 @@ def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProces
     )
 
 
+def interrupted(*arguments: str, at: str) -> subprocess.CompletedProcess[str]:
+    """A command that gets Ctrl-C's signal once a line of its output begins with `at`.
+
+    `stdout` is all it said, on both streams.
+    """
+    with subprocess.Popen(
+        command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith(at):
+                    break
+            else:
+                raise AssertionError(f"ended before {at!r}: {''.join(said)}")
+            process.send_signal(signal.SIGINT)
+            said.append(process.stdout.read())
+            status = process.wait(TIMEOUT_S)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(arguments, status, "".join(said))
+
+
 def is_alive(pid: int) -> bool:
     """A zombie that nobody reaps (its parent was killed) is dead."""
     try:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, run
+from tests.cli.processes import interrupted, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -114,9 +113,12 @@ def test_what_makes_no_sense_is_refused_by_name(
     ("words", "until", "title"),
     [
         (("speed", "--max-tokens=4"), "14/", "one stream"),
+        (("speed", "--max-tokens=4", "--explain-gamma"), "14/", "◀ chosen"),
         (("concurrency", "--streams=1,2", "--max-tokens=4"), "8/", "many streams"),
         (("delay", "--delays=0", "--ahead=1x1", "--max-tokens=4"), "5/", "delay"),
-        (("speed", "--max-tokens=4"), "8/", ""),
+        (("growth", "--points=8", "--max-tokens=4"), "5/", "tokens of context"),
+        (("rounds", "--streams=2", "--max-tokens=400"), "4/", "the orchestrator"),
+        (("speed", "--max-tokens=4"), "8/", "one stream"),
     ],
 )
 def test_ctrl_c_reports_what_there_is(
@@ -124,51 +126,75 @@ def test_ctrl_c_reports_what_there_is(
 ) -> None:
     """The time is said first; a signal ends the measuring, not the report."""
     flags = ("--repetitions=500", f"--out={tmp_path}")
-    with subprocess.Popen(
-        command("bench", *words, *flags, *SIMULATED),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=ROOT, env=environment(),
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if line.startswith(until):
-                    break
-            process.send_signal(signal.SIGINT)
-            rest = process.stdout.read()
-            assert process.wait(TIMEOUT_S) == 0, rest
-        finally:
-            process.kill()
-    assert "Ctrl-C reports what there is" in "".join(said)
-    if words[0] != "delay":
-        assert "all will take about" in "".join(said)
-    assert "stopped in step" in rest
-    assert title in rest
-    assert "Traceback" not in rest
-    written = json.loads((tmp_path / f"{words[0]}.json").read_text("utf-8"))
+    ended = interrupted("bench", *words, *flags, *SIMULATED, at=until)
+    said = ended.stdout
+    assert ended.returncode == 128 + signal.SIGINT, said
+    assert "Ctrl-C reports what there is" in said
+    assert "all will take about" in said
+    assert " left)" in said
+    assert f"stopped in step {until.rstrip('/')} of" in said
+    assert title in said
+    assert "Traceback" not in said
+    (path,) = tmp_path.glob("*.json")
+    written = json.loads(path.read_text("utf-8"))
     assert written["is_cut"]
     assert written["samples"]
     assert written["goals"] == []
 
 
+def test_ctrl_c_before_the_first_result_says_so(tmp_path: Path) -> None:
+    ended = interrupted("bench", "speed", f"--out={tmp_path}", *SIMULATED, at="1/")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "stopped in step 1 of" in ended.stdout
+    assert "nothing was measured by then" in ended.stdout
+
+
+def test_ctrl_c_in_attacks_keeps_the_phases_before(tmp_path: Path) -> None:
+    """The time is known beforehand: phases last as long as is asked."""
+    flags = ("--attacks=unread", "--clients=5", "--seconds=1", f"--out={tmp_path}")
+    ended = interrupted("bench", "attacks", *flags, at="2/3 ")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "3 steps, about " in ended.stdout
+    written = json.loads((tmp_path / "attacks.json").read_text("utf-8"))
+    assert [(one["attack"], one["name"]) for one in written["results"]] == [("unread", "before")]
+
+
+def test_ctrl_c_in_explain_gamma_explains_the_warm_up() -> None:
+    simulated = ("--simulate-target=step_ms=50", "--simulate-draft=step_ms=1,survival=0.8")
+    ended = interrupted("bench", "explain-gamma", "--max-tokens=2000", *simulated, at="2/2 ")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "2 steps, " in ended.stdout
+    assert "all will take about" in ended.stdout
+    assert "◀ chosen" in ended.stdout
+    assert "this is the warm-up's choice" in ended.stdout
+
+
+def test_ctrl_c_in_wire_reports_what_there_is() -> None:
+    ended = interrupted("bench", "wire", "--runs=1", "--max-tokens=8", "--json", at="3/6 ")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "6 steps, " in ended.stdout
+    assert "all will take about" in ended.stdout
+    assert "stopped in step 3 of 6" in ended.stdout
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["is_cut"]
+    assert len(told["results"]) == 2
+
+
 def test_ctrl_c_in_a_demo_compares_what_there_is() -> None:
-    with subprocess.Popen(
-        command("demo", "--inflate=0", "--rounds=500", "--seconds=500", "--max-tokens=32"),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=ROOT, env=environment(),
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if "Ctrl-C compares what there is" in line:
-                    break
-            process.send_signal(signal.SIGINT)
-            rest = process.stdout.read()
-            assert process.wait(TIMEOUT_S) == 0, rest
-        finally:
-            process.kill()
-    assert "stopped: this compares the outputs before" in rest
-    assert "speculative" in rest
-    assert "identical token for token" in rest
+    flags = ("--inflate=0", "--rounds=500", "--seconds=500", "--max-tokens=32")
+    ended = interrupted("demo", *flags, at="about 500 s more")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "stopped: this compares the outputs before" in ended.stdout
+    assert "speculative" in ended.stdout
+    assert "identical token for token" in ended.stdout
+
+
+def test_ctrl_c_in_making_a_pair_reports_the_search(tmp_path: Path) -> None:
+    """Of p1 a measurement takes seconds; no whole pair is there."""
+    ended = interrupted("bench", "pair", str(tmp_path / "p1"), at="measurement 1:")
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "takes minutes; 4 to 32 measurements" in ended.stdout
+    assert " left\n" in ended.stdout
+    assert "stopped after " in ended.stdout
+    assert "without a search: --epsilon " in ended.stdout
+    assert not (tmp_path / "p1" / "pair.json").exists()

@@ -24,7 +24,9 @@ def test_wire_bytes_by_method() -> None:
     """That they do not grow with the vocabulary: tests/e2e/test_wire.py."""
     ended = run("bench", "wire", "--vocab-sizes=512", "--runs=1", "--max-tokens=32", "--json")
     assert ended.returncode == 0, ended.stderr
-    lines = json.loads(ended.stdout)
+    told = json.loads(ended.stdout)
+    assert not told["is_cut"]
+    lines = told["results"]
     assert [line["vocab_size"] for line in lines] == [512] * 6
     assert len({(line["method"], line["temperature"]) for line in lines}) == 6
     for line in lines:

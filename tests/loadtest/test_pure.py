@@ -12,6 +12,7 @@ from scipy import stats
 
 from outrider.errors import ConfigError
 from outrider.loadtest.arrivals import arrival_times
+from outrider.loadtest.campaign import Manner, expected_s
 from outrider.loadtest.lengths import Lengths
 from outrider.loadtest.measures import (
     Distribution,
@@ -368,3 +369,21 @@ async def test_a_search_for_what_is_not_ends() -> None:
     found = await highest_rate(never, 1.0, max_probes=50)
     assert found.rate is None
     assert len(found.probes) == 11
+
+
+def timed_visits(*times: float) -> list[Visit]:
+    return [Visit((Job(i, 4, 4, not_before_s=at),), at) for i, at in enumerate(times)]
+
+
+def test_how_long_a_comparison_takes() -> None:
+    """A trace: its own span, of each slice. A rate: that of the requests. A closed loop: rounds."""
+    trace = timed_visits(0, 10, 100, 130)
+    assert expected_s(2, trace, Manner(), 1, 99.0) == 2 * 130
+    assert expected_s(2, trace, Manner(), 2, 99.0) == 2 * (10 + 30)
+    late_turn = [Visit((Job(0, 4, 4), Job(1, 4, 4, not_before_s=50.0)), 0.0, is_session=True)]
+    assert expected_s(1, late_turn, Manner(), 1, None) == 50
+    visits = [Visit((Job(i, 4, 4),)) for i in range(40)]
+    assert expected_s(2, visits, Manner(rate=8.0), 2, 99.0) == 10
+    assert expected_s(2, visits, Manner(num_callers=8), 1, 0.5) == 2 * 5 * 0.5
+    assert expected_s(1, visits, Manner(num_callers=100), 2, 0.5) == 2 * 0.5
+    assert expected_s(2, visits, Manner(num_callers=8), 1, None) is None

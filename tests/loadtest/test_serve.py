@@ -140,6 +140,26 @@ async def test_a_search_and_a_trace(redis_url: str, tmp_path: Path) -> None:
     assert not (tmp_path / "serve.html").exists()
 
 
+@pytest.mark.slow
+async def test_how_long_a_load_takes_is_said_first(redis_url: str, tmp_path: Path) -> None:
+    """By the trace's times, by the rate, by the warm-up; a low rate of the warm-up is no claim."""
+    trace = tmp_path / "trace.jsonl"
+    entry = '{"timestamp": %d, "input_length": 5, "output_length": 2}\n'
+    trace.write_text("".join(entry % second for second in (0, 100, 300)))
+    short, few = ("--no-html", "--repetitions=1", "--output-len=2"), "--requests=16"
+    async with simulated(redis_url) as system:
+        _, by_trace = await serve(
+            system, tmp_path, *short[:2], f"--trace={trace}", "--trace-speed=100", "--warm-up=1"
+        )
+        _, by_rate = await serve(system, tmp_path, *short, few, "--rate=8", "--warm-up=1")
+        _, by_loop = await serve(system, tmp_path, *short, few, "--concurrency=4")
+    assert "2 x 3 requests are sent in about 6 s, by the trace's times" in by_trace
+    assert "2 x 16 requests are sent in about 4 s, by 8 requests/s" in by_rate
+    assert "2 x 16 requests take about " in by_loop
+    assert ", by the warm-up; Ctrl-C reports what there is by then" in by_loop
+    assert "queue" not in by_trace + by_rate + by_loop
+
+
 async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path) -> None:
     async with simulated(redis_url) as system:
         process = await started(
@@ -153,7 +173,8 @@ async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path
         process.send_signal(signal.SIGINT)
         said, failed = await process.communicate()
         await eventually(lambda: nothing_held(system))
-    assert process.returncode == 0, failed.decode()
+    assert process.returncode == 128 + signal.SIGINT, failed.decode()
+    assert "requests take until all are answered; Ctrl-C reports" in said.decode()
     assert "cut short" in said.decode()
     assert " × " not in said.decode(), "who was cut off has not failed"
     told = json.loads((tmp_path / "serve.json").read_text("utf-8"))

@@ -6,6 +6,7 @@ library of another Python is another text.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,34 +20,18 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outrider.engine import quickstart
 from outrider.engine.quickstart import draft_path, pair_path, target_path
-from outrider.engine.quickstart.architecture import ModelShape, num_parameters
-from outrider.engine.quickstart.corpus import SPECIAL_TOKENS, Corpus
-from outrider.engine.quickstart.distill import DistillConfig
-from outrider.engine.quickstart.evaluate import (
-    EvaluationConfig,
-    evaluate,
-    greedy_alpha,
-    sampled_alpha,
-)
+from outrider.engine.quickstart.architecture import num_parameters
+from outrider.engine.quickstart.corpus import SPECIAL_TOKENS
+from outrider.engine.quickstart.evaluate import evaluate, greedy_alpha, sampled_alpha
 from outrider.engine.quickstart.inflate import compare, inflate, inflated_config
-from outrider.engine.quickstart.optimise import Limits, TrainingEvent
+from outrider.engine.quickstart.optimise import TrainingEvent
 from outrider.engine.quickstart.rollout import continue_rows
 from outrider.engine.quickstart.storage import load, load_tokenizer
-from outrider.engine.quickstart.train import TrainingConfig, TrainingResult, train
+from outrider.engine.quickstart.train import TrainingResult, train
+from tests.cli.processes import ROOT, TIMEOUT_S, environment
+from tests.quickstart.small_training import CORPUS, PROMPTS, SHORT, small
 
-_PROMPTS = (
-    '"""Keeps a bounded history of measurements."""\n\nimport collections\nimport time\n\n\n'
-    "class History:\n    def __init__(self, size):\n        self._size = size\n",
-    'def read_records(path, encoding=\'utf-8\'):\n    """Yield one dictionary per line."""\n'
-    "    with open(path, encoding=encoding) as file:\n        for line in file:\n",
-    'class ServerError(Exception):\n    """Raised when the server refuses a request."""\n\n'
-    "    def __init__(self, status, message):\n        super().__init__(message)\n",
-    "def main():\n    import argparse\n    parser = argparse.ArgumentParser(description=__doc__)\n"
-    "    parser.add_argument('-v', '--verbose', action='store_true',\n",
-)
 _NUM_PROMPT_TOKENS = 32
-# The rate of learning falls with the share of it that has passed: only without is it repeatable.
-NO_LIMIT_S = 1e9
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    return torch.tensor([tokenizer.encode(text)[:_NUM_PROMPT_TOKENS] for text in _PROMPTS])
+    return torch.tensor([tokenizer.encode(text)[:_NUM_PROMPT_TOKENS] for text in PROMPTS])
 
 
 @settings(max_examples=300, deadline=None)
@@ -170,23 +155,7 @@ def test_inflation_below_the_models_own_size_is_refused(target: LlamaForCausalLM
 
 
 def test_training_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
-    corpus = Corpus(train=_PROMPTS * 4, held_out=_PROMPTS * 4)
-    config = TrainingConfig(
-        vocab_size=300,
-        target_shape=ModelShape(32, 2, 2, 1, 64, head_dim=16),
-        draft_shape=ModelShape(16, 1, 1, 1, 32, head_dim=16),
-        target_limits=Limits(num_steps=6, time_budget_s=NO_LIMIT_S),
-        windows=((2, 32), (1, 64)),
-        distill=DistillConfig(
-            num_rollouts=4,
-            rollout_batch=4,
-            num_prompt_tokens=8,
-            num_new_tokens=8,
-            rows=2,
-            num_window_tokens=16,
-            limits=Limits(num_steps=4, time_budget_s=NO_LIMIT_S),
-        ),
-    )
+    corpus, config = CORPUS, small(num_target_steps=6, num_draft_steps=4)
     events: list[TrainingEvent] = []
     result = train(tmp_path / "first", config, corpus=corpus, progress=events.append)
     assert result == TrainingResult(num_target_steps=6, num_draft_steps=4)
@@ -196,7 +165,44 @@ def test_training_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
         first, second = (load(tmp_path / run / part) for run in ("first", "second"))
         for name, tensor in first.state_dict().items():
             torch.testing.assert_close(tensor, second.state_dict()[name])
-    short = EvaluationConfig(num_prompts=4, num_prompt_tokens=8, num_new_tokens=8)
-    report = evaluate(tmp_path / "first", short, corpus=corpus)
+    report = evaluate(tmp_path / "first", SHORT, corpus=corpus)
     assert 0.0 <= report.greedy_alpha <= 1.0
     assert report.num_target_parameters > report.num_draft_parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["target", "draft"])
+def test_ctrl_c_in_a_training_saves_what_there_is(stage: str, tmp_path: Path) -> None:
+    """The model is saved as it is, the card says so; a target can be given a draft later."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.quickstart.small_training", tmp_path, stage],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith(f"{stage} 25/"):
+                    break
+            process.send_signal(signal.SIGINT)
+            said.append(process.stdout.read())
+            status = process.wait(TIMEOUT_S)
+        finally:
+            process.kill()
+    words = "".join(said)
+    assert status == 128 + signal.SIGINT, words
+    assert "takes at most " in said[0]
+    assert "Ctrl-C saves what there is" in said[0]
+    assert " left of this stage" in words
+    assert "interrupted: " in words
+    assert "Traceback" not in words
+    card = (tmp_path / "CARD.md").read_text("utf-8")
+    assert "Interrupted by Ctrl-C." in card
+    assert load(tmp_path / "target").num_parameters() > 0
+    assert (tmp_path / "draft").exists() == (stage == "draft")
+    if stage == "target":
+        assert f"--target {tmp_path / 'target'}" in words
+        assert "last training loss" in card
+    else:
+        assert "held-out loss" in card

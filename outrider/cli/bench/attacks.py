@@ -41,6 +41,8 @@ _MOST_TOKENS = 100_000
 _NUM_SPARE_TOKENS = 32
 _MIB = 1 << 20
 _PHASES = ("before", "during", "after")
+# Of a system of simulated tiers, about.
+_START_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def attacks(options: AttackOptions) -> None:
             }
             for phase in phases
         ]
-        document.goals += goals(phases)
+        document.judge(lambda: goals(phases))
         document.write()
         finish(console, document, [table(phases)])
 
@@ -128,29 +130,36 @@ async def _measure(
     from outrider.cli.bench.show import progress
 
     phases: list[Phase] = []
-    with progress(console, len(names) * len(_PHASES), document, phases) as step:
+    expected_s = sum(
+        _START_S + 2 * options.seconds + _seconds(options, ATTACKS[name]) for name in names
+    )
+    num_steps = len(names) * len(_PHASES)
+    with progress(console, num_steps, document, phases, expected_s=expected_s) as step:
         for name in names:
             attack = ATTACKS[name]
             async with attacked_system(options, attack) as system:
-                phases += await _attacked(options, system, attack, step)
+                await _attacked(options, system, attack, step, phases)
     return phases
 
 
+def _seconds(options: AttackOptions, attack: Attack) -> float:
+    """Of the attack itself."""
+    return options.seconds if options.quick else max(options.seconds, attack.least_s)
+
+
 async def _attacked(
-    options: AttackOptions, system: System, attack: Attack, step: Step
-) -> list[Phase]:
-    """Before, during and after, of one stream."""
+    options: AttackOptions, system: System, attack: Attack, step: Step, phases: list[Phase]
+) -> None:
+    """Before, during and after, of one stream. Adds to `phases`."""
     from outrider.chaos.faults import Tier
     from outrider.chaos.system import Place
 
-    phases = [Phase(attack.name, name) for name in _PHASES]
     healthy = Healthy(system.endpoints[0])
     pid = system.nodes[Place(Tier.ORCHESTRATOR, 0)].pid
-    own = (
-        options if options.quick else replace(options, seconds=max(options.seconds, attack.least_s))
-    )
+    own = replace(options, seconds=_seconds(options, attack))
     async with contextlib.AsyncExitStack() as until, healthy.running():
-        for phase in phases:
+        for name in _PHASES:
+            phase = Phase(attack.name, name)
             step(f"{attack.name}: {phase.name}")
             async with healthy.measured(phase, pid):
                 if phase.name == "during":
@@ -158,7 +167,7 @@ async def _attacked(
                     phase.attackers = {str(name): num for name, num in statuses.items()}
                 else:
                     await asyncio.sleep(options.seconds)
-    return phases
+            phases.append(phase)
 
 
 class Healthy:

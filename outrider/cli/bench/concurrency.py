@@ -69,7 +69,7 @@ def concurrency(options: ConcurrencyOptions) -> None:
     with reporting(console, document):
         totals = summarised(blocks)
         document.results += [asdict(total) for total in totals]
-        document.goals += _goals(totals)
+        document.judge(lambda: _goals(totals))
         document.write()
         draw(document.plot_path, "Many streams", _panels(totals))
         finish(console, document, [_table(totals)])
@@ -114,7 +114,7 @@ async def measure_blocks(
     blocks: list[Block] = []
     num_steps = len(ways) + options.repetitions * len(work)
     warm_up = (len(ways), options.requests * options.max_tokens / _NUM_WARM_UP_TOKENS / 2)
-    with progress(console, num_steps, document, blocks, warm_up) as step:
+    with progress(console, num_steps, document, blocks, warm_up=warm_up) as step:
         for variant in ways:
             step(f"warm-up: {variant.name}")
             num = max(streams)

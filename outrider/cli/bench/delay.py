@@ -68,7 +68,7 @@ def delay(options: DelayOptions) -> None:
     with reporting(console, document):
         rows = _summarised(measured)
         document.results += [asdict(row) for row in rows]
-        document.goals += _goals(rows)
+        document.judge(lambda: _goals(rows))
         document.write()
         draw(document.plot_path, "Delay on the draft's link", _panels(rows))
         finish(console, document, [_table(rows)])

@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import outrider
 from outrider.cli.bench.cores import CoreLayout
 from outrider.cli.bench.system import BenchOptions, System
+from outrider.cli.failures import Signalled
 from outrider.cli.plain import plain
 from outrider.cli.stack_options import MADE_PAIR
 from outrider.errors import ConfigError
@@ -56,8 +58,8 @@ class Document:
         self.results: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.goals: list[Goal] = []
-        # A signal has ended the measuring.
-        self.is_cut = False
+        # Set where a signal has ended the measuring; the command raises it after its report.
+        self.stopped: Signalled | None = None
         self._options = options
         self._about: dict[str, Any] = {}
         self._began = datetime.now(UTC)
@@ -65,6 +67,10 @@ class Document:
             options.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
+
+    @property
+    def is_cut(self) -> bool:
+        return self.stopped is not None
 
     @property
     def path(self) -> Path:
@@ -81,6 +87,11 @@ class Document:
             return []
         size = _made_size(self._options.target)
         return [goal for goal in self.goals if goal.pair in ("", size)]
+
+    def judge(self, goals: Callable[[], Iterable[Goal]]) -> None:
+        """Adds goals; of a part of the measurements none can be judged."""
+        if not self.is_cut:
+            self.goals += goals()
 
     def about(self, system: System) -> None:
         """Notes the models and the cores."""

@@ -6,9 +6,11 @@ Owns the table of a GammaDecision; the choice is the orchestrator's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outrider.cli.bench.system import BenchOptions, measured_system
+from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
 from outrider.errors import InternalError
 
@@ -27,22 +29,37 @@ def explain_gamma(options: BenchOptions) -> None:
     from outrider.cli.bench.show import bench_console
     from outrider.cli.running import run
 
-    console = bench_console()
-    stats = run(_last(options.quickened(), console))
-    show_decision(console, stats)
+    console, explanation = bench_console(), Explanation()
+    run(_measure(options.quickened(), console, explanation))
+    show_decision(console, explanation.measured[-1])
+    if explanation.stopped is not None:
+        console.print("this is the warm-up's choice", style="yellow")
+        raise explanation.stopped
 
 
-async def _last(options: BenchOptions, console: Console) -> SpeculationStats:
+@dataclass
+class Explanation:
+    """Of the warm-up's output, and of the measured one. `stopped` as of a Report."""
+
+    measured: list[SpeculationStats] = field(default_factory=list)
+    stopped: Signalled | None = None
+
+
+async def _measure(options: BenchOptions, console: Console, explanation: Explanation) -> None:
     from outrider.cli.bench.load import one_output, run
+    from outrider.cli.bench.show import progress
     from outrider.cli.bench.workload import adaptive
 
+    measured = explanation.measured
+    warm_up = (1, options.max_tokens / _NUM_WARM_UP_TOKENS)
     async with measured_system(options, console) as system:
         system.require_draft()
-        await run(system, one_output(system, adaptive(), 0, _NUM_WARM_UP_TOKENS))
-        with console.status("one output"):
-            sample = await run(system, one_output(system, adaptive(), 0, options.max_tokens))
-    assert sample.stats is not None
-    return sample.stats
+        with progress(console, 2, explanation, measured, warm_up=warm_up) as step:
+            for name, num in (("warm-up", _NUM_WARM_UP_TOKENS), ("output", options.max_tokens)):
+                step(f"{name}: {num} tokens")
+                sample = await run(system, one_output(system, adaptive(), 0, num))
+                assert sample.stats is not None, "the orchestrator reports on every output"
+                measured.append(sample.stats)
 
 
 def show_decision(console: Console, stats: SpeculationStats) -> None:

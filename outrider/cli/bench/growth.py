@@ -6,9 +6,10 @@ drafts, in turn.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -125,17 +126,20 @@ async def _measure(
     ways = _ways(options)
     num_steps = len(values) * len(ways) * (options.repetitions + 1)
     blocks: list[tuple[int, Block]] = []
-    with progress(console, num_steps, document, blocks) as step:
-        async for system, own in _systems(options, values, console):
-            system.require_draft()
-            document.about(system)
-            blocks += await _measure_in(system, options, own, step)
+    num_first = len(ways) * (1 if options.over is Over.vocabulary else len(values))
+    warm_up = (num_first, max(1, options.max_tokens / _NUM_WARM_UP_TOKENS) * options.prompts)
+    with progress(console, num_steps, document, blocks, warm_up=warm_up) as step:
+        async with contextlib.aclosing(_systems(options, values, console)) as systems:
+            async for system, own in systems:
+                system.require_draft()
+                document.about(system)
+                await _measure_in(system, options, own, step, blocks)
     return blocks
 
 
 async def _systems(
     options: GrowthOptions, values: list[int], console: Console
-) -> AsyncIterator[tuple[System, list[int]]]:
+) -> AsyncGenerator[tuple[System, list[int]], None]:
     """Each with the values it is for: one system for all, but for vocabularies."""
     if options.over is not Over.vocabulary:
         changes: dict[str, Any] = {}
@@ -172,8 +176,13 @@ def _ways(options: GrowthOptions) -> list[Variant]:
 
 
 async def _measure_in(
-    system: System, options: GrowthOptions, values: list[int], step: Step
-) -> list[tuple[int, Block]]:
+    system: System,
+    options: GrowthOptions,
+    values: list[int],
+    step: Step,
+    blocks: list[tuple[int, Block]],
+) -> None:
+    """Adds to `blocks`."""
     from outrider.cli.bench.load import in_turn, run_block
 
     work = [(value, way) for value in values for way in _ways(options)]
@@ -181,13 +190,11 @@ async def _measure_in(
         step(f"warm-up: {way.name}, {value}")
         warm_up = _works(system, options, value, way)[:1]
         await run_block(system, [replace(w, max_tokens=_NUM_WARM_UP_TOKENS) for w in warm_up], 1)
-    blocks = []
     for repetition, (value, way) in in_turn(work, options.repetitions):
         step(f"{way.name}, {value}")
         works = [replace(w, repetition=repetition) for w in _works(system, options, value, way)]
         num_streams = value if options.over is Over.sessions else 1
         blocks.append((value, await run_block(system, works, num_streams)))
-    return blocks
 
 
 def _works(system: System, options: GrowthOptions, value: int, way: Variant) -> list[Work]:

@@ -77,7 +77,7 @@ def overload(options: OverloadOptions) -> None:
     crowds = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(crowd) for crowd in crowds]
-        document.goals += goals(crowds)
+        document.judge(lambda: goals(crowds))
         document.write()
         draw(document.plot_path, f"{options.factor:g} × capacity offered", panels(crowds))
         finish(console, document, [table(crowds)])
@@ -119,7 +119,8 @@ async def _measure(options: OverloadOptions, console: Console, document: Documen
             async with open_channel(system.stack.endpoint) as channel:
                 whom = await subject(channel)
                 num_steps = 2 + 2 * options.repetitions
-                with progress(console, num_steps, document, crowds) as step:
+                expected_s = _WARM_UP_S + (num_steps - 1) * options.seconds
+                with progress(console, num_steps, document, crowds, expected_s=expected_s) as step:
                     await _phases(options, system, whom, document, step, crowds)
             if dying.done():
                 crowds[-1].deaths.append(str(dying.result()[0]))

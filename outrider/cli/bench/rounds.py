@@ -98,7 +98,7 @@ def rounds(options: RoundsOptions) -> None:
     costs = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(cost) for cost in costs]
-        document.goals += _goals(costs)
+        document.judge(lambda: _goals(costs))
         document.write()
         streams = [cost.num_streams for cost in costs]
         lines = [
@@ -120,22 +120,30 @@ async def _measure(options: RoundsOptions, console: Console, document: Document)
     ) as system:
         document.about(system)
         num_steps = len(streams) * (1 + options.repetitions)
-        with progress(console, num_steps, document, costs) as step:
+        mean = (_NUM_WARM_UP_TOKENS + options.repetitions * options.max_tokens) / (
+            1 + options.repetitions
+        )
+        warm_up = (1, mean / _NUM_WARM_UP_TOKENS)
+        with progress(console, num_steps, document, costs, warm_up=warm_up) as step:
             for num_streams in streams:
                 step(f"warm-up: {num_streams} streams")
                 await _block(system, options, num_streams, _NUM_WARM_UP_TOKENS)
                 windows: list[Window] = []
                 blocks: list[Block] = []
-                for _ in range(options.repetitions):
-                    step(f"{num_streams} streams")
-                    async with _watched(system, windows):
-                        blocks.append(
-                            await _block(system, options, num_streams, options.max_tokens)
-                        )
-                costs.append(_cost(system, num_streams, windows, blocks))
-                document.samples += [
-                    {"num_streams": num_streams, "window": asdict(window)} for window in windows
-                ]
+                try:
+                    for _ in range(options.repetitions):
+                        step(f"{num_streams} streams")
+                        async with _watched(system, windows):
+                            blocks.append(
+                                await _block(system, options, num_streams, options.max_tokens)
+                            )
+                finally:
+                    if blocks:  # fewer than were asked for, after a signal
+                        costs.append(_cost(system, num_streams, windows, blocks))
+                        document.samples += [
+                            {"num_streams": num_streams, "window": asdict(window)}
+                            for window in windows
+                        ]
     return costs
 
 

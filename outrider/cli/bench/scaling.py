@@ -133,7 +133,11 @@ async def _measure(options: ScalingOptions, console: Console, document: Document
         for pair in pairs:
             async with _lanes(options, pair, console) as lanes:
                 document.about(lanes[0])
-                outcomes += await _measure_pair(options, pair, lanes, document, step)
+                measured: dict[Trial, list[Run]] = {}
+                try:
+                    await _measure_pair(options, pair, lanes, document, step, measured)
+                finally:  # also of a part
+                    outcomes += summarised(options.pass_ms, measured)
     return outcomes
 
 
@@ -178,12 +182,13 @@ async def _measure_pair(
     lanes: Sequence[System],
     document: Document,
     step: Step,
-) -> list[Outcome]:
+    measured: dict[Trial, list[Run]],
+) -> None:
+    """Adds to `measured`."""
     from outrider.cli.bench.busy import BusyWatch
     from outrider.cli.bench.load import in_turn
 
     pids = {f"draft {number}": lane.stack.pid("draft") for number, lane in enumerate(lanes)}
-    measured: dict[Trial, list[Run]] = {}
     async with BusyWatch(pids | {"target": lanes[0].stack.pid("target")}) as watch:
         for repetition, trial in in_turn(trials(options, *pair), options.repetitions):
             step(trial.name)
@@ -195,7 +200,6 @@ async def _measure_pair(
                 | block.to_dict()
                 for block in one.blocks
             ]
-    return summarised(options.pass_ms, measured)
 
 
 async def _run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from outrider.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outrider.cli.failures import Signalled
     from outrider.loadtest.campaign import Campaign, Manner
     from outrider.loadtest.plan import Visit
     from outrider.loadtest.records import Record
@@ -50,14 +52,16 @@ def serve(options: ServeOptions) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
-    campaign, is_cut = run(_measure(options, asked, slo, console))
-    report(options, campaign, slo, console, is_cut=is_cut)
+    campaign, stopped = run(_measure(options, asked, slo, console))
+    report(options, campaign, slo, console, is_cut=stopped is not None)
+    if stopped is not None:
+        raise stopped
 
 
 async def _measure(
     options: ServeOptions, asked: Sequence[Visit], slo: Slo | None, console: Console
-) -> tuple[Campaign, bool]:
-    """What was measured, and whether it was cut short. Raises CallFailed where nobody answers."""
+) -> tuple[Campaign, Signalled | None]:
+    """What was measured, and the signal that ended it early. Raises CallFailed."""
     import grpc
 
     from outrider.cli.client import call_failed
@@ -91,10 +95,10 @@ async def _measure(
                 await _run(options, campaign, asked, slo, manner(options), console)
             except asyncio.CancelledError:
                 if not any(stretch.records for stretch in campaign.all_stretches):
+                    console.print("[yellow]stopped: nothing was measured by then[/]")
                     raise
-                survive_signal()
-                return campaign, True
-    return campaign, False
+                return campaign, survive_signal()
+    return campaign, None
 
 
 def _check_prompts(asked: Sequence[Visit], max_context_len: int) -> None:
@@ -114,18 +118,29 @@ async def _run(
     how: Manner,
     console: Console,
 ) -> None:
-    ways = variants(options)
+    from outrider.cli.bench.show import duration
+    from outrider.loadtest.campaign import expected_s, warm_up_callers
+
+    ways, visit_s = variants(options), None
     if options.warm_up:
-        began_at = time.monotonic()
-        await campaign.warm_up(ways, asked[: options.warm_up])
-        num = len(ways) * sum(len(visit.jobs) for visit in asked[: options.warm_up])
-        if not options.sweep:
-            _say_duration(console, len(ways), asked, how, num / (time.monotonic() - began_at))
+        began_at, first = time.monotonic(), asked[: options.warm_up]
+        await campaign.warm_up(ways, first)
+        visit_s = (time.monotonic() - began_at) * warm_up_callers(first) / len(ways) / len(first)
     if not options.sweep:
+        seconds = expected_s(len(ways), asked, how, options.repetitions, visit_s)
+        _say(console, _announcement(len(ways), asked, how, seconds))
         await campaign.compare(ways, asked, how, options.repetitions)
         return
     assert slo is not None, "checked"
     assert how.rate is not None, "checked"
+
+    num = sum(len(visit.jobs) for visit in asked)
+    _say(
+        console,
+        f"a search with {len(ways)} x {num} requests at each rate, the first about "
+        f"{duration(num / how.rate)} long; the number of rates is not known; Ctrl-C reports what "
+        "there is by then",
+    )
 
     def attains(records: Sequence[Record]) -> float:
         return sum(map(slo.is_met, records)) / max(1, len(records))
@@ -136,25 +151,24 @@ async def _run(
         )
 
 
-def _say_duration(
-    console: Console, num_ways: int, asked: Sequence[Visit], how: Manner, warm_up_rate: float
-) -> None:
-    """Before minutes are spent on it. `warm_up_rate`: requests answered a second, just now."""
+def _announcement(num_ways: int, asked: Sequence[Visit], how: Manner, seconds: float | None) -> str:
+    """How long it takes, before minutes are spent on it."""
     from outrider.cli.bench.show import duration
 
     num = sum(len(visit.jobs) for visit in asked)
-    rate = min(warm_up_rate, how.rate or warm_up_rate)
-    console.print(
-        f"[dim]{num_ways} x {num} requests take about {duration(num_ways * num / rate)}; Ctrl-C "
-        "reports what there is by then[/]",
-        highlight=False,
-    )
-    if how.rate is not None and how.rate > warm_up_rate:
-        console.print(
-            f"[yellow]the warm-up was answered at {warm_up_rate:.2g} requests/s: at "
-            f"{how.rate:g} a second they will queue[/]",
-            highlight=False,
-        )
+    until = f"{num_ways} x {num} requests"
+    if seconds is None:
+        until += " take until all are answered"
+    elif how.num_callers is not None:
+        until += f" take about {duration(seconds)}, by the warm-up"
+    else:
+        source = "the trace's times" if how.rate is None else f"{how.rate:g} requests/s"
+        until += f" are sent in about {duration(seconds)}, by {source}"
+    return f"{until}; Ctrl-C reports what there is by then"
+
+
+def _say(console: Console, words: str) -> None:
+    console.print(f"[dim]{words}[/]", highlight=False, soft_wrap=True)
 
 
 def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | None:
@@ -213,7 +227,13 @@ def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
         TextColumn("[red]{task.fields[failures]}[/]"),
     )
     shows = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not shows,
+        speed_estimate_period=math.inf,  # a request may take minutes
+    ) as bar:
         task = bar.add_task("warm-up", failures="")
         num_failures = 0
 
@@ -221,6 +241,8 @@ def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
             nonlocal num_failures
             num_failures = 0
             bar.reset(task, total=num_requests, description=escape(name), failures="")
+            if not shows:
+                console.print(f"{escape(name)}: {num_requests} requests", highlight=False)
 
         def end(record: Record) -> None:
             nonlocal num_failures

@@ -71,7 +71,7 @@ def signals(options: SignalsOptions) -> None:
             asdict(p) | {"draft_signal": p.draft_signal, "target_signal": p.target_signal}
             for p in points
         ]
-        document.goals += goals(points)
+        document.judge(lambda: goals(points))
         document.write()
         draw(document.plot_path, "Each tier scaled by itself", panels(points))
         finish(console, document, [table(points)])
@@ -98,7 +98,9 @@ async def _measure(options: SignalsOptions, console: Console, document: Document
     given = replace(options, kv_cache_tokens=options.kv_cache_tokens or _KV_TOKENS)
     stack_options = given.stack_options(apart(options.cores))
     num, ways = options.replicas, sizes(options.replicas)
-    with progress(console, len(REGIMES) * len(ways), document, points) as step:
+    num_steps = len(REGIMES) * len(ways)
+    expected_s = num_steps * options.seconds
+    with progress(console, num_steps, document, points, expected_s=expected_s) as step:
         for regime in REGIMES:
             log_dir = options.out / "logs" / regime.name.replace(" ", "-")
             tiers = {"target": regime.target, "draft": regime.draft}

@@ -115,7 +115,7 @@ async def _measure(
         work = [(prompt, way) for prompt in range(options.prompts) for way in ways]
         num_steps = len(ways) + len(work) * options.repetitions
         warm_up = (len(ways), options.max_tokens / _NUM_WARM_UP_TOKENS)
-        with progress(console, num_steps, document, measured, warm_up) as step:
+        with progress(console, num_steps, document, measured, warm_up=warm_up) as step:
             for way in ways:
                 step(f"warm-up: {way.name}")
                 await way.run(0, _NUM_WARM_UP_TOKENS, -1)
@@ -199,7 +199,7 @@ def _report(
 
     results = _results(measured)
     document.results += [asdict(result) for result in results]
-    document.goals += _goals(results)
+    document.judge(lambda: _goals(results))
     document.write()
     bars = [
         Bar(r.name, r.tokens_per_s.median, r.tokens_per_s.least, r.tokens_per_s.most, r.is_peer)
@@ -210,9 +210,12 @@ def _report(
     if options.explain_gamma:
         from outrider.cli.bench.explain import show_decision
 
-        last = [s.stats for way, s in measured if way.name == "full" and s.stats is not None][-1]
+        told = [s.stats for way, s in measured if way.name == "full" and s.stats is not None]
         console.print()
-        show_decision(console, last)
+        if told:
+            show_decision(console, told[-1])
+        else:
+            console.print("no output with γ chosen was measured: nothing to explain")
 
 
 def _table(results: list[Result]) -> Table:

@@ -74,7 +74,7 @@ def twin(options: TwinOptions) -> None:
     rows = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(row) for row in rows]
-        document.goals += _goals(rows)
+        document.judge(lambda: _goals(rows))
         document.write()
         finish(console, document, [_table(rows)])
 

@@ -5,14 +5,17 @@ Owns the comparison; the bytes are counted by the orchestrator, link by link.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.cli.failures import Signalled
 from outrider.cli.options import parse_count, takes
 from outrider.cli.request import Method
 from outrider.cli.stack_options import StackOptions, kept_to_itself
@@ -22,12 +25,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from outrider.cli.bench.show import Step
     from outrider.cli.client import Client
     from outrider.v1.model_pb2 import ModelInfo
     from outrider.v1.orchestrator_pb2 import GenerateRequest
 
 TEXT_PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 _NUM_PROMPT_IDS = 16
+_TEMPERATURES = (0.0, 1.0)
 # Bytes depend on the vocabulary and on α, not on what a pass costs.
 _PAIR_SIZE = "tiny"
 # Instead of a search for some acceptance: it is much the same at every vocabulary.
@@ -61,7 +66,7 @@ class WireOptions:
         int | None,
         typer.Option(min=1, help="Outcomes ahead: all but one in vain. Default: the service's."),
     ] = None
-    json: Annotated[bool, typer.Option("--json", help="One JSON array, nothing else.")] = False
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,19 @@ class WireCost:
     target_bytes_per_token: float
 
 
+@dataclass
+class WireCosts:
+    """The results so far. `stopped` as of a Report."""
+
+    costs: list[WireCost] = field(default_factory=list)
+    stopped: Signalled | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, under the names of the other benchmarks' files."""
+        results = [asdict(cost) for cost in self.costs]
+        return {"benchmark": "wire", "is_cut": self.stopped is not None, "results": results}
+
+
 @takes(WireOptions)
 def wire(options: WireOptions) -> None:
     """Bytes per token between orchestrator, draft and target, by verification method."""
@@ -87,15 +105,34 @@ def wire(options: WireOptions) -> None:
 
     if options.endpoint and options.vocab_sizes:
         raise ConfigError("--vocab-sizes: not with --endpoint, whose models are what they are")
-    console = Console(stderr=options.json)
-    costs = run(_wire(options, console))
+    console, found = Console(stderr=options.json), WireCosts()
+    run(_wire(options, console, found))
     if options.json:
-        typer.echo(json.dumps([asdict(cost) for cost in costs]))
+        typer.echo(json.dumps(found.to_dict()))
     else:
-        console.print(_table(costs))
+        console.print(_table(found.costs))
+    if found.stopped is not None:
+        raise found.stopped
 
 
-async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
+async def _wire(options: WireOptions, console: Console, found: WireCosts) -> None:
+    from outrider.cli.bench.show import progress
+
+    texts = options.vocab_sizes.split(",") if options.vocab_sizes else []
+    sizes: list[int | None] = [parse_count(text, "--vocab-sizes") for text in texts]
+    sizes = sizes or [None]
+    num_steps = len(sizes) * len(_TEMPERATURES) * len(Method)
+    with progress(console, num_steps, found, found.costs) as step:
+        for size in sizes:
+            async with _served(options, size, console) as client:
+                await _measure_all(client, options, found.costs, step)
+
+
+@contextlib.asynccontextmanager
+async def _served(
+    options: WireOptions, vocab_size: int | None, console: Console
+) -> AsyncIterator[Client]:
+    """A client of the orchestrator that is measured. `vocab_size`: of a pair to make for it."""
     from outrider.cli.bench.system import settled_info
     from outrider.cli.client import connected
     from outrider.cli.up import described_models, shown_stack
@@ -103,29 +140,29 @@ async def _wire(options: WireOptions, console: Console) -> list[WireCost]:
 
     if options.endpoint:
         async with connected(options.endpoint) as client:
-            return await _measure_all(client, options, console)
-    costs: list[WireCost] = []
-    sizes = (options.vocab_sizes or "").split(",")
-    for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
-            models = await _random_pair(Path(directory), size, console) if size else {}
-            stack_options = kept_to_itself(
-                StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
-            )
-            view = StackView(console, models=described_models(stack_options), stays=False)
-            async with (
-                shown_stack(stack_options, view) as stack,
-                connected(stack.endpoint) as client,
-            ):
-                await settled_info(client, stack)
-                costs += await _measure_all(client, options, console)
-    return costs
+            yield client
+        return
+    with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
+        models = (
+            await _random_pair(Path(directory), vocab_size, console)
+            if vocab_size is not None
+            else {}
+        )
+        stack_options = kept_to_itself(
+            StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
+        )
+        view = StackView(console, models=described_models(stack_options), stays=False)
+        async with (
+            shown_stack(stack_options, view) as stack,
+            connected(stack.endpoint) as client,
+        ):
+            await settled_info(client, stack)
+            yield client
 
 
-async def _random_pair(directory: Path, size: str, console: Console) -> dict[str, Any]:
+async def _random_pair(directory: Path, vocab_size: int, console: Console) -> dict[str, Any]:
     from outrider.cli.pair import PairOptions, made_pair
 
-    vocab_size = parse_count(size, "--vocab-sizes")
     with console.status(f"making a random pair with {vocab_size} tokens"):
         await made_pair(
             PairOptions(directory, size=_PAIR_SIZE, epsilon=_EPSILON, vocab_size=vocab_size)
@@ -134,16 +171,17 @@ async def _random_pair(directory: Path, size: str, console: Console) -> dict[str
     return {**models, "kv_cache_tokens": _KV_TOKENS, "log_dir": directory}
 
 
-async def _measure_all(client: Client, options: WireOptions, console: Console) -> list[WireCost]:
+async def _measure_all(
+    client: Client, options: WireOptions, costs: list[WireCost], step: Step
+) -> None:
+    """Adds to `costs`."""
     info = await client.model_info()
     if not info.HasField("draft"):
         raise ConfigError("bench wire: no draft is connected, so there is nothing to compare")
-    costs = []
-    for temperature in (0.0, 1.0):
+    for temperature in _TEMPERATURES:
         for method in Method:
-            with console.status(f"{method} at temperature {temperature:g}"):
-                costs.append(await _measure(client, info.target, method, temperature, options))
-    return costs
+            step(f"{info.target.vocab_size:,} tokens: {method} at temperature {temperature:g}")
+            costs.append(await _measure(client, info.target, method, temperature, options))
 
 
 async def _measure(

@@ -6,6 +6,7 @@ Owns the wording of `CARD.md`; every number in it comes from a `PairReport`.
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 from outrider.engine.quickstart.evaluate import PairReport
@@ -42,7 +43,7 @@ hence the second line. Short or varied outputs are accepted at the lower rates.
   half on that text, half on the target's own greedy and sampled continuations.
 - Trained on a CPU in bfloat16 autocast; stored as bfloat16.
 - {steps}
-- Repeat with `python -m outrider.engine.quickstart.train --out DIR`. A run that reaches its
+- Repeat with `outrider quickstart train --out DIR`. A run that reaches its
   step limits repeats up to floating-point order; one cut short by its wall-clock limits does not.
 
 ## Licence
@@ -72,3 +73,17 @@ def write_card(pair_dir: Path, report: PairReport, *, vocab_size: int, steps: st
         python_version=platform.python_version(),
     )
     (pair_dir / "CARD.md").write_text(text, encoding="utf-8")
+
+
+def write_cut_card(pair_dir: Path, steps: str, losses: Mapping[str, float]) -> None:
+    """Writes `pair_dir/CARD.md` for an interrupted training. `losses`: the last, by model."""
+    pair_dir.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "# Outrider's quickstart pair, interrupted",
+        "",
+        f"{steps} Acceptance was not measured.",
+    ]
+    if losses:
+        lines += ["", "| model | last training loss (nats a token) |", "|---|---|"]
+        lines += [f"| {name} | {loss:.3f} |" for name, loss in losses.items()]
+    (pair_dir / "CARD.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -6,8 +6,11 @@ in as a loss function; where it is stored comes in as a checkpoint function.
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +44,41 @@ class Limits:
 
     num_steps: int
     time_budget_s: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a stage between two steps. `num_steps`: those that were taken."""
+
+    def __init__(self, stage: str, num_steps: int) -> None:
+        super().__init__(f"{stage}: {num_steps} steps")
+        self.stage = stage
+        self.num_steps = num_steps
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block: a step is taken whole. A second one acts at once.
+
+    Raises KeyboardInterrupt at the end. Without effect outside of the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    num_received = 0
+
+    def receive(*_: object) -> None:
+        nonlocal num_received
+        num_received += 1
+        if num_received > 1:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if num_received:
+        raise KeyboardInterrupt
 
 
 class Optimiser:
@@ -84,23 +122,45 @@ def optimise(
     progress: Progress | None = None,
     checkpoint: Callable[[], None] | None = None,
 ) -> int:
-    """Runs training steps until a limit; returns how many were taken."""
+    """Runs training steps until a limit; returns how many were taken. Raises Interrupted."""
+    num_taken = 0
+
+    def take(step: int, done: float) -> float:
+        nonlocal num_taken
+        with uninterrupted():
+            loss = loss_of_step(step)
+            optimiser.step(loss, rate_scale(step, done))
+            num_taken += 1
+            return loss.item()
+
+    try:
+        _take_steps(stage, take, limits, progress, checkpoint)
+    except KeyboardInterrupt:
+        raise Interrupted(stage, num_taken) from None
+    return num_taken
+
+
+def _take_steps(
+    stage: str,
+    take: Callable[[int, float], float],
+    limits: Limits,
+    progress: Progress | None,
+    checkpoint: Callable[[], None] | None,
+) -> None:
+    """`take` gets a step's number and the share of the training done; returns its loss."""
     started = saved = time.monotonic()
     losses: list[float] = []
     for step in range(limits.num_steps):
         now = time.monotonic()
         elapsed_s = now - started
         if elapsed_s >= limits.time_budget_s:
-            return step
-        done = max(step / limits.num_steps, elapsed_s / limits.time_budget_s)
-        loss = loss_of_step(step)
-        optimiser.step(loss, rate_scale(step, done))
-        losses.append(loss.item())
+            return
+        losses.append(take(step, max(step / limits.num_steps, elapsed_s / limits.time_budget_s)))
         if progress and (step % _PROGRESS_EVERY == 0 or step + 1 == limits.num_steps):
             mean = sum(losses) / len(losses)
             progress(TrainingEvent(stage, step, limits.num_steps, mean, elapsed_s))
             losses.clear()
         if checkpoint and now - saved >= _CHECKPOINT_EVERY_S:
-            checkpoint()
+            with uninterrupted():
+                checkpoint()
             saved = now
-    return limits.num_steps

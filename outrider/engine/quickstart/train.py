@@ -2,14 +2,13 @@
 
 Owns the order of the work, the seeds and the files. Repeatable: the same seed, the same
 standard library and the same number of steps give the same pair, up to floating-point order;
-a wall-clock limit that cuts training short does not repeat. Measuring is `evaluate`'s work.
+a wall-clock limit that cuts training short does not repeat. Measuring is `evaluate`'s work, the
+command line is `make`'s.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from outrider.engine.quickstart.architecture import (
     llama_config,
     new_model,
 )
-from outrider.engine.quickstart.card import write_card
 from outrider.engine.quickstart.corpus import (
     END,
     END_OF_TEXT,
@@ -35,8 +33,13 @@ from outrider.engine.quickstart.corpus import (
     train_tokenizer,
 )
 from outrider.engine.quickstart.distill import DistillConfig, distill, write_rollouts
-from outrider.engine.quickstart.evaluate import evaluate
-from outrider.engine.quickstart.optimise import Limits, Optimiser, Progress, TrainingEvent, optimise
+from outrider.engine.quickstart.optimise import (
+    Interrupted,
+    Limits,
+    Optimiser,
+    Progress,
+    optimise,
+)
 from outrider.engine.quickstart.storage import load, load_tokenizer, save
 
 # Training rows x tokens: mostly short, some as long as the positions go, so that 2048 tokens
@@ -65,13 +68,19 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The steps taken, which wall-clock limits may have cut; 0 for a target that was kept."""
+    """The steps taken, which wall-clock limits may have cut; 0 for a target that was kept.
+
+    `is_cut`: Ctrl-C ended the training; a model with steps is on disk as it was then.
+    """
 
     num_target_steps: int
     num_draft_steps: int
+    is_cut: bool = False
 
     def sentence(self) -> str:
-        return f"Steps taken: target {self.num_target_steps:,}, draft {self.num_draft_steps:,}."
+        end = " Interrupted by Ctrl-C." if self.is_cut else ""
+        steps = f"target {self.num_target_steps:,}, draft {self.num_draft_steps:,}"
+        return f"Steps taken: {steps}.{end}"
 
 
 def train(
@@ -85,23 +94,36 @@ def train(
     """Trains a pair and writes `output_dir/target` and `output_dir/draft`.
 
     With `trained_target` (a directory of an earlier run) that target and tokenizer are kept and
-    only the draft is trained.
+    only the draft is trained. Ctrl-C saves the model that is trained then and ends the training.
     """
     config = config or TrainingConfig()
-    corpus = corpus or load_corpus()
-    target_dir = output_dir / "target"
-    generator = torch.Generator().manual_seed(config.seed)
-    num_target_steps = 0
-    if trained_target is None:
-        tokenizer = train_tokenizer(corpus.train, config.vocab_size)
-        stream = _training_stream(tokenizer, corpus)
-        num_target_steps = _train_target(tokenizer, stream, config, target_dir, generator, progress)
+    num_target_steps = num_draft_steps = 0
+    try:
+        corpus = corpus or load_corpus()
+        target_dir = output_dir / "target"
+        generator = torch.Generator().manual_seed(config.seed)
+        if trained_target is None:
+            tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+            stream = _training_stream(tokenizer, corpus)
+            num_target_steps = _train_target(
+                tokenizer, stream, config, target_dir, generator, progress
+            )
+        else:
+            tokenizer = load_tokenizer(trained_target)
+            stream = _training_stream(tokenizer, corpus)
+            if trained_target.resolve() != target_dir.resolve():
+                save(load(trained_target), tokenizer, target_dir)
+        num_draft_steps = _train_draft(tokenizer, stream, config, output_dir, generator, progress)
+    except Interrupted as error:
+        if error.stage == "target":
+            num_target_steps = error.num_steps
+        else:
+            num_draft_steps = error.num_steps
+    except KeyboardInterrupt:  # where there is nothing to save
+        pass
     else:
-        tokenizer = load_tokenizer(trained_target)
-        stream = _training_stream(tokenizer, corpus)
-        save(load(trained_target), tokenizer, target_dir)
-    num_draft_steps = _train_draft(tokenizer, stream, config, output_dir, generator, progress)
-    return TrainingResult(num_target_steps, num_draft_steps)
+        return TrainingResult(num_target_steps, num_draft_steps)
+    return TrainingResult(num_target_steps, num_draft_steps, is_cut=True)
 
 
 def _training_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> torch.Tensor:
@@ -137,14 +159,18 @@ def _train_target(
         rows, tokens = config.windows[step % len(config.windows)]
         return next_token_loss(model, random_windows(stream, rows, tokens + 1, generator))
 
-    num_steps = optimise(
-        "target",
-        Optimiser(model, matrix_rate=config.matrix_rate, other_rate=config.other_rate),
-        loss_of_step,
-        config.target_limits,
-        progress=progress,
-        checkpoint=lambda: save(model, tokenizer, target_dir),
-    )
+    try:
+        num_steps = optimise(
+            "target",
+            Optimiser(model, matrix_rate=config.matrix_rate, other_rate=config.other_rate),
+            loss_of_step,
+            config.target_limits,
+            progress=progress,
+            checkpoint=lambda: save(model, tokenizer, target_dir),
+        )
+    except Interrupted:
+        save(model, tokenizer, target_dir)
+        raise
     save(model, tokenizer, target_dir)
     return num_steps
 
@@ -161,7 +187,11 @@ def _train_draft(
     target = load(output_dir / "target")
     rollouts = write_rollouts(target, stream, config.distill, generator, progress)
     draft = new_model(_config(config.draft_shape, tokenizer), config.seed + 1)
-    num_steps = distill(target, draft, stream, rollouts, config.distill, generator, progress)
+    try:
+        num_steps = distill(target, draft, stream, rollouts, config.distill, generator, progress)
+    except Interrupted:
+        save(draft, tokenizer, output_dir / "draft")
+        raise
     save(draft, tokenizer, output_dir / "draft")
     return num_steps
 
@@ -171,29 +201,3 @@ def next_token_loss(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.T
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), token_ids[:, 1:].flatten())
-
-
-def print_progress(event: TrainingEvent) -> None:
-    """The progress of the command line: one flushed line an event."""
-    sys.stdout.write(
-        f"{event.stage} {event.step}/{event.num_steps} "
-        f"loss {event.loss:.4f} {event.elapsed_s:.0f} s\n"
-    )
-    sys.stdout.flush()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Trains the quickstart pair from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="where the pair is written")
-    parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
-    parser.add_argument("--target", type=Path, help="keep this target, train only the draft")
-    parsed = parser.parse_args(arguments)
-    config = replace(TrainingConfig(), seed=parsed.seed)
-    result = train(parsed.out, config, trained_target=parsed.target, progress=print_progress)
-    report = evaluate(parsed.out)
-    write_card(parsed.out, report, vocab_size=config.vocab_size, steps=result.sentence())
-    sys.stdout.write(f"{result}\n{report}\n")
-
-
-if __name__ == "__main__":
-    main()
