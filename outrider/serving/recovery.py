@@ -2,7 +2,8 @@
 
 A replica whose passes fail one after another leaves service, tries a pass of its own every second,
 and returns after one that succeeds. After several that fail the process ends, so that whatever
-supervises it starts another one. A pass that does not end at all is `progress`' matter.
+supervises it starts another one. A self-test that finds no KV room is neither: it is repeated. A
+pass that does not end at all is `progress`' matter.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _is_of_device(error: Exception) -> bool:
 def self_test(engine: ServedEngine) -> None:
     """One short pass that no generation is in; on the device thread. Raises what makes it fail.
 
-    Without room for it nothing is raised: the passes of those who have it will show.
+    Raises KVFull where there is no room for it: it was not run, and says nothing of the device.
     """
     size = engine.info.vocab_size
     params = SamplingParams(temperature=0)
@@ -77,8 +78,6 @@ def self_test(engine: ServedEngine) -> None:
             appends.append(Append(engine.store.open(1), token_ids, 1))
         logits = engine.forward(appends)
         drawn = engine.draw([_ask(engine, params, append) for append in appends], logits)
-    except KVFull:
-        return
     finally:
         for append in appends:
             engine.store.free(append.sequence)
@@ -139,15 +138,19 @@ class Recovery:
             self._status.set_failing(False)
 
     async def _recovered(self) -> None:
-        for number in range(1, MAX_FAILED_SELF_TESTS + 1):
+        num_failed = 0
+        while num_failed < MAX_FAILED_SELF_TESTS:
             await asyncio.sleep(SELF_TEST_INTERVAL_S)
             try:
                 await self._device.run(self._tested)
+            except KVFull as error:  # not run: there is room when generations have ended
+                log.warning("self_test_without_room", why=str(error))
             except Exception as error:
+                num_failed += 1
                 self._why = f"{type(error).__name__}: {error}"
-                log.warning("self_test_failed", number=number, why=self._why)
+                log.warning("self_test_failed", number=num_failed, why=self._why)
             else:
-                log.warning("replica_works_again", num_self_tests=number)
+                log.warning("replica_works_again", num_failed_self_tests=num_failed)
                 return
         raise InternalError(
             f"the device fails: {MAX_FAILED_PASSES} passes and {MAX_FAILED_SELF_TESTS} self-tests "

@@ -146,3 +146,32 @@ async def test_a_draft_fails_and_is_back(fault: Fault, monkeypatch: pytest.Monke
             await told(stream, READY, FAILING)
             fault.is_on = False
             await told(stream, READY, FAILING, READY)
+
+
+async def test_a_self_test_without_room_decides_nothing(
+    fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica neither returns by it nor ends, however often; with room it is back."""
+    monkeypatch.setattr(recovery, "SELF_TEST_INTERVAL_S", 0.05)
+    with capture_logs() as logs:
+        async with tier(kv_cache_tokens=64) as target, target.verify() as stream:
+            await told(stream, READY)
+
+            async def ask(number: int) -> Any:
+                opening = target_open(number, max_len=32)
+                await stream.write(Frame(opens=[opening], rows=[row(number, 0, PROMPT)]))
+                return await stream.answer(number)
+
+            assert isinstance(await ask(1), target_pb2.VerifyResult)  # has a page of four
+            fault.num_to_fail = recovery.MAX_FAILED_PASSES
+            for number in (2, 3, 4):
+                assert (await ask(number)).reason == Reason.REASON_INTERNAL
+
+            async def was_repeated() -> bool:
+                tries = [entry for entry in logs if entry["event"] == "self_test_without_room"]
+                return len(tries) > 2 * recovery.MAX_FAILED_SELF_TESTS
+
+            await eventually(was_repeated, TIMEOUT_S)
+            assert stream.states == [READY, FAILING]
+            await stream.write(Frame(closes=[{"generation_id": 1}]))
+            await told(stream, READY, FAILING, READY)
