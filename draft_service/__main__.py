@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractAsyncContextManager
 
-from outrider.config import DraftConfig
-from outrider.program import run_until_signalled
-from outrider.server import Server
+from outrider.runtime.grpc_server import Server
+from outrider.runtime.main import run_until_signalled
+from outrider.settings.services import DraftConfig
 
 
 def _serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
     # Imports torch, which takes seconds: a wrong setting is told before that.
-    from draft_service.service import serving
+    from draft_service.app import serving
 
     return serving(config)
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
+from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
-from outrider.serving.scheduler import GenerationKey
 
 Ids = npt.NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""The one tree of errors, and nothing about transport: `outrider.rpc` maps it to gRPC status.
+"""The one tree of errors, and nothing about transport: `outrider.runtime.grpc_status` maps it to gRPC status.
 
 OutriderError
  ├─ InvalidRequest       a request's field is wrong; names the field

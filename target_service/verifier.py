@@ -15,20 +15,12 @@ import structlog
 
 from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
 from outrider.errors import InvalidRequest, KVLost, KVNeverFits, NonFiniteLogits
-from outrider.serving.commands import Close, Failure, Forget
-from outrider.serving.costs import StepCosts
-from outrider.serving.scheduler import GenerationKey
-from outrider.serving.sessions import Live
-from outrider.serving.worker import GenerationWorker
-from target_service.rows import (
-    Command,
-    DraftSearch,
-    Ids,
-    Open,
-    Row,
-    RowReply,
-    TargetStatistics,
-)
+from outrider.model_server.messages import Close, Failure, Forget
+from outrider.model_server.scheduler import GenerationKey
+from outrider.model_server.session_table import Live
+from outrider.model_server.step_costs import StepCosts
+from outrider.model_server.worker import GenerationWorker
+from target_service.messages import Command, DraftSearch, Ids, Open, Row, RowReply, TargetStatistics
 
 log = structlog.get_logger()
 

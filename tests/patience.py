@@ -12,32 +12,32 @@ from functools import partial
 
 import pytest
 
-import orchestrator.draft_link
-import orchestrator.link
-import orchestrator.service
-import orchestrator.target_link
-import outrider.heartbeat
-import outrider.redis_server
-import outrider.serving.peers
+import orchestrator.app
+import orchestrator.replicas.draft_client
+import orchestrator.replicas.replica_stream
+import orchestrator.replicas.target_client
+import outrider.model_server.stream
+import outrider.redis.embedded
+import outrider.runtime.heartbeat
 import tests.stack
-from orchestrator.store import StoreOptions
+from orchestrator.sessions import StoreOptions
 
 _LONG_S = 60.0
-_MANY_BEATS = int(1000 * _LONG_S) // orchestrator.link.HEARTBEAT_MS
+_MANY_BEATS = int(1000 * _LONG_S) // orchestrator.replicas.replica_stream.HEARTBEAT_MS
 
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
     """Raises limits of Redis, links, heartbeats, the draft at start and forward passes to 60 s."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator.link, "MAX_QUIET_BEATS", _MANY_BEATS)
-        patch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", _MANY_BEATS)
-        patch.setattr(outrider.heartbeat, "_CALLER_MAX_QUIET", _MANY_BEATS)
-        patch.setattr(orchestrator.draft_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
-        patch.setattr(orchestrator.target_link, "MODEL_INFO_TIMEOUT_S", _LONG_S)
-        patch.setattr(orchestrator.service, "DRAFT_START_TIMEOUT_S", _LONG_S)
+        patch.setattr(orchestrator.replicas.replica_stream, "MAX_QUIET_BEATS", _MANY_BEATS)
+        patch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", _MANY_BEATS)
+        patch.setattr(outrider.runtime.heartbeat, "_CALLER_MAX_QUIET", _MANY_BEATS)
+        patch.setattr(orchestrator.replicas.draft_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
+        patch.setattr(orchestrator.replicas.target_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
+        patch.setattr(orchestrator.app, "DRAFT_START_TIMEOUT_S", _LONG_S)
         store_options = partial(StoreOptions, socket_timeout_s=_LONG_S)
-        patch.setattr(orchestrator.service, "StoreOptions", store_options)
-        patch.setattr(outrider.redis_server, "START_TIMEOUT_S", _LONG_S)
+        patch.setattr(orchestrator.app, "StoreOptions", store_options)
+        patch.setattr(outrider.redis.embedded, "START_TIMEOUT_S", _LONG_S)
         patch.setitem(tests.stack.QUICK, "stuck_after_s", _LONG_S)
         yield

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
 
 
 def redis_command(url: str, *words: str) -> bytes:

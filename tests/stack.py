@@ -11,10 +11,10 @@ from typing import Any
 
 import grpc
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+import draft_service.app
+import orchestrator.app
+import target_service.app
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.v1 import (
     draft_pb2,
     draft_pb2_grpc,
@@ -123,17 +123,17 @@ async def running_stack(
     draft_fields |= {"model": str(draft or ""), "port": 0}
     async with contextlib.AsyncExitStack() as stack:
         target_server = await stack.enter_async_context(
-            target_service.service.serving(TargetConfig(**target_fields))
+            target_service.app.serving(TargetConfig(**target_fields))
         )
         draft_endpoint = None
         if draft is not None or "simulate" in draft_fields:
             draft_server = await stack.enter_async_context(
-                draft_service.service.serving(DraftConfig(**draft_fields))
+                draft_service.app.serving(DraftConfig(**draft_fields))
             )
             draft_endpoint = f"127.0.0.1:{draft_server.port}"
         settings.setdefault("draft_endpoint", draft_endpoint)
         server = await stack.enter_async_context(
-            orchestrator.service.serving(
+            orchestrator.app.serving(
                 OrchestratorConfig(
                     target_endpoint=f"127.0.0.1:{target_server.port}",
                     redis_url=redis_url,

@@ -33,7 +33,7 @@ def test_every_module_says_what_it_owns() -> None:
 
 
 def test_the_environment_is_read_by_the_loader_only() -> None:
-    """`os.environ` and `os.getenv` stand in outrider/loader.py and nowhere else.
+    """`os.environ` and `os.getenv` stand in outrider/settings/loader.py and nowhere else.
 
     But for the package itself, which must quiet gRPC's core before that is imported.
     """
@@ -43,7 +43,7 @@ def test_the_environment_is_read_by_the_loader_only() -> None:
         if any(word in path.read_text() for word in ("os.environ", "os.getenv", "getenv("))
         and "os.environ" in _code_without_strings(path)
     }
-    assert readers == {"outrider/__init__.py", "outrider/loader.py"}
+    assert readers == {"outrider/__init__.py", "outrider/settings/loader.py"}
 
 
 def _code_without_strings(path: Path) -> str:
@@ -64,7 +64,7 @@ def test_files_stay_readable() -> None:
 def test_the_orchestrator_runs_without_torch() -> None:
     """Importing all of it brings neither torch nor transformers, in a fresh interpreter."""
     program = (
-        "import sys, orchestrator.service; "
+        "import sys, orchestrator.app; "
         "sys.exit(str([m for m in ('torch', 'transformers') if m in sys.modules] or ''))"
     )
     done = subprocess.run(

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import orchestrator.service
+import orchestrator.app
 import outrider
-from outrider.config import OrchestratorConfig
+from outrider.settings.services import OrchestratorConfig
 from tests import redis_fixture
 from tests.cli.processes import ROOT
 from tests.services.replicas import tier
@@ -112,7 +112,7 @@ def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
     assert tops == {
         "outrider", "orchestrator", "draft_service", "target_service", metadata.partition("/")[0],
     }  # fmt: skip
-    assert "outrider/engine/quickstart/pair/target/tokenizer.json" in names
+    assert "outrider/quickstart_pair/target/tokenizer.json" in names
     assert "outrider/py.typed" in names
     assert f"\nVersion: {outrider.__version__}\n" in text
     assert PROJECT["version"] == outrider.__version__
@@ -183,7 +183,7 @@ async def test_a_caller_can_call(installation: Path, redis_url: str, tmp_path: P
             redis_url=redis_url,
             port=0,
         )
-        server = await stack.enter_async_context(orchestrator.service.serving(config))
+        server = await stack.enter_async_context(orchestrator.app.serving(config))
         endpoint = f"--endpoint=127.0.0.1:{server.port}"
 
         async def told(*words: str) -> str:

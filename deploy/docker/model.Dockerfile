@@ -25,7 +25,7 @@ COPY target_service /build/target_service
 RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build \
  && /opt/venv/bin/pip uninstall --yes pip \
  && mkdir /opt/outrider \
- && ln -s /opt/venv/lib/python3.11/site-packages/outrider/engine/quickstart/pair /opt/outrider/pair
+ && ln -s /opt/venv/lib/python3.11/site-packages/outrider/quickstart_pair /opt/outrider/pair
 
 FROM ${PYTHON_IMAGE} AS cpu
 RUN groupadd --gid 10001 outrider && useradd --uid 10001 --gid 10001 --no-create-home outrider
@@ -56,7 +56,7 @@ COPY target_service /build/target_service
 RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build \
  && /opt/venv/bin/pip uninstall --yes pip \
  && mkdir /opt/outrider \
- && ln -s /opt/venv/lib/python3.12/site-packages/outrider/engine/quickstart/pair /opt/outrider/pair
+ && ln -s /opt/venv/lib/python3.12/site-packages/outrider/quickstart_pair /opt/outrider/pair
 
 FROM cuda-base AS cuda
 RUN groupadd --gid 10001 outrider && useradd --uid 10001 --gid 10001 --no-create-home outrider

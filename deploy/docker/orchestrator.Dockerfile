@@ -18,7 +18,7 @@ COPY target_service /build/target_service
 RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build \
  && /opt/venv/bin/pip uninstall --yes setuptools pip \
  && mkdir /opt/outrider \
- && ln -s /opt/venv/lib/python3.11/site-packages/outrider/engine/quickstart/pair /opt/outrider/pair
+ && ln -s /opt/venv/lib/python3.11/site-packages/outrider/quickstart_pair /opt/outrider/pair
 
 FROM ${PYTHON_IMAGE}
 # No pip, no compiler, no shell history: what runs is in /opt/venv, owned by root, read by 10001.

@@ -19,7 +19,7 @@ from outrider.errors import OutriderError
 def main() -> None:
     """The entry point of `outrider`. 2: a mistake of the operator; 128 + n: signal n."""
     from outrider.cli.app import app
-    from outrider.loader import silence_grpc
+    from outrider.settings.loader import silence_grpc
 
     silence_grpc()
 

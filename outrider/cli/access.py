@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.loader import api_key_variable
+from outrider.settings.loader import api_key_variable
 
 if TYPE_CHECKING:
-    from outrider.security.channel import Access
+    from outrider.client.channel import Access
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class AccessOptions:
     @property
     def access(self) -> Access:
         """Reads the key's file. Raises ConfigError."""
-        from outrider.security.channel import Access, read_key
+        from outrider.client.channel import Access, read_key
 
         key = api_key_variable() if self.api_key_file is None else read_key(self.api_key_file)
         return Access(self.tls_ca, self.tls_cert, self.tls_key, key)

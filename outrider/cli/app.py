@@ -7,16 +7,16 @@ from typing import Annotated
 import typer
 
 from outrider import __version__
-from outrider.cli.bench import bench
-from outrider.cli.chaos import chaos
-from outrider.cli.demo import demo
 from outrider.cli.generate import generate
 from outrider.cli.keys import keys
-from outrider.cli.quickstart import quickstart
 from outrider.cli.sessions import model, sessions
 from outrider.cli.tokenizer import convert_tokenizer
 from outrider.cli.top import top
 from outrider.cli.up import up
+from outrider_bench.chaos.command import chaos
+from outrider_bench.commands import bench
+from outrider_bench.commands.demo import demo
+from outrider_bench.commands.quickstart import quickstart
 
 app = typer.Typer(
     name="outrider",

@@ -17,9 +17,9 @@ from outrider.cli.options import takes
 from outrider.cli.request import GenerateOptions, build_request, endpoints_of
 
 if TYPE_CHECKING:
-    from outrider.cli.client import Output, Show
-    from outrider.cli.following import GaveUp
     from outrider.cli.paint import Painter, Plain
+    from outrider.client.client import Output, Show
+    from outrider.client.resume import GaveUp
     from outrider.v1.orchestrator_pb2 import GenerateRequest
 
 
@@ -45,7 +45,7 @@ def generate(options: GenerateOptions) -> None:
 
 
 async def _generate(options: GenerateOptions) -> Output:
-    from outrider.cli.client import connected
+    from outrider.client.client import connected
 
     request, endpoints = build_request(options), endpoints_of(options.endpoint)
     writer = None if options.json else _writer()
@@ -68,8 +68,8 @@ async def _follow(
     say: Callable[[str], None],
 ) -> Output:
     """A one-off is given a session for the time it takes: only those can be gone on with."""
-    from outrider.cli.client import connected
-    from outrider.cli.following import Follower, GaveUp, Patience
+    from outrider.client.client import connected
+    from outrider.client.resume import Follower, GaveUp, Patience
 
     is_ours = not request.session_id
     if is_ours:

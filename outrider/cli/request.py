@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.access import AccessOptions
-from outrider.cli.diagnosis import check_endpoint
 from outrider.cli.options import parse_ids
+from outrider.client.diagnosis import check_endpoint
 from outrider.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     Raises ConfigError for flags that make no sense together, InvalidRequest for a number that
     its field cannot hold.
     """
+    from outrider.runtime.protobuf import verification_to_proto
     from outrider.sampling.params import Verification
     from outrider.v1 import orchestrator_pb2, sampling_pb2
-    from outrider.wire import verification_to_proto
 
     if options.session == "":
         raise ConfigError("--session: the name is empty")

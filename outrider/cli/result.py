@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from outrider.cli.client import Output
 from outrider.cli.paint import ORIGIN_NAMES
 from outrider.cli.plain import plain
+from outrider.client.client import Output
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 
 

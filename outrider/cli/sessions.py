@@ -14,7 +14,7 @@ from outrider.cli.options import takes
 from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption
 
 if TYPE_CHECKING:
-    from outrider.cli.client import Client
+    from outrider.client.client import Client
 
 sessions = typer.Typer(help="List, look at or delete your sessions.", no_args_is_help=True)
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
@@ -95,8 +95,8 @@ def model(options: ModelOptions) -> None:
 
 
 def _ask(options: AskOptions, question: Callable[[Client], Awaitable[Any]]) -> Any:
-    from outrider.cli.client import connected
     from outrider.cli.running import run
+    from outrider.client.client import connected
 
     async def body() -> Any:
         async with connected(options.endpoint, options.access) as client:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from outrider.cli.failures import ProgramFailed, require_engine
 from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
-from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
-from outrider.loader import load
-from outrider.redis_address import has_password
-from outrider.simulation import Simulation
+from outrider.settings.loader import load
+from outrider.settings.redis_address import has_password
+from outrider.settings.services import OrchestratorConfig
+from outrider.settings.simulation import Simulation
 
 if TYPE_CHECKING:
-    from outrider.relay import Relay
+    from outrider.cli.relay import Relay
 
 _ANY_HOST = ("0.0.0.0", "::", "")
 
@@ -175,7 +175,7 @@ class Stack:
         delay_ms = self._options.draft_delay_ms
         if draft is None or delay_ms is None:
             return draft
-        from outrider.relay import Relay
+        from outrider.cli.relay import Relay
 
         host, _, port = draft.rpartition(":")
         relay = Relay("127.0.0.1", 0, host, int(port), delay_ms / 1000)

@@ -13,13 +13,13 @@ import typer
 
 import outrider
 from outrider.cli.options import parse_count, parse_cpus
-from outrider.loader import require_plain_programs
+from outrider.settings.loader import require_plain_programs
 
-# What `outrider.engine.quickstart` says as well; importing it would import torch (a test compares).
+# What `outrider.quickstart_pair` says as well; importing it would import torch (a test compares).
 PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
 DEFAULT_INFLATE = "300M"
 NO_DRAFT = "none"
-# As `outrider.engine.synthetic` names it; importing that would import torch (a test compares).
+# As `outrider_bench.models.synthetic` names it; importing that would import torch (a test compares).
 MADE_PAIR = "pair.json"
 
 

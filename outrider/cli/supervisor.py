@@ -2,7 +2,7 @@
 
 Owns processes and their log files. Knows neither which programs make up the system nor how
 progress is shown. Everything here is for the event loop of the main thread: Linux ends a child
-with the thread that started it (`outrider.child`).
+with the thread that started it (`outrider.runtime.child_process`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from outrider.child import tied_to_this_process
 from outrider.cli.failures import ProgramFailed
 from outrider.errors import ConfigError
-from outrider.program import LISTENING_PREFIX, METRICS_PREFIX
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
+from outrider.runtime.child_process import tied_to_this_process
+from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
 
 # Longer than any program's own grace (a model service finishes its streams within 5 s).
 STOP_GRACE_S = 10.0
@@ -149,7 +149,7 @@ class Program:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
         errors = [i for i, line in enumerate(lines) if line.startswith(f"{self.name}: ")]
-        if errors:  # from `outrider.program`: all that is wrong with the settings
+        if errors:  # from `outrider.runtime.main`: all that is wrong with the settings
             return lines[errors[0] :][:_NUM_LINES_SHOWN]
         return lines[-_NUM_LINES_SHOWN:]
 

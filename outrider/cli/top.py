@@ -42,7 +42,7 @@ def top(options: TopOptions) -> None:
     from rich.console import Console
 
     from outrider.cli.running import run
-    from outrider.settings import require_address
+    from outrider.settings.fields import require_address
 
     for address in options.addresses:
         require_address(address, "HOST:PORT")

@@ -74,8 +74,8 @@ async def shown_stack(
 
 async def _tell_pairing(stack: Stack, view: StackView) -> None:
     """Warns once the draft is refused, or means something else by some token ids."""
-    from outrider.cli.client import connected
     from outrider.cli.failures import CallFailed
+    from outrider.client.client import connected
 
     if "draft" not in stack.addresses:
         return
@@ -106,7 +106,7 @@ async def _until_death(stack: Stack, view: StackView) -> int:
 
 
 def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
-    from outrider.program import LISTENING_PREFIX, METRICS_PREFIX
+    from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
 
     console = view.console
     if not console.is_terminal:

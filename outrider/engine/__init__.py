@@ -17,18 +17,18 @@ if importlib.util.find_spec("torch") is None:  # an installation for callers and
     raise ConfigError(NO_ENGINE)
 
 from outrider.engine.device_thread import DeviceThread
-from outrider.engine.draws import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
 from outrider.engine.engine import Append, Engine
-from outrider.engine.kv_store import KVStore, Sequence
+from outrider.engine.interface import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
+from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.options import EngineInfo, EngineOptions
 
 
 def load_engine(options: EngineOptions) -> Engine:
-    """Load and check a model; see `outrider.engine.model`.
+    """Load and check a model; see `outrider.engine.loading.load`.
 
     Imported here: transformers takes two seconds, which simulated engines do without.
     """
-    from outrider.engine.model import load_engine as load
+    from outrider.engine.loading.load import load_engine as load
 
     return load(options)
 

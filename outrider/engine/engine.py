@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.engine.attention import attending
-from outrider.engine.bound import BoundModel
-from outrider.engine.draws import DrawAsk, Drawn, Reply, ReplyAsk
-from outrider.engine.graphs import GraphedSteps
-from outrider.engine.kv_store import KVStore, Sequence
+from outrider.engine.attention.cuda_graphs import GraphedSteps
+from outrider.engine.attention.interface import attending
+from outrider.engine.attention.segments import Backend, Segment
+from outrider.engine.interface import DrawAsk, Drawn, Reply, ReplyAsk
+from outrider.engine.kv.store import KVStore, Sequence
+from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
-from outrider.engine.sampler import GenerationSampler, draw_all, reply_all
-from outrider.engine.segments import Backend, Segment
+from outrider.engine.sampling.sampler import GenerationSampler, draw_all, reply_all
 from outrider.sampling.params import SamplingParams
 
 

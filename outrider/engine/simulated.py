@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outrider.engine.draws import NUM_CANDIDATES, DrawAsk, Drawn, Ids, Reply, ReplyAsk
 from outrider.engine.engine import Append
-from outrider.engine.kv_store import PAGE_SIZE, KVStore
+from outrider.engine.interface import NUM_CANDIDATES, DrawAsk, Drawn, Ids, Reply, ReplyAsk
+from outrider.engine.kv.store import PAGE_SIZE, KVStore
 from outrider.engine.options import EngineInfo
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, uniform
-from outrider.simulation import Simulation
+from outrider.settings.simulation import Simulation
 
 # Chance left for tokens that are in a ranking only to fill it.
 _FILLER_CHANCE = 1e-4

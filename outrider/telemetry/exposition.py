@@ -22,10 +22,10 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from outrider.errors import ConfigError
+from outrider.settings.telemetry import TelemetrySettings
 from outrider.telemetry.catalogue import PREFIX, VLLM_PREFIX, Kind, Metric
 from outrider.telemetry.distribution import Distribution
 from outrider.telemetry.scrapes import ScrapeServer
-from outrider.telemetry.settings import TelemetrySettings
 
 log = structlog.get_logger()
 

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from outrider.settings.telemetry import TelemetrySettings
 from outrider.telemetry.exposition import Exposition
-from outrider.telemetry.settings import TelemetrySettings
 from outrider.telemetry.tracing import Tracing, tracing
 
 

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from outrider.errors import ConfigError, installs
-from outrider.telemetry.settings import DEFAULT_SAMPLE_RATIO, TelemetrySettings
+from outrider.settings.telemetry import DEFAULT_SAMPLE_RATIO, TelemetrySettings
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -21,18 +21,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-import orchestrator.service
-import outrider.cli.following
-import target_service.service
-from outrider.cli.client import Output, connected
+import orchestrator.app
+import outrider.client.resume
+import target_service.app
 from outrider.cli.failures import CallFailed
-from outrider.cli.following import Follower, GaveUp, Patience
+from outrider.cli.relay import Relay
 from outrider.cli.request import GenerateOptions, Method, build_request, endpoints_of
 from outrider.cli.supervisor import Program
-from outrider.config import OrchestratorConfig, TargetConfig
+from outrider.client.client import Output, connected
+from outrider.client.resume import Follower, GaveUp, Patience
 from outrider.errors import ConfigError
-from outrider.redis_server import RedisServer
-from outrider.relay import Relay
+from outrider.redis.embedded import RedisServer
+from outrider.settings.services import OrchestratorConfig, TargetConfig
 from tests import redis_fixture
 from tests.cli.processes import ROOT, TIMEOUT_S, command, environment
 from tests.stack import eventually
@@ -79,7 +79,7 @@ class Place:
             port=0,
             stop_grace_s=0.0,
         )
-        async with orchestrator.service.serving(config) as server:
+        async with orchestrator.app.serving(config) as server:
             yield f"127.0.0.1:{server.port}"
 
     async def start(self, target: str) -> tuple[str, Program]:
@@ -95,7 +95,7 @@ async def place(
     target: Path, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Place]:
     config = TargetConfig(model=str(target), port=0, kv_cache_tokens=4_096, calibration_s=0.0)
-    async with target_service.service.serving(config) as server:
+    async with target_service.app.serving(config) as server:
         log_dir = tmp_path_factory.mktemp("following")
         place = Place(f"127.0.0.1:{server.port}", target, redis_server.url, log_dir)
         async with place.serving(place.target) as place.steady, connected(place.steady) as client:
@@ -177,7 +177,7 @@ async def test_frozen(place: Place) -> None:
 
 async def test_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends its outputs after their rounds: half a character may be what it says last."""
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 60.0)  # none breaks off before
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # none breaks off before
     following = Following()
     async with place.slow_target() as slow:
         async with place.serving(slow) as first:
@@ -188,7 +188,7 @@ async def test_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_stopped_with_logprobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the first orchestrator's tokens are kept, and the second goes on behind them."""
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 60.0)  # none breaks off before
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # none breaks off before
     following = Following()
     async with connected(place.steady) as client:
         whole = await client.generate(build_request(WITH_LOGPROBS))
@@ -269,7 +269,7 @@ async def test_the_session_is_unknown_for_a_while(place: Place) -> None:
 
 async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not looked for as long as an orchestrator: what there is is told, with the way on."""
-    monkeypatch.setattr(outrider.cli.following, "UNKNOWN_FOR_S", 0.5)
+    monkeypatch.setattr(outrider.client.resume, "UNKNOWN_FOR_S", 0.5)
     following = Following()
     async with (
         place.slow_target() as slow,

@@ -16,8 +16,8 @@ from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
 from outrider.cli.stack_options import MADE_PAIR, PAIR_PATH, StackOptions
 from outrider.cli.supervisor import Event, State, Supervisor
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.loader import load
+from outrider.settings.loader import load
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from tests.cli.processes import ROOT, descendants, environment, is_alive, wait_until_dead
 from tests.stack import eventually
 
@@ -108,7 +108,8 @@ def test_every_flag_arrives() -> None:
 
 def test_the_defaults_are_the_quickstart_pair() -> None:
     """Inflated; another target goes without its draft, and as it is."""
-    from outrider.engine import quickstart, synthetic
+    from outrider import quickstart_pair as quickstart
+    from outrider_bench.models import synthetic
 
     assert quickstart.pair_path() == PAIR_PATH
     assert synthetic._REPORT == MADE_PAIR

@@ -11,19 +11,19 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.service import SERVICE_NAME as ORCHESTRATOR
-from orchestrator.service import STOP_GRACE_S
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+from orchestrator.app import SERVICE_NAME as ORCHESTRATOR
+from orchestrator.app import STOP_GRACE_S
 from outrider.errors import ConfigError
-from outrider.loader import load
-from outrider.server import LIVENESS
+from outrider.runtime.grpc_server import LIVENESS
+from outrider.settings.loader import load
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.v1 import draft_pb2, target_pb2
 from tests.deploy.manifests import Manifests, Object, Pod, title
 from tests.deploy.wiring import secret_keys
 
 TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-# Of a model service: the pass under way at a stop (outrider/serving/life.py, which imports torch).
+# Of a model service: the pass under way at a stop (outrider/model_server/lifecycle.py, which imports torch).
 DEVICE_END_TIMEOUT_S = 3.0
 # Between the last thing a pod does and SIGKILL.
 SPARE_S = 3.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from outrider.replica import ReplicaState
-from outrider.rpc import STATUS_NAMES
+from outrider.runtime.grpc_status import STATUS_NAMES
 from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Kind, Metric
 from tests.deploy.manifests import Manifests, strings, title
 

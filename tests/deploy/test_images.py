@@ -13,8 +13,8 @@ import typer
 import yaml
 
 from outrider.cli.app import app
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.loader import load
+from outrider.settings.loader import load
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from tests.deploy.sources import DEPLOY, ROOT, built, script
 
 dashboard = script("gen_dashboard")

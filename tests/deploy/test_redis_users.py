@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.store import SessionStore, StoreOptions
+from orchestrator.sessions import SessionStore, StoreOptions
 from outrider.errors import OutriderError
-from outrider.redis_server import find_server
+from outrider.redis.embedded import find_server
 from tests.deploy.api_server import free_ports
 from tests.deploy.sources import script
 

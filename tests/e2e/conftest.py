@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
 from tests import redis_fixture
 from tests.e2e.pairs import SpreadPair, TextPair, TinyPair
 from tests.patience import patient

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-import draft_service.service
-from orchestrator import draft_link
-from orchestrator.blocks import Proposal, TargetReply
-from orchestrator.target_link import TargetHandle
-from outrider.config import DraftConfig
-from outrider.relay import Relay
+import draft_service.app
+from orchestrator.replicas import draft_client as draft_link
+from orchestrator.replicas.target_client import TargetHandle
+from orchestrator.speculation.verification import Proposal, TargetReply
+from outrider.cli.relay import Relay
+from outrider.settings.services import DraftConfig
 from outrider.v1 import orchestrator_pb2
 from tests.e2e.pairs import CASES, PROMPT, SpreadPair, TinyPair
 from tests.e2e.reference import Reference, Sampling, assert_seeded
@@ -253,7 +253,7 @@ async def test_a_draft_that_is_killed_and_comes_back_changes_no_token(
             await eventually(has_none)
             rounds.allow(30)
             await running[0].until(_goes_without)
-            successor = await drafts.enter_async_context(draft_service.service.serving(config))
+            successor = await drafts.enter_async_context(draft_service.app.serving(config))
             way.retarget("127.0.0.1", successor.port)
             await eventually(has_draft)
             rounds.allow(1000)

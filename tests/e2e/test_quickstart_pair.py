@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from outrider.engine.quickstart import draft_path, target_path
+from outrider.quickstart_pair import draft_path, target_path
 from outrider.tokenizer import Tokenizer
 from tests.e2e.reference import Reference, assert_greedy
 from tests.e2e.traffic import assert_speculated, generate_all

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.blocks import Proposal
-from orchestrator.drafting import Drafting
+from orchestrator.generation.drafting import Drafting
+from orchestrator.speculation.verification import Proposal
 from tests.e2e.law_tests import joint_law, joint_p_value
 from tests.e2e.pairs import PROMPT, SpreadPair
 from tests.e2e.sampled import (

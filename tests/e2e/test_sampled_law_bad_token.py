@@ -17,8 +17,8 @@ import safetensors.torch
 from scipy import stats
 
 import target_service.verifier
-from orchestrator.blocks import Proposal
-from target_service.rows import DraftSearch, Row
+from orchestrator.speculation.verification import Proposal
+from target_service.messages import DraftSearch, Row
 from tests.e2e.pairs import PROMPT, SpreadPair, sharpened
 from tests.e2e.sampled import FALSE_ALARM, METHODS, drawn, law_p_values
 from tests.e2e.traffic import assert_speculated

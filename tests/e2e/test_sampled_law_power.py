@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import orchestrator.blocks
+import orchestrator.speculation.verification
 from outrider.sampling.random import Purpose, target_gumbels
 from outrider.sampling.random import uniforms as real_uniforms
 from outrider.sampling.verify import Verdict, verify_tokens
@@ -96,7 +96,7 @@ async def test_a_planted_bug_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The checks above, at their own sizes, fail: they have the power to see such mistakes."""
-    monkeypatch.setattr(orchestrator.blocks, name, bug)
+    monkeypatch.setattr(orchestrator.speculation.verification, name, bug)
     num_outputs, num_places = size
     async with running_stack(spread_pair.target, spread_pair.draft, redis) as stack:
         outputs = await drawn(stack, {}, REJECTION, OUTPUT_LEN, num_outputs)

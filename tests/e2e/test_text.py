@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.stop_strings import OutputText
+from orchestrator.generation.stop_strings import OutputText
 from outrider.tokenizer import Tokenizer
 from tests.e2e.byte_tokenizer import EOS, LONGER, certain_text_of, load_byte_tokenizer, text_of
 

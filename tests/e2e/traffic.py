@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import orchestrator.draft_link
-import orchestrator.target_link
-from orchestrator.blocks import Proposal, TargetReply
-from orchestrator.rates import PairCosts
-from orchestrator.target_link import TargetHandle
-from outrider.costs import CostReport
+import orchestrator.replicas.draft_client
+import orchestrator.replicas.target_client
+from orchestrator.replicas.target_client import TargetHandle
+from orchestrator.speculation.round_costs import PairCosts
+from orchestrator.speculation.verification import Proposal, TargetReply
+from outrider.replica import CostReport
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.stack import Output, Stack
 
@@ -45,8 +45,8 @@ def far_target(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
     under way is not learnt: where the machine is busy, no draft token would be worth while.
     """
     target, draft = CostReport((1, 256), (0.05, 0.051)), CostReport((1,), (0.012,))
-    monkeypatch.setattr(orchestrator.target_link, "costs_from_proto", lambda _: target)
-    monkeypatch.setattr(orchestrator.draft_link, "costs_from_proto", lambda _: draft)
+    monkeypatch.setattr(orchestrator.replicas.target_client, "costs_from_proto", lambda _: target)
+    monkeypatch.setattr(orchestrator.replicas.draft_client, "costs_from_proto", lambda _: draft)
     for learning in ("saw_reply", "saw_proposal", "saw_no_proposal"):
         monkeypatch.setattr(PairCosts, learning, lambda *_, **__: None)
     reply = TargetHandle.reply

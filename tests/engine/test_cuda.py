@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from outrider.engine import Append, Engine, EngineOptions, Sequence, load_engine
-from outrider.engine.flashinfer_backend import FlashInferBackend
-from outrider.engine.graphs import BUCKETS, GraphedSteps
+from outrider.engine.attention.cuda_graphs import BUCKETS, GraphedSteps
+from outrider.engine.attention.flashinfer_backend import FlashInferBackend
 from outrider.errors import ConfigError
-from tests.engine.test_branches import check_forks
+from tests.engine.attention.test_shared_prefix import check_forks
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from outrider.frames import SMALL_BYTES
+from outrider.runtime.message_limits import SMALL_BYTES
 from outrider.v1 import orchestrator_pb2
 from tests.fuzz.bombs import bombs
 from tests.fuzz.corpus import Dialect, oversize, session_ids

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import numpy as np
 
+from outrider.runtime.protobuf import FLOAT32, UINT16, UINT32, unpack
 from outrider.v1 import draft_pb2, orchestrator_pb2, target_pb2
-from outrider.wire import FLOAT32, UINT16, UINT32, unpack
 
 _MAX_DEFECTS = 20
 # Probabilities are rounded to float32, and sums of them with it.

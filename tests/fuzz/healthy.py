@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from outrider.engine.simulated import SimulatedEngine
-from outrider.simulation import Simulation
+from outrider.settings.simulation import Simulation
 from outrider.v1 import draft_pb2, target_pb2
 from tests.fuzz.findings import Findings
 from tests.services.streams import Decoding, Following, Stream, draft_open, raw, target_open

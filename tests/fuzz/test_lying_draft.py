@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from outrider.runtime.protobuf import FLOAT32, pack
 from outrider.v1 import draft_pb2, model_pb2
-from outrider.wire import FLOAT32, pack
 from tests import redis_fixture
 from tests.fuzz.corpus import VOCAB_SIZE
 from tests.fuzz.healthy import SimulatedTruth

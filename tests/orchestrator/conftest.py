@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from orchestrator.store import SessionStore
+from orchestrator.sessions import SessionStore
 from tests import redis_fixture
-from tests.orchestrator.sessions import opened
+from tests.orchestrator.sessions.parts import opened
 from tests.patience import patient
 
 redis_server = redis_fixture.redis_server

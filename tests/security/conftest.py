@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import orchestrator.shared_quota
+import orchestrator.admission.shared_quota
 from tests import redis_fixture
 from tests.patience import patient
 from tests.security.parts import Authority
@@ -20,7 +20,7 @@ redis_url = redis_fixture.redis_url
 def _patience() -> Iterator[None]:
     """Also with a Redis that is slow to say what others use: it is not away."""
     with patient(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator.shared_quota, "REDIS_TIMEOUT_S", 60.0)
+        patch.setattr(orchestrator.admission.shared_quota, "REDIS_TIMEOUT_S", 60.0)
         yield
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import grpc
 import trustme
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.security.channel import Access, TlsChannels, open_channel
+import draft_service.app
+import orchestrator.app
+import target_service.app
+from outrider.client.channel import Access, TlsChannels, open_channel
+from outrider.runtime.grpc_server import Server
 from outrider.security.keys import KeyLimits, new_key
 from outrider.security.pem import watched_pem
-from outrider.server import Server
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
 from tests.stack import Output, request
 
@@ -113,8 +113,8 @@ async def tiers(
     targets = TargetConfig(simulate=SIMULATED, **ROOM, **(target or {}))
     drafts = DraftConfig(simulate=DRAFT, **ROOM, **(draft or {}))
     async with (
-        target_service.service.serving(targets) as target_server,
-        draft_service.service.serving(drafts) as draft_server,
+        target_service.app.serving(targets) as target_server,
+        draft_service.app.serving(drafts) as draft_server,
     ):
         yield target_server, draft_server
 
@@ -133,7 +133,7 @@ async def orchestrated(
         port=0,
         **settings,
     )
-    async with orchestrator.service.serving(config) as server:
+    async with orchestrator.app.serving(config) as server:
         yield Secured(target, draft, server)
 
 

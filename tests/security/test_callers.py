@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
+from outrider.client.channel import Access, open_channel
 from outrider.errors import ConfigError
-from outrider.security.channel import Access, open_channel
 from outrider.security.keys import KeyLimits, new_key, watched_keys
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command

@@ -17,8 +17,8 @@ from outrider.cli.access import AccessOptions
 from outrider.cli.keys import keys as keys_command
 from outrider.cli.stack import Stack, orchestrator_arguments
 from outrider.cli.stack_options import StackOptions
+from outrider.client.channel import Access, open_channel
 from outrider.errors import ConfigError
-from outrider.security.channel import Access, open_channel
 from outrider.security.keys import KeyLimits, watched_keys
 from tests.cli.processes import ROOT, command, environment
 from tests.security.parts import Authority, orchestrated, replace, tiers

@@ -13,9 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
+from outrider.cli.relay import Relay
+from outrider.client.channel import Access, TlsChannels
 from outrider.errors import ConfigError
-from outrider.relay import Relay
-from outrider.security.channel import Access, TlsChannels
 from outrider.security.pem import watched_pem
 from outrider.v1 import orchestrator_pb2_grpc, target_pb2_grpc
 from tests.security.parts import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from outrider.security.channel import Access
+from outrider.client.channel import Access
 from outrider.security.keys import KeyLimits
 from tests.security.parts import (
     Authority,

@@ -13,13 +13,13 @@ import pytest
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
-import orchestrator.shared_quota
-from orchestrator.quota import Quota
-from orchestrator.shared_quota import SharedQuotas
+import orchestrator.admission.shared_quota
+from orchestrator.admission.quota import Quota
+from orchestrator.admission.shared_quota import SharedQuotas
+from outrider.cli.relay import Relay
+from outrider.client.channel import Access
 from outrider.errors import CapacityExceeded
-from outrider.redis_server import RedisServer
-from outrider.relay import Relay
-from outrider.security.channel import Access
+from outrider.redis.embedded import RedisServer
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2
 from tests.redis_fixture import redis_command
@@ -152,7 +152,7 @@ async def test_tokens_count_once_though_redis_answers_late(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report whose answer came too late is sent again, and both arrive."""
-    monkeypatch.setattr(orchestrator.shared_quota, "REDIS_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(orchestrator.admission.shared_quota, "REDIS_TIMEOUT_S", 0.5)
     socket = redis_url.removeprefix("unix://")
     async with Relay("127.0.0.1", 0, socket, 0, 0.0) as relay:
         shared = SharedQuotas(f"redis://{relay.address}/0")

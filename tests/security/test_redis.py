@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
-from outrider.loader import load
-from outrider.redis_address import RedisAddress
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
+from outrider.settings.loader import load
+from outrider.settings.redis_address import RedisAddress
+from outrider.settings.services import OrchestratorConfig
 from tests.redis_fixture import redis_command
 from tests.security.parts import (
     Authority,

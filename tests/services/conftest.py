@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-import outrider.serving.life
-from orchestrator.blocks import TargetReply
-from orchestrator.verifying import Verifying
+import outrider.model_server.lifecycle
+from orchestrator.generation.verifying import Verifying
+from orchestrator.speculation.verification import TargetReply
 from tests import redis_fixture
 from tests.patience import patient
 from tests.services.parts import CONTEXT_LEN, Brake, Greedy, Pair, System, both_tiers, clients
@@ -94,9 +94,9 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
 
 
 def _serve_with(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Any]) -> None:
-    load = outrider.serving.life.load_served_engine
+    load = outrider.model_server.lifecycle.load_served_engine
     monkeypatch.setattr(
-        outrider.serving.life,
+        outrider.model_server.lifecycle,
         "load_served_engine",
         lambda config: (make_engine(config), load(config)[1]),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from outrider.server import SERVER_OPTIONS
+from outrider.runtime.grpc_server import SERVER_OPTIONS
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 # What is said to an open or a commit: proposals, or nothing.

@@ -16,11 +16,11 @@ import transformers
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.server import Server
+import draft_service.app
+import orchestrator.app
+import target_service.app
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from tests.stack import Output, Stack
 
 KV_TOKENS = 16_384
@@ -110,7 +110,7 @@ async def both_tiers(
     """Target and draft replica; draft_kv None: no draft."""
     async with contextlib.AsyncExitStack() as stack:
         target = await stack.enter_async_context(
-            target_service.service.serving(
+            target_service.app.serving(
                 TargetConfig(
                     model=str(pair.target),
                     port=0,
@@ -123,7 +123,7 @@ async def both_tiers(
         draft = None
         if draft_kv is not None:
             draft = await stack.enter_async_context(
-                draft_service.service.serving(
+                draft_service.app.serving(
                     DraftConfig(
                         model=str(pair.draft),
                         port=0,
@@ -146,7 +146,7 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
     settings.setdefault("assume_same_vocabulary", True)  # most pairs here have no tokenizer
     config = OrchestratorConfig(redis_url=redis_url, port=0, **settings)
     async with (
-        orchestrator.service.serving(config) as server,
+        orchestrator.app.serving(config) as server,
         clients(tiers, f"127.0.0.1:{server.port}") as system,
     ):
         system.metrics_port = server.metrics_port

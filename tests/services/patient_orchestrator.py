@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 
-import orchestrator.service
-from outrider.config import OrchestratorConfig
-from outrider.program import run_until_signalled
+import orchestrator.app
+from outrider.runtime.main import run_until_signalled
+from outrider.settings.services import OrchestratorConfig
 
 if __name__ == "__main__":
-    orchestrator.service.DRAFT_START_TIMEOUT_S = 60.0
-    sys.exit(run_until_signalled("orchestrator", OrchestratorConfig, orchestrator.service.serving))
+    orchestrator.app.DRAFT_START_TIMEOUT_S = 60.0
+    sys.exit(run_until_signalled("orchestrator", OrchestratorConfig, orchestrator.app.serving))

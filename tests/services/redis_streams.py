@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
 from outrider.v1 import orchestrator_pb2
 from tests.redis_fixture import redis_command
 from tests.services.parts import (

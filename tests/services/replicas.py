@@ -12,15 +12,15 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import draft_service.service
-import target_service.service
-from outrider.config import ModelServiceConfig, TargetConfig
+import draft_service.app
+import target_service.app
 from outrider.engine import Append
 from outrider.engine.simulated import SimulatedEngine
-from outrider.program import LISTENING_PREFIX
-from outrider.registry import Replica, ReplicaState, Watcher
-from outrider.server import Server
-from outrider.simulation import Simulation
+from outrider.redis.registry import Replica, ReplicaState, Watcher
+from outrider.runtime.grpc_server import Server
+from outrider.runtime.main import LISTENING_PREFIX
+from outrider.settings.services import ModelServiceConfig, TargetConfig
+from outrider.settings.simulation import Simulation
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from tests.services.parts import STUCK_AFTER_S
 from tests.services.programs import END_TIMEOUT_S, program
@@ -90,7 +90,7 @@ async def tier(
 ) -> AsyncIterator[Tier]:
     """Ends with the block, if it has not before; what `serving` raises is its owner's."""
     config: Any = kind(**SETTINGS | settings)
-    service: Any = target_service.service if kind is TargetConfig else draft_service.service
+    service: Any = target_service.app if kind is TargetConfig else draft_service.app
     started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
+from outrider.runtime.protobuf import UINT16, UINT32, pack, unpack
 from outrider.v1 import draft_pb2, model_pb2, sampling_pb2, target_pb2
-from outrider.wire import UINT16, UINT32, pack, unpack
 from tests.services.parts import System
 
 ANSWER_TIMEOUT_S = 60.0

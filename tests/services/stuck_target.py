@@ -9,11 +9,11 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from outrider.config import TargetConfig
 from outrider.engine import Append
 from outrider.engine.simulated import SimulatedEngine
-from outrider.program import run_until_signalled
-from target_service.service import serving
+from outrider.runtime.main import run_until_signalled
+from outrider.settings.services import TargetConfig
+from target_service.app import serving
 
 NUM_TOKENS = 1_000
 

@@ -1,6 +1,6 @@
 """Messages that are small on the wire and large in memory, over real gRPC; what is left of them.
 
-The walk through them by itself is in tests/test_frames.py.
+The walk through them by itself is in tests/runtime/test_message_limits.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import grpc
 import pytest
 import pytest_asyncio
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
+import draft_service.app
+import orchestrator.app
+import target_service.app
 from outrider.errors import InvalidRequest
-from outrider.frames import SMALL_BYTES
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
+from outrider.runtime.message_limits import SMALL_BYTES
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.v1 import (
     draft_pb2,
     draft_pb2_grpc,
@@ -66,14 +66,14 @@ class Doors:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def doors(redis_server: RedisServer) -> AsyncIterator[Doors]:
     async with (
-        target_service.service.serving(TargetConfig(**SIMULATION)) as target,
-        draft_service.service.serving(DraftConfig(**SIMULATION)) as draft,
+        target_service.app.serving(TargetConfig(**SIMULATION)) as target,
+        draft_service.app.serving(DraftConfig(**SIMULATION)) as draft,
     ):
         tiers = [f"127.0.0.1:{server.port}" for server in (target, draft)]
         config = OrchestratorConfig(
             redis_url=redis_server.url, port=0, target_endpoint=tiers[0], draft_endpoint=tiers[1]
         )
-        async with orchestrator.service.serving(config) as server, contextlib.AsyncExitStack() as s:
+        async with orchestrator.app.serving(config) as server, contextlib.AsyncExitStack() as s:
             endpoints = [*tiers, f"127.0.0.1:{server.port}"]
             channels = [
                 await s.enter_async_context(grpc.aio.insecure_channel(endpoint))

@@ -14,10 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
-import outrider.serving.life
-from orchestrator.rates import PairCosts
-from outrider.config import DraftConfig, ModelServiceConfig, TargetConfig
-from outrider.serving import recovery
+import outrider.model_server.lifecycle
+from orchestrator.speculation.round_costs import PairCosts
+from outrider.model_server import failure_policy as recovery
+from outrider.settings.services import DraftConfig, ModelServiceConfig, TargetConfig
 from outrider.v1 import sampling_pb2
 from tests.services.parts import (
     GREEDY,
@@ -48,7 +48,7 @@ async def faulty(
     model: Path, fault: Fault, kind: type[ModelServiceConfig] = TargetConfig
 ) -> AsyncIterator[Tier]:
     """A replica with a real model, whose passes fail while the fault is on."""
-    load = outrider.serving.life.load_served_engine
+    load = outrider.model_server.lifecycle.load_served_engine
 
     def loaded(config: ModelServiceConfig) -> Any:
         engine, info = load(config)
@@ -57,7 +57,7 @@ async def faulty(
         return engine, info
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outrider.serving.life, "load_served_engine", loaded)
+        patch.setattr(outrider.model_server.lifecycle, "load_served_engine", loaded)
         async with tier(kind, model=str(model), simulate=None, kv_cache_tokens=KV_TOKENS) as served:
             patch.undo()
             yield served

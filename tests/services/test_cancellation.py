@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-import orchestrator.emitter
-import orchestrator.service
-import outrider.serving.scheduler
-from outrider.relay import Relay
+import orchestrator.app
+import orchestrator.generation.recorder
+import outrider.model_server.scheduler
+from outrider.cli.relay import Relay
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command
 from tests.services.parts import (
@@ -136,7 +136,7 @@ async def _leave(stack: System, number: int, chance: random.Random) -> None:
 async def test_two_hundred_sessions_dropped_at_random_leak_nothing(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outrider.serving.scheduler, "TIDY_INTERVAL_S", 0.2)
+    monkeypatch.setattr(outrider.model_server.scheduler, "TIDY_INTERVAL_S", 0.2)
     async with whole(pair, redis_url) as stack:
         chance = random.Random(1)
         waiting = iter(range(200))
@@ -199,7 +199,7 @@ async def test_a_slow_reader_keeps_its_session(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that waits for its caller to read still holds the session: its lease is renewed."""
-    monkeypatch.setattr(orchestrator.emitter, "RENEW_INTERVAL_S", 0.3)
+    monkeypatch.setattr(orchestrator.generation.recorder, "RENEW_INTERVAL_S", 0.3)
 
     async def leased_until() -> int:
         words = ("HGET", "outrider:session:{s}", "lease_until")
@@ -233,7 +233,7 @@ async def test_a_stop_ends_running_streams_as_cancelled(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streams that run when the orchestrator stops end with a result, and can be continued."""
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 60)  # a busy machine may need it
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60)  # a busy machine may need it
     async with both_tiers(pair) as tiers:
         async with contextlib.AsyncExitStack() as serving:
             stack = await serving.enter_async_context(
@@ -282,7 +282,7 @@ async def test_a_stop_does_not_wait_for_a_slow_reader(
 
     Its call would last for minutes.
     """
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.2)
     async with both_tiers(pair) as tiers:
         async with contextlib.AsyncExitStack() as reader, contextlib.AsyncExitStack() as serving:
             stack = await serving.enter_async_context(

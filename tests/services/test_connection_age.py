@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from outrider.cli.client import connected
-from outrider.config import OrchestratorConfig
+from outrider.client.client import connected
 from outrider.errors import ConfigError
+from outrider.settings.services import OrchestratorConfig
 from tests.services.parts import GREEDY, Tiers, orchestrating
 from tests.services.proxies import balancer
 from tests.services.replicas import PROMPT, TIMEOUT_S, Gate, tier

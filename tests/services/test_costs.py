@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from outrider.costs import CostReport
 from outrider.engine import Engine, EngineOptions, load_engine
-from outrider.serving import costs
-from outrider.serving.costs import StepCosts
-from outrider.wire import costs_from_proto, costs_to_proto
+from outrider.model_server import step_costs as costs
+from outrider.model_server.step_costs import StepCosts
+from outrider.replica import CostReport
+from outrider.runtime.protobuf import costs_from_proto, costs_to_proto
 from tests.services.noting import Clock, NotingEngine
 from tests.services.parts import Pair
 

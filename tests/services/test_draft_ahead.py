@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from outrider.serving import costs
+from outrider.model_server import step_costs as costs
+from outrider.runtime.protobuf import FLOAT32, UINT16, unpack
 from outrider.v1 import draft_pb2, sampling_pb2, target_pb2
-from outrider.wire import FLOAT32, UINT16, unpack
 from tests.services.parts import Greedy, System
 from tests.services.streams import Following, draft_commit, draft_open, numbers, proposing
 from tests.stack import eventually

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 
-import orchestrator.emitter
-import target_service.service
-from orchestrator import drafting, target_link
-from outrider.config import TargetConfig
+import orchestrator.generation.recorder
+import target_service.app
+from orchestrator.generation import drafting
+from orchestrator.replicas import target_client as target_link
 from outrider.engine.simulated import SimulatedEngine
-from outrider.serving import costs
-from outrider.simulation import Simulation
+from outrider.model_server import step_costs as costs
+from outrider.runtime.protobuf import UINT32, pack, unpack
+from outrider.settings.services import TargetConfig
+from outrider.settings.simulation import Simulation
 from outrider.v1 import draft_pb2, model_pb2, orchestrator_pb2, target_pb2, target_pb2_grpc
-from outrider.wire import UINT32, pack, unpack
 from tests.services.fake_draft import FakeDraft, faking
 from tests.services.noting import Clock
 from tests.services.parts import (
@@ -147,7 +148,7 @@ async def scripted(
         # On a busy machine passes take what they take: costs as measured could make drafts free.
         patch.setattr(costs, "_time_pass", _told_time)
         patch.setattr(costs.StepCosts, "observe", lambda *_: None)
-        async with target_service.service.serving(config) as target:
+        async with target_service.app.serving(config) as target:
             tiers = Tiers(target, None)
             fake = PricedDraft(await _model_of(tiers), script, token_s)
             async with (
@@ -301,7 +302,7 @@ async def test_a_draft_that_is_lost_in_mid_stream(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is waited for: the output goes on at once, and nothing is learnt of patience."""
-    monkeypatch.setattr(orchestrator.emitter, "MAX_UNSEEN_COMMITMENTS", 4)
+    monkeypatch.setattr(orchestrator.generation.recorder, "MAX_UNSEEN_COMMITMENTS", 4)
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
         asked = request(PROMPT, {**GREEDY, "max_tokens": 300}, gamma=4)
 

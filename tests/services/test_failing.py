@@ -11,12 +11,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-import target_service.service
-from outrider.config import DraftConfig, ModelServiceConfig
+import target_service.app
 from outrider.errors import InternalError
-from outrider.registry import ReplicaState
-from outrider.server import LIVENESS
-from outrider.serving import recovery
+from outrider.model_server import failure_policy as recovery
+from outrider.redis.registry import ReplicaState
+from outrider.runtime.grpc_server import LIVENESS
+from outrider.settings.services import DraftConfig, ModelServiceConfig
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2
 from tests.services.replicas import (
     FAILING,
@@ -69,7 +69,7 @@ async def test_out_of_service_and_back(
             await told(stream, READY, FAILING)
             await registry.becomes(ReplicaState.FAILING)
             assert not await target.is_healthy()
-            assert await target.health(target_service.service.SERVICE_NAME) == NOT_SERVING
+            assert await target.health(target_service.app.SERVICE_NAME) == NOT_SERVING
             assert await target.health(LIVENESS) == SERVING
             assert (await target.info()).state == FAILING
             states = (await scrape(target.server)).by("outrider_replica_state", "state")

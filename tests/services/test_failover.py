@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from orchestrator.pool import ReplicaPool
-from outrider.config import DraftConfig, TargetConfig
-from outrider.relay import Relay
-from outrider.server import Server
+import draft_service.app
+import orchestrator.app
+import target_service.app
+from orchestrator.replicas.pool import ReplicaPool
+from outrider.cli.relay import Relay
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import DraftConfig, TargetConfig
 from outrider.v1 import (
     draft_pb2,
     draft_pb2_grpc,
@@ -67,11 +67,11 @@ async def replicas(pair: Pair, num_targets: int, num_drafts: int) -> AsyncIterat
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(num_targets):
             config = TargetConfig(model=str(pair.target), **settings)
-            serving = target_service.service.serving(config)
+            serving = target_service.app.serving(config)
             targets.servers.append(await stack.enter_async_context(serving))
         for _ in range(num_drafts):
             draft_config = DraftConfig(model=str(pair.draft), **settings)
-            drafting = draft_service.service.serving(draft_config)
+            drafting = draft_service.app.serving(draft_config)
             drafts.servers.append(await stack.enter_async_context(drafting))
         yield [targets, drafts]
 
@@ -100,7 +100,7 @@ async def serving(
         "draft_endpoint": drafts.endpoints or None,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator.service, "ReplicaPool", Noted)
+        patch.setattr(orchestrator.app, "ReplicaPool", Noted)
         async with orchestrating(first, redis_url, **{**endpoints, **settings}) as system:
             await eventually(are_known)
             yield system.client
@@ -201,7 +201,7 @@ async def test_no_target_for_a_while(
         async def replace() -> None:
             await tiers[0].servers[0].grpc_server.stop(0)
             config = TargetConfig(model=str(pair.target), port=0, **SETTINGS)
-            other = await later.enter_async_context(target_service.service.serving(config))
+            other = await later.enter_async_context(target_service.app.serving(config))
             relay.retarget("127.0.0.1", other.port)
 
         output = await disturbed(client, brake, replace, gamma=0)
@@ -256,7 +256,7 @@ async def test_a_replica_with_another_model_is_not_used(pair: Pair, redis_url: s
     """It is refused by name in the log; the others serve."""
     async with replicas(pair, 1, 0) as tiers:
         stranger = TargetConfig(model=str(pair.draft), port=0, calibration_s=0.0)
-        async with target_service.service.serving(stranger) as other:
+        async with target_service.app.serving(stranger) as other:
             tiers[0].servers.append(other)
             async with serving(tiers, redis_url) as client:
                 calls = [

@@ -12,11 +12,12 @@ import grpc
 import numpy as np
 import pytest
 
-import orchestrator.emitter
-import orchestrator.service
-from orchestrator import draft_link
-from orchestrator.store import StoreOptions
-from outrider.redis_server import RedisServer
+import orchestrator.app
+import orchestrator.generation.recorder
+from orchestrator.replicas import draft_client as draft_link
+from orchestrator.sessions import StoreOptions
+from outrider.redis.embedded import RedisServer
+from outrider.runtime.protobuf import FLOAT32, UINT16, UINT32, pack
 from outrider.v1 import (
     draft_pb2,
     model_pb2,
@@ -25,7 +26,6 @@ from outrider.v1 import (
     target_pb2,
     target_pb2_grpc,
 )
-from outrider.wire import FLOAT32, UINT16, UINT32, pack
 from tests.services.fake_draft import Answer, FakeDraft, faking
 from tests.services.parts import (
     GREEDY,
@@ -176,8 +176,8 @@ async def test_redis_that_stalls_in_the_last_round_loses_nothing(
     pair: Pair, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller is not kept waiting, the lease is given back, and the session has every token."""
-    monkeypatch.setattr(orchestrator.service, "StoreOptions", StoreOptions)  # no more patience
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 60.0)
+    monkeypatch.setattr(orchestrator.app, "StoreOptions", StoreOptions)  # no more patience
+    monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 60.0)
     with RedisServer() as redis:
         pid = redis.pid
         assert pid is not None

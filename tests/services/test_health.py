@@ -13,11 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import orchestrator.service
-import outrider.serving.life
-import target_service.service
-from outrider.config import TargetConfig
-from outrider.redis_server import RedisServer
+import orchestrator.app
+import outrider.model_server.lifecycle
+import target_service.app
+from outrider.redis.embedded import RedisServer
+from outrider.settings.services import TargetConfig
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
 from tests.redis_fixture import redis_command
 from tests.services.parts import GREEDY, Pair, Tiers, both_tiers, orchestrating, refusal
@@ -25,7 +25,7 @@ from tests.services.replicas import Gate, tier
 from tests.stack import eventually, request
 
 Status = health_pb2.HealthCheckResponse
-TARGET = target_service.service.SERVICE_NAME
+TARGET = target_service.app.SERVICE_NAME
 
 
 async def health(channel: grpc.aio.Channel, service: str = "") -> int:
@@ -42,7 +42,10 @@ async def still_loading(
     go_on, serves, stop = threading.Event(), asyncio.Event(), asyncio.Event()
     ports: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    load, start = outrider.serving.life.load_served_engine, outrider.server.Server.start
+    load, start = (
+        outrider.model_server.lifecycle.load_served_engine,
+        outrider.runtime.grpc_server.Server.start,
+    )
 
     def slow_load(config: Any) -> Any:
         assert go_on.wait(120)
@@ -52,12 +55,12 @@ async def still_loading(
         await start(server, host, port)
         loop.call_soon(ports.put_nowait, server.port)
 
-    monkeypatch.setattr(outrider.serving.life, "load_served_engine", slow_load)
-    monkeypatch.setattr(outrider.server.Server, "start", telling_start)
+    monkeypatch.setattr(outrider.model_server.lifecycle, "load_served_engine", slow_load)
+    monkeypatch.setattr(outrider.runtime.grpc_server.Server, "start", telling_start)
 
     async def serve() -> None:
         config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=1024)
-        async with target_service.service.serving(config):
+        async with target_service.app.serving(config):
             serves.set()
             await stop.wait()
 
@@ -92,11 +95,11 @@ async def test_health_while_loading_and_after(pair: Pair, monkeypatch: pytest.Mo
 
 async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) -> None:
     """It waits for the target, and says so to probes; calls meanwhile are told to come again."""
-    import orchestrator.service as service
-    from outrider.config import OrchestratorConfig
+    import orchestrator.app as service
+    from outrider.settings.services import OrchestratorConfig
 
     ports: asyncio.Queue[int] = asyncio.Queue()
-    start = outrider.server.Server.start
+    start = outrider.runtime.grpc_server.Server.start
 
     async def telling_start(server: Any, host: str, port: int) -> None:
         await start(server, host, port)
@@ -110,7 +113,7 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
             raise AssertionError("it serves without a target")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outrider.server.Server, "start", telling_start)
+        patch.setattr(outrider.runtime.grpc_server.Server, "start", telling_start)
         serving = asyncio.create_task(serve())
         port = await ports.get()
     try:
@@ -134,7 +137,7 @@ async def test_an_orchestrator_without_redis(
 
     Also where Redis answers and takes no writes; nobody has to call for it to be known.
     """
-    monkeypatch.setattr(orchestrator.service, "REDIS_CHECK_S", 0.05)
+    monkeypatch.setattr(orchestrator.app, "REDIS_CHECK_S", 0.05)
     with RedisServer(keeps_data=True) as redis:
         async with (
             both_tiers(pair, draft_kv=None) as tiers,
@@ -146,7 +149,7 @@ async def test_an_orchestrator_without_redis(
                 return await health(channel, "redis") == status
 
             async def is_ready_and_serves() -> None:
-                names = ("", orchestrator.service.SERVICE_NAME, "liveness")
+                names = ("", orchestrator.app.SERVICE_NAME, "liveness")
                 for name in names:
                     assert await health(channel, name) == Status.SERVING
                 asked = {"sampling": {**GREEDY, "max_tokens": 4}}

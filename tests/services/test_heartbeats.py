@@ -11,13 +11,13 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-import orchestrator.link
-import outrider.serving.peers
-from outrider.cli.client import connected
+import orchestrator.replicas.replica_stream
+import outrider.model_server.stream
+from outrider.client.client import connected
 from outrider.errors import InvalidRequest, Unavailable
-from outrider.heartbeat import Heartbeat
-from outrider.program import LISTENING_PREFIX
-from outrider.streams import Outbox
+from outrider.runtime.grpc_streams import Outbox
+from outrider.runtime.heartbeat import Heartbeat
+from outrider.runtime.main import LISTENING_PREFIX
 from outrider.v1 import target_pb2, target_pb2_grpc
 from tests.services.parts import GREEDY, Brake, System, Tiers, orchestrating, refusal
 from tests.services.programs import END_TIMEOUT_S, program
@@ -57,7 +57,7 @@ async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, ga
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's own limit for a replica."""
-    monkeypatch.setattr(orchestrator.link, "MAX_QUIET_BEATS", 5)
+    monkeypatch.setattr(orchestrator.replicas.replica_stream, "MAX_QUIET_BEATS", 5)
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ async def test_the_stream_of_a_frozen_orchestrator_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What it had open is free again; the status says why."""
-    monkeypatch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", 5)
+    monkeypatch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", 5)
     async with tier() as target:
         call = target.stub().Verify()
         await call.write(BEATS)
@@ -164,7 +164,7 @@ async def test_the_stream_of_a_frozen_orchestrator_is_ended(
 async def test_without_heartbeats_a_stream_may_be_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outrider.serving.peers, "MAX_QUIET_BEATS", 1)
+    monkeypatch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", 1)
     async with tier() as target, target.verify() as silent:
         call = target.stub().Verify()
         await call.write(BEATS)

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.program import LISTENING_PREFIX
+from outrider.runtime.main import LISTENING_PREFIX
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command

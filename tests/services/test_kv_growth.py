@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.serving import scheduler
+from outrider.model_server import scheduler
 from outrider.v1 import sampling_pb2, target_pb2
 from tests.services.parts import (
     CONTEXT_LEN,

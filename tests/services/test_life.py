@@ -14,10 +14,10 @@ import grpc
 import pytest
 import torch
 
-import outrider.serving.life
-from outrider.config import DraftConfig
-from outrider.registry import ReplicaState
-from outrider.server import LIVENESS
+import outrider.model_server.lifecycle
+from outrider.redis.registry import ReplicaState
+from outrider.runtime.grpc_server import LIVENESS
+from outrider.settings.services import DraftConfig
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from tests.engine.cpu import cpu_has_prepacked
 from tests.services.parts import Pair, both_tiers
@@ -64,13 +64,13 @@ async def test_model_info_reports_what_the_engine_chose(
 async def test_announced_while_it_loads_and_serves(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, go_on = outrider.serving.life.load_served_engine, threading.Event()
+    load, go_on = outrider.model_server.lifecycle.load_served_engine, threading.Event()
 
     def slow_load(config: Any) -> Any:
         assert go_on.wait(TIMEOUT_S)
         return load(config)
 
-    monkeypatch.setattr(outrider.serving.life, "load_served_engine", slow_load)
+    monkeypatch.setattr(outrider.model_server.lifecycle, "load_served_engine", slow_load)
     async with registered(redis_url) as registry:
 
         async def let_go() -> None:

@@ -13,9 +13,10 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from outrider.redis_server import RedisServer
-from outrider.serving import peers, scheduler
-from outrider.streams import MAX_PENDING, Outbox
+from outrider.model_server import scheduler
+from outrider.model_server import stream as peers
+from outrider.redis.embedded import RedisServer
+from outrider.runtime.grpc_streams import MAX_PENDING, Outbox
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.services.parts import (
     CONTEXT_LEN,

@@ -16,13 +16,13 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-import outrider.serving.life
-from orchestrator.verifying import MAX_LOST_REPLICAS
-from outrider.config import ModelServiceConfig
+import outrider.model_server.lifecycle
+from orchestrator.generation.verifying import MAX_LOST_REPLICAS
+from outrider.cli.relay import Relay
 from outrider.engine import Append
 from outrider.engine.simulated import SimulatedEngine
-from outrider.relay import Relay
-from outrider.simulation import Simulation
+from outrider.settings.services import ModelServiceConfig
+from outrider.settings.simulation import Simulation
 from outrider.v1 import orchestrator_pb2
 from tests.services.parts import GREEDY, System, Tiers, orchestrating, refusal
 from tests.services.replicas import PROMPT, TIMEOUT_S, tier
@@ -91,10 +91,10 @@ class Place:
 @contextlib.asynccontextmanager
 async def placed(redis_url: str, **settings: Any) -> AsyncIterator[Place]:
     hold = Hold()
-    load = outrider.serving.life.load_served_engine
+    load = outrider.model_server.lifecycle.load_served_engine
     with capture_logs() as logs, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            outrider.serving.life,
+            outrider.model_server.lifecycle,
             "load_served_engine",
             lambda config: (hold.engine(config), load(config)[1]),
         )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from outrider.config import TargetConfig
 from outrider.errors import ConfigError
-from outrider.serving.loading import load_served_engine, sampling_defaults
+from outrider.model_server.load_engine import load_served_engine, sampling_defaults
+from outrider.settings.services import TargetConfig
 from outrider.v1 import orchestrator_pb2
 from tests.services.parts import KV_TOKENS, Pair, both_tiers, orchestrating
 

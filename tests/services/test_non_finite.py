@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 
+from outrider.runtime.protobuf import FLOAT32, UINT16, UINT32, pack
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
-from outrider.wire import FLOAT32, UINT16, UINT32, pack
 from tests.services.fake_draft import FakeDraft, faking
 from tests.services.parts import (
     GREEDY,

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.service
-import outrider.server
-from orchestrator.store import SessionStore
-from outrider.config import OrchestratorConfig
-from outrider.redis_server import RedisServer
+import orchestrator.app
+import outrider.runtime.grpc_server
+from orchestrator.sessions import SessionStore
+from outrider.redis.embedded import RedisServer
+from outrider.settings.services import OrchestratorConfig
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command
 from tests.services.parts import (
@@ -127,9 +127,11 @@ async def test_a_defect(pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPa
 async def starting(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     """The port of an orchestrator that waits for something."""
     ports: asyncio.Queue[int] = asyncio.Queue()
-    start = outrider.server.Server.start
+    start = outrider.runtime.grpc_server.Server.start
 
-    async def telling_start(server: outrider.server.Server, host: str, port: int) -> None:
+    async def telling_start(
+        server: outrider.runtime.grpc_server.Server, host: str, port: int
+    ) -> None:
         await start(server, host, port)
         ports.put_nowait(server.port)
 
@@ -141,10 +143,10 @@ async def starting(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
             redis_wait_s=600.0,
             port=0,
         )
-        async with orchestrator.service.serving(config):
+        async with orchestrator.app.serving(config):
             raise AssertionError("it serves")
 
-    monkeypatch.setattr(outrider.server.Server, "start", telling_start)
+    monkeypatch.setattr(outrider.runtime.grpc_server.Server, "start", telling_start)
     serving = asyncio.create_task(serve())
     try:
         yield await ports.get()

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from draft_service import messages
-from draft_service.proposer import Proposer
+from draft_service.scheduler_worker import Proposer
 from outrider.engine.simulated import SimulatedEngine
+from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
+from outrider.model_server.scheduler import GenerationKey
+from outrider.model_server.worker import GenerationWorker
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.serving.commands import Close, Failure, Forget, ServiceStatistics
-from outrider.serving.scheduler import GenerationKey
-from outrider.serving.worker import GenerationWorker
-from outrider.simulation import Simulation
-from target_service import rows
+from outrider.settings.simulation import Simulation
+from target_service import messages as rows
 from target_service.verifier import Verifier
 
 VOCAB_SIZE = 1_000

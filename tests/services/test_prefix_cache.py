@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from outrider.serving import scheduler
+from outrider.model_server import scheduler
 from outrider.v1 import draft_pb2, target_pb2
 from tests.services.parts import GREEDY, Greedy, Pair, System, both_tiers, clients, nothing_held
 from tests.services.streams import (

@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.service
-from orchestrator.admission import Admission
+import orchestrator.app
+from orchestrator.admission.queue import Admission
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.security.parts import write_keys
@@ -43,7 +43,7 @@ def admissions(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
         made.append(Admission(max_running, max_waiting))
         return made[-1]
 
-    monkeypatch.setattr(orchestrator.service, "Admission", make)
+    monkeypatch.setattr(orchestrator.app, "Admission", make)
     return made
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from outrider.engine.simulated import SimulatedEngine
+from outrider.model_server.messages import Failure, FailureReason
+from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
-from outrider.serving.commands import Failure, FailureReason
-from outrider.serving.scheduler import GenerationKey
-from outrider.simulation import Simulation
-from target_service.rows import Open, Row, RowReply
+from outrider.settings.simulation import Simulation
+from target_service.messages import Open, Row, RowReply
 from target_service.verifier import Verifier
 
 PAGE = 16

@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.emitter
-from orchestrator.store import Lease, SessionStore
-from outrider.redis_server import RedisServer
+import orchestrator.generation.recorder
+from orchestrator.sessions import Lease, SessionStore
+from outrider.redis.embedded import RedisServer
 from outrider.v1 import orchestrator_pb2
 from tests.redis_fixture import redis_command
 from tests.services import redis_streams
@@ -150,7 +150,7 @@ async def test_a_stream_survives_what_stays_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The result says that not all of it is recorded."""
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 0.5)
+    monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 0.5)
     output = Output()
     async with (
         orchestrating_at(tiers, redis.url) as system,
@@ -177,7 +177,7 @@ async def test_a_call_ends_with_its_last_token_though_redis_is_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is owed is written behind it, when Redis is back."""
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 200.0)
+    monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 200.0)
     output = Output()
     async with orchestrating_at(tiers, redis.url) as system:
         async with held_at(system, brake, output, 20, **FIRST) as listening:
@@ -213,7 +213,7 @@ async def test_a_generation_begun_without_redis_goes_on_when_it_comes_back(
         await renew(store, lease)
 
     monkeypatch.setattr(SessionStore, "renew", noted)
-    monkeypatch.setattr(orchestrator.emitter, "RENEW_INTERVAL_S", 0.05)
+    monkeypatch.setattr(orchestrator.generation.recorder, "RENEW_INTERVAL_S", 0.05)
     output, later = Output(), Output()
     async with orchestrating_at(tiers, redis.url, without_redis="unrecorded") as system:
         redis.kill()

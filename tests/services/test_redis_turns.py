@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.emitter
-from outrider.redis_server import RedisServer
+import orchestrator.generation.recorder
+from outrider.redis.embedded import RedisServer
 from outrider.v1 import orchestrator_pb2
 from tests.services import redis_streams
 from tests.services.parts import (
@@ -94,7 +94,7 @@ async def test_a_later_turn_of_which_nothing_was_recorded_is_not_the_one_before(
 
     Also when it asks twice, and when other calls have failed meanwhile.
     """
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", 0.0)
+    monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 0.0)
     output = Output()
     async with orchestrating_at(tiers, redis.url) as second:
         async with orchestrating_at(tiers, redis.url) as system:

@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.emitter
-import orchestrator.generation
+import orchestrator.generation.generation
+import orchestrator.generation.recorder
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.services.parts import (
     GREEDY,
@@ -72,8 +72,8 @@ async def some(call: Any, num_tokens: int) -> Output:
 async def test_a_long_output_is_sent_again_in_several_messages(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orchestrator.emitter, "MAX_CHUNK_TOKENS", 8)
-    monkeypatch.setattr(orchestrator.generation, "MAX_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(orchestrator.generation.recorder, "MAX_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(orchestrator.generation.generation, "MAX_CHUNK_TOKENS", 8)
     async with two(pair, redis_url) as (first, second):
         before = await first.generate(
             PROMPT,

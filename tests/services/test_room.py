@@ -10,11 +10,11 @@ import numpy as np
 from hypothesis import given, settings
 
 from outrider.engine.simulated import SimulatedEngine
+from outrider.model_server.messages import Close, Failure, FailureReason
+from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
-from outrider.serving.commands import Close, Failure, FailureReason
-from outrider.serving.scheduler import GenerationKey
-from outrider.simulation import Simulation
-from target_service.rows import Open, Row, RowReply
+from outrider.settings.simulation import Simulation
+from target_service.messages import Open, Row, RowReply
 from target_service.verifier import Verifier
 
 PAGE = 16

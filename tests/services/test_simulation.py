@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from outrider.engine.draws import DrawAsk
+from outrider.engine.interface import DrawAsk
 from outrider.engine.simulated import SimulatedEngine
 from outrider.sampling.params import SamplingParams, Verification
-from outrider.simulation import Simulation
+from outrider.settings.simulation import Simulation
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.services.parts import GREEDY, nothing_held, refusal
 from tests.stack import Output, Stack, eventually, running_stack

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.program import LISTENING_PREFIX
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
+from outrider.runtime.main import LISTENING_PREFIX
 from tests.services.parts import Pair, both_tiers
 from tests.services.programs import END_TIMEOUT_S, ended, program
 from tests.services.tokenizer_files import write_tokenizer

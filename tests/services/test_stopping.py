@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.emitter
-import orchestrator.service
-from orchestrator.emitter import Emitter
-from orchestrator.store import KvHandle
+import orchestrator.app
+import orchestrator.generation.recorder
+from orchestrator.generation.recorder import Emitter
+from orchestrator.sessions import KvHandle
 from outrider.errors import Unavailable
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.redis_fixture import redis_command
 from tests.services.parts import GREEDY, Brake, Pair, System, both_tiers, orchestrating, refusal
@@ -48,9 +48,9 @@ async def test_leases_are_given_back_when_redis_is_back(
     pair: Pair, brake: Brake, failures: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By calls that were cut off; with what they had shown."""
-    monkeypatch.setattr(orchestrator.emitter, "_RELEASE_RETRY_S", LONG_S)
-    monkeypatch.setattr(orchestrator.service, "ENDINGS_WAIT_S", LONG_S)
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", LONG_S)
+    monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", LONG_S)
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
     output = Output()
     with RedisServer(keeps_data=True) as redis:
         async with both_tiers(pair, draft_kv=None) as tiers, contextlib.AsyncExitStack() as stack:
@@ -89,8 +89,8 @@ async def test_a_stop_does_not_wait_for_ever(
     pair: Pair, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where Redis stays away the leases lapse."""
-    monkeypatch.setattr(orchestrator.service, "ENDINGS_WAIT_S", 0.2)
-    monkeypatch.setattr(orchestrator.service, "STOP_GRACE_S", 0.0)
+    monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", 0.2)
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
     with RedisServer() as redis:
         async with both_tiers(pair, draft_kv=None) as tiers, contextlib.AsyncExitStack() as stack:
             async with orchestrating(tiers, redis.url, stop_grace_s=0.0) as system:

@@ -14,15 +14,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-import target_service.service
-from outrider.costs import CostReport
+import target_service.app
 from outrider.engine import DeviceThread
 from outrider.errors import InternalError
-from outrider.registry import ReplicaState
-from outrider.server import LIVENESS
-from outrider.serving import progress
-from outrider.serving.scheduler import Scheduler
-from outrider.serving.status import ReplicaStatus
+from outrider.model_server import watchdog as progress
+from outrider.model_server.replica_status import ReplicaStatus
+from outrider.model_server.scheduler import Scheduler
+from outrider.redis.registry import ReplicaState
+from outrider.replica import CostReport
+from outrider.runtime.grpc_server import LIVENESS
 from outrider.v1 import target_pb2
 from tests.services.noting import Clock
 from tests.services.programs import ended
@@ -64,7 +64,7 @@ async def test_stuck_and_back(redis_url: str, gate: Gate) -> None:
             await told(stream, READY, STUCK)
             await registry.becomes(ReplicaState.STUCK)
             assert not await target.is_healthy()
-            assert await target.health(target_service.service.SERVICE_NAME) == NOT_SERVING
+            assert await target.health(target_service.app.SERVICE_NAME) == NOT_SERVING
             assert await target.health(LIVENESS) == SERVING
             assert (await target.info()).state == STUCK
             await stream.write(Frame(opens=[target_open(2)]))

@@ -15,11 +15,11 @@ from typing import Any
 import grpc
 from structlog.testing import capture_logs
 
-import draft_service.service
-import target_service.service
-from outrider.config import DraftConfig, TargetConfig
-from outrider.relay import Relay
-from outrider.server import Server
+import draft_service.app
+import target_service.app
+from outrider.cli.relay import Relay
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import DraftConfig, TargetConfig
 from outrider.v1 import orchestrator_pb2, target_pb2
 from tests.services.parts import (
     GREEDY,
@@ -53,9 +53,9 @@ async def replica(model: Path, *, is_draft: bool = False, **settings: Any) -> As
         **settings,
     }
     serving = (
-        draft_service.service.serving(DraftConfig(**how))
+        draft_service.app.serving(DraftConfig(**how))
         if is_draft
-        else target_service.service.serving(TargetConfig(**how))
+        else target_service.app.serving(TargetConfig(**how))
     )
     async with serving as server:
         yield server

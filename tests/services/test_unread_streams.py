@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.relay import Relay
+from outrider.cli.relay import Relay
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.security.parts import write_keys

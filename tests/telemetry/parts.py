@@ -13,11 +13,11 @@ import grpc
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-import draft_service.service
-import orchestrator.service
-import target_service.service
-from outrider.config import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.server import Server
+import draft_service.app
+import orchestrator.app
+import target_service.app
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.v1 import orchestrator_pb2_grpc
 from tests.stack import eventually
 
@@ -52,17 +52,17 @@ async def services(
     tier["stuck_after_s"] = 60.0
     async with contextlib.AsyncExitStack() as stack:
         target_server = await stack.enter_async_context(
-            target_service.service.serving(TargetConfig(simulate=target, **tier, **telemetry))
+            target_service.app.serving(TargetConfig(simulate=target, **tier, **telemetry))
         )
         draft_server = None
         if has_draft:
             draft_server = await stack.enter_async_context(
-                draft_service.service.serving(
+                draft_service.app.serving(
                     DraftConfig(simulate=DRAFT, stop_grace_s=0.0, **tier, **telemetry)
                 )
             )
         server = await stack.enter_async_context(
-            orchestrator.service.serving(
+            orchestrator.app.serving(
                 OrchestratorConfig(
                     target_endpoint=f"127.0.0.1:{target_server.port}",
                     draft_endpoint=f"127.0.0.1:{draft_server.port}" if draft_server else None,

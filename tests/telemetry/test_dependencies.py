@@ -7,7 +7,7 @@ import contextlib
 
 import grpc
 
-from outrider.redis_server import RedisServer
+from outrider.redis.embedded import RedisServer
 from tests.stack import eventually, request
 from tests.telemetry.parts import Services, prompt, scrape, services
 

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import pytest
 
-import orchestrator.service
-import target_service.service
-from outrider.config import OrchestratorConfig, TargetConfig
+import orchestrator.app
+import target_service.app
 from outrider.errors import ConfigError
-from outrider.rpc import STATUS_NAMES
+from outrider.runtime.grpc_status import STATUS_NAMES
+from outrider.settings.services import OrchestratorConfig, TargetConfig
 from outrider.telemetry.catalogue import (
     CATALOGUE,
     CERTIFICATE_EXPIRES_AT,
@@ -183,13 +183,13 @@ async def test_a_port_that_is_taken_is_refused_by_name(redis_url: str) -> None:
         port = taken.getsockname()[1]
         target = TargetConfig(simulate=TARGET, port=0, metrics_port=port)
         with pytest.raises(ConfigError, match=r"^metrics_port: cannot listen"):
-            async with target_service.service.serving(target):
+            async with target_service.app.serving(target):
                 pass
         config = OrchestratorConfig(
             target_endpoint="127.0.0.1:1", redis_url=redis_url, port=0, metrics_port=port
         )
         with pytest.raises(ConfigError, match=r"^metrics_port: cannot listen"):
-            async with orchestrator.service.serving(config):
+            async with orchestrator.app.serving(config):
                 pass
 
 

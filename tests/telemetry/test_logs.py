@@ -13,9 +13,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import draft_service.service
-import target_service.service
-from outrider.config import DraftConfig, TargetConfig
+import draft_service.app
+import target_service.app
+from outrider.settings.services import DraftConfig, TargetConfig
 from outrider.telemetry.logs import HIDDEN, without_secrets
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.cli.processes import ROOT, environment
@@ -140,8 +140,8 @@ async def _served(pair: Pair, redis_url: str, receiver: Receiver, said: list[str
     target_config = TargetConfig(model=str(pair.target), **common)
     draft_config = DraftConfig(model=str(pair.draft), **common)
     async with (
-        target_service.service.serving(target_config) as target,
-        draft_service.service.serving(draft_config) as draft,
+        target_service.app.serving(target_config) as target,
+        draft_service.app.serving(draft_config) as draft,
     ):
         flags = {
             "target-endpoint": f"127.0.0.1:{target.port}",
@@ -160,7 +160,7 @@ async def test_grpc_writes_no_lines_of_its_own(pair: Pair, redis_url: str) -> No
     """As it does where a replica goes away, in the midst of JSON."""
     said: list[str] = []
     config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=4_096, calibration_s=0.0)
-    async with target_service.service.serving(config) as target:
+    async with target_service.app.serving(config) as target:
         flags = (f"--target-endpoint=127.0.0.1:{target.port}", f"--redis-url={redis_url}")
         async with (
             orchestrator_process(said, *flags) as endpoint,

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from outrider.security.channel import Access
+from outrider.client.channel import Access
 from outrider.security.keys import KeyLimits
 from tests.security.parts import (
     Authority,

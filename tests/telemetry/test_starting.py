@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-import orchestrator.service
-from outrider.config import OrchestratorConfig
+import orchestrator.app
 from outrider.errors import Unavailable
+from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry.scraping import Scrape
 from tests.stack import eventually
 
@@ -48,7 +48,7 @@ async def starting(**settings: Any) -> AsyncIterator[Starting]:
     )  # fmt: skip
 
     async def start() -> None:
-        async with orchestrator.service.serving(config):
+        async with orchestrator.app.serving(config):
             raise AssertionError("it serves")
 
     with capture_logs() as logs:
@@ -63,7 +63,7 @@ async def starting(**settings: Any) -> AsyncIterator[Starting]:
 
 async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No replica is ready, Redis is there; and the log says what is missing, again and again."""
-    monkeypatch.setattr(orchestrator.service, "TARGET_TOLD_S", 0.1)
+    monkeypatch.setattr(orchestrator.app, "TARGET_TOLD_S", 0.1)
     async with starting(redis_url=redis_url) as started:
 
         async def is_logged() -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from outrider.config import OrchestratorConfig
 from outrider.errors import ConfigError
-from outrider.telemetry.settings import TelemetrySettings
+from outrider.settings.services import OrchestratorConfig
+from outrider.settings.telemetry import TelemetrySettings
 from outrider.telemetry.tracing import FIRST_ROUNDS, tracing
 from outrider.v1 import orchestrator_pb2
 from tests.stack import request

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.redis_server import find_server
+from outrider.redis.embedded import find_server
 
 ROOT = Path(__file__).parents[3]
 NODE_ADDRESS = "10.117.0.1"
@@ -111,7 +111,7 @@ class Sandbox:
             program.chmod(0o755)
         pair = root / "opt/outrider/pair"
         pair.parent.mkdir(parents=True, exist_ok=True)
-        pair.symlink_to(ROOT / "outrider/engine/quickstart/pair")
+        pair.symlink_to(ROOT / "outrider/quickstart_pair")
         for file in ("hosts", "resolv.conf"):
             self.mount_file(root, self._directory / file, f"/etc/{file}")
         return root

@@ -1,0 +1,54 @@
+"""The draft service put together: engine, proposer, scheduler, server."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from draft_service.grpc_server import DraftServicer
+from draft_service.scheduler_worker import Proposer
+from outrider.engine import DeviceThread, ServedEngine
+from outrider.model_server.lifecycle import Mounted, model_serving
+from outrider.model_server.replica_status import ReplicaStatus
+from outrider.model_server.scheduler import Scheduler
+from outrider.model_server.stream_telemetry import TierWatch
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import DraftConfig
+from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+
+SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+
+
+def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
+    """As `model_serving`."""
+
+    def mount(
+        engine: ServedEngine,
+        model: model_pb2.ModelInfo,
+        device: DeviceThread,
+        server: Server,
+        status: ReplicaStatus,
+        watch: TierWatch,
+    ) -> Mounted:
+        proposer = Proposer(
+            engine,
+            max_gamma=config.max_gamma,
+            max_step_tokens=config.max_step_tokens,
+            max_branches=config.max_branches,
+            idle_session_ttl_s=config.idle_session_ttl_s,
+            prefix_cache=config.prefix_cache,
+        )
+        proposer.meter = watch.meter
+        scheduler = Scheduler(proposer, device)
+        mounted = Mounted(
+            scheduler,
+            proposer.statistics,
+            lambda: proposer.costs.report,
+            proposer.health,
+        )
+        servicer = DraftServicer(
+            scheduler, model, proposer.statistics, mounted.costs, status, watch
+        )
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
+        return mounted
+
+    return model_serving(config, "draft", SERVICE_NAME, mount)

@@ -1,0 +1,146 @@
+"""The clients' messages that the orchestrator sends, from its own values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from orchestrator.generation.recorder import Chunk
+from orchestrator.generation.request import GenerationRequest
+from orchestrator.generation.result import Result
+from orchestrator.generation.state import EmittedToken, FinishReason, TokenOrigin
+from orchestrator.replicas.pairing import DraftMatch
+from orchestrator.sessions import KvHandle, SessionPage, SessionRecord
+from orchestrator.speculation.gamma import GammaDecision
+from outrider.errors import ConfigError
+from outrider.runtime.protobuf import verification_to_proto
+from outrider.v1 import orchestrator_pb2
+
+_ORIGINS = {
+    TokenOrigin.ACCEPTED: orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
+    TokenOrigin.RECOVERED: orchestrator_pb2.TOKEN_ORIGIN_RECOVERED,
+    TokenOrigin.BONUS: orchestrator_pb2.TOKEN_ORIGIN_BONUS,
+    TokenOrigin.PLAIN: orchestrator_pb2.TOKEN_ORIGIN_PLAIN,
+    TokenOrigin.EARLIER: orchestrator_pb2.TOKEN_ORIGIN_UNSPECIFIED,
+}
+_FINISH_REASONS = {
+    FinishReason.STOP: orchestrator_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: orchestrator_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: orchestrator_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+def pairing_response(
+    match: DraftMatch | None, refused: Sequence[ConfigError]
+) -> orchestrator_pb2.DraftPairing | None:
+    """`refused`: why draft replicas are refused now."""
+    if match is None and not refused:
+        return None
+    return orchestrator_pb2.DraftPairing(
+        num_differing_ids=match.num_differing_ids if match else 0,
+        is_assumed=match is not None and match.is_assumed,
+        refused=str(refused[-1]) if refused else "",
+    )
+
+
+def generate_response(
+    chunk: Chunk, result: Result | None, session_id: str, asked: GenerationRequest
+) -> orchestrator_pb2.GenerateResponse:
+    return orchestrator_pb2.GenerateResponse(
+        session_id=session_id,
+        token_ids=[token.token_id for token in chunk.tokens],
+        text=chunk.text,
+        text_ends=chunk.text_ends,
+        origins=[_ORIGINS[token.origin] for token in chunk.tokens],
+        logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
+        result=_result(result, asked) if result else None,
+    )
+
+
+def _logprobs(token: EmittedToken) -> orchestrator_pb2.TokenLogprobs:
+    assert token.logprobs is not None, "asked for"
+    return orchestrator_pb2.TokenLogprobs(
+        logprob=token.logprobs.logprob,
+        top_ids=token.logprobs.top_ids,
+        top_logprobs=token.logprobs.top_logprobs,
+    )
+
+
+def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.GenerateResult:
+    finish, counts = result.finish, result.counts
+    return orchestrator_pb2.GenerateResult(
+        finish_reason=_FINISH_REASONS[finish.reason],
+        stop_text=finish.stop_text,
+        stop_token_id=finish.stop_token_id,
+        eos_token_id=finish.eos_token_id,
+        usage=orchestrator_pb2.Usage(
+            prompt_tokens=result.num_prompt_tokens,
+            completion_tokens=result.num_completion_tokens,
+            cached_tokens=result.num_cached_tokens,
+        ),
+        speculation=orchestrator_pb2.SpeculationStats(
+            num_drafts=counts.num_drafts,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
+            num_accepted_tokens_per_pos=counts.num_accepted_per_pos,
+            num_rejected_tokens=counts.num_rejected_tokens,
+            acceptance_rate=counts.acceptance_rate,
+            mean_acceptance_length=counts.mean_acceptance_length,
+            num_rounds=counts.num_rounds,
+            time_to_first_token_s=result.time_to_first_token_s,
+            duration_s=result.duration_s,
+            tokens_per_s=result.tokens_per_s,
+            gamma=asked.gamma,
+            verification=verification_to_proto(asked.verification),
+            draft_wire_bytes=result.draft_wire_bytes,
+            target_wire_bytes=result.target_wire_bytes,
+            num_lookahead_hits=result.num_lookahead_hits,
+            num_rounds_per_gamma=counts.num_rounds_per_gamma,
+            target_step_s=result.target_step_s,
+            verify_s=result.verify_s,
+            draft_wait_s=result.draft_wait_s,
+            decision=_decision(result.decision) if result.decision else None,
+        ),
+        seed=asked.params.seed,
+        recorded=result.recorded,
+        interrupted_answer_tokens=result.num_interrupted_tokens,
+    )
+
+
+def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:
+    said = asdict(decision)
+    del said["wait_s"]
+    return orchestrator_pb2.GammaDecision(**said)
+
+
+def sessions_response(page: SessionPage) -> orchestrator_pb2.ListSessionsResponse:
+    return orchestrator_pb2.ListSessionsResponse(
+        sessions=[orchestrator_pb2.SessionSummary(**asdict(one)) for one in page.sessions],
+        next_page_token=str(page.cursor) if page.cursor else "",
+        num_unreadable=page.num_unreadable,
+    )
+
+
+def session_response(record: SessionRecord) -> orchestrator_pb2.GetSessionResponse:
+    return orchestrator_pb2.GetSessionResponse(
+        session_id=record.session_id,
+        token_ids=record.token_ids.tolist(),
+        in_use=record.in_use,
+        epoch=record.epoch,
+        num_turns=record.num_turns,
+        num_drafts=record.counters.num_drafts,
+        num_draft_tokens=record.counters.num_draft_tokens,
+        num_accepted_tokens=record.counters.num_accepted_tokens,
+        num_emitted_tokens=record.counters.num_emitted_tokens,
+        target_kv=_kv(record.target_kv),
+        draft_kv=_kv(record.draft_kv),
+        expires_in_s=record.expires_in_s,
+    )
+
+
+def _kv(handle: KvHandle | None) -> orchestrator_pb2.KvHandle | None:
+    if handle is None:
+        return None
+    return orchestrator_pb2.KvHandle(
+        replica=handle.replica, epoch=handle.epoch, cached_len=handle.cached_len
+    )

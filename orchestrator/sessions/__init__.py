@@ -1,0 +1,36 @@
+"""Sessions in Redis: the committed conversation, its lease, and where its keys and values lie.
+
+Owns every key `{prefix}:session:*`; callers see the records below and the errors of
+`outrider.errors`, nothing of Redis (`outrider.redis.connection` is the connection). Knows nothing of
+models, rounds or transport.
+"""
+
+from orchestrator.sessions.records import (
+    Counters,
+    KvHandle,
+    Lease,
+    RoundRecord,
+    SessionPage,
+    SessionRecord,
+    SessionSummary,
+    StoreOptions,
+    scoped_id,
+    unrecorded,
+    validate_session_id,
+)
+from orchestrator.sessions.store import SessionStore
+
+__all__ = [
+    "Counters",
+    "KvHandle",
+    "Lease",
+    "RoundRecord",
+    "SessionPage",
+    "SessionRecord",
+    "SessionStore",
+    "SessionSummary",
+    "StoreOptions",
+    "scoped_id",
+    "unrecorded",
+    "validate_session_id",
+]

@@ -1,0 +1,140 @@
+"""How a client opens a channel: in plain text or with TLS, with a certificate, with a key.
+
+The one place where channels are made. Knows no service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from outrider.errors import ConfigError
+from outrider.runtime.grpc_status import CALLER_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
+from outrider.runtime.server_security import is_loopback
+from outrider.security.files import WatchedFiles, read_secret
+from outrider.security.keys import check_key
+from outrider.security.pem import Pem, watched_pem
+
+OpenChannel = Callable[[str], grpc.aio.Channel]
+Options = Sequence[tuple[str, Any]]
+
+# Channels to one address share a connection otherwise.
+_SPREAD: Options = (
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+KEY_HEADER = "authorization"
+
+
+def open_plain(endpoint: str) -> grpc.aio.Channel:
+    """To a model service, without TLS: for this machine, and for networks that are trusted."""
+    return grpc.aio.insecure_channel(endpoint, options=TIER_CHANNEL_OPTIONS)
+
+
+class TlsChannels:
+    """Opens channels with what the files hold at that moment."""
+
+    def __init__(
+        self,
+        files: WatchedFiles[Pem],
+        server_name: str | None = None,
+        options: Options = TIER_CHANNEL_OPTIONS,
+    ) -> None:
+        """`server_name`: DNS name expected in the server's certificate; None: the endpoint's."""
+        self.files = files
+        self._server_name = server_name
+        self._options = options
+
+    def open(self, endpoint: str, api_key: str | None = None) -> grpc.aio.Channel:
+        """`api_key` goes with each call."""
+        pem = self.files.current
+        options: list[tuple[str, Any]] = list(self._options)
+        if self._server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self._server_name))
+        credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+        if api_key is not None:
+            credentials = grpc.composite_channel_credentials(
+                credentials, grpc.access_token_call_credentials(api_key)
+            )
+        return grpc.aio.secure_channel(endpoint, credentials, options=options)
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a caller reaches an orchestrator: paths of PEM files, and the key itself."""
+
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+
+def open_channel(
+    endpoint: str, access: Access | None = None, *, is_spread: bool = False
+) -> grpc.aio.Channel:
+    """To an orchestrator, as a caller. To be used as a context manager, or closed.
+
+    `is_spread`: connections of its own, to all addresses of the endpoint's name in turn.
+    Raises ConfigError for files that cannot be used, and where a key would travel in plain text.
+    """
+    access = access or Access()
+    options = (*CALLER_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
+    if access.tls_ca is None:
+        _check_plain(endpoint, access)
+        interceptors = None if access.api_key is None else _with_key(access.api_key)
+        return grpc.aio.insecure_channel(endpoint, options=options, interceptors=interceptors)
+    if (access.tls_cert is None) != (access.tls_key is None):
+        raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
+    files = watched_pem(
+        ca=access.tls_ca,
+        cert=access.tls_cert,
+        key=access.tls_key,
+        ca_name="--tls-ca",
+        cert_name="--tls-cert",
+    )
+    return TlsChannels(files, options=options).open(endpoint, access.api_key)
+
+
+def read_key(path: str) -> str:
+    """A caller's own key, in a file of its own. Raises ConfigError."""
+    return check_key(read_secret(path, "--api-key-file"), "--api-key-file")
+
+
+def _check_plain(endpoint: str, access: Access) -> None:
+    if access.tls_cert is not None or access.tls_key is not None:
+        raise ConfigError("--tls-cert, --tls-key: need --tls-ca")
+    host = endpoint.removeprefix("dns:///").rpartition(":")[0]
+    is_here = endpoint.startswith("unix:") or is_loopback(host)
+    if access.api_key is not None and not is_here:
+        raise ConfigError(f"--tls-ca: is required: the key would go to {endpoint} in plain text")
+
+
+def _with_key(api_key: str) -> list[Any]:
+    metadata = ((KEY_HEADER, f"Bearer {api_key}"),)
+    return [_UnaryKey(metadata), _StreamKey(metadata)]
+
+
+class _UnaryKey(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
+    """gRPC's own call credentials want TLS; this is for servers on the same machine."""
+
+    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(_added(details, self._metadata), request)
+
+
+class _StreamKey(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
+
+    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(_added(details, self._metadata), request)
+
+
+def _added(details: Any, metadata: tuple[tuple[str, str], ...]) -> Any:
+    return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), *metadata))

@@ -1,0 +1,142 @@
+"""One forward step: tokens of many sequences packed side by side, attended one by one.
+
+Owns the plan of a step (who has which rows, which masks, which slots of the KV memory) and
+carries it out layer by layer. Knows nothing about models or logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from outrider.engine.attention.interface import Block, LayerCall, attend_explicit, attend_fused
+from outrider.engine.attention.segments import OnDevices, Segment
+from outrider.engine.attention.shared_prefix import group_branches
+from outrider.engine.kv.store import PAGE_SIZE, KVStore
+
+# Masks above this size are made anew for every layer rather than kept for the whole step.
+_KEPT_MASK_BYTES = 32 << 20
+
+
+class TorchBackend:
+    """Attention by torch's own kernels, on any device."""
+
+    def __init__(self, store: KVStore, windows: tuple[int | None, ...]) -> None:
+        """windows: per layer, from the configuration; what the model passes goes before it."""
+        self._store = store
+        self._windows = windows
+
+    def step(self, segments: Seq[Segment]) -> PackedStep:
+        for segment in segments:
+            self._store.compact(segment.sequence)
+        return PackedStep(self._store, segments, self._windows)
+
+
+class PackedStep:
+    """Carries the attention of one step; made for it and dropped with it."""
+
+    def __init__(
+        self, store: KVStore, segments: Seq[Segment], windows: tuple[int | None, ...]
+    ) -> None:
+        self._store = store
+        self._windows = windows
+        self._alone, self._branches = group_branches(store, segments)
+        self._order = self._find_order() if self._branches else None
+        self._blocks: dict[int | None, list[tuple[Segment, Block]]] = {}
+        self._masks: dict[tuple[Block, int, torch.dtype, torch.device], torch.Tensor | None] = {}
+        self._slots = OnDevices(
+            np.concatenate([store.slots(s.sequence, s.past, s.total) for s in segments])
+        )
+        self._pages: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: LayerCall,
+    ) -> torch.Tensor:
+        """Caches key and value [1, Hkv, T, D], attends query [1, H, T, D] → [1, T, H, Dv]."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        window = self._windows[layer] if call.window is None else call.window
+        keys, values = self._store.keys[layer], self._store.values[layer]
+        slots = self._slots.get(keys.device)
+        keys.index_copy_(0, slots, key[0].transpose(0, 1))
+        values.index_copy_(0, slots, value[0].transpose(0, 1))
+        outs = [
+            self._attend_block(segment, block, query, (keys, values), call)
+            for segment, block in self._blocks_with(window)
+        ]
+        outs += [b.attend(query, (keys, values), call, window) for b in self._branches]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if self._order is not None:
+            out = out.index_select(0, self._order.get(out.device))
+        return out[None]
+
+    def _find_order(self) -> OnDevices | None:
+        """Where the packed rows are among those attended alone, then by branches."""
+        alone = [np.arange(s.start, s.stop) for s in self._alone]
+        rows = np.concatenate([*alone, *(b.rows for b in self._branches)])
+        return None if np.array_equal(rows, np.arange(rows.size)) else OnDevices(np.argsort(rows))
+
+    def _blocks_with(self, window: int | None) -> list[tuple[Segment, Block]]:
+        if window not in self._blocks:
+            self._blocks[window] = [(s, b) for s in self._alone for b in s.blocks(window)]
+        return self._blocks[window]
+
+    def _attend_block(
+        self,
+        segment: Segment,
+        block: Block,
+        query: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        call: LayerCall,
+    ) -> torch.Tensor:
+        """One block of one segment: [block tokens, H, Dv]."""
+        key = self._history(segment, block, cache[0])
+        value = self._history(segment, block, cache[1])
+        num_heads, dim = query.shape[1], query.shape[3]
+        num_kv_heads = key.shape[0]
+        group = num_heads // num_kv_heads
+        count = block.last - block.first + 1
+        row = segment.start + block.first - segment.past
+        folded = query[0, :, row : row + count].reshape(num_kv_heads, group * count, dim)
+        mask = self._mask(block, group, query)
+        if call.softcap is None and call.sinks is None:
+            out = attend_fused(folded, key, value, mask, call.scaling)
+        else:
+            out = attend_explicit(folded, key, value, mask, call)
+        return out.reshape(num_heads, count, -1).transpose(0, 1)
+
+    def _history(self, segment: Segment, block: Block, cache: torch.Tensor) -> torch.Tensor:
+        """Keys or values [first_key, last] of a sequence, [Hkv, keys, D]: a view if it can be."""
+        run_start = segment.sequence.run_start
+        if run_start is not None:
+            rows = cache[run_start + block.first_key : run_start + block.last + 1]
+        else:
+            first_page = block.first_key // PAGE_SIZE
+            pages = self._pages_on(segment, cache.device)
+            pages = pages[first_page : block.last // PAGE_SIZE + 1]
+            paged = cache.view(-1, PAGE_SIZE, *cache.shape[1:]).index_select(0, pages)
+            offset = first_page * PAGE_SIZE
+            rows = paged.flatten(0, 1)[block.first_key - offset : block.last + 1 - offset]
+        return rows.transpose(0, 1)
+
+    def _mask(self, block: Block, group: int, query: torch.Tensor) -> torch.Tensor | None:
+        place = (block, group, query.dtype, query.device)
+        if place in self._masks:
+            return self._masks[place]
+        mask = block.mask(group, query.dtype, query.device)
+        if mask is None or mask.nbytes <= _KEPT_MASK_BYTES:
+            self._masks[place] = mask
+        return mask
+
+    def _pages_on(self, segment: Segment, device: torch.device) -> torch.Tensor:
+        place = (segment.start, device)
+        if place not in self._pages:
+            pages = self._store.page_ids(segment.sequence, segment.total)
+            self._pages[place] = torch.from_numpy(pages).to(device)
+        return self._pages[place]

@@ -1,0 +1,121 @@
+"""The last check before a model serves: this engine against plain eager attention.
+
+Runs the same weights twice: one sequence at a time with transformers' own eager attention, and
+as ragged steps with chunked prefill, verification and roll-back through `Engine.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.engine.attention.interface import ATTENTION_NAME
+from outrider.engine.engine import Append, Engine
+from outrider.errors import ModelError
+
+_FIRST_LEN = 24
+_SECOND_LEN = 17
+
+# Largest difference allowed, in standard deviations of the logits. Low precision differs by a
+# few hundredths; a wrong mask or position by about one.
+_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+Tokens = npt.NDArray[np.int64]
+
+
+def probe_tokens(model: Any, max_context_len: int) -> tuple[Tokens, Tokens]:
+    """Two sequences of random tokens, as long as the context allows."""
+    first, second = (min(n, max_context_len) for n in (_FIRST_LEN, _SECOND_LEN))
+    return random_tokens(model, first, seed=0), random_tokens(model, second, seed=2)
+
+
+def random_tokens(model: Any, length: int, *, seed: int) -> Tokens:
+    """Those whose embedding is finite: NaN would hide whatever comes after it."""
+    weight = model.get_input_embeddings().weight
+    finite = torch.isfinite(weight.amax(-1) - weight.amin(-1)).nonzero()[:, 0].cpu().numpy()
+    if not len(finite):
+        finite = np.arange(len(weight))
+    return finite[np.random.default_rng(seed).integers(len(finite), size=length)]
+
+
+def eager_logits(model: Any, sequences: Seq[Tokens], *, num_rows: int = 0) -> list[torch.Tensor]:
+    """Uncached logits of each sequence, float32 [tokens, vocab]; the model is ours again after.
+
+    `num_rows`: of its last tokens alone; 0: of all.
+    """
+    device = model.get_input_embeddings().weight.device
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            return [
+                model(
+                    torch.from_numpy(ids)[None].to(device),
+                    use_cache=False,
+                    logits_to_keep=num_rows,
+                )
+                .logits[0]
+                .float()
+                for ids in sequences
+            ]
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def compare(
+    name: str, engine: Engine, sequences: tuple[Tokens, Tokens], expected: list[torch.Tensor]
+) -> float:
+    """The largest difference from `expected`. Raises ModelError if it is absurd."""
+    largest = 0.0
+    for ids, wanted, got in _ragged_steps(engine, sequences, expected):
+        if got.shape != wanted.shape:
+            raise ModelError(f"{name}: logits of shape {tuple(got.shape)} for {ids} tokens")
+        largest = max(largest, difference(wanted, got))
+    return checked(name, largest, torch.cat(expected), engine)
+
+
+def difference(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """The largest of a logit; infinity where one is NaN."""
+    return float((got - wanted).abs().nan_to_num(torch.inf).max())
+
+
+def checked(name: str, largest: float, expected: torch.Tensor, engine: Engine) -> float:
+    """The largest difference. Raises ModelError if it is more than rounding explains."""
+    scale = max(float(expected.std()), 1e-6)
+    dtype = engine.store.keys[0].dtype
+    if not largest <= _TOLERANCE.get(dtype, 0.5) * scale:
+        raise ModelError(f"{name}: logits differ by {largest:.3g} from plain attention (their "
+                         f"standard deviation is {scale:.3g}): not served correctly")  # fmt: skip
+    return largest
+
+
+def _ragged_steps(
+    engine: Engine, sequences: tuple[Tokens, Tokens], expected: list[torch.Tensor]
+) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(tokens, expected, actual) for each part of three steps over both sequences."""
+    handles = [engine.store.open(len(ids)) for ids in sequences]
+    results = []
+    one, two = len(sequences[0]) // 2, len(sequences[1]) // 3
+    ends = tuple(len(ids) for ids in sequences)
+    steps = [
+        ((0, 0), (one, two)),
+        ((one, two), (one + 4, two + 1)),
+        # The first sequence goes back three tokens, the second one's prefill continues.
+        ((one + 1, two + 1), ends),
+    ]
+    for starts, stops in steps if min(ends) >= _SECOND_LEN else [((0, 0), ends)]:
+        parts = []
+        for handle, ids, start, stop in zip(handles, sequences, starts, stops, strict=True):
+            engine.store.truncate(handle, start)
+            parts.append(Append(handle, ids[start:stop], stop - start))
+        logits = engine.forward(parts)
+        row = 0
+        for part, wanted, start, stop in zip(parts, expected, starts, stops, strict=True):
+            results.append((part.num_logits, wanted[start:stop], logits[row : row + stop - start]))
+            row += stop - start
+    for handle in handles:
+        engine.store.free(handle)
+    return results

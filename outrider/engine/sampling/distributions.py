@@ -1,0 +1,185 @@
+"""The distributions that many rows of logits become by their parameters, and draws from them.
+
+The device does what is proportional to the vocabulary (`rows`); the few tokens that matter are
+finished here, in double precision with numpy, so that a draw is the same wherever and beside
+whatever it is made. Knows nothing of generations, blocks of draft tokens or the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.engine.sampling.gumbel_max import Entrants, Excluded, Masses, Sweep, best
+from outrider.sampling import warp
+from outrider.sampling.params import SamplingParams
+from outrider.sampling.random import token_gumbels
+
+Ids = npt.NDArray[Any]
+Doubles = npt.NDArray[np.float64]
+
+# As many as most nuclei have; where it is not enough, the whole row is sorted.
+_HEAD_SIZE = 256
+# Bounds are of single precision: an error of 2**-22 of a scaled logit, and of the logarithm.
+_BOUND_ERROR = 1e-4
+_RELATIVE_BOUND_ERROR = 1e-6
+
+
+class Ranking(NamedTuple):
+    """Tokens by falling log-probability + noise, the lower id at ties; both [n, k].
+
+    Scores are float64, -inf for tokens without probability.
+    """
+
+    ids: Ids
+    scores: Doubles
+
+
+def with_noise(ranking: Ranking, keys: Ids) -> Ranking:
+    """The same tokens ranked with the noise of `keys` int64 [n], where they were without."""
+    return _ranking(ranking.ids, ranking.scores + token_gumbels(keys, ranking.ids))
+
+
+class Laws:
+    """One distribution a row: `logits` float32 [n, vocab], adjusted; `params` [n], temperature > 0.
+
+    `excluded` tokens are left out of `tails` and races, not out of the distributions.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        params: Sequence[SamplingParams],
+        excluded: Excluded | None = None,
+    ) -> None:
+        self._logits = logits
+        self._temperatures = np.array([p.temperature for p in params])
+        self._floors = _floors(logits, self._temperatures, params)
+        self._sweep = Sweep(logits, self._temperatures, self._floors, excluded)
+        self._masses: Masses | None = None
+
+    @property
+    def masses(self) -> Masses:
+        if self._masses is None:
+            self._masses = self._sweep.masses()
+        return self._masses
+
+    @property
+    def tails(self) -> Doubles:
+        """Float64 [n]: the probability outside what is excluded."""
+        return self.masses.tails / self._kept
+
+    @property
+    def _kept(self) -> Doubles:
+        # The peak's own weight is 1, so that less is a row that allows nothing.
+        return np.maximum(self.masses.kept, 1.0)
+
+    def logprobs_at(self, rows: Ids, columns: Ids) -> Doubles:
+        """Float64 log-probabilities of single entries, -inf for those cut off."""
+        logits = self._logits[_on(rows, self._logits), _on(columns, self._logits)].cpu().numpy()
+        return self._logprobs(rows, logits)
+
+    def likeliest(self, num: int) -> Ranking:
+        """The best `num` without noise."""
+        values, ids = (part.cpu().numpy() for part in best(self._logits, num))
+        rows = np.arange(len(ids))[:, None]
+        return _ranking(ids, self._logprobs(rows, values))
+
+    def race(self, keys: Ids, num: int, width: int) -> Ranking:
+        """The best `num` by Gumbel-max with the noise of `keys` int64 [n].
+
+        `width` > `num` tokens a row are looked at exactly. Where they might not hold the best,
+        which the bounds of all others tell, every token of the row is.
+        """
+        self._masses, entrants = self._sweep.race(keys, width)
+        ranking = self._ranked(np.arange(len(keys)), keys, entrants)
+        if entrants.ids.shape[-1] < self._logits.shape[-1]:
+            lowest = ranking.scores[:, num - 1] + np.log(self._kept)
+            for row in np.flatnonzero(_may_miss(lowest, entrants.bounds[:, -1])).tolist():
+                alone = self._sweep.full_race(row, int(keys[row]), width)
+                ids, scores = self._ranked(np.array([row]), keys[row : row + 1], alone)
+                ranking.ids[row], ranking.scores[row] = ids[0], scores[0]
+        return Ranking(ranking.ids[:, :num], ranking.scores[:, :num])
+
+    def _ranked(self, rows: Ids, keys: Ids, entrants: Entrants) -> Ranking:
+        ids = entrants.ids
+        logprobs = self.logprobs_at(np.repeat(rows, ids.shape[-1]), ids.reshape(-1))
+        scores = logprobs.reshape(ids.shape) + token_gumbels(keys, ids)
+        scores[(entrants.bounds == -np.inf) | np.isnan(scores)] = -np.inf
+        return _ranking(ids, scores)
+
+    def _logprobs(self, rows: Ids, logits: npt.NDArray[np.float32]) -> Doubles:
+        scaled = logits.astype(np.float64) / self._temperatures[rows] - self.masses.peaks[rows]
+        if self._floors is not None:
+            scaled = np.where(scaled >= self._floors[rows], scaled, -np.inf)
+        return np.asarray(scaled - np.log(self._kept)[rows])
+
+
+def _ranking(ids: Ids, scores: Doubles) -> Ranking:
+    order = np.lexsort((ids, -scores))
+    return Ranking(np.take_along_axis(ids, order, -1), np.take_along_axis(scores, order, -1))
+
+
+def _may_miss(lowest: Doubles, bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Whether a token beyond the last bound might score more than the lowest one compared."""
+    is_open = bounds > -np.inf  # else all tokens that have any probability are among them
+    known = np.where(is_open, bounds, 0.0)
+    slack = _BOUND_ERROR + _RELATIVE_BOUND_ERROR * np.abs(known)
+    return is_open & ~(lowest >= known + slack)
+
+
+def _floors(
+    logits: torch.Tensor, temperatures: Doubles, params: Sequence[SamplingParams]
+) -> Doubles | None:
+    """Float64 [n]: of the scaled logits less the peak, the least that is kept; None: all are."""
+    rows = np.array([i for i, p in enumerate(params) if warp.cuts_off(p)], np.int64)
+    if not len(rows):
+        return None
+    floors = np.full(len(params), -np.inf)
+    # A device sorts whole rows at once; on a CPU a head of each row is a hundred times cheaper.
+    on_cpu, size = logits.device.type == "cpu", logits.shape[-1]
+    limits = [p.top_k for p in params if p.top_k < size]
+    num_first = min(size, max([_HEAD_SIZE, *limits])) if on_cpu else size
+    for num in (num_first, size):
+        some = logits.index_select(0, _on(rows, logits))
+        cuts = _cuts([params[i] for i in rows.tolist()])
+        found, is_found = _floors_from_heads(some, temperatures[rows], cuts, num)
+        floors[rows] = found
+        rows = rows[~is_found]
+        if num == size or not len(rows):
+            break
+    return floors
+
+
+def _cuts(params: Sequence[SamplingParams]) -> warp.Cuts:
+    columns = (
+        np.array([warp.log_min_p(p) for p in params]),
+        np.array([p.top_k for p in params], np.int64),
+        np.array([p.top_p for p in params]),
+    )
+    return warp.Cuts(*(column[:, None] for column in columns))
+
+
+def _floors_from_heads(
+    logits: torch.Tensor, temperatures: Doubles, cuts: warp.Cuts, num: int
+) -> tuple[Doubles, npt.NDArray[np.bool_]]:
+    """From the greatest `num` of each row; and whether they were enough."""
+    values, _ = best(logits, num)
+    cuts = warp.Cuts(*(torch.from_numpy(column).to(logits.device) for column in cuts))
+    scale = torch.from_numpy(temperatures).to(logits.device)[:, None]
+    ordered = warp.scale(values, scale)
+    limits = warp.limit_floor(ordered, cuts)
+    mass = torch.ones_like(limits)
+    if bool((cuts.top_p < 1).any()):
+        kept = Sweep(logits, temperatures, limits[:, 0].cpu().numpy()).masses().kept
+        mass = torch.from_numpy(kept).to(logits.device)[:, None]
+    floors, is_found = warp.nucleus_floor(ordered, limits, mass, cuts)
+    return floors[:, 0].cpu().numpy(), is_found[:, 0].cpu().numpy()
+
+
+def _on(ids: Ids, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(like.device)

@@ -1,0 +1,99 @@
+"""From a service's settings to a loaded engine and what the wire says about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from outrider.engine import EngineInfo, EngineOptions, ServedEngine, load_engine
+from outrider.engine.simulated import SimulatedEngine
+from outrider.errors import ConfigError, InvalidRequest
+from outrider.runtime.protobuf import sampling_from_proto
+from outrider.settings.services import DraftConfig, ModelServiceConfig
+from outrider.settings.simulation import Simulation
+from outrider.tokenizer import Tokenizer
+from outrider.tokenizer_files import TokenizerFiles
+from outrider.v1 import model_pb2, sampling_pb2
+
+
+def load_served_engine(
+    config: ModelServiceConfig,
+) -> tuple[ServedEngine, model_pb2.ModelInfo]:
+    """Loads the model and its tokenizer's fingerprint; on the device thread. Raises ConfigError."""
+    if config.simulate is not None:
+        simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
+        simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
+        model = _model_info(simulated.info, None, config.max_gamma)
+        # Ids of equal simulations mean the same by construction.
+        model.tokenizer_fingerprint = model.model_fingerprint
+        return simulated, model
+    tokenizer = Tokenizer.load(config.model)
+    eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None
+    engine = load_engine(
+        EngineOptions(
+            model=config.model,
+            dtype=config.dtype,
+            device=config.device,
+            device_map=config.device_map,
+            kv_cache_tokens=config.kv_cache_tokens,
+            max_model_len=config.max_model_len,
+            num_threads=config.num_threads,
+            prepack=config.prepack,
+            forbid_kernels=_names(config.forbid_kernels),
+            attention_backend=config.attention_backend,
+            cuda_graphs=config.cuda_graphs,
+            tokenizer_eos_ids=() if eos_id is None else (eos_id,),
+            inflate_parameters=config.inflate_parameters,
+        )
+    )
+    model = _model_info(engine.info, tokenizer, config.max_gamma)
+    if config.generation_config == "auto":
+        model.sampling_defaults.CopyFrom(sampling_defaults(config.model, engine.info.vocab_size))
+    return engine, model
+
+
+def sampling_defaults(model: str, vocab_size: int) -> sampling_pb2.SamplingParams:
+    """From generation_config.json, the fields that vLLM takes. Raises ConfigError."""
+    path = TokenizerFiles(model).find("generation_config.json")
+    if path is None:
+        return sampling_pb2.SamplingParams()
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        given = {name: told[key] for key, name in _DEFAULTS.items() if told.get(key) is not None}
+        defaults = sampling_pb2.SamplingParams(**given)
+        params = sampling_from_proto(defaults, default_max_tokens=1, default_seed=0)
+        params.validate(vocab_size)
+    except (ValueError, TypeError, AttributeError, InvalidRequest) as error:
+        raise ConfigError(
+            f"{path}: {error}; --generation-config none serves the model without it"
+        ) from error
+    return defaults
+
+
+# Fields of generation_config.json, and ours.
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def _names(listed: str) -> frozenset[str]:
+    """Names in a list separated by commas."""
+    return frozenset(name.strip() for name in listed.split(",") if name.strip())
+
+
+def _model_info(
+    info: EngineInfo, tokenizer: Tokenizer | None, max_gamma: int
+) -> model_pb2.ModelInfo:
+    said = asdict(info)
+    names = model_pb2.ModelInfo.DESCRIPTOR.fields_by_name
+    return model_pb2.ModelInfo(
+        **{name: value for name, value in said.items() if name in names},
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else "",
+        token_hashes=tokenizer.vocabulary.to_bytes() if tokenizer else b"",
+        max_gamma=max_gamma,
+    )

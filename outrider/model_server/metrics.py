@@ -1,0 +1,83 @@
+"""What a replica of either model tier counts, and how it reads as metrics.
+
+Passes are told by the worker, on the device thread; failures by the streams, on the event loop; the
+rest is what the service says of itself anyway. Read on the scraper's thread. Knows no model, no
+stream and nothing of how metrics are served.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from outrider.model_server.messages import FailureReason, ServiceStatistics
+from outrider.model_server.replica_status import ReplicaStatus
+from outrider.replica import ReplicaState
+from outrider.telemetry import catalogue as metrics
+from outrider.telemetry.distribution import Distribution
+from outrider.telemetry.exposition import Reading
+
+# Of both tiers, or of the one whose statistics have the field.
+_STATISTICS = {
+    metrics.OPEN_GENERATIONS: "num_open_generations",
+    metrics.IDLE_SESSIONS: "num_idle_sessions",
+    metrics.PREFILL_TOKENS: "num_prefill_tokens_total",
+    metrics.PREFIX_CACHE_QUERIES: "num_prefix_queried_tokens_total",
+    metrics.PREFIX_CACHE_HITS: "num_prefix_hit_tokens_total",
+    metrics.WAITING_ROWS: "num_waiting_rows",
+    metrics.NUM_PREEMPTIONS: "num_preempted_total",
+    metrics.DRAFT_QUEUE: "num_waiting_generations",
+}
+
+
+class TierMeter:
+    """Of one replica. Before its model is loaded it has little to tell."""
+
+    def __init__(self, tier: str, status: ReplicaStatus) -> None:
+        self._tier = tier
+        self._status = status
+        self._rows = Distribution(metrics.BATCH_ROWS.bounds)
+        self._tokens = Distribution(metrics.BATCH_TOKENS.bounds)
+        self._steps = Distribution(metrics.STEP_SECONDS.bounds)
+        self._failures: Counter[str] = Counter({reason.value: 0 for reason in FailureReason})
+        self._statistics: Callable[[], ServiceStatistics] | None = None
+        self._kv_capacity_tokens = 0
+
+    def loaded(self, statistics: Callable[[], ServiceStatistics], kv_capacity_tokens: int) -> None:
+        """`statistics` may be called on any thread."""
+        self._statistics, self._kv_capacity_tokens = statistics, kv_capacity_tokens
+
+    def saw_pass(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A forward pass with what was drawn from it; the device thread's."""
+        self._rows.observe(num_rows)
+        self._tokens.observe(num_tokens)
+        self._steps.observe(seconds)
+
+    def saw_failure(self, reason: FailureReason) -> None:
+        """A generation failed here, and was told so; the event loop's."""
+        self._failures[reason.value] += 1
+
+    def readings(self) -> Iterator[Reading]:
+        """All that the replica has to tell; on any thread."""
+        tier, told = self._tier, self._status.state
+        yield Reading(
+            metrics.REPLICA_STATE,
+            {(tier, state.value): float(state is told) for state in ReplicaState},
+        )
+        failures = dict(self._failures)
+        yield Reading(metrics.FAILURES, {(tier, name): num for name, num in failures.items()})
+        yield Reading.by(metrics.BATCH_ROWS, {tier: self._rows})
+        yield Reading.by(metrics.BATCH_TOKENS, {tier: self._tokens})
+        yield Reading.by(metrics.STEP_SECONDS, {tier: self._steps})
+        if self._statistics is not None:
+            yield from self._of_statistics(self._statistics())
+
+    def _of_statistics(self, said: ServiceStatistics) -> Iterator[Reading]:
+        capacity = self._kv_capacity_tokens
+        usage = said.kv_used_tokens / capacity if capacity else 0.0
+        yield Reading.by(metrics.KV_CACHE_USAGE, {self._tier: usage})
+        yield Reading.by(metrics.KV_CACHE_CAPACITY_TOKENS, {self._tier: capacity})
+        for metric, field in _STATISTICS.items():
+            if (value := getattr(said, field, None)) is not None:
+                labels = (self._tier,) if metric.labels else ()
+                yield Reading(metric, {labels: value})

@@ -1,0 +1,314 @@
+"""The device thread's half of a model service, as far as both tiers are alike.
+
+A step applies what has come in, then does one batch of work; whatever goes wrong for one generation
+fails that one by name, and the service lives. Owns the sessions' KV. Knows neither rows nor chains,
+no streams and no protobuf; every method is called on the device thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy.typing as npt
+import structlog
+
+from outrider.engine import Append, ServedEngine
+from outrider.engine import Sequence as KVSequence
+from outrider.engine.kv.pages import PAGE_SIZE
+from outrider.engine.kv.sequence import pages_for
+from outrider.errors import (
+    InvalidRequest,
+    KVFull,
+    KVLost,
+    KVNeverFits,
+    LeaseLost,
+    NonFiniteLogits,
+    OutriderError,
+)
+from outrider.model_server.failure_policy import PassHealth
+from outrider.model_server.messages import Failure, FailureReason, ServiceStatistics
+from outrider.model_server.metrics import TierMeter
+from outrider.model_server.scheduler import GenerationKey, Keyed
+from outrider.model_server.session_table import Live, SessionTable
+from outrider.model_server.step_costs import StepCosts
+
+log = structlog.get_logger()
+
+# One page in so many is left free when a generation begins, for those that run to grow into.
+_MARGIN_SHARE = 100
+
+_REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
+    (KVFull, FailureReason.KV_FULL),
+    (KVNeverFits, FailureReason.KV_NEVER),
+    (KVLost, FailureReason.KV_LOST),
+    (LeaseLost, FailureReason.DISPLACED),
+    (InvalidRequest, FailureReason.BAD_MESSAGE),
+    (NonFiniteLogits, FailureReason.NON_FINITE),
+)
+# The device's or ours: what such a generation left in the prefix cache may be wrong.
+_DEFECTS = (FailureReason.INTERNAL, FailureReason.NON_FINITE)
+
+
+@dataclass(frozen=True)
+class Reclaimable:
+    """KV that may be given up for another generation: `give_up` frees the sequences."""
+
+    sequences: Collection[KVSequence]
+    give_up: Callable[[], None]
+
+
+CommandType = TypeVar("CommandType", bound=Keyed)
+Result = TypeVar("Result", bound=Keyed)
+State = TypeVar("State", bound=Keyed)
+Work = TypeVar("Work", bound=Keyed)
+
+
+class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
+    """`State` is what the service hangs on a generation, `Work` a generation's part of a batch."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        costs: StepCosts,
+        *,
+        max_step_tokens: int,
+        idle_session_ttl_s: float,
+        prefix_cache: bool,
+    ) -> None:
+        self._engine = engine
+        self._table: SessionTable[State] = SessionTable(
+            engine.store, idle_session_ttl_s, prefix_cache=prefix_cache
+        )
+        self._max_step_tokens = max_step_tokens
+        self._num_prefill_tokens = 0
+        self._num_preempted = 0
+        # Of generations that lost their room since the last results.
+        self._failures: list[Failure] = []
+        self.costs = costs
+        self.health = PassHealth()
+        # Told of every pass, where somebody counts.
+        self.meter: TierMeter | None = None
+
+    def prepare(self, budget_s: float) -> None:
+        """Measures what passes cost, before anything is served."""
+        self.costs.calibrate(self._engine, self._max_step_tokens, budget_s)
+
+    def _observe(self, appends: Sequence[Append], seconds: float) -> None:
+        num_tokens = sum(len(append.token_ids) for append in appends)
+        self.costs.observe(num_tokens, len(appends), seconds)
+        if self.meter is not None:
+            self.meter.saw_pass(len(appends), num_tokens, seconds)
+
+    @property
+    def num_open(self) -> int:
+        return self._table.num_live
+
+    def step(
+        self, commands: Sequence[CommandType], is_interrupted: Callable[[], bool]
+    ) -> list[Result | Failure]:
+        """Applies the commands in order, then works until there is something to tell.
+
+        Ends after the batch under way when `is_interrupted`: new commands have come.
+        """
+        results: list[Result | Failure] = []
+        for command in commands:
+            if (context := self._context_of(command)) is not None:
+                self._table.touch_prefix(context)
+        for command in commands:
+            try:
+                results += self._execute(command)
+            except Exception as error:
+                results.append(self._failed(command.key, error))
+        results += self._take_failures()
+        while self.has_work and not results:
+            results += self._batch()
+            if is_interrupted():
+                break
+        return results
+
+    def _batch(self) -> list[Result | Failure]:
+        work = self._gather()
+        results: list[Result | Failure] = list(self._take_failures())
+        if not work:
+            return results
+        try:
+            return results + self._advance(work)
+        except Exception as error:
+            self.health.saw_error(error)
+            keys = dict.fromkeys(part.key for part in work)
+            return results + [self._failed(key, error) for key in keys]
+
+    def _take_failures(self) -> list[Failure]:
+        failures, self._failures = self._failures, []
+        return failures
+
+    @property
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether a batch would do something."""
+
+    def tidy(self) -> None:
+        """Frees what was kept too long and checks the KV accounting; for idle moments."""
+        self._table.expire()
+        self._engine.store.check_integrity()
+
+    def statistics(self) -> ServiceStatistics:
+        """May be called on any thread: numbers of some recent moment."""
+        return ServiceStatistics(**self._counts())
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "num_open_generations": self._table.num_live,
+            "num_idle_sessions": self._table.num_kept,
+            "num_opened_total": self._table.num_opened,
+            "num_closed_total": self._table.num_closed,
+            "kv_used_tokens": self._engine.store.used_tokens,
+            "num_prefill_tokens_total": self._num_prefill_tokens,
+            "num_prefix_queried_tokens_total": self._table.num_prefix_queried,
+            "num_prefix_hit_tokens_total": self._table.num_prefix_hits,
+        }
+
+    def _take_over(self, session_id: str, epoch: int) -> list[Failure]:
+        """Ends the session's live generation, unless it is a later one; it is told why."""
+        former = self._table.find(session_id)
+        if former is None or former.epoch > epoch:
+            return []
+        why = f"epoch {epoch} took over session {session_id}"
+        return [self._fail(former.state.key, FailureReason.DISPLACED, why)]
+
+    def _opened(
+        self,
+        session_id: str,
+        epoch: int,
+        kept_epoch: int | None,
+        max_len: int,
+        started: tuple[int, float],
+        state: State,
+    ) -> Live[State]:
+        """As SessionTable.open; a live generation of the session ends, and is told.
+
+        Raises KVFull where as many are open as there are pages: each will want one at least.
+        """
+        self._failures += self._take_over(session_id, epoch)
+        num_pages = self._engine.store.num_pages
+        if self._table.num_live >= num_pages:
+            raise KVFull(f"{num_pages} generations are open, one for each KV page", num_pages + 1)
+        return self._table.open(session_id, epoch, kept_epoch, max_len, started, state)
+
+    def _reserve(
+        self, live: Live[State], num_tokens: int, *, context_len: int = 0, preempts: bool = True
+    ) -> int | None:
+        """As SessionTable.reserve, for a row that is to be in the next pass.
+
+        Where there is no room, generations of greater urgency values lose theirs; one that begins
+        does so only if it `preempts`, and leaves room for those that run to grow into. None: there
+        is no room all the same, and this one has failed.
+        """
+        if num_tokens <= live.sequence.max_len and not context_len:
+            return 0
+        # All of the last page: most rows then have their room already.
+        num_tokens = min(pages_for(num_tokens) * PAGE_SIZE, len(live.token_ids))
+        margin = 0 if live.has_room else self._margin(live, preempts=preempts)
+        while True:
+            try:
+                return self._table.reserve(live, num_tokens, context_len=context_len, margin=margin)
+            except KVFull as error:
+                if not self._make_room(live, error, preempts=preempts):
+                    self._num_preempted += live.has_room
+                    self._failures.append(self._failed(live.state.key, error))
+                    return None
+
+    def _margin(self, live: Live[State], *, preempts: bool) -> int:
+        """Pages: one for each generation that runs, and one in a hundred.
+
+        Those do not count that it may preempt: room for them could keep it waiting for ever.
+        """
+        num_running = sum(
+            other.has_room and not (preempts and other.urgency > live.urgency)
+            for other in self._table.live_sessions()
+        )
+        if not num_running:
+            return 0
+        return max(num_running, self._engine.store.num_pages // _MARGIN_SHARE)
+
+    def _make_room(self, live: Live[State], error: KVFull, *, preempts: bool) -> bool:
+        """Gives up no more than is needed, and nothing where all of it is not enough."""
+        reclaims = self._reclaims(live, preempts=preempts)
+        chosen = self._engine.store.to_free([each.sequences for each in reclaims], error)
+        for index in chosen or ():
+            reclaims[index].give_up()
+        return bool(chosen)
+
+    def _reclaims(self, live: Live[State], *, preempts: bool) -> list[Reclaimable]:
+        """What may be given up for a generation, in that order: less urgent ones, the latest first.
+
+        Nothing is lost with them but time: their orchestrators open them again when there is room.
+        The order is total, so the first in it always goes on, and nobody waits for ever.
+        """
+        if not (live.has_room or preempts):
+            return []
+        others = [
+            other
+            for other in self._table.live_sessions()
+            if other.has_room and other.urgency > live.urgency and other is not live
+        ]
+        others.sort(key=lambda other: other.urgency, reverse=True)
+        return [Reclaimable(self._sequences_of(o), partial(self._preempt, o)) for o in others]
+
+    def _preempt(self, victim: Live[State]) -> None:
+        self._num_preempted += 1
+        why = "its room went to a generation that is more urgent or began earlier"
+        self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
+
+    def _sequences_of(self, live: Live[State]) -> Collection[KVSequence]:
+        """All sequences that are freed with the generation."""
+        return (live.sequence,)
+
+    def _failed(self, key: GenerationKey, error: Exception) -> Failure:
+        """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
+        reasons = (reason for kind, reason in _REASONS if isinstance(error, kind))
+        reason = next(reasons, FailureReason.INTERNAL)
+        if reason is FailureReason.KV_LOST:
+            return Failure(key, reason, str(error))
+        if reason not in _DEFECTS:
+            return self._fail(key, reason, str(error))
+        live = self._live_of(key)
+        session_id = live.session_id if live is not None else None
+        log.error("generation_failed", session_id=session_id, exc_info=error)
+        failure = self._fail(key, reason, str(error))
+        if live is not None:
+            self._table.forget_prefix(live)
+        return failure
+
+    def _live_of(self, key: GenerationKey) -> Live[State] | None:
+        """Looked for only when something failed."""
+        live = self._table.live_sessions()
+        return next((each for each in live if each.state.key == key), None)
+
+    def _fail(self, key: GenerationKey, reason: FailureReason, detail: str) -> Failure:
+        self._close(key, keep=False)
+        return Failure(key, reason, detail)
+
+    @abstractmethod
+    def _context_of(self, command: CommandType) -> npt.NDArray[Any] | None:
+        """The tokens that a generation begins with, if the command says them."""
+
+    @abstractmethod
+    def _execute(self, command: CommandType) -> Sequence[Result | Failure]:
+        """Applies one command; failures of other generations are returned, its own raised."""
+
+    @abstractmethod
+    def _gather(self) -> Sequence[Work]:
+        """What the next batch would be made of."""
+
+    @abstractmethod
+    def _advance(self, work: Sequence[Work]) -> list[Result | Failure]:
+        """One forward pass."""
+
+    @abstractmethod
+    def _close(self, key: GenerationKey, *, keep: bool) -> None:
+        """Ends the generation, if it is open."""

@@ -1,0 +1,68 @@
+"""`outrider quickstart train | info`: the pair that comes with Outrider."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.failures import Signalled, require_engine
+from outrider.cli.stack_options import PAIR_PATH
+from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outrider_bench.quickstart.train import TrainingConfig
+
+quickstart = typer.Typer(
+    help="The small model pair that comes with Outrider.", no_args_is_help=True
+)
+
+
+@quickstart.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Where the pair is written.")],
+    seed: Annotated[int | None, typer.Option(help="Default: the shipped pair's.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Target of an earlier run: is kept, and only a draft is trained."),
+    ] = None,
+) -> None:
+    """Train the pair from nothing on this machine; takes up to 2 h 15 min on two cores."""
+    require_engine()
+    if target is not None and not (target / "config.json").exists():
+        raise ConfigError(f"--target: {target} is no directory of a model")
+    from outrider_bench.quickstart.train import TrainingConfig
+
+    config = TrainingConfig() if seed is None else TrainingConfig(seed=seed)
+    made(out, config, trained_target=target)
+
+
+def made(out: Path, config: TrainingConfig, **more: Any) -> None:
+    """As `make`, of which `more` are arguments. Raises Signalled after Ctrl-C."""
+    from outrider_bench.quickstart.make import make  # the one place of the CLI with torch
+
+    try:
+        is_cut = make(out, config, **more).is_cut
+    except KeyboardInterrupt:
+        is_cut = True
+    if is_cut:
+        raise Signalled(signal.SIGINT)
+
+
+@quickstart.command()
+def info() -> None:
+    """Show the pair's card: what it is, what it was trained on, what was measured."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    try:
+        card = (PAIR_PATH / "CARD.md").read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"the quickstart pair has no card: {error}") from error
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(card))
+    else:
+        typer.echo(card, nl=False)

@@ -1,0 +1,237 @@
+"""What `outrider bench serve` found: on the terminal, as JSON, as a page. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outrider.cli.failures import CallFailed
+from outrider.errors import ConfigError
+from outrider_bench.commands.serve_options import OFF, ON, ServeOptions, manner
+from outrider_bench.loadtest.campaign import Campaign
+from outrider_bench.loadtest.measures import Summary
+from outrider_bench.loadtest.results import (
+    own_shape,
+    probe_shape,
+    sample,
+    speed_up,
+    summary_of,
+    vllm_shape,
+)
+from outrider_bench.loadtest.slo import Slo
+from outrider_bench.loadtest.stretches import Stretch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# Sent so much later than meant, the load generator itself was short of time.
+_LATE_S = 0.02
+
+
+def report(
+    options: ServeOptions, campaign: Campaign, slo: Slo | None, console: Console, *, is_cut: bool
+) -> None:
+    """Writes the files and prints the tables. Raises CallFailed where nothing was answered."""
+    kept = {name: _stretches(campaign, name) for name in (ON, OFF)}
+    summaries = {name: summary_of(stretches, slo) for name, stretches in kept.items() if stretches}
+    document = _document(options, campaign, slo, kept, summaries, is_cut)
+    path = options.out / f"{options.name}.json"
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    if is_cut:
+        console.print("[yellow]cut short: of what was measured until then[/]")
+    if summaries:
+        console.print(_table(summaries))
+        console.print()
+    for line in (*_failures(kept, summaries), *_remarks(document, summaries)):
+        console.print(line, highlight=False)
+    _tell_file(path, console)
+    if options.html:
+        _write_page(options, campaign, document, kept, console)
+    silent = [name for name, summary in summaries.items() if not summary.num_completed]
+    if silent and not is_cut:
+        raise CallFailed(f"{' and '.join(silent)}: not one request was answered")
+
+
+def _tell_file(path: Path, console: Console) -> None:
+    console.print(str(path), style="dim", soft_wrap=True, highlight=False, markup=False)
+
+
+def _failures(kept: dict[str, list[Stretch]], summaries: dict[str, Summary]) -> Iterator[str]:
+    """How many of each kind, and what was said to the first."""
+    from rich.markup import escape
+
+    for name, summary in summaries.items():
+        records = [record for stretch in kept[name] for record in stretch.records]
+        for status, num in sorted(summary.errors.items()):
+            said = next(record.detail for record in records if record.status == status)
+            yield f"[red]{name}: {num} × {status}: {escape(said)}[/]"
+
+
+def _stretches(campaign: Campaign, variant: str) -> list[Stretch]:
+    """Of a search: the highest rate that passed, else the last that was tried."""
+    if not campaign.probes:
+        return [s for s in campaign.all_stretches if s.variant == variant and s.records]
+    own = [probe for probe in campaign.probes if probe.variant == variant]
+    passed = [probe for probe in own if probe.has_passed]
+    best = max(passed, key=lambda probe: probe.rate) if passed else own[-1] if own else None
+    return [best.stretch] if best is not None else []
+
+
+def _document(
+    options: ServeOptions,
+    campaign: Campaign,
+    slo: Slo | None,
+    kept: dict[str, list[Stretch]],
+    summaries: dict[str, Summary],
+    is_cut: bool,
+) -> dict[str, Any]:
+    """vLLM's keys are of the runs with speculation; what is ours stands under `outrider`."""
+
+    def shape(name: str) -> dict[str, Any]:
+        if name not in summaries:
+            return {}
+        return vllm_shape(summaries[name], kept[name], is_detailed=options.detailed)
+
+    own: dict[str, Any] = _circumstances(options, campaign, is_cut)
+    if ON in summaries:
+        own |= own_shape(summaries[ON], kept[ON])
+    if OFF in summaries:
+        own["speculation_off"] = shape(OFF) | {"outrider": own_shape(summaries[OFF], kept[OFF])}
+    if len(summaries) == 2 and not campaign.probes:  # which were not at the same rate
+        own["speed_up"] = speed_up(summaries[ON], summaries[OFF])
+    if slo is not None:
+        own["slo"] = vars(slo)
+    if campaign.probes:
+        assert slo is not None, "checked"
+        own["sweep"] = {
+            "highest_rate": {name: found.rate for name, found in campaign.found.items()},
+            "lowest_failing_rate": {name: found.bound for name, found in campaign.found.items()},
+            "probes": [probe_shape(probe, slo) for probe in campaign.probes],
+        }
+    own["samples"] = [
+        {"variant": stretch.variant, "repetition": stretch.repetition} | sample(record)
+        for stretches in kept.values()
+        for stretch in stretches
+        for record in stretch.records
+    ]
+    return _head(options, campaign, kept) | shape(ON) | {"outrider": own}
+
+
+def _head(
+    options: ServeOptions, campaign: Campaign, kept: dict[str, list[Stretch]]
+) -> dict[str, Any]:
+    """The keys that `vllm bench serve` begins with."""
+    rates = [stretch.rate for stretch in kept[ON] if stretch.rate is not None]
+    return {
+        "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": "outrider",
+        "backend": "outrider",
+        "label": options.label,
+        "model_id": campaign.subject.info.target.name,
+        "tokenizer_id": None,
+        "num_prompts": sum(len(stretch.records) for stretch in kept[ON]),
+        "request_rate": rates[0] if rates else "inf",
+        "burstiness": options.burstiness,
+        "max_concurrency": manner(options).num_callers,
+    }
+
+
+def _circumstances(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dict[str, Any]:
+    from outrider.cli.plain import plain
+    from outrider_bench.measuring.document import git_commit, machine, versions
+
+    return {
+        "command": shlex.join(["outrider", *sys.argv[1:]]),
+        "options": {k: None if v is None else str(v) for k, v in vars(options).items()},
+        "models": plain(campaign.subject.info),
+        "machine": machine(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "is_cut": is_cut,
+    }
+
+
+def _table(summaries: dict[str, Summary]) -> Table:
+    from outrider_bench.measuring import show
+
+    names = [name for name in (ON, OFF) if name in summaries]
+    shown = show.table("as its callers saw it", ("", *names))
+    own = [summaries[name] for name in names]
+
+    def row(title: str, texts: Sequence[str], *, ends: bool = False) -> None:
+        shown.add_row(title, *texts, end_section=ends)
+
+    row("requests answered", [f"{s.num_completed} of {s.num_requests}" for s in own])
+    row("requests/s", [show.number(s.requests_per_s) for s in own])
+    row("tokens/s", [show.number(s.tokens_per_s, 1) for s in own])
+    if own[0].attained is not None:
+        row("kept the SLO", [show.share(s.attained) for s in own])
+        row("goodput, requests/s", [show.number(s.goodput_per_s) for s in own])
+    row("", ["" for _ in own], ends=True)
+    for name, title in (
+        ("ttft", "TTFT"), ("tpot", "TPOT"), ("itl_chunk", "ITL per message"),
+        ("itl_token", "ITL per token"), ("e2e", "end-to-end"),
+    ):  # fmt: skip
+        found = [getattr(s.latencies, name) for s in own]
+        texts = [
+            "" if d is None else " · ".join(f"{1e3 * v:.1f}" for v in d.percentiles.values())
+            for d in found
+        ]
+        row(f"{title}, ms: p50 · p90 · p95 · p99", texts, ends=name == "e2e")
+
+    def drafted(name: str) -> list[float | None]:
+        return [getattr(s.drafting, name) if s.drafting is not None else None for s in own]
+
+    row("α, draft tokens accepted of judged", [show.share(v) for v in drafted("alpha")])
+    row("τ, tokens of a drafted round", [show.number(v) for v in drafted("tau")])
+    row("γ, draft tokens of a round", [show.number(v, 1) for v in drafted("mean_gamma")])
+    row("look-ahead hits", [show.share(v) for v in drafted("hit_rate")])
+    return shown
+
+
+def _remarks(document: dict[str, Any], summaries: dict[str, Summary]) -> list[str]:
+    """What else a person must know."""
+    own, lines = document["outrider"], []
+    for name, summary in summaries.items():
+        if summary.lateness is not None and summary.lateness.p99 > _LATE_S:
+            lines.append(
+                f"[yellow]{name}: requests were sent up to {1e3 * summary.lateness.p99:.0f} ms late"
+                " (p99): this load generator is short of CPU; it is counted as latency[/]"
+            )
+    if batch := own.get("verify_batch"):
+        rows = batch["rows"]
+        if rows is not None:
+            lines.append(f"verification passes: {rows:.1f} rows, by the {batch['source']}")
+    if gains := own.get("speed_up"):
+        told = {k: f"{v:.2f}×" for k, v in gains.items() if v is not None}
+        lines.append("speed-up: " + ", ".join(f"{name} {text}" for name, text in told.items()))
+    for name, rate in own.get("sweep", {}).get("highest_rate", {}).items():
+        text = "no rate kept the SLO" if rate is None else f"the SLO is kept up to {rate:.3g}/s"
+        lines.append(f"[bold]{name}: {text}[/]")
+    return lines
+
+
+def _write_page(
+    options: ServeOptions,
+    campaign: Campaign,
+    document: dict[str, Any],
+    kept: dict[str, list[Stretch]],
+    console: Console,
+) -> None:
+    from outrider_bench.commands.serve_figures import figures
+    from outrider_bench.loadtest.page import page
+
+    drawn: list[tuple[str, str]] = []
+    try:
+        drawn = figures(kept, campaign.probes, options.attain)
+    except ConfigError as error:  # what was measured is worth a page without plots
+        console.print(f"no plots: {error}", style="yellow", highlight=False, markup=False)
+    path = options.out / f"{options.name}.html"
+    path.write_text(page(document, drawn), "utf-8")
+    _tell_file(path, console)

@@ -1,0 +1,196 @@
+"""`outrider bench signals`: each tier scaled by itself, and what its autoscaler would have seen.
+
+Owns the points and their load; the replicas are `fleet`'s, what it all means is for `bottlenecks`.
+All tiers are simulated, the services and wires are the real ones. Signals are read where their
+metrics are read from: the replicas' own counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outrider.cli.options import takes
+from outrider.errors import ConfigError
+from outrider_bench.commands.bottlenecks import MAX_REPLICAS, REGIMES, Point, Regime, sizes
+from outrider_bench.measuring.cores import CoreUse
+from outrider_bench.measuring.system import BenchOptions
+
+if TYPE_CHECKING:
+    import grpc
+    from rich.console import Console
+
+    from outrider_bench.commands.fleet import Ask
+    from outrider_bench.measuring.document import Document
+
+# How often replicas are asked for their counts.
+_INTERVAL_S = 0.1
+# So that KV use says something of 64 sessions, and hinders nobody.
+_KV_TOKENS = 12_288
+
+
+@dataclass(frozen=True)
+class SignalsOptions(BenchOptions):
+    cores: Annotated[CoreUse, typer.Option(help="Simulated passes need none.")] = CoreUse.shared
+    replicas: Annotated[int, typer.Option(min=2, max=MAX_REPLICAS, help="Most of a tier.")] = (
+        MAX_REPLICAS
+    )
+    seconds: Annotated[float, typer.Option(min=1, help="Of each point.")] = 15.0
+    settle: Annotated[float, typer.Option(min=0, help="Left out at the begin of a point.")] = 5.0
+    output_len: Annotated[str, typer.Option(help="Tokens; as in `outrider bench serve`.")] = (
+        "uniform:64:128"
+    )
+    name: Annotated[str, typer.Option(help="Of the files.")] = "signals"
+
+
+@takes(SignalsOptions)
+def signals(options: SignalsOptions) -> None:
+    """Tokens/s and the autoscaling signals against the replicas of each tier, all simulated.
+
+    Three loads: one that the draft is too slow for, one that the target is, one that neither is.
+    """
+    from outrider.cli.running import run
+    from outrider_bench.commands.bottlenecks import goals, panels, table
+    from outrider_bench.measuring.document import Document
+    from outrider_bench.measuring.plots import draw, require_matplotlib
+    from outrider_bench.measuring.show import bench_console, finish, reporting
+
+    _check(options)
+    options = options.quickened(seconds=2.0, settle=0.5, replicas=2, output_len="16")
+    require_matplotlib()
+    console, document = bench_console(), Document(options.name, options)
+    points = run(_measure(options, console, document))
+    with reporting(console, document):
+        document.results += [
+            asdict(p) | {"draft_signal": p.draft_signal, "target_signal": p.target_signal}
+            for p in points
+        ]
+        document.judge(lambda: goals(points))
+        document.write()
+        draw(document.plot_path, "Each tier scaled by itself", panels(points))
+        finish(console, document, [table(points)])
+
+
+def _check(options: SignalsOptions) -> None:
+    from outrider_bench.loadtest.lengths import Lengths
+
+    for name in ("target", "draft", "inflate", "simulate_target", "simulate_draft"):
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: the tiers are simulated by this command")
+    if options.settle >= options.seconds:
+        raise ConfigError("--settle: must be less than --seconds")
+    Lengths.parse(options.output_len, "--output-len")
+
+
+async def _measure(options: SignalsOptions, console: Console, document: Document) -> list[Point]:
+    from outrider_bench.commands.fleet import running_fleet
+    from outrider_bench.measuring.cores import apart
+    from outrider_bench.measuring.show import progress
+
+    points: list[Point] = []
+    given = replace(options, kv_cache_tokens=options.kv_cache_tokens or _KV_TOKENS)
+    stack_options = given.stack_options(apart(options.cores))
+    num, ways = options.replicas, sizes(options.replicas)
+    num_steps = len(REGIMES) * len(ways)
+    expected_s = num_steps * options.seconds
+    with progress(console, num_steps, document, points, expected_s=expected_s) as step:
+        for regime in REGIMES:
+            log_dir = options.out / "logs" / regime.name.replace(" ", "-")
+            tiers = {"target": regime.target, "draft": regime.draft}
+            async with running_fleet(stack_options, log_dir, num, **tiers) as fleet:
+                for num_targets, num_drafts in ways:
+                    step(f"{regime.name}: {num_targets} target, {num_drafts} draft replicas")
+                    seen = Watch(fleet.targets[:num_targets], fleet.drafts[:num_drafts])
+                    async with fleet.orchestrator(num_targets, num_drafts) as channel:
+                        points.append(
+                            await measured_point(options, regime, seen, channel, len(points))
+                        )
+                    document.samples += [
+                        {"point": len(points) - 1, "regime": regime.name} | reading
+                        for reading in seen.readings
+                    ]
+    return points
+
+
+async def measured_point(
+    options: SignalsOptions, regime: Regime, seen: Watch, channel: grpc.aio.Channel, number: int
+) -> Point:
+    """A closed loop of the regime's sessions, watched once it has settled."""
+    from outrider_bench.loadtest.asking import Ask
+    from outrider_bench.loadtest.driver import Phase, subject
+    from outrider_bench.loadtest.lengths import Lengths
+    from outrider_bench.loadtest.measures import Summary, tokens_per_s
+    from outrider_bench.loadtest.plan import Workload, endless
+
+    workload = Workload(
+        input_len=Lengths.parse(str(options.prompt_len), "--prompt-len"),
+        output_len=Lengths.parse(options.output_len, "--output-len"),
+        num_turns=Lengths.parse("1", "turns"),
+        seed=options.seed,
+    )
+    whom = await subject(channel)
+    phase = Phase(whom, Ask(), number=number, seed=options.seed, run=options.name)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(seen.watch(options.settle, options.seconds))
+        visits = endless(workload.visits(512))
+        await phase.closed_loop(visits, regime.num_sessions, until_s=options.seconds)
+    # Those that began while the loop settled know the rates of before.
+    own = [record for record in phase.records if record.intended_s >= options.settle / 2]
+    summary = Summary.of(own, options.seconds)
+    drafting = summary.drafting
+    return Point(
+        regime=regime.name,
+        num_targets=len(seen.targets),
+        num_drafts=len(seen.drafts),
+        num_sessions=regime.num_sessions,
+        tokens_per_s=tokens_per_s(phase.records, options.settle, options.seconds),
+        draft_queue=seen.mean("draft_queue"),
+        hit_rate=1.0 if drafting is None or drafting.hit_rate is None else drafting.hit_rate,
+        waiting_rows=seen.mean("waiting_rows"),
+        kv_use=seen.mean("kv_use"),
+        mean_gamma=drafting.mean_gamma if drafting is not None else None,
+        errors=summary.errors,
+    )
+
+
+@dataclass
+class Watch:
+    """Reads the counts of the replicas that are in use."""
+
+    targets: Sequence[Ask]
+    drafts: Sequence[Ask]
+    readings: list[dict[str, float]] = field(default_factory=list)
+
+    def mean(self, name: str) -> float:
+        """Over time; of the means over the replicas."""
+        return statistics.fmean(reading[name] for reading in self.readings)
+
+    async def watch(self, begin_s: float, end_s: float) -> None:
+        """Seconds from now; what runs out after the end is no load. Reads once at the least."""
+        now = time.monotonic()
+        await asyncio.sleep(begin_s)
+        while True:
+            self.readings.append(await self._read())
+            if time.monotonic() >= now + end_s:
+                return
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def _read(self) -> dict[str, float]:
+        targets, drafts = await asyncio.gather(
+            asyncio.gather(*(ask() for ask in self.targets)),
+            asyncio.gather(*(ask() for ask in self.drafts)),
+        )
+        return {
+            "draft_queue": statistics.fmean(d.load.num_waiting_generations for d in drafts),
+            "waiting_rows": statistics.fmean(t.load.num_waiting_rows for t in targets),
+            "kv_use": statistics.fmean(
+                t.load.kv_used_tokens / t.model.kv_capacity_tokens for t in targets
+            ),
+        }

@@ -1,0 +1,255 @@
+"""`outrider bench wire`: what speculation costs on the internal links, in bytes a token.
+
+Owns the comparison; the bytes are counted by the orchestrator, link by link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.failures import Signalled
+from outrider.cli.options import parse_count, takes
+from outrider.cli.request import Method
+from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from outrider.client.client import Client
+    from outrider.v1.model_pb2 import ModelInfo
+    from outrider.v1.orchestrator_pb2 import GenerateRequest
+    from outrider_bench.measuring.show import Step
+
+TEXT_PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
+_NUM_PROMPT_IDS = 16
+_TEMPERATURES = (0.0, 1.0)
+# Bytes depend on the vocabulary and on α, not on what a pass costs.
+_PAIR_SIZE = "tiny"
+# Instead of a search for some acceptance: it is much the same at every vocabulary.
+_EPSILON = 0.2
+_KV_TOKENS = 16_384
+# Bytes are counted, not time: every round is to have its draft.
+_DRAFT_WAIT_MS = 20_000.0
+# float32: what travels for each draft token where whole distributions are sent.
+_BYTES_PER_PROBABILITY = 4
+
+
+@dataclass(frozen=True)
+class WireOptions:
+    endpoint: Annotated[
+        str | None, typer.Option(help="host:port of a running orchestrator. Default: its own.")
+    ] = None
+    vocab_sizes: Annotated[
+        str | None,
+        typer.Option(help="Random model pairs with these vocabularies: 4096,32768,131072."),
+    ] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128
+    runs: Annotated[int, typer.Option(min=1, help="Outputs for each line.")] = 3
+    gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
+    lookahead: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Rounds ahead: what is not used travels too. Default: the service's."
+        ),
+    ] = None
+    fan_out: Annotated[
+        int | None,
+        typer.Option(min=1, help="Outcomes ahead: all but one in vain. Default: the service's."),
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False
+
+
+@dataclass(frozen=True)
+class WireCost:
+    """Bytes on each link, both ways, per emitted token; the prompt's and all frames' included."""
+
+    vocab_size: int
+    method: str
+    temperature: float
+    gamma: int
+    num_tokens: int
+    acceptance_rate: float | None
+    draft_bytes_per_token: float
+    target_bytes_per_token: float
+
+
+@dataclass
+class WireCosts:
+    """The results so far. `stopped` as of a Report."""
+
+    costs: list[WireCost] = field(default_factory=list)
+    stopped: Signalled | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, under the names of the other benchmarks' files."""
+        results = [asdict(cost) for cost in self.costs]
+        return {"benchmark": "wire", "is_cut": self.stopped is not None, "results": results}
+
+
+@takes(WireOptions)
+def wire(options: WireOptions) -> None:
+    """Bytes per token between orchestrator, draft and target, by verification method."""
+    from rich.console import Console
+
+    from outrider.cli.running import run
+
+    if options.endpoint and options.vocab_sizes:
+        raise ConfigError("--vocab-sizes: not with --endpoint, whose models are what they are")
+    console, found = Console(stderr=options.json), WireCosts()
+    run(_wire(options, console, found))
+    if options.json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        console.print(_table(found.costs))
+    if found.stopped is not None:
+        raise found.stopped
+
+
+async def _wire(options: WireOptions, console: Console, found: WireCosts) -> None:
+    from outrider_bench.measuring.show import progress
+
+    texts = options.vocab_sizes.split(",") if options.vocab_sizes else []
+    sizes: list[int | None] = [parse_count(text, "--vocab-sizes") for text in texts]
+    sizes = sizes or [None]
+    num_steps = len(sizes) * len(_TEMPERATURES) * len(Method)
+    with progress(console, num_steps, found, found.costs) as step:
+        for size in sizes:
+            async with _served(options, size, console) as client:
+                await _measure_all(client, options, found.costs, step)
+
+
+@contextlib.asynccontextmanager
+async def _served(
+    options: WireOptions, vocab_size: int | None, console: Console
+) -> AsyncIterator[Client]:
+    """A client of the orchestrator that is measured. `vocab_size`: of a pair to make for it."""
+    from outrider.cli.up import described_models, shown_stack
+    from outrider.cli.view import StackView
+    from outrider.client.client import connected
+    from outrider_bench.measuring.system import settled_info
+
+    if options.endpoint:
+        async with connected(options.endpoint) as client:
+            yield client
+        return
+    with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
+        models = (
+            await _random_pair(Path(directory), vocab_size, console)
+            if vocab_size is not None
+            else {}
+        )
+        stack_options = kept_to_itself(
+            StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
+        )
+        view = StackView(console, models=described_models(stack_options), stays=False)
+        async with (
+            shown_stack(stack_options, view) as stack,
+            connected(stack.endpoint) as client,
+        ):
+            await settled_info(client, stack)
+            yield client
+
+
+async def _random_pair(directory: Path, vocab_size: int, console: Console) -> dict[str, Any]:
+    from outrider_bench.commands.pair import PairOptions, made_pair
+
+    with console.status(f"making a random pair with {vocab_size} tokens"):
+        await made_pair(
+            PairOptions(directory, size=_PAIR_SIZE, epsilon=_EPSILON, vocab_size=vocab_size)
+        )
+    models = {name: str(directory / name) for name in ("target", "draft")}
+    return {**models, "kv_cache_tokens": _KV_TOKENS, "log_dir": directory}
+
+
+async def _measure_all(
+    client: Client, options: WireOptions, costs: list[WireCost], step: Step
+) -> None:
+    """Adds to `costs`."""
+    info = await client.model_info()
+    if not info.HasField("draft"):
+        raise ConfigError("bench wire: no draft is connected, so there is nothing to compare")
+    for temperature in _TEMPERATURES:
+        for method in Method:
+            step(f"{info.target.vocab_size:,} tokens: {method} at temperature {temperature:g}")
+            costs.append(await _measure(client, info.target, method, temperature, options))
+
+
+async def _measure(
+    client: Client, target: ModelInfo, method: Method, temperature: float, options: WireOptions
+) -> WireCost:
+    outputs = [
+        await client.generate(_request(target, method, temperature, seed, options))
+        for seed in range(options.runs)
+    ]
+    stats = [output.result.speculation for output in outputs]
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    num_rejected = sum(s.num_rejected_tokens for s in stats)
+    num_accepted = sum(s.num_accepted_tokens for s in stats)
+    num_judged = num_accepted + num_rejected
+    return WireCost(
+        vocab_size=target.vocab_size,
+        method=method.value,
+        temperature=temperature,
+        gamma=options.gamma,
+        num_tokens=num_tokens,
+        acceptance_rate=num_accepted / num_judged if num_judged else None,
+        draft_bytes_per_token=sum(s.draft_wire_bytes for s in stats) / num_tokens,
+        target_bytes_per_token=sum(s.target_wire_bytes for s in stats) / num_tokens,
+    )
+
+
+def _request(
+    target: ModelInfo, method: Method, temperature: float, seed: int, options: WireOptions
+) -> GenerateRequest:
+    from outrider.runtime.protobuf import verification_to_proto
+    from outrider.sampling.params import Verification
+    from outrider.v1 import orchestrator_pb2
+
+    request = orchestrator_pb2.GenerateRequest(
+        gamma=options.gamma, lookahead=options.lookahead, fan_out=options.fan_out
+    )
+    request.verification = verification_to_proto(Verification(method.value))
+    request.sampling.temperature = temperature
+    request.sampling.seed = seed
+    request.sampling.max_tokens = options.max_tokens
+    request.sampling.ignore_eos = True
+    if target.tokenizer_fingerprint and target.architecture != "simulated":
+        request.text = TEXT_PROMPT
+    else:  # 7919 is prime: ids from all over the vocabulary, the same each time
+        ids = [(1 + i + seed) * 7919 % target.vocab_size for i in range(_NUM_PROMPT_IDS)]
+        request.token_ids.ids.extend(ids)
+    return request
+
+
+def _table(costs: list[WireCost]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="bytes per emitted token on the internal links", show_edge=False)
+    for name in ("vocabulary", "temp.", "verification", "α", "draft", "target"):
+        table.add_column(name, justify="left" if name == "verification" else "right")
+    table.add_column("whole law", justify="right", style="dim")
+    previous = None
+    for cost in costs:
+        if previous not in (None, cost.vocab_size):
+            table.add_section()
+        previous = cost.vocab_size
+        table.add_row(
+            f"{cost.vocab_size:,}",
+            "greedy" if cost.temperature == 0 else f"{cost.temperature:g}",
+            cost.method,
+            "none" if cost.acceptance_rate is None else f"{cost.acceptance_rate:.2f}",
+            f"{cost.draft_bytes_per_token:.0f}",
+            f"{cost.target_bytes_per_token:.0f}",
+            f"{cost.vocab_size * _BYTES_PER_PROBABILITY:,}",
+        )
+    return table

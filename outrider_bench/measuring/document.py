@@ -1,0 +1,189 @@
+"""The JSON beside every table: what was run, where, with which versions, and every raw sample.
+
+Owns the document's frame; results and samples are the benchmarks'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import outrider
+from outrider.cli.failures import Signalled
+from outrider.cli.plain import plain
+from outrider.cli.stack_options import MADE_PAIR
+from outrider.errors import ConfigError
+from outrider_bench.measuring.cores import CoreLayout
+from outrider_bench.measuring.system import BenchOptions, System
+
+_PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "redis", "numpy", "uvloop")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for and what came of it. `got` None: nothing was measured that would say."""
+
+    text: str
+    asked: float
+    got: float | None
+    is_most: bool = False
+    # The size of the `bench pair` that it was set for; empty: any.
+    pair: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.got is None:
+            return None
+        return self.got <= self.asked if self.is_most else self.got >= self.asked
+
+
+class Document:
+    """Filled while measuring, written at the end."""
+
+    def __init__(self, name: str, options: BenchOptions) -> None:
+        """`name`: the benchmark's, and of its files. Raises ConfigError if `out` cannot be had."""
+        self.name = name
+        self.results: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.goals: list[Goal] = []
+        # Set where a signal has ended the measuring; the command raises it after its report.
+        self.stopped: Signalled | None = None
+        self._options = options
+        self._about: dict[str, Any] = {}
+        self._began = datetime.now(UTC)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
+
+    @property
+    def is_cut(self) -> bool:
+        return self.stopped is not None
+
+    @property
+    def path(self) -> Path:
+        return self._options.out / f"{self.name}.json"
+
+    @property
+    def plot_path(self) -> Path:
+        return self._options.out / f"{self.name}.svg"
+
+    @property
+    def goals_here(self) -> list[Goal]:
+        """Those that were set for this pair; none of a smoke test or of a part."""
+        if self._options.quick or self.is_cut:
+            return []
+        size = _made_size(self._options.target)
+        return [goal for goal in self.goals if goal.pair in ("", size)]
+
+    def judge(self, goals: Callable[[], Iterable[Goal]]) -> None:
+        """Adds goals; of a part of the measurements none can be judged."""
+        if not self.is_cut:
+            self.goals += goals()
+
+    def about(self, system: System) -> None:
+        """Notes the models and the cores."""
+        self._about = {"models": plain(system.info), "cores": _cores(system.layout)}
+
+    def write(self) -> None:
+        head = {
+            "benchmark": self.name,
+            "command": shlex.join(["outrider", *sys.argv[1:]]),
+            "date": self._began.isoformat(timespec="seconds"),
+            "duration_s": round((datetime.now(UTC) - self._began).total_seconds(), 1),
+            "git_commit": git_commit(),
+            "machine": machine(),
+            "versions": versions(),
+            "options": {name: _plain(value) for name, value in vars(self._options).items()},
+            **self._about,
+            "is_cut": self.is_cut,
+            "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals_here],
+            "results": self.results,
+        }
+        text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+        # One line each: there are hundreds.
+        lines = ",\n    ".join(json.dumps(sample, ensure_ascii=False) for sample in self.samples)
+        self.path.write_text(f'{text},\n  "samples": [\n    {lines}\n  ]\n}}\n', "utf-8")
+
+
+def _made_size(target: str | None) -> str | None:
+    """Of a pair that `bench pair` has made."""
+    if target is None:
+        return None
+    try:
+        report = json.loads((Path(target).expanduser().parent / MADE_PAIR).read_text("utf-8"))
+        return str(report["size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cores(layout: CoreLayout) -> dict[str, str]:
+    return {name: cores or "any" for name, cores in vars(layout).items()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what it runs on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Of the source this runs from, with a mark if it was changed; None if it is no checkout."""
+    root = Path(outrider.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    """This one, for JSON."""
+    return {
+        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
+        "num_cores": os.cpu_count(),
+        "memory": _field(Path("/proc/meminfo"), "MemTotal"),
+        "platform": platform.platform(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _field(path: Path, name: str) -> str | None:
+    """The first `name: value` of a file of /proc."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in found if key.strip() == name), None)

@@ -1,0 +1,92 @@
+"""What samples mean: medians, acceptance, where the time went. Pure.
+
+Names as in the field: α, the share of judged draft tokens that were accepted; τ, tokens of a
+drafted round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from outrider.v1 import orchestrator_pb2
+from outrider_bench.measuring.load import Sample
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one output, over samples."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, rates: Sequence[float]) -> Speed:
+        return cls(statistics.median(rates), min(rates), max(rates))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Sums over the rounds after the prompts', as shares and means; None: there were none such.
+
+    `limit_tokens_per_s` is what one stream would have if its target never paused: the tokens of a
+    round over its pass (τ / T_target where all rounds have drafts). `limit_share` is how much of it
+    was reached, which is the share of time that the target worked.
+    """
+
+    alpha: float | None
+    tau: float | None
+    hit_rate: float | None
+    mean_gamma: float
+    tokens_per_round: float
+    target_step_s: float
+    verify_s: float
+    draft_wait_share: float | None
+    limit_tokens_per_s: float | None
+    limit_share: float | None
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Rounds | None:
+        """None where nothing was told, as of peers."""
+        told = [(sample, sample.stats) for sample in samples if sample.stats is not None]
+        if not told:
+            return None
+        stats = [entry for _, entry in told]
+        num_tokens = sum(len(sample.token_ids) - 1 for sample, _ in told)
+        after_first_s = sum(
+            (len(sample.token_ids) - 1) / sample.tokens_per_s
+            for sample, _ in told
+            if sample.tokens_per_s > 0
+        )
+        num_rounds = sum(s.num_rounds - 1 for s in stats)
+        num_drafts = sum(s.num_drafts for s in stats)
+        accepted = sum(s.num_accepted_tokens for s in stats)
+        judged = accepted + sum(s.num_rejected_tokens for s in stats)
+        step_s = sum(s.target_step_s for s in stats)
+        verify_s = sum(s.verify_s for s in stats)
+        wait_s = sum(s.draft_wait_s for s in stats)
+        return cls(
+            alpha=_ratio(accepted, judged),
+            tau=None if num_drafts == 0 else 1 + accepted / num_drafts,
+            hit_rate=_ratio(sum(s.num_lookahead_hits for s in stats), num_drafts),
+            mean_gamma=mean_gamma(stats),
+            tokens_per_round=num_tokens / max(1, num_rounds),
+            target_step_s=step_s / max(1, num_rounds),
+            verify_s=verify_s / max(1, num_rounds),
+            draft_wait_share=_ratio(wait_s, verify_s + wait_s),
+            limit_tokens_per_s=_ratio(num_tokens, step_s),
+            limit_share=_ratio(step_s, after_first_s) if step_s > 0 else None,
+        )
+
+
+def mean_gamma(stats: Sequence[orchestrator_pb2.SpeculationStats]) -> float:
+    """Draft tokens of a round, rounds without any included."""
+    num_rounds = sum(sum(s.num_rounds_per_gamma) for s in stats)
+    num_tokens = sum(g * num for s in stats for g, num in enumerate(s.num_rounds_per_gamma))
+    return num_tokens / max(1, num_rounds)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

@@ -1,0 +1,28 @@
+"""What a tier says of itself, asked at its own address: load and costs."""
+
+from __future__ import annotations
+
+import grpc
+
+from outrider.client.client import SHORT_TIMEOUT_S
+from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+
+async def target_info(address: str) -> target_pb2.TargetServiceGetModelInfoResponse:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = target_pb2_grpc.TargetServiceStub(channel)
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        answer: target_pb2.TargetServiceGetModelInfoResponse = await stub.GetModelInfo(
+            request, timeout=SHORT_TIMEOUT_S
+        )
+    return answer
+
+
+async def draft_info(address: str) -> draft_pb2.DraftServiceGetModelInfoResponse:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = draft_pb2_grpc.DraftServiceStub(channel)
+        request = draft_pb2.DraftServiceGetModelInfoRequest()
+        answer: draft_pb2.DraftServiceGetModelInfoResponse = await stub.GetModelInfo(
+            request, timeout=SHORT_TIMEOUT_S
+        )
+    return answer

@@ -1,0 +1,198 @@
+"""Synthetic model pairs: the cost of a real pair, a chosen acceptance rate, nothing to download.
+
+Owns the search for the ε of `SyntheticPair` that gives the α asked for, and the files. Knows
+nothing of the services. The models have no tokenizer: prompts are token ids.
+`python -m outrider_bench.models.synthetic DIRECTORY --size p1 --alpha 0.8` makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outrider.errors import ConfigError, InternalError, OutriderError
+from outrider_bench.models.synthetic_pair import (
+    NUM_DRAFT_LAYERS,
+    SIZES,
+    Agreement,
+    PairSize,
+    Sample,
+    SyntheticPair,
+)
+
+# Many prompts: a random model's continuation of one may fall into a circle. α of `_MANY` is good
+# to about 0.005 (one standard deviation over prompts), of `_FEW` to 0.010.
+_FEW, _MANY = Sample(64, 24), Sample(128, 48)
+
+_REPORT = "pair.json"
+
+Progress = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What was made: the content of `pair.json`. See `Agreement` for the two acceptances.
+
+    `alpha` is what was asked for at `temperature`; None where ε was given instead.
+    """
+
+    size: str
+    vocab_size: int
+    seed: int
+    alpha: float | None
+    temperature: float
+    epsilon: float
+    greedy_acceptance: float
+    sampled_acceptance: float
+    entropy_nats: float | None
+    num_positions: int
+    target_parameters: int
+    draft_parameters: int
+
+
+def make_pair(
+    directory: Path,
+    size: str = "p1",
+    *,
+    alpha: float = 0.8,
+    temperature: float = 0.0,
+    epsilon: float | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda measured: None,
+) -> PairReport:
+    """Writes a pair whose measured α at this temperature (0 or 1) is within 0.01 of `alpha`.
+
+    A given `epsilon` is taken as it is: no search, and α is whatever it comes to. Writes
+    `directory/target`, `directory/draft`, and then `directory/pair.json`: where that is, the pair
+    is whole. `progress` hears of each measurement. Raises ConfigError for what cannot be made.
+    """
+    shape = _checked_shape(size, alpha, temperature, epsilon, vocab_size)
+    _clear(directory)
+    pair = SyntheticPair(shape, seed=seed)
+
+    def measured(epsilon: float, sample: Sample) -> Agreement:
+        pair.scale(epsilon)
+        agreement = pair.measure(temperature, sample)
+        progress({"epsilon": epsilon, "alpha": agreement.alpha})
+        return agreement
+
+    sample = _MANY if epsilon is None else _FEW
+    if epsilon is None:
+        # Noise of as many layers adds up as its square root; the factor was measured.
+        guess = 0.4 * (1 - alpha) / alpha / math.sqrt(shape.num_layers - NUM_DRAFT_LAYERS)
+        guess, _ = _searched(lambda e: measured(e, _FEW), alpha, guess, tolerance=0.02)
+        found, agreement = _searched(lambda e: measured(e, _MANY), alpha, guess, tolerance=0.008)
+    else:
+        found, agreement = epsilon, measured(epsilon, _FEW)
+    other = pair.measure(1.0 - temperature, sample)
+    greedy, sampled = (agreement, other) if temperature == 0 else (other, agreement)
+    target_parameters, draft_parameters = pair.save(directory)
+    report = PairReport(
+        size=size,
+        vocab_size=shape.vocab_size,
+        seed=seed,
+        alpha=alpha if epsilon is None else None,
+        temperature=temperature,
+        epsilon=found,
+        greedy_acceptance=greedy.alpha,
+        sampled_acceptance=sampled.alpha,
+        entropy_nats=sampled.entropy_nats,
+        num_positions=sample.num_prompts * sample.num_tokens,
+        target_parameters=target_parameters,
+        draft_parameters=draft_parameters,
+    )
+    (directory / _REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    return report
+
+
+def _clear(directory: Path) -> None:
+    """Makes room for a pair: what is there of an earlier one is no whole pair from now on."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _REPORT).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"directory: {error}") from error
+
+
+def _searched(
+    measure: Callable[[float], Agreement], asked: float, epsilon: float, *, tolerance: float
+) -> tuple[float, Agreement]:
+    """ε and what it gives, α within `tolerance` of the asked one.
+
+    Secants of the log-odds of α over log ε. For small ε, 1 − α grows with ε: a slope of −1 to
+    begin with.
+    """
+    slope, previous = -1.0, None
+    for _ in range(16):
+        epsilon = float(f"{epsilon:.4g}")
+        agreement = measure(epsilon)
+        if abs(agreement.alpha - asked) <= tolerance:
+            return epsilon, agreement
+        at = (math.log(epsilon), _log_odds(agreement.alpha))
+        if previous and at[0] != previous[0]:
+            # Within what was ever seen: two measurements close together have mostly noise.
+            slope = min(max((at[1] - previous[1]) / (at[0] - previous[0]), -3.0), -0.5)
+        step = (_log_odds(asked) - at[1]) / slope
+        epsilon, previous = epsilon * math.exp(min(max(step, -2.0), 2.0)), at
+    raise InternalError(f"no ε gives α = {asked}: the last was {epsilon:g}")
+
+
+def _log_odds(alpha: float) -> float:
+    alpha = min(max(alpha, 1e-3), 1 - 1e-3)
+    return math.log(alpha / (1 - alpha))
+
+
+def _checked_shape(
+    size: str, alpha: float, temperature: float, epsilon: float | None, vocab_size: int | None
+) -> PairSize:
+    if size not in SIZES:
+        raise ConfigError(f"size: {size!r} is none of {', '.join(SIZES)}")
+    if not 0.1 <= alpha <= 0.98:
+        raise ConfigError(f"alpha: {alpha:g} is not between 0.1 and 0.98")
+    if temperature not in (0, 1):
+        raise ConfigError(f"temperature: α is measured at 0 or 1, not at {temperature:g}")
+    if epsilon is not None and not 0 <= epsilon <= 1:
+        raise ConfigError(f"epsilon: {epsilon:g} is not between 0 and 1")
+    if vocab_size is None:
+        return SIZES[size]
+    if vocab_size < 64:  # fewer cannot have two nats of entropy and a real model's peaks
+        raise ConfigError(f"vocab_size: {vocab_size} is too small, at least 64")
+    return dataclasses.replace(SIZES[size], vocab_size=vocab_size)
+
+
+def main() -> int:
+    """One JSON line for each measurement, then the report; 2 where something given is wrong."""
+    parser = argparse.ArgumentParser(description="Makes a synthetic model pair.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size", default="p1")
+    parser.add_argument("--alpha", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--epsilon", type=float, help="Taken as it is: no search for alpha.")
+    parser.add_argument("--vocab-size", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-threads", type=int, help="Default: one for each core.")
+    given = vars(parser.parse_args())
+    if num_threads := given.pop("num_threads"):
+        torch.set_num_threads(num_threads)
+    try:
+        report = make_pair(
+            **given, progress=lambda measured: print(json.dumps(measured), flush=True)
+        )
+    except OutriderError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(json.dumps(dataclasses.asdict(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The target service put together: engine, verifier, scheduler, server."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from outrider.engine import DeviceThread, ServedEngine
+from outrider.model_server.lifecycle import Mounted, model_serving
+from outrider.model_server.replica_status import ReplicaStatus
+from outrider.model_server.scheduler import Scheduler
+from outrider.model_server.stream_telemetry import TierWatch
+from outrider.runtime.grpc_server import Server
+from outrider.settings.services import TargetConfig
+from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from target_service.grpc_server import TargetServicer
+from target_service.verifier import Verifier
+
+# Longer than a verdict takes to become the next row, on passes of 25 ms and more.
+REJOIN_SHARE = 0.05
+SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+
+
+def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
+    """As `model_serving`."""
+
+    def mount(
+        engine: ServedEngine,
+        model: model_pb2.ModelInfo,
+        device: DeviceThread,
+        server: Server,
+        status: ReplicaStatus,
+        watch: TierWatch,
+    ) -> Mounted:
+        verifier = Verifier(
+            engine,
+            max_gamma=config.max_gamma,
+            max_step_tokens=config.max_step_tokens,
+            idle_session_ttl_s=config.idle_session_ttl_s,
+            prefix_cache=config.prefix_cache,
+        )
+        verifier.meter = watch.meter
+        scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
+        mounted = Mounted(
+            scheduler,
+            verifier.statistics,
+            lambda: verifier.costs.report,
+            verifier.health,
+        )
+        servicer = TargetServicer(
+            scheduler, model, verifier.statistics, mounted.costs, status, watch
+        )
+        target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
+        return mounted
+
+    return model_serving(config, "target", SERVICE_NAME, mount)

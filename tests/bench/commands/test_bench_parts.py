@@ -1,0 +1,238 @@
+"""The pieces of `outrider bench` that need no system: cores, orders, sums, the files written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from outrider.cli.options import parse_cpus, parse_list
+from outrider.cli.request import Method
+from outrider.errors import ConfigError
+from outrider.runtime.child_process import tied_to_this_process
+from outrider.v1 import orchestrator_pb2, sampling_pb2
+from outrider_bench.commands.explain import decision_table
+from outrider_bench.commands.twin import survival
+from outrider_bench.measuring.cores import CoreUse, apart, orchestrator_apart
+from outrider_bench.measuring.document import Document, Goal
+from outrider_bench.measuring.load import Block, Sample, in_turn
+from outrider_bench.measuring.plots import Bar, Line, Panel, draw, draw_bars
+from outrider_bench.measuring.process import cpu_seconds, memory_bytes
+from outrider_bench.measuring.summary import Rounds, Speed
+from outrider_bench.measuring.system import BenchOptions
+from outrider_bench.measuring.workload import Prompts, Variant, fixed
+
+AFFINITY = "import os; print(sorted(os.sched_getaffinity(0)))"
+
+
+def stats(**changes: object) -> orchestrator_pb2.SpeculationStats:
+    """Of 9 tokens in 4 rounds after the prompt's: 3 with two drafts, 1 with none."""
+    made = orchestrator_pb2.SpeculationStats(
+        num_rounds=5, num_drafts=3, num_draft_tokens=6, num_accepted_tokens=4,
+        num_rejected_tokens=1, num_lookahead_hits=2, num_rounds_per_gamma=[1, 0, 3],
+        tokens_per_s=10.0, target_step_s=0.4, verify_s=0.6, draft_wait_s=0.2,
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def sample(**changes: object) -> Sample:
+    told = stats(**changes)
+    return Sample("full", 0, 0, list(range(9)), told.tokens_per_s, 0.1, 0.9, told)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0", {0}), ("0-0", {0}), ("0,0", {0}), ("0-1,1", {0, 1})]
+)
+def test_cores_are_named_as_by_taskset(text: str, cpus: set[int]) -> None:
+    if max(cpus) < (os.cpu_count() or 1):
+        assert parse_cpus(text, "--target-cpus") == cpus
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-0", "-1", "0,", "0-", "4096"])
+def test_wrong_cores_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="--target-cpus"):
+        parse_cpus(text, "--target-cpus")
+
+
+@pytest.mark.parametrize("text", ["", "1,", "x", "1,-2"])
+def test_wrong_lists_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="--streams"):
+        parse_list(text, "--streams", int)
+
+
+def test_a_child_has_its_cores_from_the_start() -> None:
+    """And its parent keeps its own."""
+    before = os.sched_getaffinity(0)
+    last = max(before)
+    command = tied_to_this_process([sys.executable, "-c", AFFINITY], [last])
+    assert json.loads(subprocess.check_output(command)) == [last]
+    assert os.sched_getaffinity(0) == before
+
+
+def test_cores_that_are_not_there_end_the_child_with_a_word() -> None:
+    command = tied_to_this_process([sys.executable, "-c", AFFINITY], [1023])
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "cpus 1023: cannot be had" in ended.stderr
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two cores")
+def test_target_and_draft_have_a_core_each() -> None:
+    layout = apart(CoreUse.pinned)
+    assert layout.target != layout.draft
+    assert layout.target not in (layout.orchestrator, layout.bench)
+    alone = orchestrator_apart(CoreUse.pinned)
+    assert alone.orchestrator not in (alone.target, alone.draft, alone.bench)
+
+
+def test_this_process_gets_its_cores_back() -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) > 1:
+        with apart(CoreUse.pinned).pins_this_process():
+            assert len(os.sched_getaffinity(0)) == 1
+    with apart(CoreUse.shared).pins_this_process():
+        assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_order_turns_round_with_every_repetition() -> None:
+    assert list(in_turn("abc", 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
+
+
+def test_sums_over_rounds() -> None:
+    """By hand: 8 tokens after the first message, at 10 a second, in 4 rounds of 0.1 s."""
+    rounds = Rounds.of([sample(), sample()])
+    assert rounds is not None
+    assert rounds.alpha == pytest.approx(4 / 5)
+    assert rounds.tau == pytest.approx(1 + 4 / 3)
+    assert rounds.hit_rate == pytest.approx(2 / 3)
+    assert rounds.mean_gamma == pytest.approx(6 / 4)
+    assert rounds.tokens_per_round == pytest.approx(2)
+    assert rounds.target_step_s == pytest.approx(0.1)
+    assert rounds.draft_wait_share == pytest.approx(0.25)
+    assert rounds.limit_tokens_per_s == pytest.approx(20)
+    assert rounds.limit_share == pytest.approx(0.5)
+
+
+def test_the_survival_that_a_simulation_is_told() -> None:
+    """Of what stood before it, in rounds that were as long: two of ten had one draft token only."""
+    samples = [sample(num_drafts=10), sample(num_drafts=10)]
+    for one in samples:
+        assert one.stats is not None
+        one.stats.num_accepted_tokens_per_pos.extend([8, 4, 3])
+        one.stats.num_rounds_per_gamma[:] = [0, 2, 0, 8]
+    assert survival(Block("γ 3", 2, 0, 1.0, 1.0, samples)) == (0.8, 0.625, 0.75)
+
+
+def test_what_was_not_measured_is_none() -> None:
+    """Peers say nothing, plain decoding has no drafts."""
+    assert Rounds.of([Sample("HF", 0, 0, [1, 2], 3.0, 0.1, 0.4)]) is None
+    nothing = {"num_drafts": 0, "num_accepted_tokens": 0, "num_rejected_tokens": 0}
+    times = {"target_step_s": 0.0, "verify_s": 0.0, "draft_wait_s": 0.0}
+    rounds = Rounds.of([sample(**nothing, **times)])
+    assert rounds is not None
+    shares = (rounds.alpha, rounds.tau, rounds.hit_rate, rounds.draft_wait_share)
+    assert shares == (None, None, None, None)
+    assert (rounds.limit_tokens_per_s, rounds.limit_share) == (None, None)
+
+
+def test_a_speed_is_a_median_with_its_range() -> None:
+    assert Speed.of([3.0, 1.0, 2.0]) == Speed(2.0, 1.0, 3.0)
+
+
+def test_goals() -> None:
+    assert Goal("", 2.5, 2.5).is_met is True
+    assert Goal("", 0.03, 0.04, is_most=True).is_met is False
+    assert Goal("", 1.0, None).is_met is None
+
+
+def test_the_document_says_how_to_repeat_it(tmp_path: Path) -> None:
+    document = Document("speed", BenchOptions(out=tmp_path / "new"))
+    document.samples += [sample().to_dict(), sample().to_dict()]
+    document.goals.append(Goal("over plain", 2.5, 2.0))
+    document.write()
+    told = json.loads(document.path.read_text("utf-8"))
+    assert {"command", "date", "git_commit", "machine", "versions", "options"} <= told.keys()
+    assert told["goals"][0]["is_met"] is False
+    assert told["options"]["cores"] == "pinned"
+    assert told["samples"][0]["speculation"]["num_rounds_per_gamma"] == [1, 0, 3]
+    assert told["samples"][0]["output_digest"] == told["samples"][1]["output_digest"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--out"):
+        Document("speed", BenchOptions(out=tmp_path / "file"))
+
+
+def test_plots_are_svg_and_the_same_for_the_same_data(tmp_path: Path) -> None:
+    lines = [Line("plain", [1, 2], [3.0, 4.0], [(2, 4), (3, 5)]), Line("full", [1, 2], [5.0, 6.0])]
+    panels = [Panel("streams", "tokens/s", lines, is_log_x=True), Panel("x", "y", lines, level=1)]
+    for name in ("a.svg", "b.svg"):
+        draw(tmp_path / name, "Many streams", panels)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    draw_bars(tmp_path / "bars.svg", "One", "tokens/s", [Bar("plain", 2, 1, 3), Bar("HF", 1, 1, 1)])
+    for name in ("a.svg", "bars.svg"):
+        assert xml.etree.ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")
+    assert "Many streams" in (tmp_path / "a.svg").read_text("utf-8")
+
+
+def test_cpu_time_of_another_process_grows_with_its_work() -> None:
+    loop = "import sys\nwhile True:\n  sum(range(10**6)); print(flush=True)"
+    with subprocess.Popen([sys.executable, "-c", loop], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            before = cpu_seconds(process.pid)
+            # Lines may have been written already: what grows is waited for.
+            while cpu_seconds(process.pid) <= before:
+                process.stdout.readline()
+            now, most = memory_bytes(process.pid)
+            assert 0 < now <= most
+        finally:
+            process.kill()
+    with pytest.raises(ConfigError, match="CPU time"):
+        cpu_seconds(process.pid)
+
+
+def test_prompts_are_the_same_in_every_run() -> None:
+    """A function of seed and index; within the vocabulary."""
+    prompts, again = (Prompts(97, tokenizer=None, seed=3, length=16) for _ in range(2))
+    assert [prompts.ids(i) for i in range(9)] == [again.ids(i) for i in range(9)]
+    assert Counter(map(len, (prompts.ids(i) for i in range(9)))) == {16: 9}
+    assert len({tuple(prompts.ids(i)) for i in range(9)}) == 9
+    assert max(prompts.random_ids(0, 4096)) < 96
+
+
+def test_a_variant_asks_for_what_it_names() -> None:
+    request = Variant("x", lookahead=2, fan_out=4, verification=Method.coupled).request([1], 8, 5)
+    assert not request.HasField("gamma")
+    assert (request.lookahead, request.fan_out) == (2, 4)
+    assert request.verification == sampling_pb2.VERIFICATION_COUPLED
+    assert (request.sampling.seed, request.sampling.ignore_eos) == (5, True)
+    assert request.draft_wait == orchestrator_pb2.DRAFT_WAIT_UNSPECIFIED
+    assert Variant("plain", gamma=0).request([1], 8, 5).HasField("gamma")
+    assert fixed(3).request([1], 8, 5).draft_wait == orchestrator_pb2.DRAFT_WAIT_ALWAYS
+
+
+def test_the_choice_of_gamma_in_a_table() -> None:
+    """A row for each γ from 0, two of them marked."""
+    decision = orchestrator_pb2.GammaDecision(
+        gamma=2, waiting_gamma=0, survival=[0.8, 0.64], target_step_s=[0.02, 0.021, 0.022],
+        tokens_per_s=[50, 80, 100], waiting_tokens_per_s=[50, 40, 30],
+    )  # fmt: skip
+    shown = decision_table(decision)
+    assert shown.row_count == 3
+    cells = [list(column.cells) for column in shown.columns]
+    assert cells[0] == ["0", "1", "2"]
+    assert cells[1] == ["", "0.80", "0.64"]
+    assert ["chosen" in str(cell) for cell in cells[4]] == [False, False, True]
+    assert ["chosen" in str(cell) for cell in cells[6]] == [True, False, False]

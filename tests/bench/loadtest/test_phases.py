@@ -1,0 +1,236 @@
+"""Phases of load against a real system: what is noted of every call, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+import tokenizers
+
+from outrider.v1 import orchestrator_pb2
+from outrider_bench.loadtest.asking import Ask
+from outrider_bench.loadtest.campaign import Campaign, Manner, Variant
+from outrider_bench.loadtest.driver import Phase, Subject, subject
+from outrider_bench.loadtest.lengths import Lengths
+from outrider_bench.loadtest.measures import Distribution, Latencies
+from outrider_bench.loadtest.plan import Job, Visit, Workload, prompt_ids
+from outrider_bench.loadtest.records import Record
+from outrider_bench.loadtest.results import speed_up, summary_of, verify_batch
+from outrider_bench.loadtest.slo import Slo
+from outrider_bench.loadtest.stretches import Passes
+from tests.bench.loadtest.conftest import simulated
+from tests.bench.loadtest.recorder import Recorder, Seen, percentiles
+from tests.services.parts import Pair, both_tiers, nothing_held, orchestrating, refusal
+from tests.services.tokenizer_files import write_tokenizer
+from tests.stack import eventually
+from tests.tiny_models import make_tiny_model
+
+
+def workload(output_len: str = "8", num_turns: str = "1") -> Workload:
+    return Workload(
+        Lengths.parse("6", "input"),
+        Lengths.parse(output_len, "output"),
+        Lengths.parse(num_turns, "turns"),
+    )
+
+
+def phase(whom: Subject, ask: Ask | None = None, number: int = 0) -> Phase:
+    return Phase(whom, ask or Ask(), number=number, seed=0, run="test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [0, 3])
+async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url: str) -> None:
+    """Within 5 %, of every request of the same run and of p50 and p99 over them; no code is shared.
+
+    Both read the clock in the same turn of the event loop. Where the machine takes the process
+    away between the two readings they differ by as much as it likes: so it is half of the requests
+    that must agree, and percentiles are compared over the same times.
+    """
+    async with (
+        simulated(redis_url, target="step_ms=8") as system,
+        grpc.aio.insecure_channel(system.endpoint) as channel,
+    ):
+        recorder = Recorder(channel)
+        load = phase(await subject(cast(grpc.aio.Channel, recorder)), Ask(gamma=gamma))
+        visits = workload("uniform:4:24").visits(60)
+        await load.closed_loop(iter(visits), num_callers=6)
+    assert len(recorder.seen) == len(load.records) == 60
+    found = Latencies.of(load.records)
+    per_request: dict[str, tuple[Callable[[Record], Any], Callable[[Seen], Any]]] = {
+        "ttft": (lambda record: [record.ttft_s], lambda call: [call.ttft]),
+        "tpot": (lambda record: [record.tpot_s], lambda call: [call.tpot]),
+        "e2e": (lambda record: [record.e2e_s], lambda call: [call.e2e]),
+        "itl_chunk": (lambda record: record.chunk_gaps_s, lambda call: call.gaps),
+    }
+    for name, (our, their) in per_request.items():
+        ours = [value for record in load.records for value in our(record)]
+        theirs = [value for call in recorder.seen for value in their(call)]
+        apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+        assert statistics.median(apart) < 0.05, name
+        distribution: Distribution = getattr(found, name)
+        expected = percentiles(ours)
+        assert distribution.p50 == pytest.approx(expected["p50"]), name
+        assert distribution.p99 == pytest.approx(expected["p99"]), name
+    tokens = sum(sum(call.num_tokens) for call in recorder.seen)
+    assert tokens == sum(record.num_tokens for record in load.records)
+
+
+async def test_who_could_only_be_asked_late_has_waited(redis_url: str) -> None:
+    """No coordinated omission: latencies count from when the request was meant to be sent."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        await asyncio.sleep(0.3)
+        jobs = (Job(0, 4, 4), Job(1, 4, 4))
+        await load.open_loop([Visit((jobs[0],), at_s=0.0), Visit((jobs[1],), at_s=0.1)])
+    for record in load.records:
+        assert record.is_ok
+        assert record.lateness_s >= 0.19
+        assert record.ttft_s is not None
+        assert record.ttft_s > record.lateness_s
+
+
+async def test_an_open_loop_does_not_wait_for_answers(redis_url: str) -> None:
+    """One at a time is served, all are asked at once: the last has waited for all others."""
+    async with simulated(redis_url, max_generations=1, max_waiting=16) as system:
+        load = phase(await subject(system.channel))
+        await load.open_loop([Visit((Job(i, 4, 6),), at_s=0.0) for i in range(6)])
+    assert all(record.is_ok for record in load.records)
+    first, *_, last = sorted(record.e2e_s or 0.0 for record in load.records)
+    served = [record.chunks[-1].at_s - record.chunks[0].at_s for record in load.records]
+    assert last >= sum(served)
+    assert last > first
+
+
+async def test_turns_follow_each_other_in_their_session(redis_url: str) -> None:
+    """Each when the one before has ended; keys and values are re-used; nothing is left."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        visits = workload(num_turns="3").visits(6)
+        await load.closed_loop(iter(visits), num_callers=2)
+        turns = [load.records[i] for i in range(6)]
+        gone = [
+            await refusal(
+                system.client.GetSession(
+                    orchestrator_pb2.GetSessionRequest(session_id=f"load-test-0-{first}"),
+                    timeout=10,
+                )
+            )
+            for first in (0, 3)
+        ]
+        await eventually(lambda: nothing_held(system))
+    assert [record.status for record in turns] == ["OK"] * 6
+    by_index = {record.index: record for record in turns}
+    for before, after in pairwise(by_index[index] for index in range(3)):
+        assert before.ended_s is not None
+        assert after.intended_s >= before.ended_s
+        assert after.num_cached_tokens >= before.prompt_len + before.num_tokens - 1
+    assert [answer.code for answer in gone] == [grpc.StatusCode.NOT_FOUND] * 2
+
+
+async def test_refusals_are_counted_by_their_status(redis_url: str) -> None:
+    """With when to come again; whoever was let in is served."""
+    # The first is at it until the others have asked, even if one of them is late by a second.
+    slow = "step_ms=40"
+    async with simulated(redis_url, target=slow, max_generations=1, max_waiting=0) as system:
+        load = phase(await subject(system.channel), Ask(gamma=0))
+        await load.open_loop([Visit((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
+    told = sorted(record.status for record in load.records)
+    assert told == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4
+    refused = [record for record in load.records if not record.is_ok]
+    assert all(record.retry_after_s is not None for record in refused)
+    assert all(record.ended_s is not None for record in refused)
+
+
+async def test_deadlines_are_the_requests_own(redis_url: str) -> None:
+    async with simulated(redis_url, target="step_ms=150") as system:
+        load = phase(await subject(system.channel), Ask(timeout_s=0.05))
+        await load.open_loop([Visit((Job(0, 4, 40),), at_s=0.0)])
+        await eventually(lambda: nothing_held(system))
+    (record,) = load.records
+    assert record.status == "DEADLINE_EXCEEDED"
+
+
+async def test_what_was_cut_is_kept_as_such(redis_url: str) -> None:
+    """Cancelled in mid-stream: what had come is there, and the server lets go of it."""
+    async with simulated(redis_url) as system:
+        load = phase(await subject(system.channel))
+        running = asyncio.create_task(load.open_loop([Visit((Job(0, 4, 5_000),), at_s=0.0)]))
+
+        async def has_tokens() -> bool:
+            return bool(load.records) and load.records[0].num_tokens > 3
+
+        await eventually(has_tokens)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await eventually(lambda: nothing_held(system))
+    (record,) = load.records
+    assert (record.status, record.ended_s) == ("CUT", None)
+
+
+@pytest.mark.slow
+async def test_a_campaign_compares_in_both_orders(redis_url: str) -> None:
+    """The same visits by both variants, with as many tokens; passes counted by the target."""
+    async with simulated(redis_url) as system:
+
+        async def passes() -> Passes:
+            load = await system.target_load()
+            return Passes(load.num_steps_total, load.num_rows_total, load.num_tokens_total)
+
+        begun: list[str] = []
+        campaign = Campaign(await subject(system.channel), "test", seed=0, read_passes=passes)
+        campaign.on_phase = lambda name, num: begun.append(f"{name} {num}")
+        variants = [Variant("on", Ask(gamma=4)), Variant("off", Ask(gamma=0))]
+        visits = workload("uniform:8:16").visits(12)
+        await campaign.warm_up(variants, visits[:2])
+        await campaign.compare(variants, visits, Manner(num_callers=3), repetitions=2)
+    assert begun == ["on 2", "off 2", "on 6", "off 6", "off 6", "on 6"]
+    kept: dict[str, Any] = {
+        name: [s for s in campaign.stretches if s.variant == name] for name in ("on", "off")
+    }
+    lengths = {
+        n: sorted((r.index, r.num_tokens) for s in k for r in s.records) for n, k in kept.items()
+    }
+    assert lengths["on"] == lengths["off"]
+    on, off = (summary_of(kept[name], Slo.parse("e2e=100s")) for name in ("on", "off"))
+    assert on.num_completed == off.num_completed == 12
+    assert on.attained == off.attained == 1.0
+    assert on.drafting is not None
+    assert on.drafting.num_drafts > 0
+    assert off.drafting is not None
+    assert off.drafting.num_drafts == 0
+    # Without drafts each token but a prompt's first is a row; with them fewer rows do.
+    rows = {name: sum(stretch.passes.num_rows for stretch in kept[name]) for name in kept}
+    assert rows["off"] == off.num_tokens > rows["on"]
+    assert verify_batch(kept["off"], off.drafting)["source"] == "target replicas"
+    assert set(speed_up(on, off)) >= {"tokens_per_s", "tpot_p50", "e2e_p99"}
+
+
+@pytest.mark.slow
+async def test_random_prompts_are_of_ordinary_tokens(redis_url: str, tmp_path: Path) -> None:
+    """The vocabulary is padded: no special, EOS or padding id, none without a token."""
+    directory = make_tiny_model("llama", tmp_path / "target", vocab_size=320)
+    write_tokenizer(directory)
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens(["</s>", "<pad>", "<|im_start|>"])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 319]}))
+    special = {token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+    for tokenizer in (None, str(directory)):
+        async with (
+            both_tiers(Pair(directory, directory), draft_kv=None) as tiers,
+            orchestrating(tiers, redis_url, tokenizer=tokenizer) as system,
+        ):
+            whom = await subject(cast(grpc.aio.Channel, system.channel))
+        assert len(special) >= 4
+        expected = set(range(backend.get_vocab_size())) - special - {7, 319}
+        assert set(whom.ordinary_ids.tolist()) == expected
+        job = Job(index=0, prompt_len=5_000, max_tokens=1)
+        assert set(prompt_ids(job, whom.ordinary_ids, 0, 1)) == expected

@@ -1,0 +1,142 @@
+"""Synthetic pairs: what `pair.json` says is what the two checkpoints do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from outrider.engine.loading.loaded_model import cache_argument
+from outrider.errors import ConfigError
+from outrider_bench.models.synthetic import PairReport, make_pair
+
+_ALPHA = 0.8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PairReport]:
+    directory = tmp_path_factory.mktemp("pair")
+    return directory, make_pair(directory, "tiny", alpha=_ALPHA)
+
+
+def test_the_checkpoints_agree_as_often_as_reported(made: tuple[Path, PairReport]) -> None:
+    """Loaded apart and asked for other prompts: α of 3,072 positions, each a coin of α = 0.8.
+
+    Standard deviation 0.0072, plus 0.01 that the search may be off: 0.05 is over five of them,
+    so a false alarm is rarer than one in a million.
+    """
+    directory, report = made
+    agreed = _greedy_agreement(directory, num_prompts=64, num_tokens=48)
+    assert abs(report.greedy_acceptance - _ALPHA) <= 0.01
+    assert abs(agreed - report.greedy_acceptance) < 0.05
+    assert report.epsilon > 0
+
+
+@torch.inference_mode()
+def _greedy_agreement(directory: Path, *, num_prompts: int, num_tokens: int) -> float:
+    """The share of equal argmaxes along the target's own greedy continuations."""
+    models = [AutoModelForCausalLM.from_pretrained(directory / n) for n in ("target", "draft")]
+    caches = [{cache_argument(model): DynamicCache(config=model.config)} for model in models]
+    shape, generator = (num_prompts, 16), torch.Generator().manual_seed(1234)
+    ids = torch.randint(0, models[0].config.vocab_size - 1, shape, generator=generator)
+    agreed = []
+    for _ in range(num_tokens):
+        chosen = [
+            model(input_ids=ids, logits_to_keep=1, **cache).logits[:, -1].argmax(-1)
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        agreed.append((chosen[0] == chosen[1]).float())
+        ids = chosen[0][:, None]
+    return float(torch.stack(agreed).mean())
+
+
+def test_the_report_is_written_last_and_whole(made: tuple[Path, PairReport]) -> None:
+    """`pair.json` is the report; the draft is smaller; logits are peaked like a real model's."""
+    directory, report = made
+    assert PairReport(**json.loads((directory / "pair.json").read_text())) == report
+    assert report.draft_parameters < report.target_parameters
+    assert report.entropy_nats == pytest.approx(2.0, abs=0.3)
+    assert 0 < report.sampled_acceptance < 1
+
+
+def test_a_seed_makes_the_same_files_again(made: tuple[Path, PairReport], tmp_path: Path) -> None:
+    """Byte for byte, whatever torch's global generator has done before."""
+    directory, report = made
+    torch.randn(3)
+    before = torch.get_rng_state()
+    assert make_pair(tmp_path, "tiny", alpha=_ALPHA) == report
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in ("target", "draft"):
+        file = Path(name) / "model.safetensors"
+        assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
+
+
+def test_alpha_may_be_that_of_rejection_sampling(tmp_path: Path) -> None:
+    """At temperature 1, for a vocabulary of its own."""
+    report = make_pair(tmp_path, "tiny", alpha=0.6, temperature=1.0, vocab_size=300)
+    assert abs(report.sampled_acceptance - 0.6) <= 0.01
+    assert report.vocab_size == 300
+
+
+def test_a_given_epsilon_is_not_searched(tmp_path: Path) -> None:
+    """It is taken, measured once at each temperature, and no α was asked for. At 0 all agree."""
+    heard: list[dict[str, float]] = []
+    report = make_pair(tmp_path, "tiny", epsilon=0.0, progress=heard.append)
+    assert heard == [{"epsilon": 0.0, "alpha": 1.0}]
+    assert report.alpha is None
+    assert report.greedy_acceptance == 1.0
+    assert report.sampled_acceptance == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_pair_in_the_making_has_no_report(tmp_path: Path) -> None:
+    """That of an earlier pair is gone before anything of it is overwritten."""
+    make_pair(tmp_path, "tiny", epsilon=0.1)
+    seen = []
+    make_pair(
+        tmp_path,
+        "tiny",
+        epsilon=0.2,
+        progress=lambda _: seen.append((tmp_path / "pair.json").exists()),
+    )
+    assert seen == [False]
+    assert (tmp_path / "pair.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"size": "huge"}, "size: 'huge'"),
+        ({"alpha": 1.0}, "alpha: 1"),
+        ({"temperature": 0.5}, "temperature: "),
+        ({"epsilon": -1.0}, "epsilon: -1"),
+        ({"vocab_size": 2}, "vocab_size: 2"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_by_name(
+    tmp_path: Path, wrong: dict[str, object], named: str
+) -> None:
+    """Before anything is built."""
+    with pytest.raises(ConfigError, match=named):
+        make_pair(tmp_path, **{"size": "tiny", **wrong})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_program_tells_each_measurement_then_the_report(tmp_path: Path) -> None:
+    """JSON lines on standard output; status 2 and the name of what is wrong."""
+    flags = ["--size=tiny", "--num-threads=1"]  # threads that wait for each other's cores are slow
+    module = [sys.executable, "-m", "outrider_bench.models.synthetic", str(tmp_path), *flags]
+    ended = subprocess.run(module, capture_output=True, text=True, check=True)
+    *measured, report = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert measured
+    assert all(set(line) == {"epsilon", "alpha"} for line in measured)
+    assert report == json.loads((tmp_path / "pair.json").read_text())
+    refused = subprocess.run([*module, "--alpha=2"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "alpha: 2" in refused.stderr

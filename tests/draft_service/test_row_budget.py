@@ -1,0 +1,151 @@
+"""Which rows a draft step takes: what is waited for, the likeliest of what is not, within costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from draft_service.tree.kv_branches import Strand
+from draft_service.tree.row_budget import RowBudget, best_offers
+from draft_service.tree.tree import Tree
+from outrider.engine import Engine, EngineOptions, KVStore, load_engine
+from outrider.model_server import step_costs as costs
+from outrider.model_server.step_costs import StepCosts
+from tests.services.noting import Clock, NotingEngine
+from tests.services.parts import Pair
+
+MAX_BRANCHES = 64
+# A pass that takes as long as it has rows, and one that takes the same with any.
+BY_ROWS = {"token_s": 0.001}
+FLAT = {"base_s": 0.01, "token_s": 0.00001}
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Pair) -> Engine:
+    return load_engine(EngineOptions(str(pair.draft), kv_cache_tokens=1024))
+
+
+@dataclass
+class Budgets:
+    engine: Engine
+    clock: Clock
+
+    def of(self, seconds: dict[str, float], max_branches: int = MAX_BRANCHES) -> RowBudget:
+        measured = StepCosts()
+        measured.calibrate(NotingEngine(self.engine, self.clock, **seconds), 256)
+        return RowBudget(measured, max_branches)
+
+
+@pytest.fixture
+def budgets(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Budgets:
+    clock = Clock()
+    monkeypatch.setattr(costs, "time", clock)
+    return Budgets(engine, clock)
+
+
+def test_rows_that_are_free_are_taken(budgets: Budgets) -> None:
+    budget = budgets.of(FLAT)
+    assert budget.num_rows(0) == (0, MAX_BRANCHES)
+    waiting, total = budget.num_rows(20)
+    assert waiting == 20
+    assert 20 < total <= 20 + MAX_BRANCHES
+
+
+def test_rows_that_cost_are_left_to_those_who_wait(budgets: Budgets) -> None:
+    """The more wait, the less is drafted ahead; then they fall into cohorts."""
+    budget = budgets.of(BY_ROWS)
+    assert budget.num_rows(3) == (3, 3)
+    assert budget.num_rows(8) == (8, 8)
+    assert budget.num_rows(100) == (8, 8)
+
+
+def test_what_is_ahead_fills_no_more_than_a_round(budgets: Budgets) -> None:
+    for round_s, fewest, most in ((0.01, 1, 1), (0.1, 8, 16), (10.0, MAX_BRANCHES, MAX_BRANCHES)):
+        budget = budgets.of(BY_ROWS)
+        for _ in range(100):
+            budget.saw_round(round_s, 4)
+        waiting, total = budget.num_rows(0)
+        assert waiting == 0
+        assert fewest <= total <= most
+
+
+def test_a_pause_is_no_long_round(budgets: Budgets) -> None:
+    budget = budgets.of(BY_ROWS)
+    for _ in range(100):
+        budget.saw_round(0.01, 4)
+    budget.saw_round(1000.0, 4)
+    assert budget.num_rows(0) == (0, 1)
+
+
+@pytest.mark.parametrize("seconds", [FLAT, BY_ROWS])
+def test_no_branches_means_none(seconds: dict[str, float], budgets: Budgets) -> None:
+    budget = budgets.of(seconds, max_branches=0)
+    for num_waiting in range(12):
+        waiting, total = budget.num_rows(num_waiting)
+        assert total == waiting
+
+
+def test_unmeasured_costs_hold_nobody_back() -> None:
+    assert RowBudget(StepCosts(), 4).num_rows(30) == (30, 34)
+
+
+@dataclass(eq=False)
+class Owner:
+    tree: Tree
+
+
+def owner(*chances: float, fan_out: int = 8) -> Owner:
+    """Its prompt is run and the next token guessed: so likely are the outcomes."""
+    tree = Tree(
+        np.zeros(64, np.int64),
+        4,
+        Strand(KVStore([], 1).open(1)),
+        gamma=0,
+        ahead_gamma=3,
+        lookahead=1,
+        fan_out=fan_out,
+    )
+    tree.add(tree.root, 0, None, list(enumerate(chances)))
+    return Owner(tree)
+
+
+def taken(owners: dict[str, Owner], num_rows: int) -> list[float]:
+    """The chances of the rows, opening what is to be opened."""
+    rows = []
+    for made, offer in best_offers(owners, num_rows):
+        rows.append(round(offer.chance, 6))
+        if offer.opens:
+            made.tree.open(offer.block, offer.block.strand)
+    return rows
+
+
+def test_the_likeliest_of_all_trees_come_first() -> None:
+    owners = {"a": owner(0.6, 0.2, 0.1), "b": owner(0.5, 0.4, 0.05)}
+    assert taken(owners, 4) == [0.6, 0.5, 0.4, 0.2]
+    assert [len(made.tree.root.children) for made in owners.values()] == [2, 2]
+    # What is open goes on; the rest has its turn after it.
+    assert taken(owners, 100) == [0.6, 0.5, 0.4, 0.2, 0.1, 0.05]
+
+
+def test_fan_out_is_kept_within_a_step() -> None:
+    assert taken({"a": owner(0.5, 0.3, 0.2, fan_out=2)}, 9) == [0.5, 0.3]
+
+
+def test_what_is_unlikely_is_not_drafted() -> None:
+    owners = {"a": owner(0.6, 0.004), "b": owner(0.003, 0.002)}
+    assert taken(owners, 9) == [0.6]
+    assert list(owners) == ["a"], "nobody looks at it again before something changes"
+    assert taken({"a": owner(0.02, 0.01)}, 9) == [], "a whole pass for that little"
+
+
+def test_owners_with_nothing_to_draft_are_let_go() -> None:
+    done = owner(0.6)
+    done.tree.open(done.tree.root, done.tree.root.strand)
+    (child,) = done.tree.root.children.values()
+    for _ in range(3):
+        done.tree.add(child, 1, None, [(1, 0.9)])
+    owners = {"a": done}
+    assert taken(owners, 9) == []
+    assert owners == {}

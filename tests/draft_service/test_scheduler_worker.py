@@ -1,0 +1,439 @@
+"""The draft's device half by hand, a pass at a time: who is served, what is kept, what has room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draft_service import scheduler_worker as proposer
+from draft_service.messages import Command, Commit, Open, Proposal
+from draft_service.scheduler_worker import Proposer
+from draft_service.tree import draft_session as drafting
+from outrider.engine import Engine, EngineOptions, load_engine
+from outrider.model_server import step_costs as costs
+from outrider.model_server.messages import Close, Failure, FailureReason
+from outrider.model_server.scheduler import GenerationKey
+from outrider.sampling.params import SamplingParams, Verification
+from tests.services.noting import Clock, Fed, NotingEngine
+from tests.services.parts import Greedy, Pair
+
+PROMPT = [3, 1, 4, 1, 5]
+KV_TOKENS = 1024
+NUM_STEPS = 2_000
+GREEDY = {"temperature": 0.0}
+
+
+def key(number: int) -> GenerationKey:
+    return GenerationKey(1, number)
+
+
+def opening(number: int, context: Sequence[int] = PROMPT, **fields: Any) -> Open:
+    """Greedy, blocks of three, one round ahead, four outcomes of it."""
+    given: dict[str, Any] = {
+        "session_id": f"session-{number}",
+        "epoch": 1,
+        "prompt_len": len(context),
+        "max_len": 128,
+        "verification": Verification.REJECTION,
+        "gamma": 0,
+        "ahead_gamma": 3,
+        "lookahead": 1,
+        "fan_out": 4,
+        "vocab_size": 256,
+    } | fields
+    sampling = {**GREEDY, **given.pop("sampling", {})}
+    params = SamplingParams(**{"max_tokens": 1, "seed": 0, **sampling})
+    return Open(key=key(number), token_ids=np.array(context), params=params, **given)
+
+
+class Draft:
+    """A proposer whose passes are noted."""
+
+    def __init__(self, engine: Engine, clock: Clock, *, max_branches: int = 64, **seconds: float):
+        self.engine = NotingEngine(engine, clock, **seconds)
+        self.proposer = Proposer(
+            self.engine,
+            max_gamma=16,
+            max_step_tokens=32,
+            max_branches=max_branches,
+            idle_session_ttl_s=60.0,
+        )
+        self.proposer.prepare(3.0)
+        self.engine.passes.clear()
+        self.committed: dict[int, int] = {}
+
+    def step(self, *commands: Command) -> list[Proposal | Failure]:
+        """One pass at most."""
+        return self.proposer.step(commands, lambda: True)
+
+    def run(self, *commands: Command) -> list[Proposal | Failure]:
+        """Until there is nothing more to do."""
+        events = self.step(*commands)
+        for _ in range(NUM_STEPS):
+            if not self.proposer.has_work:
+                return events
+            events += self.step()
+        raise AssertionError("it does not come to an end")
+
+    def proposals(self, *commands: Command) -> list[Proposal]:
+        """Until there is nothing more to do; of each block what was told last, in that order."""
+        last: dict[tuple[int, tuple[int, ...]], Proposal] = {}
+        for event in self.run(*commands):
+            assert isinstance(event, Proposal), event
+            place = (event.base_len, tuple(event.assumed_token_ids))
+            former = last.pop(place, event)
+            assert list(event.token_ids[: len(former.token_ids)]) == list(former.token_ids)
+            last[place] = event
+        return list(last.values())
+
+    def drafted(self, number: int) -> list[tuple[int, ...]]:
+        """Of whole blocks drafted ahead, what is assumed before them; told or not."""
+        tree = self.proposer._drafting[key(number)].tree
+        ahead = [block for block in tree.blocks() if block is not tree.root]
+        return [tuple(tree.assumed(block)) for block in ahead if block.is_complete]
+
+    def commit(self, number: int, new: Sequence[int], **fields: int) -> Commit:
+        before = self.committed.get(number, len(PROMPT))
+        self.committed[number] = before + len(new)
+        given = {"gamma": 3, "ahead_gamma": 3, **fields}
+        return Commit(key(number), list(new), before + len(new), **given)
+
+    def close(self) -> None:
+        for number in range(64):
+            self.step(Close(key(number), keep=False))
+        assert not self.proposer.has_work
+        assert self.proposer.num_open == 0
+        assert self.engine.store.used_tokens == 0
+        self.engine.store.check_integrity()
+
+
+@pytest.fixture
+def engine(pair: Pair) -> Engine:
+    return load_engine(EngineOptions(str(pair.draft), kv_cache_tokens=KV_TOKENS))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (costs, proposer, drafting):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def draft(engine: Engine, clock: Clock) -> Iterator[Draft]:
+    """Passes cost nothing: as many rows as there are."""
+    made = Draft(engine, clock)
+    yield made
+    made.close()
+
+
+def path(proposal: Proposal) -> list[int]:
+    return [*proposal.assumed_token_ids, *proposal.token_ids]
+
+
+def positions(passes: list[list[Fed]]) -> list[int]:
+    return [fed.start + i for parts in passes for fed in parts for i in range(len(fed.token_ids))]
+
+
+@pytest.fixture(scope="module")
+def truth(pair: Pair) -> Greedy:
+    return Greedy(pair.draft)
+
+
+def test_several_outcomes_are_drafted_ahead(draft: Draft, truth: Greedy) -> None:
+    """Each as the draft goes on from there itself; the likeliest first."""
+    proposals = draft.proposals(opening(1))
+    assert 1 < len(proposals) <= 4
+    assert [p.base_len for p in proposals] == [len(PROMPT) + 1] * len(proposals)
+    assert len({tuple(p.assumed_token_ids) for p in proposals}) == len(proposals)
+    assert list(proposals[0].assumed_token_ids) == truth(PROMPT, 1)
+    for proposal in proposals:
+        assert list(proposal.token_ids) == truth([*PROMPT, *proposal.assumed_token_ids], 3)
+
+
+def test_outcomes_of_a_round_with_drafts(draft: Draft, truth: Greedy) -> None:
+    """Rejections at every place and the bonus, while the round is under way."""
+    first = draft.proposals(opening(1, fan_out=16))[0]
+    ahead = draft.proposals(draft.commit(1, first.assumed_token_ids))
+    kept = [len(PROMPT) + 1 + n for n in range(1, 5)]
+    assert {p.base_len for p in ahead} <= set(kept)
+    assert kept[-1] in {p.base_len for p in ahead}, "all accepted"
+    assert len({p.base_len for p in ahead}) > 1, "and some rejection"
+    for proposal in ahead:
+        context = [*PROMPT, *first.assumed_token_ids, *proposal.assumed_token_ids]
+        assert list(proposal.token_ids) == truth(context, 3)
+
+
+def test_fan_out_one_is_a_chain(draft: Draft, truth: Greedy) -> None:
+    proposals = draft.proposals(opening(1, fan_out=1, lookahead=2))
+    assert [p.base_len for p in proposals] == [len(PROMPT) + n for n in (1, 5)]
+    assert path(proposals[-1]) == truth(PROMPT, 8)
+    assert draft.engine.store.num_sequences == 1, "no forks"
+
+
+@pytest.mark.parametrize("fields", [{"lookahead": 0}, {"ahead_gamma": 0}, {"fan_out": 0}])
+def test_nothing_ahead_where_none_is_wanted(
+    fields: dict[str, Any], draft: Draft, truth: Greedy
+) -> None:
+    assert draft.proposals(opening(1, **fields)) == []
+    (proposal,) = draft.proposals(draft.commit(1, [9], ahead_gamma=fields.get("ahead_gamma", 3)))
+    assert (proposal.base_len, list(proposal.assumed_token_ids)) == (len(PROMPT) + 1, [])
+    assert list(proposal.token_ids) == truth([*PROMPT, 9], 3)
+
+
+def test_draft_tokens_for_the_prompts_own_round(draft: Draft, truth: Greedy) -> None:
+    """Found so: gamma of an open was passed over."""
+    proposals = draft.proposals(opening(1, gamma=2, lookahead=0))
+    assert [(p.base_len, list(p.token_ids)) for p in proposals] == [(len(PROMPT), truth(PROMPT, 2))]
+
+
+def test_a_foreseen_outcome_is_not_drafted_again(draft: Draft) -> None:
+    """The branch is kept with all it has: only what is beyond it is run and told."""
+    branch = draft.proposals(opening(1))[-1]
+    trunk = draft.engine.passes[0][0].sequence
+    end = branch.base_len + len(branch.token_ids)
+    draft.engine.passes.clear()
+    told = draft.proposals(draft.commit(1, branch.assumed_token_ids))
+    assert told, "it is drafted on from"
+    assert all(proposal.base_len > branch.base_len for proposal in told)
+    for fed in (fed for parts in draft.engine.passes for fed in parts):
+        if fed.sequence is trunk:
+            assert fed.start >= end - 1, "its last token at most: that draws the guess"
+        elif fed.start < end:
+            assert fed.token_ids != [branch.token_ids[fed.start - branch.base_len]]
+
+
+def test_an_unforeseen_outcome_drops_all(draft: Draft, truth: Greedy) -> None:
+    proposals = draft.proposals(opening(1))
+    other = next(t for t in range(256) if t not in {p.assumed_token_ids[0] for p in proposals})
+    commit = draft.commit(1, [other, 9])
+    draft.proposer.step([commit], lambda: True)
+    assert draft.engine.store.num_sequences == 1, "no branch is left"
+    first = draft.engine.passes[-1]
+    assert [(fed.start, fed.token_ids) for fed in first] == [(len(PROMPT), [other, 9])]
+    again = draft.proposals()
+    assert list(again[0].token_ids) == truth([*PROMPT, other, 9], 3)
+
+
+def test_stale_drafting_stops_within_a_step(draft: Draft) -> None:
+    """A commit in the midst of drafting: the very next pass is for what is committed."""
+    draft.step(opening(1, lookahead=4, ahead_gamma=16, fan_out=8))
+    for _ in range(10):
+        draft.step()
+    draft.engine.passes.clear()
+    draft.step(draft.commit(1, [250, 251, 252]))
+    assert [fed.token_ids[-1] for fed in draft.engine.passes[0]] == [252]
+    assert draft.engine.store.num_sequences == 1
+
+
+def test_a_commit_that_wants_less_completes_the_branch(draft: Draft, truth: Greedy) -> None:
+    """What is half drafted is told at once where it is all that is wanted."""
+    draft.step(opening(1, ahead_gamma=8, fan_out=1))
+    draft.step()
+    draft.step()
+    first, second, third = truth(PROMPT, 3)
+    events = draft.step(draft.commit(1, [first], gamma=1, ahead_gamma=0))
+    (proposal,) = [event for event in events if isinstance(event, Proposal)]
+    assert proposal.base_len == len(PROMPT) + 1
+    assert list(proposal.token_ids) == [second, third]
+    assert draft.run() == []
+
+
+def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> None:
+    """Blocks with supports: most are drafted in vain, and would be most of what the draft sends."""
+    fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "gamma": 3}
+    proposals = draft.proposals(opening(1, **fields))
+    assert all(proposal.supports for proposal in proposals)
+    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    kept = [path for path in draft.drafted(1) if path not in told]
+    assert min(len(kept), len(told)) > 2
+    draft.engine.passes.clear()
+    (proposal, *_) = draft.step(draft.commit(1, kept[-1], ahead_gamma=0))
+    assert isinstance(proposal, Proposal)
+    assert (list(proposal.assumed_token_ids), len(proposal.token_ids)) == ([], 3)
+    assert proposal.base_len == len(PROMPT) + len(kept[-1])
+    assert len(proposal.supports or ()) == 3
+    assert draft.engine.passes == [], "it was there"
+    assert draft.run() == [], "and is told once"
+
+
+def test_over_a_long_link_all_is_told_at_once(draft: Draft) -> None:
+    """A hop costs more than the bytes there."""
+    fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "tells_unlikely": True}
+    proposals = draft.proposals(opening(1, **fields))
+    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    assert told == set(draft.drafted(1))
+
+
+def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
+    """Nothing is drafted or told; then many tokens come at once."""
+    draft.proposals(opening(1))
+    draft.engine.passes.clear()
+    assert draft.proposals(draft.commit(1, [9], gamma=0, ahead_gamma=0)) == []
+    assert positions(draft.engine.passes) == []
+    assert draft.engine.store.num_sequences == 1
+    many = list(range(20, 60))
+    told = draft.proposals(draft.commit(1, many))
+    assert list(told[0].token_ids) == truth([*PROMPT, 9, *many], 3)
+
+
+def test_no_branches_at_all_come_to_an_end(engine: Engine, clock: Clock, truth: Greedy) -> None:
+    """Found so: with max_branches 0 the device thread span for ever over what it may not draft."""
+    draft = Draft(engine, clock, max_branches=0)
+    assert draft.proposals(opening(1)) == []
+    (proposal,) = draft.proposals(draft.commit(1, [9]))
+    assert list(proposal.token_ids) == truth([*PROMPT, 9], 3)
+    draft.close()
+
+
+def test_it_ends_idle_whatever_is_wanted(draft: Draft) -> None:
+    """Everything drafted, a full context, a vocabulary of one token: no work is left."""
+    draft.run(opening(1, lookahead=4, fan_out=64, ahead_gamma=8, max_len=40))
+    draft.run(opening(2, lookahead=4, sampling={"allowed_token_ids": (7,)}))
+    draft.run(opening(3, max_len=len(PROMPT) + 2))
+    draft.run(draft.commit(3, [1, 2]))
+    draft.engine.passes.clear()
+    for _ in range(3):
+        assert draft.step() == []
+    assert draft.engine.passes == []
+
+
+def test_those_who_wait_are_served_in_cohorts_and_first(engine: Engine, clock: Clock) -> None:
+    """Where rows cost: the oldest eight until they have their tokens, then the next."""
+    draft = Draft(engine, clock, token_s=0.001)
+    numbers = list(range(1, 21))
+    for number in numbers:
+        draft.run(opening(number, [number, *PROMPT[1:]], max_len=32))
+    draft.engine.passes.clear()
+    events = draft.step(*(draft.commit(number, [200 + number]) for number in numbers))
+    served: list[int] = []
+    while True:
+        told = [e for e in events if isinstance(e, Proposal) and not e.assumed_token_ids]
+        served += [proposal.key.generation_id for proposal in told]
+        if len(served) == len(numbers):
+            break
+        events = draft.step()
+    assert served == numbers
+    assert max(len(fed) for fed in draft.engine.passes) == 8
+    waited = [fed.start for fed in draft.engine.passes[0]]
+    assert waited == [len(PROMPT)] * 8, "the committed tokens, and nothing ahead"
+    assert len(draft.engine.passes) == 9, "three cohorts of three tokens"
+    draft.close()
+
+
+def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) -> None:
+    """Branches are the first to go; who had them goes on all the same."""
+    draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
+    assert draft.engine.store.used_tokens > KV_TOKENS - 512
+    events = draft.run(opening(2, [2] * 700, max_len=800))
+    assert not [event for event in events if isinstance(event, Failure)]
+    draft.engine.store.check_integrity()
+    (full,) = [e for e in draft.run(opening(3, [3] * 400, max_len=500)) if isinstance(e, Failure)]
+    assert full.reason is FailureReason.KV_FULL
+    draft.committed[2] = 700
+    for number, context in ((1, PROMPT), (2, [2] * 700)):
+        told = draft.proposals(draft.commit(number, [9]))
+        assert list(told[0].token_ids) == truth([*context, 9], 3)
+
+
+def test_branches_stay_where_their_room_would_not_be_enough(draft: Draft) -> None:
+    draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
+    before = draft.drafted(1)
+    assert len(before) > 3
+    taken = draft.engine.store.open(16)
+    (full,) = [e for e in draft.run(opening(2, [2] * 1000, max_len=1020)) if isinstance(e, Failure)]
+    assert full.reason is FailureReason.KV_FULL
+    assert draft.drafted(1) == before
+    draft.engine.store.free(taken)
+
+
+def test_branches_go_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
+    """That of the oldest commit first, and no other where it is enough."""
+    for number in (1, 2):
+        draft.run(opening(number, max_len=120, lookahead=1, ahead_gamma=3, fan_out=8))
+        clock.now += 1.0
+    draft.run(draft.commit(1, [9]))
+    kept, gone = draft.drafted(1), draft.drafted(2)
+    assert min(len(kept), len(gone)) > 2
+    taken = draft.engine.store.open(KV_TOKENS - draft.engine.store.used_tokens)
+    assert not [
+        e for e in draft.step(opening(3, [3] * 20, max_len=60)) if not isinstance(e, Proposal)
+    ]
+    assert draft.drafted(1) == kept
+    assert not draft.drafted(2)
+    draft.engine.store.free(taken)
+    draft.run()
+
+
+def test_the_session_opened_last_loses_its_room_to_one_that_grows(
+    draft: Draft, truth: Greedy
+) -> None:
+    """It is told so, and the others are drafted for to their ends."""
+    numbers, context = (1, 2, 3), {n: [n] * 300 for n in (1, 2, 3)}
+    for number in numbers:
+        draft.run(opening(number, context[number], max_len=800, lookahead=0))
+        draft.committed[number] = 300
+        assert draft.proposals(draft.commit(number, [9], ahead_gamma=0))
+        context[number].append(9)
+    lost: list[int] = []
+    while len(lost) < 2:
+        number = next(n for n in numbers if n not in lost)
+        new = [(7 * len(context[number]) + n) % 256 for n in range(40)]
+        context[number] += new
+        events = draft.run(draft.commit(number, new, ahead_gamma=0))
+        lost += [e.key.generation_id for e in events if isinstance(e, Failure)]
+        told = [e for e in events if isinstance(e, Proposal)]
+        assert list(told[-1].token_ids) == truth(context[number], 3)
+        draft.engine.store.check_integrity()
+    assert lost == [3, 2]
+
+
+def test_full_memory_costs_branches_only(draft: Draft, truth: Greedy) -> None:
+    """Without a page for forks: the chain in place is drafted, and nothing fails."""
+    taken = draft.engine.store.open(KV_TOKENS - 16)
+    told = draft.proposals(opening(1, max_len=128, fan_out=8))
+    assert [list(p.token_ids) for p in told] == [truth(PROMPT, 4)[1:]]
+    told = draft.proposals(draft.commit(1, [9]))
+    assert list(told[0].token_ids) == truth([*PROMPT, 9], 3)
+    draft.engine.store.free(taken)
+    told = draft.proposals(draft.commit(1, [9]))
+    assert len(told) > 2, "there is room again"
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (Commit(key(1), [9], 99, 3, 3), "committed_len"),
+        (Commit(key(1), [], len(PROMPT), 3, 3), "committed_len"),
+        (Commit(key(1), [256], len(PROMPT) + 1, 3, 3), "token_ids"),
+        (Commit(key(1), [9, 2**32 - 1], len(PROMPT) + 2, 3, 3), "token_ids"),
+        (Commit(key(1), [9], len(PROMPT) + 1, 17, 3), "gamma"),
+        (Commit(key(1), [9], len(PROMPT) + 1, 3, 17), "ahead_gamma"),
+    ],
+)
+def test_a_bad_commit_ends_its_generation_alone(
+    bad: Commit, said: str, draft: Draft, truth: Greedy
+) -> None:
+    draft.run(opening(1, sampling={"repetition_penalty": 1.1}), opening(2))
+    events = draft.run(bad, draft.commit(2, [9]))
+    (failure,) = [event for event in events if isinstance(event, Failure)]
+    assert (failure.key, failure.reason) == (key(1), FailureReason.BAD_MESSAGE)
+    assert said in failure.detail
+    told = [e for e in events if isinstance(e, Proposal) and e.key == key(2)]
+    assert list(told[0].token_ids) == truth([*PROMPT, 9], 3)
+    assert draft.proposer.num_open == 1
+
+
+def test_an_absurd_lookahead_is_refused(draft: Draft) -> None:
+    """Found so: a line of certain tokens grew deeper than the interpreter's stack."""
+    events = draft.run(
+        opening(1, lookahead=2**32 - 1, ahead_gamma=1, max_len=900,
+                sampling={"allowed_token_ids": (7,)}),
+        opening(2),
+    )  # fmt: skip
+    assert [e.key for e in events if isinstance(e, Failure)] == [key(1)]
+    assert [e for e in events if isinstance(e, Proposal) and e.key == key(2)]

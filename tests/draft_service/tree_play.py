@@ -1,0 +1,280 @@
+"""A game with the draft's tree: draws, openings and commits, each checked against a model of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from draft_service.messages import SupportWeights
+from draft_service.tree.block import Block
+from draft_service.tree.kv_branches import Strand
+from draft_service.tree.tree import Tree
+from outrider.engine import KVStore
+from outrider.errors import InvalidRequest
+
+VOCAB_SIZE = 3  # small, so that guesses are often right by chance
+LIMIT = 1 + 1e-6
+SUPPORT = SupportWeights(np.arange(VOCAB_SIZE), np.full(VOCAB_SIZE, 1 / 3, np.float32))
+
+
+def near(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    same = 0
+    while same < min(len(first), len(second)) and first[same] == second[same]:
+        same += 1
+    return same
+
+
+@dataclass
+class Limits:
+    prompt_len: int
+    room: int
+    gamma: int
+    ahead_gamma: int
+    lookahead: int
+    fan_out: int
+    has_supports: bool = False
+    tells_unlikely: bool = False
+
+
+class Play:
+    """Plays the model that draws, the strands, and the orchestrator that commits.
+
+    `before[block]`: the tokens its path must have before its own; `drawn[block]`: its own.
+    """
+
+    def __init__(self, limits: Limits, seed: int = 0) -> None:
+        self.chance = np.random.default_rng(seed)
+        self.seen = Counter[str]()
+        self.num_told_late = 0
+        self.committed: list[int] = self.tokens(limits.prompt_len)
+        self.buffer = np.full(limits.prompt_len + limits.room, -1, np.int64)
+        self.buffer[: limits.prompt_len] = self.committed
+        self.gamma, self.ahead_gamma = limits.gamma, limits.ahead_gamma
+        self.lookahead, self.fan_out = limits.lookahead, limits.fan_out
+        self.support = SUPPORT if limits.has_supports else None
+        self.tells_all = limits.tells_unlikely or not limits.has_supports
+        self.tree = Tree(
+            self.buffer,
+            limits.prompt_len,
+            Strand(KVStore([], 1).open(1)),
+            gamma=limits.gamma,
+            ahead_gamma=limits.ahead_gamma,
+            lookahead=limits.lookahead,
+            fan_out=limits.fan_out,
+            tells_unlikely=limits.tells_unlikely,
+        )
+        self.before = {self.tree.root: list(self.committed)}
+        self.drawn: dict[Block, list[int]] = {self.tree.root: []}
+        self.check_fresh()
+
+    def tokens(self, count: int) -> list[int]:
+        drawn: list[int] = self.chance.integers(VOCAB_SIZE, size=count).tolist()
+        return drawn
+
+    def room(self) -> int:
+        return len(self.buffer) - len(self.committed)
+
+    def check_fresh(self) -> None:
+        root = self.tree.root
+        assert (root.base_len, root.token_ids) == (len(self.committed), [])
+        assert root.gamma == min(self.gamma, self.room()), "as many as are wanted and fit"
+        assert (root.children, root.alternatives, root.has_guess) == ({}, [], False)
+        assert list(self.tree.blocks()) == [root]
+
+    def drawable(self) -> list[Block]:
+        waited = [self.tree.root] if self.tree.is_needed else []
+        return waited + [o.block for o in self.tree.offers() if not o.opens]
+
+    def openable(self) -> list[Block]:
+        return [o.block for o in self.tree.offers() if o.opens]
+
+    def draft(self, num_actions: int) -> None:
+        for _ in range(num_actions):
+            drawable, openable = self.drawable(), self.openable()
+            if openable and (not drawable or self.chance.random() < 0.4):
+                self.open(openable[self.chance.integers(len(openable))])
+            elif drawable:
+                self.draw(drawable[self.chance.integers(len(drawable))])
+            self.check()
+
+    def draw(self, block: Block) -> None:
+        candidates = self.chance.permutation(VOCAB_SIZE)[: self.chance.integers(1, 4)].tolist()
+        weights = np.sort(self.chance.random(len(candidates)))[::-1]
+        chances = (weights / max(1.0, weights.sum())).tolist()
+        token, position = candidates[0], block.end
+        if not self.tree.looks_ahead:  # then nobody asks for them
+            chances = []
+        was_complete, had_guess = block.is_complete, block.has_guess
+        pairs = list(zip(candidates, chances, strict=False))
+        is_told = self.tree.add(block, token, self.support, pairs)
+        if was_complete:
+            assert (had_guess, block.has_guess, is_told) == (False, True, False), "one guess"
+            return
+        self.drawn[block] = [*self.drawn[block], token]
+        assert is_told == self.is_due(block)
+        if is_told:
+            self.tell([block])
+        assert self.tree.tokens(block, position) == [token]
+
+    def is_due(self, block: Block) -> bool:
+        """Whole, or half way to be in time; with supports, as a rule only if it is likely."""
+        count, is_ahead = len(self.drawn[block]), block is not self.tree.root
+        is_whole = count == block.gamma
+        is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
+        is_likely = block.chance >= (0.02 if is_whole else 0.1)
+        return (is_whole or is_half) and (is_likely or self.tells_all or not is_ahead)
+
+    def tell(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.num_told = len(block.token_ids)
+
+    def open(self, parent: Block) -> None:
+        best, strand = parent.alternatives[0], Strand(self.tree.root.strand.sequence)
+        child = self.tree.open(parent, strand)
+        assert child.strand is strand
+        assert best not in parent.alternatives
+        assert all(rest.chance <= best.chance for rest in parent.alternatives)
+        own = self.drawn[parent]
+        assert best.position <= len(own)
+        assert best.token_id != [*own, -1][best.position], "that is the block itself"
+        self.before[child] = [*self.before[parent], *own[: best.position], best.token_id]
+        self.drawn[child] = []
+        assert child.base_len == len(self.before[child])
+        assert child.gamma == min(self.ahead_gamma, len(self.buffer) - child.base_len) >= 1
+        assert child.chance == pytest.approx(parent.chance * best.chance)
+
+    def commit_along(self, share: float, num_other: int, gamma: int, ahead_gamma: int) -> None:
+        """A path of the tree for a share of it, then anything: hits, tails, misses, many tokens."""
+        blocks = list(self.tree.blocks())
+        path = self.path(blocks[self.chance.integers(len(blocks))])[len(self.committed) :]
+        new = (path[: round(share * len(path))] + self.tokens(num_other))[: self.room()]
+        if new:
+            self.commit(new, gamma, ahead_gamma)
+            self.check()
+
+    def commit(self, new: list[int], gamma: int, ahead_gamma: int) -> None:
+        former = list(self.tree.blocks())
+        root, num_known = self.tree.root, len(self.committed)
+        self.committed += new
+        self.gamma, self.ahead_gamma = gamma, ahead_gamma
+        found = [block for block in former if self.leads_to(block)]
+        assert len(found) <= 1, "a path is there once"
+        was_complete = found != [] and found[0].is_complete
+        walk = self.tree.commit(new, len(self.committed), gamma, ahead_gamma)
+        self.check_judged(walk.judged, root, new, num_known)
+        assert walk.source in former
+        held = near(self.committed, self.path(walk.source))
+        assert held == max(near(self.committed, self.path(block)) for block in former)
+        if found and (gamma == 0 or self.num_committed_of(found[0]) < found[0].gamma):
+            self.seen["the same root" if found[0] is root else "foreseen"] += 1
+            assert self.tree.root is walk.source is found[0]
+            left = set(self.tree.blocks())
+            assert left == {block for block in former if self.agrees(block, found[0])}
+            self.seen["with branches"] += len(left) > 1
+            assert walk.num_right >= len(self.path(found[0]))
+            if not was_complete:  # no more than is wanted
+                most = max(self.num_committed_of(found[0]) + gamma, len(self.drawn[found[0]]))
+                assert self.tree.root.gamma <= most
+        else:
+            self.seen["missed"] += 1
+            self.before[self.tree.root] = list(self.committed)
+            self.drawn[self.tree.root] = []
+            self.check_fresh()
+            assert walk.num_right == min(held, len(self.committed) - 1)
+        self.check_news()
+
+    def check_news(self) -> None:
+        """What the commit made likely, or whole, or the very thing that is asked for."""
+        blocks = list(self.tree.blocks()) if self.gamma else list(self.tree.blocks())[1:]
+        due = [b for b in blocks if self.is_due(b) and b.num_told < len(self.drawn[b])]
+        assert self.tree.news() == due
+        self.num_told_late += len(due)
+        self.tell(due)
+        assert self.tree.news() == []
+
+    def check_judged(
+        self, judged: list[tuple[float, bool]], root: Block, new: list[int], num_known: int
+    ) -> None:
+        """The root's tokens that the target decided on: those accepted, and the one rejected."""
+        drafts = self.path(root)[num_known:]
+        num_accepted = near(drafts, new)
+        is_rejected = num_accepted < min(len(drafts), len(new))
+        assert [stood for _, stood in judged] == [True] * num_accepted + [False] * is_rejected
+        assert all(0 <= chance <= LIMIT for chance, _ in judged)
+
+    def path(self, block: Block) -> list[int]:
+        return [*self.before[block], *self.drawn[block]]
+
+    def num_committed_of(self, block: Block) -> int:
+        return len(self.committed) - len(self.before[block])
+
+    def leads_to(self, block: Block) -> bool:
+        """Whether what is committed ends within the block, or at its end."""
+        path = self.path(block)[: len(self.committed)]
+        return self.num_committed_of(block) >= 0 and path == self.committed
+
+    def agrees(self, block: Block, root: Block) -> bool:
+        """Whether the block is the root or may still come about below it."""
+        before = self.before[block]
+        return block is root or (
+            before[: len(self.before[root])] == self.before[root]
+            and len(before) > len(self.committed)
+            and before[: len(self.committed)] == self.committed
+        )
+
+    def check(self) -> None:
+        known = len(self.committed)
+        assert self.tree.committed_len == known
+        assert self.buffer[:known].tolist() == self.committed
+        assert self.tree.is_needed == (not self.tree.root.is_complete)
+        for block in self.tree.blocks():
+            self.check_tokens(block)
+            self.check_limits(block)
+        for offer in self.tree.offers():
+            assert 0 <= offer.chance <= LIMIT
+            assert offer.opens or not (offer.block.has_guess and offer.block.is_complete)
+
+    def check_tokens(self, block: Block) -> None:
+        path, known = self.path(block), len(self.committed)
+        assert block.token_ids == self.drawn[block], "a block's tokens never change"
+        assert path[:known] == self.committed[: len(path)]
+        assert block.end == len(path) <= len(self.buffer)
+        for start in range(len(path) + 1):
+            assert self.tree.tokens(block, start) == path[start:]
+        assert self.tree.context(block).tolist() == path
+        assert self.tree.assumed(block) == self.before[block][known:]
+
+    def check_limits(self, block: Block) -> None:
+        above, depth = block, 0
+        while above is not self.tree.root:
+            assert above.parent is not None
+            above, depth = above.parent, depth + 1
+        assert depth <= self.lookahead
+        assert len(block.children) <= self.fan_out
+        if self.fan_out == 1:
+            assert all(p == len(self.drawn[block]) for p, _ in block.children), "a chain"
+        for place, child in block.children.items():
+            assert child.parent is block
+            assert place == (child.position, child.next_token)
+        assert len(block.reach) == len(block.token_ids) + 1
+        assert 0 <= block.chance <= LIMIT
+        assert all(0 <= reach <= LIMIT for reach in block.reach)
+        assert all(0 <= other.chance <= LIMIT for other in block.alternatives)
+
+    def contradict(self, shift: int) -> None:
+        """What does not follow is refused and changes nothing."""
+        blocks, known = list(self.tree.blocks()), self.buffer.tolist()
+        for new, length in (
+            ([], len(self.committed)),
+            ([0], len(self.committed) + 1 + shift),
+            ([0] * (self.room() + 1), len(self.buffer) + 1),
+        ):
+            with pytest.raises(InvalidRequest, match="committed_len"):
+                self.tree.commit(new, length, 2, 2)
+        assert list(self.tree.blocks()) == blocks
+        assert self.buffer.tolist() == known

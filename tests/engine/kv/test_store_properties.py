@@ -1,0 +1,178 @@
+"""The KV store under any order of operations: contents, accounting and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from outrider.engine import Sequence
+from outrider.engine.kv.sequence import pages_for
+from outrider.engine.kv.store import PAGE_SIZE
+from outrider.errors import KVFull
+from tests.engine.kv.test_store import append, contents, make_store
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Every sequence must hold exactly the values appended to it, whatever happens around it."""
+
+    @initialize(num_pages=st.integers(1, 24))
+    def make(self, num_pages: int) -> None:
+        self.store = make_store(num_pages)
+        self.held: dict[Sequence, list[int]] = {}
+        self.next_value = 1
+
+    def pick(self, index: int) -> Sequence:
+        return list(self.held)[index % len(self.held)]
+
+    def pick_running(self, index: int) -> Sequence | None:
+        """One that is not parked."""
+        running = [sequence for sequence in self.held if not sequence.is_parked]
+        return running[index % len(running)] if running else None
+
+    def snapshot(self) -> tuple[int, list[tuple[int, int]]]:
+        return self.store.used_tokens, [(s.length, s.max_len) for s in self.held]
+
+    def pages_of(self, sequences: Iterable[Sequence]) -> set[int]:
+        """All that are reserved by these."""
+        return {int(p) for s in sequences for p in self.store.page_ids(s, s.max_len)}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that are neither reserved nor parked: spare ones are for whoever asks."""
+        return self.store.num_pages - len(self.pages_of(self.held))
+
+    @rule(max_len=st.integers(0, 100), want_len=st.integers(1, 400))
+    def open(self, max_len: int, want_len: int) -> None:
+        before = self.snapshot()
+        try:
+            self.held[self.store.open(max_len, want_len)] = []
+        except KVFull:
+            assert pages_for(max_len) > self.num_free, "refused although there was room"
+            assert self.snapshot() == before
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), count=st.integers(1, 60))
+    def append(self, index: int, count: int) -> None:
+        sequence = self.pick_running(index)
+        if sequence is None:
+            return
+        count = min(count, sequence.max_len - sequence.length)
+        values = list(range(self.next_value, self.next_value + count))
+        self.next_value += count
+        if values:
+            append(self.store, sequence, values)
+            self.held[sequence] += values
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), part=st.floats(0, 1))
+    def truncate(self, index: int, part: float) -> None:
+        sequence = self.pick_running(index)
+        if sequence is None:
+            return
+        length = int(part * sequence.length)
+        before = self.snapshot()
+        try:
+            self.store.truncate(sequence, length)
+            del self.held[sequence][length:]
+        except KVFull:
+            assert self.snapshot() == before
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), more=st.integers(-20, 60), margin=st.integers(0, 6))
+    def extend(self, index: int, more: int, margin: int) -> None:
+        """Refused only where so much is really not to be had; spare pages never count."""
+        sequence = self.pick_running(index)
+        if sequence is None:
+            return
+        before, max_len = self.snapshot(), sequence.max_len
+        missing = pages_for(max_len + more) - pages_for(max_len)
+        try:
+            self.store.extend(sequence, max_len + more, margin=margin)
+            assert sequence.max_len == max(max_len, max_len + more)
+        except KVFull:
+            assert missing + margin > self.num_free, "refused although there was room"
+            assert self.snapshot() == before
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9))
+    def park(self, index: int) -> None:
+        """Its room is not used, and still its own."""
+        sequence = self.pick(index)
+        if sequence.is_parked:
+            self.store.unpark(sequence, sequence.length + 100)
+        else:
+            self.store.park(sequence)
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), more=st.integers(0, 60))
+    def shrink(self, index: int, more: int) -> None:
+        sequence = self.pick_running(index)
+        if sequence is None:
+            return
+        max_len, used = sequence.max_len, self.store.used_tokens
+        asked = sequence.length + more
+        self.store.shrink(sequence, asked)
+        assert sequence.max_len == min(max_len, asked)
+        assert self.store.used_tokens <= used
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), more=st.integers(1, 40), part=st.none() | st.floats(0, 1))
+    def fork(self, index: int, more: int, part: float | None) -> None:
+        sequence = self.pick_running(index)
+        if sequence is None:
+            return
+        before = self.snapshot()
+        length = None if part is None else int(part * sequence.length)
+        try:
+            child = self.store.fork(sequence, sequence.length + more, length=length)
+            self.held[child] = self.held[sequence][:length]
+        except KVFull:
+            assert self.snapshot() == before
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9))
+    def compact(self, index: int) -> None:
+        if (sequence := self.pick_running(index)) is not None:
+            self.store.compact(sequence)
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9))
+    def free(self, index: int) -> None:
+        sequence = self.pick(index)
+        self.store.free(sequence)
+        del self.held[sequence]
+        with pytest.raises(ValueError, match="not open"):
+            self.store.free(sequence)
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        self.store.check_integrity()
+        assert self.store.num_sequences == len(self.held)
+        running = self.pages_of(s for s in self.held if not s.is_parked)
+        assert self.store.used_tokens == len(running) * PAGE_SIZE, "reserved pages are used ones"
+        for sequence, values in self.held.items():
+            assert contents(self.store, sequence) == values
+
+    def teardown(self) -> None:
+        held = list(getattr(self, "held", ()))
+        for sequence in held[1:]:
+            self.store.free(sequence)
+        for sequence in held[:1]:
+            if sequence.is_parked:
+                self.store.unpark(sequence, sequence.max_len)
+            self.store.extend(sequence, self.store.capacity_tokens)
+            assert contents(self.store, sequence) == self.held[sequence]
+            self.store.check_integrity()
+            self.store.free(sequence)
+        if hasattr(self, "store"):
+            assert self.store.used_tokens == 0
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)

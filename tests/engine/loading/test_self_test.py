@@ -1,0 +1,152 @@
+"""What the check at load finds in long sequences: faults planted in the engine are refused.
+
+None of them shows in the first tokens, which the short check has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import outrider.engine.loading.long_self_test
+from outrider.engine import Engine, EngineOptions, load_engine
+from outrider.engine.attention.interface import Block
+from outrider.engine.attention.segments import Segment
+from outrider.engine.kv.store import PAGE_SIZE, KVStore
+from outrider.errors import ModelError
+from tests.tiny_models import make_tiny_model
+
+WINDOW = 200
+WRONG = "not served correctly"
+
+
+def load(path: Path) -> Engine:
+    return load_engine(EngineOptions(str(path), kv_cache_tokens=256))
+
+
+@pytest.fixture(scope="module")
+def window_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("window") / "m"
+    return make_tiny_model("mistral_window", path, sliding_window=WINDOW)
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_a_window_off_by_one(
+    off_by: int, window_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(window_dir).info.probe_max_difference < 1e-3
+    of = Block.of
+
+    def wrong(first: int, last: int, window: int | None) -> Block:
+        return of(first, last, None if window is None else window + off_by)
+
+    monkeypatch.setattr(Block, "of", wrong)
+    with pytest.raises(ModelError, match=WRONG):
+        load(window_dir)
+
+
+def test_no_window_at_all(window_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Block.of
+    monkeypatch.setattr(Block, "of", lambda first, last, window: of(first, last, None))
+    with pytest.raises(ModelError, match=WRONG):
+        load(window_dir)
+
+
+def test_a_wrong_page(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the first ones, of a sequence that does not lie in one piece."""
+    page_ids = KVStore.page_ids
+
+    def wrong(store: KVStore, sequence: Any, num_tokens: int) -> np.ndarray:
+        pages = page_ids(store, sequence, num_tokens).copy()
+        if len(pages) > 10:
+            pages[8] = pages[0]
+        return pages
+
+    monkeypatch.setattr(KVStore, "page_ids", wrong)
+    monkeypatch.setattr(
+        "outrider.engine.attention.shared_prefix._SHORTEST_PREFIX", 10**9
+    )  # gathers all pages
+    with pytest.raises(ModelError, match=WRONG):
+        load(model_dir("llama"))
+
+
+def test_keys_written_to_a_wrong_place(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a page ends: its last token's keys and values go to the next page."""
+    slots = KVStore.slots
+
+    def wrong(store: KVStore, sequence: Any, start: int, stop: int) -> np.ndarray:
+        found = slots(store, sequence, start, stop).copy()
+        late = np.arange(start, stop)
+        found[(late % PAGE_SIZE == PAGE_SIZE - 1) & (late > 100)] += 1
+        return found
+
+    monkeypatch.setattr(KVStore, "slots", wrong)
+    with pytest.raises(ModelError, match=WRONG):
+        load(model_dir("llama"))
+
+
+def test_a_wrong_block_of_a_long_prompt(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions from 256 on see one key too few."""
+    blocks = Segment.blocks
+
+    def wrong(segment: Segment, window: int | None) -> list[Block]:
+        return [
+            block if block.last < 256 else Block(block.first, block.last, 1, block.window)
+            for block in blocks(segment, window)
+        ]
+
+    monkeypatch.setattr(Segment, "blocks", wrong)
+    with pytest.raises(ModelError, match=WRONG):
+        load(model_dir("llama"))
+
+
+def test_a_missing_mask_at_late_positions(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = Block.mask
+
+    def wrong(block: Block, group: int, dtype: Any, device: Any) -> torch.Tensor | None:
+        made = mask(block, group, dtype, device)
+        return None if block.first > 250 else made
+
+    monkeypatch.setattr(Block, "mask", wrong)
+    with pytest.raises(ModelError, match=WRONG):
+        load(model_dir("llama"))
+
+
+def test_a_window_that_takes_too_long_is_told(
+    window_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outrider.engine.loading.long_self_test, "_BUDGET_S", 1e-6)
+    with caplog.at_level(logging.WARNING):
+        assert load(window_dir).info.max_context_len == 512
+    assert f"sliding window of {WINDOW} tokens is not checked" in caplog.text
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17, 24, 25, 41, 42, 65, 100])
+def test_contexts_of_any_length(length: int, tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path / "m", max_position_embeddings=512)
+    options = EngineOptions(str(path), kv_cache_tokens=256, max_model_len=length)
+    assert load_engine(options).info.max_context_len == length
+
+
+def test_tokens_that_the_model_cannot_compute_are_left_out(tmp_path: Path) -> None:
+    """Half of the embeddings are NaN: the rest is served, and checked."""
+    path = make_tiny_model("llama", tmp_path / "m")
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[::2] = torch.nan
+    model.save_pretrained(path)
+    assert load(path).info.probe_max_difference < 1e-3

@@ -1,0 +1,69 @@
+"""Costs are each replica's own; what is known of the models is shared."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.speculation.cost_book import CostBook
+from outrider.replica import CostReport
+
+STEP_S = {"fast": 0.01, "slow": 0.5}
+
+
+def report(endpoint: str | None) -> CostReport:
+    step_s = STEP_S[endpoint or "fast"]
+    return CostReport((1, 64), (step_s, 2 * step_s))
+
+
+def test_each_replica_has_costs_of_its_own() -> None:
+    book = CostBook(report, report)
+    fast, slow = book.pair(), book.pair()
+    fast.target_side, fast.draft_side = book.target("fast"), book.draft("fast")
+    slow.target_side, slow.draft_side = book.target("slow"), book.draft("slow")
+    assert fast.target_steps_s(0) == pytest.approx((0.01,))
+    assert slow.target_steps_s(0) == pytest.approx((0.5,))
+    assert (fast.draft_step_s, slow.draft_step_s) == pytest.approx((0.01, 0.5))
+    for _ in range(200):
+        slow.saw_reply(0.9, 0.5, left_at_once=True)
+        slow.saw_proposal(0.7, 1)
+    assert slow.target_overhead_s == pytest.approx(0.4, rel=0.01)
+    assert slow.draft_overhead_s == pytest.approx(0.2, rel=0.01)
+    assert fast.target_overhead_s == fast.draft_overhead_s == 0.001
+
+
+def test_a_generation_that_moves_goes_on_with_what_is_known_there() -> None:
+    book = CostBook(report, report)
+    pair = book.pair()
+    pair.target_side = book.target("slow")
+    pair.saw_reply(0.9, 0.5, left_at_once=True)
+    known = pair.target_overhead_s
+    pair.target_side = book.target("fast")
+    assert pair.target_steps_s(0) == pytest.approx((0.01,))
+    assert pair.target_overhead_s == 0.001
+    pair.target_side = book.target("slow")
+    assert pair.target_overhead_s == known
+
+
+def test_what_is_known_of_the_models_is_shared() -> None:
+    book = CostBook(report, report)
+    one, other = book.pair(), book.pair()
+    for _ in range(50):
+        one.survival.saw(4, 4, is_rejected=False)
+        one.saw_lookahead(is_hit=True)
+    assert other.survival is one.survival
+    assert other.lookahead_hit_rate == one.lookahead_hit_rate > 0.6
+    assert book.shared.num_lookahead_hits == 50
+
+
+def test_a_new_generation_begins_with_the_replica_used_last() -> None:
+    book = CostBook(report, report)
+    assert book.pair().target_steps_s(0) == pytest.approx((0.01,)), "any that there is"
+    book.target("slow")
+    assert book.pair().target_steps_s(0) == pytest.approx((0.5,))
+
+
+def test_addresses_that_come_and_go_are_forgotten() -> None:
+    book = CostBook(lambda _: CostReport(), lambda _: CostReport())
+    for number in range(1_000):
+        book.target(f"10.0.0.1:{number}")
+    assert len(book._targets) <= 256

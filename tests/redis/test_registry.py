@@ -1,0 +1,320 @@
+"""Replicas announce themselves in a real Redis, orchestrators watch; either side may fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from outrider.errors import ConfigError
+from outrider.redis.connection import Link
+from outrider.redis.embedded import RedisServer
+from outrider.redis.registry import Announcer, Replica, ReplicaState, Watcher
+from tests import redis_fixture
+from tests.redis_fixture import redis_command
+
+redis_server = redis_fixture.redis_server
+redis_url = redis_fixture.redis_url
+
+ROOT = Path(__file__).parent.parent
+INDEX = b"outrider:replicas:target"
+BAD = b"outrider:replica:target:bad"
+# Far more than anything here takes: the machine may be busy.
+TIMEOUT_S = 60.0
+
+REPLICA = Replica(
+    tier="target",
+    id="a1",
+    address="10.0.0.1:50052",
+    state=ReplicaState.READY,
+    model_fingerprint="f" * 64,
+    tokenizer_fingerprint="e" * 64,
+    vocab_size=256,
+    kv_capacity_tokens=4096,
+    kv_used_tokens=48,
+    num_open_generations=3,
+)
+
+
+@contextlib.asynccontextmanager
+async def in_background(run: Callable[[], Any]) -> AsyncIterator[None]:
+    """For the time of a block."""
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+class Watched:
+    """A watcher and all the lists that it told."""
+
+    def __init__(self, url: str, tier: str = "target") -> None:
+        self.lists: list[list[Replica]] = []
+        self._told = asyncio.Event()
+        self.watcher = Watcher(url, tier, self._tell)
+
+    def _tell(self, replicas: list[Replica]) -> None:
+        self.lists.append(replicas)
+        self._told.set()
+
+    @property
+    def now(self) -> list[Replica] | None:
+        return self.lists[-1] if self.lists else None
+
+    async def sees(self, *replicas: Replica) -> None:
+        """Returns when exactly these are there."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while self.now != list(replicas):
+                self._told.clear()
+                await self._told.wait()
+
+
+@contextlib.asynccontextmanager
+async def watching(url: str, tier: str = "target") -> AsyncIterator[Watched]:
+    watched = Watched(url, tier)
+    async with in_background(watched.watcher.run):
+        yield watched
+
+
+@contextlib.asynccontextmanager
+async def announcing(
+    url: str, replica: Replica = REPLICA
+) -> AsyncIterator[tuple[Announcer, list[Replica]]]:
+    """The announcer, and a list whose only item is what it says of the replica."""
+    said = [replica]
+    announcer = Announcer(url, lambda: said[0])
+    async with in_background(announcer.run):
+        yield announcer, said
+
+
+async def write(url: str, *commands: tuple[bytes, ...]) -> None:
+    link = Link(url, timeout_s=TIMEOUT_S, preamble=())
+    replies = await link.exchange(commands)
+    await link.close()
+    assert not any(isinstance(reply, Exception) for reply in replies), replies
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110 (Redis and logs do not tell)
+            await asyncio.sleep(0.02)
+
+
+async def test_announced_as_it_is_and_gone_without_a_trace(redis_url: str) -> None:
+    async with watching(redis_url) as watched:
+        await watched.sees()
+        async with announcing(redis_url):
+            await watched.sees(REPLICA)
+        await watched.sees()
+        assert redis_command(redis_url, "DBSIZE") == b":0"
+    assert watched.lists == [[], [REPLICA], []], "told once each"
+
+
+async def test_changes_are_told_at_once_and_load_in_time(redis_url: str) -> None:
+    async with watching(redis_url) as watched, announcing(redis_url) as (announcer, said):
+        await watched.sees(REPLICA)
+        for state in (ReplicaState.STUCK, ReplicaState.READY, ReplicaState.DRAINING):
+            said[0] = replace(REPLICA, state=state)
+            announcer.renew()
+            await watched.sees(said[0])
+        said[0] = replace(REPLICA, num_open_generations=7)
+        await watched.sees(said[0])
+
+
+async def test_several_replicas_and_each_tier_for_itself(redis_url: str) -> None:
+    second = replace(REPLICA, id="b2", address="10.0.0.2:50052")
+    draft = replace(REPLICA, tier="draft", id="a1")
+    async with (
+        watching(redis_url) as targets,
+        watching(redis_url, "draft") as drafts,
+        announcing(redis_url, second),
+        announcing(redis_url, draft),
+    ):
+        async with announcing(redis_url):
+            await targets.sees(REPLICA, second)
+            await drafts.sees(draft)
+        await targets.sees(second)
+        await drafts.sees(draft)
+
+
+ANNOUNCE = """
+import asyncio, sys
+from outrider.redis.registry import Announcer, Replica
+replica = Replica.from_json(sys.argv[2].encode())
+announcer = Announcer(sys.argv[1], lambda: replica)
+asyncio.run(announcer.run())
+"""
+
+
+@contextlib.asynccontextmanager
+async def announcing_process(url: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Of the replica; killed at the end, if it is still there."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ANNOUNCE, url, REPLICA.to_json().decode(), cwd=ROOT
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Signals) -> None:
+    """A process killed, or frozen for good; the index forgets it too."""
+    other = replace(REPLICA, id="b2")
+    async with (
+        announcing_process(redis_url) as process,
+        watching(redis_url) as watched,
+        announcing(redis_url, other),
+    ):
+        await watched.sees(REPLICA, other)
+        process.send_signal(number)
+        await watched.sees(other)
+        await until(lambda: redis_command(redis_url, "ZCARD", INDEX.decode()) == b":1")
+
+
+@pytest.mark.slow
+async def test_without_a_watcher_nothing_stays_either(redis_url: str) -> None:
+    async with announcing_process(redis_url):
+        await until(lambda: redis_command(redis_url, "DBSIZE") == b":2")
+    await until(lambda: redis_command(redis_url, "DBSIZE") == b":0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["restarted", "frozen"])
+async def test_redis_away_and_back(way: str) -> None:
+    """The last list holds meanwhile; both sides say so once, and go on by themselves."""
+
+    def said(event: str, logs: list[Any]) -> int:
+        return sum(entry["event"] == event for entry in logs)
+
+    with RedisServer() as server, capture_logs() as logs:
+        async with watching(server.url) as watched, announcing(server.url) as (announcer, _):
+            await watched.sees(REPLICA)
+            pid = server.pid
+            assert pid is not None
+            if way == "restarted":
+                server.stop()
+            else:
+                os.kill(pid, signal.SIGSTOP)
+            await until(lambda: said("registry_away", logs) >= 2)
+            announcer.renew()
+            await asyncio.sleep(1.5)  # more attempts, of both
+            assert watched.lists == [[REPLICA]] or watched.lists == [[], [REPLICA]]
+            assert said("registry_away", logs) == 2
+            if way == "restarted":
+                server.start()
+            else:
+                os.kill(pid, signal.SIGCONT)
+            await until(lambda: said("registry_back", logs) >= 2)
+            await watched.sees(REPLICA)
+        assert redis_command(server.url, "DBSIZE") == b":0"
+
+
+@pytest.mark.slow
+async def test_leaving_without_redis_takes_no_long_time() -> None:
+    with RedisServer() as server:
+        async with watching(server.url) as watched, announcing(server.url):
+            await watched.sees(REPLICA)
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            async with asyncio.timeout(TIMEOUT_S):  # the blocks end
+                await asyncio.sleep(0)
+
+
+def record(**fields: Any) -> bytes:
+    return json.dumps({**json.loads(REPLICA.to_json()), **fields}).encode()
+
+
+MALFORMED = {
+    "no JSON": b"\xff\x00{",
+    "nothing": b"",
+    "a list": b"[]",
+    "nested deeply": b"[" * 7_000,
+    "without fields": b"{}",
+    "an unknown state": record(state="sleepy"),
+    "a state that is none": record(state=[1]),
+    "another's name": record(id="a1"),
+    "another tier": record(id="bad", tier="draft"),
+    "no port": record(id="bad", address="10.0.0.1"),
+    "a negative count": record(id="bad", num_open_generations=-1),
+    "a count that is none": record(id="bad", vocab_size=True),
+    "a huge number": record(id="bad", kv_used_tokens=1 << 70),
+    "a huge text": record(id="bad", model_fingerprint="x" * 100_000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MALFORMED)
+async def test_malformed_records_are_skipped(kind: str, redis_url: str) -> None:
+    """Said once, however often they are read; the others are seen."""
+    with capture_logs() as logs:
+        async with announcing(redis_url), watching(redis_url) as watched:
+            await write(
+                redis_url,
+                (b"SET", BAD, MALFORMED[kind]),
+                (b"ZADD", INDEX, b"0", b"bad"),
+            )
+            await watched.sees(REPLICA)
+            good = record(id="bad", unknown="field")
+            await until(lambda: "replica_record_malformed" in [entry["event"] for entry in logs])
+            await asyncio.sleep(0.7)  # read again meanwhile
+            # In the index once more: that lapses where nobody announces anything for long.
+            await write(redis_url, (b"SET", BAD, good), (b"ZADD", INDEX, b"0", b"bad"))
+            await watched.sees(REPLICA, replace(REPLICA, id="bad"))
+    assert [e["event"] for e in logs].count("replica_record_malformed") == 1
+
+
+async def test_keys_of_another_kind_do_no_harm(redis_url: str) -> None:
+    """A record that is a list counts as none; an index that is a text as Redis away."""
+    with capture_logs() as logs:
+        async with watching(redis_url) as watched:
+            await write(redis_url, (b"RPUSH", BAD, b"x"), (b"ZADD", INDEX, b"0", b"bad"))
+            async with announcing(redis_url):
+                await watched.sees(REPLICA)
+                await write(redis_url, (b"DEL", INDEX), (b"SET", INDEX, b"x"))
+                await until(lambda: any(e["event"] == "registry_away" for e in logs))
+                assert watched.now == [REPLICA]
+                await write(redis_url, (b"DEL", INDEX))
+                await until(lambda: any(e["event"] == "registry_back" for e in logs))
+                await watched.sees(REPLICA)
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        Announcer("http://x", lambda: REPLICA)
+    with pytest.raises(ConfigError):
+        Watcher("x", "target", lambda _: None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+FIELDS = st.sampled_from(sorted(REPLICA.__dataclass_fields__))
+
+
+@given(st.dictionaries(FIELDS, JSON))
+def test_a_record_is_read_or_refused(fields: dict[str, Any]) -> None:
+    """Whatever stands in it: a replica that reads back as itself, or ValueError."""
+    with contextlib.suppress(ValueError):
+        replica = Replica.from_json(record(**fields))
+        assert Replica.from_json(replica.to_json()) == replica

@@ -1,0 +1,145 @@
+"""How a call ends whose handler fails: on a real server, with a real client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from outrider.errors import SessionNotFound
+from outrider.runtime.grpc_status import StreamWriter, translated
+
+METHOD = "/test.Service/Stream"
+Handler = Callable[[Any], Awaitable[None]]
+
+
+class Service(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        async def stream(request: bytes, context: Any) -> None:
+            async with translated(context):
+                await self._handler(context)
+
+        return grpc.unary_stream_rpc_method_handler(stream)
+
+
+@contextlib.asynccontextmanager
+async def calling(handler: Handler) -> AsyncIterator[Any]:
+    """A call of a server with this handler."""
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Service(handler),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel.unary_stream(METHOD)(b"", timeout=60)
+    await server.stop(0)
+
+
+def told_by_grpc(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Its errors; other tests' closed loops may have asyncio log more."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("grpc")]
+
+
+async def failed(context: Any) -> None:
+    raise grpc.aio.InternalError("a write to a client that has gone")
+
+
+async def failed_in_a_group(context: Any) -> None:
+    raise ExceptionGroup("two writes", [grpc.aio.InternalError("gone")] * 2)
+
+
+async def cancelled_write(writer: Any, num_turns: int) -> None:
+    """Cancels the first write after so many turns of the event loop."""
+    writing = asyncio.create_task(writer.write(b"text"))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    writing.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await writing
+
+
+async def status_of(handler: Handler) -> grpc.StatusCode:
+    """The status that the call of a client that listens ends with."""
+    async with calling(handler) as call:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+    return caught.value.code()
+
+
+@pytest.mark.parametrize("handler", [failed, failed_in_a_group])
+async def test_a_failed_write_ends_the_call(
+    handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CANCELLED for a client that still listens, and no traceback in the log."""
+    with caplog.at_level(logging.ERROR):
+        assert await status_of(handler) is grpc.StatusCode.CANCELLED
+    assert told_by_grpc(caplog) == []
+
+
+async def test_a_client_that_goes_at_the_first_write_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    over = asyncio.Event()
+
+    async def handler(context: Any) -> None:
+        context.add_done_callback(lambda _: over.set())
+        # gRPC's core has the metadata, and gRPC counts it as unsent.
+        await cancelled_write(context, 1)
+        await failed(context)
+
+    with caplog.at_level(logging.ERROR):
+        async with calling(handler) as call:
+            await anext(aiter(call), None)
+            call.cancel()
+            await over.wait()
+    assert told_by_grpc(caplog) == []
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_the_status_comes_though_the_first_write_was_cancelled(
+    num_turns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A write on the context itself would leave the client without one until its deadline."""
+
+    async def handler(context: Any) -> None:
+        await cancelled_write(StreamWriter(context), num_turns)
+        raise SessionNotFound("no such session")
+
+    with caplog.at_level(logging.ERROR):
+        assert await status_of(handler) is grpc.StatusCode.NOT_FOUND
+    assert told_by_grpc(caplog) == []
+
+
+async def test_a_write_that_is_cancelled_and_fails_is_quiet() -> None:
+    """The client goes while the write is cancelled: nobody is left to hear that it failed."""
+    has_gone = asyncio.Event()
+
+    class Context:
+        async def send_initial_metadata(self, metadata: object) -> None:
+            await has_gone.wait()
+            raise grpc.aio.InternalError("gone")
+
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: unheard.append(told))
+    writing = asyncio.create_task(StreamWriter(Context()).write(b"text"))  # type: ignore[arg-type]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    writing.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    has_gone.set()
+    with contextlib.suppress(asyncio.CancelledError):
+        await writing
+    del writing
+    await asyncio.sleep(0)  # the loop lets go of it, too
+    gc.collect()
+    assert unheard == []

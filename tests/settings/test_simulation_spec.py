@@ -1,0 +1,136 @@
+"""The line that describes a simulated tier: read, written, and every mistake in it named."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.cli.stack import Stack
+from outrider.cli.stack_options import StackOptions
+from outrider.errors import ConfigError
+from outrider.settings.loader import load
+from outrider.settings.services import DraftConfig, TargetConfig
+from outrider.settings.simulation import Simulation
+
+TIMES = st.floats(0, 60_000)
+CHANCES = st.lists(st.floats(0, 1), min_size=1, max_size=64).map(tuple)
+STEPS = st.dictionaries(st.integers(1, 4096), TIMES, min_size=1, max_size=6).map(
+    lambda points: tuple(sorted(points.items()))
+)
+# One number stands for any number of tokens: it is that of the first.
+SIMULATIONS = st.builds(
+    Simulation,
+    step_ms=STEPS,
+    row_ms=TIMES,
+    vocab_size=st.integers(16, 1 << 24),
+    context_len=st.integers(16, 1 << 30),
+    seed=st.integers(-(1 << 63), 1 << 63),
+    survival=CHANCES,
+    ranks=st.lists(st.floats(0, 1 / 7), min_size=1, max_size=7).map(tuple),
+    fails_after_s=st.floats(0),
+)
+
+
+@given(SIMULATIONS)
+def test_what_is_written_is_read_as_the_same(simulation: Simulation) -> None:
+    assert Simulation.parse(str(simulation)) == simulation
+
+
+def test_only_what_was_changed_is_written() -> None:
+    """So that a target's line has nothing of drafts, which it would not take."""
+    assert str(Simulation()) == "step_ms=1:10.0"
+    line = str(Simulation(step_ms=((1, 25.0), (64, 40.5)), row_ms=0.5))
+    assert line == "step_ms=1:25.0/64:40.5,row_ms=0.5"
+    assert Simulation.parse(line, is_draft=False).step_ms == ((1, 25.0), (64, 40.5))
+
+
+def test_defaults() -> None:
+    assert Simulation.parse("") == Simulation()
+    assert Simulation.parse("step_ms=25").step_ms == ((1, 25.0),)
+    assert Simulation.parse("survival=0.9/0.5").survival == (0.9, 0.5)
+
+
+def test_costs_follow_the_line() -> None:
+    """Straight between points, on beyond the last; never below the first; rows beyond the first."""
+    costs = Simulation.parse("step_ms=1:10/5:10/9:20,row_ms=0.5").costs
+    assert costs.pass_s(3, 1) == pytest.approx(0.010)
+    assert costs.pass_s(7, 1) == pytest.approx(0.015)
+    assert costs.pass_s(13, 3) == pytest.approx(0.031)
+    assert Simulation.parse("step_ms=4").costs.pass_s(500, 1) == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("step=1", "'step=1'; expected KEY=VALUE of step_ms, row_ms, .*survival, ranks"),
+        ("step_ms", "'step_ms'; expected KEY=VALUE of"),
+        ("step_ms=1,step_ms=2", "step_ms: stands twice"),
+        ("step_ms=fast", "step_ms: 'fast' is not 0 to 60000 milliseconds, nor TOKENS:MS"),
+        ("step_ms=-1", "step_ms: '-1' is not 0 to 60000"),
+        ("step_ms=nan", "step_ms: 'nan' is not 0 to 60000"),
+        ("step_ms=inf", "step_ms: 'inf' is not 0 to 60000"),
+        ("step_ms=8:1/4:2", "step_ms: .* with rising numbers of tokens"),
+        ("step_ms=0:1", "step_ms: '0:1' is not"),
+        ("step_ms=1:5/9", "step_ms: '1:5/9' is not"),
+        ("row_ms=60001", "row_ms: '60001' is not 0 to 60000 milliseconds"),
+        ("vocab_size=15", "vocab_size: '15' is not 16 to 16777216"),
+        ("vocab_size=1e3", "vocab_size: '1e3' is not 16 to"),
+        ("context_len=15", "context_len: '15' is not 16 or more"),
+        ("seed=x", "seed: 'x' is not an integer"),
+        ("survival=1.01", r"survival: '1.01' is not 1 to 64 chances in \[0, 1\]"),
+        ("survival=", "survival: '' is not"),
+        ("survival=" + "/".join(["1"] * 65), "survival: .* is not 1 to 64 chances"),
+        ("ranks=0.6/0.5", "ranks: '0.6/0.5' is not 1 to 7 chances, at most 1 in sum"),
+        ("ranks=" + "/".join(["0.1"] * 8), "ranks: .* is not 1 to 7 chances"),
+    ],
+)
+def test_a_bad_line_says_what_is_allowed(line: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"simulate: {named}"):
+        load(DraftConfig, "draft", [f"--simulate={line}"], {})
+
+
+def test_a_target_is_told_nothing_of_drafts() -> None:
+    """Its line would not do what it says."""
+    with pytest.raises(
+        ConfigError, match=r"'survival=0.5'; expected KEY=VALUE of .*seed, fails_after_s$"
+    ):
+        load(TargetConfig, "target", ["--simulate=survival=0.5"], {})
+
+
+def test_a_simulated_tier_has_no_model() -> None:
+    with pytest.raises(ConfigError, match="simulate: not together with a model"):
+        TargetConfig(model="m", simulate="step_ms=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (StackOptions(simulate_draft="step_ms=1"), "--simulate-draft: needs --simulate-target"),
+        (StackOptions(simulate_target="step_ms=1", target="m"), "not together with --target"),
+        (StackOptions(simulate_target="step_ms=1", draft="m"), "not together with --draft"),
+        (
+            StackOptions(simulate_target="step_ms=1", simulate_draft="step_ms=1", draft="none"),
+            "not together with --draft",
+        ),
+        (StackOptions(simulate_target="survival=1"), "simulate: 'survival=1'"),
+        (
+            StackOptions(simulate_target="seed=1", simulate_draft="seed=2"),
+            "--simulate-draft: its seed must be the target's",
+        ),
+        (
+            StackOptions(simulate_target="vocab_size=64", simulate_draft="step_ms=1"),
+            "--simulate-draft: its vocab_size must be the target's",
+        ),
+    ],
+)
+async def test_a_system_that_makes_no_sense_is_refused_before_it_starts(
+    options: StackOptions, named: str
+) -> None:
+    stack = Stack(options, lambda event: None)
+    try:
+        with pytest.raises(ConfigError, match=named):
+            await stack.start()
+    finally:
+        await stack.stop()
+    assert stack.addresses == {}
