@@ -35,13 +35,13 @@ else
 TORCH := --require-hashes --no-deps -r requirements/model-cuda.txt
 endif
 
-$(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
+$(VENV)/.ready: pyproject.toml outrider_bench/pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "The lock is for Python 3.11, 3.12 and 3.13; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --no-compile --require-hashes --no-deps -r requirements/dev.txt
 	$(BIN)/python $(PIP_INSTALL) --no-compile $(TORCH)
 	@$(BIN)/python -m compileall -qq -j0 $(VENV)/lib || true
-	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable . --editable outrider_bench
 	$(BIN)/python -m pip check
 	@touch $@
 
@@ -77,7 +77,7 @@ test-newest test-oldest: test-%: $(UV_VENV)/.ready
 	$(UV) venv --quiet --clear --python $(UV_VENV)/bin/python .venv-$*
 	$(UV) pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
 		--extra engine --output-file .venv-$*/runtime.txt pyproject.toml
-	$(UV) pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev,engine]'
+	$(UV) pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev,engine]' --editable outrider_bench
 	$(UV) pip list --python .venv-$*
 	.venv-$*/bin/python -m pytest $(WORKERS) $(RANGE_TESTS)
 

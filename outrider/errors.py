@@ -1,4 +1,4 @@
-"""The one tree of errors, and nothing about transport: `outrider.runtime.grpc_status` maps it to gRPC status.
+"""The one tree of errors. `outrider.runtime.grpc_status` maps it to gRPC status.
 
 OutriderError
  ├─ InvalidRequest       a request's field is wrong; names the field
@@ -18,6 +18,7 @@ OutriderError
  ├─ KVLost               keys and values that a caller relied on are gone
  ├─ Unavailable          a tier or the store cannot be reached
  │   └─ ReplicaLost      a replica was lost while it had a request
+ ├─ CallFailed           for clients: the status and message that a call ended with
  └─ InternalError        a defect on our side, by name
      └─ NonFiniteLogits  the model computed NaN or infinity
 """
@@ -160,3 +161,19 @@ class NonFiniteLogits(InternalError):
         super().__init__(
             "the model's logits are NaN or infinite (bad weights, or overflow: try another dtype)"
         )
+
+
+class CallFailed(OutriderError):
+    """The server refused or failed: its status, then what it said.
+
+    `was_heard`: false where nobody can have got the call.
+    """
+
+    def __init__(self, message: str, *, was_heard: bool = True) -> None:
+        super().__init__(message)
+        self.was_heard = was_heard
+
+    @property
+    def code(self) -> str:
+        """The status' name, for instance UNAVAILABLE."""
+        return str(self).partition(":")[0]

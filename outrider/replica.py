@@ -1,4 +1,4 @@
-"""What a replica of a model tier says of itself to others: where it is, what it holds, its state.
+"""What a replica of a model tier reports to others: address, state, KV memory, cost of its passes.
 
 Plain values, and their form as a record in the registry. Knows neither Redis nor protobuf.
 """
@@ -6,6 +6,8 @@ Plain values, and their form as a record in the registry. Knows neither Redis no
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -90,3 +92,31 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port[:6]) <= 65535:
         raise ValueError(f"{address!r} is not host:port")
     return host, int(port)
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """As model.proto's StepCosts: tokens of a pass, rising, and seconds it takes.
+
+    `mean_num_rows`: of the target as a row finds it, a mean over rows; of the draft over passes.
+    """
+
+    num_tokens: tuple[int, ...] = (1,)
+    step_s: tuple[float, ...] = (0.0,)
+    row_s: float = 0.0
+    mean_num_rows: float = 1.0
+
+    def pass_s(self, num_tokens: float, num_rows: float) -> float:
+        """Seconds of a pass over so many tokens of so many sequences."""
+        curve_s = interpolated(num_tokens, self.num_tokens, self.step_s)
+        return curve_s + max(0.0, num_rows - 1) * self.row_s
+
+
+def interpolated(num_tokens: float, tokens: Sequence[float], seconds: Sequence[float]) -> float:
+    """Piecewise linear; never below the first point; beyond the last the slope goes on."""
+    if num_tokens <= tokens[0] or len(tokens) == 1:
+        return seconds[0]
+    right = min(bisect_left(tokens, num_tokens), len(tokens) - 1)
+    left = right - 1
+    slope = (seconds[right] - seconds[left]) / (tokens[right] - tokens[left])
+    return seconds[left] + slope * (num_tokens - tokens[left])

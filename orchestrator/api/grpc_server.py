@@ -17,6 +17,7 @@ from orchestrator.admission.api_keys import current_caller
 from orchestrator.admission.place import Place
 from orchestrator.admission.queue import Admission
 from orchestrator.api.call_telemetry import Call, Calls
+from orchestrator.api.grpc_request import parse_page_token, parse_request
 from orchestrator.api.grpc_response import (
     generate_response,
     pairing_response,
@@ -27,16 +28,11 @@ from orchestrator.generation.context import Tiers
 from orchestrator.generation.generation import Generation
 from orchestrator.generation.preparation import Preparation, PreparedTurn
 from orchestrator.generation.recorder import Chunk
-from orchestrator.generation.request import (
-    GenerationRequest,
-    Limits,
-    check_length,
-    is_long,
-    parse_page_token,
-    parse_request,
-)
+from orchestrator.generation.request import GenerationRequest, check_length, resolve_max_tokens
 from orchestrator.generation.result import Result
-from orchestrator.generation.state import TokenOrigin
+from orchestrator.generation.resume import Resumed, resumed, unanswered
+from orchestrator.generation.state import Commitment, FinishReason, TokenOrigin
+from orchestrator.replicas.models import Limits
 from orchestrator.sessions import Lease, SessionRecord, scoped_id, unrecorded, validate_session_id
 from outrider.errors import OutriderError, Unavailable
 from outrider.runtime.grpc_status import StreamWriter, translated

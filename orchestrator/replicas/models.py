@@ -7,14 +7,14 @@ limits follow the replicas that are connected. It may not differ in what outputs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from orchestrator.generation.request import Limits
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.target_client import TargetLink
 from outrider.errors import IncompatiblePair
 from outrider.settings.services import OrchestratorConfig
-from outrider.v1 import model_pb2
+from outrider.v1 import model_pb2, sampling_pb2
 
 # What outputs depend on beside weights and tokenizer, and what must be the same for it.
 _SHARED = {
@@ -22,6 +22,34 @@ _SHARED = {
     "eos_token_ids": "the same model and --tokenizer-eos",
     "sampling_defaults": "the same model and --generation-config",
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests are measured against."""
+
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: tuple[int, ...]
+    gamma: int | None
+    max_gamma: int
+    lookahead: int
+    fan_out: int
+    default_max_tokens: int
+    # The model's own defaults; what a request sets goes before.
+    sampling_defaults: sampling_pb2.SamplingParams = field(
+        default_factory=sampling_pb2.SamplingParams
+    )
+    is_durable: bool = True
+    waits_for_draft: bool = False
+    # `max_context_len` is what the KV cache of a target holds, and less than the model's context.
+    is_kv_bound: bool = False
+
+    @property
+    def bound(self) -> str:
+        """What prompt and output together have to fit into, for error messages."""
+        what = "the target's KV cache" if self.is_kv_bound else "the model's context"
+        return f"{what} of {self.max_context_len} tokens"
 
 
 def limits(

@@ -1,8 +1,7 @@
 """Sessions in Redis: the committed conversation, its lease, and where its keys and values lie.
 
 Owns every key `{prefix}:session:*`; callers see the records below and the errors of
-`outrider.errors`, nothing of Redis (`outrider.redis.connection` is the connection). Knows nothing of
-models, rounds or transport.
+`outrider.errors`, nothing of Redis. The connection is `outrider.redis.connection`.
 """
 
 from orchestrator.sessions.records import (

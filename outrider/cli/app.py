@@ -1,7 +1,13 @@
-"""The table of commands. Knows what each is called, not what it does."""
+"""The table of commands: this package's own, and those of installed packages by entry point.
+
+A package adds a command with an entry point of the group `outrider.commands`: a function, or a typer
+application for a command with subcommands. `outrider_bench` does so.
+"""
 
 from __future__ import annotations
 
+import sys
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated
 
 import typer
@@ -13,10 +19,6 @@ from outrider.cli.sessions import model, sessions
 from outrider.cli.tokenizer import convert_tokenizer
 from outrider.cli.top import top
 from outrider.cli.up import up
-from outrider_bench.chaos.command import chaos
-from outrider_bench.commands import bench
-from outrider_bench.commands.demo import demo
-from outrider_bench.commands.quickstart import quickstart
 
 app = typer.Typer(
     name="outrider",
@@ -46,12 +48,24 @@ def _outrider(
 
 app.command()(up)
 app.command()(generate)
-app.command()(demo)
 app.command()(model)
 app.command()(top)
-app.command()(chaos)
 app.command()(convert_tokenizer)
 app.add_typer(sessions, name="session")
 app.add_typer(keys, name="keys")
-app.add_typer(bench, name="bench")
-app.add_typer(quickstart, name="quickstart")
+
+
+def _add(entry: EntryPoint) -> None:
+    try:
+        command = entry.load()
+    except ImportError as error:  # of a package that does not fit this version; the rest works
+        print(f"outrider: no command {entry.name!r}: {error}", file=sys.stderr)
+        return
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=entry.name)
+    else:
+        app.command(entry.name)(command)
+
+
+for _entry in sorted(entry_points(group="outrider.commands")):
+    _add(_entry)

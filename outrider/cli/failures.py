@@ -16,22 +16,6 @@ def require_engine() -> None:
         raise ConfigError(NO_ENGINE)
 
 
-class CallFailed(OutriderError):
-    """The server refused or failed: its status, then what it said.
-
-    `was_heard`: false where nobody can have got the call.
-    """
-
-    def __init__(self, message: str, *, was_heard: bool = True) -> None:
-        super().__init__(message)
-        self.was_heard = was_heard
-
-    @property
-    def code(self) -> str:
-        """The status' name, for instance UNAVAILABLE."""
-        return str(self).partition(":")[0]
-
-
 class ProgramFailed(OutriderError):
     """A program ended before it served. `said`: the end of what it said, its error first."""
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from outrider.cli.failures import CallFailed
 from outrider.cli.options import takes
 from outrider.cli.request import GenerateOptions, build_request, endpoints_of
+from outrider.errors import CallFailed
 
 if TYPE_CHECKING:
     from outrider.cli.paint import Painter, Plain

@@ -11,15 +11,13 @@ from typing import Annotated
 
 import typer
 
-import outrider
 from outrider.cli.options import parse_count, parse_cpus
+from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider.settings.loader import require_plain_programs
 
-# What `outrider.quickstart_pair` says as well; importing it would import torch (a test compares).
-PAIR_PATH = Path(outrider.__file__).parent / "engine" / "quickstart" / "pair"
 DEFAULT_INFLATE = "300M"
 NO_DRAFT = "none"
-# As `outrider_bench.models.synthetic` names it; importing that would import torch (a test compares).
+# As `outrider_bench.models.synthetic` names it; that imports torch (a test compares).
 MADE_PAIR = "pair.json"
 
 
@@ -117,14 +115,14 @@ class StackOptions:
 
     @property
     def target_model(self) -> str:
-        return self.target or str(PAIR_PATH / "target")
+        return self.target or str(TARGET_PATH)
 
     @property
     def draft_model(self) -> str | None:
         """None: no draft, or a simulated one."""
         if self.draft == NO_DRAFT or self.simulate_target is not None:
             return None
-        return self.draft or (None if self.target else str(PAIR_PATH / "draft"))
+        return self.draft or (None if self.target else str(DRAFT_PATH))
 
     def cpus(self, program: str) -> frozenset[int]:
         """The cores that are kept for `target`, `draft` or `orchestrator`; empty: any."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from outrider.cli.options import takes
-from outrider.cli.stack_options import PAIR_PATH, StackOptions
+from outrider.cli.stack_options import StackOptions
+from outrider.quickstart_pair import PAIR_PATH
 
 if TYPE_CHECKING:
     from outrider.cli.stack import Stack
@@ -74,8 +75,8 @@ async def shown_stack(
 
 async def _tell_pairing(stack: Stack, view: StackView) -> None:
     """Warns once the draft is refused, or means something else by some token ids."""
-    from outrider.cli.failures import CallFailed
     from outrider.client.client import connected
+    from outrider.errors import CallFailed
 
     if "draft" not in stack.addresses:
         return

@@ -11,10 +11,9 @@ from typing import Any
 
 import grpc
 
-from outrider.cli.failures import CallFailed
 from outrider.client.channel import Access, open_channel
 from outrider.client.diagnosis import check_endpoint, unconnected
-from outrider.errors import ConfigError, InternalError, Unavailable
+from outrider.errors import CallFailed, ConfigError, InternalError, Unavailable
 from outrider.runtime.heartbeat import CALLER_HEARTBEAT_MS, listening
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 

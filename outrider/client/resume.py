@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from outrider.cli.failures import CallFailed
 from outrider.client.client import Client, Output, Show
-from outrider.errors import InternalError
+from outrider.errors import CallFailed, InternalError
 from outrider.v1 import orchestrator_pb2
 
 # Between calls, while nobody goes on with it.

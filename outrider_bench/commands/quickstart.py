@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.failures import Signalled, require_engine
-from outrider.cli.stack_options import PAIR_PATH
 from outrider.errors import ConfigError
+from outrider.quickstart_pair import PAIR_PATH
 
 if TYPE_CHECKING:
     from outrider_bench.quickstart.train import TrainingConfig

@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.cli.failures import CallFailed
-from outrider.errors import ConfigError
+from outrider.errors import CallFailed, ConfigError
 from outrider_bench.commands.serve_options import OFF, ON, ServeOptions, manner
 from outrider_bench.loadtest.campaign import Campaign
 from outrider_bench.loadtest.measures import Summary

@@ -24,13 +24,12 @@ import pytest_asyncio
 import orchestrator.app
 import outrider.client.resume
 import target_service.app
-from outrider.cli.failures import CallFailed
 from outrider.cli.relay import Relay
 from outrider.cli.request import GenerateOptions, Method, build_request, endpoints_of
 from outrider.cli.supervisor import Program
 from outrider.client.client import Output, connected
 from outrider.client.resume import Follower, GaveUp, Patience
-from outrider.errors import ConfigError
+from outrider.errors import CallFailed, ConfigError
 from outrider.redis.embedded import RedisServer
 from outrider.settings.services import OrchestratorConfig, TargetConfig
 from tests import redis_fixture

@@ -14,7 +14,7 @@ import pytest
 
 from outrider.cli.failures import ProgramFailed
 from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
-from outrider.cli.stack_options import MADE_PAIR, PAIR_PATH, StackOptions
+from outrider.cli.stack_options import MADE_PAIR, StackOptions
 from outrider.cli.supervisor import Event, State, Supervisor
 from outrider.settings.loader import load
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
@@ -111,10 +111,9 @@ def test_the_defaults_are_the_quickstart_pair() -> None:
     from outrider import quickstart_pair as quickstart
     from outrider_bench.models import synthetic
 
-    assert quickstart.pair_path() == PAIR_PATH
     assert synthetic._REPORT == MADE_PAIR
     options = StackOptions()
-    assert options.draft_model == str(quickstart.draft_path())
+    assert options.draft_model == str(quickstart.DRAFT_PATH)
     assert options.inflate_parameters == 300_000_000
     assert StackOptions(target="other").draft_model is None
     assert StackOptions(target="other").inflate_parameters == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from outrider.quickstart_pair import draft_path, target_path
+from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider.tokenizer import Tokenizer
 from tests.e2e.reference import Reference, assert_greedy
 from tests.e2e.traffic import assert_speculated, generate_all
@@ -38,15 +38,13 @@ def _call(prompt: list[int], gamma: int) -> dict[str, Any]:
 
 async def test_greedy_output_of_the_shipped_pair(redis: str) -> None:
     """16 sessions of ragged lengths with every γ, then one alone with each."""
-    tokenizer = Tokenizer.load(str(target_path()))
+    tokenizer = Tokenizer.load(str(TARGET_PATH))
     assert tokenizer is not None
     token_ids = tokenizer.encode(_TEXT)
     prompts = [token_ids[: 1 + (len(token_ids) - 1) * i // 15] for i in range(16)]
-    reference = Reference(target_path())
+    reference = Reference(TARGET_PATH)
     gammas = (0, 1, 3, 5, 8)
-    async with running_stack(
-        target_path(), draft_path(), redis, tokenizer=str(target_path())
-    ) as stack:
+    async with running_stack(TARGET_PATH, DRAFT_PATH, redis, tokenizer=str(TARGET_PATH)) as stack:
         calls = [_call(prompt, gammas[i % len(gammas)]) for i, prompt in enumerate(prompts)]
         outputs = await generate_all(stack, calls)
         alone = [await stack.generate(**_call(prompts[7], gamma)) for gamma in gammas]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.generation.request import Limits, parse_request
+from orchestrator.api.grpc_request import parse_request
+from orchestrator.replicas.models import Limits
 from outrider.errors import InvalidRequest
 from outrider.v1 import orchestrator_pb2
 from tests.e2e.byte_tokenizer import EOS, LONGER, text_of

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outrider import quickstart_pair as quickstart
 from outrider.engine.loading.inflate import compare, inflate, inflated_config
-from outrider.quickstart_pair import draft_path, pair_path, target_path
+from outrider.quickstart_pair import DRAFT_PATH, PAIR_PATH, TARGET_PATH
 from outrider_bench.quickstart.architecture import num_parameters
 from outrider_bench.quickstart.corpus import SPECIAL_TOKENS
 from outrider_bench.quickstart.evaluate import evaluate, greedy_alpha, sampled_alpha
@@ -45,17 +45,17 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def target() -> LlamaForCausalLM:
-    return load(target_path())
+    return load(TARGET_PATH)
 
 
 @pytest.fixture(scope="module")
 def draft() -> LlamaForCausalLM:
-    return load(draft_path())
+    return load(DRAFT_PATH)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return load_tokenizer(target_path())
+    return load_tokenizer(TARGET_PATH)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_tokenizer_is_lossless(tokenizer: PreTrainedTokenizerFast, text: str) ->
 
 def test_both_directories_hold_the_same_tokenizer() -> None:
     name = "tokenizer.json"
-    assert (target_path() / name).read_bytes() == (draft_path() / name).read_bytes()
+    assert (TARGET_PATH / name).read_bytes() == (DRAFT_PATH / name).read_bytes()
 
 
 def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -93,7 +93,7 @@ def test_finding_the_pair_needs_no_torch() -> None:
 def test_pair_is_small_and_the_draft_much_smaller(
     target: LlamaForCausalLM, draft: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    size_bytes = sum(path.stat().st_size for path in pair_path().rglob("*") if path.is_file())
+    size_bytes = sum(path.stat().st_size for path in PAIR_PATH.rglob("*") if path.is_file())
     assert size_bytes < 25_000_000
     assert num_parameters(target) >= 5 * num_parameters(draft)
     end_ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])

@@ -1,0 +1,1 @@
+"""Replicas of both model tiers: discovery, one stream to each, health, routing."""

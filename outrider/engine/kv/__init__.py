@@ -1,0 +1,1 @@
+"""KV cache: pages, the prefix cache, and the sequences that own pages."""

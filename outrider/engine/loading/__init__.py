@@ -1,0 +1,1 @@
+"""Loading a model: checkpoint, supported features, prepacked weights, self-test."""

@@ -1,0 +1,1 @@
+"""What every benchmark shares: the measured system, workload, load, report, plots."""

@@ -1,0 +1,1 @@
+"""Peers to compare with: Hugging Face `generate`, plain and assisted."""
