@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("outrider", "draft_service", "target_service", "orchestrator")
+PACKAGES = ("outrider", "outrider_bench", "draft_service", "target_service", "orchestrator")
 
 
 def sources() -> Iterator[Path]:

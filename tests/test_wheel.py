@@ -31,25 +31,39 @@ ENGINE = {"torch", "transformers", "accelerate", "sentencepiece", "tiktoken"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git has: the build leaves folders in its source."""
-    root = tmp_path_factory.mktemp("wheel")
+RUNTIME = ("outrider", "orchestrator", "draft_service", "target_service")
+
+
+def build(root: Path, *names: str) -> Path:
+    """A wheel from links to what git has: the build leaves folders in its source."""
     source = root / "source"
     source.mkdir()
-    names = ("pyproject.toml", "README.md", "outrider", "orchestrator", "draft_service")
-    for name in (*names, "target_service", "tests", "scripts", "deploy", "docs"):
-        os.symlink(ROOT / name, source / name)
-    build = (
+    for name in names:
+        os.symlink(ROOT / name, source / Path(name).name)
+    code = (
         "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
         str(root),
     )
     done = subprocess.run(
-        [sys.executable, "-c", *build], cwd=source, capture_output=True, text=True, check=False
+        [sys.executable, "-c", *code], cwd=source, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     (built,) = root.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the programs, with folders beside them that do not belong to it."""
+    others = ("outrider_bench", "tests", "scripts", "deploy", "docs")
+    return build(tmp_path_factory.mktemp("wheel"), "pyproject.toml", "README.md", *RUNTIME, *others)
+
+
+@pytest.fixture(scope="session")
+def bench_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [f"outrider_bench/{path.name}" for path in sorted((ROOT / "outrider_bench").iterdir())
+             if path.suffix in (".py", ".toml") or (path / "__init__.py").exists()]  # fmt: skip
+    return build(tmp_path_factory.mktemp("bench wheel"), *names)
 
 
 def needed(requirements: list[str], seen: set[str]) -> set[str]:
@@ -79,18 +93,27 @@ def needed(requirements: list[str], seen: set[str]) -> set[str]:
     return seen
 
 
-@pytest.fixture(scope="session")
-def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site directory with the wheel and what `pip install '.[client]'` brings, no more."""
-    site = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+def install(site: Path, *wheels: Path) -> Path:
+    """A site directory with the wheels and what `pip install '.[client]'` brings, no more."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
     for name in needed([*PROJECT["dependencies"]], set()):
         for file in distribution(name).files or []:
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (site / top).exists():
                 os.symlink(distribution(name).locate_file(top), site / top)
     return site
+
+
+@pytest.fixture(scope="session")
+def runtime(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("runtime"), wheel)
+
+
+@pytest.fixture(scope="session")
+def installation(wheel: Path, bench_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"), wheel, bench_wheel)
 
 
 def command(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -109,9 +132,7 @@ def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
         (metadata,) = [name for name in names if name.endswith("/METADATA")]
         text = archive.read(metadata).decode()
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {
-        "outrider", "orchestrator", "draft_service", "target_service", metadata.partition("/")[0],
-    }  # fmt: skip
+    assert tops == {*RUNTIME, metadata.partition("/")[0]}
     assert "outrider/quickstart_pair/target/tokenizer.json" in names
     assert "outrider/py.typed" in names
     assert f"\nVersion: {outrider.__version__}\n" in text
@@ -121,6 +142,23 @@ def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
         assert lines
         assert all('extra == "engine"' in line for line in lines), lines
     assert "\nProvides-Extra: client\n" in text
+
+
+def test_the_wheel_of_the_benchmarks_has_all_of_them(bench_wheel: Path) -> None:
+    with zipfile.ZipFile(bench_wheel) as archive:
+        names = {name for name in archive.namelist() if name.endswith(".py")}
+    folder = ROOT / "outrider_bench"
+    assert names == {f"outrider_bench/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
+
+
+def test_the_programs_do_without_the_benchmarks(runtime: Path) -> None:
+    helped = command(runtime, "-h")
+    assert helped.returncode == 0, helped.stderr
+    assert " generate " in helped.stdout
+    assert " bench " not in helped.stdout
+    unknown = command(runtime, "bench")
+    assert unknown.returncode == 2
+    assert "No such command 'bench'" in unknown.stderr
 
 
 def test_a_caller_has_no_torch(installation: Path) -> None:

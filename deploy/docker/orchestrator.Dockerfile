@@ -15,7 +15,8 @@ COPY outrider /build/outrider
 COPY orchestrator /build/orchestrator
 COPY draft_service /build/draft_service
 COPY target_service /build/target_service
-RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build \
+COPY outrider_bench /build/outrider_bench
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build /build/outrider_bench \
  && /opt/venv/bin/pip uninstall --yes setuptools pip \
  && mkdir /opt/outrider \
  && ln -s /opt/venv/lib/python3.11/site-packages/outrider/quickstart_pair /opt/outrider/pair

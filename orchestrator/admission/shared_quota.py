@@ -1,7 +1,7 @@
 """What callers use at all orchestrators together: each tells Redis, each asks it.
 
 Owns the keys `outrider:key:*` and a task that tells. Each orchestrator counts its own callers
-beside this (`orchestrator.admission.quota`), which is what holds while Redis is away. Lives on the loop.
+beside this (`admission.quota`), which is what holds while Redis is away. Lives on the loop.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Emitter:
         """Ends the lease, once what is owed is written; a one-off session goes with it.
 
         `is_done`: all of the output was shown, so that `text` is all of the answer. The answer of
-        a call that ended early is what its tokens say (`orchestrator.generation.resume.unanswered`).
+        a call that ended early is what its tokens say (`generation.resume.unanswered`).
         False: Redis is away, and it is for `go_on_releasing`.
         """
         self._end = (target_kv, draft_kv, is_named, is_done)

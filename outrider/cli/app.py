@@ -1,7 +1,7 @@
 """The table of commands: this package's own, and those of installed packages by entry point.
 
-A package adds a command with an entry point of the group `outrider.commands`: a function, or a typer
-application for a command with subcommands. `outrider_bench` does so.
+A package adds a command with an entry point of the group `outrider.commands`: a function, or a
+typer application for a command with subcommands. `outrider_bench` does so.
 """
 
 from __future__ import annotations

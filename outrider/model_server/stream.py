@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
 Frame = Any
 
-# Opens, rows, commits, closes and names together. An orchestrator sends 256 (`orchestrator.replicas.replica_stream`).
+# Opens, rows, commits, closes and names together. An orchestrator sends at most 256.
 MAX_FRAME_ITEMS = 16_384
 # Open, or refused and not closed. A replica has fewer KV pages, and takes no more than those.
 MAX_OPEN_GENERATIONS = 65_536

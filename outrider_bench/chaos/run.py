@@ -23,7 +23,7 @@ from outrider_bench.chaos.inject import Occurrence
 from outrider_bench.chaos.jobs import Job, make_cases, make_jobs
 
 _CALL_TIMEOUT_S = 10.0
-# A caller's channel may still be waiting to connect again (outrider.runtime.grpc_status: 2 s at most).
+# A client's channel may still be waiting to reconnect (at most 2 s: outrider.runtime.grpc_status).
 _AFTERMATH_S = 3.0
 # With so many something is broken for good: the rest would only take time.
 _MAX_PROBLEMS = 25

@@ -1,6 +1,6 @@
 """Peers that users would pick instead, in a child process of their own: Hugging Face `generate`.
 
-Owns the child, its cores and its lines; the peer itself is `outrider_bench.peers.huggingface_baseline`.
+Owns the child, its cores and its lines; the peer itself is in `outrider_bench.peers`.
 """
 
 from __future__ import annotations

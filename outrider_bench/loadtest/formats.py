@@ -1,6 +1,6 @@
 """Files of requests, as they are published: which field is what, and in which unit a time is.
 
-Pure but for the reading of files. What the fields make of a request is `outrider_bench.loadtest.trace`'s.
+Pure but for the reading of files. `loadtest.trace` makes requests of the fields.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ measurements, so that a benchmark can interleave it with ours in one run.
 
 Owns how the peer is set up: nothing of ours, the linears as Hugging Face ships them, its own
 sampler and cache. Knows nothing of benchmarks: warm-up, repetitions and cores are the caller's.
-`python -m outrider_bench.peers.huggingface_baseline --target DIR --draft DIR` prints one JSON line when
-ready, then answers one line on stdout for each on stdin (see `BaselineRequest`, `Measurement`),
-or {"error": …}.
+`python -m outrider_bench.peers.huggingface_baseline --target DIR --draft DIR` prints one JSON line
+when ready, then answers one line on stdout for each on stdin (see `BaselineRequest`,
+`Measurement`), or {"error": …}.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ import trustme
 from outrider.cli.request import endpoints_of
 from outrider.client.channel import Access
 from outrider.client.client import call_failed, connected
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from outrider.errors import CallFailed, ConfigError
+from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.cli.processes import run
 from tests.security.parts import Authority
 from tests.services.replicas import tier

@@ -23,7 +23,7 @@ from tests.deploy.wiring import secret_keys
 
 TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-# Of a model service: the pass under way at a stop (outrider/model_server/lifecycle.py, which imports torch).
+# Of a model service: the pass under way at a stop (model_server/lifecycle.py, which imports torch).
 DEVICE_END_TIMEOUT_S = 3.0
 # Between the last thing a pod does and SIGKILL.
 SPARE_S = 3.0

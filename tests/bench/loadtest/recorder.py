@@ -1,8 +1,8 @@
 """Two independent recorders of a load test's times: on the client's channel, and between the two.
 
-They note when requests and messages pass, and know nothing of `outrider_bench.loadtest`. As a program
-(`python -m tests.bench.loadtest.recorder HOST:PORT SECONDS`) it is a proxy before an orchestrator, in a
-process of its own, that prints what went through it.
+They note when requests and messages pass, independently of `outrider_bench.loadtest`. As a program
+(`python -m tests.bench.loadtest.recorder HOST:PORT SECONDS`) it is a proxy before an orchestrator,
+in a process of its own, that prints what went through it.
 """
 
 from __future__ import annotations
