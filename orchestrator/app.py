@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator
 from itertools import chain
@@ -13,6 +14,7 @@ import structlog
 from orchestrator.admission.queue import Admission
 from orchestrator.admission.security import Security
 from orchestrator.api.call_telemetry import Calls
+from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
 from orchestrator.api.metrics import Meter, readings
 from orchestrator.generation.cleanup import Endings
@@ -102,18 +104,19 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                     await _settle_draft(drafts)
                     calls = Calls(meter, told.tracing)
                     needs_redis = config.without_redis == "refuse"
+                    current_limits = functools.partial(limits, config, targets, drafts)
+                    use_case = Generate(tiers, current_limits, admission, needs_redis=needs_redis)
                     servicer = OrchestratorServicer(
+                        use_case,
                         tiers,
-                        lambda: limits(config, targets, drafts),
-                        admission,
+                        current_limits,
                         calls,
                         write_timeout_s=config.write_timeout_s,
-                        needs_redis=needs_redis,
                     )
                     log.info("serving", port=server.port)
                     async with (
                         _following_redis(store, server),
-                        _answering(server, servicer, tiers, config.stop_grace_s),
+                        _answering(server, servicer, use_case, tiers, config.stop_grace_s),
                     ):
                         yield server
     finally:
@@ -126,6 +129,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
 async def _answering(
     server: Server,
     servicer: OrchestratorServicer,
+    use_case: Generate,
     tiers: Tiers,
     stop_grace_s: float,
 ) -> AsyncIterator[None]:
@@ -136,7 +140,7 @@ async def _answering(
             yield
         finally:
             following.cancel()
-            await _stop(server, servicer, tiers.endings, stop_grace_s)
+            await _stop(server, use_case, tiers.endings, stop_grace_s)
 
 
 def _pools(
@@ -268,12 +272,10 @@ async def _following_redis(store: SessionStore, server: Server) -> AsyncIterator
             following.cancel()
 
 
-async def _stop(
-    server: Server, servicer: OrchestratorServicer, endings: Endings, grace_s: float
-) -> None:
+async def _stop(server: Server, use_case: Generate, endings: Endings, grace_s: float) -> None:
     """What calls leave behind is over before the links and the store are closed."""
     stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
     await asyncio.wait([stopping], timeout=grace_s)
-    servicer.stop_generations()
+    use_case.stop()
     await stopping
     await endings.done(ENDINGS_WAIT_S)

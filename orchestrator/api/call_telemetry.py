@@ -16,8 +16,7 @@ import grpc
 import structlog
 
 from orchestrator.api.metrics import ABORT, Meter
-from orchestrator.generation.recorder import Chunk
-from orchestrator.generation.result import Result
+from orchestrator.generation.output import Chunk, Result
 from outrider.errors import ClientStalled, InvalidRequest, OutriderError
 from outrider.runtime.grpc_status import known_error, status_name
 from outrider.telemetry import catalogue as metrics
@@ -97,9 +96,9 @@ class Call:
             self._meter.observe(metrics.REQUEST_QUEUE_TIME, queue_s)
             self._meter.observe(metrics.REQUEST_PROMPT_TOKENS, num_prompt_tokens)
 
-    def sent(self, chunk: Chunk, result: Result | None, ready_at: float) -> None:
+    def sent(self, chunk: Chunk, ready_at: float) -> None:
         """The caller was sent a chunk, which was there at `ready_at`."""
-        self._result = result
+        self._result = chunk.result
         if chunk.tokens:
             self._sent_tokens(len(chunk.tokens), ready_at)
         if self._meter is not None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from orchestrator.generation.recorder import Chunk
+from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.result import Result
 from orchestrator.generation.state import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.replicas.pairing import DraftMatch
 from orchestrator.sessions import KvHandle, SessionPage, SessionRecord
@@ -44,8 +43,9 @@ def pairing_response(
 
 
 def generate_response(
-    chunk: Chunk, result: Result | None, session_id: str, asked: GenerationRequest
+    chunk: Chunk, session_id: str, asked: GenerationRequest
 ) -> orchestrator_pb2.GenerateResponse:
+    """`asked`: the request as it ran, with the server's defaults."""
     return orchestrator_pb2.GenerateResponse(
         session_id=session_id,
         token_ids=[token.token_id for token in chunk.tokens],
@@ -53,7 +53,7 @@ def generate_response(
         text_ends=chunk.text_ends,
         origins=[_ORIGINS[token.origin] for token in chunk.tokens],
         logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
-        result=_result(result, asked) if result else None,
+        result=_result(chunk.result, asked) if chunk.result else None,
     )
 
 

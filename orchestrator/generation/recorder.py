@@ -1,20 +1,21 @@
-"""What a generation's rounds have committed, recorded in Redis and then shown to the caller.
+"""Recorder: writes committed tokens to Redis, then hands them to the transport as chunks.
 
-Runs beside the round loop, so that durability costs the next round nothing; whatever gathers while
-a write is under way is recorded and shown as one. Knows nothing of rounds, drafts or protobuf.
+Runs beside the loop of rounds, so that durability does not delay the next round. Rounds that are
+committed while a write is under way are recorded and sent as one chunk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import structlog
 
 from orchestrator.generation.conversation import Turn
-from orchestrator.generation.state import Commitment, EmittedToken, Finish
+from orchestrator.generation.output import Chunk
+from orchestrator.generation.state import Commitment
 from orchestrator.sessions import KvHandle, Lease, RoundRecord, SessionStore
 from outrider.errors import LeaseLost, OutriderError, Unavailable
 
@@ -33,22 +34,7 @@ _RELEASE_RETRY_S = 8.0
 _RELEASE_RETRY_INTERVAL_S = 0.3
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens that Redis has, unless it is away; `finish` in the last one.
-
-    `text_ends[i]`: how many characters of `text` are certain after token i. `rounds`: whose tokens.
-    """
-
-    tokens: tuple[EmittedToken, ...]
-    text: str
-    text_ends: tuple[int, ...]
-    finish: Finish | None
-    recorded: bool
-    rounds: tuple[Commitment, ...]
-
-
-class Emitter:
+class Recorder:
     """Of one generation. `put` by the round loop, `run` as a task of its own.
 
     `is_durable`: a token is in Redis before it is shown, unless Redis is away. Of a turn that is
@@ -62,7 +48,6 @@ class Emitter:
         lease: Lease,
         turn: Turn,
         turn_json: str,
-        write: Callable[[Chunk], Awaitable[None]],
         *,
         is_durable: bool = True,
         is_begun: bool = False,
@@ -75,12 +60,13 @@ class Emitter:
         self._turn_json = turn_json
         self.turn_recorded = is_begun
         self._has_earlier_turn = bool(lease.record.turn_json)
-        self._write = write
         self._is_durable = is_durable
         self._num_unshown = num_unshown
         self._unseen: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
             MAX_UNSEEN_COMMITMENTS
         )
+        self._ready: asyncio.Queue[Chunk] = asyncio.Queue(1)
+        self._sending: Chunk | None = None
         self._unrecorded: RoundRecord | None = None
         # As given to `release`.
         self._end: tuple[KvHandle | None, KvHandle | None, bool, bool] = (None, None, False, False)
@@ -139,7 +125,20 @@ class Emitter:
             self.num_first_tokens = len(chunk.tokens)
         self.num_shown_tokens += len(chunk.tokens)
         self.text += chunk.text
-        await self._write(chunk)
+        await self._ready.put(chunk)
+        await self._ready.join()
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk for the client. Asking for it reports that the one before was sent."""
+        if self._sending is not None:
+            self._ready.task_done()
+            if self._sending.finish is not None:
+                raise StopAsyncIteration
+        self._sending = await self._ready.get()
+        return self._sending
 
     def _shown_of(self, commitment: Commitment) -> Commitment:
         """Without the tokens that the caller of a resumed turn holds already, and their text."""

@@ -18,7 +18,7 @@ import structlog
 from orchestrator.admission.place import Place
 from orchestrator.generation.state import GenerationState
 from orchestrator.replicas.pool import ReplicaPool
-from orchestrator.replicas.target_client import TargetHandle, TargetLink
+from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
 from orchestrator.sessions import KvHandle
 from orchestrator.speculation.verification import Proposal, TargetReply
 from outrider.errors import (
@@ -74,27 +74,27 @@ class _Tries:
 
 
 class Verifying:
-    """Of one generation. `open_handle` opens it at a replica that holds so much of its context;
-    less urgent and later ones may lose their room there to it where it is told so. `check_length`
-    raises InvalidRequest where it fits no replica that there is now.
+    """Of one generation. Call `send` and `reply` in turn.
 
-    `send` and `reply` in turn. A reply is waited for `verdict_timeout_s`, a replica `wait_s`.
+    `kept`: where the session's KV of the turn before is, and how much of it is used. `check_length`
+    raises InvalidRequest where the generation fits no replica that is connected now. A reply may
+    take `verdict_timeout_s`, a free replica `wait_s`.
     """
 
     def __init__(
         self,
         pool: ReplicaPool[TargetLink],
-        open_handle: Callable[[TargetLink, int, bool], TargetHandle],
-        check_length: Callable[[], None],
+        request: TargetRequest,
         state: GenerationState,
         kept: KvHandle | None,
         place: Place,
         *,
+        check_length: Callable[[], None],
         verdict_timeout_s: float,
         wait_s: float,
     ) -> None:
         self._pool = pool
-        self._open_handle = open_handle
+        self._request = request
         self._check_length = check_length
         self._state = state
         self._kept = kept
@@ -117,6 +117,11 @@ class Verifying:
     @property
     def wire_bytes(self) -> int:
         return self._former_wire_bytes + (self._handle.wire_bytes if self._handle else 0)
+
+    @property
+    def replica(self) -> str | None:
+        """Address of the replica that it is at."""
+        return self._handle.replica if self._handle is not None else None
 
     @property
     def latency_s(self) -> float:
@@ -247,7 +252,12 @@ class Verifying:
         if self._kept is not None and self._kept.replica == link.endpoint:
             kept_len = self._kept.cached_len
         self._link, self.cached_len = link, kept_len
-        self._handle = self._open_handle(link, kept_len, preempts)
+        self._handle = link.open(
+            self._request,
+            kept_epoch=self._kept.epoch if self._kept is not None and kept_len else 0,
+            preempts=preempts,
+            age_s=self._place.age_s,
+        )
 
     def _send(self) -> None:
         assert self._handle is not None, "it is open"

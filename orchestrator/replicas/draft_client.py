@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -44,6 +45,24 @@ _NUM_ROUND_TRIPS = 4
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
 
+@dataclass(frozen=True)
+class DraftRequest:
+    """What the draft tier has to know of a generation.
+
+    `token_ids`: the generation's own list of committed tokens, which grows.
+    """
+
+    session_id: str
+    epoch: int
+    token_ids: Sequence[int]
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+    verification: Verification
+    fan_out: int
+    vocab_size: int
+
+
 class DraftHandle:
     """One generation at the draft. Used by its generation's task only.
 
@@ -69,7 +88,8 @@ class DraftHandle:
         self._num_unanswered = 0
         self._heard_at = time.monotonic()
         self._proposals: list[Proposal] = []
-        self.num_opened_tokens = self._num_told = len(context)
+        self._num_told = len(context)
+        self._has_committed = False
         self._news = asyncio.Event()
         self.replica = link.endpoint
         self.lost: str | None = None
@@ -83,9 +103,9 @@ class DraftHandle:
         self._request_context = contextvars.copy_context()
 
     @property
-    def num_untold_tokens(self) -> int:
-        """Committed since it was told last."""
-        return len(self._context) - self._num_told
+    def num_behind(self) -> int:
+        """Committed tokens that it has not been sent; of a handle just opened, all of them."""
+        return len(self._context) - (self._num_told if self._has_committed else 0)
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
@@ -104,7 +124,7 @@ class DraftHandle:
             gamma=gamma,
             ahead_gamma=ahead_gamma,
         )
-        self._num_told = len(context)
+        self._num_told, self._has_committed = len(context), True
         self._count(commit)
         self._link.send(commit)
         if gamma == 0 and ahead_gamma == 0:
@@ -235,47 +255,40 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     close_type = draft_pb2.DraftClose
     _round_trip_s = 0.0
 
-    def open(
-        self,
-        *,
-        session_id: str,
-        epoch: int,
-        token_ids: Sequence[int],
-        prompt_len: int,
-        max_len: int,
-        params: SamplingParams,
-        verification: Verification,
-        gamma: int,
-        max_gamma: int,
-        lookahead: int,
-        fan_out: int,
-        vocab_size: int,
-    ) -> DraftHandle:
-        """Opens a generation whose committed context is `token_ids`, a list that grows with it.
+    def open(self, request: DraftRequest, gamma: int, lookahead: int) -> DraftHandle:
+        """Open a generation; `gamma`: draft tokens wanted for its second round and later.
 
         Raises Unavailable.
         """
+        assert self.model is not None, "it is connected"
+        max_gamma = self.model.max_gamma
+        params, verification = request.params, request.verification
         has_supports = params.needs_supports(verification)
         handle = self.attach(
             lambda number: DraftHandle(
-                self, number, token_ids, max_gamma, vocab_size, has_supports=has_supports
+                self,
+                number,
+                request.token_ids,
+                max_gamma,
+                request.vocab_size,
+                has_supports=has_supports,
             )
         )
         opening = draft_pb2.DraftOpen(
             generation_id=handle._id,
-            session_id=session_id,
-            epoch=epoch,
-            token_ids=pack(token_ids, UINT32),
-            prompt_len=prompt_len,
-            max_len=max_len,
+            session_id=request.session_id,
+            epoch=request.epoch,
+            token_ids=pack(request.token_ids, UINT32),
+            prompt_len=request.prompt_len,
+            max_len=request.max_len,
             sampling=sampling_to_proto(params),
             verification=verification_to_proto(verification),
             # The prompt's round is under way without draft tokens.
             gamma=0,
-            ahead_gamma=gamma,
+            ahead_gamma=min(gamma, max_gamma),
             lookahead=lookahead,
-            fan_out=fan_out,
-            vocab_size=vocab_size,
+            fan_out=request.fan_out,
+            vocab_size=request.vocab_size,
             traceparent=handle.span.traceparent if handle.span is not None else "",
             tells_unlikely=self._round_trip_s >= _LONG_ROUND_TRIP_S,
         )

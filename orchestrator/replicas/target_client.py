@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -51,6 +51,18 @@ _NOTHING = np.zeros(0)
 MAX_AGE_MS = 2**32 - 1
 
 Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | str
+
+
+@dataclass(frozen=True)
+class TargetRequest:
+    """What the target tier has to know of a generation."""
+
+    session_id: str
+    epoch: int
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+    priority: int
 
 
 class TargetHandle:
@@ -217,29 +229,24 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
     close_type = target_pb2.TargetClose
 
     def open(
-        self,
-        *,
-        session_id: str,
-        epoch: int,
-        kept_epoch: int,
-        prompt_len: int,
-        max_len: int,
-        params: SamplingParams,
-        priority: int,
-        preempts: bool,
-        age_s: float,
+        self, request: TargetRequest, *, kept_epoch: int, preempts: bool, age_s: float
     ) -> TargetHandle:
-        """Opens a generation; its first row may follow at once. Raises Unavailable."""
+        """Open a generation; its first verify request may follow at once.
+
+        `kept_epoch`: of the session's kept KV; 0: none is used. `preempts`: less urgent and later
+        generations may lose their KV to it. `age_s`: since the request arrived. Raises Unavailable.
+        """
+        params = request.params
         handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
         opening = target_pb2.TargetOpen(
             generation_id=handle._id,
-            session_id=session_id,
-            epoch=epoch,
+            session_id=request.session_id,
+            epoch=request.epoch,
             kept_epoch=kept_epoch,
-            prompt_len=prompt_len,
-            max_len=max_len,
+            prompt_len=request.prompt_len,
+            max_len=request.max_len,
             sampling=sampling_to_proto(params),
-            priority=priority,
+            priority=request.priority,
             preempts=preempts,
             age_ms=min(int(1000 * age_s), MAX_AGE_MS),
             traceparent=handle.span.traceparent if handle.span is not None else "",

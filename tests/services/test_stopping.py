@@ -11,7 +11,7 @@ import pytest
 
 import orchestrator.app
 import orchestrator.generation.recorder
-from orchestrator.generation.recorder import Emitter
+from orchestrator.generation.recorder import Recorder
 from orchestrator.sessions import KvHandle
 from outrider.errors import Unavailable
 from outrider.redis.embedded import RedisServer
@@ -29,18 +29,18 @@ LONG_S = 60.0
 @pytest.fixture
 def failures(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Set once a lease could not be given back, and is tried again."""
-    failed, release = asyncio.Event(), Emitter._try_release
+    failed, release = asyncio.Event(), Recorder._try_release
 
     async def noted(
-        emitter: Emitter, target: KvHandle | None, draft: KvHandle | None, named: bool, done: bool
+        recorder: Recorder, target: KvHandle | None, draft: KvHandle | None, named: bool, done: bool
     ) -> None:
         try:
-            await release(emitter, target, draft, named, done)
+            await release(recorder, target, draft, named, done)
         except Unavailable:
             failed.set()
             raise
 
-    monkeypatch.setattr(Emitter, "_try_release", noted)
+    monkeypatch.setattr(Recorder, "_try_release", noted)
     return failed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.replicas import draft_client as draft_link
-from orchestrator.replicas.draft_client import DraftLink
+from orchestrator.replicas.draft_client import DraftLink, DraftRequest
 from orchestrator.replicas.pool import ReplicaPool
 from outrider.cli.relay import Relay
 from outrider.sampling.params import SamplingParams, Verification
@@ -44,7 +44,7 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
         pool = ReplicaPool("draft", make_link, [relay.address])
         async with pool.running():
             await pool.settled()
-            links[0].open(
+            request = DraftRequest(
                 session_id="session",
                 epoch=1,
                 token_ids=[1],
@@ -52,11 +52,9 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
                 max_len=8,
                 params=SamplingParams(max_tokens=1, seed=0),
                 verification=Verification.REJECTION,
-                gamma=3,
-                max_gamma=8,
-                lookahead=1,
                 fan_out=1,
                 vocab_size=8,
             )
+            links[0].open(request, gamma=3, lookahead=1)
             opened = await asked.get()
             assert opened.tells_unlikely == is_long

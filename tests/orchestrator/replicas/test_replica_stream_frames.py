@@ -9,7 +9,7 @@ import pytest
 import outrider.runtime.grpc_server
 import target_service.app
 from orchestrator.replicas.replica_stream import MAX_FRAME_BYTES
-from orchestrator.replicas.target_client import TargetHandle, TargetLink
+from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
 from outrider.sampling.params import SamplingParams
 from outrider.settings.services import TargetConfig
 from tests.orchestrator.replicas.test_replica_stream import any_model
@@ -37,17 +37,15 @@ def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(link: TargetLink, number: int) -> TargetHandle:
     """A greedy session whose whole prompt is on its way."""
-    handle = link.open(
+    request = TargetRequest(
         session_id=f"session-{number}",
         epoch=1,
-        kept_epoch=0,
         prompt_len=len(PROMPT),
         max_len=len(PROMPT) + 8,
         params=SamplingParams(temperature=0.0, max_tokens=8),
         priority=0,
-        preempts=False,
-        age_s=0.0,
     )
+    handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_row(0, PROMPT, None)
     return handle
 

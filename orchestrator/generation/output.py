@@ -1,10 +1,10 @@
-"""What a generation comes to, for its caller. Plain data."""
+"""Output of a generation, for its transport: chunks of tokens, and the result in the last one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.generation.state import Finish, SpeculationCounts
+from orchestrator.generation.state import Commitment, EmittedToken, Finish, SpeculationCounts
 from orchestrator.speculation.gamma import GammaDecision
 
 
@@ -32,3 +32,20 @@ class Result:
     draft_wait_s: float
     decision: GammaDecision | None
     num_interrupted_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one or more rounds, recorded in Redis unless it is away.
+
+    `text_ends[i]`: how many characters of `text` are certain after token i. `finish` and `result`
+    come with the last chunk.
+    """
+
+    tokens: tuple[EmittedToken, ...]
+    text: str
+    text_ends: tuple[int, ...]
+    finish: Finish | None
+    recorded: bool
+    rounds: tuple[Commitment, ...]
+    result: Result | None = None
