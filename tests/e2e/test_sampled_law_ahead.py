@@ -6,12 +6,11 @@ How often that is a false alarm: see sampled.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.generation.drafting import Drafting
+from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.verification import Proposal
 from tests.e2e.law_tests import joint_law, joint_p_value
 from tests.e2e.pairs import PROMPT, SpreadPair
@@ -44,8 +43,8 @@ def go_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     wait = Drafting.wait
 
-    async def wait_in_vain(self: Drafting, state: Any) -> None:
-        await wait(self, state)
+    async def wait_in_vain(self: Drafting, room: int) -> None:
+        await wait(self, room)
 
     monkeypatch.setattr(Drafting, "wait", wait_in_vain)
 

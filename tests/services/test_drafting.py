@@ -16,8 +16,8 @@ import pytest
 
 import orchestrator.generation.recorder
 import target_service.app
-from orchestrator.generation import drafting
 from orchestrator.replicas import target_client as target_link
+from orchestrator.speculation import drafting
 from outrider.engine.simulated import SimulatedEngine
 from outrider.model_server import step_costs as costs
 from outrider.runtime.protobuf import UINT32, pack, unpack
