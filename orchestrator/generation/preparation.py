@@ -1,6 +1,6 @@
 """Preparation of a turn before its first round: all work that grows with the size of the request.
 
-Runs in a thread of `orchestrator.generation.prompt_encoder`, so that no request holds up the event loop.
+Runs in a thread of `prompt_encoder`, so that no request holds up the event loop.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orchestrator.generation.conversation import PromptTooLong, Turn, build_turn, num_chars
-from orchestrator.generation.request import GenerationRequest, Limits, resolve_max_tokens
+from orchestrator.generation.request import GenerationRequest, resolve_max_tokens
 from orchestrator.generation.resume import Resumed, resumed, turn_json, unanswered
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
+from orchestrator.replicas.models import Limits
 from orchestrator.sessions import SessionRecord
 from outrider.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ class Preparation:
         return num_chars(self._request, self._record)
 
     def run(self) -> PreparedTurn:
-        """Raises InvalidRequest, and what `orchestrator.generation.resume` raises for a resumed turn."""
+        """Raises InvalidRequest, and what `resume` raises for a resumed turn."""
         if self._request.resume_from is not None:
             return self._resume(self._request.resume_from)
         try:
