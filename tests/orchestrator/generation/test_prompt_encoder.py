@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from orchestrator.api.grpc_request import is_long
 from orchestrator.generation import prompt_encoder as encoding
 from orchestrator.generation.prompt_encoder import PromptEncoding
-from orchestrator.generation.request import is_long
 from outrider.errors import CapacityExceeded
 from outrider.runtime.protobuf import LONG_LIST, copied
 from outrider.v1 import orchestrator_pb2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from orchestrator.generation import recorder as emitter
+from orchestrator.generation import recorder
 from orchestrator.generation.state import (
     Commitment,
     Finish,
@@ -285,7 +285,7 @@ def test_a_replayed_output_in_parts_is_the_same_output(
     parts = list(rest.parts(num_tokens))
     assert all(len(part.tokens) <= num_tokens for part in parts)
     assert all(part.text_ends[-1] == len(part.text) for part in parts[:-1])
-    shown = emitter._joined(parts, recorded=True)
+    shown = recorder._joined(parts, recorded=True)
     assert (shown.tokens, shown.text, shown.finish) == (rest.tokens, rest.text, rest.finish)
     assert shown.text_ends == rest.text_ends
     assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)
