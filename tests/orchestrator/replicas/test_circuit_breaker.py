@@ -12,9 +12,9 @@ import pytest
 
 import target_service.app
 from orchestrator.replicas.circuit_breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
-from orchestrator.replicas.draft_client import DraftLink
+from orchestrator.replicas.draft_client import DraftLink, DraftRequest
 from orchestrator.replicas.pool import ReplicaPool
-from orchestrator.replicas.target_client import TargetHandle, TargetLink
+from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
 from outrider.errors import InternalError
 from outrider.runtime.protobuf import UINT32, pack
 from outrider.sampling.params import SamplingParams, Verification
@@ -166,17 +166,15 @@ class Lying(target_pb2_grpc.TargetServiceServicer):
 
 def opened_at(link: TargetLink) -> TargetHandle:
     """A generation whose first row is on its way."""
-    handle = link.open(
+    request = TargetRequest(
         session_id="s",
         epoch=1,
-        kept_epoch=0,
         prompt_len=2,
         max_len=8,
         params=SamplingParams(temperature=0.0, max_tokens=4),
         priority=0,
-        preempts=False,
-        age_s=0.0,
     )
+    handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_row(0, [1, 2], None)
     return handle
 
@@ -236,7 +234,7 @@ async def test_bad_proposals_open_it() -> None:
         )
         return [proposal]
 
-    fake = FakeDraft(model_pb2.ModelInfo(), answer)
+    fake = FakeDraft(model_pb2.ModelInfo(max_gamma=4), answer)
     add = draft_pb2_grpc.add_DraftServiceServicer_to_server
     async with linked(fake, DraftLink, add) as link:
         link.breaker._clock = clock = Clock()
@@ -253,7 +251,7 @@ async def test_bad_proposals_open_it() -> None:
 
 
 def _opened_draft(link: DraftLink) -> Any:
-    return link.open(
+    request = DraftRequest(
         session_id="s",
         epoch=1,
         token_ids=[1, 2],
@@ -261,9 +259,7 @@ def _opened_draft(link: DraftLink) -> Any:
         max_len=8,
         params=SamplingParams(temperature=0.0, max_tokens=4),
         verification=Verification.REJECTION,
-        gamma=4,
-        max_gamma=4,
-        lookahead=1,
         fan_out=1,
         vocab_size=256,
     )
+    return link.open(request, gamma=4, lookahead=1)

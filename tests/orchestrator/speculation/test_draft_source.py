@@ -1,0 +1,174 @@
+"""The contract of draft sources; every source passes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from orchestrator.replicas.draft_client import DraftLink, DraftRequest
+from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.replicas.tier_drafts import TierDrafts
+from orchestrator.speculation.draft_source import DraftSource, NoDrafts
+from outrider.runtime.protobuf import UINT32, pack, unpack
+from outrider.sampling.params import SamplingParams, Verification
+from outrider.v1 import draft_pb2, model_pb2
+from tests.orchestrator.replicas.test_replica_stream import any_model
+from tests.services.fake_draft import FakeDraft, faking
+
+GAMMA = 3
+PROMPT = [1, 2, 3]
+MakeSource = Callable[[list[int]], DraftSource]
+Told = draft_pb2.DraftOpen | draft_pb2.DraftCommit
+
+
+class CountingDraft:
+    """Proposes the next integers, always for the context that it was told last."""
+
+    def __init__(self) -> None:
+        self._context: list[int] = []
+        self.gammas: list[int] = []
+
+    def answer(self, told: Told) -> list[draft_pb2.Proposal]:
+        self._context += unpack(told.token_ids, UINT32, "token_ids").tolist()
+        gamma = max(told.gamma, told.ahead_gamma)
+        self.gammas.append(gamma)
+        if not gamma:
+            return []
+        last = self._context[-1]
+        ids = pack(range(last + 1, last + 1 + gamma), UINT32)
+        return [
+            draft_pb2.Proposal(
+                generation_id=told.generation_id, base_len=len(self._context), token_ids=ids
+            )
+        ]
+
+
+@contextlib.asynccontextmanager
+async def tier_drafts() -> AsyncIterator[MakeSource]:
+    """A draft replica over real gRPC, its proposals made by the test."""
+    fake = FakeDraft(model_pb2.ModelInfo(max_gamma=8), CountingDraft().answer)
+
+    def make_link(endpoint: str, on_change: Any) -> DraftLink:
+        return DraftLink(endpoint, any_model, on_change)
+
+    async with faking(fake) as address:
+        pool = ReplicaPool("draft", make_link, [address])
+        async with pool.running():
+            await pool.settled()
+
+            def make(token_ids: list[int]) -> DraftSource:
+                request = DraftRequest(
+                    session_id="session",
+                    epoch=1,
+                    token_ids=token_ids,
+                    prompt_len=len(token_ids),
+                    max_len=64,
+                    params=SamplingParams(temperature=0.0, max_tokens=32),
+                    verification=Verification.REJECTION,
+                    fan_out=1,
+                    vocab_size=256,
+                )
+                return TierDrafts(pool, request)
+
+            yield make
+
+
+@contextlib.asynccontextmanager
+async def no_drafts() -> AsyncIterator[MakeSource]:
+    yield lambda token_ids: NoDrafts()
+
+
+SOURCES = {"draft tier": tier_drafts, "none": no_drafts}
+
+
+@pytest.fixture(params=SOURCES)
+async def make(request: pytest.FixtureRequest) -> AsyncIterator[MakeSource]:
+    async with asyncio.timeout(100), SOURCES[request.param]() as make:
+        yield make
+
+
+async def test_a_source_that_is_not_open_has_nothing(make: MakeSource) -> None:
+    """It proposes nothing, holds nothing, and every method may be called all the same."""
+    source = make(list(PROMPT))
+    assert not source.is_open
+    assert source.replica is None
+    assert source.wire_bytes == source.num_behind == source.cached_len == 0
+    source.refresh()
+    source.commit(GAMMA, GAMMA)
+    source.rest()
+    assert source.propose() is None
+    assert await source.wait(0.01) is None
+    source.close(keep=False)
+
+
+async def test_with_gamma_0_it_does_not_start(make: MakeSource) -> None:
+    source = make(list(PROMPT))
+    assert not source.open(0, 1)
+    assert not source.is_open
+
+
+async def test_whether_it_opens_is_as_it_says(make: MakeSource) -> None:
+    source = make(list(PROMPT))
+    assert source.open(GAMMA, 1) == source.may_open == source.is_open
+    assert (source.replica is not None) == source.is_open
+    source.close(keep=False)
+
+
+async def test_proposals_continue_what_is_committed(make: MakeSource) -> None:
+    """Round by round, as the generation commits all draft tokens and one token of its own."""
+    context = list(PROMPT)
+    source = make(context)
+    source.open(GAMMA, 1)
+    assert source.num_behind == (len(PROMPT) if source.is_open else 0)
+    for _ in range(3):
+        context.append(context[-1] + 1)
+        source.refresh()
+        source.commit(GAMMA, GAMMA)
+        proposal = await source.wait(60.0) if source.is_open else source.propose()
+        assert (proposal is not None) == source.is_open
+        if proposal is None:
+            continue
+        assert proposal.token_ids == tuple(range(context[-1] + 1, context[-1] + 1 + GAMMA))
+        assert source.propose() == proposal
+        context += proposal.token_ids
+    assert source.num_behind == (GAMMA if source.is_open else 0)
+    assert (source.wire_bytes > 0) == source.is_open
+    source.close(keep=True)
+
+
+async def test_proposals_that_assumed_other_tokens_are_dropped(make: MakeSource) -> None:
+    context = list(PROMPT)
+    source = make(context)
+    source.open(GAMMA, 1)
+    context.append(context[-1] + 1)
+    source.commit(GAMMA, GAMMA)
+    if source.is_open:
+        assert await source.wait(60.0) is not None
+    context += [200, 201]  # as after a rejection
+    assert source.propose() is None
+    source.close(keep=False)
+
+
+async def test_a_proposal_has_the_least_length_that_is_asked_for(make: MakeSource) -> None:
+    context = list(PROMPT)
+    source = make(context)
+    source.open(GAMMA, 1)
+    context.append(context[-1] + 1)
+    source.commit(GAMMA, GAMMA)
+    if source.is_open:
+        assert await source.wait(60.0, GAMMA) is not None
+    assert source.propose(GAMMA + 1) is None
+    source.close(keep=False)
+
+
+async def test_a_rested_replica_is_not_used_for_a_while(make: MakeSource) -> None:
+    source = make(list(PROMPT))
+    source.open(GAMMA, 1)
+    source.rest()
+    assert not source.is_open
+    assert not source.open(GAMMA, 1)
+    source.close(keep=False)
