@@ -20,11 +20,10 @@ from orchestrator.generation.preparation import PreparedTurn
 from orchestrator.generation.recorder import MAX_CHUNK_TOKENS, Recorder
 from orchestrator.generation.state import Commitment, Finish
 from orchestrator.generation.verifying import Verifying
-from orchestrator.replicas.draft_client import DraftRequest
 from orchestrator.replicas.target_client import TargetRequest
 from orchestrator.replicas.tier_drafts import TierDrafts
 from orchestrator.sessions import Counters, KvHandle, Lease, RoundRecord
-from orchestrator.speculation.draft_source import DraftSource, NoDrafts
+from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
 from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.gamma import GammaPolicy
 from orchestrator.speculation.verification import TargetReply

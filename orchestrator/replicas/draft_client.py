@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,6 +13,7 @@ import numpy as np
 import structlog
 
 from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ReplicaLink
+from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 from outrider.errors import InvalidRequest
 from outrider.runtime.protobuf import (
@@ -25,7 +25,6 @@ from outrider.runtime.protobuf import (
     unpack_supports,
     verification_to_proto,
 )
-from outrider.sampling.params import SamplingParams, Verification
 from outrider.telemetry.tracing import current_span
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
@@ -43,24 +42,6 @@ _LONG_ROUND_TRIP_S = 0.004
 _NUM_ROUND_TRIPS = 4
 
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
-
-
-@dataclass(frozen=True)
-class DraftRequest:
-    """What the draft tier has to know of a generation.
-
-    `token_ids`: the generation's own list of committed tokens, which grows.
-    """
-
-    session_id: str
-    epoch: int
-    token_ids: Sequence[int]
-    prompt_len: int
-    max_len: int
-    params: SamplingParams
-    verification: Verification
-    fan_out: int
-    vocab_size: int
 
 
 class DraftHandle:

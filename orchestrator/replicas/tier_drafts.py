@@ -9,9 +9,9 @@ from orchestrator.replicas.draft_client import (
     SILENT_RETRY_S,
     DraftHandle,
     DraftLink,
-    DraftRequest,
 )
 from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 
 

@@ -7,9 +7,30 @@ for, and how long it waits, is decided above a source: `drafting`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.speculation.verification import Proposal
+from outrider.sampling.params import SamplingParams, Verification
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """What a draft source has to know of a generation.
+
+    `token_ids`: the generation's own list of committed tokens, which grows.
+    """
+
+    session_id: str
+    epoch: int
+    token_ids: Sequence[int]
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+    verification: Verification
+    fan_out: int
+    vocab_size: int
 
 
 class DraftSource(Protocol):

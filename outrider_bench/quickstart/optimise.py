@@ -6,12 +6,12 @@ in as a loss function; where it is stored comes in as a checkpoint function.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,30 +55,30 @@ class Interrupted(KeyboardInterrupt):
         self.num_steps = num_steps
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block: a step is taken whole. A second one acts at once.
+class _CtrlC:
+    """Notes Ctrl-C for the time of a block instead of raising at once; a second one raises.
 
-    Raises KeyboardInterrupt at the end. Without effect outside of the main thread.
+    A KeyboardInterrupt that is raised inside a callback of torch is lost. Without effect outside of
+    the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    num_received = 0
 
-    def receive(*_: object) -> None:
-        nonlocal num_received
-        num_received += 1
-        if num_received > 1:
+    def __init__(self) -> None:
+        self.was_pressed = False
+        self._previous: Any = None
+
+    def __enter__(self) -> _CtrlC:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, *_: object) -> None:
+        if self.was_pressed:
             raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, receive)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if num_received:
-        raise KeyboardInterrupt
+        self.was_pressed = True
 
 
 class Optimiser:
@@ -123,44 +123,40 @@ def optimise(
     checkpoint: Callable[[], None] | None = None,
 ) -> int:
     """Runs training steps until a limit; returns how many were taken. Raises Interrupted."""
-    num_taken = 0
-
-    def take(step: int, done: float) -> float:
-        nonlocal num_taken
-        with uninterrupted():
-            loss = loss_of_step(step)
-            optimiser.step(loss, rate_scale(step, done))
-            num_taken += 1
-            return loss.item()
-
-    try:
-        _take_steps(stage, take, limits, progress, checkpoint)
-    except KeyboardInterrupt:
-        raise Interrupted(stage, num_taken) from None
+    with _CtrlC() as ctrl_c:
+        num_taken = _take_steps(
+            stage, optimiser, loss_of_step, limits, progress, checkpoint, ctrl_c
+        )
+    if ctrl_c.was_pressed:
+        raise Interrupted(stage, num_taken)
     return num_taken
 
 
 def _take_steps(
     stage: str,
-    take: Callable[[int, float], float],
+    optimiser: Optimiser,
+    loss_of_step: Callable[[int], torch.Tensor],
     limits: Limits,
     progress: Progress | None,
     checkpoint: Callable[[], None] | None,
-) -> None:
-    """`take` gets a step's number and the share of the training done; returns its loss."""
+    ctrl_c: _CtrlC,
+) -> int:
     started = saved = time.monotonic()
     losses: list[float] = []
     for step in range(limits.num_steps):
         now = time.monotonic()
         elapsed_s = now - started
-        if elapsed_s >= limits.time_budget_s:
-            return
-        losses.append(take(step, max(step / limits.num_steps, elapsed_s / limits.time_budget_s)))
+        if elapsed_s >= limits.time_budget_s or ctrl_c.was_pressed:
+            return step
+        loss = loss_of_step(step)
+        done = max(step / limits.num_steps, elapsed_s / limits.time_budget_s)
+        optimiser.step(loss, rate_scale(step, done))
+        losses.append(loss.item())
         if progress and (step % _PROGRESS_EVERY == 0 or step + 1 == limits.num_steps):
             mean = sum(losses) / len(losses)
             progress(TrainingEvent(stage, step, limits.num_steps, mean, elapsed_s))
             losses.clear()
         if checkpoint and now - saved >= _CHECKPOINT_EVERY_S:
-            with uninterrupted():
-                checkpoint()
+            checkpoint()
             saved = now
+    return limits.num_steps

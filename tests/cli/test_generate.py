@@ -149,8 +149,8 @@ def test_wire_bytes(endpoint: str) -> None:
     lines = json.loads(
         run("bench", "wire", "--endpoint", endpoint, "--runs=1", "--max-tokens=32", "--json").stdout
     )
-    assert len(lines) == 6
-    by_kind = {(line["method"], line["temperature"]): line for line in lines}
+    assert len(lines["results"]) == 6
+    by_kind = {(line["method"], line["temperature"]): line for line in lines["results"]}
     coupled, rejection = by_kind["coupled", 1.0], by_kind["rejection", 1.0]
     assert coupled["draft_bytes_per_token"] < rejection["draft_bytes_per_token"]
 

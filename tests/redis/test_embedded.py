@@ -86,7 +86,7 @@ def test_no_process_outlives_its_parent(end: str) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     with parent:
         assert parent.stdout is not None

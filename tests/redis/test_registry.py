@@ -28,7 +28,7 @@ from tests.redis_fixture import redis_command
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INDEX = b"outrider:replicas:target"
 BAD = b"outrider:replica:target:bad"
 # Far more than anything here takes: the machine may be busy.

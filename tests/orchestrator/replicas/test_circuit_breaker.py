@@ -12,9 +12,10 @@ import pytest
 
 import target_service.app
 from orchestrator.replicas.circuit_breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
-from orchestrator.replicas.draft_client import DraftLink, DraftRequest
+from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
+from orchestrator.speculation.draft_source import DraftRequest
 from outrider.errors import InternalError
 from outrider.runtime.protobuf import UINT32, pack
 from outrider.sampling.params import SamplingParams, Verification

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.replicas import draft_client as draft_link
-from orchestrator.replicas.draft_client import DraftLink, DraftRequest
+from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.speculation.draft_source import DraftRequest
 from outrider.cli.relay import Relay
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.v1 import draft_pb2, model_pb2

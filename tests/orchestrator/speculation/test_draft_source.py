@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.replicas.draft_client import DraftLink, DraftRequest
+from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.tier_drafts import TierDrafts
-from orchestrator.speculation.draft_source import DraftSource, NoDrafts
+from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
 from outrider.runtime.protobuf import UINT32, pack, unpack
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.v1 import draft_pb2, model_pb2
