@@ -18,13 +18,16 @@ NAMED = re.compile(
     r"`((?:outrider|outrider_bench|orchestrator|draft_service|target_service|tests|scripts|deploy|docs)"
     r"/[\w./-]*[\w/])`"
 )
+# A path in a command or a sentence, with or without backticks.
+OPERATED = re.compile(r"(?<![\w/])((?:deploy|scripts)/[\w./-]+\w)")
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_and_links_exist(page: Path) -> None:
     text = page.read_text("utf-8")
-    named = {path for path in NAMED.findall(text) if not (ROOT / path).exists()}
+    paths = {*NAMED.findall(text), *OPERATED.findall(text)}
+    named = {path for path in paths if not (ROOT / path).exists()}
     linked = {path for path in LINK.findall(text) if not (page.parent / path).exists()}
     assert named == set(), f"{page.name} names files that are not there"
     assert linked == set(), f"{page.name} links to files that are not there"

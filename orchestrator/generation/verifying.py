@@ -37,8 +37,8 @@ log = structlog.get_logger()
 _RETRY_S = 0.2
 # A replica that has lost the keys and values of one row so often does not hold them at all.
 _MAX_LOST = 3
-# A row that was at so many replicas when they were lost, one after the other, is not sent again:
-# it may be what they die of.
+# A verify request during which this many replicas in a row were lost is not sent again: it may be
+# what makes them fail.
 MAX_LOST_REPLICAS = 3
 # After these the row is sent again, or elsewhere: the context is known here.
 _RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable, InternalError)

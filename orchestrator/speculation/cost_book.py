@@ -52,7 +52,7 @@ def _side(
     make: Callable[[Callable[[], CostReport]], Side],
     report: Callable[[str | None], CostReport],
 ) -> Side:
-    """The endpoint's, now the one used last. Addresses come and go: a bounded number is kept."""
+    """The side of `endpoint`, marked as used last. Keeps a bounded number: addresses change."""
     side = sides.get(endpoint)
     if side is None:
         side = sides[endpoint] = make(lambda: report(endpoint))

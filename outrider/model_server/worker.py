@@ -225,7 +225,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def _margin(self, live: Live[State], *, preempts: bool) -> int:
         """Pages: one for each generation that runs, and one in a hundred.
 
-        Those do not count that it may preempt: room for them could keep it waiting for ever.
+        Those that it may preempt do not count: reserving room for them could block it indefinitely.
         """
         num_running = sum(
             other.has_room and not (preempts and other.urgency > live.urgency)
@@ -247,7 +247,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         """What may be given up for a generation, in that order: less urgent ones, the latest first.
 
         Nothing is lost with them but time: their orchestrators open them again when there is room.
-        The order is total, so the first in it always goes on, and nobody waits for ever.
+        The order is total, so the first in it always goes on, and every one gets its turn.
         """
         if not (live.has_room or preempts):
             return []

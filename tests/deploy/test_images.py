@@ -99,16 +99,6 @@ def test_secrets_that_are_not_here_are_explained() -> None:
             assert f"`{key}`" in text, f"{name}: {key}"
 
 
-def test_commands_of_the_guide_name_files_that_exist() -> None:
-    """Paths under deploy/ and scripts/ in docs/deploy.md and the READMEs."""
-    pages = [ROOT / "docs/deploy.md", *DEPLOY.rglob("README.md")]
-    for page in pages:
-        for path in re.findall(
-            r"(?<![\w/])((?:deploy|scripts)/[\w./-]+\w)", page.read_text("utf-8")
-        ):
-            assert (ROOT / path).exists(), f"{page}: {path}"
-
-
 @pytest.mark.parametrize("name", ["load-test", "load-test-prod"])
 def test_the_load_test_is_given_flags_that_exist(name: str) -> None:
     """Of `outrider bench serve`, by the command itself; its files are those that are printed."""
