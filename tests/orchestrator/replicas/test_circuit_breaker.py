@@ -14,13 +14,12 @@ import target_service.app
 from orchestrator.replicas.circuit_breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
-from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
-from orchestrator.speculation.draft_source import DraftRequest
+from orchestrator.replicas.target_client import TargetHandle, TargetLink
 from outrider.errors import InternalError
 from outrider.runtime.protobuf import UINT32, pack
-from outrider.sampling.params import SamplingParams, Verification
 from outrider.settings.services import TargetConfig
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2, target_pb2, target_pb2_grpc
+from tests.orchestrator.replicas.requests import draft_request, target_request
 from tests.services.fake_draft import FakeDraft
 from tests.stack import eventually
 
@@ -167,14 +166,7 @@ class Lying(target_pb2_grpc.TargetServiceServicer):
 
 def opened_at(link: TargetLink) -> TargetHandle:
     """A generation whose first row is on its way."""
-    request = TargetRequest(
-        session_id="s",
-        epoch=1,
-        prompt_len=2,
-        max_len=8,
-        params=SamplingParams(temperature=0.0, max_tokens=4),
-        priority=0,
-    )
+    request = target_request("s", prompt_len=2)
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_row(0, [1, 2], None)
     return handle
@@ -252,15 +244,4 @@ async def test_bad_proposals_open_it() -> None:
 
 
 def _opened_draft(link: DraftLink) -> Any:
-    request = DraftRequest(
-        session_id="s",
-        epoch=1,
-        token_ids=[1, 2],
-        prompt_len=2,
-        max_len=8,
-        params=SamplingParams(temperature=0.0, max_tokens=4),
-        verification=Verification.REJECTION,
-        fan_out=1,
-        vocab_size=256,
-    )
-    return link.open(request, gamma=4, lookahead=1)
+    return link.open(draft_request([1, 2]), gamma=4, lookahead=1)

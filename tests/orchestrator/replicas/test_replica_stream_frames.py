@@ -9,9 +9,9 @@ import pytest
 import outrider.runtime.grpc_server
 import target_service.app
 from orchestrator.replicas.replica_stream import MAX_FRAME_BYTES
-from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
-from outrider.sampling.params import SamplingParams
+from orchestrator.replicas.target_client import TargetHandle, TargetLink
 from outrider.settings.services import TargetConfig
+from tests.orchestrator.replicas.requests import target_request
 from tests.orchestrator.replicas.test_replica_stream import any_model
 from tests.stack import eventually
 
@@ -37,14 +37,7 @@ def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(link: TargetLink, number: int) -> TargetHandle:
     """A greedy session whose whole prompt is on its way."""
-    request = TargetRequest(
-        session_id=f"session-{number}",
-        epoch=1,
-        prompt_len=len(PROMPT),
-        max_len=len(PROMPT) + 8,
-        params=SamplingParams(temperature=0.0, max_tokens=8),
-        priority=0,
-    )
+    request = target_request(f"session-{number}", len(PROMPT))
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_row(0, PROMPT, None)
     return handle

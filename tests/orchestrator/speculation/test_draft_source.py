@@ -12,10 +12,10 @@ import pytest
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.tier_drafts import TierDrafts
-from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
+from orchestrator.speculation.draft_source import DraftSource, NoDrafts
 from outrider.runtime.protobuf import UINT32, pack, unpack
-from outrider.sampling.params import SamplingParams, Verification
 from outrider.v1 import draft_pb2, model_pb2
+from tests.orchestrator.replicas.requests import draft_request
 from tests.orchestrator.replicas.test_replica_stream import any_model
 from tests.services.fake_draft import FakeDraft, faking
 
@@ -60,21 +60,7 @@ async def tier_drafts() -> AsyncIterator[MakeSource]:
         async with pool.running():
             await pool.settled()
 
-            def make(token_ids: list[int]) -> DraftSource:
-                request = DraftRequest(
-                    session_id="session",
-                    epoch=1,
-                    token_ids=token_ids,
-                    prompt_len=len(token_ids),
-                    max_len=64,
-                    params=SamplingParams(temperature=0.0, max_tokens=32),
-                    verification=Verification.REJECTION,
-                    fan_out=1,
-                    vocab_size=256,
-                )
-                return TierDrafts(pool, request)
-
-            yield make
+            yield lambda token_ids: TierDrafts(pool, draft_request(token_ids))
 
 
 @contextlib.asynccontextmanager
