@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from draft_service.grpc_server import DraftServicer
 from draft_service.scheduler_worker import Proposer
 from outrider.engine import DeviceThread, ServedEngine
-from outrider.model_server.lifecycle import Mounted, model_serving
+from outrider.model_server.lifecycle import MountedService, model_serving
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import Scheduler
-from outrider.model_server.stream_telemetry import TierWatch
+from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.runtime.grpc_server import Server
 from outrider.settings.services import DraftConfig
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
@@ -27,8 +27,8 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
-        watch: TierWatch,
-    ) -> Mounted:
+        watch: ReplicaTelemetry,
+    ) -> MountedService:
         proposer = Proposer(
             engine,
             max_gamma=config.max_gamma,
@@ -39,7 +39,7 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         )
         proposer.meter = watch.meter
         scheduler = Scheduler(proposer, device)
-        mounted = Mounted(
+        mounted = MountedService(
             scheduler,
             proposer.statistics,
             lambda: proposer.costs.report,

@@ -14,14 +14,14 @@ from draft_service.messages import (
     Command,
     Commit,
     Event,
-    Open,
-    Proposal,
+    OpenDraft,
+    Proposed,
 )
 from outrider.model_server.messages import FailureReason, ServiceStatistics
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import GenerationKey, Scheduler
 from outrider.model_server.stream import StreamPeer, serve_stream
-from outrider.model_server.stream_telemetry import TierWatch
+from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.replica import CostReport
 from outrider.runtime.protobuf import (
     FLOAT32,
@@ -58,7 +58,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         statistics: Callable[[], ServiceStatistics],
         costs: Callable[[], CostReport],
         status: ReplicaStatus,
-        watch: TierWatch,
+        watch: ReplicaTelemetry,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
@@ -113,7 +113,7 @@ class _Peer(StreamPeer[Command, Event]):
         super().__init__(peer_id)
         self._max_context_len = max_context_len
 
-    def opening(self, key: GenerationKey, item: draft_pb2.DraftOpen) -> Open:
+    def opening(self, key: GenerationKey, item: draft_pb2.DraftOpen) -> OpenDraft:
         return _open(key, item, self._max_context_len)
 
     def requests(self, frame: draft_pb2.ProposeRequest) -> Iterable[draft_pb2.DraftCommit]:
@@ -123,8 +123,8 @@ class _Peer(StreamPeer[Command, Event]):
         return _commit(key, item, self._max_context_len)
 
 
-def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> Open:
-    return Open(
+def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> OpenDraft:
+    return OpenDraft(
         key=key,
         session_id=session_id_from_proto(item.session_id),
         epoch=item.epoch,
@@ -155,7 +155,7 @@ def _commit(key: GenerationKey, item: draft_pb2.DraftCommit, most: int) -> Commi
 def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
     frame = draft_pb2.ProposeResponse()
     for event in events:
-        if isinstance(event, Proposal):
+        if isinstance(event, Proposed):
             frame.proposals.append(_proposal(event))
         else:
             frame.errors.add(
@@ -166,7 +166,7 @@ def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
     return frame
 
 
-def _proposal(event: Proposal) -> draft_pb2.Proposal:
+def _proposal(event: Proposed) -> draft_pb2.Proposal:
     message = draft_pb2.Proposal(
         generation_id=event.key.generation_id,
         assumed_token_ids=pack(event.assumed_token_ids, UINT32),

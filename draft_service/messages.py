@@ -27,7 +27,7 @@ class SupportWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenDraft:
     key: GenerationKey
     session_id: str
     epoch: int
@@ -53,7 +53,7 @@ class Commit:
     ahead_gamma: int
 
 
-Command = Open | Commit | Close | Forget
+Command = OpenDraft | Commit | Close | Forget
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DraftStatistics(ServiceStatistics):
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Proposed:
     key: GenerationKey
     assumed_token_ids: Sequence[int]
     base_len: int
@@ -72,4 +72,4 @@ class Proposal:
     supports: Sequence[SupportWeights] | None
 
 
-Event = Proposal | Failure
+Event = Proposed | Failure

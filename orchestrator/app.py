@@ -11,14 +11,14 @@ from itertools import chain
 
 import structlog
 
-from orchestrator.admission.queue import Admission
+from orchestrator.admission.queue import AdmissionQueue
 from orchestrator.admission.security import Security
-from orchestrator.api.call_telemetry import Calls
 from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
-from orchestrator.api.metrics import Meter, readings
-from orchestrator.generation.cleanup import Endings
-from orchestrator.generation.context import Tiers, Timing
+from orchestrator.api.metrics import OrchestratorMetrics, readings
+from orchestrator.api.request_telemetry import RequestTelemetry
+from orchestrator.generation.cleanup import Cleanup
+from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
 from orchestrator.replicas.discovery import discovering
 from orchestrator.replicas.draft_client import DraftLink
@@ -33,7 +33,7 @@ from outrider.client.channel import OpenChannel
 from outrider.errors import ConfigError, Unavailable
 from outrider.replica import CostReport
 from outrider.runtime.grpc_server import REDIS, Server
-from outrider.runtime.server_security import Protection
+from outrider.runtime.server_security import ServerProtection
 from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
@@ -81,7 +81,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
     targets, drafts = _pools(config, pairing, security.open_channel)
     tiers = _tiers(config, targets, drafts, pairing, store, tokenizer)
-    admission = Admission(config.max_generations, config.max_waiting)
+    admission = AdmissionQueue(config.max_generations, config.max_waiting)
     admission.rooms = targets.rooms
     try:
         await server.start(config.host, config.port)
@@ -102,7 +102,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 told.exposition.model_name = targets.model.name if targets.model else ""
                 async with drafts.running() if drafts is not None else contextlib.nullcontext():
                     await _settle_draft(drafts)
-                    calls = Calls(meter, told.tracing)
+                    calls = RequestTelemetry(meter, told.tracing)
                     needs_redis = config.without_redis == "refuse"
                     current_limits = functools.partial(limits, config, targets, drafts)
                     use_case = Generate(tiers, current_limits, admission, needs_redis=needs_redis)
@@ -130,7 +130,7 @@ async def _answering(
     server: Server,
     servicer: OrchestratorServicer,
     use_case: Generate,
-    tiers: Tiers,
+    tiers: GenerationContext,
     stop_grace_s: float,
 ) -> AsyncIterator[None]:
     orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
@@ -175,8 +175,8 @@ def _tiers(
     pairing: Pairing,
     store: SessionStore,
     tokenizer: Tokenizer | None,
-) -> Tiers:
-    timing = Timing(
+) -> GenerationContext:
+    timing = Timeouts(
         verdict_timeout_s=config.verdict_timeout_s,
         target_wait_s=config.target_wait_s,
         draft_wait_s=None if config.draft_wait_ms is None else config.draft_wait_ms / 1000,
@@ -185,16 +185,21 @@ def _tiers(
         target=targets.costs_of,
         draft=drafts.costs_of if drafts is not None else lambda _: CostReport(),
     )
-    return Tiers(targets, drafts, pairing, store, tokenizer, PromptEncoding(), timing, costs)
+    return GenerationContext(
+        targets, drafts, pairing, store, tokenizer, PromptEncoding(), timing, costs
+    )
 
 
 def _meter(
-    told: Telemetry, admission: Admission, tiers: Tiers, protection: Protection
-) -> Meter | None:
+    told: Telemetry,
+    admission: AdmissionQueue,
+    tiers: GenerationContext,
+    protection: ServerProtection,
+) -> OrchestratorMetrics | None:
     """None where nobody could read what is counted."""
     if not told.is_metered:
         return None
-    meter = Meter()
+    meter = OrchestratorMetrics()
     tiers.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     told.exposition.source = lambda: chain(
@@ -272,7 +277,7 @@ async def _following_redis(store: SessionStore, server: Server) -> AsyncIterator
             following.cancel()
 
 
-async def _stop(server: Server, use_case: Generate, endings: Endings, grace_s: float) -> None:
+async def _stop(server: Server, use_case: Generate, endings: Cleanup, grace_s: float) -> None:
     """What calls leave behind is over before the links and the store are closed."""
     stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
     await asyncio.wait([stopping], timeout=grace_s)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 
 from outrider.engine import DeviceThread, ServedEngine
-from outrider.model_server.lifecycle import Mounted, model_serving
+from outrider.model_server.lifecycle import MountedService, model_serving
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import Scheduler
-from outrider.model_server.stream_telemetry import TierWatch
+from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.runtime.grpc_server import Server
 from outrider.settings.services import TargetConfig
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
@@ -29,8 +29,8 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
-        watch: TierWatch,
-    ) -> Mounted:
+        watch: ReplicaTelemetry,
+    ) -> MountedService:
         verifier = Verifier(
             engine,
             max_gamma=config.max_gamma,
@@ -40,7 +40,7 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
         )
         verifier.meter = watch.meter
         scheduler = Scheduler(verifier, device, rejoin_share=REJOIN_SHARE)
-        mounted = Mounted(
+        mounted = MountedService(
             scheduler,
             verifier.statistics,
             lambda: verifier.costs.report,

@@ -15,7 +15,7 @@ from outrider.model_server.messages import FailureReason
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import GenerationKey, Scheduler
 from outrider.model_server.stream import StreamPeer, serve_stream
-from outrider.model_server.stream_telemetry import TierWatch
+from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.replica import CostReport
 from outrider.runtime.protobuf import (
     FLOAT32,
@@ -31,7 +31,14 @@ from outrider.runtime.protobuf import (
     unpack,
 )
 from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
-from target_service.messages import Command, Open, Row, RowOutcome, RowReply, TargetStatistics
+from target_service.messages import (
+    Command,
+    OpenTarget,
+    RowOutcome,
+    TargetStatistics,
+    Verified,
+    Verify,
+)
 
 _REASONS = {
     FailureReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
@@ -55,7 +62,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         statistics: Callable[[], TargetStatistics],
         costs: Callable[[], CostReport],
         status: ReplicaStatus,
-        watch: TierWatch,
+        watch: ReplicaTelemetry,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
@@ -109,8 +116,8 @@ class _Peer(StreamPeer[Command, RowOutcome]):
         super().__init__(peer_id)
         self._max_gamma = max_gamma
 
-    def opening(self, key: GenerationKey, item: target_pb2.TargetOpen) -> Open:
-        return Open(
+    def opening(self, key: GenerationKey, item: target_pb2.TargetOpen) -> OpenTarget:
+        return OpenTarget(
             key=key,
             session_id=session_id_from_proto(item.session_id),
             epoch=item.epoch,
@@ -126,7 +133,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
     def requests(self, frame: target_pb2.VerifyRequest) -> Iterable[target_pb2.VerifyRow]:
         return frame.rows
 
-    def request(self, key: GenerationKey, item: target_pb2.VerifyRow) -> Row:
+    def request(self, key: GenerationKey, item: target_pb2.VerifyRow) -> Verify:
         most = self._max_gamma
         drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids", most).astype(np.int64)
         context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
@@ -141,7 +148,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
             if len(sizes) != len(drafts) or sizes.sum() != len(ids):
                 raise InvalidRequest("support_sizes", "do not fit draft_token_ids and support_ids")
             supports = np.split(ids, np.cumsum(sizes)[:-1])
-        return Row(
+        return Verify(
             key=key,
             keep_len=item.keep_len,
             context_token_ids=context,
@@ -153,7 +160,7 @@ class _Peer(StreamPeer[Command, RowOutcome]):
 def _frame(outcomes: Sequence[RowOutcome]) -> target_pb2.VerifyResponse:
     frame = target_pb2.VerifyResponse()
     for outcome in outcomes:
-        if isinstance(outcome, RowReply):
+        if isinstance(outcome, Verified):
             frame.results.append(_result(outcome))
         else:
             frame.errors.add(
@@ -164,7 +171,7 @@ def _frame(outcomes: Sequence[RowOutcome]) -> target_pb2.VerifyResponse:
     return frame
 
 
-def _result(outcome: RowReply) -> target_pb2.VerifyResult:
+def _result(outcome: Verified) -> target_pb2.VerifyResult:
     reply = outcome.reply
     result = target_pb2.VerifyResult(
         generation_id=outcome.key.generation_id,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from outrider.engine.interface import Reply
+from outrider.engine.interface import BlockScores
 from outrider.errors import InvalidRequest
 from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
 from outrider.model_server.scheduler import GenerationKey
@@ -23,7 +23,7 @@ Ids = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenTarget:
     key: GenerationKey
     session_id: str
     epoch: int
@@ -38,7 +38,7 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Row:
+class Verify:
     """Lengths and meanings as in target.proto's VerifyRow."""
 
     key: GenerationKey
@@ -79,7 +79,7 @@ class Row:
             if len(set(ids.tolist())) != len(ids):
                 raise InvalidRequest("support_ids", "a token stands twice in a support")
 
-    def head(self, num_drafts: int) -> Row:
+    def head(self, num_drafts: int) -> Verify:
         """The row with only its first `num_drafts` draft tokens.
 
         Where there are supports it keeps that of the draft token after them, too: the logits of
@@ -87,10 +87,10 @@ class Row:
         """
         supports = self.supports[: num_drafts + 1] if self.supports is not None else None
         drafts = self.draft_token_ids[:num_drafts]
-        return Row(self.key, self.keep_len, self.context_token_ids, drafts, supports)
+        return Verify(self.key, self.keep_len, self.context_token_ids, drafts, supports)
 
 
-Command = Open | Row | Close | Forget
+Command = OpenTarget | Verify | Close | Forget
 
 
 @dataclass
@@ -101,12 +101,12 @@ class DraftSearch:
     The last pass is always one with finite logits, so that its keys and values are right.
     """
 
-    row: Row
+    row: Verify
     # Draft tokens with which the logits were not finite, and with which they were.
     num_bad: int
     num_good: int = -1
 
-    def saw(self, num_drafts: int, *, is_finite: bool) -> bool:
+    def observe(self, num_drafts: int, *, is_finite: bool) -> bool:
         """After a pass with so many draft tokens; whether it was the last one."""
         if is_finite:
             self.num_good = num_drafts
@@ -115,7 +115,7 @@ class DraftSearch:
             self.num_good = min(self.num_good, num_drafts - 1)
         return self._is_found and self.num_good in (num_drafts, -1)
 
-    def next_row(self) -> Row:
+    def next_row(self) -> Verify:
         """What to run next."""
         middle = (self.num_good + self.num_bad) // 2
         return self.row.head(self.num_good if self._is_found else middle)
@@ -126,7 +126,7 @@ class DraftSearch:
 
 
 @dataclass(frozen=True)
-class RowReply:
+class Verified:
     """`step_s`: time of the passes that the row took part in.
 
     `num_reused_tokens` of its context were found in the prefix cache. `num_left_out`: draft tokens
@@ -134,13 +134,13 @@ class RowReply:
     """
 
     key: GenerationKey
-    reply: Reply
+    reply: BlockScores
     step_s: float
     num_reused_tokens: int
     num_left_out: int = 0
 
 
-RowOutcome = RowReply | Failure
+RowOutcome = Verified | Failure
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,34 @@ from dataclasses import dataclass
 
 import structlog
 
-from outrider.engine import Append, ReplyAsk, Sampler, ServedEngine
+from outrider.engine import Append, Sampler, ScoreRequest, ServedEngine
 from outrider.errors import InvalidRequest, KVLost, KVNeverFits, NonFiniteLogits
 from outrider.model_server.messages import Close, Failure, Forget
 from outrider.model_server.scheduler import GenerationKey
-from outrider.model_server.session_table import Live
+from outrider.model_server.session_table import LiveGeneration
 from outrider.model_server.step_costs import StepCosts
 from outrider.model_server.worker import GenerationWorker
-from target_service.messages import Command, DraftSearch, Ids, Open, Row, RowReply, TargetStatistics
+from target_service.messages import (
+    Command,
+    DraftSearch,
+    Ids,
+    OpenTarget,
+    TargetStatistics,
+    Verified,
+    Verify,
+)
 
 log = structlog.get_logger()
 
 
 @dataclass(eq=False)
-class _Generation:
+class _TargetGeneration:
     key: GenerationKey
     sampler: Sampler
     preempts: bool = False
     # Of the context, by all rows so far.
     committed_len: int = 0
-    waiting: Row | None = None
+    waiting: Verify | None = None
     # The waiting row's: whether it has been in a pass, tokens found in the prefix cache, and the
     # time of the passes that it took part in.
     is_begun: bool = False
@@ -48,9 +56,9 @@ class _Generation:
 
 
 @dataclass(frozen=True)
-class _Planned:
-    live: Live[_Generation]
-    row: Row
+class _PlannedRow:
+    live: LiveGeneration[_TargetGeneration]
+    row: Verify
     append: Append
     is_last: bool
 
@@ -59,9 +67,9 @@ class _Planned:
         return self.row.key
 
     @property
-    def ask(self) -> ReplyAsk:
+    def ask(self) -> ScoreRequest:
         row = self.row
-        return ReplyAsk(
+        return ScoreRequest(
             self.live.state.sampler,
             self.live.token_ids,
             row.keep_len + len(row.context_token_ids),
@@ -70,7 +78,7 @@ class _Planned:
         )
 
 
-class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
+class Verifier(GenerationWorker[Command, Verified, _TargetGeneration, _PlannedRow]):
     """Owns the engine's sequences. `max_gamma` and `max_step_tokens` as in TargetConfig."""
 
     def __init__(
@@ -90,8 +98,8 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
-        self._generations: dict[GenerationKey, Live[_Generation]] = {}
-        self._waiting: dict[GenerationKey, Live[_Generation]] = {}
+        self._generations: dict[GenerationKey, LiveGeneration[_TargetGeneration]] = {}
+        self._waiting: dict[GenerationKey, LiveGeneration[_TargetGeneration]] = {}
         self._num_steps = self._num_rows = self._num_tokens = 0
 
     @property
@@ -109,15 +117,15 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         )
 
     def _context_of(self, command: Command) -> Ids | None:
-        if isinstance(command, Row) and command.keep_len == 0:
+        if isinstance(command, Verify) and command.keep_len == 0:
             return command.context_token_ids
         return None
 
     def _execute(self, command: Command) -> Sequence[Failure]:
         match command:
-            case Open():
+            case OpenTarget():
                 self._open(command)
-            case Row():
+            case Verify():
                 self._enqueue(command)
             case Close():
                 self._close(command.key, keep=command.keep)
@@ -125,7 +133,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
                 self._table.forget(command.session_id)
         return ()
 
-    def _open(self, command: Open) -> None:
+    def _open(self, command: OpenTarget) -> None:
         info = self._engine.info
         if command.key in self._generations:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is open already")
@@ -146,10 +154,10 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             command.kept_epoch,
             command.max_len,
             (command.priority, time.monotonic() - command.age_s),
-            _Generation(command.key, sampler, command.preempts),
+            _TargetGeneration(command.key, sampler, command.preempts),
         )
 
-    def _enqueue(self, row: Row) -> None:
+    def _enqueue(self, row: Verify) -> None:
         live = self._generations.get(row.key)
         if live is None:
             raise InvalidRequest("generation_id", f"{row.key.generation_id} is not open")
@@ -173,13 +181,13 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
             self._table.cache_prefix(live, live.state.committed_len)
             self._table.close(live, keep=keep)
 
-    def _gather(self) -> list[_Planned]:
+    def _gather(self) -> list[_PlannedRow]:
         """Every verification, then prompts in chunks within what the token budget leaves.
 
         A quarter of the budget is the prompts' own, so that verifications never starve them.
         """
-        plan: list[_Planned] = []
-        prompts: list[Live[_Generation]] = []
+        plan: list[_PlannedRow] = []
+        prompts: list[LiveGeneration[_TargetGeneration]] = []
         budget = self._max_step_tokens
         for live in tuple(self._waiting.values()):
             if self._is_prompt(live):
@@ -198,11 +206,11 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         # Some may have lost their room to those that came after them.
         return [planned for planned in plan if planned.key in self._waiting]
 
-    def _is_prompt(self, live: Live[_Generation]) -> bool:
+    def _is_prompt(self, live: LiveGeneration[_TargetGeneration]) -> bool:
         """The row is longer than a verification can be; else it is run whole."""
         return _num_tokens_left(live) > 1 + self._max_gamma
 
-    def _begin(self, live: Live[_Generation]) -> bool:
+    def _begin(self, live: LiveGeneration[_TargetGeneration]) -> bool:
         """Before the first pass of a row: room for it, or False where it has failed.
 
         Not sooner, for what the passes till then may cache.
@@ -224,7 +232,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         self._num_prefill_tokens += state.committed_len - 1 - live.sequence.length
         return True
 
-    def _advance(self, work: Sequence[_Planned]) -> list[RowReply | Failure]:
+    def _advance(self, work: Sequence[_PlannedRow]) -> list[Verified | Failure]:
         appends = [p.append for p in work]
         complete = [p for p in work if p.is_last]
         started_at = time.perf_counter()
@@ -232,34 +240,34 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         for planned in work:
             if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
                 self._table.cache_prefix(planned.live, planned.live.state.committed_len)
-        replies = self._engine.reply([p.ask for p in complete], logits)
+        replies = self._engine.score([p.ask for p in complete], logits)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
         self._num_steps += 1
         self._num_tokens += sum(len(append.token_ids) for append in appends)
         for planned in work:
             planned.live.state.step_s += step_s
-        outcomes: list[RowReply | Failure] = []
+        outcomes: list[Verified | Failure] = []
         settled = [
             (planned, reply)
             for planned, reply in zip(complete, replies, strict=True)
             if not self._is_run_again(planned, reply)
         ]
-        self.health.saw([reply for _, reply in settled])
+        self.health.observe([reply for _, reply in settled])
         for planned, reply in settled:
             if isinstance(reply, Exception):  # this row's own; the others are answered
                 outcomes.append(self._failed(planned.key, reply))
                 continue
             state = planned.live.state
             outcomes.append(
-                RowReply(planned.key, reply, state.step_s, state.num_reused, state.num_left_out)
+                Verified(planned.key, reply, state.step_s, state.num_reused, state.num_left_out)
             )
             state.waiting, state.step_s = None, 0.0
             del self._waiting[planned.key]
             self._num_rows += 1
         return outcomes
 
-    def _is_run_again(self, planned: _Planned, reply: object) -> bool:
+    def _is_run_again(self, planned: _PlannedRow, reply: object) -> bool:
         """Whether the row is run with fewer draft tokens: they may be what gives NaN or infinity.
 
         Exact for every verification only if the draft tokens up to the first bad one, and no
@@ -274,7 +282,7 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
                 return False
             log.warning("drafts_left_out", session_id=live.session_id, why=str(reply))
             state.search = DraftSearch(row, num_drafts)
-        if state.search.saw(num_drafts, is_finite=is_finite):
+        if state.search.observe(num_drafts, is_finite=is_finite):
             return False
         self._table.forget_prefix(live)
         self._table.cut(live, row.keep_len)
@@ -282,17 +290,17 @@ class Verifier(GenerationWorker[Command, RowReply, _Generation, _Planned]):
         return True
 
 
-def _row_of(live: Live[_Generation]) -> Row:
+def _row_of(live: LiveGeneration[_TargetGeneration]) -> Verify:
     row = live.state.waiting
     assert row is not None, "a waiting generation has a row"
     return row
 
 
-def _num_tokens_left(live: Live[_Generation]) -> int:
+def _num_tokens_left(live: LiveGeneration[_TargetGeneration]) -> int:
     return _row_of(live).num_tokens - live.sequence.length
 
 
-def _planned(live: Live[_Generation], max_tokens: int) -> _Planned:
+def _planned(live: LiveGeneration[_TargetGeneration], max_tokens: int) -> _PlannedRow:
     """The row's next tokens, at most `max_tokens`; all its logits come from one pass."""
     row, start, num_left = _row_of(live), live.sequence.length, _num_tokens_left(live)
     num_logits = 1 + len(row.draft_token_ids)
@@ -300,4 +308,4 @@ def _planned(live: Live[_Generation], max_tokens: int) -> _Planned:
     num_tokens = num_left if is_last else min(max_tokens, num_left - num_logits)
     token_ids = live.token_ids[start : start + num_tokens]
     append = Append(live.sequence, token_ids, num_logits if is_last else 0)
-    return _Planned(live, row, append, is_last)
+    return _PlannedRow(live, row, append, is_last)

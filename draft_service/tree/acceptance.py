@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from outrider.engine import Drawn
+from outrider.engine import SampledToken
 
 _LEARNING_RATE = 0.02
 _SHARPNESS_RANGE = (0.05, 20.0)
@@ -22,23 +22,23 @@ _SHARPNESS_RANGE = (0.05, 20.0)
 _RANK_SHARES = (0.36, 0.19, 0.14, 0.08, 0.06, 0.04, 0.03)
 
 
-class Chances:
+class DraftAcceptance:
     """Of one replica: all sessions teach it."""
 
     def __init__(self) -> None:
         self._sharpness = 1.0
         self._acceptance = 0.7
 
-    def of(self, drawn: Drawn, *, has_supports: bool) -> list[tuple[int, float]]:
-        """Chances of what the target may emit where `drawn` was drawn; at most 1 in sum."""
-        ids = drawn.candidate_ids.tolist()
+    def of(self, sampled: SampledToken, *, has_supports: bool) -> list[tuple[int, float]]:
+        """Chances of what the target may emit where `sampled` was drawn; at most 1 in sum."""
+        ids = sampled.candidate_ids.tolist()
         if has_supports:
             # As many whether the drawn token is among them or not: that, too, is a matter of noise.
-            others = [i for i in ids if i != drawn.token_id][: len(_RANK_SHARES)]
+            others = [i for i in ids if i != sampled.token_id][: len(_RANK_SHARES)]
             rest = 1 - self._acceptance
             shared = [(i, rest * s) for i, s in zip(others, _RANK_SHARES, strict=False)]
-            return [(drawn.token_id, self._acceptance), *shared]
-        scores = drawn.candidate_scores.tolist()
+            return [(sampled.token_id, self._acceptance), *shared]
+        scores = sampled.candidate_scores.tolist()
         # Eight numbers: plain Python is the fastest.
         weights = [math.exp((score - scores[0]) * self._sharpness) for score in scores]
         total = sum(weights)
@@ -49,10 +49,10 @@ class Chances:
 
         Chance 1 teaches no sharpness: of a single candidate, or where nobody looked.
         """
-        for chance, stood in judged:
+        for prob, stood in judged:
             if has_supports:
                 self._acceptance += _LEARNING_RATE * (stood - self._acceptance)
-            elif chance < 1:
+            elif prob < 1:
                 low, high = _SHARPNESS_RANGE
-                step = math.exp(_LEARNING_RATE * 2 * (stood - chance))
+                step = math.exp(_LEARNING_RATE * 2 * (stood - prob))
                 self._sharpness = min(max(self._sharpness * step, low), high)

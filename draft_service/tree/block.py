@@ -10,28 +10,28 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from draft_service.messages import SupportWeights
-from draft_service.tree.kv_branches import Strand
+from draft_service.tree.kv_branches import Branch
 
 # A support has 64 times the bytes of its token, and most blocks are drafted in vain: those with
 # supports that are less likely stay here until a commit asks for them, and come a hop later, which
 # costs little where hops are short.
-_MIN_TOLD_CHANCE = 0.02
-_MIN_HALF_TOLD_CHANCE = 0.1
+_MIN_SENT_PROB = 0.02
+_MIN_HALF_SENT_PROB = 0.1
 
 
 class Alternative(NamedTuple):
     """The target may emit `token_id` after the block's first `position` tokens.
 
-    `chance`: given that the block's own context comes about.
+    `prob`: given that the block's own context comes about.
     """
 
-    chance: float
+    prob: float
     position: int
     token_id: int
 
 
 @dataclass(eq=False)
-class Block:
+class DraftBlock:
     """`gamma` draft tokens from `base_len` on, some of them drawn; continues `parent`.
 
     `reach[j]`: chance that the first j tokens stand. `alternatives`: not opened yet, likeliest
@@ -41,29 +41,29 @@ class Block:
     id: int
     base_len: int
     gamma: int
-    strand: Strand
-    parent: Block | None = None
+    branch: Branch
+    parent: DraftBlock | None = None
     position: int = 0
     next_token: int = 0
-    chance: float = 1.0
+    prob: float = 1.0
     token_ids: list[int] = field(default_factory=list)
     supports: list[SupportWeights] = field(default_factory=list)
     # How many of its tokens the orchestrator has been sent.
-    num_told: int = 0
+    num_sent: int = 0
     reach: list[float] = field(default_factory=lambda: [1.0])
     has_guess: bool = False
     # The line of the likeliest guesses goes on in its parent's strand; only one child can.
     is_continued: bool = False
     alternatives: list[Alternative] = field(default_factory=list)
-    children: dict[tuple[int, int], Block] = field(default_factory=dict)
+    children: dict[tuple[int, int], DraftBlock] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
         return len(self.token_ids) >= self.gamma
 
     @property
-    def has_untold(self) -> bool:
-        return self.num_told < len(self.token_ids)
+    def has_unsent(self) -> bool:
+        return self.num_sent < len(self.token_ids)
 
     @property
     def is_half(self) -> bool:
@@ -73,8 +73,8 @@ class Block:
     @property
     def is_likely(self) -> bool:
         """Likely enough for its bytes; without supports these are few."""
-        least = _MIN_TOLD_CHANCE if self.is_complete else _MIN_HALF_TOLD_CHANCE
-        return not self.supports or self.chance >= least
+        least = _MIN_SENT_PROB if self.is_complete else _MIN_HALF_SENT_PROB
+        return not self.supports or self.prob >= least
 
     @property
     def last_len(self) -> int:
@@ -85,7 +85,7 @@ class Block:
     def end(self) -> int:
         return self.base_len + len(self.token_ids)
 
-    def is_in(self, root: Block) -> bool:
+    def is_in(self, root: DraftBlock) -> bool:
         """Whether it is the root of a tree, or hangs in it still."""
         block = self
         while block is not root:
@@ -95,16 +95,16 @@ class Block:
             block = above
         return True
 
-    def descendants(self) -> Iterator[Block]:
+    def descendants(self) -> Iterator[DraftBlock]:
         """The block itself and all below it."""
         yield self
         for child in self.children.values():
             yield from child.descendants()
 
 
-class Offer(NamedTuple):
+class Extension(NamedTuple):
     """A token to draw for `block`; or (`opens`) its likeliest alternative, to be opened first."""
 
-    chance: float
-    block: Block
+    prob: float
+    block: DraftBlock
     opens: bool

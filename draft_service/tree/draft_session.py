@@ -9,19 +9,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from draft_service.messages import Commit, Open, Proposal
-from draft_service.tree.block import Block, Offer
-from draft_service.tree.kv_branches import Strand, Strands
-from draft_service.tree.tree import Tree, Walk
-from outrider.engine import Append, DrawAsk, KVStore, Sampler, Sequence
+from draft_service.messages import Commit, OpenDraft, Proposed
+from draft_service.tree.block import DraftBlock, Extension
+from draft_service.tree.kv_branches import Branch, KVBranches
+from draft_service.tree.tree import SpeculationTree, Walk
+from outrider.engine import Append, KVStore, Sampler, SampleRequest, Sequence
 from outrider.errors import KVFull
 from outrider.model_server.scheduler import GenerationKey
-from outrider.model_server.session_table import Live
+from outrider.model_server.session_table import LiveGeneration
 from outrider.sampling.params import Verification
 
 
 @dataclass(eq=False)
-class Generation:
+class DraftGeneration:
     key: GenerationKey
     sampler: Sampler
     verification: Verification
@@ -33,20 +33,22 @@ class Generation:
         return self.sampler.params.needs_supports(self.verification)
 
 
-class Drafting:
+class DraftSession:
     """`live` is the session as opened, with the committed context in its buffer."""
 
-    def __init__(self, store: KVStore, live: Live[Generation], command: Open) -> None:
+    def __init__(
+        self, store: KVStore, live: LiveGeneration[DraftGeneration], command: OpenDraft
+    ) -> None:
         self._store = store
         self.live = live
         self.committed_at = time.monotonic()
         # A row of it has been in a pass.
         self.is_begun = False
-        self._strands = Strands(store, live.sequence)
-        self.tree = Tree(
+        self._branches = KVBranches(store, live.sequence)
+        self.tree = SpeculationTree(
             live.token_ids,
             len(command.token_ids),
-            self._strands.trunk,
+            self._branches.trunk,
             gamma=command.gamma,
             ahead_gamma=command.ahead_gamma,
             lookahead=command.lookahead,
@@ -63,44 +65,44 @@ class Drafting:
         walk = self.tree.commit(
             command.token_ids, command.committed_len, command.gamma, command.ahead_gamma
         )
-        winner = walk.source.strand
-        self._strands.keep({winner, *(block.strand for block in self.tree.blocks())})
-        self._strands.settle(winner, walk.num_right)
+        winner = walk.source.branch
+        self._branches.keep({winner, *(block.branch for block in self.tree.blocks())})
+        self._branches.settle(winner, walk.num_right)
         return walk
 
-    def opened(self, offer: Offer) -> Block | None:
+    def opened(self, extension: Extension) -> DraftBlock | None:
         """The child for the block's likeliest alternative; None where there is no room for it."""
-        block, tree = offer.block, self.tree
+        block, tree = extension.block, self.tree
         if not block.alternatives:  # dropped meanwhile for the room of another session
             return None
         position = block.alternatives[0].position
-        fork_len, strand = block.base_len + position, block.strand
-        if strand.sequence.length < fork_len:  # cut, for want of room, when it became the trunk
+        fork_len, branch = block.base_len + position, block.branch
+        if branch.sequence.length < fork_len:  # cut, for want of room, when it became the trunk
             tree.give_up(block)
             return None
         longest = len(self.live.token_ids)
         # The likeliest outcome of a whole block goes on where the block ends, if it fits: blocks
         # may have become longer since the strand was forked.
         is_at_end = block.has_guess and position == len(block.token_ids)
-        is_last = is_at_end and not block.is_continued and strand.sequence.length == fork_len
-        if is_last and self._extended(strand, min(fork_len + tree.room_for_child, longest)):
+        is_last = is_at_end and not block.is_continued and branch.sequence.length == fork_len
+        if is_last and self._extended(branch, min(fork_len + tree.room_for_child, longest)):
             block.is_continued = True
-            return tree.open(block, strand)
+            return tree.open(block, branch)
         max_len = min(fork_len + tree.room_for_branch, longest)
         try:
-            fork = self._strands.fork(strand, fork_len, max_len)
+            fork = self._branches.fork(branch, fork_len, max_len)
         except KVFull:
             tree.give_up(block)
             return None
         return tree.open(block, fork)
 
-    def has_room(self, block: Block) -> bool:
+    def has_room(self, block: DraftBlock) -> bool:
         """Whether the block's next token can be run; nobody makes room for it."""
-        return self._extended(block.strand, block.end)
+        return self._extended(block.branch, block.end)
 
-    def _extended(self, strand: Strand, max_len: int) -> bool:
+    def _extended(self, branch: Branch, max_len: int) -> bool:
         try:
-            self._store.extend(strand.sequence, max_len)
+            self._store.extend(branch.sequence, max_len)
         except KVFull:
             return False
         return True
@@ -108,17 +110,17 @@ class Drafting:
     @property
     def branch_sequences(self) -> list[Sequence]:
         """Of what is drafted ahead, all that `prune` frees."""
-        return self._strands.fork_sequences
+        return self._branches.fork_sequences
 
     def prune(self) -> None:
         """Frees what is drafted ahead, until the next commit."""
         self.tree.prune()
-        self._strands.keep({self.tree.root.strand})
+        self._branches.keep({self.tree.root.branch})
 
-    def told(self, block: Block) -> Proposal:
+    def proposed(self, block: DraftBlock) -> Proposed:
         """The block, for the orchestrator, which has then been told all its tokens."""
-        block.num_told = len(block.token_ids)
-        return Proposal(
+        block.num_sent = len(block.token_ids)
+        return Proposed(
             key=self.key,
             assumed_token_ids=self.tree.assumed(block),
             base_len=block.base_len,
@@ -128,17 +130,17 @@ class Drafting:
 
     def end(self) -> None:
         """Leaves the session's sequence with committed tokens only."""
-        self._strands.keep(set())
+        self._branches.keep(set())
         sequence = self.live.sequence
         self._store.truncate(sequence, min(sequence.length, self.tree.committed_len))
 
 
 @dataclass(frozen=True)
-class Row:
+class DraftRow:
     """A token to draw: the block's next, or the guess after it."""
 
-    drafting: Drafting
-    block: Block
+    drafting: DraftSession
+    block: DraftBlock
 
     @property
     def key(self) -> GenerationKey:
@@ -147,21 +149,21 @@ class Row:
     @property
     def num_pending(self) -> int:
         """Tokens of the path that the model has not seen; the last one's logits draw the next."""
-        return self.block.end - self.block.strand.sequence.length
+        return self.block.end - self.block.branch.sequence.length
 
     def append(self, num_tokens: int, num_known: int) -> Append:
         """The first of them; a padded target vocabulary may name tokens the draft has no row for.
 
         Any will do there: `num_known` is the draft's vocabulary.
         """
-        sequence = self.block.strand.sequence
+        sequence = self.block.branch.sequence
         pending = self.drafting.tree.tokens(self.block, sequence.length)
         known = [token if token < num_known else 0 for token in pending[:num_tokens]]
         return Append(sequence, known, int(num_tokens == len(pending)))
 
-    def ask(self) -> DrawAsk:
+    def ask(self) -> SampleRequest:
         block, tree, generation = self.block, self.drafting.tree, self.drafting.live.state
-        return DrawAsk(
+        return SampleRequest(
             generation.sampler,
             lambda: tree.context(block),
             block.end,

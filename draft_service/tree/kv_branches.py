@@ -14,44 +14,44 @@ from outrider.errors import KVFull
 
 
 @dataclass(eq=False)
-class Strand:
+class Branch:
     """`parent` None: the trunk, which holds the committed context. Else forked at `fork_len`."""
 
     sequence: Sequence
-    parent: Strand | None = None
+    parent: Branch | None = None
     fork_len: int = 0
 
     @property
     def num_shared(self) -> int:
         """How many tokens it has in common with the trunk."""
-        shared, strand = self.sequence.length, self
-        while strand.parent is not None:
-            shared = min(shared, strand.fork_len)
-            strand = strand.parent
+        shared, branch = self.sequence.length, self
+        while branch.parent is not None:
+            shared = min(shared, branch.fork_len)
+            branch = branch.parent
         return shared
 
 
-class Strands:
+class KVBranches:
     """All strands of one generation. `trunk` keeps its place in memory for the session's life."""
 
     def __init__(self, store: KVStore, sequence: Sequence) -> None:
         self._store = store
-        self.trunk = Strand(sequence)
-        self._forks: set[Strand] = set()
+        self.trunk = Branch(sequence)
+        self._forks: set[Branch] = set()
 
     @property
     def fork_sequences(self) -> list[Sequence]:
         """All sequences but the trunk's."""
         return [fork.sequence for fork in self._forks]
 
-    def fork(self, strand: Strand, length: int, max_len: int) -> Strand:
+    def fork(self, branch: Branch, length: int, max_len: int) -> Branch:
         """A strand that shares the first `length` tokens. Raises KVFull, changing nothing."""
-        sequence = self._store.fork(strand.sequence, max_len, length=length)
-        fork = Strand(sequence, strand, length)
+        sequence = self._store.fork(branch.sequence, max_len, length=length)
+        fork = Branch(sequence, branch, length)
         self._forks.add(fork)
         return fork
 
-    def settle(self, winner: Strand, num_right: int) -> None:
+    def settle(self, winner: Branch, num_right: int) -> None:
         """What `winner` holds becomes the trunk's, cut to `num_right` tokens.
 
         The trunk stays one run of memory, read in place: the few tokens that the winner has of its
@@ -72,7 +72,7 @@ class Strands:
         elif num_right < trunk.sequence.length:
             store.truncate(trunk.sequence, num_right)
 
-    def keep(self, used: set[Strand]) -> None:
+    def keep(self, used: set[Branch]) -> None:
         """Frees every fork that is not among `used`."""
         for fork in self._forks - used:
             self._store.free(fork.sequence)

@@ -12,8 +12,8 @@ import heapq
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
-from draft_service.tree.block import Offer
-from draft_service.tree.tree import MIN_CHANCE, Tree
+from draft_service.tree.block import Extension
+from draft_service.tree.tree import MIN_PROB, SpeculationTree
 from outrider.model_server.step_costs import StepCosts
 
 # A pass whose rows have less in sum is not worth it even on an idle device: it costs power, and
@@ -38,7 +38,7 @@ class RowBudget:
         self._round_s: float | None = None
         self._num_steps = 6.0
 
-    def saw_round(self, duration_s: float, gamma: int) -> None:
+    def observe_round(self, duration_s: float, gamma: int) -> None:
         """From one commit of a session to its next; blocks drafted meanwhile had γ tokens."""
         last = self._round_s if self._round_s is not None else duration_s
         # A session that paused is no longer round.
@@ -75,25 +75,27 @@ class RowBudget:
 
 class HasTree(Protocol):
     @property
-    def tree(self) -> Tree: ...
+    def tree(self) -> SpeculationTree: ...
 
 
 Key = TypeVar("Key")
 Owner = TypeVar("Owner", bound=HasTree)
 
 
-def best_offers(owners: dict[Key, Owner], num_rows: int) -> Iterator[tuple[Owner, Offer]]:
+def best_extensions(owners: dict[Key, Owner], num_rows: int) -> Iterator[tuple[Owner, Extension]]:
     """The likeliest offers of all trees, best first; an opening is followed by the block's next.
 
     Nothing where all of them are worth little. Takes the owners away that offer nothing. The caller
     opens an offer's alternative before it asks for the next one.
     """
-    heap: list[tuple[float, int, Owner, Offer]] = []
+    heap: list[tuple[float, int, Owner, Extension]] = []
     for key, owner in list(owners.items()):
-        offers = [offer for offer in owner.tree.offers() if offer.chance >= MIN_CHANCE]
-        if not offers:
+        extensions = [
+            extension for extension in owner.tree.extensions() if extension.prob >= MIN_PROB
+        ]
+        if not extensions:
             del owners[key]
-        heap += [(-o.chance, i, owner, o) for i, o in enumerate(offers, len(heap))]
+        heap += [(-o.prob, i, owner, o) for i, o in enumerate(extensions, len(heap))]
     if -sum(item[0] for item in heap) < _MIN_PASS_CHANCE:
         owners.clear()  # until something changes
         return
@@ -102,11 +104,11 @@ def best_offers(owners: dict[Key, Owner], num_rows: int) -> Iterator[tuple[Owner
     for _ in range(num_rows):
         if not heap:
             return
-        _, _, owner, offer = heapq.heappop(heap)
-        yield owner, offer
-        block = offer.block
-        if offer.opens and owner.tree.may_open(block):
-            chance = block.chance * block.alternatives[0].chance
-            if chance >= MIN_CHANCE:
-                heapq.heappush(heap, (-chance, count, owner, Offer(chance, block, opens=True)))
+        _, _, owner, extension = heapq.heappop(heap)
+        yield owner, extension
+        block = extension.block
+        if extension.opens and owner.tree.may_open(block):
+            prob = block.prob * block.alternatives[0].prob
+            if prob >= MIN_PROB:
+                heapq.heappush(heap, (-prob, count, owner, Extension(prob, block, opens=True)))
                 count += 1

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from draft_service.messages import SupportWeights
-from draft_service.tree.block import Alternative, Block, Offer
-from draft_service.tree.kv_branches import Strand
+from draft_service.tree.block import Alternative, DraftBlock, Extension
+from draft_service.tree.kv_branches import Branch
 from outrider.errors import InvalidRequest
 
 # Chances below this are not worth a row even of an idle device.
-MIN_CHANCE = 0.005
+MIN_PROB = 0.005
 
 
 class Walk(NamedTuple):
@@ -32,12 +32,12 @@ class Walk(NamedTuple):
     `judged`: for each draft token that the target has decided on, its chance and whether it stood.
     """
 
-    source: Block
+    source: DraftBlock
     num_right: int
     judged: list[tuple[float, bool]]
 
 
-class Tree:
+class SpeculationTree:
     """`buffer` is the generation's, int64 [max_len]; `committed_len` tokens of it are committed.
 
     `gamma` draft tokens for the context that is committed, `ahead_gamma` for blocks drafted ahead;
@@ -49,7 +49,7 @@ class Tree:
         self,
         buffer: npt.NDArray[np.int64],
         committed_len: int,
-        trunk: Strand,
+        trunk: Branch,
         *,
         gamma: int,
         ahead_gamma: int,
@@ -66,7 +66,7 @@ class Tree:
         # How many of the root's tokens are committed already.
         self._num_root_tokens = 0
         # Kept until something changes: most trees do not, in most steps.
-        self._offers: list[Offer] | None = None
+        self._extensions: list[Extension] | None = None
         self.root = self._fresh(trunk)
 
     @property
@@ -84,33 +84,33 @@ class Tree:
         """The orchestrator waits, or is about to, for tokens that are still to be drawn."""
         return not self.root.is_complete
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[DraftBlock]:
         return self.root.descendants()
 
-    def may_lead_on(self, block: Block) -> bool:
+    def may_extend(self, block: DraftBlock) -> bool:
         """Whether children of the block may be drafted, within look-ahead, fan-out and room."""
         if self._ahead_gamma == 0 or len(block.children) >= self._fan_out:
             return False
         # The token that decides and at least one draft token after it must fit.
         return self._depth(block) < self._lookahead and block.end + 2 <= len(self._buffer)
 
-    def may_open(self, block: Block) -> bool:
+    def may_open(self, block: DraftBlock) -> bool:
         """Whether an alternative may be opened; one place is kept for what follows the guess.
 
         That is mostly the likeliest of all, and known last.
         """
         num_kept = 0 if block.has_guess else 1
         has_place = len(block.children) + num_kept < self._fan_out
-        return bool(block.alternatives) and has_place and self.may_lead_on(block)
+        return bool(block.alternatives) and has_place and self.may_extend(block)
 
-    def _depth(self, block: Block) -> int:
+    def _depth(self, block: DraftBlock) -> int:
         depth = 0
         while block is not self.root:
             assert block.parent is not None, "only the root has none"
             block, depth = block.parent, depth + 1
         return depth
 
-    def tokens(self, block: Block, start: int) -> list[int]:
+    def tokens(self, block: DraftBlock, start: int) -> list[int]:
         """Tokens of the block's path from position `start` to its end."""
         own = block.token_ids
         if start >= block.base_len:
@@ -121,7 +121,7 @@ class Tree:
         above = self.tokens(block.parent, start) if start < block.base_len - 1 else []
         return [*above[: block.base_len - 1 - start], block.next_token, *own]
 
-    def context(self, block: Block) -> npt.NDArray[np.int64]:
+    def context(self, block: DraftBlock) -> npt.NDArray[np.int64]:
         """The whole path to the block's end, for processors that look back."""
         start = self.root.base_len
         return np.concatenate(
@@ -135,7 +135,7 @@ class Tree:
 
     def add(
         self,
-        block: Block,
+        block: DraftBlock,
         token_id: int,
         support: SupportWeights | None,
         candidates: Sequence[tuple[int, float]],
@@ -145,7 +145,7 @@ class Tree:
         `candidates`: what the target may emit there and how likely that is, the token included;
         empty where that does not matter.
         """
-        self._offers = None
+        self._extensions = None
         is_guess = block.is_complete
         reach = block.reach[-1]
         stands = self._note_alternatives(block, token_id, candidates, is_guess)
@@ -156,88 +156,90 @@ class Tree:
         block.reach.append(reach * stands)
         if support is not None:
             block.supports.append(support)
-        return self._has_news(block)
+        return self._has_update(block)
 
-    def news(self) -> list[Block]:
+    def updates(self) -> list[DraftBlock]:
         """After a commit: what is to be told by now, and was not when it was drawn."""
-        return [block for block in self.blocks() if self._has_news(block)]
+        return [block for block in self.blocks() if self._has_update(block)]
 
-    def _has_news(self, block: Block) -> bool:
+    def _has_update(self, block: DraftBlock) -> bool:
         if block is self.root:
-            return self._gamma > 0 and block.is_complete and block.has_untold
-        is_ready = block.has_untold and (block.is_complete or block.is_half)
+            return self._gamma > 0 and block.is_complete and block.has_unsent
+        is_ready = block.has_unsent and (block.is_complete or block.is_half)
         return is_ready and (self._tells_unlikely or block.is_likely)
 
     def _note_alternatives(
         self,
-        block: Block,
+        block: DraftBlock,
         token_id: int,
         candidates: Sequence[tuple[int, float]],
         is_guess: bool,
     ) -> float:
         """Those that are worth a row some day; the token's own chance, 1 where it is not known."""
         position, reach = len(block.token_ids), block.reach[-1]
-        least = MIN_CHANCE / max(reach, MIN_CHANCE)  # the block itself may come true yet
+        least = MIN_PROB / max(reach, MIN_PROB)  # the block itself may come true yet
         stands, num_before = 0.0 if candidates else 1.0, len(block.alternatives)
-        for candidate, chance in candidates:
+        for candidate, prob in candidates:
             if candidate == token_id:
-                stands = chance
+                stands = prob
                 if not is_guess:
                     continue
-            if chance >= least and (is_guess or self._fan_out > 1):
-                block.alternatives.append(Alternative(reach * chance, position, candidate))
+            if prob >= least and (is_guess or self._fan_out > 1):
+                block.alternatives.append(Alternative(reach * prob, position, candidate))
         if len(block.alternatives) > num_before:
             block.alternatives.sort(reverse=True)
         return stands
 
-    def open(self, block: Block, strand: Strand) -> Block:
+    def open(self, block: DraftBlock, branch: Branch) -> DraftBlock:
         """Starts the child for the likeliest alternative, of which there must be one."""
-        self._offers = None
-        chance, position, token_id = block.alternatives.pop(0)
-        child = self._new_block(block.base_len + position + 1, self._ahead_gamma, strand)
+        self._extensions = None
+        prob, position, token_id = block.alternatives.pop(0)
+        child = self._new_block(block.base_len + position + 1, self._ahead_gamma, branch)
         child.parent, child.position, child.next_token = block, position, token_id
-        child.chance = block.chance * chance
+        child.prob = block.prob * prob
         block.children[position, token_id] = child
         return child
 
-    def offers(self) -> list[Offer]:
+    def extensions(self) -> list[Extension]:
         """What could be drafted ahead of the verdict, in no order."""
-        if self._offers is None:
-            self._offers = list(self._make_offers())
-        return self._offers
+        if self._extensions is None:
+            self._extensions = list(self._make_extensions())
+        return self._extensions
 
-    def _make_offers(self) -> Iterator[Offer]:
+    def _make_extensions(self) -> Iterator[Extension]:
         for block in self.blocks():
-            leads_on = self.may_lead_on(block)
+            may_extend = self.may_extend(block)
             if not block.is_complete and block is not self.root:
-                yield Offer(block.chance, block, opens=False)
-            if block.is_complete and not block.has_guess and leads_on:
-                yield Offer(block.chance * block.reach[-1], block, opens=False)
+                yield Extension(block.prob, block, opens=False)
+            if block.is_complete and not block.has_guess and may_extend:
+                yield Extension(block.prob * block.reach[-1], block, opens=False)
             if self.may_open(block):
-                yield Offer(block.chance * block.alternatives[0].chance, block, opens=True)
+                yield Extension(block.prob * block.alternatives[0].prob, block, opens=True)
 
-    def _new_block(self, base_len: int, gamma: int, strand: Strand) -> Block:
+    def _new_block(self, base_len: int, gamma: int, branch: Branch) -> DraftBlock:
         self._num_blocks += 1
-        return Block(self._num_blocks, base_len, min(gamma, len(self._buffer) - base_len), strand)
+        return DraftBlock(
+            self._num_blocks, base_len, min(gamma, len(self._buffer) - base_len), branch
+        )
 
-    def assumed(self, block: Block) -> list[int]:
+    def assumed(self, block: DraftBlock) -> list[int]:
         """Tokens of the path that lie between what is committed and the block's own."""
         if block.base_len <= self.committed_len:
             return []
         start = self.committed_len
         return self.tokens(block, start)[: block.base_len - start]
 
-    def give_up(self, block: Block) -> None:
+    def give_up(self, block: DraftBlock) -> None:
         """No more alternatives of the block are opened."""
         block.alternatives.clear()
-        self._offers = None
+        self._extensions = None
 
     def prune(self) -> int:
         """Drops all that is drafted ahead, until the next commit; how many blocks."""
         num_dropped = sum(1 for _ in self.blocks()) - 1
         self.root.children.clear()
         self.root.alternatives.clear()
-        self._offers = None
+        self._extensions = None
         return num_dropped
 
     def commit(
@@ -254,7 +256,7 @@ class Tree:
             )
         if committed_len > len(self._buffer):
             raise InvalidRequest("committed_len", f"{committed_len} exceeds max_len")
-        self._offers = None
+        self._extensions = None
         judged = self._judged(token_ids)
         block, position, num_matched = self._walk(token_ids)
         self._buffer[self.committed_len : committed_len] = token_ids
@@ -263,7 +265,7 @@ class Tree:
         self._gamma, self._ahead_gamma = gamma, ahead_gamma
         is_used_up = position >= block.gamma and gamma > 0
         if num_matched < len(token_ids) or is_used_up:
-            self.root, self._num_root_tokens = self._fresh(block.strand), 0
+            self.root, self._num_root_tokens = self._fresh(block.branch), 0
             # The last token is run again at least: its logits draw the next one.
             return Walk(block, min(num_right, committed_len - 1), judged)
         self._take_root(block, position)
@@ -279,10 +281,10 @@ class Tree:
                 break
         return judged
 
-    def _fresh(self, strand: Strand) -> Block:
-        return self._new_block(self.committed_len, self._gamma, strand)
+    def _fresh(self, branch: Branch) -> DraftBlock:
+        return self._new_block(self.committed_len, self._gamma, branch)
 
-    def _walk(self, token_ids: Sequence[int]) -> tuple[Block, int, int]:
+    def _walk(self, token_ids: Sequence[int]) -> tuple[DraftBlock, int, int]:
         """The block and position that the tokens lead to, and how many of them lead there."""
         block, position = self.root, self._num_root_tokens
         for num_matched, token_id in enumerate(token_ids):
@@ -294,7 +296,7 @@ class Tree:
                 return block, position, num_matched
         return block, position, len(token_ids)
 
-    def _take_root(self, block: Block, position: int) -> None:
+    def _take_root(self, block: DraftBlock, position: int) -> None:
         """The block's first `position` tokens are committed; what contradicts them is dropped.
 
         That may complete it: what is wanted now may be less than was.
@@ -302,18 +304,18 @@ class Tree:
         if not block.is_complete:
             num_wanted = max(position + self._gamma, len(block.token_ids))
             block.gamma = min(block.gamma, num_wanted)
-        scale = block.chance * block.reach[position]
+        scale = block.prob * block.reach[position]
         block.alternatives = [
-            Alternative(chance / max(block.reach[position], 1e-9), at, token_id)
-            for chance, at, token_id in block.alternatives
+            Alternative(prob / max(block.reach[position], 1e-9), at, token_id)
+            for prob, at, token_id in block.alternatives
             if at >= position
         ]
         block.children = {at: c for at, c in block.children.items() if at[0] >= position}
         for child in block.children.values():
             for below in child.descendants():
-                below.chance /= max(scale, 1e-9)
+                below.prob /= max(scale, 1e-9)
         reach = max(block.reach[position], 1e-9)
-        block.reach = [min(1.0, chance / reach) for chance in block.reach]
-        block.chance = 1.0
+        block.reach = [min(1.0, prob / reach) for prob in block.reach]
+        block.prob = 1.0
         block.parent = None
         self.root, self._num_root_tokens = block, position

@@ -17,7 +17,7 @@ import structlog
 from orchestrator.admission.quota import Quota
 from orchestrator.admission.shared_quota import SharedQuotas
 from outrider.errors import CapacityExceeded, Unauthenticated
-from outrider.runtime.interceptors import Context, Gate, Reason
+from outrider.runtime.interceptors import AccessInterceptor, Context, Reason
 from outrider.security.files import WatchedFiles
 from outrider.security.keys import KeyLimits, KeyRing
 
@@ -26,7 +26,7 @@ _MAX_KEY_CHARS = 512
 
 
 @dataclass(frozen=True)
-class Caller:
+class ApiClient:
     """`name`: of the key; empty where no keys are asked for, and all callers are one.
 
     `min_priority`: the lowest priority number that counts against other callers; None: any does.
@@ -35,7 +35,7 @@ class Caller:
     name: str
     quota: Quota
     min_priority: int | None = None
-    gate: KeyGate | None = None
+    gate: ApiKeyInterceptor | None = None
 
     @contextlib.asynccontextmanager
     async def making(self, session_id: str | None) -> AsyncIterator[None]:
@@ -65,16 +65,16 @@ class Caller:
             await self.gate.shared.sessions.settle(self.name, session_id)
 
 
-_ANYBODY = Caller("", Quota("", KeyLimits()))
-_CALLER: ContextVar[Caller] = ContextVar("caller", default=_ANYBODY)
+_ANYBODY = ApiClient("", Quota("", KeyLimits()))
+_CALLER: ContextVar[ApiClient] = ContextVar("caller", default=_ANYBODY)
 
 
-def current_caller() -> Caller:
+def current_client() -> ApiClient:
     """Of the call whose task this is."""
     return _CALLER.get()
 
 
-class KeyGate(Gate):
+class ApiKeyInterceptor(AccessInterceptor):
     """Lets in whoever shows a key that is known. Lives on the event loop.
 
     `metered`: the full name of the method whose calls count as streams.
@@ -89,22 +89,22 @@ class KeyGate(Gate):
 
     @contextlib.asynccontextmanager
     async def around(self, context: Context, method: str) -> AsyncIterator[None]:
-        caller = self._identify(context, method)
-        _CALLER.set(caller)
-        structlog.contextvars.bind_contextvars(caller=caller.name)
+        client = self._identify(context, method)
+        _CALLER.set(client)
+        structlog.contextvars.bind_contextvars(client=client.name)
         if method != self._metered:
             yield
             return
         async with contextlib.AsyncExitStack() as stream:
             try:
-                stream.enter_context(caller.quota.stream())
-                await stream.enter_async_context(self.shared.stream(caller.quota))
+                stream.enter_context(client.quota.stream())
+                await stream.enter_async_context(self.shared.stream(client.quota))
             except CapacityExceeded:
                 self.refusals.count(Reason.OVER_LIMIT)
                 raise
             yield
 
-    def _identify(self, context: Context, method: str) -> Caller:
+    def _identify(self, context: Context, method: str) -> ApiClient:
         presented = _presented(context)
         key = self.keys.current.find(presented) if presented else None
         if key is None:
@@ -118,7 +118,7 @@ class KeyGate(Gate):
         if quota is None:
             quota = self._quotas[key.name] = Quota(key.name, key.limits)
         quota.limits = key.limits
-        return Caller(key.name, quota, key.limits.min_priority or 0, self)
+        return ApiClient(key.name, quota, key.limits.min_priority or 0, self)
 
 
 def _presented(context: Context) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from enum import Enum
 
-from orchestrator.admission.place import Place, Rooms, of_same_caller, renumber
+from orchestrator.admission.ticket import AdmissionTicket, Rooms, of_same_client, renumber
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
 # Weight of the newest generation in the mean duration, from which waits are estimated.
@@ -32,7 +32,7 @@ class Rejection(Enum):
     DEADLINE = "deadline"
 
 
-class Admission:
+class AdmissionQueue:
     """Admits at most `max_running` generations and queues at most `max_waiting`.
 
     `rooms`: all targets. A generation that waits for room claims the targets that it fits into. A
@@ -44,10 +44,10 @@ class Admission:
         self._max_waiting = max_waiting
         self.rooms: Rooms = frozenset
         self._numbers = itertools.count()
-        self._queue: list[Place] = []
+        self._queue: list[AdmissionTicket] = []
         # Running generations that wait for room; of these, the ones that have sent no token yet.
-        self._short: list[Place] = []
-        self._unbegun: list[Place] = []
+        self._short: list[AdmissionTicket] = []
+        self._unbegun: list[AdmissionTicket] = []
         self._mean_s = 0.0
         self._changed = asyncio.Event()
         self.num_running = 0
@@ -69,21 +69,21 @@ class Admission:
         priority: int,
         patience_s: float | None,
         *,
-        caller: str = "",
+        client: str = "",
         min_priority: int | None = None,
-    ) -> AsyncIterator[Place]:
+    ) -> AsyncIterator[AdmissionTicket]:
         """Waits until the request is admitted, then counts it as running for the block.
 
         A priority below `min_priority` counts as `min_priority`. Among requests of the same
-        `caller` it still decides the order. `patience_s`: time left until the client's deadline.
+        `client` it still decides the order. `patience_s`: time left until the client's deadline.
 
         Raises CapacityExceeded when the queue is full and nothing in it is less urgent, when a more
         urgent request displaces this one, and when the estimated wait exceeds `patience_s`. Raises
         Unavailable when the server stops.
         """
-        place = Place(
+        place = AdmissionTicket(
             self,
-            caller=caller,
+            client=client,
             priority=priority if min_priority is None else max(priority, min_priority),
             asked=priority,
             number=next(self._numbers),
@@ -101,27 +101,27 @@ class Admission:
             self.num_running -= 1
             self._capacity_freed()
 
-    def _overtake_own(self, place: Place) -> None:
+    def _overtake_own(self, place: AdmissionTicket) -> None:
         """Exchanges numbers among the waiting requests of one caller: the most urgent goes first.
 
         The caller's requests together keep the same numbers, so nobody else is overtaken.
         """
         if place.asked != place.priority:
-            own = [*self._waiting_of_same_caller(place), place]
+            own = [*self._waiting_of_same_client(place), place]
             self._renumber(own, (other.number for other in own))
 
-    def _undo_overtaking(self, place: Place) -> None:
+    def _undo_overtaking(self, place: AdmissionTicket) -> None:
         """Gives the number that a leaving request took back to its caller's other requests."""
         if place.number < place.arrived:
-            own = self._waiting_of_same_caller(place)
+            own = self._waiting_of_same_client(place)
             numbers = {place.number, *(other.number for other in own)} - {place.arrived}
             if len(numbers) == len(own):  # otherwise the one that had `arrived` has left
                 self._renumber(own, numbers)
 
-    def _waiting_of_same_caller(self, place: Place) -> list[Place]:
-        return of_same_caller((*self._unbegun, *self._queue), place)
+    def _waiting_of_same_client(self, place: AdmissionTicket) -> list[AdmissionTicket]:
+        return of_same_client((*self._unbegun, *self._queue), place)
 
-    def _renumber(self, places: list[Place], numbers: Iterable[int]) -> None:
+    def _renumber(self, places: list[AdmissionTicket], numbers: Iterable[int]) -> None:
         renumber(places, numbers)
         self._queue.sort()
         self._short.sort()
@@ -131,12 +131,12 @@ class Admission:
         while self._queue:
             self._reject_queued(self._queue[-1], Unavailable("the orchestrator is stopping"))
 
-    def _reject_queued(self, place: Place, error: OutriderError) -> None:
+    def _reject_queued(self, place: AdmissionTicket, error: OutriderError) -> None:
         self._queue.remove(place)
         if not place.turn.done():  # otherwise its client has cancelled at this very moment
             place.turn.set_exception(error)
 
-    def _reserve_slot(self, place: Place, what_for: str) -> None:
+    def _reserve_slot(self, place: AdmissionTicket, what_for: str) -> None:
         """When the queue is full, displaces its least urgent request.
 
         Raises CapacityExceeded when none is less urgent than `place`.
@@ -157,7 +157,7 @@ class Admission:
             self._leave_short(last)
             self._changed.set()
 
-    def _leave_short(self, place: Place) -> None:
+    def _leave_short(self, place: AdmissionTicket) -> None:
         for places in (self._short, self._unbegun):
             if place in places:
                 places.remove(place)
@@ -167,19 +167,19 @@ class Admission:
         self._changed.clear()
         await self._changed.wait()
 
-    def _may_run(self, place: Place) -> bool:
+    def _may_run(self, place: AdmissionTicket) -> bool:
         if self.num_running >= self._max_running or (self._queue and self._queue[0] < place):
             return False
         if not self._short or place < self._short[0]:
             return True
         return bool(frozenset(self.rooms()) - self.claimed_before(place))
 
-    def claimed_before(self, place: Place) -> frozenset[str]:
+    def claimed_before(self, place: AdmissionTicket) -> frozenset[str]:
         """Targets claimed by generations that wait for room and go before `place`."""
         ahead = itertools.takewhile(lambda short: short < place, self._short)
         return frozenset().union(*(short.rooms() for short in ahead))
 
-    async def _wait(self, place: Place, patience_s: float | None) -> None:
+    async def _wait(self, place: AdmissionTicket, patience_s: float | None) -> None:
         try:
             self._check_patience(place, patience_s)
             self._reserve_slot(place, "")
@@ -199,7 +199,7 @@ class Admission:
             self._capacity_freed()
             raise
 
-    def _check_patience(self, place: Place, patience_s: float | None) -> None:
+    def _check_patience(self, place: AdmissionTicket, patience_s: float | None) -> None:
         num_ahead = bisect.bisect(self._queue, place)
         wait_s = self._mean_s * (num_ahead + 1) / self._max_running
         if patience_s is not None and wait_s > patience_s:
@@ -232,8 +232,8 @@ class Admission:
         self._mean_s += share * (seconds - self._mean_s)
 
     @contextlib.contextmanager
-    def short_of_room(self, place: Place, *, has_begun: bool) -> Iterator[None]:
-        """Does what `Place.short_of_room` documents."""
+    def short_of_room(self, place: AdmissionTicket, *, has_begun: bool) -> Iterator[None]:
+        """Does what `AdmissionTicket.short_of_room` documents."""
         place.displaced = None  # left from an earlier wait that found room all the same
         if not has_begun:
             self._reserve_slot(place, " and there is no room for keys and values")

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from orchestrator.admission.api_keys import KeyGate
+from orchestrator.admission.api_keys import ApiKeyInterceptor
 from orchestrator.admission.shared_quota import SharedQuotas
 from outrider.client.channel import OpenChannel, TlsChannels, open_plain
-from outrider.runtime.server_security import Protection, is_loopback, server_protection
+from outrider.runtime.server_security import ServerProtection, is_loopback, server_protection
 from outrider.security.keys import watched_keys
 from outrider.security.pem import watched_pem
 from outrider.settings.services import OrchestratorConfig
@@ -35,9 +35,9 @@ class Security:
                 session_ttl_s=config.session_ttl_s,
                 max_sessions=config.max_sessions_per_key,
             )
-            self._gate = KeyGate(keys, metered, shared)
+            self._gate = ApiKeyInterceptor(keys, metered, shared)
         self._channels = _tier_channels(config)
-        self.protection: Protection = server_protection(
+        self.protection: ServerProtection = server_protection(
             config, [self._gate] if self._gate is not None else [], config.tier_tls_cert
         )
         _warn(config)

@@ -51,7 +51,7 @@ return {'ok'}
 SCRIPTS = (TAKE, SETTLE)
 
 
-class SessionPlaces:
+class SessionLimit:
     """Lives on the event loop. While Redis is away nothing is refused here: no session is made."""
 
     def __init__(self, writer: PipelineWriter, *, session_ttl_s: float, most: int) -> None:
@@ -60,27 +60,27 @@ class SessionPlaces:
         self._ttl_ms = b"%d" % round(session_ttl_s * 1e3)
         self._most = most
 
-    async def take(self, caller: str, session_id: str, most: int | None) -> None:
+    async def take(self, client: str, session_id: str, most: int | None) -> None:
         """A session that is there keeps its place. Raises CapacityExceeded."""
         most = self._most if most is None else most
         args = (b"%d" % most, self._ttl_ms)
         try:
-            status, *rest = await self._writer.run(TAKE, _keys(caller, session_id), args)
+            status, *rest = await self._writer.run(TAKE, _keys(client, session_id), args)
         except OutriderError:
             return
         if status == b"full":
             raise CapacityExceeded(
-                f"key {caller}: {most} sessions, the most allowed; delete one", rest[0] / 1000
+                f"key {client}: {most} sessions, the most allowed; delete one", rest[0] / 1000
             )
 
-    async def settle(self, caller: str, session_id: str) -> None:
+    async def settle(self, client: str, session_id: str) -> None:
         """Gives the place back where the session is gone. What fails here ends by time."""
         try:
-            await self._writer.run(SETTLE, _keys(caller, session_id), ())
+            await self._writer.run(SETTLE, _keys(client, session_id), ())
         except OutriderError:
             return
 
 
-def _keys(caller: str, session_id: str) -> tuple[bytes, bytes]:
-    session = session_key(session_id, caller, StoreOptions().prefix)
-    return (PLACES_KEY % caller).encode(), session.encode()
+def _keys(client: str, session_id: str) -> tuple[bytes, bytes]:
+    session = session_key(session_id, client, StoreOptions().prefix)
+    return (PLACES_KEY % client).encode(), session.encode()

@@ -16,12 +16,12 @@ from typing import Any
 
 import structlog
 
-from orchestrator.admission import session_limit as session_places
+from orchestrator.admission import session_limit
 from orchestrator.admission.quota import Quota, streams_exceeded, tokens_exceeded
 from orchestrator.sessions.lua import Script
 from orchestrator.sessions.writer import PipelineWriter
 from outrider.errors import OutriderError, Unavailable
-from outrider.redis.connection import Command, Link
+from outrider.redis.connection import Command, RedisConnection
 from outrider.settings.redis_address import RedisAddress
 
 log = structlog.get_logger()
@@ -87,7 +87,7 @@ return {'ok'}
 
 
 @dataclass
-class _Use:
+class _ClientUsage:
     """Of one caller, here: streams by name."""
 
     quota: Quota
@@ -118,15 +118,17 @@ class SharedQuotas:
         max_sessions: int = 10_000,
     ) -> None:
         """`max_sessions`: of a key without a limit of its own. Raises ConfigError (`redis`)."""
-        scripts = (ENTER, TELL, *session_places.SCRIPTS)
+        scripts = (ENTER, TELL, *session_limit.SCRIPTS)
         preamble = [(b"SCRIPT", b"LOAD", script.source) for script in scripts]
-        self._writer = PipelineWriter(Link(redis, timeout_s=REDIS_TIMEOUT_S, preamble=preamble))
-        self.sessions = session_places.SessionPlaces(
+        self._writer = PipelineWriter(
+            RedisConnection(redis, timeout_s=REDIS_TIMEOUT_S, preamble=preamble)
+        )
+        self.sessions = session_limit.SessionLimit(
             self._writer, session_ttl_s=session_ttl_s, most=max_sessions
         )
         self._name = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        self._uses: dict[str, _Use] = {}
+        self._uses: dict[str, _ClientUsage] = {}
         self._is_away = False
         self._due = asyncio.Event()
 
@@ -152,7 +154,7 @@ class SharedQuotas:
         if quota.limits.streams is None and quota.limits.tokens_per_minute is None:
             yield
             return
-        use = self._uses.setdefault(quota.name, _Use(quota))
+        use = self._uses.setdefault(quota.name, _ClientUsage(quota))
         stream = f"{self._name}:{next(self._numbers)}"
         try:
             await self._enter(use, stream)
@@ -163,7 +165,7 @@ class SharedQuotas:
             use.ended.add(stream)
             self._due.set()
 
-    async def _enter(self, use: _Use, stream: str) -> None:
+    async def _enter(self, use: _ClientUsage, stream: str) -> None:
         limits, ended = use.quota.limits, use.first_ended()
         words = (stream, _said(limits.streams), _said(limits.tokens_per_minute), _TTL_US, *ended)
         answer = await self._ask(ENTER, use, words)
@@ -193,7 +195,7 @@ class SharedQuotas:
                 if self._is_away:
                     return  # each of the others would wait for the same time-out
 
-    async def _tell(self, use: _Use) -> None:
+    async def _tell(self, use: _ClientUsage) -> None:
         quota, ended = use.quota, use.first_ended()
         total = quota.num_spent
         words = (
@@ -211,7 +213,7 @@ class SharedQuotas:
         use.ended.difference_update(ended)
         use.num_told = total
 
-    async def _ask(self, script: Script, use: _Use, words: tuple[str, ...]) -> Any:
+    async def _ask(self, script: Script, use: _ClientUsage, words: tuple[str, ...]) -> Any:
         """None: Redis is away, or holds something else under this key. Each is logged once."""
         name = use.quota.name
         key = f"outrider:key:{{{name}}}"

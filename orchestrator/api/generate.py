@@ -14,11 +14,11 @@ from typing import Protocol
 
 import structlog
 
-from orchestrator.admission.api_keys import Caller
-from orchestrator.admission.place import Place
-from orchestrator.admission.queue import Admission
+from orchestrator.admission.api_keys import ApiClient
+from orchestrator.admission.queue import AdmissionQueue
 from orchestrator.admission.quota import Quota
-from orchestrator.generation.context import Tiers
+from orchestrator.admission.ticket import AdmissionTicket
+from orchestrator.generation.context import GenerationContext
 from orchestrator.generation.generation import Generation
 from orchestrator.generation.output import Chunk
 from orchestrator.generation.preparation import Preparation, PreparedTurn
@@ -31,7 +31,7 @@ from outrider.errors import OutriderError, Unavailable
 log = structlog.get_logger()
 
 
-class Events(Protocol):
+class RequestEvents(Protocol):
     """What a transport learns of a request before its first chunk; for logs, traces, metrics.
 
     `asked_at`: when the request arrived (time.monotonic).
@@ -84,9 +84,9 @@ class Generate:
 
     def __init__(
         self,
-        tiers: Tiers,
+        tiers: GenerationContext,
         limits: Callable[[], Limits],
-        admission: Admission,
+        admission: AdmissionQueue,
         *,
         needs_redis: bool = True,
     ) -> None:
@@ -108,8 +108,8 @@ class Generate:
     async def generate(
         self,
         request: GenerationRequest,
-        client: Caller,
-        events: Events,
+        client: ApiClient,
+        events: RequestEvents,
         *,
         time_left_s: float | None = None,
     ) -> AsyncIterator[Chunks]:
@@ -123,7 +123,7 @@ class Generate:
                 self._admission.admitted(
                     request.priority,
                     time_left_s,
-                    caller=client.name,
+                    client=client.name,
                     min_priority=client.min_priority,
                 ) as place,
                 client.making(request.session_id if request.create_session else None),
@@ -139,7 +139,11 @@ class Generate:
                     self._running.discard(generation)
 
     async def _begun(
-        self, request: GenerationRequest, client: Caller, events: Events, place: Place
+        self,
+        request: GenerationRequest,
+        client: ApiClient,
+        events: RequestEvents,
+        place: AdmissionTicket,
     ) -> tuple[Generation, Chunks]:
         tiers = self._tiers
         await tiers.targets.acquire(tiers.timing.target_wait_s)
@@ -167,14 +171,14 @@ class Generate:
         return generation, Chunks(generation, prepared.request, lease.session_id, client.quota)
 
     async def _acquire(
-        self, asked: GenerationRequest, caller: str, session_id: str, model: str
+        self, asked: GenerationRequest, client: str, session_id: str, model: str
     ) -> Lease:
         """Cancelled meanwhile, it leaves neither a lease nor a session behind."""
         create = asked.create_session or asked.session_id is None
         takeover = asked.resume_from is not None
         acquiring = asyncio.create_task(
             self._tiers.store.acquire(
-                session_id, create=create, model=model, takeover=takeover, caller=caller
+                session_id, create=create, model=model, takeover=takeover, client=client
             )
         )
         try:
@@ -183,7 +187,7 @@ class Generate:
             if self._needs_redis or asked.session_id is not None:
                 raise
             log.warning("unrecorded", session_id=session_id, why=str(error))
-            return unrecorded(session_id, model, caller)
+            return unrecorded(session_id, model, client)
         except asyncio.CancelledError:
             await self._tiers.endings.shielded(self._undo(acquiring))
             raise

@@ -9,8 +9,7 @@ from typing import Any
 
 import grpc
 
-from orchestrator.admission.api_keys import current_caller
-from orchestrator.api.call_telemetry import Call, Calls
+from orchestrator.admission.api_keys import current_client
 from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_request import is_long, parse_page_token, parse_request
 from orchestrator.api.grpc_response import (
@@ -19,7 +18,8 @@ from orchestrator.api.grpc_response import (
     session_response,
     sessions_response,
 )
-from orchestrator.generation.context import Tiers
+from orchestrator.api.request_telemetry import RequestTelemetry, TrackedRequest
+from orchestrator.generation.context import GenerationContext
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import scoped_id, validate_session_id
 from outrider.runtime.grpc_status import StreamWriter, translated
@@ -38,9 +38,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     def __init__(
         self,
         use_case: Generate,
-        tiers: Tiers,
+        tiers: GenerationContext,
         limits: Callable[[], Limits],
-        calls: Calls,
+        calls: RequestTelemetry,
         *,
         write_timeout_s: float,
     ) -> None:
@@ -55,7 +55,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             await self._generate(request, call, context)
 
     async def _generate(
-        self, request: orchestrator_pb2.GenerateRequest, call: Call, context: Context
+        self, request: orchestrator_pb2.GenerateRequest, call: TrackedRequest, context: Context
     ) -> None:
         parse = functools.partial(parse_request, request, self._limits(), self._tiers.tokenizer)
         asked = await self._tiers.encoding.check(parse) if is_long(request) else parse()
@@ -63,7 +63,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         async with (
             writer.beating(orchestrator_pb2.GenerateResponse(), request.heartbeat_ms),
             self._use_case.generate(
-                asked, current_caller(), call, time_left_s=context.time_remaining()
+                asked, current_client(), call, time_left_s=context.time_remaining()
             ) as chunks,
             writer.watched(self._write_timeout_s),
         ):
@@ -77,8 +77,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.GetSessionResponse | None:
         async with translated(context):
             validate_session_id(request.session_id)
-            caller = current_caller().name
-            return session_response(await self._tiers.store.get(request.session_id, caller))
+            client = current_client().name
+            return session_response(await self._tiers.store.get(request.session_id, client))
         return None
 
     async def ListSessions(
@@ -86,7 +86,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.ListSessionsResponse | None:
         async with translated(context):
             cursor = parse_page_token(request.page_token)
-            return sessions_response(await self._tiers.store.page(cursor, current_caller().name))
+            return sessions_response(await self._tiers.store.page(cursor, current_client().name))
         return None
 
     async def DeleteSession(
@@ -94,12 +94,12 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.DeleteSessionResponse | None:
         async with translated(context):
             validate_session_id(request.session_id)
-            caller = current_caller()
-            await self._tiers.store.delete(request.session_id, caller.name)
-            await caller.deleted(request.session_id)
+            client = current_client()
+            await self._tiers.store.delete(request.session_id, client.name)
+            await client.deleted(request.session_id)
             for pool in (self._tiers.targets, self._tiers.drafts):
                 if pool is not None:
-                    pool.forget(scoped_id(request.session_id, caller.name))
+                    pool.forget(scoped_id(request.session_id, client.name))
             return orchestrator_pb2.DeleteSessionResponse()
         return None
 

@@ -21,8 +21,8 @@ from outrider.telemetry.distribution import Distribution
 from outrider.telemetry.exposition import Reading, Value
 
 if TYPE_CHECKING:
-    from orchestrator.admission.queue import Admission
-    from orchestrator.generation.context import Tiers
+    from orchestrator.admission.queue import AdmissionQueue
+    from orchestrator.generation.context import GenerationContext
 
 # vLLM's word for outputs that somebody has cut off.
 ABORT = "abort"
@@ -46,7 +46,7 @@ _DISTRIBUTIONS = (
 
 
 @dataclass
-class Tokens:
+class SentTokens:
     """Sent to callers, by where they came from."""
 
     accepted: int = 0
@@ -57,11 +57,11 @@ class Tokens:
     earlier: int = 0
 
 
-class Meter:
+class OrchestratorMetrics:
     """Of one orchestrator. Told by its calls what happened to them."""
 
     def __init__(self) -> None:
-        self.tokens = Tokens()
+        self.tokens = SentTokens()
         self.num_prompt_tokens = self.num_unread_streams = 0
         # Rounds by their number of draft tokens, and those with any by how many of them stood.
         self.rounds: Counter[int] = Counter()
@@ -116,7 +116,7 @@ class Meter:
 
     def readings(self) -> Iterator[Reading]:
         """What is counted here; on any thread."""
-        tokens = Tokens(**vars(self.tokens))
+        tokens = SentTokens(**vars(self.tokens))
         origins = {name: num for name, num in vars(tokens).items() if name != "earlier"}
         yield Reading.by(metrics.TOKENS, origins)
         yield Reading.one(metrics.GENERATION_TOKENS, sum(origins.values()))
@@ -147,7 +147,9 @@ class Meter:
         )
 
 
-def readings(meter: Meter, admission: Admission, tiers: Tiers) -> Iterator[Reading]:
+def readings(
+    meter: OrchestratorMetrics, admission: AdmissionQueue, tiers: GenerationContext
+) -> Iterator[Reading]:
     """All that an orchestrator has to tell; on any thread."""
     yield Reading.one(metrics.NUM_REQUESTS_RUNNING, admission.num_generating)
     yield Reading.one(metrics.NUM_REQUESTS_WAITING, admission.num_waiting)

@@ -19,7 +19,7 @@ log = structlog.get_logger()
 _CANCEL_WAIT_S = 1.0
 
 
-class Endings:
+class Cleanup:
     """Calls under way, and what they leave behind: a cancelled call's lease is still given back."""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.generation.cleanup import Endings
+from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.prompt_encoder import PromptEncoding
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pairing import Pairing
@@ -16,7 +16,7 @@ from outrider.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Timing:
+class Timeouts:
     """How long a generation may wait for what."""
 
     verdict_timeout_s: float
@@ -25,7 +25,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Tiers:
+class GenerationContext:
     """What a generation works with."""
 
     targets: ReplicaPool[TargetLink]
@@ -34,6 +34,6 @@ class Tiers:
     store: SessionStore
     tokenizer: Tokenizer | None
     encoding: PromptEncoding
-    timing: Timing
+    timing: Timeouts
     costs: CostBook
-    endings: Endings = field(default_factory=Endings)
+    endings: Cleanup = field(default_factory=Cleanup)

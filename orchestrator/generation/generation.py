@@ -13,20 +13,20 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from orchestrator.admission.place import Place
-from orchestrator.generation.context import Tiers
+from orchestrator.admission.ticket import AdmissionTicket
+from orchestrator.generation.context import GenerationContext
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.preparation import PreparedTurn
 from orchestrator.generation.recorder import MAX_CHUNK_TOKENS, Recorder
 from orchestrator.generation.state import Commitment, Finish
-from orchestrator.generation.verifying import Verifying
+from orchestrator.generation.target_session import TargetSession
 from orchestrator.replicas.target_client import TargetRequest
 from orchestrator.replicas.tier_drafts import TierDrafts
 from orchestrator.sessions import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
 from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.gamma import GammaPolicy
-from orchestrator.speculation.verification import TargetReply
+from orchestrator.speculation.verification import VerifyResult
 from outrider.errors import OutriderError
 
 
@@ -39,10 +39,10 @@ class Generation:
 
     def __init__(
         self,
-        tiers: Tiers,
+        tiers: GenerationContext,
         prepared: PreparedTurn,
         lease: Lease,
-        place: Place,
+        place: AdmissionTicket,
         *,
         asked_at: float,
         check_length: Callable[[], None],
@@ -61,7 +61,7 @@ class Generation:
         )
         self._source = self._draft_source()
         self._drafting = Drafting(self._source, self._policy, tiers.costs, request.lookahead)
-        self._verifying = Verifying(
+        self._verifying = TargetSession(
             tiers.targets,
             self._target_request(place.priority),
             self._state,
@@ -196,7 +196,7 @@ class Generation:
             await recorder.put(commitment, record)
             verifying.send(await drafting.wait(room))
 
-    async def _timed_reply(self) -> TargetReply:
+    async def _timed_reply(self) -> VerifyResult:
         verifying, costs = self._verifying, self._policy.costs
         reply = await verifying.reply()
         costs.target_side = self._tiers.costs.target(verifying.replica)
@@ -206,17 +206,17 @@ class Generation:
         # The time of a prompt, the whole context at another replica included, predicts nothing.
         if verifying.num_context_sent == 1:
             left_at_once = not self._drafting.has_waited
-            costs.saw_reply(verifying.latency_s, reply.step_s, left_at_once=left_at_once)
+            costs.observe_result(verifying.latency_s, reply.step_s, left_at_once=left_at_once)
         return reply
 
-    def _commit(self, reply: TargetReply) -> Commitment:
+    def _commit(self, reply: VerifyResult) -> Commitment:
         base_len = self._state.committed_len
         commitment = self._state.commit(self._verifying.proposal, reply)
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
         num_held = min(commitment.num_accepted_tokens, reply.num_run)
         self._verifying.committed(base_len + num_held)
-        self._policy.saw_round(
+        self._policy.observe_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,
             is_rejected=commitment.is_rejected,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.generation.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.generation.request import GenerationRequest, resolve_max_tokens
-from orchestrator.generation.resume import Resumed, resumed, turn_json, unanswered
+from orchestrator.generation.resume import ResumedTurn, resumed, turn_json, unanswered
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
 from orchestrator.replicas.models import Limits
@@ -29,7 +29,7 @@ class PreparedTurn:
     turn: Turn
     state: GenerationState
     turn_json: str
-    earlier: Resumed | None = None
+    earlier: ResumedTurn | None = None
     replayed: tuple[str, Commitment | None] = ("", None)
 
     @property

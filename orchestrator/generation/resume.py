@@ -36,7 +36,7 @@ _NEEDED_PARAMS = ("temperature", "seed", "max_tokens")
 
 
 @dataclass(frozen=True)
-class Resumed:
+class ResumedTurn:
     """A turn that was begun elsewhere. `output_ids` is what it has recorded of its output.
 
     The caller holds the first `num_held` generated tokens.
@@ -64,7 +64,7 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
     )
 
 
-def resumed(record: SessionRecord, num_held: int) -> Resumed:
+def resumed(record: SessionRecord, num_held: int) -> ResumedTurn:
     """The session's last turn as another orchestrator left it.
 
     Raises SessionNotFound where the last call had recorded nothing: it is to be sent again. A
@@ -99,7 +99,7 @@ def resumed(record: SessionRecord, num_held: int) -> Resumed:
     return replace(turn, num_held=num_held)
 
 
-def unanswered(record: SessionRecord) -> Resumed | None:
+def unanswered(record: SessionRecord) -> ResumedTurn | None:
     """The last turn of a chat whose answer is not among its messages: its call ended early.
 
     None: there is an answer, or it is no chat. Raises UnreadableRecord.
@@ -110,7 +110,7 @@ def unanswered(record: SessionRecord) -> Resumed | None:
     return turn if len(turn.turn.messages) == len(record.messages) else None
 
 
-def _read(record: SessionRecord) -> Resumed:
+def _read(record: SessionRecord) -> ResumedTurn:
     """As of a caller that holds nothing."""
     session = f"session {record.session_id}"
     try:
@@ -133,7 +133,7 @@ def _read(record: SessionRecord) -> Resumed:
     token_ids = record.token_ids.tolist()
     messages = _asked_messages(record.messages, num_messages)
     turn = Turn(token_ids[:prompt_len], prompt_len, messages)
-    return Resumed(request, turn, tuple(token_ids[prompt_len:]), num_held=0)
+    return ResumedTurn(request, turn, tuple(token_ids[prompt_len:]), num_held=0)
 
 
 def _asked_messages(messages: tuple[Message, ...], num: int | None) -> tuple[Message, ...]:

@@ -13,10 +13,10 @@ from enum import Enum
 from orchestrator.generation.stop_strings import OutputText
 from orchestrator.speculation.verification import (
     Proposal,
-    TargetReply,
     TokenLogprobs,
-    judge,
+    VerifyResult,
     logprobs_of,
+    verify_proposal,
 )
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
@@ -172,12 +172,12 @@ class GenerationState:
         """More could not be emitted: the round's own token is one of those that are left."""
         return self.params.max_tokens - self.num_output_tokens - 1
 
-    def commit(self, proposal: Proposal | None, reply: TargetReply) -> Commitment:
+    def commit(self, proposal: Proposal | None, reply: VerifyResult) -> Commitment:
         """Judges the round's proposal (None: it had none) and commits what stands, up to a stop."""
         if self.finish is not None:
             raise InternalError("the generation has ended already")
         base_len = self.committed_len
-        verdict = judge(proposal, reply, self.params, self.verification, base_len)
+        verdict = verify_proposal(proposal, reply, self.params, self.verification, base_len)
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []
         text_ends: list[int] = []

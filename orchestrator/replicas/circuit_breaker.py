@@ -18,7 +18,7 @@ FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 
 
-class Breaker:
+class CircuitBreaker:
     """Closed; open; or half-open, when one generation may try the replica."""
 
     def __init__(

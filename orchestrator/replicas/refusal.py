@@ -30,7 +30,7 @@ _REFUSALS = (
 )
 
 
-class Refusal:
+class ReplicaRefusal:
     """Of one link. `on_change` is called when a replica is refused, or for another reason."""
 
     def __init__(self, tier: str, endpoint: str, on_change: Callable[[], None]) -> None:

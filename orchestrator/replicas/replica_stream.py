@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 import structlog
 
-from orchestrator.replicas.circuit_breaker import Breaker
-from orchestrator.replicas.refusal import Refusal
+from orchestrator.replicas.circuit_breaker import CircuitBreaker
+from orchestrator.replicas.refusal import ReplicaRefusal
 from outrider.client.channel import OpenChannel, open_plain
 from outrider.errors import ConfigError, Unavailable
 from outrider.replica import CostReport
@@ -42,7 +42,7 @@ MAX_FRAME_BYTES = SMALL_BYTES
 _MAX_ITEM_HEADER_BYTES = 6
 
 
-class Handle(Protocol):
+class StreamHandle(Protocol):
     """One generation's end of the link."""
 
     def link_lost(self, why: str) -> None: ...
@@ -56,7 +56,7 @@ ModelCheck = Callable[[model_pb2.ModelInfo, FetchTokenHashes], Awaitable[None]]
 _OPEN_STATES = (model_pb2.REPLICA_STATE_UNSPECIFIED, model_pb2.REPLICA_STATE_READY)
 
 Item = TypeVar("Item")
-HandleType = TypeVar("HandleType", bound=Handle)
+HandleType = TypeVar("HandleType", bound=StreamHandle)
 Frame = Any
 
 
@@ -81,10 +81,10 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         self.model: model_pb2.ModelInfo | None = None
         # What the replica's passes cost, as it last said.
         self.costs = CostReport()
-        self.refusal = Refusal(self.tier, endpoint, on_change)
+        self.refusal = ReplicaRefusal(self.tier, endpoint, on_change)
         # Generations of other orchestrators there, as last announced.
         self.num_others = 0
-        self.breaker = Breaker(self.tier, endpoint, on_change)
+        self.breaker = CircuitBreaker(self.tier, endpoint, on_change)
         self._state: int = model_pb2.REPLICA_STATE_UNSPECIFIED
         self._is_silent = False
         self._check_model = check_model
@@ -133,7 +133,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         """Generations there, as far as is known here."""
         return len(self._handles) + self.num_others
 
-    def fell_silent(self) -> None:
+    def mark_unresponsive(self) -> None:
         """It has not answered in time: nothing new goes there until it says something."""
         self._is_silent = True
         self._on_change()

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ReplicaLink
-from orchestrator.speculation.verification import Proposal, TargetReply
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.errors import (
     InternalError,
     InvalidRequest,
@@ -83,7 +83,7 @@ class TargetHandle:
         self.span = current_span()
         self._gamma = 0
 
-    def send_row(
+    def send_verify(
         self, keep_len: int, context_token_ids: Sequence[int], proposal: Proposal | None
     ) -> None:
         """Sends a row at once; `reply` awaits its answer. One row at a time."""
@@ -106,7 +106,7 @@ class TargetHandle:
         self._sent_at = time.monotonic()
         self._link.send(row)
 
-    async def reply(self, proposal: Proposal | None, timeout_s: float) -> TargetReply:
+    async def reply(self, proposal: Proposal | None, timeout_s: float) -> VerifyResult:
         """The answer to the row sent last.
 
         Raises KVLost (send the row again with the whole context), KVFull (open it again when there
@@ -118,7 +118,7 @@ class TargetHandle:
             async with asyncio.timeout(timeout_s):
                 result = await self._answer
         except TimeoutError:
-            self._link.fell_silent()
+            self._link.mark_unresponsive()
             raise ReplicaLost(f"the target has not answered for {timeout_s:g} s") from None
         try:
             reply = self._parse(result, proposal)
@@ -174,7 +174,7 @@ class TargetHandle:
     def _count(self, item: Any) -> None:
         self.wire_bytes += item.ByteSize()
 
-    def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> TargetReply:
+    def _parse(self, result: target_pb2.VerifyResult, proposal: Proposal | None) -> VerifyResult:
         sent, left_out = self._gamma, result.num_left_out
         if left_out > sent:
             raise ValueError(f"{left_out} draft tokens left out of {sent}")
@@ -187,10 +187,10 @@ class TargetHandle:
             if len(sample_ids) != gamma + 1 or told:
                 raise ValueError("wrong lengths")
             reused = result.num_reused_tokens
-            return TargetReply(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, left_out)
+            return VerifyResult(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, left_out)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
-        reply = TargetReply(
+        reply = VerifyResult(
             sample_ids=unpack(result.sample_ids, UINT32, "sample_ids").tolist(),
             support_probs=np.split(_floats(result.support_probs).astype(np.float64), splits),
             tail_mass=_floats(result.tail_mass).astype(np.float64),

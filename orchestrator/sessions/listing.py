@@ -22,13 +22,13 @@ _MAX_LOGGED = 5
 
 
 async def scan(
-    writer: PipelineWriter, prefix: str, cursor: int, caller: str
+    writer: PipelineWriter, prefix: str, cursor: int, client: str
 ) -> tuple[list[str], int]:
     """Some names, and Redis' cursor behind them; 0 begins and ends. Raises Unavailable.
 
     A page may be empty where the keys of others are many: it never takes seconds.
     """
-    start = f"{prefix}:session:{{{scoped_id('', caller)}".encode()
+    start = f"{prefix}:session:{{{scoped_id('', client)}".encode()
     names: list[str] = []
     for _ in range(_SCANS_PER_PAGE):
         reply = await writer.command(

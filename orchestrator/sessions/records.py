@@ -26,18 +26,18 @@ def validate_session_id(session_id: str) -> str:
     return session_id
 
 
-def scoped_id(session_id: str, caller: str) -> str:
+def scoped_id(session_id: str, client: str) -> str:
     """A session's name among those of all callers, in Redis and at the tiers.
 
     Each caller has names of its own: another's session is not refused, it is not there. No name of
     a caller or of a session has a slash.
     """
-    return f"{caller}/{session_id}" if caller else session_id
+    return f"{client}/{session_id}" if client else session_id
 
 
-def session_key(session_id: str, caller: str, prefix: str) -> str:
+def session_key(session_id: str, client: str, prefix: str) -> str:
     """The key of its hash; that of its tokens has `:tokens` behind it."""
-    return f"{prefix}:session:{{{scoped_id(session_id, caller)}}}"
+    return f"{prefix}:session:{{{scoped_id(session_id, client)}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +147,16 @@ class Lease:
     created: bool
     is_recorded: bool = True
     """False: Redis was away when it was asked for; nothing is ever written for it."""
-    caller: str = ""
+    client: str = ""
     """Whose session it is; empty where callers have no names."""
     cursor: Cursor = field(default_factory=Cursor, repr=False)
 
     @property
     def scoped_id(self) -> str:
-        return scoped_id(self.session_id, self.caller)
+        return scoped_id(self.session_id, self.client)
 
 
-def unrecorded(session_id: str, model: str, caller: str = "") -> Lease:
+def unrecorded(session_id: str, model: str, client: str = "") -> Lease:
     """Of a generation that goes on without Redis, and leaves nothing there."""
     record = SessionRecord(
         session_id=session_id,
@@ -173,7 +173,7 @@ def unrecorded(session_id: str, model: str, caller: str = "") -> Lease:
     )
     # As Redis' own epochs; the id is this generation's alone.
     epoch = time.time_ns() // 1000
-    return Lease(session_id, epoch, record, created=True, is_recorded=False, caller=caller)
+    return Lease(session_id, epoch, record, created=True, is_recorded=False, client=client)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -43,7 +43,7 @@ from outrider.errors import (
     Unavailable,
     UnreadableRecord,
 )
-from outrider.redis.connection import Command, Link
+from outrider.redis.connection import Command, RedisConnection
 from outrider.settings.redis_address import RedisAddress
 
 
@@ -59,7 +59,7 @@ class SessionStore:
         self._options = options = options or StoreOptions()
         preamble = [(b"SCRIPT", b"LOAD", script.source) for script in lua.SCRIPTS]
         self._writer = PipelineWriter(
-            Link(redis, timeout_s=options.socket_timeout_s, preamble=preamble)
+            RedisConnection(redis, timeout_s=options.socket_timeout_s, preamble=preamble)
         )
         self._lease_us = b"%d" % round(options.lease_ttl_s * 1e6)
         self._session_ttl_ms = b"%d" % round(options.session_ttl_s * 1e3)
@@ -110,11 +110,11 @@ class SessionStore:
         create: bool,
         model: str,
         takeover: bool = False,
-        caller: str = "",
+        client: str = "",
     ) -> Lease:
         """Acquires the session's lease. Raises SessionNotFound, SessionInUse, InvalidRequest.
 
-        `caller`: the owner of the session; each owner has session ids of its own.
+        `client`: the owner of the session; each owner has session ids of its own.
         `takeover`: take the lease although it is held; the former holder is fenced at once.
         When the task is cancelled here, a lease may stay until lease_ttl_s have passed.
         """
@@ -122,7 +122,7 @@ class SessionStore:
         status, *rest = await self._run(
             lua.ACQUIRE,
             session_id,
-            caller,
+            client,
             (
                 owner.encode(),
                 b"1" if create else b"0",
@@ -146,12 +146,12 @@ class SessionStore:
             await self._run(
                 lua.RELEASE,
                 session_id,
-                caller,
+                client,
                 (epoch, b"", b"", b"", b"0", self._session_ttl_ms),
             )
             raise
         cursor = Cursor(committed_len=len(record.token_ids), counters=record.counters)
-        return Lease(session_id, int(epoch), record, bool(created), caller=caller, cursor=cursor)
+        return Lease(session_id, int(epoch), record, bool(created), client=client, cursor=cursor)
 
     async def begin_turn(
         self,
@@ -252,56 +252,56 @@ class SessionStore:
                 self._session_ttl_ms,
             )
 
-    async def get(self, session_id: str, caller: str = "") -> SessionRecord:
+    async def get(self, session_id: str, client: str = "") -> SessionRecord:
         """Reads a session without extending its expiry. Raises SessionNotFound."""
-        return await self._read(lua.GET, session_id, caller)
+        return await self._read(lua.GET, session_id, client)
 
-    async def page(self, cursor: int, caller: str = "") -> SessionPage:
+    async def page(self, cursor: int, client: str = "") -> SessionPage:
         """Part of the list of the caller's sessions, from `cursor` on; 0 is the first page.
 
         Keys that do not hold a readable session are logged and counted, not raised.
         """
 
         async def summary(session_id: str) -> SessionSummary | None:
-            _, *rest = await self._run(lua.SUMMARY, session_id, caller, ())
+            _, *rest = await self._run(lua.SUMMARY, session_id, client, ())
             return unpack_summary(session_id, rest) if rest else None
 
-        names, cursor = await scan(self._writer, self._options.prefix, cursor, caller)
+        names, cursor = await scan(self._writer, self._options.prefix, cursor, client)
         return await read_page(names, cursor, summary)
 
-    async def delete(self, session_id: str, caller: str = "") -> SessionRecord:
+    async def delete(self, session_id: str, client: str = "") -> SessionRecord:
         """Deletes a session and returns its last record, so that its KV can be freed.
 
         Raises SessionNotFound, SessionInUse.
         """
-        return await self._read(lua.DELETE, session_id, caller)
+        return await self._read(lua.DELETE, session_id, client)
 
-    async def _read(self, script: lua.Script, session_id: str, caller: str) -> SessionRecord:
-        status, *rest = await self._run(script, session_id, caller, ())
+    async def _read(self, script: lua.Script, session_id: str, client: str) -> SessionRecord:
+        status, *rest = await self._run(script, session_id, client, ())
         if status != b"ok":
             refuse(status, rest, session_id)
         return unpack_snapshot(session_id, rest[0])
 
     async def _write(self, script: lua.Script, lease: Lease, *args: bytes) -> None:
         status, *rest = await self._run(
-            script, lease.session_id, lease.caller, (b"%d" % lease.epoch, *args)
+            script, lease.session_id, lease.client, (b"%d" % lease.epoch, *args)
         )
         if status != b"ok":
             refuse(status, rest, lease.session_id)
 
     async def _run(
-        self, script: lua.Script, session_id: str, caller: str, args: Command
+        self, script: lua.Script, session_id: str, client: str, args: Command
     ) -> Sequence[Any]:
         try:
             reply: Sequence[Any] = await self._writer.run(
-                script, self._keys(session_id, caller), args
+                script, self._keys(session_id, client), args
             )
         except UnreadableRecord as error:
             raise UnreadableRecord(f"session {session_id}: {error}") from None
         return reply
 
-    def _keys(self, session_id: str, caller: str) -> Command:
-        key = session_key(validate_session_id(session_id), caller, self._options.prefix)
+    def _keys(self, session_id: str, client: str) -> Command:
+        key = session_key(validate_session_id(session_id), client, self._options.prefix)
         return key.encode(), f"{key}:tokens".encode()
 
 

@@ -15,7 +15,7 @@ import structlog
 
 from orchestrator.sessions.lua import Script
 from outrider.errors import InternalError, OutriderError, Unavailable
-from outrider.redis.connection import Command, Link, NoScript, Reply
+from outrider.redis.connection import Command, NoScript, RedisConnection, Reply
 
 log = structlog.get_logger()
 
@@ -27,7 +27,7 @@ MAX_PENDING = 4096
 PAUSE_S = 0.25
 
 
-class _Call:
+class _PendingCommand:
     __slots__ = ("args", "keys", "reply", "script")
 
     def __init__(
@@ -48,9 +48,9 @@ class _Call:
 class PipelineWriter:
     """Owns one task and one Link, from start to close."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: RedisConnection) -> None:
         self._link = link
-        self._pending: deque[_Call] = deque()
+        self._pending: deque[_PendingCommand] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Semaphore(MAX_PENDING)
         self._task: asyncio.Task[None] | None = None
@@ -101,12 +101,12 @@ class PipelineWriter:
             if loop.time() < self._paused_until:
                 raise Unavailable(*self._failure)
             reply: asyncio.Future[Reply] = loop.create_future()
-            self._pending.append(_Call(script, keys, args, reply))
+            self._pending.append(_PendingCommand(script, keys, args, reply))
             self._wake.set()
             return await reply
 
     async def _run(self) -> None:
-        batch: list[_Call] = []
+        batch: list[_PendingCommand] = []
         try:
             while self._pending or not self._closing:
                 await self._wake.wait()
@@ -117,8 +117,8 @@ class PipelineWriter:
             self._fail([*batch, *self._pending], Unavailable("the session store has stopped"))
             raise
 
-    def _next_batch(self) -> list[_Call]:
-        batch: list[_Call] = []
+    def _next_batch(self) -> list[_PendingCommand]:
+        batch: list[_PendingCommand] = []
         while self._pending and len(batch) < MAX_BATCH:
             call = self._pending.popleft()
             if not call.reply.done():  # else its caller has been cancelled
@@ -129,7 +129,7 @@ class PipelineWriter:
                 self._wake.set()
         return batch
 
-    async def _flush(self, batch: list[_Call]) -> None:
+    async def _flush(self, batch: list[_PendingCommand]) -> None:
         try:
             replies = await self._link.exchange([call.command() for call in batch])
             forgotten = [i for i, r in enumerate(replies) if isinstance(r, NoScript)]
@@ -153,13 +153,13 @@ class PipelineWriter:
         for call, reply in zip(batch, replies, strict=True):
             _resolve(call, reply)
 
-    def _fail(self, calls: Sequence[_Call], error: OutriderError) -> None:
+    def _fail(self, calls: Sequence[_PendingCommand], error: OutriderError) -> None:
         for call in calls:
             # One each: an exception collects the traceback of whoever raises it.
             _resolve(call, type(error)(*error.args))
 
 
-def _resolve(call: _Call, reply: Reply | Exception) -> None:
+def _resolve(call: _PendingCommand, reply: Reply | Exception) -> None:
     if call.reply.done():
         return
     if isinstance(reply, NoScript):

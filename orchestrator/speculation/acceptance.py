@@ -13,15 +13,15 @@ _PRIOR_WEIGHT = 8.0
 _FIRST_GUESS = 0.7
 
 
-class Survival:
+class AcceptanceModel:
     """Of one session, with the pair's as `prior`; of a pair, with none."""
 
-    def __init__(self, prior: Survival | None = None) -> None:
+    def __init__(self, prior: AcceptanceModel | None = None) -> None:
         self._prior = prior
         self._num_judged: list[float] = []
         self._num_accepted: list[float] = []
 
-    def saw(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+    def observe(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
         """A round's verdict: tokens behind a rejection were not judged, and say nothing."""
         self._num_judged = [count * _DECAY for count in self._num_judged]
         self._num_accepted = [count * _DECAY for count in self._num_accepted]
@@ -34,7 +34,7 @@ class Survival:
         if is_rejected:
             self._num_judged[num_accepted] += 1
         if self._prior is not None:
-            self._prior.saw(num_draft_tokens, num_accepted, is_rejected=is_rejected)
+            self._prior.observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
     def acceptances(self, gamma: int) -> list[float]:
         """[k]: chance that draft token k is accepted if those before it are."""

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
-from orchestrator.speculation.round_costs import DraftSide, PairCosts, SharedRates, TargetSide
+from orchestrator.speculation.round_costs import DraftCosts, PairCosts, PairRates, TargetCosts
 from outrider.replica import CostReport
 
 # Replicas of a tier that something is known of.
@@ -25,15 +25,15 @@ class CostBook:
         draft: Callable[[str | None], CostReport],
     ) -> None:
         self._reports = target, draft
-        self._targets: OrderedDict[str | None, TargetSide] = OrderedDict()
-        self._drafts: OrderedDict[str | None, DraftSide] = OrderedDict()
-        self.shared = SharedRates()
+        self._targets: OrderedDict[str | None, TargetCosts] = OrderedDict()
+        self._drafts: OrderedDict[str | None, DraftCosts] = OrderedDict()
+        self.shared = PairRates()
 
-    def target(self, endpoint: str | None) -> TargetSide:
-        return _side(self._targets, endpoint, TargetSide, self._reports[0])
+    def target(self, endpoint: str | None) -> TargetCosts:
+        return _side(self._targets, endpoint, TargetCosts, self._reports[0])
 
-    def draft(self, endpoint: str | None) -> DraftSide:
-        return _side(self._drafts, endpoint, DraftSide, self._reports[1])
+    def draft(self, endpoint: str | None) -> DraftCosts:
+        return _side(self._drafts, endpoint, DraftCosts, self._reports[1])
 
     def pair(self) -> PairCosts:
         """Of a new generation: as of the replicas used last, until it is at some of its own."""
@@ -43,7 +43,7 @@ class CostBook:
         return pair
 
 
-Side = TypeVar("Side", TargetSide, DraftSide)
+Side = TypeVar("Side", TargetCosts, DraftCosts)
 
 
 def _side(

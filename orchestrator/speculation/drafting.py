@@ -69,7 +69,7 @@ class Drafting:
         self._is_quiet = decision.gamma == 0
         proposal = source.propose(self._least(room)) if decision.gamma else None
         if decision.gamma:
-            self._policy.saw_lookahead(is_hit=proposal is not None)
+            self._policy.observe_lookahead(is_hit=proposal is not None)
         if proposal is not None:
             self.num_lookahead_hits += 1
             source.commit(0, decision.gamma)
@@ -108,11 +108,11 @@ class Drafting:
         late_s = waited_s - min(waited_s, max(0.0, self._prompt_until - started_at))
         if proposal is None:
             if source.is_open:  # a lost replica says nothing about the next one
-                policy.saw_no_proposal(late_s)
+                policy.observe_missing_proposal(late_s)
                 if policy.waits_always:  # wait for a silent replica once, not in every round
                     source.rest()
             return None
-        policy.saw_proposal(late_s, len(proposal.token_ids))
+        policy.observe_proposal(late_s, len(proposal.token_ids))
         return proposal.head(min(room, max(1, policy.decision.gamma)))
 
     def close(self, *, keep: bool) -> None:

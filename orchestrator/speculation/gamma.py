@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.speculation.acceptance import Survival
+from orchestrator.speculation.acceptance import AcceptanceModel
 from orchestrator.speculation.round_costs import (
     PROBE_SMOOTHING,
     SMOOTHING,
@@ -89,7 +89,7 @@ class GammaPolicy:
         self._max_gamma = max_gamma
         self._fixed = fixed
         self._fixed_wait_s = fixed_wait_s
-        self._survival = Survival(costs.survival)
+        self._survival = AcceptanceModel(costs.survival)
         self._hit_rate = costs.lookahead_hit_rate
         self._decision: GammaDecision | None = None
         # What was chosen last; a probe is no choice. None: nothing, here or by others, but drafts.
@@ -122,7 +122,7 @@ class GammaPolicy:
         round_s = decision.target_step_s[0] + decision.target_overhead_s
         return max(1, min(most, math.ceil(ready_s / round_s)))
 
-    def saw_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
         self._num_rounds_left -= 1
         self._num_probe_rounds_left -= 1
         self._is_promising = num_draft_tokens > 0 and not is_rejected
@@ -131,25 +131,25 @@ class GammaPolicy:
             if self._decision is not None and self._decision.gamma > _PROBE_GAMMA:
                 self._probing.paid()
                 self.costs.probing.paid()
-            self._survival.saw(num_draft_tokens, num_accepted, is_rejected=is_rejected)
+            self._survival.observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
-    def saw_lookahead(self, *, is_hit: bool) -> None:
+    def observe_lookahead(self, *, is_hit: bool) -> None:
         """A round's proposal was here when the verdict before it came, or was not."""
         is_probe = is_hit and self._num_probe_rounds_left > 0
         smoothing = PROBE_SMOOTHING if is_probe else SMOOTHING
         self._hit_rate += smoothing * (is_hit - self._hit_rate)
         if is_probe:  # what was late once is not now
             self.costs.draft_overhead_s *= 1 - PROBE_SMOOTHING
-        self.costs.saw_lookahead(is_hit=is_hit)
+        self.costs.observe_lookahead(is_hit=is_hit)
 
-    def saw_proposal(self, waited_s: float, num_tokens: int) -> None:
+    def observe_proposal(self, waited_s: float, num_tokens: int) -> None:
         """It was waited for, and came."""
         is_probe = self._num_probe_rounds_left > 0
-        self.costs.saw_proposal(waited_s, num_tokens, is_probe=is_probe)
+        self.costs.observe_proposal(waited_s, num_tokens, is_probe=is_probe)
 
-    def saw_no_proposal(self, waited_s: float) -> None:
+    def observe_missing_proposal(self, waited_s: float) -> None:
         """It was waited for so long, in vain."""
-        self.costs.saw_no_proposal(waited_s, self.decision.waiting_gamma)
+        self.costs.observe_missing_proposal(waited_s, self.decision.waiting_gamma)
         self._num_rounds_left = self._num_probe_rounds_left = 0
 
     def _decide(self) -> GammaDecision:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from orchestrator.speculation.acceptance import Survival
+from orchestrator.speculation.acceptance import AcceptanceModel
 from outrider.replica import CostReport
 from outrider.telemetry.distribution import Distribution
 
@@ -55,7 +55,7 @@ class Probing:
 
 
 @dataclass
-class TargetSide:
+class TargetCosts:
     """What is known of one target replica; `report` gives what it has last said."""
 
     report: Callable[[], CostReport] = CostReport
@@ -79,7 +79,7 @@ class TargetSide:
 
 
 @dataclass
-class DraftSide:
+class DraftCosts:
     """What is known of one draft replica; `report` gives what it has last said."""
 
     report: Callable[[], CostReport] = CostReport
@@ -88,10 +88,10 @@ class DraftSide:
 
 
 @dataclass
-class SharedRates:
+class PairRates:
     """What is known of the two models, whichever replicas serve them."""
 
-    survival: Survival = field(default_factory=Survival)
+    survival: AcceptanceModel = field(default_factory=AcceptanceModel)
     # For operators: look-ahead, and round trips where somebody wants to know.
     num_lookahead_hits: int = 0
     num_lookahead_misses: int = 0
@@ -110,14 +110,14 @@ class PairCosts:
         self,
         target: Callable[[], CostReport] = CostReport,
         draft: Callable[[], CostReport] = CostReport,
-        shared: SharedRates | None = None,
+        shared: PairRates | None = None,
     ) -> None:
-        self.target_side = TargetSide(target)
-        self.draft_side = DraftSide(draft)
-        self.shared = shared or SharedRates()
+        self.target_side = TargetCosts(target)
+        self.draft_side = DraftCosts(draft)
+        self.shared = shared or PairRates()
 
     @property
-    def survival(self) -> Survival:
+    def survival(self) -> AcceptanceModel:
         return self.shared.survival
 
     @property
@@ -150,7 +150,7 @@ class PairCosts:
     def draft(self) -> CostReport:
         return self.draft_side.report()
 
-    def saw_reply(self, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
+    def observe_result(self, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
         """`left_at_once`: the row, right after the verdict before it."""
         if self.shared.verify_round_trip is not None:
             self.shared.verify_round_trip.observe(latency_s)
@@ -202,7 +202,7 @@ class PairCosts:
         """
         return max(0.0, self.least_overhead_s + wait_s - self.target_overhead_s)
 
-    def saw_proposal(self, waited_s: float, num_tokens: int, *, is_probe: bool = False) -> None:
+    def observe_proposal(self, waited_s: float, num_tokens: int, *, is_probe: bool = False) -> None:
         """Waited for, so long from its commit on. `is_probe`: what was known before is old."""
         if self.shared.draft_round_trip is not None:
             self.shared.draft_round_trip.observe(waited_s)
@@ -212,12 +212,12 @@ class PairCosts:
         overhead_s = max(0.0, waited_s - num_tokens * self.draft_step_s)
         self.draft_overhead_s += smoothing * (overhead_s - self.draft_overhead_s)
 
-    def saw_no_proposal(self, waited_s: float, num_tokens: int) -> None:
+    def observe_missing_proposal(self, waited_s: float, num_tokens: int) -> None:
         """Waited for in vain: it would have taken longer, say twice as long; never a good sign."""
         if 2 * waited_s - num_tokens * self.draft_step_s > self.draft_overhead_s:
             self._took(2 * waited_s, num_tokens)
 
-    def saw_lookahead(self, *, is_hit: bool) -> None:
+    def observe_lookahead(self, *, is_hit: bool) -> None:
         """A round's proposal was here when the verdict before it came, or was not."""
         shared = self.shared
         shared.num_lookahead_hits += is_hit

@@ -14,7 +14,13 @@ import numpy.typing as npt
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.random import Purpose, target_gumbels, uniforms
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Verdict, verify_block, verify_equal, verify_tokens
+from outrider.sampling.verify import (
+    VerifyInput,
+    VerifyOutcome,
+    verify_block,
+    verify_equal,
+    verify_tokens,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -80,7 +86,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class TargetReply:
+class VerifyResult:
     """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
 
     The support arrays are split by position. `logprobs` fields are None unless asked for.
@@ -107,16 +113,16 @@ class TargetReply:
         return len(self.sample_ids) - 1
 
 
-def judge(
+def verify_proposal(
     proposal: Proposal | None,
-    reply: TargetReply,
+    reply: VerifyResult,
     params: SamplingParams,
     verification: Verification,
     committed_len: int,
-) -> Verdict:
+) -> VerifyOutcome:
     """What stands of the proposal, which continues a context of `committed_len` tokens."""
     if proposal is None:
-        return Verdict(0, reply.sample_ids[0])
+        return VerifyOutcome(0, reply.sample_ids[0])
     if proposal.supports is None:
         return verify_equal(proposal.token_ids, reply.sample_ids)
     positions = range(committed_len, committed_len + len(proposal.token_ids))
@@ -124,14 +130,14 @@ def judge(
     return verify(
         proposal.token_ids,
         proposal.supports,
-        Evidence(reply.support_probs, reply.tail_mass, reply.tail_logprobs, reply.sample_ids),
+        VerifyInput(reply.support_probs, reply.tail_mass, reply.tail_logprobs, reply.sample_ids),
         uniforms(params.seed, Purpose.ACCEPT, positions, committed_len),
         lambda i, token_ids: target_gumbels(params.seed, committed_len + i, token_ids),
     )
 
 
 def logprobs_of(
-    token_id: int, position: int, proposal: Proposal | None, reply: TargetReply
+    token_id: int, position: int, proposal: Proposal | None, reply: VerifyResult
 ) -> TokenLogprobs | None:
     """The log-probabilities of the token emitted at a position of the block, where asked for."""
     if reply.sample_logprobs is None or reply.top_ids is None or reply.top_logprobs is None:

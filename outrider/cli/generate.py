@@ -17,9 +17,9 @@ from outrider.cli.request import GenerateOptions, build_request, endpoints_of
 from outrider.errors import CallFailed
 
 if TYPE_CHECKING:
-    from outrider.cli.paint import Painter, Plain
+    from outrider.cli.paint import ColourWriter, PlainWriter
     from outrider.client.client import Output, Show
-    from outrider.client.resume import GaveUp
+    from outrider.client.resume import ResumeFailed
     from outrider.v1.orchestrator_pb2 import GenerateRequest
 
 
@@ -69,7 +69,7 @@ async def _follow(
 ) -> Output:
     """A one-off is given a session for the time it takes: only those can be gone on with."""
     from outrider.client.client import connected
-    from outrider.client.resume import Follower, GaveUp, Patience
+    from outrider.client.resume import ResumeFailed, ResumeLimits, StreamFollower
 
     is_ours = not request.session_id
     if is_ours:
@@ -78,11 +78,13 @@ async def _follow(
         access = options.access
         clients = [await stack.enter_async_context(connected(e, access)) for e in endpoints]
         has_turns = not is_ours and options.resume_from is None
-        patience = Patience(options.resume_for, options.timeout)
-        follower = Follower(clients, request, patience, has_turns=has_turns, show=show, say=say)
+        patience = ResumeLimits(options.resume_for, options.timeout)
+        follower = StreamFollower(
+            clients, request, patience, has_turns=has_turns, show=show, say=say
+        )
         try:
             return await follower.run()
-        except GaveUp as error:
+        except ResumeFailed as error:
             is_ours = False  # it is what the output can be gone on with
             raise CallFailed(f"{error}. {_way_on(options, error)}") from error
         finally:
@@ -90,7 +92,7 @@ async def _follow(
                 await follower.forget()
 
 
-def _way_on(options: GenerateOptions, error: GaveUp) -> str:
+def _way_on(options: GenerateOptions, error: ResumeFailed) -> str:
     """The command that writes what is missing: of text that which was not written, else all.
 
     Where no call can write it, the one that shows what the session has.
@@ -110,16 +112,16 @@ def _way_on(options: GenerateOptions, error: GaveUp) -> str:
     return f"Go on with: {shlex.join([*command, *(['--json'] if options.json else [])])}"
 
 
-def _writer() -> Painter | Plain:
+def _writer() -> ColourWriter | PlainWriter:
     from rich.console import Console
 
-    from outrider.cli.paint import Painter, Plain
+    from outrider.cli.paint import ColourWriter, PlainWriter
 
     console = Console()
-    return Painter(console) if console.is_terminal else Plain()
+    return ColourWriter(console) if console.is_terminal else PlainWriter()
 
 
-def _sayer(writer: Painter | Plain | None) -> Callable[[str], None]:
+def _sayer(writer: ColourWriter | PlainWriter | None) -> Callable[[str], None]:
     """On standard error, on a line of its own where that is the same terminal."""
 
     def say(words: str) -> None:

@@ -32,7 +32,7 @@ _SHOWN = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "
 _SHOWN |= {0x7F: "␡"} | {code: "�" for code in range(0x80, 0xA0)}
 
 
-class Plain:
+class PlainWriter:
     """Writes the text alone, for pipes and files."""
 
     def show(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
@@ -43,7 +43,7 @@ class Plain:
         """Nothing: the text is all there is."""
 
 
-class Painter:
+class ColourWriter:
     """Writes chunks as they come."""
 
     def __init__(self, console: Console) -> None:

@@ -41,7 +41,7 @@ _REFUSES_CERTIFICATE = "it refuses the certificate in --tls-cert"
 _REFUSALS = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_UNKNOWN", "CERTIFICATE_EXPIRED")
 
 
-class Found(Enum):
+class Diagnosis(Enum):
     NO_HOST = "no such host"
     NOBODY = "connection refused"
     SILENT = "no answer"
@@ -69,7 +69,7 @@ def check_endpoint(endpoint: str, flag: str = "--endpoint") -> str:
     return endpoint
 
 
-def look(endpoint: str) -> Found:
+def look(endpoint: str) -> Diagnosis:
     """What is there, asked without TLS."""
     try:
         with _connected(endpoint) as connection:
@@ -77,10 +77,14 @@ def look(endpoint: str) -> Found:
     except OSError as error:
         return _unreachable(error)
     if said.startswith(b"HTTP/"):
-        return Found.HTTP
+        return Diagnosis.HTTP
     if _is_grpc(said):
-        return Found.PLAIN
-    return Found.TLS if said.startswith(_TLS_ALERT) or _speaks_tls(endpoint) else Found.HANGS_UP
+        return Diagnosis.PLAIN
+    return (
+        Diagnosis.TLS
+        if said.startswith(_TLS_ALERT) or _speaks_tls(endpoint)
+        else Diagnosis.HANGS_UP
+    )
 
 
 def unconnected(endpoint: str, access: Access | None = None) -> str | None:
@@ -91,21 +95,21 @@ def unconnected(endpoint: str, access: Access | None = None) -> str | None:
     has_tls = access is not None and access.tls_ca is not None
     found = look(endpoint)
     match found:
-        case Found.NO_HOST:
+        case Diagnosis.NO_HOST:
             host = split_address(_host_port(endpoint))[0]
             return f"nothing answers at {endpoint}: no host is called {host!r}"
-        case Found.NOBODY:
+        case Diagnosis.NOBODY:
             return f"nothing answers at {endpoint}; start it with: outrider up"
-        case Found.SILENT:
+        case Diagnosis.SILENT:
             return f"nothing answers at {endpoint}: a wrong host, or a firewall between?"
-        case Found.HTTP:
+        case Diagnosis.HTTP:
             return f"{endpoint} is an HTTP server (metrics?): give the orchestrator's gRPC port"
-        case Found.HANGS_UP:
+        case Diagnosis.HANGS_UP:
             return (
                 f"{endpoint} closes connections without an answer: no gRPC server, or a proxy with "
                 "no server behind it"
             )
-        case Found.PLAIN:
+        case Diagnosis.PLAIN:
             return f"{endpoint} does not use TLS: leave out --tls-ca" if has_tls else None
     if access is None or not has_tls:
         return f"{endpoint} does not answer without TLS: give --tls-ca"
@@ -207,9 +211,9 @@ def _connected(endpoint: str) -> socket.socket:
     return connection
 
 
-def _unreachable(error: OSError) -> Found:
+def _unreachable(error: OSError) -> Diagnosis:
     if isinstance(error, socket.gaierror):
-        return Found.NO_HOST
+        return Diagnosis.NO_HOST
     if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-        return Found.NOBODY
-    return Found.SILENT  # time-outs and unreachable networks
+        return Diagnosis.NOBODY
+    return Diagnosis.SILENT  # time-outs and unreachable networks

@@ -33,7 +33,7 @@ Request = orchestrator_pb2.GenerateRequest
 
 
 @dataclass(frozen=True)
-class Patience:
+class ResumeLimits:
     """`resume_for_s`: how long to look for an orchestrator that goes on with a broken stream.
 
     `timeout_s`: of everything; None: no limit.
@@ -43,7 +43,7 @@ class Patience:
     timeout_s: float | None = None
 
 
-class GaveUp(CallFailed):
+class ResumeFailed(CallFailed):
     """Nobody went on with it. `num_held` of its tokens have come, `session_id` has them all.
 
     `can_resume`: another call may still go on with it.
@@ -56,7 +56,7 @@ class GaveUp(CallFailed):
         self.can_resume = can_resume
 
 
-class Follower:
+class StreamFollower:
     """Follows one request; its session is what can be gone on with, so it must name one.
 
     `clients`: one for each orchestrator, in the order to ask them. `has_turns`: the session may
@@ -67,7 +67,7 @@ class Follower:
         self,
         clients: Sequence[Client],
         request: Request,
-        patience: Patience,
+        patience: ResumeLimits,
         *,
         has_turns: bool,
         show: Show | None,
@@ -184,8 +184,8 @@ class Follower:
             why = f"{error}; nobody went on with it for {waited_s:.0f} s"
             raise self._gave_up(why, can_resume=True) from error
 
-    def _gave_up(self, why: str, *, can_resume: bool) -> GaveUp:
-        return GaveUp(why, self._request.session_id, self._num_held, can_resume=can_resume)
+    def _gave_up(self, why: str, *, can_resume: bool) -> ResumeFailed:
+        return ResumeFailed(why, self._request.session_id, self._num_held, can_resume=can_resume)
 
     async def forget(self) -> None:
         """Deletes the session, if there may be one; says so where nobody does."""

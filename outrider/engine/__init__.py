@@ -18,7 +18,13 @@ if importlib.util.find_spec("torch") is None:  # an installation for callers and
 
 from outrider.engine.device_thread import DeviceThread
 from outrider.engine.engine import Append, Engine
-from outrider.engine.interface import DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
+from outrider.engine.interface import (
+    SampledToken,
+    Sampler,
+    SampleRequest,
+    ScoreRequest,
+    ServedEngine,
+)
 from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.options import EngineInfo, EngineOptions
 
@@ -36,14 +42,14 @@ def load_engine(options: EngineOptions) -> Engine:
 __all__ = [
     "Append",
     "DeviceThread",
-    "DrawAsk",
-    "Drawn",
     "Engine",
     "EngineInfo",
     "EngineOptions",
     "KVStore",
-    "ReplyAsk",
+    "SampleRequest",
+    "SampledToken",
     "Sampler",
+    "ScoreRequest",
     "Sequence",
     "ServedEngine",
     "load_engine",

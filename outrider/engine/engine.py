@@ -17,11 +17,11 @@ import torch
 from outrider.engine.attention.cuda_graphs import GraphedSteps
 from outrider.engine.attention.interface import attending
 from outrider.engine.attention.segments import Backend, Segment
-from outrider.engine.interface import DrawAsk, Drawn, Reply, ReplyAsk
+from outrider.engine.interface import BlockScores, SampledToken, SampleRequest, ScoreRequest
 from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
-from outrider.engine.sampling.sampler import GenerationSampler, draw_all, reply_all
+from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.sampling.params import SamplingParams
 
 
@@ -143,10 +143,12 @@ class Engine:
             device=self.info.device,
         )
 
-    def draw(self, asks: Seq[DrawAsk], logits: torch.Tensor) -> list[Drawn | Exception]:
+    def sample(
+        self, asks: Seq[SampleRequest], logits: torch.Tensor
+    ) -> list[SampledToken | Exception]:
         """One token for each row of logits, as `ServedEngine.draw`."""
-        return draw_all(asks, logits)
+        return sample_all(asks, logits)
 
-    def reply(self, asks: Seq[ReplyAsk], logits: torch.Tensor) -> list[Reply | Exception]:
+    def score(self, asks: Seq[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
         """One answer for each block of logits, as `ServedEngine.reply`."""
-        return reply_all(asks, logits)
+        return score_all(asks, logits)

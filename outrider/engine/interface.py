@@ -27,7 +27,7 @@ NUM_CANDIDATES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class DrawAsk:
+class SampleRequest:
     """One token to draw from one row of logits.
 
     `history` gives the context, at least [:position]; called only where a processor needs it.
@@ -43,7 +43,7 @@ class DrawAsk:
     is_guess: bool
 
 
-class Drawn(NamedTuple):
+class SampledToken(NamedTuple):
     """`support`: ids and float32 weights the token was drawn from; None for greedy and coupled.
 
     `candidate_ids` [<= NUM_CANDIDATES]: what the target may emit at the position, likeliest first,
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyAsk:
+class ScoreRequest:
     """The target's answer to one block: 1 + γ rows of logits.
 
     `history` is the context with all draft tokens; `position` of the first row's token; `supports`
@@ -88,7 +88,7 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Reply:
+class BlockScores:
     """What the target says of one block; shapes as in target.proto's VerifyResult."""
 
     sample_ids: Ids
@@ -122,6 +122,10 @@ class ServedEngine(Protocol):
 
     def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler: ...
 
-    def draw(self, asks: Sequence[DrawAsk], logits: Logits) -> list[Drawn | Exception]: ...
+    def sample(
+        self, asks: Sequence[SampleRequest], logits: Logits
+    ) -> list[SampledToken | Exception]: ...
 
-    def reply(self, asks: Sequence[ReplyAsk], logits: Logits) -> list[Reply | Exception]: ...
+    def score(
+        self, asks: Sequence[ScoreRequest], logits: Logits
+    ) -> list[BlockScores | Exception]: ...

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from outrider.engine.engine import Append
-from outrider.engine.interface import NUM_CANDIDATES, DrawAsk, Drawn, Ids, Reply, ReplyAsk
+from outrider.engine.interface import (
+    NUM_CANDIDATES,
+    BlockScores,
+    Ids,
+    SampledToken,
+    SampleRequest,
+    ScoreRequest,
+)
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 from outrider.engine.options import EngineInfo
 from outrider.errors import InvalidRequest
@@ -99,10 +106,10 @@ class SimulatedEngine:
         key = stream_key(self._simulation.seed, Purpose.TARGET, position, previous)
         return int(uniform(key) * self._simulation.vocab_size)
 
-    def draw(self, asks: Sequence[DrawAsk], logits: None) -> list[Drawn | Exception]:
-        return [self._drawn(ask) for ask in asks]
+    def sample(self, asks: Sequence[SampleRequest], logits: None) -> list[SampledToken | Exception]:
+        return [self._sampled(ask) for ask in asks]
 
-    def _drawn(self, ask: DrawAsk) -> Drawn:
+    def _sampled(self, ask: SampleRequest) -> SampledToken:
         survival, ranks = self._simulation.survival, self._simulation.ranks
         previous = int(ask.history()[ask.position - 1])
         truth = self.truth(ask.position, previous)
@@ -125,24 +132,24 @@ class SimulatedEngine:
         order = np.argsort(-scores, kind="stable")
         has_support = not ask.is_guess and ask.sampler.params.needs_supports(ask.verification)
         support = (np.array(ids[:1]), np.ones(1, np.float32)) if has_support else None
-        return Drawn(ids[0], support, np.array(ids)[order], scores[order])
+        return SampledToken(ids[0], support, np.array(ids)[order], scores[order])
 
-    def reply(self, asks: Sequence[ReplyAsk], logits: None) -> list[Reply | Exception]:
+    def score(self, asks: Sequence[ScoreRequest], logits: None) -> list[BlockScores | Exception]:
         return [self._replied(ask) for ask in asks]
 
-    def _replied(self, ask: ReplyAsk) -> Reply:
+    def _replied(self, ask: ScoreRequest) -> BlockScores:
         history = ask.history[ask.position - 1 : ask.position - 1 + ask.num_rows].tolist()
         truths = [self.truth(ask.position + i, previous) for i, previous in enumerate(history)]
         if ask.supports is None:
             empty = np.zeros(0, np.float32)
-            return Reply(np.array(truths), empty, empty, empty, None)
+            return BlockScores(np.array(truths), empty, empty, empty, None)
         hits = [ids == truth for ids, truth in zip(ask.supports, truths, strict=False)]
         tail = np.array([float(not hit.any()) for hit in hits], np.float32)
         samples = [self._outside(t, ids) for t, ids in zip(truths, ask.supports, strict=False)]
         probs = np.concatenate(hits).astype(np.float32) if hits else np.zeros(0, np.float32)
         of_samples = np.where(tail > 0, 0.0, -np.inf).astype(np.float32)
         samples += truths[len(samples) :]  # the bonus, where the block has one
-        return Reply(np.array(samples), probs, tail, of_samples, None)
+        return BlockScores(np.array(samples), probs, tail, of_samples, None)
 
     def _outside(self, truth: int, support: Ids) -> int:
         token_id = truth

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import structlog
 
-from outrider.engine import Append, DeviceThread, DrawAsk, ServedEngine
+from outrider.engine import Append, DeviceThread, SampleRequest, ServedEngine
 from outrider.errors import InternalError, KVFull, OutriderError
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.sampling.params import SamplingParams, Verification
@@ -37,7 +37,7 @@ class PassHealth:
         # Called once, with the last error, when too many have failed in a row.
         self.on_failing: Callable[[Exception], None] | None = None
 
-    def saw(self, answers: Sequence[object]) -> None:
+    def observe(self, answers: Sequence[object]) -> None:
         """A pass gave these answers: it failed if each of them is an error of the device."""
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if len(failures) < len(answers):
@@ -45,7 +45,7 @@ class PassHealth:
         elif failures and all(_is_of_device(error) for error in failures):
             self._failed(failures[0])
 
-    def saw_error(self, error: Exception) -> None:
+    def observe_error(self, error: Exception) -> None:
         """A pass ended with an error."""
         if _is_of_device(error):
             self._failed(error)
@@ -77,19 +77,19 @@ def self_test(engine: ServedEngine) -> None:
             token_ids = np.array([(2 * number + 1) * size // (2 * _NUM_TESTED_TOKENS)])
             appends.append(Append(engine.store.open(1), token_ids, 1))
         logits = engine.forward(appends)
-        drawn = engine.draw([_ask(engine, params, append) for append in appends], logits)
+        sampled = engine.sample([_ask(engine, params, append) for append in appends], logits)
     finally:
         for append in appends:
             engine.store.free(append.sequence)
-    errors = [answer for answer in drawn if isinstance(answer, Exception)]
-    if len(errors) == len(drawn):
+    errors = [answer for answer in sampled if isinstance(answer, Exception)]
+    if len(errors) == len(sampled):
         raise errors[0]
 
 
-def _ask(engine: ServedEngine, params: SamplingParams, append: Append) -> DrawAsk:
+def _ask(engine: ServedEngine, params: SamplingParams, append: Append) -> SampleRequest:
     """A greedy draw after the one token."""
     token_ids = np.asarray(append.token_ids)
-    return DrawAsk(
+    return SampleRequest(
         sampler=engine.sampler(params, 1, engine.info.vocab_size),
         history=lambda: token_ids,
         position=1,

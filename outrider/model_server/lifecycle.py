@@ -17,17 +17,17 @@ import structlog
 
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.errors import InternalError
-from outrider.model_server.announce import Card, advertised_address
+from outrider.model_server.announcement import Announcement, advertised_address
 from outrider.model_server.failure_policy import PassHealth, Recovery, self_test
 from outrider.model_server.load_engine import load_served_engine
 from outrider.model_server.messages import ServiceStatistics
-from outrider.model_server.metrics import TierMeter
+from outrider.model_server.metrics import ModelServerMetrics
 from outrider.model_server.replica_status import ReplicaStatus
-from outrider.model_server.stream_telemetry import TierWatch
+from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.model_server.watchdog import Watchdog, WatchedEngine
 from outrider.replica import CostReport, ReplicaState
 from outrider.runtime.grpc_server import Server
-from outrider.runtime.server_security import Protection, tier_protection
+from outrider.runtime.server_security import ServerProtection, tier_protection
 from outrider.settings.services import ModelServiceConfig
 from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.v1 import model_pb2
@@ -43,7 +43,7 @@ TELLING_S = 0.2
 DEVICE_END_TIMEOUT_S = 3.0
 
 
-class Running(Protocol):
+class RunnableService(Protocol):
     """A mounted service: `prepare` before it serves, then `run` is its only task."""
 
     async def prepare(self, budget_s: float) -> None: ...
@@ -55,10 +55,10 @@ class Running(Protocol):
 
 
 @dataclass(frozen=True)
-class Mounted:
+class MountedService:
     """A service around an engine. `statistics` and `costs` may be called on any thread."""
 
-    service: Running
+    service: RunnableService
     statistics: Callable[[], ServiceStatistics]
     costs: Callable[[], CostReport]
     health: PassHealth
@@ -66,7 +66,8 @@ class Mounted:
 
 # Builds the service around the loaded engine and adds its servicer to the server.
 Mount = Callable[
-    [ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus, TierWatch], Mounted
+    [ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus, ReplicaTelemetry],
+    MountedService,
 ]
 
 
@@ -85,9 +86,9 @@ async def model_serving(
     status = ReplicaStatus()
     try:
         await server.start(config.host, config.port)
-        card = Card(tier, advertised_address(config, server.port), status)
+        card = Announcement(tier, advertised_address(config, server.port), status)
         async with telemetry(tier, config.host, config) as told, card.announced(config.redis):
-            watch = TierWatch(_meter(told, tier, status, protection), told.tracing)
+            watch = ReplicaTelemetry(_meter(told, tier, status, protection), told.tracing)
             server.metrics_port = told.exposition.port
             engine, model = await device.run(load_served_engine, config)
             watched = WatchedEngine(engine, device)
@@ -128,16 +129,16 @@ async def model_serving(
 
 
 def _meter(
-    told: Telemetry, tier: str, status: ReplicaStatus, protection: Protection
-) -> TierMeter | None:
+    told: Telemetry, tier: str, status: ReplicaStatus, protection: ServerProtection
+) -> ModelServerMetrics | None:
     if not told.is_metered:
         return None
-    meter = TierMeter(tier, status)
+    meter = ModelServerMetrics(tier, status)
     told.exposition.source = lambda: chain(meter.readings(), protection.readings())
     return meter
 
 
-async def _tell(server: Server, card: Card, status: ReplicaStatus) -> None:
+async def _tell(server: Server, card: Announcement, status: ReplicaStatus) -> None:
     """Keeps health and registry at what the replica is."""
     while True:
         told = status.state
@@ -156,7 +157,9 @@ async def _alive(server: Server, watching: Coroutine[None, None, None]) -> None:
         raise
 
 
-async def _stop(server: Server, service: Running, status: ReplicaStatus, grace_s: float) -> None:
+async def _stop(
+    server: Server, service: RunnableService, status: ReplicaStatus, grace_s: float
+) -> None:
     """Open generations may end or be moved; without any there is no need for grace."""
     status.drain()
     loop = asyncio.get_running_loop()

@@ -30,7 +30,7 @@ _STATISTICS = {
 }
 
 
-class TierMeter:
+class ModelServerMetrics:
     """Of one replica. Before its model is loaded it has little to tell."""
 
     def __init__(self, tier: str, status: ReplicaStatus) -> None:
@@ -47,13 +47,13 @@ class TierMeter:
         """`statistics` may be called on any thread."""
         self._statistics, self._kv_capacity_tokens = statistics, kv_capacity_tokens
 
-    def saw_pass(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+    def observe_pass(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A forward pass with what was drawn from it; the device thread's."""
         self._rows.observe(num_rows)
         self._tokens.observe(num_tokens)
         self._steps.observe(seconds)
 
-    def saw_failure(self, reason: FailureReason) -> None:
+    def observe_failure(self, reason: FailureReason) -> None:
         """A generation failed here, and was told so; the event loop's."""
         self._failures[reason.value] += 1
 

@@ -32,7 +32,7 @@ Urgency = tuple[int, float, int]
 
 
 @dataclass(eq=False)
-class Live(Generic[State]):
+class LiveGeneration(Generic[State]):
     """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is held.
 
     `urgency`: priority, start, number; of two that lack room the greater one gives way. `has_room`:
@@ -49,7 +49,7 @@ class Live(Generic[State]):
 
 
 @dataclass
-class _Kept:
+class _CachedSession:
     epoch: int
     sequence: Sequence
     token_ids: npt.NDArray[np.int64]
@@ -63,8 +63,8 @@ class SessionTable(Generic[State]):
         self._store = store
         self._idle_ttl_s = idle_ttl_s
         self._prefix_cache = prefix_cache
-        self._live: dict[str, Live[State]] = {}
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._live: dict[str, LiveGeneration[State]] = {}
+        self._kept: OrderedDict[str, _CachedSession] = OrderedDict()
         self.num_opened = 0
         self.num_closed = 0
         # Context tokens that the prefix cache was asked for, and those it had.
@@ -79,10 +79,10 @@ class SessionTable(Generic[State]):
     def num_kept(self) -> int:
         return len(self._kept)
 
-    def live_sessions(self) -> Iterable[Live[State]]:
+    def live_sessions(self) -> Iterable[LiveGeneration[State]]:
         return self._live.values()
 
-    def find(self, session_id: str) -> Live[State] | None:
+    def find(self, session_id: str) -> LiveGeneration[State] | None:
         return self._live.get(session_id)
 
     def open(
@@ -93,7 +93,7 @@ class SessionTable(Generic[State]):
         max_len: int,
         started: tuple[int, float],
         state: State,
-    ) -> Live[State]:
+    ) -> LiveGeneration[State]:
         """Begins with kept KV of epoch `kept_epoch` (None: of any); reserves nothing yet.
 
         It can become `max_len` tokens long. `started`: its priority, and when it was begun. The
@@ -119,7 +119,7 @@ class SessionTable(Generic[State]):
             num_kept = min(sequence.length, max_len)
             token_ids[:num_kept] = kept.token_ids[:num_kept]
         urgency = (*started, self.num_opened)
-        opened = Live(session_id, epoch, urgency, sequence, token_ids, state)
+        opened = LiveGeneration(session_id, epoch, urgency, sequence, token_ids, state)
         opened.has_room = kept is not None
         if sequence.length > max_len:
             self.cut(opened, max_len)
@@ -127,7 +127,7 @@ class SessionTable(Generic[State]):
         self.num_opened += 1
         return opened
 
-    def cut(self, live: Live[State], length: int) -> None:
+    def cut(self, live: LiveGeneration[State], length: int) -> None:
         """Forgets the tokens from `length` on; all of them where that would take pages.
 
         It takes pages where others share those that would be written again.
@@ -142,7 +142,7 @@ class SessionTable(Generic[State]):
         live.sequence = self._store.open(0, len(live.token_ids))
 
     def reserve(
-        self, live: Live[State], num_tokens: int, *, context_len: int = 0, margin: int = 0
+        self, live: LiveGeneration[State], num_tokens: int, *, context_len: int = 0, margin: int = 0
     ) -> int:
         """Room for the first `num_tokens` tokens; then `margin` pages are left to be had.
 
@@ -181,7 +181,7 @@ class SessionTable(Generic[State]):
         """To be called before room is reserved for these tokens: it is not made at their cost."""
         self._store.touch_prefix(token_ids)
 
-    def cache_prefix(self, live: Live[State], committed_len: int) -> None:
+    def cache_prefix(self, live: LiveGeneration[State], committed_len: int) -> None:
         """Lets others re-use what is held of the first `committed_len` tokens.
 
         Committed ones only: what may still be rolled back is not worth a place.
@@ -189,11 +189,11 @@ class SessionTable(Generic[State]):
         if self._prefix_cache:
             self._store.cache_prefix(live.sequence, live.token_ids[:committed_len])
 
-    def forget_prefix(self, live: Live[State]) -> None:
+    def forget_prefix(self, live: LiveGeneration[State]) -> None:
         """What is cached of its tokens may be wrong: it is run anew by whoever has them next."""
         self._store.forget_prefix(live.token_ids)
 
-    def close(self, live: Live[State], *, keep: bool) -> None:
+    def close(self, live: LiveGeneration[State], *, keep: bool) -> None:
         """Ends the generation; its KV is freed, or kept for a later turn. Once only."""
         if self._live.get(live.session_id) is not live:
             return
@@ -202,7 +202,7 @@ class SessionTable(Generic[State]):
         if keep and live.sequence.length:  # what was reserved for more tokens is not kept
             self._store.shrink(live.sequence, live.sequence.length)
             self._store.park(live.sequence)
-            self._kept[live.session_id] = _Kept(live.epoch, live.sequence, live.token_ids)
+            self._kept[live.session_id] = _CachedSession(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)
 

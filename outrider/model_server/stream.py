@@ -16,7 +16,7 @@ from outrider.errors import InvalidRequest, Unavailable
 from outrider.model_server.messages import Close, Failure, FailureReason, Forget
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import GenerationKey, Keyed, Scheduler
-from outrider.model_server.stream_telemetry import StreamWatch
+from outrider.model_server.stream_telemetry import StreamTelemetry
 from outrider.replica import CostReport, ReplicaState
 from outrider.runtime.grpc_status import StreamWriter, translated
 from outrider.runtime.grpc_streams import Outbox, StreamCall
@@ -48,7 +48,7 @@ class StreamPeer(ABC, Generic[Command, Result]):
         self.outbox: Outbox[Result | ReplicaState] = Outbox()
         self.open_keys: set[GenerationKey] = set()
         self._state = ReplicaState.READY
-        self.watch: StreamWatch | None = None
+        self.watch: StreamTelemetry | None = None
 
     def deliver(self, results: Sequence[Result]) -> None:
         if self.watch is not None:
@@ -131,7 +131,7 @@ async def serve_stream(
     to_frame: Callable[[Sequence[Result]], Frame],
     costs: Callable[[], CostReport],
     status: ReplicaStatus,
-    watch: StreamWatch,
+    watch: StreamTelemetry,
 ) -> None:
     """Reads and writes independently: reading a frame never waits for a step.
 

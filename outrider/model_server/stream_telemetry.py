@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outrider.model_server.messages import Failure, FailureReason
-from outrider.model_server.metrics import TierMeter
+from outrider.model_server.metrics import ModelServerMetrics
 from outrider.telemetry.tracing import NO_TRACING, Span, Tracing
 
 Frame = Any
@@ -24,24 +24,24 @@ Asks = Callable[[Frame], Iterable[tuple[Item, int]]]
 
 
 @dataclass(frozen=True)
-class TierWatch:
+class ReplicaTelemetry:
     """Of one replica. `meter` None: nothing is counted."""
 
-    meter: TierMeter | None = None
+    meter: ModelServerMetrics | None = None
     tracing: Tracing = NO_TRACING
 
-    def stream(self, part: str, asks: Asks) -> StreamWatch:
+    def stream(self, part: str, asks: Asks) -> StreamTelemetry:
         """Of a new stream; `part` is what the tier does for a request, as its spans are named.
 
         `asks`: the items of a frame that want an answer, each with its number of draft tokens.
         """
-        return StreamWatch(self, part, asks)
+        return StreamTelemetry(self, part, asks)
 
 
-class StreamWatch:
+class StreamTelemetry:
     """Of one stream: told in the order of what it tells."""
 
-    def __init__(self, watch: TierWatch, part: str, asks: Asks) -> None:
+    def __init__(self, watch: ReplicaTelemetry, part: str, asks: Asks) -> None:
         self._watch = watch
         self._part = part
         self._asks = asks
@@ -76,7 +76,7 @@ class StreamWatch:
             number = result.key.generation_id
             if isinstance(result, Failure):
                 if self._watch.meter is not None:
-                    self._watch.meter.saw_failure(result.reason)
+                    self._watch.meter.observe_failure(result.reason)
                 self._failed(number, result.reason)
             elif number in self._asked:
                 asked_at, gamma = self._asked.pop(number)

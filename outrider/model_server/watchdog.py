@@ -12,9 +12,17 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from outrider.engine import Append, DeviceThread, DrawAsk, Drawn, ReplyAsk, Sampler, ServedEngine
+from outrider.engine import (
+    Append,
+    DeviceThread,
+    SampledToken,
+    Sampler,
+    SampleRequest,
+    ScoreRequest,
+    ServedEngine,
+)
 from outrider.engine.device_thread import Activity
-from outrider.engine.interface import Logits, Reply
+from outrider.engine.interface import BlockScores, Logits
 from outrider.errors import InternalError
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.replica import CostReport
@@ -49,13 +57,15 @@ class WatchedEngine:
     def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler:
         return self._engine.sampler(params, prompt_len, vocab_size)
 
-    def draw(self, asks: Sequence[DrawAsk], logits: Logits) -> list[Drawn | Exception]:
+    def sample(
+        self, asks: Sequence[SampleRequest], logits: Logits
+    ) -> list[SampledToken | Exception]:
         self._note("draw")
-        return self._engine.draw(asks, logits)
+        return self._engine.sample(asks, logits)
 
-    def reply(self, asks: Sequence[ReplyAsk], logits: Logits) -> list[Reply | Exception]:
+    def score(self, asks: Sequence[ScoreRequest], logits: Logits) -> list[BlockScores | Exception]:
         self._note("reply")
-        return self._engine.reply(asks, logits)
+        return self._engine.score(asks, logits)
 
     def _note(self, part: str) -> None:
         self._device.note(part, self._num_rows, self._num_tokens)

@@ -31,9 +31,9 @@ from outrider.errors import (
 )
 from outrider.model_server.failure_policy import PassHealth
 from outrider.model_server.messages import Failure, FailureReason, ServiceStatistics
-from outrider.model_server.metrics import TierMeter
+from outrider.model_server.metrics import ModelServerMetrics
 from outrider.model_server.scheduler import GenerationKey, Keyed
-from outrider.model_server.session_table import Live, SessionTable
+from outrider.model_server.session_table import LiveGeneration, SessionTable
 from outrider.model_server.step_costs import StepCosts
 
 log = structlog.get_logger()
@@ -91,7 +91,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self.costs = costs
         self.health = PassHealth()
         # Told of every pass, where somebody counts.
-        self.meter: TierMeter | None = None
+        self.meter: ModelServerMetrics | None = None
 
     def prepare(self, budget_s: float) -> None:
         """Measures what passes cost, before anything is served."""
@@ -101,7 +101,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         num_tokens = sum(len(append.token_ids) for append in appends)
         self.costs.observe(num_tokens, len(appends), seconds)
         if self.meter is not None:
-            self.meter.saw_pass(len(appends), num_tokens, seconds)
+            self.meter.observe_pass(len(appends), num_tokens, seconds)
 
     @property
     def num_open(self) -> int:
@@ -138,7 +138,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         try:
             return results + self._advance(work)
         except Exception as error:
-            self.health.saw_error(error)
+            self.health.observe_error(error)
             keys = dict.fromkeys(part.key for part in work)
             return results + [self._failed(key, error) for key in keys]
 
@@ -188,7 +188,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         max_len: int,
         started: tuple[int, float],
         state: State,
-    ) -> Live[State]:
+    ) -> LiveGeneration[State]:
         """As SessionTable.open; a live generation of the session ends, and is told.
 
         Raises KVFull where as many are open as there are pages: each will want one at least.
@@ -200,7 +200,12 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return self._table.open(session_id, epoch, kept_epoch, max_len, started, state)
 
     def _reserve(
-        self, live: Live[State], num_tokens: int, *, context_len: int = 0, preempts: bool = True
+        self,
+        live: LiveGeneration[State],
+        num_tokens: int,
+        *,
+        context_len: int = 0,
+        preempts: bool = True,
     ) -> int | None:
         """As SessionTable.reserve, for a row that is to be in the next pass.
 
@@ -222,7 +227,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
                     self._failures.append(self._failed(live.state.key, error))
                     return None
 
-    def _margin(self, live: Live[State], *, preempts: bool) -> int:
+    def _margin(self, live: LiveGeneration[State], *, preempts: bool) -> int:
         """Pages: one for each generation that runs, and one in a hundred.
 
         Those that it may preempt do not count: reserving room for them could block it indefinitely.
@@ -235,7 +240,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             return 0
         return max(num_running, self._engine.store.num_pages // _MARGIN_SHARE)
 
-    def _make_room(self, live: Live[State], error: KVFull, *, preempts: bool) -> bool:
+    def _make_room(self, live: LiveGeneration[State], error: KVFull, *, preempts: bool) -> bool:
         """Gives up no more than is needed, and nothing where all of it is not enough."""
         reclaims = self._reclaims(live, preempts=preempts)
         chosen = self._engine.store.to_free([each.sequences for each in reclaims], error)
@@ -243,7 +248,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             reclaims[index].give_up()
         return bool(chosen)
 
-    def _reclaims(self, live: Live[State], *, preempts: bool) -> list[Reclaimable]:
+    def _reclaims(self, live: LiveGeneration[State], *, preempts: bool) -> list[Reclaimable]:
         """What may be given up for a generation, in that order: less urgent ones, the latest first.
 
         Nothing is lost with them but time: their orchestrators open them again when there is room.
@@ -259,12 +264,12 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         others.sort(key=lambda other: other.urgency, reverse=True)
         return [Reclaimable(self._sequences_of(o), partial(self._preempt, o)) for o in others]
 
-    def _preempt(self, victim: Live[State]) -> None:
+    def _preempt(self, victim: LiveGeneration[State]) -> None:
         self._num_preempted += 1
         why = "its room went to a generation that is more urgent or began earlier"
         self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
 
-    def _sequences_of(self, live: Live[State]) -> Collection[KVSequence]:
+    def _sequences_of(self, live: LiveGeneration[State]) -> Collection[KVSequence]:
         """All sequences that are freed with the generation."""
         return (live.sequence,)
 
@@ -284,7 +289,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             self._table.forget_prefix(live)
         return failure
 
-    def _live_of(self, key: GenerationKey) -> Live[State] | None:
+    def _live_of(self, key: GenerationKey) -> LiveGeneration[State] | None:
         """Looked for only when something failed."""
         live = self._table.live_sessions()
         return next((each for each in live if each.state.key == key), None)

@@ -74,7 +74,7 @@ async def _patience(seconds: float) -> AsyncIterator[None]:
             timer.cancel()
 
 
-class _Connection(Protocol):
+class _RawConnection(Protocol):
     """What is used of redis-py's connections, which are not typed."""
 
     @property
@@ -89,7 +89,7 @@ class NoScript(Exception):
     """Redis has forgotten a script."""
 
 
-class Link:
+class RedisConnection:
     def __init__(
         self, redis: RedisAddress | str, *, timeout_s: float, preamble: Sequence[Command]
     ) -> None:
@@ -179,7 +179,7 @@ class Link:
         await self._connection.disconnect(nowait=True)
 
 
-def _expires_at(connection: _Connection) -> float | None:
+def _expires_at(connection: _RawConnection) -> float | None:
     """None also for a certificate that cannot be read: it is only watched here."""
     writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
     tls = writer.get_extra_info("ssl_object") if writer is not None else None
@@ -244,7 +244,7 @@ def _tls_context(redis: RedisAddress) -> ssl.SSLContext | None:
     return context
 
 
-def _connection(redis: RedisAddress) -> _Connection:
+def _connection(redis: RedisAddress) -> _RawConnection:
     login: dict[str, Any] = {}
     if redis.password_file is not None:
         login["credential_provider"] = _FromFile(redis.user, redis.password_file)
@@ -261,6 +261,6 @@ def _connection(redis: RedisAddress) -> _Connection:
             socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),
         )
-        return cast(_Connection, cast(Any, pool).make_connection())
+        return cast(_RawConnection, cast(Any, pool).make_connection())
     except (ValueError, TypeError, exceptions.RedisError) as error:
         raise ConfigError(f"redis URL {str(redis)!r}: {error}") from None

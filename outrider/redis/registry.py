@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from outrider.errors import OutriderError
-from outrider.redis.connection import Command, Link, Reply
+from outrider.redis.connection import Command, RedisConnection, Reply
 from outrider.replica import Replica, ReplicaState
 from outrider.settings.redis_address import RedisAddress
 
@@ -57,11 +57,11 @@ def _record_key(tier: str, replica_id: str) -> bytes:
     return f"outrider:replica:{tier}:{replica_id}".encode()
 
 
-class _Line:
+class _RegistryConnection:
     """Exchanges with Redis; says once that it is away, and once that it is back."""
 
     def __init__(self, redis: RedisAddress | str, who: str) -> None:
-        self._link = Link(redis, timeout_s=REDIS_TIMEOUT_S, preamble=())
+        self._link = RedisConnection(redis, timeout_s=REDIS_TIMEOUT_S, preamble=())
         self._who = who
         self._is_away = False
 
@@ -92,7 +92,7 @@ class Announcer:
     def __init__(self, redis: RedisAddress | str, describe: Callable[[], Replica]) -> None:
         """`describe`: the replica as it is now; its id stays. Raises ConfigError for the URL."""
         self._describe = describe
-        self._line = _Line(redis, "announcer")
+        self._line = _RegistryConnection(redis, "announcer")
         self._due = asyncio.Event()
 
     def renew(self) -> None:
@@ -145,7 +145,7 @@ class Watcher:
         """
         self._tier = tier
         self._on_change = on_change
-        self._line = _Line(redis, f"watcher of {tier}")
+        self._line = _RegistryConnection(redis, f"watcher of {tier}")
         self._replicas: list[Replica] | None = None
         self._malformed: set[bytes] = set()
 

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from outrider.errors import PermissionDenied
-from outrider.runtime.interceptors import Context, Gate, Reason
+from outrider.runtime.interceptors import AccessInterceptor, Context, Reason
 
 # gRPC's name for the DNS names among a certificate's subject alternative names.
 _DNS_NAMES = "peer_dns"
 
 
-class IdentityGate(Gate):
+class IdentityInterceptor(AccessInterceptor):
     """Asked once per call; a stream's messages cost nothing."""
 
     def __init__(self, names: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from outrider import errors
 from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES, translated
 from outrider.runtime.message_limits import bounded
-from outrider.runtime.server_security import UNPROTECTED, Protection
+from outrider.runtime.server_security import UNPROTECTED, ServerProtection
 
 # More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
 MAX_CONCURRENT_CALLS = 4_096
@@ -92,7 +92,7 @@ class Server:
     def __init__(
         self,
         service_names: Sequence[str],
-        protection: Protection = UNPROTECTED,
+        protection: ServerProtection = UNPROTECTED,
         *,
         connection_age_s: float = 0.0,
         connection_age_grace_s: float = 0.0,

@@ -78,7 +78,7 @@ class Refusals:
         log.warning("caller_refused", method=method, peer=peer, why=why, num_unsaid=num_unsaid)
 
 
-class Gate(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class AccessInterceptor(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Stands before every method but health: probes have neither names nor keys."""
 
     def __init__(self) -> None:

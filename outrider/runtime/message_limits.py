@@ -40,15 +40,15 @@ _NO_NUMBERS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 
 @dataclass(frozen=True)
-class Shape:
+class MessageShape:
     """What may stand behind a length: `messages` by field number, and `packed` numbers."""
 
-    messages: Mapping[int, Shape] = field(default_factory=dict)
+    messages: Mapping[int, MessageShape] = field(default_factory=dict)
     packed: frozenset[int] = frozenset()
     names: Mapping[int, str] = field(default_factory=dict)
 
 
-def shape_of(kind: Descriptor) -> Shape:
+def shape_of(kind: Descriptor) -> MessageShape:
     """Of a message that does not contain itself."""
     messages, packed = {}, set()
     for entry in kind.fields:
@@ -57,10 +57,10 @@ def shape_of(kind: Descriptor) -> Shape:
         elif entry.is_repeated and entry.type not in _NO_NUMBERS:
             packed.add(entry.number)
     names = {entry.number: entry.name for entry in kind.fields}
-    return Shape(messages, frozenset(packed), names)
+    return MessageShape(messages, frozenset(packed), names)
 
 
-def check(data: bytes, shape: Shape) -> Iterator[None]:
+def check(data: bytes, shape: MessageShape) -> Iterator[None]:
     """Steps of the check, each of about a millisecond.
 
     Raises InvalidRequest for what would take too much memory, or is no message at all.
@@ -80,13 +80,13 @@ class _Malformed(Exception):
 class _Walk:
     """Through one message, in the parser's order; never back."""
 
-    def __init__(self, data: bytes, shape: Shape) -> None:
+    def __init__(self, data: bytes, shape: MessageShape) -> None:
         self._data = data
         self._at = 0
         self._end = len(data)
         self._shape = shape
         # The messages that this one is in: where they end, what they are, and its name there.
-        self._outer: list[tuple[int, Shape, str]] = []
+        self._outer: list[tuple[int, MessageShape, str]] = []
         self._num_fields = 0
         self._num_packed = 0
         # Unknown groups that are open. Numbers in them are not those of the message.
@@ -158,7 +158,7 @@ class _Walk:
         return InvalidRequest("frame", f"{said}, the last of them in {'.'.join(path)}")
 
 
-class Parser:
+class BoundedParser:
     """Parses one kind of message, after the check."""
 
     def __init__(self, kind: Descriptor) -> None:
@@ -177,13 +177,13 @@ class Parser:
         A deserializer of gRPC: it runs on the event loop and cannot wait.
         """
         if len(data) > SMALL_BYTES:
-            return Large(data)
+            return UnparsedRequest(data)
         try:
             return self._parse(data)
         except InvalidRequest as error:
             return error.with_traceback(None)  # the traceback holds the data
 
-    async def finish(self, large: Large) -> Any:
+    async def finish(self, large: UnparsedRequest) -> Any:
         """The message or the InvalidRequest; other tasks run between the steps of the check."""
         data, large.data = large.data, b""
         try:
@@ -201,8 +201,8 @@ class Parser:
 
 
 @dataclass
-class Large:
-    """A request that `Parser.finish` has to parse; `data` is empty from then on."""
+class UnparsedRequest:
+    """A request that `BoundedParser.finish` has to parse; `data` is empty from then on."""
 
     data: bytes
 
@@ -217,7 +217,7 @@ def bounded(handler: Handler, method: str) -> Handler:
     refused before the method is called.
     """
     described = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
-    parser = Parser(described.input_type)
+    parser = BoundedParser(described.input_type)
     serializer = handler.response_serializer
     if handler.stream_stream is not None:
         return grpc.stream_stream_rpc_method_handler(
@@ -230,11 +230,13 @@ def bounded(handler: Handler, method: str) -> Handler:
     return grpc.unary_unary_rpc_method_handler(answer, parser.begin, serializer)
 
 
-def _refusing(answer: Callable[[Any, Any], Any], parser: Parser) -> Callable[[Any, Any], Any]:
+def _refusing(
+    answer: Callable[[Any, Any], Any], parser: BoundedParser
+) -> Callable[[Any, Any], Any]:
     assert not inspect.isasyncgenfunction(answer), "our servicers write to their context"
 
     async def bounded_answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        if isinstance(request, Large):
+        if isinstance(request, UnparsedRequest):
             request = await parser.finish(request)
         if isinstance(request, InvalidRequest):
             async with translated(context):

@@ -15,8 +15,8 @@ from pathlib import Path
 import grpc
 import structlog
 
-from outrider.runtime.client_identity import IdentityGate
-from outrider.runtime.interceptors import Gate, Reason
+from outrider.runtime.client_identity import IdentityInterceptor
+from outrider.runtime.interceptors import AccessInterceptor, Reason
 from outrider.security.files import WatchedFiles
 from outrider.security.pem import Pem, expires_at, watched_pem
 from outrider.settings.security import ServerSettings, TierSettings
@@ -27,14 +27,14 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Protection:
+class ServerProtection:
     """`credentials` None: no TLS. `health_port` None: none; 0: a free one.
 
     `certificates`: the files in use, by what for.
     """
 
     credentials: grpc.ServerCredentials | None = None
-    gates: Sequence[Gate] = ()
+    gates: Sequence[AccessInterceptor] = ()
     health_port: int | None = None
     certificates: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,22 +57,22 @@ class Protection:
         yield Reading.by(metrics.CERTIFICATE_EXPIRES_AT, ends)
 
 
-UNPROTECTED = Protection()
+UNPROTECTED = ServerProtection()
 
 
-def tier_protection(settings: TierSettings, host: str) -> Protection:
+def tier_protection(settings: TierSettings, host: str) -> ServerProtection:
     """Of a model service: only callers with one of the names. Raises ConfigError."""
     gates = []
     if settings.tls_client_ca is not None:
-        gates.append(IdentityGate(settings.client_names))
+        gates.append(IdentityInterceptor(settings.client_names))
     elif not is_loopback(host):
         log.warning("open_to_all", host=host, why="tls_client_ca is unset: anyone may connect")
     return _protection(settings, gates, None)
 
 
 def server_protection(
-    settings: ServerSettings, gates: Sequence[Gate], client_cert: str | None = None
-) -> Protection:
+    settings: ServerSettings, gates: Sequence[AccessInterceptor], client_cert: str | None = None
+) -> ServerProtection:
     """Of a server that asks its callers for something else than a name. Raises ConfigError.
 
     `client_cert`: the file of the certificate that it shows to others itself.
@@ -81,11 +81,11 @@ def server_protection(
 
 
 def _protection(
-    settings: ServerSettings, gates: Sequence[Gate], client_cert: str | None
-) -> Protection:
+    settings: ServerSettings, gates: Sequence[AccessInterceptor], client_cert: str | None
+) -> ServerProtection:
     files = {"server": settings.tls_cert, "client": client_cert}
     certificates = {use: path for use, path in files.items() if path is not None}
-    return Protection(_credentials(settings), gates, settings.health_port, certificates)
+    return ServerProtection(_credentials(settings), gates, settings.health_port, certificates)
 
 
 def is_loopback(host: str) -> bool:

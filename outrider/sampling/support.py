@@ -36,7 +36,7 @@ class Support:
         where = np.flatnonzero(self.token_ids == token_id)
         return int(where[0]) if where.size else -1
 
-    def draw(self, uniform: float) -> int:
+    def sample(self, uniform: float) -> int:
         """The token at `uniform` in [0, 1) of the cumulative distribution."""
         index = int(np.searchsorted(np.cumsum(self.probs), uniform, side="right"))
         return int(self.token_ids[min(index, len(self.token_ids) - 1)])

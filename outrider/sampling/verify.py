@@ -32,7 +32,7 @@ Noise = Callable[[int, npt.NDArray[np.int64]], Floats]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class VerifyInput:
     """The target's reply for a block of γ draft tokens.
 
     `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ]; `samples` γ + 1 token
@@ -49,14 +49,14 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyOutcome:
     """`num_accepted` draft tokens stand and `next_token` follows them; None: nothing follows."""
 
     num_accepted: int
     next_token: int | None
 
 
-def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verdict:
+def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> VerifyOutcome:
     """Accept while the target's own token is the draft's: greedy, and Gumbel-coupled sampling.
 
     Daliri, Musco, Suresh 2024 (arXiv 2408.07978): what is emitted is `samples` whatever the draft.
@@ -66,10 +66,10 @@ def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Verd
         if token_id != sample:
             break
         num_accepted += 1
-    return Verdict(num_accepted, samples[num_accepted])
+    return VerifyOutcome(num_accepted, samples[num_accepted])
 
 
-def _recover(support: Support, evidence: Evidence, i: int, reach: float, noise: Noise) -> int:
+def _recover(support: Support, evidence: VerifyInput, i: int, reach: float, noise: Noise) -> int:
     """One draw from max(reach * target - draft, 0), normalised, at draft position i.
 
     By Gumbel-max: the argmax of log weight + noise has the law of the weights.
@@ -86,17 +86,17 @@ def _recover(support: Support, evidence: Evidence, i: int, reach: float, noise: 
     return int(token_ids[np.argmax(log_weights + noise(i, token_ids))])
 
 
-def _all_accepted(gamma: int, evidence: Evidence) -> Verdict:
-    return Verdict(gamma, evidence.samples[gamma] if len(evidence.samples) > gamma else None)
+def _all_accepted(gamma: int, evidence: VerifyInput) -> VerifyOutcome:
+    return VerifyOutcome(gamma, evidence.samples[gamma] if len(evidence.samples) > gamma else None)
 
 
 def verify_tokens(
     draft_token_ids: Sequence[int],
     supports: Sequence[Support],
-    evidence: Evidence,
+    evidence: VerifyInput,
     accept_uniforms: Sequence[float] | Floats,
     noise: Noise,
-) -> Verdict:
+) -> VerifyOutcome:
     """Speculative sampling, token by token (Leviathan et al. 2023, Theorem 1; Chen et al. 2023).
 
     `accept_uniforms` in [0, 1): one per draft position. `noise`: as the samples were drawn with.
@@ -106,17 +106,17 @@ def verify_tokens(
         index = support.index_of(token_id)
         if accept_uniforms[i] * support.probs[index] < target_probs[index]:
             continue
-        return Verdict(i, _recover(support, evidence, i, 1.0, noise))
+        return VerifyOutcome(i, _recover(support, evidence, i, 1.0, noise))
     return _all_accepted(len(draft_token_ids), evidence)
 
 
 def verify_block(
     draft_token_ids: Sequence[int],
     supports: Sequence[Support],
-    evidence: Evidence,
+    evidence: VerifyInput,
     accept_uniforms: Sequence[float] | Floats,
     noise: Noise,
-) -> Verdict:
+) -> VerifyOutcome:
     """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): never accepts less.
 
     `reach` is the paper's p̂_i, the probability that the first i tokens may stand.
@@ -137,4 +137,4 @@ def verify_block(
     if num_accepted == gamma:
         return _all_accepted(gamma, evidence)
     i = num_accepted
-    return Verdict(i, _recover(supports[i], evidence, i, reach_accepted, noise))
+    return VerifyOutcome(i, _recover(supports[i], evidence, i, reach_accepted, noise))

@@ -13,7 +13,7 @@ PREFIX = "outrider_"
 VLLM_PREFIX = "vllm:"
 
 
-class Kind(Enum):
+class MetricKind(Enum):
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
@@ -27,7 +27,7 @@ class Metric:
     """
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
     labels: tuple[str, ...] = ()
     vllm: str | None = None
@@ -36,15 +36,15 @@ class Metric:
     @property
     def exported_name(self) -> str:
         """As a sample of it is called; of a histogram without _bucket, _sum and _count."""
-        return PREFIX + self.name + ("_total" if self.kind is Kind.COUNTER else "")
+        return PREFIX + self.name + ("_total" if self.kind is MetricKind.COUNTER else "")
 
 
 def _counter(name: str, help: str, *labels: str, vllm: bool = False) -> Metric:
-    return Metric(name, Kind.COUNTER, help, labels, name if vllm else None)
+    return Metric(name, MetricKind.COUNTER, help, labels, name if vllm else None)
 
 
 def _gauge(name: str, help: str, *labels: str, vllm: bool = False) -> Metric:
-    return Metric(name, Kind.GAUGE, help, labels, name if vllm else None)
+    return Metric(name, MetricKind.GAUGE, help, labels, name if vllm else None)
 
 
 def _histogram(
@@ -54,7 +54,7 @@ def _histogram(
     *labels: str,
     vllm: str | None = None,
 ) -> Metric:
-    return Metric(name, Kind.HISTOGRAM, help, labels, vllm, bounds)
+    return Metric(name, MetricKind.HISTOGRAM, help, labels, vllm, bounds)
 
 
 # vLLM's, so that quantiles of both can be laid side by side; one more at the fast end.

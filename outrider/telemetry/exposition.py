@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from outrider.errors import ConfigError
 from outrider.settings.telemetry import TelemetrySettings
-from outrider.telemetry.catalogue import PREFIX, VLLM_PREFIX, Kind, Metric
+from outrider.telemetry.catalogue import PREFIX, VLLM_PREFIX, Metric, MetricKind
 from outrider.telemetry.distribution import Distribution
 from outrider.telemetry.scrapes import ScrapeServer
 
@@ -36,10 +36,10 @@ Value = float | Distribution
 Values = Mapping[tuple[str, ...], Value]
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
-_FAMILIES: dict[Kind, Callable[..., Family]] = {
-    Kind.COUNTER: CounterMetricFamily,
-    Kind.GAUGE: GaugeMetricFamily,
-    Kind.HISTOGRAM: HistogramMetricFamily,
+_FAMILIES: dict[MetricKind, Callable[..., Family]] = {
+    MetricKind.COUNTER: CounterMetricFamily,
+    MetricKind.GAUGE: GaugeMetricFamily,
+    MetricKind.HISTOGRAM: HistogramMetricFamily,
 }
 
 

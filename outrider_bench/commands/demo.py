@@ -145,9 +145,9 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
 
 
 async def _show_one(client: Client, prompt: str, options: DemoOptions, console: Console) -> Output:
-    from outrider.cli.paint import Painter, legend
+    from outrider.cli.paint import ColourWriter, legend
 
-    painter = Painter(console)
+    painter = ColourWriter(console)
     console.print()
     console.print(legend())
     console.print(prompt, end="", style="dim", highlight=False, markup=False, soft_wrap=True)

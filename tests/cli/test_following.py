@@ -28,7 +28,7 @@ from outrider.cli.relay import Relay
 from outrider.cli.request import GenerateOptions, Method, build_request, endpoints_of
 from outrider.cli.supervisor import Program
 from outrider.client.client import Output, connected
-from outrider.client.resume import Follower, GaveUp, Patience
+from outrider.client.resume import ResumeFailed, ResumeLimits, StreamFollower
 from outrider.errors import CallFailed, ConfigError
 from outrider.redis.embedded import RedisServer
 from outrider.settings.services import OrchestratorConfig, TargetConfig
@@ -126,8 +126,8 @@ class Following:
         request.session_id, request.create_session = session_id, True
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(connected(e)) for e in endpoints]
-            follower = Follower(
-                clients, request, Patience(resume_for_s), has_turns=True, show=show,
+            follower = StreamFollower(
+                clients, request, ResumeLimits(resume_for_s), has_turns=True, show=show,
                 say=self.said.append,
             )  # fmt: skip
             return await follower.run()
@@ -282,7 +282,7 @@ async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.Monke
         relay.refuses = True
         relay.reset()
         hide(place, "lost")
-        with pytest.raises(GaveUp, match=r"^NOT_FOUND: ") as caught:
+        with pytest.raises(ResumeFailed, match=r"^NOT_FOUND: ") as caught:
             await asyncio.wait_for(running, TIMEOUT_S)
         assert caught.value.session_id == "lost"
         assert caught.value.can_resume
@@ -368,7 +368,7 @@ async def test_nobody_is_there() -> None:
     """One pass, no waiting."""
     with pytest.raises(CallFailed, match=r"^UNAVAILABLE: nothing answers at") as caught:
         await Following().run([NOBODY, "127.0.0.1:2"], "nobody")
-    assert not isinstance(caught.value, GaveUp)
+    assert not isinstance(caught.value, ResumeFailed)
 
 
 async def test_a_refusal_is_told_at_once(place: Place) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from outrider.replica import ReplicaState
 from outrider.runtime.grpc_status import STATUS_NAMES
-from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Kind, Metric
+from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Metric, MetricKind
 from tests.deploy.manifests import Manifests, strings, title
 
 _NAME = re.compile(r"\boutrider[_:][a-z0-9_:]+")
@@ -29,7 +29,7 @@ def exported() -> dict[str, Metric]:
     """Every name that a scrape may have, and what it is of."""
     names: dict[str, Metric] = {}
     for metric in CATALOGUE:
-        ends = ("_bucket", "_sum", "_count") if metric.kind is Kind.HISTOGRAM else ("",)
+        ends = ("_bucket", "_sum", "_count") if metric.kind is MetricKind.HISTOGRAM else ("",)
         names.update({metric.exported_name + end: metric for end in ends})
     return names
 
@@ -116,7 +116,7 @@ def scaler_metrics_exist(found: Manifests) -> Iterator[str]:
                 continue
             if name not in known:
                 yield f"{title(scaler)}: there is no metric {name}"
-            elif known[name].kind is not Kind.GAUGE:
+            elif known[name].kind is not MetricKind.GAUGE:
                 yield f"{title(scaler)}: {name} is no gauge"
     for scaler in found.of("ScaledObject"):
         formula = scaler["spec"].get("advanced", {}).get("scalingModifiers", {}).get("formula", "")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from draft_service.messages import Commit, Open
-from draft_service.tree.block import Block, Offer
-from draft_service.tree.draft_session import Drafting, Generation, Row
+from draft_service.messages import Commit, OpenDraft
+from draft_service.tree.block import DraftBlock, Extension
+from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession
 from outrider.engine import Append, EngineOptions, Sequence, load_engine
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import SessionTable
@@ -75,40 +75,40 @@ class Play:
     def __post_init__(self) -> None:
         self.engine = self.engines.tested
         store = self.engine.store
-        self.chance = np.random.default_rng(self.seed)
+        self.prob = np.random.default_rng(self.seed)
         self.num_full = 0
-        ids = self.chance.integers(VOCAB_SIZE, size=self.prompt_len)
+        ids = self.prob.integers(VOCAB_SIZE, size=self.prompt_len)
         sampler = self.engine.sampler(SAMPLING, self.prompt_len, VOCAB_SIZE)
-        state = Generation(KEY, sampler, Verification.REJECTION, VOCAB_SIZE)
-        self.table: SessionTable[Generation] = SessionTable(store, 60.0)
+        state = DraftGeneration(KEY, sampler, Verification.REJECTION, VOCAB_SIZE)
+        self.table: SessionTable[DraftGeneration] = SessionTable(store, 60.0)
         self.live = self.table.open("s", 1, None, MAX_LEN, (0, 0.0), state)
         self.live.token_ids[: self.prompt_len] = ids
-        command = Open(
+        command = OpenDraft(
             KEY, "s", 1, ids, self.prompt_len, MAX_LEN, SAMPLING, Verification.REJECTION,
             self.gamma, self.ahead_gamma, self.lookahead, self.fan_out, VOCAB_SIZE,
         )  # fmt: skip
-        self.drafting = Drafting(store, self.live, command)
+        self.drafting = DraftSession(store, self.live, command)
         self.tree = self.drafting.tree
         # What is left of the memory is a page or so, or plenty.
         self.taken = store.open(self.num_taken) if self.num_taken else None
 
-    def rows(self) -> list[Block]:
+    def rows(self) -> list[DraftBlock]:
         waited = [self.tree.root] if self.tree.is_needed else []
-        return waited + [o.block for o in self.tree.offers() if not o.opens]
+        return waited + [o.block for o in self.tree.extensions() if not o.opens]
 
-    def step(self, blocks: list[Block]) -> None:
+    def step(self, blocks: list[DraftBlock]) -> None:
         """A token for each of them that there is room for, in one pass."""
         blocks = [block for block in blocks if self.drafting.has_room(block)]
-        rows = [Row(self.drafting, block) for block in blocks]
+        rows = [DraftRow(self.drafting, block) for block in blocks]
         assert all(row.num_pending >= 1 for row in rows), "there is something to run"
         self.engine.forward([row.append(row.num_pending, VOCAB_SIZE) for row in rows])
         for block in blocks:
-            ids = self.chance.choice(VOCAB_SIZE, size=4, replace=False).tolist()
+            ids = self.prob.choice(VOCAB_SIZE, size=4, replace=False).tolist()
             self.tree.add(block, ids[0], None, list(zip(ids, (0.4, 0.3, 0.1, 0.1), strict=True)))
 
-    def open(self, offer: Offer) -> None:
+    def open(self, extension: Extension) -> None:
         used = self.engine.store.used_tokens
-        if self.drafting.opened(offer) is None:
+        if self.drafting.opened(extension) is None:
             self.num_full += 1
             assert self.taken is not None, "there was room"
             assert self.engine.store.used_tokens == used
@@ -116,18 +116,18 @@ class Play:
     def draft(self, num_actions: int) -> None:
         """Steps of some of the rows there are, and openings of some of the offers."""
         for _ in range(num_actions):
-            rows, openings = self.rows(), [o for o in self.tree.offers() if o.opens]
-            if openings and (not rows or self.chance.random() < 0.5):
-                self.open(openings[self.chance.integers(len(openings))])
+            rows, openings = self.rows(), [o for o in self.tree.extensions() if o.opens]
+            if openings and (not rows or self.prob.random() < 0.5):
+                self.open(openings[self.prob.integers(len(openings))])
             elif rows:
-                count = int(self.chance.integers(1, len(rows) + 1))
-                self.step([rows[i] for i in self.chance.permutation(len(rows))[:count]])
+                count = int(self.prob.integers(1, len(rows) + 1))
+                self.step([rows[i] for i in self.prob.permutation(len(rows))[:count]])
 
     def commit(self, share: float, num_other: int, gamma: int, ahead_gamma: int) -> None:
         """Along a path of the tree for a share of it, then any tokens."""
         blocks = list(self.tree.blocks())
-        path = self.tree.tokens(blocks[self.chance.integers(len(blocks))], self.tree.committed_len)
-        others = self.chance.integers(VOCAB_SIZE, size=num_other).tolist()
+        path = self.tree.tokens(blocks[self.prob.integers(len(blocks))], self.tree.committed_len)
+        others = self.prob.integers(VOCAB_SIZE, size=num_other).tolist()
         new = path[: round(share * len(path))] + others
         new = new[: MAX_LEN - self.tree.committed_len]
         if new:
@@ -137,14 +137,14 @@ class Play:
 
     def check(self) -> None:
         store, trunk = self.engine.store, self.live.sequence
-        assert self.tree.root.strand.sequence is trunk, "the root reads the trunk"
+        assert self.tree.root.branch.sequence is trunk, "the root reads the trunk"
         is_run = trunk.run_start is not None or not trunk.length
         assert is_run or self.taken is not None, "in place"
         paths: dict[Sequence, list[int]] = {}
         for block in self.tree.blocks():
             path = self.tree.tokens(block, 0)
-            if len(path) > len(paths.get(block.strand.sequence, [])):
-                paths[block.strand.sequence] = path
+            if len(path) > len(paths.get(block.branch.sequence, [])):
+                paths[block.branch.sequence] = path
         is_taken = self.taken is not None
         assert store.num_sequences == len(paths) + is_taken, "a strand a line, none forgotten"
         if self.taken is not None:  # else there may be no room for the forks of the check
@@ -219,13 +219,13 @@ def test_longer_blocks_from_now_on_find_room_in_a_branch(pair: Pair) -> None:
     for _ in range(3):
         made.step(made.rows())
     for _ in range(2):
-        made.open(Offer(1.0, tree.root, opens=True))
+        made.open(Extension(1.0, tree.root, opens=True))
     branch = next(child for (at, _), child in tree.root.children.items() if at >= 1)
     drafting.commit(Commit(KEY, tree.root.token_ids[:1], tree.committed_len + 1, 2, MAX_GAMMA))
     for _ in range(2):  # its only token, then the guess after it
         made.step(made.rows())
-    while branch.alternatives and tree.may_lead_on(branch):
-        made.open(Offer(1.0, branch, opens=True))
+    while branch.alternatives and tree.may_extend(branch):
+        made.open(Extension(1.0, branch, opens=True))
     assert {child.gamma for child in branch.children.values()} == {MAX_GAMMA}
     while rows := made.rows():
         made.step(rows)

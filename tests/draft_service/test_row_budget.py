@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from draft_service.tree.kv_branches import Strand
-from draft_service.tree.row_budget import RowBudget, best_offers
-from draft_service.tree.tree import Tree
+from draft_service.tree.kv_branches import Branch
+from draft_service.tree.row_budget import RowBudget, best_extensions
+from draft_service.tree.tree import SpeculationTree
 from outrider.engine import Engine, EngineOptions, KVStore, load_engine
 from outrider.model_server import step_costs as costs
 from outrider.model_server.step_costs import StepCosts
@@ -65,7 +65,7 @@ def test_what_is_ahead_fills_no_more_than_a_round(budgets: Budgets) -> None:
     for round_s, fewest, most in ((0.01, 1, 1), (0.1, 8, 16), (10.0, MAX_BRANCHES, MAX_BRANCHES)):
         budget = budgets.of(BY_ROWS)
         for _ in range(100):
-            budget.saw_round(round_s, 4)
+            budget.observe_round(round_s, 4)
         waiting, total = budget.num_rows(0)
         assert waiting == 0
         assert fewest <= total <= most
@@ -74,8 +74,8 @@ def test_what_is_ahead_fills_no_more_than_a_round(budgets: Budgets) -> None:
 def test_a_pause_is_no_long_round(budgets: Budgets) -> None:
     budget = budgets.of(BY_ROWS)
     for _ in range(100):
-        budget.saw_round(0.01, 4)
-    budget.saw_round(1000.0, 4)
+        budget.observe_round(0.01, 4)
+    budget.observe_round(1000.0, 4)
     assert budget.num_rows(0) == (0, 1)
 
 
@@ -93,15 +93,15 @@ def test_unmeasured_costs_hold_nobody_back() -> None:
 
 @dataclass(eq=False)
 class Owner:
-    tree: Tree
+    tree: SpeculationTree
 
 
 def owner(*chances: float, fan_out: int = 8) -> Owner:
     """Its prompt is run and the next token guessed: so likely are the outcomes."""
-    tree = Tree(
+    tree = SpeculationTree(
         np.zeros(64, np.int64),
         4,
-        Strand(KVStore([], 1).open(1)),
+        Branch(KVStore([], 1).open(1)),
         gamma=0,
         ahead_gamma=3,
         lookahead=1,
@@ -114,10 +114,10 @@ def owner(*chances: float, fan_out: int = 8) -> Owner:
 def taken(owners: dict[str, Owner], num_rows: int) -> list[float]:
     """The chances of the rows, opening what is to be opened."""
     rows = []
-    for made, offer in best_offers(owners, num_rows):
-        rows.append(round(offer.chance, 6))
-        if offer.opens:
-            made.tree.open(offer.block, offer.block.strand)
+    for made, extension in best_extensions(owners, num_rows):
+        rows.append(round(extension.prob, 6))
+        if extension.opens:
+            made.tree.open(extension.block, extension.block.branch)
     return rows
 
 
@@ -142,7 +142,7 @@ def test_what_is_unlikely_is_not_drafted() -> None:
 
 def test_owners_with_nothing_to_draft_are_let_go() -> None:
     done = owner(0.6)
-    done.tree.open(done.tree.root, done.tree.root.strand)
+    done.tree.open(done.tree.root, done.tree.root.branch)
     (child,) = done.tree.root.children.values()
     for _ in range(3):
         done.tree.add(child, 1, None, [(1, 0.9)])

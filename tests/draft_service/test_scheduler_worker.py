@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from draft_service import scheduler_worker as proposer
-from draft_service.messages import Command, Commit, Open, Proposal
+from draft_service.messages import Command, Commit, OpenDraft, Proposed
 from draft_service.scheduler_worker import Proposer
 from draft_service.tree import draft_session as drafting
 from outrider.engine import Engine, EngineOptions, load_engine
@@ -30,7 +30,7 @@ def key(number: int) -> GenerationKey:
     return GenerationKey(1, number)
 
 
-def opening(number: int, context: Sequence[int] = PROMPT, **fields: Any) -> Open:
+def opening(number: int, context: Sequence[int] = PROMPT, **fields: Any) -> OpenDraft:
     """Greedy, blocks of three, one round ahead, four outcomes of it."""
     given: dict[str, Any] = {
         "session_id": f"session-{number}",
@@ -46,7 +46,7 @@ def opening(number: int, context: Sequence[int] = PROMPT, **fields: Any) -> Open
     } | fields
     sampling = {**GREEDY, **given.pop("sampling", {})}
     params = SamplingParams(**{"max_tokens": 1, "seed": 0, **sampling})
-    return Open(key=key(number), token_ids=np.array(context), params=params, **given)
+    return OpenDraft(key=key(number), token_ids=np.array(context), params=params, **given)
 
 
 class Draft:
@@ -65,11 +65,11 @@ class Draft:
         self.engine.passes.clear()
         self.committed: dict[int, int] = {}
 
-    def step(self, *commands: Command) -> list[Proposal | Failure]:
+    def step(self, *commands: Command) -> list[Proposed | Failure]:
         """One pass at most."""
         return self.proposer.step(commands, lambda: True)
 
-    def run(self, *commands: Command) -> list[Proposal | Failure]:
+    def run(self, *commands: Command) -> list[Proposed | Failure]:
         """Until there is nothing more to do."""
         events = self.step(*commands)
         for _ in range(NUM_STEPS):
@@ -78,11 +78,11 @@ class Draft:
             events += self.step()
         raise AssertionError("it does not come to an end")
 
-    def proposals(self, *commands: Command) -> list[Proposal]:
+    def proposals(self, *commands: Command) -> list[Proposed]:
         """Until there is nothing more to do; of each block what was told last, in that order."""
-        last: dict[tuple[int, tuple[int, ...]], Proposal] = {}
+        last: dict[tuple[int, tuple[int, ...]], Proposed] = {}
         for event in self.run(*commands):
-            assert isinstance(event, Proposal), event
+            assert isinstance(event, Proposed), event
             place = (event.base_len, tuple(event.assumed_token_ids))
             former = last.pop(place, event)
             assert list(event.token_ids[: len(former.token_ids)]) == list(former.token_ids)
@@ -131,7 +131,7 @@ def draft(engine: Engine, clock: Clock) -> Iterator[Draft]:
     made.close()
 
 
-def path(proposal: Proposal) -> list[int]:
+def path(proposal: Proposed) -> list[int]:
     return [*proposal.assumed_token_ids, *proposal.token_ids]
 
 
@@ -197,9 +197,9 @@ def test_a_foreseen_outcome_is_not_drafted_again(draft: Draft) -> None:
     trunk = draft.engine.passes[0][0].sequence
     end = branch.base_len + len(branch.token_ids)
     draft.engine.passes.clear()
-    told = draft.proposals(draft.commit(1, branch.assumed_token_ids))
-    assert told, "it is drafted on from"
-    assert all(proposal.base_len > branch.base_len for proposal in told)
+    proposed = draft.proposals(draft.commit(1, branch.assumed_token_ids))
+    assert proposed, "it is drafted on from"
+    assert all(proposal.base_len > branch.base_len for proposal in proposed)
     for fed in (fed for parts in draft.engine.passes for fed in parts):
         if fed.sequence is trunk:
             assert fed.start >= end - 1, "its last token at most: that draws the guess"
@@ -237,7 +237,7 @@ def test_a_commit_that_wants_less_completes_the_branch(draft: Draft, truth: Gree
     draft.step()
     first, second, third = truth(PROMPT, 3)
     events = draft.step(draft.commit(1, [first], gamma=1, ahead_gamma=0))
-    (proposal,) = [event for event in events if isinstance(event, Proposal)]
+    (proposal,) = [event for event in events if isinstance(event, Proposed)]
     assert proposal.base_len == len(PROMPT) + 1
     assert list(proposal.token_ids) == [second, third]
     assert draft.run() == []
@@ -248,12 +248,12 @@ def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> 
     fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "gamma": 3}
     proposals = draft.proposals(opening(1, **fields))
     assert all(proposal.supports for proposal in proposals)
-    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
-    kept = [path for path in draft.drafted(1) if path not in told]
-    assert min(len(kept), len(told)) > 2
+    proposed = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    kept = [path for path in draft.drafted(1) if path not in proposed]
+    assert min(len(kept), len(proposed)) > 2
     draft.engine.passes.clear()
     (proposal, *_) = draft.step(draft.commit(1, kept[-1], ahead_gamma=0))
-    assert isinstance(proposal, Proposal)
+    assert isinstance(proposal, Proposed)
     assert (list(proposal.assumed_token_ids), len(proposal.token_ids)) == ([], 3)
     assert proposal.base_len == len(PROMPT) + len(kept[-1])
     assert len(proposal.supports or ()) == 3
@@ -265,8 +265,8 @@ def test_over_a_long_link_all_is_told_at_once(draft: Draft) -> None:
     """A hop costs more than the bytes there."""
     fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "tells_unlikely": True}
     proposals = draft.proposals(opening(1, **fields))
-    told = {tuple(proposal.assumed_token_ids) for proposal in proposals}
-    assert told == set(draft.drafted(1))
+    proposed = {tuple(proposal.assumed_token_ids) for proposal in proposals}
+    assert proposed == set(draft.drafted(1))
 
 
 def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
@@ -277,8 +277,8 @@ def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
     assert positions(draft.engine.passes) == []
     assert draft.engine.store.num_sequences == 1
     many = list(range(20, 60))
-    told = draft.proposals(draft.commit(1, many))
-    assert list(told[0].token_ids) == truth([*PROMPT, 9, *many], 3)
+    proposed = draft.proposals(draft.commit(1, many))
+    assert list(proposed[0].token_ids) == truth([*PROMPT, 9, *many], 3)
 
 
 def test_no_branches_at_all_come_to_an_end(engine: Engine, clock: Clock, truth: Greedy) -> None:
@@ -312,8 +312,8 @@ def test_those_who_wait_are_served_in_cohorts_and_first(engine: Engine, clock: C
     events = draft.step(*(draft.commit(number, [200 + number]) for number in numbers))
     served: list[int] = []
     while True:
-        told = [e for e in events if isinstance(e, Proposal) and not e.assumed_token_ids]
-        served += [proposal.key.generation_id for proposal in told]
+        proposed = [e for e in events if isinstance(e, Proposed) and not e.assumed_token_ids]
+        served += [proposal.key.generation_id for proposal in proposed]
         if len(served) == len(numbers):
             break
         events = draft.step()
@@ -336,8 +336,8 @@ def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) ->
     assert full.reason is FailureReason.KV_FULL
     draft.committed[2] = 700
     for number, context in ((1, PROMPT), (2, [2] * 700)):
-        told = draft.proposals(draft.commit(number, [9]))
-        assert list(told[0].token_ids) == truth([*context, 9], 3)
+        proposed = draft.proposals(draft.commit(number, [9]))
+        assert list(proposed[0].token_ids) == truth([*context, 9], 3)
 
 
 def test_branches_stay_where_their_room_would_not_be_enough(draft: Draft) -> None:
@@ -361,7 +361,7 @@ def test_branches_go_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
     assert min(len(kept), len(gone)) > 2
     taken = draft.engine.store.open(KV_TOKENS - draft.engine.store.used_tokens)
     assert not [
-        e for e in draft.step(opening(3, [3] * 20, max_len=60)) if not isinstance(e, Proposal)
+        e for e in draft.step(opening(3, [3] * 20, max_len=60)) if not isinstance(e, Proposed)
     ]
     assert draft.drafted(1) == kept
     assert not draft.drafted(2)
@@ -386,8 +386,8 @@ def test_the_session_opened_last_loses_its_room_to_one_that_grows(
         context[number] += new
         events = draft.run(draft.commit(number, new, ahead_gamma=0))
         lost += [e.key.generation_id for e in events if isinstance(e, Failure)]
-        told = [e for e in events if isinstance(e, Proposal)]
-        assert list(told[-1].token_ids) == truth(context[number], 3)
+        proposed = [e for e in events if isinstance(e, Proposed)]
+        assert list(proposed[-1].token_ids) == truth(context[number], 3)
         draft.engine.store.check_integrity()
     assert lost == [3, 2]
 
@@ -395,13 +395,13 @@ def test_the_session_opened_last_loses_its_room_to_one_that_grows(
 def test_full_memory_costs_branches_only(draft: Draft, truth: Greedy) -> None:
     """Without a page for forks: the chain in place is drafted, and nothing fails."""
     taken = draft.engine.store.open(KV_TOKENS - 16)
-    told = draft.proposals(opening(1, max_len=128, fan_out=8))
-    assert [list(p.token_ids) for p in told] == [truth(PROMPT, 4)[1:]]
-    told = draft.proposals(draft.commit(1, [9]))
-    assert list(told[0].token_ids) == truth([*PROMPT, 9], 3)
+    proposed = draft.proposals(opening(1, max_len=128, fan_out=8))
+    assert [list(p.token_ids) for p in proposed] == [truth(PROMPT, 4)[1:]]
+    proposed = draft.proposals(draft.commit(1, [9]))
+    assert list(proposed[0].token_ids) == truth([*PROMPT, 9], 3)
     draft.engine.store.free(taken)
-    told = draft.proposals(draft.commit(1, [9]))
-    assert len(told) > 2, "there is room again"
+    proposed = draft.proposals(draft.commit(1, [9]))
+    assert len(proposed) > 2, "there is room again"
 
 
 @pytest.mark.parametrize(
@@ -423,8 +423,8 @@ def test_a_bad_commit_ends_its_generation_alone(
     (failure,) = [event for event in events if isinstance(event, Failure)]
     assert (failure.key, failure.reason) == (key(1), FailureReason.BAD_MESSAGE)
     assert said in failure.detail
-    told = [e for e in events if isinstance(e, Proposal) and e.key == key(2)]
-    assert list(told[0].token_ids) == truth([*PROMPT, 9], 3)
+    proposed = [e for e in events if isinstance(e, Proposed) and e.key == key(2)]
+    assert list(proposed[0].token_ids) == truth([*PROMPT, 9], 3)
     assert draft.proposer.num_open == 1
 
 
@@ -436,4 +436,4 @@ def test_an_absurd_lookahead_is_refused(draft: Draft) -> None:
         opening(2),
     )  # fmt: skip
     assert [e.key for e in events if isinstance(e, Failure)] == [key(1)]
-    assert [e for e in events if isinstance(e, Proposal) and e.key == key(2)]
+    assert [e for e in events if isinstance(e, Proposed) and e.key == key(2)]

@@ -86,7 +86,7 @@ def test_the_room_runs_out() -> None:
         made.commit([0], 4, 4)
     made.commit([0], 4, 4)
     assert not made.tree.is_needed
-    assert not made.tree.offers()
+    assert not made.tree.extensions()
     with pytest.raises(InvalidRequest, match="max_len"):
         made.tree.commit([0], len(made.committed) + 1, 2, 2)
 
@@ -101,4 +101,4 @@ def test_what_was_drawn_without_look_ahead_is_led_on_from() -> None:
     assert walk.judged == [(1, True)]
     (guess,) = made.drawable()
     assert guess is made.tree.root
-    assert made.tree.offers()[0].chance == 1
+    assert made.tree.extensions()[0].prob == 1

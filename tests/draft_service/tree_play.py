@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from draft_service.messages import SupportWeights
-from draft_service.tree.block import Block
-from draft_service.tree.kv_branches import Strand
-from draft_service.tree.tree import Tree
+from draft_service.tree.block import DraftBlock
+from draft_service.tree.kv_branches import Branch
+from draft_service.tree.tree import SpeculationTree
 from outrider.engine import KVStore
 from outrider.errors import InvalidRequest
 
@@ -48,7 +48,7 @@ class Play:
     """
 
     def __init__(self, limits: Limits, seed: int = 0) -> None:
-        self.chance = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
         self.seen = Counter[str]()
         self.num_told_late = 0
         self.committed: list[int] = self.tokens(limits.prompt_len)
@@ -58,10 +58,10 @@ class Play:
         self.lookahead, self.fan_out = limits.lookahead, limits.fan_out
         self.support = SUPPORT if limits.has_supports else None
         self.tells_all = limits.tells_unlikely or not limits.has_supports
-        self.tree = Tree(
+        self.tree = SpeculationTree(
             self.buffer,
             limits.prompt_len,
-            Strand(KVStore([], 1).open(1)),
+            Branch(KVStore([], 1).open(1)),
             gamma=limits.gamma,
             ahead_gamma=limits.ahead_gamma,
             lookahead=limits.lookahead,
@@ -69,11 +69,11 @@ class Play:
             tells_unlikely=limits.tells_unlikely,
         )
         self.before = {self.tree.root: list(self.committed)}
-        self.drawn: dict[Block, list[int]] = {self.tree.root: []}
+        self.drawn: dict[DraftBlock, list[int]] = {self.tree.root: []}
         self.check_fresh()
 
     def tokens(self, count: int) -> list[int]:
-        drawn: list[int] = self.chance.integers(VOCAB_SIZE, size=count).tolist()
+        drawn: list[int] = self.rng.integers(VOCAB_SIZE, size=count).tolist()
         return drawn
 
     def room(self) -> int:
@@ -86,25 +86,25 @@ class Play:
         assert (root.children, root.alternatives, root.has_guess) == ({}, [], False)
         assert list(self.tree.blocks()) == [root]
 
-    def drawable(self) -> list[Block]:
+    def drawable(self) -> list[DraftBlock]:
         waited = [self.tree.root] if self.tree.is_needed else []
-        return waited + [o.block for o in self.tree.offers() if not o.opens]
+        return waited + [o.block for o in self.tree.extensions() if not o.opens]
 
-    def openable(self) -> list[Block]:
-        return [o.block for o in self.tree.offers() if o.opens]
+    def openable(self) -> list[DraftBlock]:
+        return [o.block for o in self.tree.extensions() if o.opens]
 
     def draft(self, num_actions: int) -> None:
         for _ in range(num_actions):
             drawable, openable = self.drawable(), self.openable()
-            if openable and (not drawable or self.chance.random() < 0.4):
-                self.open(openable[self.chance.integers(len(openable))])
+            if openable and (not drawable or self.rng.random() < 0.4):
+                self.open(openable[self.rng.integers(len(openable))])
             elif drawable:
-                self.draw(drawable[self.chance.integers(len(drawable))])
+                self.draw(drawable[self.rng.integers(len(drawable))])
             self.check()
 
-    def draw(self, block: Block) -> None:
-        candidates = self.chance.permutation(VOCAB_SIZE)[: self.chance.integers(1, 4)].tolist()
-        weights = np.sort(self.chance.random(len(candidates)))[::-1]
+    def draw(self, block: DraftBlock) -> None:
+        candidates = self.rng.permutation(VOCAB_SIZE)[: self.rng.integers(1, 4)].tolist()
+        weights = np.sort(self.rng.random(len(candidates)))[::-1]
         chances = (weights / max(1.0, weights.sum())).tolist()
         token, position = candidates[0], block.end
         if not self.tree.looks_ahead:  # then nobody asks for them
@@ -121,24 +121,24 @@ class Play:
             self.tell([block])
         assert self.tree.tokens(block, position) == [token]
 
-    def is_due(self, block: Block) -> bool:
+    def is_due(self, block: DraftBlock) -> bool:
         """Whole, or half way to be in time; with supports, as a rule only if it is likely."""
         count, is_ahead = len(self.drawn[block]), block is not self.tree.root
         is_whole = count == block.gamma
         is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
-        is_likely = block.chance >= (0.02 if is_whole else 0.1)
+        is_likely = block.prob >= (0.02 if is_whole else 0.1)
         return (is_whole or is_half) and (is_likely or self.tells_all or not is_ahead)
 
-    def tell(self, blocks: Sequence[Block]) -> None:
+    def tell(self, blocks: Sequence[DraftBlock]) -> None:
         for block in blocks:
-            block.num_told = len(block.token_ids)
+            block.num_sent = len(block.token_ids)
 
-    def open(self, parent: Block) -> None:
-        best, strand = parent.alternatives[0], Strand(self.tree.root.strand.sequence)
-        child = self.tree.open(parent, strand)
-        assert child.strand is strand
+    def open(self, parent: DraftBlock) -> None:
+        best, branch = parent.alternatives[0], Branch(self.tree.root.branch.sequence)
+        child = self.tree.open(parent, branch)
+        assert child.branch is branch
         assert best not in parent.alternatives
-        assert all(rest.chance <= best.chance for rest in parent.alternatives)
+        assert all(rest.prob <= best.prob for rest in parent.alternatives)
         own = self.drawn[parent]
         assert best.position <= len(own)
         assert best.token_id != [*own, -1][best.position], "that is the block itself"
@@ -146,12 +146,12 @@ class Play:
         self.drawn[child] = []
         assert child.base_len == len(self.before[child])
         assert child.gamma == min(self.ahead_gamma, len(self.buffer) - child.base_len) >= 1
-        assert child.chance == pytest.approx(parent.chance * best.chance)
+        assert child.prob == pytest.approx(parent.prob * best.prob)
 
     def commit_along(self, share: float, num_other: int, gamma: int, ahead_gamma: int) -> None:
         """A path of the tree for a share of it, then anything: hits, tails, misses, many tokens."""
         blocks = list(self.tree.blocks())
-        path = self.path(blocks[self.chance.integers(len(blocks))])[len(self.committed) :]
+        path = self.path(blocks[self.rng.integers(len(blocks))])[len(self.committed) :]
         new = (path[: round(share * len(path))] + self.tokens(num_other))[: self.room()]
         if new:
             self.commit(new, gamma, ahead_gamma)
@@ -191,34 +191,34 @@ class Play:
     def check_news(self) -> None:
         """What the commit made likely, or whole, or the very thing that is asked for."""
         blocks = list(self.tree.blocks()) if self.gamma else list(self.tree.blocks())[1:]
-        due = [b for b in blocks if self.is_due(b) and b.num_told < len(self.drawn[b])]
-        assert self.tree.news() == due
+        due = [b for b in blocks if self.is_due(b) and b.num_sent < len(self.drawn[b])]
+        assert self.tree.updates() == due
         self.num_told_late += len(due)
         self.tell(due)
-        assert self.tree.news() == []
+        assert self.tree.updates() == []
 
     def check_judged(
-        self, judged: list[tuple[float, bool]], root: Block, new: list[int], num_known: int
+        self, judged: list[tuple[float, bool]], root: DraftBlock, new: list[int], num_known: int
     ) -> None:
         """The root's tokens that the target decided on: those accepted, and the one rejected."""
         drafts = self.path(root)[num_known:]
         num_accepted = near(drafts, new)
         is_rejected = num_accepted < min(len(drafts), len(new))
         assert [stood for _, stood in judged] == [True] * num_accepted + [False] * is_rejected
-        assert all(0 <= chance <= LIMIT for chance, _ in judged)
+        assert all(0 <= prob <= LIMIT for prob, _ in judged)
 
-    def path(self, block: Block) -> list[int]:
+    def path(self, block: DraftBlock) -> list[int]:
         return [*self.before[block], *self.drawn[block]]
 
-    def num_committed_of(self, block: Block) -> int:
+    def num_committed_of(self, block: DraftBlock) -> int:
         return len(self.committed) - len(self.before[block])
 
-    def leads_to(self, block: Block) -> bool:
+    def leads_to(self, block: DraftBlock) -> bool:
         """Whether what is committed ends within the block, or at its end."""
         path = self.path(block)[: len(self.committed)]
         return self.num_committed_of(block) >= 0 and path == self.committed
 
-    def agrees(self, block: Block, root: Block) -> bool:
+    def agrees(self, block: DraftBlock, root: DraftBlock) -> bool:
         """Whether the block is the root or may still come about below it."""
         before = self.before[block]
         return block is root or (
@@ -235,11 +235,13 @@ class Play:
         for block in self.tree.blocks():
             self.check_tokens(block)
             self.check_limits(block)
-        for offer in self.tree.offers():
-            assert 0 <= offer.chance <= LIMIT
-            assert offer.opens or not (offer.block.has_guess and offer.block.is_complete)
+        for extension in self.tree.extensions():
+            assert 0 <= extension.prob <= LIMIT
+            assert extension.opens or not (
+                extension.block.has_guess and extension.block.is_complete
+            )
 
-    def check_tokens(self, block: Block) -> None:
+    def check_tokens(self, block: DraftBlock) -> None:
         path, known = self.path(block), len(self.committed)
         assert block.token_ids == self.drawn[block], "a block's tokens never change"
         assert path[:known] == self.committed[: len(path)]
@@ -249,7 +251,7 @@ class Play:
         assert self.tree.context(block).tolist() == path
         assert self.tree.assumed(block) == self.before[block][known:]
 
-    def check_limits(self, block: Block) -> None:
+    def check_limits(self, block: DraftBlock) -> None:
         above, depth = block, 0
         while above is not self.tree.root:
             assert above.parent is not None
@@ -262,9 +264,9 @@ class Play:
             assert child.parent is block
             assert place == (child.position, child.next_token)
         assert len(block.reach) == len(block.token_ids) + 1
-        assert 0 <= block.chance <= LIMIT
+        assert 0 <= block.prob <= LIMIT
         assert all(0 <= reach <= LIMIT for reach in block.reach)
-        assert all(0 <= other.chance <= LIMIT for other in block.alternatives)
+        assert all(0 <= other.prob <= LIMIT for other in block.alternatives)
 
     def contradict(self, shift: int) -> None:
         """What does not follow is refused and changes nothing."""

@@ -20,7 +20,7 @@ import pytest
 import draft_service.app
 from orchestrator.replicas import draft_client as draft_link
 from orchestrator.replicas.target_client import TargetHandle
-from orchestrator.speculation.verification import Proposal, TargetReply
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.cli.relay import Relay
 from outrider.settings.services import DraftConfig
 from outrider.v1 import orchestrator_pb2
@@ -172,7 +172,7 @@ class Rounds:
 
         async def held_reply(
             handle: TargetHandle, proposal: Proposal | None, timeout_s: float
-        ) -> TargetReply:
+        ) -> VerifyResult:
             while num_made[handle] >= self._num_allowed:
                 await self._more.wait()
             num_made[handle] += 1

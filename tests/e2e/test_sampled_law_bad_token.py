@@ -18,7 +18,7 @@ from scipy import stats
 
 import target_service.verifier
 from orchestrator.speculation.verification import Proposal
-from target_service.messages import DraftSearch, Row
+from target_service.messages import DraftSearch, Verify
 from tests.e2e.pairs import PROMPT, SpreadPair, sharpened
 from tests.e2e.sampled import FALSE_ALARM, METHODS, drawn, law_p_values
 from tests.e2e.traffic import assert_speculated
@@ -95,7 +95,7 @@ class _WithoutDrafts(DraftSearch):
         self.num_good = 0
         return is_finite
 
-    def next_row(self) -> Row:
+    def next_row(self) -> Verify:
         nothing = self.row.draft_token_ids[:0]
         return replace(self.row, draft_token_ids=nothing, supports=None)
 

@@ -14,26 +14,26 @@ import pytest
 import orchestrator.speculation.verification
 from outrider.sampling.random import Purpose, target_gumbels
 from outrider.sampling.random import uniforms as real_uniforms
-from outrider.sampling.verify import Verdict, verify_tokens
+from outrider.sampling.verify import VerifyOutcome, verify_tokens
 from tests.e2e.pairs import SpreadPair
 from tests.e2e.sampled import FALSE_ALARM, LARGE, METHODS, OUTPUT_LEN, SMALL, drawn, law_p_values
 from tests.e2e.traffic import REJECTION
 from tests.stack import running_stack
 
 
-def _accept_all(*block: Any) -> Verdict:
+def _accept_all(*block: Any) -> VerifyOutcome:
     """The draft's law instead of the target's."""
     draft_token_ids, _, evidence, *_ = block
-    return Verdict(len(draft_token_ids), evidence.samples[-1])
+    return VerifyOutcome(len(draft_token_ids), evidence.samples[-1])
 
 
-def _accept_the_likelier(*block: Any) -> Verdict:
+def _accept_the_likelier(*block: Any) -> VerifyOutcome:
     """p > q instead of u·q < p: tokens the draft overrates can never be accepted."""
     draft_token_ids, supports, evidence, accept, noise = block
     return verify_tokens(draft_token_ids, supports, evidence, np.ones_like(accept), noise)
 
 
-def _recover_from_the_target(*block: Any) -> Verdict:
+def _recover_from_the_target(*block: Any) -> VerifyOutcome:
     """After a rejection a draw from p, not from max(p - q, 0)."""
     draft_token_ids, supports, evidence, _, noise = block
     verdict = verify_tokens(*block)
@@ -43,10 +43,10 @@ def _recover_from_the_target(*block: Any) -> Verdict:
     ids = np.append(supports[at].token_ids, evidence.samples[at])
     probs = np.append(evidence.target_probs[at], np.exp(evidence.tail_logprobs[at]))
     scores = np.log(np.maximum(probs, 1e-300)) + noise(at, ids)
-    return Verdict(at, int(ids[scores.argmax()]))
+    return VerifyOutcome(at, int(ids[scores.argmax()]))
 
 
-def _lose_the_tail(*block: Any) -> Verdict:
+def _lose_the_tail(*block: Any) -> VerifyOutcome:
     """The target's mass outside the draft's support is forgotten."""
     draft_token_ids, supports, evidence, accept, noise = block
     nothing = np.zeros_like(evidence.tail_mass)

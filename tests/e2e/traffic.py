@@ -13,7 +13,7 @@ import orchestrator.replicas.draft_client
 import orchestrator.replicas.target_client
 from orchestrator.replicas.target_client import TargetHandle
 from orchestrator.speculation.round_costs import PairCosts
-from orchestrator.speculation.verification import Proposal, TargetReply
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.replica import CostReport
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.stack import Output, Stack
@@ -53,7 +53,7 @@ def far_target(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
 
     async def late_reply(
         self: TargetHandle, proposal: Proposal | None, timeout_s: float
-    ) -> TargetReply:
+    ) -> VerifyResult:
         await asyncio.sleep(delay_s)
         return await reply(self, proposal, timeout_s)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from outrider.errors import ConfigError
-from outrider.redis.connection import Link
+from outrider.redis.connection import RedisConnection
 from outrider.redis.embedded import RedisServer
 from outrider.redis.registry import Announcer, Replica, ReplicaState, Watcher
 from tests import redis_fixture
@@ -103,7 +103,7 @@ async def announcing(
 
 
 async def write(url: str, *commands: tuple[bytes, ...]) -> None:
-    link = Link(url, timeout_s=TIMEOUT_S, preamble=())
+    link = RedisConnection(url, timeout_s=TIMEOUT_S, preamble=())
     replies = await link.exchange(commands)
     await link.close()
     assert not any(isinstance(reply, Exception) for reply in replies), replies

@@ -11,7 +11,13 @@ from google.protobuf.message import DecodeError, Message
 
 from outrider.errors import InvalidRequest
 from outrider.runtime import message_limits as frames
-from outrider.runtime.message_limits import MAX_FIELDS, MAX_PACKED_BYTES, SMALL_BYTES, Large, Parser
+from outrider.runtime.message_limits import (
+    MAX_FIELDS,
+    MAX_PACKED_BYTES,
+    SMALL_BYTES,
+    BoundedParser,
+    UnparsedRequest,
+)
 from outrider.v1 import draft_pb2, orchestrator_pb2, target_pb2
 from tests.fuzz.bombs import bombs, nested, of_length
 from tests.fuzz.mutation import Mutator
@@ -24,8 +30,8 @@ KINDS: list[type[Message]] = [
 BOMBS = {f"{kind.__name__} {name}": (kind, name) for kind in KINDS for name in bombs(kind)}
 
 
-def parser(kind: type[Message]) -> Parser:
-    return Parser(kind.DESCRIPTOR)
+def parser(kind: type[Message]) -> BoundedParser:
+    return BoundedParser(kind.DESCRIPTOR)
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -60,7 +66,7 @@ async def test_other_tasks_run_while_a_large_request_is_checked() -> None:
     read, num_turns = parser(orchestrator_pb2.GenerateRequest), 0
     for request, is_refused in ((data, False), (data + data[:9] * 2, True)):
         large = read.begin(request)
-        assert isinstance(large, Large)
+        assert isinstance(large, UnparsedRequest)
         parsing = asyncio.create_task(read.finish(large))
         while not parsing.done():
             num_turns += 1

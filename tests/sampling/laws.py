@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Noise, Verdict
+from outrider.sampling.verify import Noise, VerifyInput, VerifyOutcome
 
 from .cells import cells
 
 Floats = npt.NDArray[np.float64]
 Context = tuple[int, ...]
-Verify = Callable[[Sequence[int], Sequence[Support], Evidence, Sequence[float], Noise], Verdict]
+Verify = Callable[
+    [Sequence[int], Sequence[Support], VerifyInput, Sequence[float], Noise], VerifyOutcome
+]
 
 # Stands for a draw outside a support that leaves nothing outside: must never be emitted.
 NO_TOKEN = -1
@@ -181,7 +183,7 @@ def silence(position: int, token_ids: npt.NDArray[np.int64]) -> Floats:
 
 def _evidence(
     case: Case, draft_tokens: Context, samples: Sequence[int]
-) -> tuple[list[Support], Evidence]:
+) -> tuple[list[Support], VerifyInput]:
     supports = [case.draft[draft_tokens[:i]] for i in range(len(draft_tokens))]
     rows = [case.target[draft_tokens[:i]] for i in range(len(draft_tokens))]
     on_support = [row[s.token_ids] for row, s in zip(rows, supports, strict=True)]
@@ -191,7 +193,7 @@ def _evidence(
             -math.inf if mass == 0 else float(np.log(row[sample]))
             for row, mass, sample in zip(rows, tail, samples, strict=False)
         ]
-    return supports, Evidence(on_support, np.array(tail), np.array(of_samples), samples)
+    return supports, VerifyInput(on_support, np.array(tail), np.array(of_samples), samples)
 
 
 def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, float]]]:
@@ -210,11 +212,11 @@ def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, floa
     return laws
 
 
-def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[Verdict, float]:
+def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[VerifyOutcome, float]:
     laws = _sample_laws(case, draft_tokens)
     first = [draws[0][0] for draws in laws]
     block = (draft_tokens, *_evidence(case, draft_tokens, first))
-    verdicts: dict[Verdict, float] = {}
+    verdicts: dict[VerifyOutcome, float] = {}
     gamma = len(draft_tokens)
     for volume, point in cells(lambda u: verify(*block, u, silence).num_accepted, gamma):
         at = verify(*block, point, silence).num_accepted
@@ -234,7 +236,7 @@ def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[Verdict
     return verdicts
 
 
-def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[Verdict, float]:
+def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[VerifyOutcome, float]:
     """The law of the verdict given the sample of position `at`, over the noise.
 
     On the support noise is standard Gumbel. That of the sample is not, for it has won a race: its
@@ -246,7 +248,7 @@ def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[Verdi
     if sample in weights:
         weights[sample] *= outside / math.exp(logprob)
     total = math.fsum(weights.values())
-    return {Verdict(at, token): weight / total for token, weight in weights.items()}
+    return {VerifyOutcome(at, token): weight / total for token, weight in weights.items()}
 
 
 def _weights(verify: Verify, told: Any, at: int, tokens: Sequence[int]) -> dict[int, float]:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from outrider.sampling.formulas import total_variation
 from outrider.sampling.support import Support
 from outrider.sampling.verify import (
-    Evidence,
-    Verdict,
+    VerifyInput,
+    VerifyOutcome,
     verify_block,
     verify_equal,
     verify_tokens,
@@ -177,7 +177,9 @@ def test_each_token_is_accepted_with_one_minus_tv() -> None:
 def test_no_draft_gives_the_targets_token(verify: Verify) -> None:
     """γ = 0 is plain decoding."""
     nothing = np.zeros(0)
-    assert verify([], [], Evidence([], nothing, nothing, [5]), [], silence) == Verdict(0, 5)
+    assert verify([], [], VerifyInput([], nothing, nothing, [5]), [], silence) == VerifyOutcome(
+        0, 5
+    )
 
 
 @_both
@@ -189,7 +191,7 @@ def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -
     """
     weights = np.array([0.6, 0.3, 0.1], np.float32) / np.float32(1.0000002)
     support = Support.normalised(np.array([4, 5, 6]), weights)
-    evidence = Evidence(
+    evidence = VerifyInput(
         [weights.astype(np.float64)], np.zeros(1), np.array([-np.inf]), [NO_TOKEN, 4]
     )
     verdict = verify([4], [support], evidence, [1 - 2.0**-53], silence)
@@ -223,7 +225,7 @@ def test_extreme_uniforms_emit_possible_tokens(verify: Verify, uniform: float) -
         for token in support.token_ids.tolist():
             with np.errstate(divide="ignore"):
                 of_sample = np.log([outside[sample] if sample >= 0 else 0.0])
-            evidence = Evidence(
+            evidence = VerifyInput(
                 [row[support.token_ids]],
                 np.array([outside.sum()]),
                 of_sample,

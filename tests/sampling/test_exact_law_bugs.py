@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Noise, Verdict, verify_block, verify_tokens
+from outrider.sampling.verify import Noise, VerifyInput, VerifyOutcome, verify_block, verify_tokens
 
 from .laws import Verify, law_error, random_case
 
@@ -24,10 +24,10 @@ def _one_accept_uniform_for_all(verify: Verify) -> Verify:
     def planted(
         draft: Sequence[int],
         supports: Sequence[Support],
-        evidence: Evidence,
+        evidence: VerifyInput,
         accept: Sequence[float],
         noise: Noise,
-    ) -> Verdict:
+    ) -> VerifyOutcome:
         return verify(draft, supports, evidence, [accept[0]] * len(draft), noise)
 
     return planted
@@ -44,11 +44,11 @@ def test_a_reused_uniform_is_caught(verify: Verify) -> None:
 def _copied_loop(
     draft: Sequence[int],
     supports: Sequence[Support],
-    evidence: Evidence,
+    evidence: VerifyInput,
     accept: Sequence[float],
     noise: Noise,
     bug: str,
-) -> Verdict:
+) -> VerifyOutcome:
     """Speculative sampling written out again, with one of the bugs that are easily made."""
     for i, token in enumerate(draft):
         where = int(np.flatnonzero(supports[i].token_ids == token)[0])
@@ -69,8 +69,8 @@ def _copied_loop(
         if tail:
             found[evidence.samples[i]] = tail
         scores = np.log(list(found.values())) + noise(i, np.array(list(found)))
-        return Verdict(i, list(found)[int(scores.argmax())])
-    return Verdict(len(draft), evidence.samples[len(draft)])
+        return VerifyOutcome(i, list(found)[int(scores.argmax())])
+    return VerifyOutcome(len(draft), evidence.samples[len(draft)])
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
     """An independent copy of the loop passes the check as it is and fails it with each bug."""
     case = random_case(2, 4, 2)
 
-    def copied(*arguments: Any) -> Verdict:
+    def copied(*arguments: Any) -> VerifyOutcome:
         return _copied_loop(*arguments, bug="none")
 
-    def planted(*arguments: Any) -> Verdict:
+    def planted(*arguments: Any) -> VerifyOutcome:
         return _copied_loop(*arguments, bug=bug)
 
     assert law_error(copied, case) < _EXACT
@@ -101,7 +101,7 @@ def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
 def test_noise_of_another_position_is_caught(verify: Verify) -> None:
     """The position after the rejected one: its noise is still to draw another token."""
 
-    def planted(*block: Any) -> Verdict:
+    def planted(*block: Any) -> VerifyOutcome:
         *others, noise = block
         return verify(*others, lambda position, token_ids: noise(position + 1, token_ids))
 

@@ -27,7 +27,7 @@ from outrider.sampling.random import (
     uniforms,
 )
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Noise, verify_block, verify_tokens
+from outrider.sampling.verify import Noise, VerifyInput, verify_block, verify_tokens
 
 from .keys import stream_keys
 from .laws import Verify
@@ -177,10 +177,10 @@ def generate(verify: Verify, pair: Pair, randomness: Randomness, seed: int) -> t
         base = len(output)
         befores = [output[-1] if output else 0]
         for i in range(_GAMMA):
-            befores.append(pair.draft[befores[i]].draw(draft[base + i, base]))
+            befores.append(pair.draft[befores[i]].sample(draft[base + i, base]))
         drafted, supports = befores[1:], [pair.draft[before] for before in befores[:-1]]
         drawn = [int(outside[base + i, befores[i]]) for i in range(_GAMMA)]
-        evidence = Evidence(
+        evidence = VerifyInput(
             [pair.on_support[before] for before in befores[:-1]],
             np.array([pair.tail[before] for before in befores[:-1]]),
             randomness.tail_logprobs[befores[:-1], drawn],

@@ -15,7 +15,7 @@ from scipy import stats
 
 from outrider.sampling.random import Purpose, target_gumbels, token_gumbels
 from outrider.sampling.support import Support
-from outrider.sampling.verify import Evidence, Noise, verify_block, verify_tokens
+from outrider.sampling.verify import Noise, VerifyInput, verify_block, verify_tokens
 
 from .keys import stream_keys
 from .laws import Verify
@@ -60,9 +60,9 @@ def _answer(target: Floats, support: Support, noise: Floats) -> _Answer:
     return _Answer(on_support, float(np.float32(outside.sum())), logprob, sample)
 
 
-def _evidence(*answers: _Answer) -> Evidence:
+def _evidence(*answers: _Answer) -> VerifyInput:
     on_support, mass, logprobs, samples = zip(*answers, strict=True)
-    return Evidence(on_support, np.array(mass), np.array(logprobs), [*samples, 0])
+    return VerifyInput(on_support, np.array(mass), np.array(logprobs), [*samples, 0])
 
 
 def _noise_of(seed: int) -> Noise:

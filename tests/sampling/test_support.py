@@ -46,14 +46,14 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution(
         if uniform < cumulative:
             expected = token
             break
-    assert support.draw(uniform) == expected
+    assert support.sample(uniform) == expected
 
 
 def test_draw_gives_each_token_its_share() -> None:
     """An even grid of uniforms falls to the tokens in proportion, to within one grid step."""
     support = Support.normalised(np.array([7, 3, 5]), np.array([0.5, 0.2, 0.3], np.float32))
     num = 10_000
-    drawn = [support.draw((i + 0.5) / num) for i in range(num)]
+    drawn = [support.sample((i + 0.5) / num) for i in range(num)]
     for token, prob in zip(support.token_ids, support.probs, strict=True):
         assert abs(drawn.count(int(token)) / num - prob) <= 1 / num
 
@@ -63,7 +63,7 @@ def test_draw_stays_inside_at_the_ends(uniform: float) -> None:
     """Rounding of the cumulative sum never carries a draw out of the support."""
     for size in (1, 3, 10, 32):
         support = Support.normalised(np.arange(size), np.full(size, 0.1, np.float32))
-        assert support.draw(uniform) == (0 if uniform < 0.01 else size - 1)
+        assert support.sample(uniform) == (0 if uniform < 0.01 else size - 1)
 
 
 def test_index_of() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import outrider.model_server.lifecycle
-from orchestrator.generation.verifying import Verifying
-from orchestrator.speculation.verification import TargetReply
+from orchestrator.generation.target_session import TargetSession
+from orchestrator.speculation.verification import VerifyResult
 from tests import redis_fixture
 from tests.patience import patient
 from tests.services.parts import CONTEXT_LEN, Brake, Greedy, Pair, System, both_tiers, clients
@@ -105,11 +105,11 @@ def _serve_with(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Any]
 @pytest.fixture
 def brake(monkeypatch: pytest.MonkeyPatch) -> Brake:
     """Of all generations of the orchestrators in this process."""
-    brake, reply = Brake(), Verifying.reply
+    brake, reply = Brake(), TargetSession.reply
 
-    async def braked(verifying: Verifying) -> TargetReply:
+    async def braked(verifying: TargetSession) -> VerifyResult:
         await brake.passed(verifying._state.num_output_tokens)
         return await reply(verifying)
 
-    monkeypatch.setattr(Verifying, "reply", braked)
+    monkeypatch.setattr(TargetSession, "reply", braked)
     return brake

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from outrider.engine import (
     Append,
-    DrawAsk,
-    Drawn,
     Engine,
     EngineInfo,
     KVStore,
-    ReplyAsk,
+    SampledToken,
     Sampler,
+    SampleRequest,
+    ScoreRequest,
 )
 from outrider.sampling.params import SamplingParams
 
@@ -74,8 +74,8 @@ class NotingEngine:
     def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler:
         return self.engine.sampler(params, prompt_len, vocab_size)
 
-    def draw(self, asks: Sequence[DrawAsk], logits: Any) -> list[Drawn | Exception]:
-        return self.engine.draw(asks, logits)
+    def sample(self, asks: Sequence[SampleRequest], logits: Any) -> list[SampledToken | Exception]:
+        return self.engine.sample(asks, logits)
 
-    def reply(self, asks: Sequence[ReplyAsk], logits: Any) -> list[Any]:
-        return self.engine.reply(asks, logits)
+    def score(self, asks: Sequence[ScoreRequest], logits: Any) -> list[Any]:
+        return self.engine.score(asks, logits)

@@ -211,11 +211,11 @@ async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
 ) -> None:
     """Every round tells what it took, but for those that ran a prompt."""
     rounds: list[float] = []
-    saw_reply = PairCosts.saw_reply
+    observe_result = PairCosts.observe_result
 
     def noted(costs: PairCosts, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
         rounds.append(step_s)
-        saw_reply(costs, latency_s, step_s, left_at_once=left_at_once)
+        observe_result(costs, latency_s, step_s, left_at_once=left_at_once)
 
     monkeypatch.setattr(PairCosts, "saw_reply", noted)
     fault = Fault()

@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import outrider.model_server.lifecycle
-from orchestrator.generation.verifying import MAX_LOST_REPLICAS
+from orchestrator.generation.target_session import MAX_LOST_REPLICAS
 from outrider.cli.relay import Relay
 from outrider.engine import Append
 from outrider.engine.simulated import SimulatedEngine

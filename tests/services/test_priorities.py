@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 import orchestrator.app
-from orchestrator.admission.queue import Admission
+from orchestrator.admission.queue import AdmissionQueue
 from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.security.parts import write_keys
@@ -35,15 +35,15 @@ TIMEOUT_S = 200
 
 
 @pytest.fixture
-def admissions(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
+def admissions(monkeypatch: pytest.MonkeyPatch) -> list[AdmissionQueue]:
     """Of each orchestrator that is started."""
-    made: list[Admission] = []
+    made: list[AdmissionQueue] = []
 
-    def make(max_running: int, max_waiting: int) -> Admission:
-        made.append(Admission(max_running, max_waiting))
+    def make(max_running: int, max_waiting: int) -> AdmissionQueue:
+        made.append(AdmissionQueue(max_running, max_waiting))
         return made[-1]
 
-    monkeypatch.setattr(orchestrator.app, "Admission", make)
+    monkeypatch.setattr(orchestrator.app, "AdmissionQueue", make)
     return made
 
 
@@ -56,7 +56,7 @@ async def begun(
     return call
 
 
-async def so_many_wait(admissions: list[Admission], count: int) -> None:
+async def so_many_wait(admissions: list[AdmissionQueue], count: int) -> None:
     (admission,) = admissions
 
     async def do_they() -> bool:
@@ -75,7 +75,7 @@ async def so_many_run(stack: Stack, count: int) -> None:
 
 
 async def test_waiting_callers_are_served_in_the_order_of_urgency(
-    pair: Pair, redis_url: str, brake: Brake, admissions: list[Admission]
+    pair: Pair, redis_url: str, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
     async with whole(pair, redis_url, max_generations=1, max_waiting=4) as stack:
         brake.set(1)
@@ -175,7 +175,7 @@ async def _one_has_made_room(stack: Stack) -> bool:
 
 @pytest.mark.slow
 async def test_nobody_makes_room_for_an_equal(
-    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[Admission]
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
     """It waits till the others are done; too many are refused."""
     async with (
@@ -200,7 +200,7 @@ async def test_nobody_makes_room_for_an_equal(
 
 @pytest.mark.slow
 async def test_an_urgent_call_displaces_one_that_waits_for_kv(
-    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[Admission]
+    pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
     """The queue is full of calls without room: the least urgent is refused, all others end well."""
     prompts = [[n] * 480 for n in range(5)]
@@ -236,7 +236,7 @@ async def test_an_urgent_call_displaces_one_that_waits_for_kv(
 @pytest.mark.parametrize("right", [None, -(2**31)])
 async def test_a_key_preempts_others_only_with_the_right_to(
     right: int | None, pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, tmp_path: Path,
-    admissions: list[Admission],
+    admissions: list[AdmissionQueue],
 ) -> None:  # fmt: skip
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(), bob=KeyLimits(1, min_priority=right))
     headers = {name: (("x-api-key", key),) for name, key in keys.items()}

@@ -12,7 +12,7 @@ from outrider.model_server.messages import Failure, FailureReason
 from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
 from outrider.settings.simulation import Simulation
-from target_service.messages import Open, Row, RowReply
+from target_service.messages import OpenTarget, Verified, Verify
 from target_service.verifier import Verifier
 
 PAGE = 16
@@ -34,17 +34,17 @@ class Target:
         key = GenerationKey(1, number)
         params = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
         max_len = -(-(len(context) + 1) // PAGE) * PAGE
-        opening = Open(
+        opening = OpenTarget(
             key, f"s{number}", 1, 0, len(context), max_len, params, priority, preempts=True
         )
-        row = Row(key, 0, np.asarray(context), np.zeros(0, np.int64), None)
+        row = Verify(key, 0, np.asarray(context), np.zeros(0, np.int64), None)
         results = self.verifier.step([opening, row], lambda: False)
         while self.verifier.has_work:
             results += self.verifier.step([], lambda: False)
         self.engine.store.check_integrity()
         closed = [result for result in results if isinstance(result, Failure)]
         assert all(failure.reason is FailureReason.KV_FULL for failure in closed)
-        assert len([r for r in results if isinstance(r, RowReply)]) == all(
+        assert len([r for r in results if isinstance(r, Verified)]) == all(
             failure.key != key for failure in closed
         )
         return {failure.key.generation_id for failure in closed}

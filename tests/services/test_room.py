@@ -14,7 +14,7 @@ from outrider.model_server.messages import Close, Failure, FailureReason
 from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
 from outrider.settings.simulation import Simulation
-from target_service.messages import Open, Row, RowReply
+from target_service.messages import OpenTarget, Verified, Verify
 from target_service.verifier import Verifier
 
 PAGE = 16
@@ -79,7 +79,7 @@ class Play:
     def step(self) -> None:
         """As an orchestrator: whoever lacks room asks again first, then those that come."""
         self.num_steps += 1
-        commands: list[Open | Row | Close] = list(self.closing)
+        commands: list[OpenTarget | Verify | Close] = list(self.closing)
         self.closing.clear()
         for generation in self.waiting():
             self.num_opened += 1
@@ -98,8 +98,8 @@ class Play:
             g for g in closed if not g.num_refused and not (short and short[0].order < g.order)
         ] + short
 
-    def opening(self, generation: Generation, key: GenerationKey) -> Open:
-        return Open(
+    def opening(self, generation: Generation, key: GenerationKey) -> OpenTarget:
+        return OpenTarget(
             key=key,
             session_id=f"s{generation.number}",
             epoch=self.num_opened,
@@ -112,7 +112,7 @@ class Play:
             age_s=1e6 - generation.number,
         )
 
-    def row(self, generation: Generation) -> Row:
+    def row(self, generation: Generation) -> Verify:
         """With draft tokens of which the last is wrong."""
         context = generation.context
         room = generation.max_len - len(context) - 1
@@ -125,9 +125,9 @@ class Play:
         generation.drafts = drafts
         assert generation.key is not None
         new = np.asarray(context[generation.held :])
-        return Row(generation.key, generation.held, new, np.asarray(drafts, np.int64), None)
+        return Verify(generation.key, generation.held, new, np.asarray(drafts, np.int64), None)
 
-    def handle(self, results: Sequence[RowReply | Failure], is_open: list[Generation]) -> None:
+    def handle(self, results: Sequence[Verified | Failure], is_open: list[Generation]) -> None:
         by_key = {g.key: g for g in is_open}
         first = min(is_open, key=lambda g: g.order, default=None)
         while True:  # until every row is answered
@@ -147,7 +147,7 @@ class Play:
             assert self.target.has_work, "a row was forgotten"
             results = self.target.step([], lambda: True)
 
-    def commit(self, generation: Generation, reply: RowReply) -> None:
+    def commit(self, generation: Generation, reply: Verified) -> None:
         samples, context = reply.reply.sample_ids.tolist(), generation.context
         generation.held = len(context)
         for sample, draft in zip(samples, [*generation.drafts, None], strict=True):

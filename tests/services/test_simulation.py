@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from outrider.engine.interface import DrawAsk
+from outrider.engine.interface import SampleRequest
 from outrider.engine.simulated import SimulatedEngine
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.settings.simulation import Simulation
@@ -178,8 +178,10 @@ def test_what_the_target_emits_has_its_rank(
     for number in range(num_draws):
         history = np.array(prompt(number))
         position = len(history)
-        ask = DrawAsk(sampler, lambda h=history: h, position, position - index, verification, False)
-        (drawn,) = draft.draw([ask], None)
+        ask = SampleRequest(
+            sampler, lambda h=history: h, position, position - index, verification, False
+        )
+        (drawn,) = draft.sample([ask], None)
         assert not isinstance(drawn, Exception)
         others = [int(i) for i in drawn.candidate_ids if i != drawn.token_id]
         emitted = draft.truth(position, int(history[-1]))

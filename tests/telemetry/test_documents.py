@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from outrider.telemetry.catalogue import BY_NAME, CATALOGUE, Kind
+from outrider.telemetry.catalogue import BY_NAME, CATALOGUE, MetricKind
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
 _SUFFIXES = ("_total", "_bucket", "_sum", "_count")
@@ -28,6 +28,6 @@ def test_the_catalogue_is_in_good_order() -> None:
     """Names once; histograms with rising bounds, and only they."""
     assert len(BY_NAME) == len(CATALOGUE) > 40
     for metric in CATALOGUE:
-        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.bounds)
+        assert (metric.kind is MetricKind.HISTOGRAM) == bool(metric.bounds)
         assert list(metric.bounds) == sorted(set(metric.bounds))
         assert re.fullmatch(r"[a-z0-9_]+", metric.name)

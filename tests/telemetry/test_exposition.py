@@ -20,7 +20,7 @@ from outrider.telemetry.catalogue import (
     CERTIFICATE_EXPIRES_AT,
     NUM_ACCEPTED_PER_POS,
     ROUNDS,
-    Kind,
+    MetricKind,
 )
 from outrider.telemetry.distribution import Distribution
 from tests.stack import eventually, request
@@ -73,7 +73,7 @@ async def test_every_metric_of_the_catalogue_is_told_by_some_service(redis_url: 
     for metric in CATALOGUE:
         if metric is CERTIFICATE_EXPIRES_AT:  # tests/telemetry/test_refused.py
             continue
-        suffix = "_count" if metric.kind is Kind.HISTOGRAM else ""
+        suffix = "_count" if metric.kind is MetricKind.HISTOGRAM else ""
         assert metric.exported_name + suffix in samples
     assert not any(name.startswith("vllm:") for said in told for name in said.names)
 
@@ -83,7 +83,7 @@ async def test_errors_are_told_before_the_first(redis_url: str) -> None:
     async with services(redis_url, METERED, has_draft=False, gamma=0) as system:
         told = [await scrape(system.orchestrator), await scrape(system.target)]
     for metric in CATALOGUE:
-        if metric.kind is not Kind.COUNTER or not metric.labels or metric in _OPEN_ENDED:
+        if metric.kind is not MetricKind.COUNTER or not metric.labels or metric in _OPEN_ENDED:
             continue
         values = [value for said in told for value in said.values(metric.exported_name)]
         assert values, metric.name
@@ -105,11 +105,11 @@ async def test_vllm_names_have_the_same_values(redis_url: str) -> None:
         of_tier = metric.labels == ("tier",) or metric.name == "num_preemptions"
         said = target_said if of_tier else orchestrator_said
         name = f"vllm:{metric.vllm}"
-        if metric.kind is Kind.HISTOGRAM:
+        if metric.kind is MetricKind.HISTOGRAM:
             ours, name = f"outrider_{metric.name}_count", f"{name}_count"
         else:
             ours = metric.exported_name
-            name += "_total" if metric.kind is Kind.COUNTER else ""
+            name += "_total" if metric.kind is MetricKind.COUNTER else ""
         if metric.labels in ((), ("tier",)):
             labels = {"tier": "target"} if metric.labels else {}
             assert said(name, **VLLM_LABELS, **labels) == said(ours, **labels)

@@ -27,7 +27,7 @@ NewWrapper = Callable[..., Any]
 """As FlashInfer's BatchPrefillWithPagedKVCacheWrapper without its first two arguments."""
 
 
-class Kind(NamedTuple):
+class AttentionKind(NamedTuple):
     """What a plan depends on besides the step; a model has one or two kinds of attention."""
 
     dtype: torch.dtype
@@ -76,8 +76,8 @@ class PagedAttention:
         self._sent: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._wrappers: dict[Kind, Any] = {}
-        self._planned: set[Kind] = set()
+        self._wrappers: dict[AttentionKind, Any] = {}
+        self._planned: set[AttentionKind] = set()
         self._tables: PageTables | None = None
 
     def begin(self, tables: PageTables) -> None:
@@ -91,7 +91,7 @@ class PagedAttention:
         self._tables = tables
         self._planned.clear()
 
-    def plan(self, kind: Kind) -> Any:
+    def plan(self, kind: AttentionKind) -> Any:
         """The wrapper of this kind, ready for the step."""
         if kind not in self._wrappers:
             self._wrappers[kind] = self._new_wrapper(**self._arguments)
@@ -154,7 +154,9 @@ class FlashInferStep:
         values.index_copy_(0, self._slots, value[0].transpose(0, 1))
         window = self._windows[layer] if call.window is None else call.window
         _, num_heads, _, dim = query.shape
-        kind = Kind(query.dtype, num_heads, keys.shape[1], dim, window, call.softcap, call.scaling)
+        kind = AttentionKind(
+            query.dtype, num_heads, keys.shape[1], dim, window, call.softcap, call.scaling
+        )
         pages = (-1, PAGE_SIZE, *keys.shape[1:])
         out: torch.Tensor = self._attention.plan(kind).run(
             query[0].transpose(0, 1).contiguous(), (keys.view(pages), values.view(pages))

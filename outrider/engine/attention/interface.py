@@ -100,7 +100,7 @@ def registered_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class QueryBlock:
     """Consecutive new tokens of one sequence, and the keys they may see.
 
     The queries are positions [first, last], the keys [first_key, last].
@@ -112,7 +112,7 @@ class Block:
     window: int | None
 
     @classmethod
-    def of(cls, first: int, last: int, window: int | None) -> Block:
+    def of(cls, first: int, last: int, window: int | None) -> QueryBlock:
         return cls(first, last, 0 if window is None else max(0, first + 1 - window), window)
 
     def mask(self, group: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

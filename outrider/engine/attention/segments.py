@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from outrider.engine.attention.interface import Block, Step
+from outrider.engine.attention.interface import QueryBlock, Step
 from outrider.engine.kv.store import Sequence
 
 # Queries attended at once: a long prefill skips the keys after each block, and the explicit
@@ -35,9 +35,9 @@ class Segment:
         """Tokens that the sequence has after the step."""
         return self.past + self.stop - self.start
 
-    def blocks(self, window: int | None) -> list[Block]:
+    def blocks(self, window: int | None) -> list[QueryBlock]:
         return [
-            Block.of(first, min(first + _BLOCK_TOKENS, self.total) - 1, window)
+            QueryBlock.of(first, min(first + _BLOCK_TOKENS, self.total) - 1, window)
             for first in range(self.past, self.total, _BLOCK_TOKENS)
         ]
 

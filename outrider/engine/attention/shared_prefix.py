@@ -31,7 +31,7 @@ _PREFIX_BUCKET_PAGES = 8
 _TAIL_BUCKET_TOKENS = 64
 
 
-class Branches:
+class ForkedSegments:
     """Segments of equally many tokens whose sequences begin with the same consecutive rows."""
 
     def __init__(self, store: KVStore, segments: Seq[Segment]) -> None:
@@ -152,7 +152,9 @@ class Branches:
         return slots.reshape(-1)
 
 
-def group_branches(store: KVStore, segments: Seq[Segment]) -> tuple[list[Segment], list[Branches]]:
+def group_branches(
+    store: KVStore, segments: Seq[Segment]
+) -> tuple[list[Segment], list[ForkedSegments]]:
     """The segments that go alone, and the others by what they share."""
     alone: list[Segment] = []
     groups: dict[tuple[int, ...], list[Segment]] = defaultdict(list)
@@ -165,7 +167,7 @@ def group_branches(store: KVStore, segments: Seq[Segment]) -> tuple[list[Segment
         tail_bucket = max(segment.total - prefix_len, _TAIL_BUCKET_TOKENS).bit_length()
         prefix_bucket = prefix_len // (_PREFIX_BUCKET_PAGES * PAGE_SIZE)
         groups[sequence.first_row, count, prefix_bucket, tail_bucket].append(segment)
-    return alone, [Branches(store, members) for members in groups.values()]
+    return alone, [ForkedSegments(store, members) for members in groups.values()]
 
 
 def _prefix_len(segment: Segment) -> int:

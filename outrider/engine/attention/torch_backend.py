@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from outrider.engine.attention.interface import Block, LayerCall, attend_explicit, attend_fused
+from outrider.engine.attention.interface import LayerCall, QueryBlock, attend_explicit, attend_fused
 from outrider.engine.attention.segments import OnDevices, Segment
 from outrider.engine.attention.shared_prefix import group_branches
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
@@ -44,8 +44,10 @@ class PackedStep:
         self._windows = windows
         self._alone, self._branches = group_branches(store, segments)
         self._order = self._find_order() if self._branches else None
-        self._blocks: dict[int | None, list[tuple[Segment, Block]]] = {}
-        self._masks: dict[tuple[Block, int, torch.dtype, torch.device], torch.Tensor | None] = {}
+        self._blocks: dict[int | None, list[tuple[Segment, QueryBlock]]] = {}
+        self._masks: dict[
+            tuple[QueryBlock, int, torch.dtype, torch.device], torch.Tensor | None
+        ] = {}
         self._slots = OnDevices(
             np.concatenate([store.slots(s.sequence, s.past, s.total) for s in segments])
         )
@@ -82,7 +84,7 @@ class PackedStep:
         rows = np.concatenate([*alone, *(b.rows for b in self._branches)])
         return None if np.array_equal(rows, np.arange(rows.size)) else OnDevices(np.argsort(rows))
 
-    def _blocks_with(self, window: int | None) -> list[tuple[Segment, Block]]:
+    def _blocks_with(self, window: int | None) -> list[tuple[Segment, QueryBlock]]:
         if window not in self._blocks:
             self._blocks[window] = [(s, b) for s in self._alone for b in s.blocks(window)]
         return self._blocks[window]
@@ -90,7 +92,7 @@ class PackedStep:
     def _attend_block(
         self,
         segment: Segment,
-        block: Block,
+        block: QueryBlock,
         query: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         call: LayerCall,
@@ -111,7 +113,7 @@ class PackedStep:
             out = attend_explicit(folded, key, value, mask, call)
         return out.reshape(num_heads, count, -1).transpose(0, 1)
 
-    def _history(self, segment: Segment, block: Block, cache: torch.Tensor) -> torch.Tensor:
+    def _history(self, segment: Segment, block: QueryBlock, cache: torch.Tensor) -> torch.Tensor:
         """Keys or values [first_key, last] of a sequence, [Hkv, keys, D]: a view if it can be."""
         run_start = segment.sequence.run_start
         if run_start is not None:
@@ -125,7 +127,7 @@ class PackedStep:
             rows = paged.flatten(0, 1)[block.first_key - offset : block.last + 1 - offset]
         return rows.transpose(0, 1)
 
-    def _mask(self, block: Block, group: int, query: torch.Tensor) -> torch.Tensor | None:
+    def _mask(self, block: QueryBlock, group: int, query: torch.Tensor) -> torch.Tensor | None:
         place = (block, group, query.dtype, query.device)
         if place in self._masks:
             return self._masks[place]

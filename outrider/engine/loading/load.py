@@ -23,7 +23,7 @@ from outrider.engine.loading import checkpoint, prepack
 from outrider.engine.loading import self_test as probe
 from outrider.engine.loading import supported as guards
 from outrider.engine.loading.loaded_model import BoundModel
-from outrider.engine.loading.long_self_test import LongProbe, long_probe
+from outrider.engine.loading.long_self_test import LongSelfTest, long_probe
 from outrider.engine.options import EngineInfo, EngineOptions
 from outrider.errors import ConfigError, ModelError
 
@@ -89,7 +89,7 @@ class _Trial(NamedTuple):
     info: EngineInfo
     tokens: tuple[probe.Tokens, probe.Tokens]
     expected: list[torch.Tensor]
-    long: LongProbe | None
+    long: LongSelfTest | None
 
     def difference(self, backend_name: str) -> float:
         """From eager attention, largest; with small stores of their own. Raises ModelError."""

@@ -39,7 +39,7 @@ _SCORE_BYTES = 12
 
 
 @dataclass(frozen=True)
-class LongProbe:
+class LongSelfTest:
     """Tokens, and float32 [_NUM_ROWS, vocab]: what eager attention says to the last of them."""
 
     token_ids: probe.Tokens
@@ -58,7 +58,7 @@ class LongProbe:
         return probe.checked(name, max(differences), self.expected, engine)
 
 
-def long_probe(name: str, model: BoundModel) -> LongProbe | None:
+def long_probe(name: str, model: BoundModel) -> LongSelfTest | None:
     """What to compare, made before the weights are changed; None for a very short context.
 
     Where time or memory are short, so is the sequence, and the log says which window it does not
@@ -79,7 +79,7 @@ def long_probe(name: str, model: BoundModel) -> LongProbe | None:
         return None
     token_ids = probe.random_tokens(model.module, length, seed=1)
     (expected,) = probe.eager_logits(model.module, (token_ids,), num_rows=_NUM_ROWS)
-    return LongProbe(token_ids, expected)
+    return LongSelfTest(token_ids, expected)
 
 
 def _affordable_len(module: Any) -> int:
@@ -94,7 +94,7 @@ def _affordable_len(module: Any) -> int:
 
 
 def _steps(
-    engine: Engine, token_ids: probe.Tokens, long: LongProbe
+    engine: Engine, token_ids: probe.Tokens, long: LongSelfTest
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(expected, actual) logits of the last rows, in several ways."""
     store, length = engine.store, len(token_ids)

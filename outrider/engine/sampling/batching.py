@@ -13,18 +13,18 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from outrider.engine.interface import DrawAsk, Ids, ReplyAsk
-from outrider.engine.sampling.logits_processors import GenerationSampler, Span, adjust
+from outrider.engine.interface import Ids, SampleRequest, ScoreRequest
+from outrider.engine.sampling.logits_processors import GenerationSampler, PositionSpan, adjust
 from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, stream_keys
 
-Ask = TypeVar("Ask", DrawAsk, ReplyAsk)
+Ask = TypeVar("Ask", SampleRequest, ScoreRequest)
 Answer = TypeVar("Answer")
 Kind = TypeVar("Kind", bound=Hashable)
 
 
-class Group(NamedTuple):
+class RequestGroup(NamedTuple):
     """Some asks, and where they stand: `places` among all asks, `rows` among all rows.
 
     The k-th one's rows within the group are [starts[k], starts[k + 1]), for positions[k] and on.
@@ -71,7 +71,7 @@ class Group(NamedTuple):
         """After the processors; `raw` itself where there are none. `histories` of the asks."""
         starts, positions = self.starts.tolist(), self.positions.tolist()
         spans = [
-            Span(sampler, starts[k], starts[k + 1], positions[k], histories[k]())
+            PositionSpan(sampler, starts[k], starts[k + 1], positions[k], histories[k]())
             for k, sampler in enumerate(self.samplers)
             if sampler.adjusts
         ]
@@ -84,13 +84,13 @@ class Group(NamedTuple):
 
 def grouped(
     asks: Sequence[Ask], sizes: Sequence[int], kind: Callable[[Ask], Kind]
-) -> Mapping[Kind, Sequence[Group]]:
+) -> Mapping[Kind, Sequence[RequestGroup]]:
     """By kind, and within it by vocabulary; each in the order of the asks, of `sizes` rows."""
     members: dict[tuple[Kind, int], list[int]] = {}
     for place, ask in enumerate(asks):
         members.setdefault((kind(ask), sampler_of(ask).vocab_size), []).append(place)
     stops = list(itertools.accumulate(sizes))
-    groups: dict[Kind, list[Group]] = {}
+    groups: dict[Kind, list[RequestGroup]] = {}
     for (name, _), standing in members.items():
         places: list[int] = standing
         rows: list[int] = []
@@ -98,7 +98,7 @@ def grouped(
             rows.extend(range(stops[p] - sizes[p], stops[p]))
         starts = [0, *itertools.accumulate(sizes[p] for p in places)]
         groups.setdefault(name, []).append(
-            Group(
+            RequestGroup(
                 [sampler_of(asks[p]) for p in places],
                 places,
                 np.array(rows, np.int64),
@@ -151,6 +151,6 @@ def _without_bad_rows(
     return answers
 
 
-def sampler_of(ask: DrawAsk | ReplyAsk) -> GenerationSampler:
+def sampler_of(ask: SampleRequest | ScoreRequest) -> GenerationSampler:
     assert isinstance(ask.sampler, GenerationSampler), "made by this engine"
     return ask.sampler

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.engine.sampling.gumbel_max import Entrants, Excluded, Masses, Sweep, best
+from outrider.engine.sampling.gumbel_max import Excluded, Masses, RaceCandidates, Sweep, best
 from outrider.sampling import warp
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import token_gumbels
@@ -29,7 +29,7 @@ _BOUND_ERROR = 1e-4
 _RELATIVE_BOUND_ERROR = 1e-6
 
 
-class Ranking(NamedTuple):
+class RankedTokens(NamedTuple):
     """Tokens by falling log-probability + noise, the lower id at ties; both [n, k].
 
     Scores are float64, -inf for tokens without probability.
@@ -39,12 +39,12 @@ class Ranking(NamedTuple):
     scores: Doubles
 
 
-def with_noise(ranking: Ranking, keys: Ids) -> Ranking:
+def with_noise(ranking: RankedTokens, keys: Ids) -> RankedTokens:
     """The same tokens ranked with the noise of `keys` int64 [n], where they were without."""
     return _ranking(ranking.ids, ranking.scores + token_gumbels(keys, ranking.ids))
 
 
-class Laws:
+class Distributions:
     """One distribution a row: `logits` float32 [n, vocab], adjusted; `params` [n], temperature > 0.
 
     `excluded` tokens are left out of `tails` and races, not out of the distributions.
@@ -83,13 +83,13 @@ class Laws:
         logits = self._logits[_on(rows, self._logits), _on(columns, self._logits)].cpu().numpy()
         return self._logprobs(rows, logits)
 
-    def likeliest(self, num: int) -> Ranking:
+    def likeliest(self, num: int) -> RankedTokens:
         """The best `num` without noise."""
         values, ids = (part.cpu().numpy() for part in best(self._logits, num))
         rows = np.arange(len(ids))[:, None]
         return _ranking(ids, self._logprobs(rows, values))
 
-    def race(self, keys: Ids, num: int, width: int) -> Ranking:
+    def race(self, keys: Ids, num: int, width: int) -> RankedTokens:
         """The best `num` by Gumbel-max with the noise of `keys` int64 [n].
 
         `width` > `num` tokens a row are looked at exactly. Where they might not hold the best,
@@ -103,9 +103,9 @@ class Laws:
                 alone = self._sweep.full_race(row, int(keys[row]), width)
                 ids, scores = self._ranked(np.array([row]), keys[row : row + 1], alone)
                 ranking.ids[row], ranking.scores[row] = ids[0], scores[0]
-        return Ranking(ranking.ids[:, :num], ranking.scores[:, :num])
+        return RankedTokens(ranking.ids[:, :num], ranking.scores[:, :num])
 
-    def _ranked(self, rows: Ids, keys: Ids, entrants: Entrants) -> Ranking:
+    def _ranked(self, rows: Ids, keys: Ids, entrants: RaceCandidates) -> RankedTokens:
         ids = entrants.ids
         logprobs = self.logprobs_at(np.repeat(rows, ids.shape[-1]), ids.reshape(-1))
         scores = logprobs.reshape(ids.shape) + token_gumbels(keys, ids)
@@ -119,9 +119,9 @@ class Laws:
         return np.asarray(scaled - np.log(self._kept)[rows])
 
 
-def _ranking(ids: Ids, scores: Doubles) -> Ranking:
+def _ranking(ids: Ids, scores: Doubles) -> RankedTokens:
     order = np.lexsort((ids, -scores))
-    return Ranking(np.take_along_axis(ids, order, -1), np.take_along_axis(scores, order, -1))
+    return RankedTokens(np.take_along_axis(ids, order, -1), np.take_along_axis(scores, order, -1))
 
 
 def _may_miss(lowest: Doubles, bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:

@@ -53,7 +53,7 @@ class Masses(NamedTuple):
     tails: Doubles
 
 
-class Entrants(NamedTuple):
+class RaceCandidates(NamedTuple):
     """Who may win a race: `ids` int64 [n, width] by falling `bounds` float32 of their scores.
 
     A score is scaled logit - peak + Gumbel noise. No token but these exceeds the last bound;
@@ -121,7 +121,7 @@ class Sweep:
         blocks = self._slices(slice(0, len(self._logits)), _block_size(self._logits))
         return _gathered([self._weigh(block, None) for block in blocks])
 
-    def race(self, keys: Ids, width: int) -> tuple[Masses, Entrants]:
+    def race(self, keys: Ids, width: int) -> tuple[Masses, RaceCandidates]:
         """`keys` int64 [n] of the noise."""
         masses, values, ids = [], [], []
         for slab in self._slices(slice(0, len(self._logits)), _SLAB):
@@ -133,9 +133,9 @@ class Sweep:
             bounds, entrants = best(scores, width)
             values.append(bounds)
             ids.append(entrants)
-        return _gathered(masses), Entrants(_joined(ids), _joined(values))
+        return _gathered(masses), RaceCandidates(_joined(ids), _joined(values))
 
-    def full_race(self, row: int, key: int, width: int) -> Entrants:
+    def full_race(self, row: int, key: int, width: int) -> RaceCandidates:
         """One row with every score in double precision: slow, never wrong."""
         block = slice(row, row + 1)
         scaled, _ = self._scaled(block)
@@ -144,7 +144,7 @@ class Sweep:
         keys = torch.tensor([key], dtype=torch.int64, device=device)
         scaled += token_gumbels(keys, torch.arange(self._size, device=device))
         top = scaled.topk(min(width, self._size))
-        return Entrants(top.indices.cpu().numpy(), top.values.to(torch.float32).cpu().numpy())
+        return RaceCandidates(top.indices.cpu().numpy(), top.values.to(torch.float32).cpu().numpy())
 
     def _slices(self, rows: slice, num_entries: int) -> Iterator[slice]:
         step = max(1, num_entries // self._size)

@@ -64,7 +64,7 @@ class GenerationSampler:
         return torch.from_numpy(bias).to(device)
 
 
-class Span(NamedTuple):
+class PositionSpan(NamedTuple):
     """Rows [start, stop) of one generation; the first is for `position`, after history[:position].
 
     `history` holds the tokens before the last row's position at least.
@@ -89,7 +89,7 @@ class _Penalised:
     repetition_penalty: torch.Tensor
 
 
-def adjust(logits: torch.Tensor, spans: Sequence[Span]) -> None:
+def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
     """Changes float32 [n, vocab], contiguous, in place."""
     for span in spans:
         if span.sampler.bias is not None:
@@ -106,7 +106,7 @@ def adjust(logits: torch.Tensor, spans: Sequence[Span]) -> None:
         )
 
 
-def _forbidden(span: Span, size: int) -> Ids:
+def _forbidden(span: PositionSpan, size: int) -> Ids:
     """Entries of stop tokens in the rows before min_tokens."""
     num_output = span.position - span.sampler.prompt_len
     num_rows = min(max(span.sampler.params.min_tokens - num_output, 0), span.stop - span.start)
@@ -114,7 +114,7 @@ def _forbidden(span: Span, size: int) -> Ids:
     return (rows[:, None] * size + span.sampler.stop_ids).reshape(-1)
 
 
-def _penalised(span: Span, size: int) -> tuple[Ids, ...]:
+def _penalised(span: PositionSpan, size: int) -> tuple[Ids, ...]:
     """Entries, counts, seen and the three penalties of one generation's rows, flattened.
 
     Every token of the history has an entry in each row: one not seen before the row is unchanged.

@@ -1,7 +1,7 @@
 """From a step's logits to tokens, all generations together, on the engine's device.
 
-The draft's half draws one token of each row and the support it was drawn from (`draw_all`), the
-target's half answers blocks by support (`reply_all`). Rows that need the same are taken together:
+The draft's half draws one token of each row and the support it was drawn from (`sample_all`), the
+target's half answers blocks by support (`score_all`). Rows that need the same are taken together:
 an argmax costs an argmax, however others are sampled, and no row is influenced by those beside it.
 Knows nothing of KV, sessions or the wire. Called on the device thread only.
 """
@@ -18,16 +18,16 @@ import torch
 
 from outrider.engine.interface import (
     NUM_CANDIDATES,
-    DrawAsk,
-    Drawn,
+    BlockScores,
     Floats,
     Ids,
     Logprobs,
-    Reply,
-    ReplyAsk,
+    SampledToken,
+    SampleRequest,
+    ScoreRequest,
 )
-from outrider.engine.sampling.batching import Group, grouped, isolated, sampler_of
-from outrider.engine.sampling.distributions import Laws, with_noise
+from outrider.engine.sampling.batching import RequestGroup, grouped, isolated, sampler_of
+from outrider.engine.sampling.distributions import Distributions, with_noise
 from outrider.engine.sampling.gumbel_max import Excluded, best, first_max
 from outrider.engine.sampling.logits_processors import GenerationSampler
 from outrider.errors import InvalidRequest
@@ -35,7 +35,7 @@ from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.random import Purpose, stream_key, uniform
 from outrider.sampling.support import MAX_SUPPORT_SIZE, Support, truncate
 
-__all__ = ["GenerationSampler", "draw_all", "reply_all"]
+__all__ = ["GenerationSampler", "sample_all", "score_all"]
 
 # Tokens among which a row's race is decided. Bounds are close to scores where it matters: that
 # these were too few, which costs time and nothing else, happened in none of 16,000 rows tried.
@@ -61,13 +61,15 @@ class _Need(Enum):
 
 
 @torch.inference_mode()
-def draw_all(asks: Sequence[DrawAsk], logits: torch.Tensor) -> list[Drawn | Exception]:
+def sample_all(
+    asks: Sequence[SampleRequest], logits: torch.Tensor
+) -> list[SampledToken | Exception]:
     """As `ServedEngine.draw`; the asks' samplers are `GenerationSampler`s."""
     return isolated(_draw, asks, logits, [1] * len(asks))
 
 
 @torch.inference_mode()
-def reply_all(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Exception]:
+def score_all(asks: Sequence[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
     """As `ServedEngine.reply`; the asks' samplers are `GenerationSampler`s."""
     return isolated(_reply, asks, logits, [ask.num_rows for ask in asks])
 
@@ -81,30 +83,30 @@ def _need(sampler: GenerationSampler) -> _Need:
 # Draws.
 
 
-def _draw_need(ask: DrawAsk) -> _Need:
+def _draw_need(ask: SampleRequest) -> _Need:
     need = _need(sampler_of(ask))
     if need is _Need.SAMPLE and not (ask.is_guess or ask.verification is Verification.COUPLED):
         return _Need.SUPPORT
     return need
 
 
-def _draw(asks: Sequence[DrawAsk], logits: torch.Tensor) -> list[Drawn | Exception]:
-    placed: dict[int, Drawn | Exception] = {}
+def _draw(asks: Sequence[SampleRequest], logits: torch.Tensor) -> list[SampledToken | Exception]:
+    placed: dict[int, SampledToken | Exception] = {}
     for need, groups in grouped(asks, [1] * len(asks), _draw_need).items():
         for group in groups:
             some = [asks[place] for place in group.places]
             rows = group.adjusted(group.raw(logits), [ask.history for ask in some])
             if need is _Need.SUPPORT:
-                drawn = _draw_from_supports(some, group, Laws(rows, group.params))
+                sampled = _draw_from_supports(some, group, Distributions(rows, group.params))
             elif need is _Need.SAMPLE:
-                drawn = _draw_as_target(group, Laws(rows, group.params))
+                sampled = _draw_as_target(group, Distributions(rows, group.params))
             else:
-                drawn = _draw_greatest(rows)
-            placed.update(zip(group.places, drawn, strict=True))
+                sampled = _draw_greatest(rows)
+            placed.update(zip(group.places, sampled, strict=True))
     return [placed[place] for place in range(len(asks))]
 
 
-def _draw_greatest(rows: torch.Tensor) -> list[Drawn | Exception]:
+def _draw_greatest(rows: torch.Tensor) -> list[SampledToken | Exception]:
     token_ids = first_max(rows)
     values, ids = (part.cpu().numpy() for part in best(rows, NUM_CANDIDATES))
     # At ties the argmax may stand elsewhere among the best, or not at all: it goes first.
@@ -113,46 +115,46 @@ def _draw_greatest(rows: torch.Tensor) -> list[Drawn | Exception]:
         ids[row, where[0] if len(where) else -1] = ids[row, 0]
         ids[row, 0] = token_ids[row]
     return [
-        _drawn(token_id, None, ids[row], values[row])
+        _sampled(token_id, None, ids[row], values[row])
         for row, token_id in enumerate(token_ids.tolist())
     ]
 
 
-def _draw_as_target(group: Group, laws: Laws) -> list[Drawn | Exception]:
+def _draw_as_target(group: RequestGroup, laws: Distributions) -> list[SampledToken | Exception]:
     """With the target's noise: what it would emit itself if it were the draft."""
     ranking = laws.race(group.keys(), NUM_CANDIDATES, _CANDIDATES_WIDTH)
     return [
-        _drawn(int(ids[0]), None, ids, scores) if scores[0] > -np.inf else _nothing_allowed()
+        _sampled(int(ids[0]), None, ids, scores) if scores[0] > -np.inf else _nothing_allowed()
         for ids, scores in zip(*ranking, strict=True)
     ]
 
 
 def _draw_from_supports(
-    asks: Sequence[DrawAsk], group: Group, laws: Laws
-) -> list[Drawn | Exception]:
+    asks: Sequence[SampleRequest], group: RequestGroup, laws: Distributions
+) -> list[SampledToken | Exception]:
     likeliest = laws.likeliest(_FORESEEN_AMONG)
     foreseen = with_noise(likeliest, group.keys())
     ids, probs = likeliest.ids[:, :MAX_SUPPORT_SIZE], np.exp(likeliest.scores[:, :MAX_SUPPORT_SIZE])
-    drawn: list[Drawn | Exception] = []
+    sampled: list[SampledToken | Exception] = []
     for row, ask in enumerate(asks):
         if not probs[row, 0] > 0:
-            drawn.append(_nothing_allowed())
+            sampled.append(_nothing_allowed())
             continue
         support_ids, weights = truncate(ids[row], probs[row])
         key = stream_key(ask.sampler.params.seed, Purpose.DRAFT, ask.position, ask.base_len)
-        token_id = Support.normalised(support_ids, weights).draw(uniform(key))
+        token_id = Support.normalised(support_ids, weights).sample(uniform(key))
         best_ids, scores = (part[row, :NUM_CANDIDATES] for part in foreseen)
-        drawn.append(_drawn(token_id, (support_ids, weights), best_ids, scores))
-    return drawn
+        sampled.append(_sampled(token_id, (support_ids, weights), best_ids, scores))
+    return sampled
 
 
-def _drawn(
+def _sampled(
     token_id: int, support: tuple[Ids, Floats] | None, ids: Ids, scores: npt.NDArray[np.floating]
-) -> Drawn:
+) -> SampledToken:
     """Candidates are the finite ones, at least one."""
     num_finite = max(1, int(np.isfinite(scores).sum()))
     scores = np.maximum(scores[:num_finite], _LEAST_SCORE)
-    return Drawn(token_id, support, ids[:num_finite], scores.astype(np.float32))
+    return SampledToken(token_id, support, ids[:num_finite], scores.astype(np.float32))
 
 
 def _nothing_allowed() -> InvalidRequest:
@@ -165,7 +167,7 @@ def _nothing_allowed() -> InvalidRequest:
 class _Supports:
     """The supports of a group's asks, flattened: entries (row in the group, token id)."""
 
-    def __init__(self, group: Group, asks: Sequence[ReplyAsk]) -> None:
+    def __init__(self, group: RequestGroup, asks: Sequence[ScoreRequest]) -> None:
         starts = group.starts.tolist()
         ids = [ids for ask in asks for ids in ask.supports or ()]
         rows = [start + i for ask, start in zip(asks, starts, strict=False) for i in _range(ask)]
@@ -181,16 +183,16 @@ class _Supports:
         return [values[a:b] for a, b in zip(self._starts, self._starts[1:], strict=False)]
 
 
-def _history(ask: ReplyAsk) -> Ids:
+def _history(ask: ScoreRequest) -> Ids:
     return ask.history
 
 
-def _range(ask: ReplyAsk) -> range:
+def _range(ask: ScoreRequest) -> range:
     return range(len(ask.supports or ()))
 
 
-def _reply(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Exception]:
-    placed: dict[int, Reply | Exception] = {}
+def _reply(asks: Sequence[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
+    placed: dict[int, BlockScores | Exception] = {}
     sizes = [ask.num_rows for ask in asks]
     for need, groups in grouped(asks, sizes, lambda ask: _need(sampler_of(ask))).items():
         for group in groups:
@@ -198,7 +200,7 @@ def _reply(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Excep
             raw = group.raw(logits)
             rows = group.adjusted(raw, [partial(_history, ask) for ask in some])
             supports = _Supports(group, some)
-            answer = _sampled if need is _Need.SAMPLE else _greatest
+            answer = _scores_sampled if need is _Need.SAMPLE else _scores_greedy
             samples, probs, tails, tail_logprobs = answer(group, supports, rows)
             logprobs = _logprobs(group, supports, raw, samples)
             parts = zip(some, group.starts.tolist(), supports.split(probs), logprobs, strict=False)
@@ -208,7 +210,7 @@ def _reply(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Excep
                 if ask.supports is not None:
                     last = start + len(ask.supports)
                     tail, of_tail = (part[start:last] for part in (tails, tail_logprobs))
-                placed[place] = Reply(samples[start:stop], on_support, tail, of_tail, told)
+                placed[place] = BlockScores(samples[start:stop], on_support, tail, of_tail, told)
     return [placed[place] for place in range(len(asks))]
 
 
@@ -217,7 +219,7 @@ def _reply(asks: Sequence[ReplyAsk], logits: torch.Tensor) -> list[Reply | Excep
 _Answer = tuple[Ids, Floats, Floats, Floats]
 
 
-def _greatest(group: Group, supports: _Supports, rows: torch.Tensor) -> _Answer:
+def _scores_greedy(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Answer:
     """A greedy target is a one-hot distribution, on its argmax."""
     samples = first_max(rows)
     hits = (samples[supports.rows] == supports.columns).astype(np.float32)
@@ -227,8 +229,8 @@ def _greatest(group: Group, supports: _Supports, rows: torch.Tensor) -> _Answer:
     return samples, hits, is_outside.astype(np.float32), logprobs.astype(np.float32)
 
 
-def _sampled(group: Group, supports: _Supports, rows: torch.Tensor) -> _Answer:
-    laws = Laws(rows, group.params, Excluded(supports.rows, supports.columns))
+def _scores_sampled(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Answer:
+    laws = Distributions(rows, group.params, Excluded(supports.rows, supports.columns))
     ids, scores = laws.race(group.keys(), 1, _SAMPLE_WIDTH)
     # Nothing outside the support: a token must be named, and is never used.
     is_outside = scores[:, 0] > -np.inf
@@ -245,7 +247,7 @@ def _sampled(group: Group, supports: _Supports, rows: torch.Tensor) -> _Answer:
 
 
 def _logprobs(
-    group: Group, supports: _Supports, raw: torch.Tensor, samples: Ids
+    group: RequestGroup, supports: _Supports, raw: torch.Tensor, samples: Ids
 ) -> list[Logprobs | None]:
     """Of the raw logits, for the asks that want them."""
     numbers = [sampler.params.logprobs for sampler in group.samplers]
@@ -255,7 +257,7 @@ def _logprobs(
     wanted = np.repeat([number is not None for number in numbers], group.sizes)
     picked = np.flatnonzero(wanted)
     place = np.cumsum(wanted) - 1  # of a row among the picked ones
-    laws = Laws(raw[torch.from_numpy(picked).to(raw.device)], [_RAW] * len(picked))
+    laws = Distributions(raw[torch.from_numpy(picked).to(raw.device)], [_RAW] * len(picked))
     top_ids, top = laws.likeliest(max(number or 0 for number in numbers) or 1)
     of_samples = laws.logprobs_at(np.arange(len(picked)), samples[picked]).astype(np.float32)
     is_told = wanted[supports.rows]

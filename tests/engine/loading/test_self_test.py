@@ -17,7 +17,7 @@ import transformers
 
 import outrider.engine.loading.long_self_test
 from outrider.engine import Engine, EngineOptions, load_engine
-from outrider.engine.attention.interface import Block
+from outrider.engine.attention.interface import QueryBlock
 from outrider.engine.attention.segments import Segment
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 from outrider.errors import ModelError
@@ -42,19 +42,19 @@ def test_a_window_off_by_one(
     off_by: int, window_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load(window_dir).info.probe_max_difference < 1e-3
-    of = Block.of
+    of = QueryBlock.of
 
-    def wrong(first: int, last: int, window: int | None) -> Block:
+    def wrong(first: int, last: int, window: int | None) -> QueryBlock:
         return of(first, last, None if window is None else window + off_by)
 
-    monkeypatch.setattr(Block, "of", wrong)
+    monkeypatch.setattr(QueryBlock, "of", wrong)
     with pytest.raises(ModelError, match=WRONG):
         load(window_dir)
 
 
 def test_no_window_at_all(window_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Block.of
-    monkeypatch.setattr(Block, "of", lambda first, last, window: of(first, last, None))
+    of = QueryBlock.of
+    monkeypatch.setattr(QueryBlock, "of", lambda first, last, window: of(first, last, None))
     with pytest.raises(ModelError, match=WRONG):
         load(window_dir)
 
@@ -100,9 +100,9 @@ def test_a_wrong_block_of_a_long_prompt(
     """Positions from 256 on see one key too few."""
     blocks = Segment.blocks
 
-    def wrong(segment: Segment, window: int | None) -> list[Block]:
+    def wrong(segment: Segment, window: int | None) -> list[QueryBlock]:
         return [
-            block if block.last < 256 else Block(block.first, block.last, 1, block.window)
+            block if block.last < 256 else QueryBlock(block.first, block.last, 1, block.window)
             for block in blocks(segment, window)
         ]
 
@@ -114,13 +114,13 @@ def test_a_wrong_block_of_a_long_prompt(
 def test_a_missing_mask_at_late_positions(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask = Block.mask
+    mask = QueryBlock.mask
 
-    def wrong(block: Block, group: int, dtype: Any, device: Any) -> torch.Tensor | None:
+    def wrong(block: QueryBlock, group: int, dtype: Any, device: Any) -> torch.Tensor | None:
         made = mask(block, group, dtype, device)
         return None if block.first > 250 else made
 
-    monkeypatch.setattr(Block, "mask", wrong)
+    monkeypatch.setattr(QueryBlock, "mask", wrong)
     with pytest.raises(ModelError, match=WRONG):
         load(model_dir("llama"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.engine.interface import DrawAsk, ReplyAsk
+from outrider.engine.interface import SampleRequest, ScoreRequest
 from outrider.engine.sampling.sampler import GenerationSampler
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.random import Purpose, stream_key, token_gumbels
@@ -50,15 +50,15 @@ class Case:
     draw_logits: torch.Tensor
     reply_logits: torch.Tensor
 
-    def draw_asks(self, verification: Verification, *, is_guess: bool) -> list[DrawAsk]:
+    def draw_asks(self, verification: Verification, *, is_guess: bool) -> list[SampleRequest]:
         return [
-            DrawAsk(s, lambda: self.history, 12, 11, verification, is_guess=is_guess)
+            SampleRequest(s, lambda: self.history, 12, 11, verification, is_guess=is_guess)
             for s in self.samplers
         ]
 
-    def reply_asks(self) -> list[ReplyAsk]:
+    def reply_asks(self) -> list[ScoreRequest]:
         return [
-            ReplyAsk(s, self.history, 12, GAMMA + 1, supports)
+            ScoreRequest(s, self.history, 12, GAMMA + 1, supports)
             for s, supports in zip(self.samplers, self.supports, strict=True)
         ]
 

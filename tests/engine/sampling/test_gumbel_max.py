@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outrider.engine.interface import NUM_CANDIDATES
-from outrider.engine.sampling.distributions import Laws
+from outrider.engine.sampling.distributions import Distributions
 from outrider.engine.sampling.gumbel_max import best
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, token_gumbels
@@ -46,7 +46,7 @@ def test_a_race_is_the_whole_rows_argmax(kind: str, width: int) -> None:
     logits = _laws()[kind]
     keys = np.array([stream_key(8, Purpose.TARGET, i) for i in range(len(logits))])
     num = min(width, NUM_CANDIDATES)
-    ids, scores = Laws(torch.from_numpy(logits), [SamplingParams()] * len(logits)).race(
+    ids, scores = Distributions(torch.from_numpy(logits), [SamplingParams()] * len(logits)).race(
         keys, num, width
     )
     exact = log_softmax(logits) + token_gumbels(keys, np.arange(logits.shape[-1]))

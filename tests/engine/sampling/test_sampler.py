@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.engine.interface import NUM_CANDIDATES, DrawAsk, Drawn, Reply
+from outrider.engine.interface import NUM_CANDIDATES, BlockScores, SampledToken, SampleRequest
 from outrider.engine.sampling.gumbel_max import first_max
-from outrider.engine.sampling.sampler import GenerationSampler, draw_all, reply_all
+from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.random import Purpose, stream_key, uniform
@@ -27,7 +27,7 @@ _SIZES = [5, 259, 1500, 8192]
 _FORESEEN_AMONG = 128
 
 
-def flat(result: Drawn | Reply | Exception) -> list[Any]:
+def flat(result: SampledToken | BlockScores | Exception) -> list[Any]:
     """All numbers of a result, for comparison bit for bit."""
     assert not isinstance(result, Exception), result
     fields = result if isinstance(result, tuple) else vars(result).values()
@@ -51,10 +51,10 @@ def test_a_draw_is_the_same_in_any_company(
     """Bit for bit: all kinds together, in the opposite order, and each alone."""
     case = make_case(vocab_size)
     asks = case.draw_asks(verification, is_guess=is_guess)
-    together = [flat(d) for d in draw_all(asks, case.draw_logits)]
-    reverse = [flat(d) for d in draw_all(asks[::-1], case.draw_logits.flip(0))][::-1]
+    together = [flat(d) for d in sample_all(asks, case.draw_logits)]
+    reverse = [flat(d) for d in sample_all(asks[::-1], case.draw_logits.flip(0))][::-1]
     alone = [
-        flat(draw_all([a], row[None])[0]) for a, row in zip(asks, case.draw_logits, strict=True)
+        flat(sample_all([a], row[None])[0]) for a, row in zip(asks, case.draw_logits, strict=True)
     ]
     assert same(together, reverse)
     assert same(together, alone)
@@ -66,9 +66,9 @@ def test_a_reply_is_the_same_in_any_company(vocab_size: int) -> None:
     case = make_case(vocab_size)
     asks, rows = case.reply_asks(), case.reply_logits
     blocks = rows.split(GAMMA + 1)
-    together = [flat(r) for r in reply_all(asks, rows)]
-    reverse = [flat(r) for r in reply_all(asks[::-1], torch.cat(blocks[::-1]))][::-1]
-    alone = [flat(reply_all([a], block)[0]) for a, block in zip(asks, blocks, strict=True)]
+    together = [flat(r) for r in score_all(asks, rows)]
+    reverse = [flat(r) for r in score_all(asks[::-1], torch.cat(blocks[::-1]))][::-1]
+    alone = [flat(score_all([a], block)[0]) for a, block in zip(asks, blocks, strict=True)]
     assert same(together, reverse)
     assert same(together, alone)
 
@@ -79,11 +79,11 @@ def test_draws_are_what_the_formulas_say(vocab_size: int) -> None:
     case = make_case(vocab_size, seed=1)
     num = min(NUM_CANDIDATES, vocab_size)
     for is_guess in (False, True):
-        drawn = draw_all(
+        drawn = sample_all(
             case.draw_asks(Verification.REJECTION, is_guess=is_guess), case.draw_logits
         )
         for k, d in enumerate(drawn):
-            assert isinstance(d, Drawn)
+            assert isinstance(d, SampledToken)
             row = case.adjusted(case.draw_logits[k], k, 12)
             if case.params[k].greedy:
                 scores = row.astype(np.float64)
@@ -96,7 +96,7 @@ def test_draws_are_what_the_formulas_say(vocab_size: int) -> None:
                 ids, weights = d.support
                 assert weights == pytest.approx(np.exp(logprobs[ids]), rel=1e-6)
                 key = stream_key(case.params[k].seed, Purpose.DRAFT, 12, 11)
-                assert d.token_id == Support.normalised(ids, weights).draw(uniform(key))
+                assert d.token_id == Support.normalised(ids, weights).sample(uniform(key))
                 # What it foresees is among its likeliest.
                 scores[np.argsort(-logprobs)[_FORESEEN_AMONG:]] = -np.inf
             order = np.argsort(-scores)[:num]
@@ -109,8 +109,8 @@ def test_draws_are_what_the_formulas_say(vocab_size: int) -> None:
 def test_replies_are_what_the_formulas_say(vocab_size: int) -> None:
     """Samples, support and tail of every kind, position by position, from whole rows."""
     case = make_case(vocab_size, seed=2)
-    for k, reply in enumerate(reply_all(case.reply_asks(), case.reply_logits)):
-        assert isinstance(reply, Reply)
+    for k, reply in enumerate(score_all(case.reply_asks(), case.reply_logits)):
+        assert isinstance(reply, BlockScores)
         supports, start = case.supports[k], 0
         assert len(reply.tail_mass) == (0 if supports is None else GAMMA)
         assert len(reply.tail_logprobs) == len(reply.tail_mass)
@@ -142,8 +142,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     """For those who ask: the likeliest, the samples and the support."""
     case = make_case(259, seed=3)
     expected = log_softmax(case.reply_logits.numpy()).reshape(len(KINDS), GAMMA + 1, -1)
-    for k, reply in enumerate(reply_all(case.reply_asks(), case.reply_logits)):
-        assert isinstance(reply, Reply)
+    for k, reply in enumerate(score_all(case.reply_asks(), case.reply_logits)):
+        assert isinstance(reply, BlockScores)
         number = case.params[k].logprobs
         if number is None:
             assert reply.logprobs is None
@@ -164,11 +164,13 @@ def test_one_asks_error_is_its_own() -> None:
     case = make_case(259)
     params = SamplingParams(allowed_token_ids=(300,))
     stray = GenerationSampler(params, prompt_len=2, vocab_size=259, eos_token_ids=[], device="cpu")
-    broken = DrawAsk(stray, lambda: case.history, 12, 11, Verification.REJECTION, is_guess=False)
+    broken = SampleRequest(
+        stray, lambda: case.history, 12, 11, Verification.REJECTION, is_guess=False
+    )
     asks = case.draw_asks(Verification.REJECTION, is_guess=False)
-    expected = [flat(d) for d in draw_all(asks, case.draw_logits)]
+    expected = [flat(d) for d in sample_all(asks, case.draw_logits)]
     rows = torch.cat([case.draw_logits[:2], case.draw_logits[:1], case.draw_logits[2:]])
-    drawn = draw_all([*asks[:2], broken, *asks[2:]], rows)
+    drawn = sample_all([*asks[:2], broken, *asks[2:]], rows)
     assert isinstance(drawn[2], InvalidRequest)
     assert same([flat(d) for d in drawn[:2] + drawn[3:]], expected)
 
@@ -181,9 +183,9 @@ def test_an_unforeseen_error_is_its_own() -> None:
 
     case = make_case(259)
     asks = case.draw_asks(Verification.COUPLED, is_guess=False)
-    bad = DrawAsk(asks[9].sampler, unreadable, 12, 11, Verification.COUPLED, is_guess=False)
-    expected = [flat(d) for d in draw_all(asks, case.draw_logits)]
-    drawn = draw_all([*asks[:9], bad, *asks[10:]], case.draw_logits)
+    bad = SampleRequest(asks[9].sampler, unreadable, 12, 11, Verification.COUPLED, is_guess=False)
+    expected = [flat(d) for d in sample_all(asks, case.draw_logits)]
+    drawn = sample_all([*asks[:9], bad, *asks[10:]], case.draw_logits)
     assert isinstance(drawn[9], RuntimeError)
     others = [d for k, d in enumerate(drawn) if k != 9]
     assert same([flat(d) for d in others], expected[:9] + expected[10:])
@@ -204,10 +206,10 @@ def test_a_vocabulary_of_its_own() -> None:
         for t, v in ((0, 2000), (0, 1500), (1, 1500))
     ]
     asks = [
-        DrawAsk(s, lambda: np.zeros(9, np.int64), 3, 2, Verification.COUPLED, is_guess=False)
+        SampleRequest(s, lambda: np.zeros(9, np.int64), 3, 2, Verification.COUPLED, is_guess=False)
         for s in samplers
     ]
-    first, *others = [d for d in draw_all(asks, logits) if isinstance(d, Drawn)]
+    first, *others = [d for d in sample_all(asks, logits) if isinstance(d, SampledToken)]
     assert first.token_id == 1999
     assert all(d.candidate_ids.max() < 1500 for d in others)
 
@@ -226,12 +228,14 @@ def test_ties_go_to_the_first() -> None:
             device="cpu",
         )
         asks = [
-            DrawAsk(greedy, lambda: np.zeros(9, np.int64), 3, 2, Verification.BLOCK, is_guess=False)
+            SampleRequest(
+                greedy, lambda: np.zeros(9, np.int64), 3, 2, Verification.BLOCK, is_guess=False
+            )
         ] * len(rows)
         tokens = rows.argmax(-1).tolist()
         assert first_max(rows).tolist() == tokens
-        for token_id, drawn in zip(tokens, draw_all(asks, rows), strict=True):
-            assert isinstance(drawn, Drawn)
+        for token_id, drawn in zip(tokens, sample_all(asks, rows), strict=True):
+            assert isinstance(drawn, SampledToken)
             assert drawn.token_id == drawn.candidate_ids[0] == token_id
             assert len(set(drawn.candidate_ids.tolist())) == min(NUM_CANDIDATES, size)
             assert (np.diff(drawn.candidate_scores) <= 0).all()
@@ -246,7 +250,7 @@ def test_threads_do_not_matter() -> None:
     try:
         for num in (1, 2):
             torch.set_num_threads(num)
-            results.append([d.token_id for d in draw_all(asks, case.draw_logits)])  # type: ignore[union-attr]
+            results.append([d.token_id for d in sample_all(asks, case.draw_logits)])  # type: ignore[union-attr]
     finally:
         torch.set_num_threads(num_threads)
     assert results[0] == results[1]
@@ -272,10 +276,10 @@ def test_cuda_draws_the_same_tokens() -> None:
     )
     for verification in Verification:
         here_drawn, there_drawn = (
-            draw_all(c.draw_asks(verification, is_guess=False), c.draw_logits)
+            sample_all(c.draw_asks(verification, is_guess=False), c.draw_logits)
             for c in (case, there)
         )
         assert [flat(d)[0] for d in here_drawn] == [flat(d)[0] for d in there_drawn]
-    replies = [reply_all(c.reply_asks(), c.reply_logits) for c in (case, there)]
+    replies = [score_all(c.reply_asks(), c.reply_logits) for c in (case, there)]
     for here, remote in zip(*replies, strict=True):
         assert same(flat(here)[0], flat(remote)[0])

@@ -1,4 +1,4 @@
-"""Admission queue: order, bounds, displacement, and that no running slot leaks."""
+"""AdmissionQueue queue: order, bounds, displacement, and that no running slot leaks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from orchestrator.admission.place import Place
-from orchestrator.admission.queue import Admission
+from orchestrator.admission.queue import AdmissionQueue
+from orchestrator.admission.ticket import AdmissionTicket
 from outrider.errors import CapacityExceeded, Unavailable
 
 
@@ -23,20 +23,22 @@ class Caller:
 
     def __init__(
         self,
-        admission: Admission,
+        admission: AdmissionQueue,
         priority: int = 0,
         patience_s: float | None = None,
         key: str = "",
         min_priority: int | None = None,
     ):
-        self.place: Place | None = None
+        self.place: AdmissionTicket | None = None
         self._ends = asyncio.Event()
-        admitted = admission.admitted(priority, patience_s, caller=key, min_priority=min_priority)
+        admitted = admission.admitted(priority, patience_s, client=key, min_priority=min_priority)
         self.task = asyncio.create_task(self._call(admitted))
         # Seen, should nobody ask how it ended.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def _call(self, admitted: contextlib.AbstractAsyncContextManager[Place]) -> None:
+    async def _call(
+        self, admitted: contextlib.AbstractAsyncContextManager[AdmissionTicket]
+    ) -> None:
         async with admitted as self.place:
             await self._ends.wait()
         self.place = None
@@ -56,7 +58,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def calls(admission: Admission, *priorities: int) -> list[Caller]:
+async def calls(admission: AdmissionQueue, *priorities: int) -> list[Caller]:
     """One after the other."""
     made = []
     for priority in priorities:
@@ -65,21 +67,21 @@ async def calls(admission: Admission, *priorities: int) -> list[Caller]:
     return made
 
 
-async def refusal(caller: Caller) -> CapacityExceeded:
+async def refusal(client: Caller) -> CapacityExceeded:
     with pytest.raises(CapacityExceeded) as caught:
-        await caller.task
+        await client.task
     return caught.value
 
 
 async def test_the_most_urgent_first_then_whoever_came_first() -> None:
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     first, *waiting = await calls(admission, 0, 5, 0, -1, 0)
     assert first.is_running
     served = []
     ending = first
     for _ in waiting:
         await ending.end()
-        (ending,) = [caller for caller in waiting if caller.is_running]
+        (ending,) = [client for client in waiting if client.is_running]
         served.append(waiting.index(ending))
     assert served == [2, 1, 3, 0]
     await ending.end()
@@ -88,7 +90,7 @@ async def test_the_most_urgent_first_then_whoever_came_first() -> None:
 
 async def test_a_full_queue_rejects_a_request_that_is_no_more_urgent_than_its_last() -> None:
     """A displaced request gets an error of its own; both have a retry hint."""
-    admission = Admission(1, 2)
+    admission = AdmissionQueue(1, 2)
     _, kept, last, late = await calls(admission, 0, 0, 1, 1)
     assert "2 requests wait" in str(await refusal(late))
     (urgent,) = await calls(admission, 0)
@@ -96,12 +98,12 @@ async def test_a_full_queue_rejects_a_request_that_is_no_more_urgent_than_its_la
     assert "more urgent" in str(displaced)
     assert displaced.retry_after_s > 0
     assert admission.num_waiting == 2
-    for caller in (kept, urgent):
-        caller.task.cancel()
+    for client in (kept, urgent):
+        client.task.cancel()
 
 
 async def test_with_a_queue_of_zero_requests_are_rejected_at_once() -> None:
-    admission = Admission(2, 0)
+    admission = AdmissionQueue(2, 0)
     first, _, late = await calls(admission, 0, 0, -9)
     await refusal(late)
     await first.end()
@@ -110,7 +112,7 @@ async def test_with_a_queue_of_zero_requests_are_rejected_at_once() -> None:
 
 
 async def test_a_deadline_that_cannot_be_met_is_rejected_at_once() -> None:
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     (first,) = await calls(admission, 0)
     await asyncio.sleep(0.2)
     await first.end()  # so generations take 0.2 s
@@ -123,7 +125,7 @@ async def test_a_deadline_that_cannot_be_met_is_rejected_at_once() -> None:
 
 
 async def test_a_stop_rejects_queued_requests_and_no_running_one() -> None:
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     first, waiting = await calls(admission, 0, 0)
     admission.close()
     with pytest.raises(Unavailable):
@@ -134,7 +136,7 @@ async def test_a_stop_rejects_queued_requests_and_no_running_one() -> None:
 
 async def test_generations_short_of_room_go_before_the_queue() -> None:
     """What becomes free is theirs, unless somebody is more urgent."""
-    admission = Admission(3, 8)
+    admission = AdmissionQueue(3, 8)
     first, second = await calls(admission, 0, 0)
     assert first.place is not None
     assert second.place is not None
@@ -158,7 +160,7 @@ async def test_generations_short_of_room_go_before_the_queue() -> None:
 
 async def test_nobody_waits_behind_one_that_waits_for_another_room() -> None:
     """Each claims the targets that it fits into; those that are left are for whoever comes."""
-    admission = Admission(4, 8)
+    admission = AdmissionQueue(4, 8)
     admission.rooms = lambda: rooms
     rooms = frozenset({"large", "small"})
     long, short = await calls(admission, 0, 0)
@@ -184,7 +186,7 @@ async def test_nobody_waits_behind_one_that_waits_for_another_room() -> None:
 
 async def test_too_many_without_room() -> None:
     """A generation that has sent tokens is never rejected."""
-    admission = Admission(4, 1)
+    admission = AdmissionQueue(4, 1)
     (first, second, third) = await calls(admission, 0, 0, 0)
     assert first.place is not None
     assert second.place is not None
@@ -199,7 +201,7 @@ async def test_too_many_without_room() -> None:
 
 async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() -> None:
     """That one is told so at its next turn; one that has shown something is never displaced."""
-    admission = Admission(8, 2)
+    admission = AdmissionQueue(8, 2)
     begun, first, last = await calls(admission, 9, 0, 1)
     assert begun.place is not None
     assert first.place is not None
@@ -225,7 +227,7 @@ async def test_an_urgent_request_displaces_the_least_urgent_one_short_of_room() 
 
 async def test_a_displaced_request_that_found_room_all_the_same_goes_on() -> None:
     """It was tried while it was displaced: later waits are none of the earlier one's."""
-    admission = Admission(8, 1)
+    admission = AdmissionQueue(8, 1)
     (first,) = await calls(admission, 0)
     assert first.place is not None
     with first.place.short_of_room(one_room, has_begun=False):
@@ -239,7 +241,7 @@ async def test_a_displaced_request_that_found_room_all_the_same_goes_on() -> Non
 
 async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> None:
     """All may run at once: the urgent one waits for the turn that the displaced one gives back."""
-    admission = Admission(1, 1)
+    admission = AdmissionQueue(1, 1)
     (first,) = await calls(admission, 0)
     assert first.place is not None
     with first.place.short_of_room(one_room, has_begun=False):
@@ -252,7 +254,7 @@ async def test_an_urgent_request_in_the_queue_displaces_one_short_of_room() -> N
     assert urgent.is_running
 
 
-async def of_keys(admission: Admission, *asked: tuple[str, int]) -> list[Caller]:
+async def of_keys(admission: AdmissionQueue, *asked: tuple[str, int]) -> list[Caller]:
     """Requests of keys without rights, one after the other."""
     made = []
     for key, priority in asked:
@@ -266,7 +268,7 @@ async def served(running: Caller, waiting: list[Caller]) -> list[int]:
     order: list[int] = []
     for _ in waiting:
         await running.end()
-        (running,) = [caller for caller in waiting if caller.is_running]
+        (running,) = [client for client in waiting if client.is_running]
         order.append(waiting.index(running))
     await running.end()
     return order
@@ -274,7 +276,7 @@ async def served(running: Caller, waiting: list[Caller]) -> list[int]:
 
 async def test_without_the_right_a_priority_orders_only_a_callers_own_requests() -> None:
     """They exchange their places; every other caller keeps its own."""
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     (first,) = await of_keys(admission, ("ada", 0))
     waiting = await of_keys(
         admission, ("ada", 0), ("bob", 0), ("ada", -9), ("cleo", 0), ("ada", -5), ("bob", -1)
@@ -285,7 +287,7 @@ async def test_without_the_right_a_priority_orders_only_a_callers_own_requests()
 
 async def test_a_refused_request_leaves_its_own_keys_order_as_it_was() -> None:
     """Rejected by its deadline, it gives back the place that it took from an earlier request."""
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     (first,) = await of_keys(admission, ("ada", 0))
     await asyncio.sleep(0.2)
     await first.end()  # so generations take 0.2 s
@@ -298,7 +300,7 @@ async def test_a_refused_request_leaves_its_own_keys_order_as_it_was() -> None:
 
 
 async def test_a_cancelled_request_gives_back_the_place_it_took_from_its_own_key() -> None:
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     (running,) = await of_keys(admission, ("ada", 0))
     *waiting, urgent = await of_keys(
         admission, ("ada", 0), ("bob", 0), ("ada", -2), ("cleo", 0), ("ada", -9)
@@ -309,7 +311,7 @@ async def test_a_cancelled_request_gives_back_the_place_it_took_from_its_own_key
 
 
 async def test_cancelling_a_request_keeps_the_place_that_another_took_from_it() -> None:
-    admission = Admission(1, 8)
+    admission = AdmissionQueue(1, 8)
     (running,) = await of_keys(admission, ("ada", 0))
     early, *waiting = await of_keys(admission, ("ada", 0), ("bob", 0), ("ada", -9))
     early.task.cancel()
@@ -318,7 +320,7 @@ async def test_cancelling_a_request_keeps_the_place_that_another_took_from_it() 
 
 
 async def test_a_request_rejected_by_a_full_queue_changes_nothing() -> None:
-    admission = Admission(1, 2)
+    admission = AdmissionQueue(1, 2)
     (running,) = await of_keys(admission, ("ada", 0))
     waiting = await of_keys(admission, ("ada", -2), ("bob", 0))
     (late,) = await of_keys(admission, ("ada", -1))
@@ -327,7 +329,7 @@ async def test_a_request_rejected_by_a_full_queue_changes_nothing() -> None:
 
 
 async def test_without_the_right_nobody_else_is_displaced_or_overtaken() -> None:
-    admission = Admission(2, 2)
+    admission = AdmissionQueue(2, 2)
     running = await of_keys(admission, ("ada", 0), ("bob", 0))
     assert running[0].place is not None
     with running[0].place.short_of_room(one_room, has_begun=False):
@@ -342,39 +344,39 @@ async def test_without_the_right_nobody_else_is_displaced_or_overtaken() -> None
 
 @pytest.mark.parametrize(("least", "counts_as"), [(None, -7), (0, 0), (-3, -3), (-9, -7), (5, 5)])
 async def test_what_a_priority_counts_as_towards_others(least: int | None, counts_as: int) -> None:
-    caller = Caller(Admission(1, 0), -7, key="ada", min_priority=least)
+    client = Caller(AdmissionQueue(1, 0), -7, key="ada", min_priority=least)
     await settle()
-    assert caller.place is not None
-    assert (caller.place.priority, caller.place.asked) == (counts_as, -7)
-    await caller.end()
+    assert client.place is not None
+    assert (client.place.priority, client.place.asked) == (counts_as, -7)
+    await client.end()
 
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_nothing_leaks_whatever_callers_do(seed: int) -> None:
     """Requests arrive, are cancelled while queued or just admitted, end: bounds always hold."""
     generator = random.Random(seed)
-    admission = Admission(3, 5)
-    callers: list[Caller] = []
+    admission = AdmissionQueue(3, 5)
+    clients: list[Caller] = []
     for _ in range(300):
         what = generator.random()
-        if what < 0.5 or not callers:
+        if what < 0.5 or not clients:
             priority, key = generator.randint(-2, 2), generator.choice(("ada", "bob", ""))
-            callers.append(Caller(admission, priority, key=key, min_priority=0 if key else None))
+            clients.append(Caller(admission, priority, key=key, min_priority=0 if key else None))
         else:
-            caller = callers.pop(generator.randrange(len(callers)))
+            client = clients.pop(generator.randrange(len(clients)))
             if what < 0.75:
-                caller.task.cancel()
+                client.task.cancel()
             else:
-                caller._ends.set()
+                client._ends.set()
         if generator.random() < 0.7:
             await asyncio.sleep(0)
         assert 0 <= admission.num_running <= 3
         assert 0 <= admission.num_waiting <= 5
-    for caller in callers:
-        caller._ends.set()
-    for caller in callers:
+    for client in clients:
+        client._ends.set()
+    for client in clients:
         with contextlib.suppress(CapacityExceeded):
-            await caller.task
+            await client.task
     await settle()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
     (last,) = await calls(admission, 0)

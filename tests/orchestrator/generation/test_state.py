@@ -20,7 +20,7 @@ from orchestrator.generation.state import (
     TokenOrigin,
 )
 from orchestrator.generation.stop_strings import OutputText
-from orchestrator.speculation.verification import Proposal, TargetReply
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.support import Support
@@ -53,13 +53,13 @@ def rounds(tokens: st.SearchStrategy[int], max_gamma: int = 5) -> st.SearchStrat
 
 def proposal_and_reply(
     made: Round, base_len: int
-) -> tuple[Proposal | None, TargetReply, list[int]]:
+) -> tuple[Proposal | None, VerifyResult, list[int]]:
     """And the tokens that the round is bound to bring, stops apart."""
     gamma, num_right = len(made.drafts), made.num_right
     samples = list(made.samples)
     nothing = np.zeros(0)
     if not gamma:
-        return None, TargetReply(samples, [nothing], nothing, nothing), samples[:1]
+        return None, VerifyResult(samples, [nothing], nothing, nothing), samples[:1]
     if made.with_supports:  # p(x) of a right one is 1, of a wrong one 0: all is outside
         supports = tuple(Support(np.array([d], np.int64), np.ones(1)) for d in made.drafts)
         probs = [np.array([float(i < num_right)]) for i in range(gamma)]
@@ -67,14 +67,14 @@ def proposal_and_reply(
         for i in range(num_right, gamma):  # drawn from outside the support
             samples[i] = samples[i] if samples[i] != made.drafts[i] else (samples[i] + 1) % 8
         with np.errstate(divide="ignore"):
-            reply = TargetReply(samples, probs, tail, np.log(tail))
+            reply = VerifyResult(samples, probs, tail, np.log(tail))
         proposal = Proposal(base_len, made.drafts, supports)
         return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
     samples[:num_right] = made.drafts[:num_right]
     while num_right < gamma and samples[num_right] == made.drafts[num_right]:
         num_right += 1
     proposal = Proposal(base_len, made.drafts, None)
-    reply = TargetReply(samples, [nothing], nothing, nothing)
+    reply = VerifyResult(samples, [nothing], nothing, nothing)
     return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
 
 

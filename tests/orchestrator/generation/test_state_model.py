@@ -25,7 +25,7 @@ from orchestrator.generation.state import (
     TokenOrigin,
 )
 from orchestrator.generation.stop_strings import OutputText
-from orchestrator.speculation.verification import TargetReply
+from orchestrator.speculation.verification import VerifyResult
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
@@ -256,7 +256,7 @@ def test_any_output_is_what_the_model_says(
         _check_counts(played)
         if model.finish is not None:
             with pytest.raises(InternalError):
-                played.state.commit(None, TargetReply([1], (), np.zeros(0), np.zeros(0)))
+                played.state.commit(None, VerifyResult([1], (), np.zeros(0), np.zeros(0)))
             break
 
 

@@ -11,7 +11,12 @@ import grpc
 import pytest
 
 import target_service.app
-from orchestrator.replicas.circuit_breaker import FIRST_OPEN_S, MAX_FAILURES, MAX_OPEN_S, Breaker
+from orchestrator.replicas.circuit_breaker import (
+    FIRST_OPEN_S,
+    MAX_FAILURES,
+    MAX_OPEN_S,
+    CircuitBreaker,
+)
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.target_client import TargetHandle, TargetLink
@@ -32,9 +37,9 @@ class Clock:
         return self.now
 
 
-def opened() -> tuple[Breaker, Clock]:
+def opened() -> tuple[CircuitBreaker, Clock]:
     clock = Clock()
-    breaker = Breaker("target", "somewhere:1", lambda: None, clock)
+    breaker = CircuitBreaker("target", "somewhere:1", lambda: None, clock)
     for _ in range(MAX_FAILURES):
         assert breaker.allows
         breaker.tried()
@@ -49,7 +54,7 @@ def test_failures_in_a_row_open_it() -> None:
 
 
 def test_a_success_in_between_starts_the_count_anew() -> None:
-    breaker = Breaker("target", "somewhere:1", lambda: None)
+    breaker = CircuitBreaker("target", "somewhere:1", lambda: None)
     for _ in range(5):
         for _ in range(MAX_FAILURES - 1):
             breaker.failed("why")
@@ -101,7 +106,7 @@ def test_late_failures_of_those_that_were_there_already_change_nothing() -> None
 
 def test_changes_are_told() -> None:
     changes: list[bool] = []
-    breaker = Breaker("target", "somewhere:1", lambda: changes.append(breaker.is_open))
+    breaker = CircuitBreaker("target", "somewhere:1", lambda: changes.append(breaker.is_open))
     for _ in range(MAX_FAILURES + 3):
         breaker.failed("why")
     breaker.succeeded()
@@ -168,7 +173,7 @@ def opened_at(link: TargetLink) -> TargetHandle:
     """A generation whose first row is on its way."""
     request = target_request("s", prompt_len=2)
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
-    handle.send_row(0, [1, 2], None)
+    handle.send_verify(0, [1, 2], None)
     return handle
 
 

@@ -39,7 +39,7 @@ def opened(link: TargetLink, number: int) -> TargetHandle:
     """A greedy session whose whole prompt is on its way."""
     request = target_request(f"session-{number}", len(PROMPT))
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
-    handle.send_row(0, PROMPT, None)
+    handle.send_verify(0, PROMPT, None)
     return handle
 
 

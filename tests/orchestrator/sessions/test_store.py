@@ -285,12 +285,12 @@ async def test_each_prefix_is_a_world(redis_url: str, store: SessionStore) -> No
 # -- lists of sessions -------------------------------------------------------------------------
 
 
-async def listed(store: SessionStore, caller: str = "") -> dict[str, tuple[int, int, bool]]:
+async def listed(store: SessionStore, client: str = "") -> dict[str, tuple[int, int, bool]]:
     """Tokens, turns and use of all sessions of the caller, from all pages."""
     found: dict[str, tuple[int, int, bool]] = {}
     cursor = 0
     while True:
-        page = await store.page(cursor, caller)
+        page = await store.page(cursor, client)
         cursor = page.cursor
         for one in page.sessions:
             assert 0 < one.expires_in_s <= StoreOptions().session_ttl_s
@@ -301,9 +301,9 @@ async def listed(store: SessionStore, caller: str = "") -> dict[str, tuple[int, 
 
 async def test_a_caller_lists_its_own_sessions(redis_url: str) -> None:
     async with opened(redis_url, prefix="listed") as store:
-        for caller, num in (("", 3), ("ada", 1200), ("ada.b", 2)):
+        for client, num in (("", 3), ("ada", 1200), ("ada.b", 2)):
             for number in range(num):
-                lease = await store.acquire(f"s{number}", create=True, model=MODEL, caller=caller)
+                lease = await store.acquire(f"s{number}", create=True, model=MODEL, client=client)
                 if number == 1:
                     await begin(store, lease, [1, 2, 3])
                 if number:

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.sessions import Lease, RoundRecord, SessionStore
 from outrider.errors import LeaseLost, SessionInUse, Unavailable, UnreadableRecord
-from outrider.redis.connection import Command, Link, Reply
+from outrider.redis.connection import Command, RedisConnection, Reply
 from outrider.redis.embedded import RedisServer
 from tests.orchestrator.sessions.parts import PER_ROUND, begin, leased, opened, round_of, tokens_of
 from tests.redis_fixture import redis_command
@@ -45,13 +45,13 @@ def frozen(server: RedisServer, store: SessionStore) -> Iterator[None]:
 @pytest.fixture
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Command]]:
     """What any store has sent and waited for the answer to."""
-    exchange, sent = Link.exchange, list[Sequence[Command]]()
+    exchange, sent = RedisConnection.exchange, list[Sequence[Command]]()
 
-    async def noted(link: Link, commands: Sequence[Command]) -> Sequence[Reply]:
+    async def noted(link: RedisConnection, commands: Sequence[Command]) -> Sequence[Reply]:
         sent.append(commands)
         return await exchange(link, commands)
 
-    monkeypatch.setattr(Link, "exchange", noted)
+    monkeypatch.setattr(RedisConnection, "exchange", noted)
     return sent
 
 
@@ -263,14 +263,14 @@ async def test_a_defect_in_the_link_costs_one_batch(
     store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it raises: those who wait are told, and the next call is served."""
-    exchange, failures = Link.exchange, iter([RuntimeError("closed transport")])
+    exchange, failures = RedisConnection.exchange, iter([RuntimeError("closed transport")])
 
-    async def failing(link: Link, commands: Sequence[Command]) -> Sequence[Reply]:
+    async def failing(link: RedisConnection, commands: Sequence[Command]) -> Sequence[Reply]:
         for failure in failures:
             raise failure
         return await exchange(link, commands)
 
-    monkeypatch.setattr(Link, "exchange", failing)
+    monkeypatch.setattr(RedisConnection, "exchange", failing)
     with pytest.raises(Unavailable, match="closed transport"):
         await leased(store)
     assert (await leased(store)).created

@@ -150,7 +150,7 @@ async def test_each_write_keeps_the_callers_count_of_sessions(
         return left[0] > left[1] > 1_000_000
 
     assert redis_command(redis_url, "ZADD", count, "1", "other") == b":1"
-    lease = await store.acquire("s", create=True, model=MODEL, caller="ada")
+    lease = await store.acquire("s", create=True, model=MODEL, client="ada")
     assert outlives()
     await store.begin_turn(lease, [1, 2], keep_len=0, messages=(), turn_json="{}")
     assert outlives()
@@ -161,7 +161,7 @@ async def test_each_write_keeps_the_callers_count_of_sessions(
     await store.release(lease, target_kv=None, draft_kv=None)
     assert outlives()
     assert redis_command(redis_url, "ZSCORE", count, session) == b"$-1", "who makes one counts it"
-    lease = await store.acquire("s", create=False, model=MODEL, caller="ada")
+    lease = await store.acquire("s", create=False, model=MODEL, client="ada")
     assert redis_command(redis_url, "ZCARD", count) == b":2"
 
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from orchestrator.speculation.acceptance import Survival
+from orchestrator.speculation.acceptance import AcceptanceModel
 
 _LIMIT = 16
 
@@ -22,9 +22,9 @@ def verdicts(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
     return rounds
 
 
-def _told(survival: Survival, rounds: list[tuple[int, int, bool]]) -> Survival:
+def _told(survival: AcceptanceModel, rounds: list[tuple[int, int, bool]]) -> AcceptanceModel:
     for gamma, num_accepted, is_rejected in rounds:
-        survival.saw(gamma, num_accepted, is_rejected=is_rejected)
+        survival.observe(gamma, num_accepted, is_rejected=is_rejected)
     return survival
 
 
@@ -32,8 +32,8 @@ def _told(survival: Survival, rounds: list[tuple[int, int, bool]]) -> Survival:
 def test_chances_fall_along_a_block(
     rounds: list[tuple[int, int, bool]], of_others: list[tuple[int, int, bool]], gamma: int
 ) -> None:
-    pair = _told(Survival(), of_others)
-    survival = _told(Survival(pair), rounds)
+    pair = _told(AcceptanceModel(), of_others)
+    survival = _told(AcceptanceModel(pair), rounds)
     acceptances, prefixes = survival.acceptances(gamma), survival.prefixes(gamma)
     assert len(acceptances) == len(prefixes) == gamma
     assert all(0 < chance < 1 for chance in acceptances), "never certain"
@@ -53,8 +53,8 @@ def test_one_more_token_accepted_never_lowers_a_chance(
     if better < len(rounds) and rounds[better][2]:
         gamma, num_accepted, _ = rounds[better]
         improved[better] = (gamma, num_accepted + 1, False)
-    before = _told(Survival(), rounds).prefixes(_LIMIT)
-    after = _told(Survival(), improved).prefixes(_LIMIT)
+    before = _told(AcceptanceModel(), rounds).prefixes(_LIMIT)
+    after = _told(AcceptanceModel(), improved).prefixes(_LIMIT)
     assert all(a >= b - 1e-12 for a, b in zip(after, before, strict=True))
 
 
@@ -63,28 +63,30 @@ def test_what_is_behind_a_rejection_says_nothing(rounds: list[tuple[int, int, bo
     """A round with more draft tokens, none of them judged, teaches the same of those that were."""
     longer = [(_LIMIT, accepted, rejected) for _, accepted, rejected in rounds]
     judged = max((accepted + rejected for _, accepted, rejected in rounds), default=0)
-    short = _told(Survival(), rounds).acceptances(judged)
-    assert _told(Survival(), longer).acceptances(judged) == pytest.approx(short)
+    short = _told(AcceptanceModel(), rounds).acceptances(judged)
+    assert _told(AcceptanceModel(), longer).acceptances(judged) == pytest.approx(short)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_what_is_measured_wins_over_any_prior(share: float) -> None:
     """One token a round, in so many of four accepted; the prior has seen the opposite for long."""
-    pair = Survival()
+    pair = AcceptanceModel()
     for _ in range(500):
-        pair.saw(1, int(share < 0.5), is_rejected=share >= 0.5)
-    survival = Survival(pair)
+        pair.observe(1, int(share < 0.5), is_rejected=share >= 0.5)
+    survival = AcceptanceModel(pair)
     for number in range(400):
         is_accepted = number % 4 < 4 * share
-        survival.saw(1, int(is_accepted), is_rejected=not is_accepted)
+        survival.observe(1, int(is_accepted), is_rejected=not is_accepted)
     assert survival.acceptances(1)[0] == pytest.approx(share, abs=0.1)
     assert pair.acceptances(1)[0] == pytest.approx(share, abs=0.1), "the pair has learnt it too"
-    assert Survival(pair).acceptances(1)[0] == pytest.approx(share, abs=0.1), "and passes it on"
+    assert AcceptanceModel(pair).acceptances(1)[0] == pytest.approx(share, abs=0.1), (
+        "and passes it on"
+    )
 
 
 def test_the_last_rounds_speak() -> None:
     """After a hundred bad rounds, a hundred good ones are most of what is known."""
-    survival = _told(Survival(), [(4, 0, True)] * 100)
+    survival = _told(AcceptanceModel(), [(4, 0, True)] * 100)
     assert survival.prefixes(4)[0] < 0.15
     _told(survival, [(4, 4, False)] * 100)
     assert survival.prefixes(4)[0] > 0.75

@@ -24,8 +24,8 @@ def test_each_replica_has_costs_of_its_own() -> None:
     assert slow.target_steps_s(0) == pytest.approx((0.5,))
     assert (fast.draft_step_s, slow.draft_step_s) == pytest.approx((0.01, 0.5))
     for _ in range(200):
-        slow.saw_reply(0.9, 0.5, left_at_once=True)
-        slow.saw_proposal(0.7, 1)
+        slow.observe_result(0.9, 0.5, left_at_once=True)
+        slow.observe_proposal(0.7, 1)
     assert slow.target_overhead_s == pytest.approx(0.4, rel=0.01)
     assert slow.draft_overhead_s == pytest.approx(0.2, rel=0.01)
     assert fast.target_overhead_s == fast.draft_overhead_s == 0.001
@@ -35,7 +35,7 @@ def test_a_generation_that_moves_goes_on_with_what_is_known_there() -> None:
     book = CostBook(report, report)
     pair = book.pair()
     pair.target_side = book.target("slow")
-    pair.saw_reply(0.9, 0.5, left_at_once=True)
+    pair.observe_result(0.9, 0.5, left_at_once=True)
     known = pair.target_overhead_s
     pair.target_side = book.target("fast")
     assert pair.target_steps_s(0) == pytest.approx((0.01,))
@@ -48,8 +48,8 @@ def test_what_is_known_of_the_models_is_shared() -> None:
     book = CostBook(report, report)
     one, other = book.pair(), book.pair()
     for _ in range(50):
-        one.survival.saw(4, 4, is_rejected=False)
-        one.saw_lookahead(is_hit=True)
+        one.survival.observe(4, 4, is_rejected=False)
+        one.observe_lookahead(is_hit=True)
     assert other.survival is one.survival
     assert other.lookahead_hit_rate == one.lookahead_hit_rate > 0.6
     assert book.shared.num_lookahead_hits == 50

@@ -68,21 +68,21 @@ def play(
         decisions.append(decision)
         gamma = decision.gamma
         if gamma:
-            policy.saw_lookahead(is_hit=is_hit)
+            policy.observe_lookahead(is_hit=is_hit)
         if not is_hit:
             gamma = decision.waiting_gamma
             needed_s = OVERHEAD_S + gamma * policy.costs.draft_step_s
             needed_s = late_s(gamma) if late_s is not None else needed_s
             if gamma and needed_s <= decision.wait_s:
-                policy.saw_proposal(needed_s, gamma)
+                policy.observe_proposal(needed_s, gamma)
             elif gamma:
-                policy.saw_no_proposal(decision.wait_s)
+                policy.observe_missing_proposal(decision.wait_s)
                 gamma = 0
         num_accepted = 0
         while num_accepted < gamma and chance.random() < acceptance:
             num_accepted += 1
-        policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
-        policy.costs.saw_reply(OVERHEAD_S + PASS_S, PASS_S, left_at_once=is_hit)
+        policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
+        policy.costs.observe_result(OVERHEAD_S + PASS_S, PASS_S, left_at_once=is_hit)
     return decisions
 
 
@@ -151,7 +151,7 @@ def test_more_the_more_is_accepted(token_s: float, draft_s: float, shares: list[
         costs = Tiers(token_s, draft_s).costs()
         for number in range(100):
             num_accepted = MAX_GAMMA if number % 20 < share else 0
-            costs.survival.saw(MAX_GAMMA, num_accepted, is_rejected=num_accepted < MAX_GAMMA)
+            costs.survival.observe(MAX_GAMMA, num_accepted, is_rejected=num_accepted < MAX_GAMMA)
         chosen.append(GammaPolicy(costs, MAX_GAMMA).decision.gamma)
     assert chosen == sorted(chosen)
 
@@ -165,7 +165,7 @@ def test_noise_makes_nothing_flutter(acceptance: float) -> None:
     tiers.noise = 0.01
     chosen = []
     for _ in range(500):
-        policy.saw_round(0, 0, is_rejected=False)
+        policy.observe_round(0, 0, is_rejected=False)
         chosen.append(policy.decision.gamma)
     changes = sum(a != b for a, b in itertools.pairwise(chosen))
     assert changes <= 2
@@ -217,15 +217,15 @@ def test_a_probe_stands_until_something_is_known() -> None:
     policy = GammaPolicy(Tiers(draft_s=0.5 * PASS_S).costs(), MAX_GAMMA)
     assert play(policy, 400, 0.0)[-1].gamma == 0
     while policy.decision.gamma == 0:
-        policy.saw_round(0, 0, is_rejected=False)
+        policy.observe_round(0, 0, is_rejected=False)
     num_rounds = 0
     while policy.decision.gamma:
-        policy.saw_round(0, 0, is_rejected=False)  # no proposal, and none was waited for
+        policy.observe_round(0, 0, is_rejected=False)  # no proposal, and none was waited for
         num_rounds += 1
     assert 8 <= num_rounds <= 20
     while policy.decision.gamma == 0:
-        policy.saw_round(0, 0, is_rejected=False)
-    policy.saw_round(2, 0, is_rejected=True)
+        policy.observe_round(0, 0, is_rejected=False)
+    policy.observe_round(2, 0, is_rejected=True)
     assert policy.decision.gamma == 0, "it is known"
 
 
@@ -253,10 +253,10 @@ def test_sessions_in_cohorts_know_what_they_would_have_together() -> None:
             while num_accepted < gamma and chance.random() < acceptance:
                 num_accepted += 1
             if gamma:
-                policy.saw_lookahead(is_hit=True)
-            policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
+                policy.observe_lookahead(is_hit=True)
+            policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
             num_passes = 1 if number % 50 == 0 else 2
-            policy.costs.saw_reply(OVERHEAD_S + num_passes * PASS_S, PASS_S, left_at_once=True)
+            policy.costs.observe_result(OVERHEAD_S + num_passes * PASS_S, PASS_S, left_at_once=True)
         assert (policy.decision.gamma == 0) == is_plain
 
 
@@ -276,12 +276,12 @@ def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
             while num_accepted < gamma and chance.random() < 0.8:
                 num_accepted += 1
             if gamma:
-                policy.saw_lookahead(is_hit=True)
-            policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
+                policy.observe_lookahead(is_hit=True)
+            policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
             step_s = policy.decision.target_step_s[gamma]
             is_lucky = number % 50 == 0
             latency_s = OVERHEAD_S + (1 if is_lucky else num_passes) * step_s
-            policy.costs.saw_reply(latency_s, step_s, left_at_once=True)
+            policy.costs.observe_result(latency_s, step_s, left_at_once=True)
         chosen.append(policy.decision.gamma)
     assert chosen[1] <= chosen[0] <= 3
 
@@ -313,8 +313,8 @@ def test_a_draft_that_is_lost_while_it_is_waited_for_teaches_nothing_of_patience
     policy = GammaPolicy(costs, MAX_GAMMA, fixed=5, fixed_wait_s=20.0)
     before_s = costs.draft_overhead_s
     for _ in range(50):
-        policy.saw_no_proposal(0.0)
-        policy.saw_round(0, 0, is_rejected=False)
+        policy.observe_missing_proposal(0.0)
+        policy.observe_round(0, 0, is_rejected=False)
     assert costs.draft_overhead_s == before_s
 
 
@@ -382,15 +382,15 @@ def test_whatever_happens_a_decision_makes_sense(
         if kind == "round":
             gamma = min(max(one, other), max_gamma)
             num_accepted = min(one, other, gamma)
-            policy.saw_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
+            policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
         elif kind in ("hit", "miss"):
-            policy.saw_lookahead(is_hit=kind == "hit")
+            policy.observe_lookahead(is_hit=kind == "hit")
         elif kind == "vain":
-            policy.saw_no_proposal(seconds)
+            policy.observe_missing_proposal(seconds)
         elif kind == "proposal":
-            policy.saw_proposal(seconds, one)
+            policy.observe_proposal(seconds, one)
         else:
-            costs.saw_reply(seconds, one * 100.0, left_at_once=bool(other % 2))
+            costs.observe_result(seconds, one * 100.0, left_at_once=bool(other % 2))
         check(policy.decision, max_gamma)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from outrider.errors import CapacityExceeded
 
 if TYPE_CHECKING:
-    from orchestrator.admission.queue import Admission
+    from orchestrator.admission.queue import AdmissionQueue
 
 # Endpoints of the targets whose KV cache is large enough for a generation.
 Rooms = Callable[[], Collection[str]]
@@ -24,7 +24,7 @@ Rooms = Callable[[], Collection[str]]
 _ROOM_RETRY_S = 0.2
 
 
-class Place:
+class AdmissionTicket:
     """Position of one generation in the order of admission.
 
     `priority`: lower runs first, 0 is the default. `asked`: the priority of the request itself; it
@@ -33,9 +33,9 @@ class Place:
     """
 
     def __init__(
-        self, admission: Admission, *, caller: str, priority: int, asked: int, number: int
+        self, admission: AdmissionQueue, *, client: str, priority: int, asked: int, number: int
     ) -> None:
-        self.caller = caller
+        self.client = client
         self.priority = priority
         self.asked = asked
         self.number = self.arrived = number
@@ -52,7 +52,7 @@ class Place:
         """Seconds since the request arrived."""
         return time.monotonic() - self._asked_at
 
-    def __lt__(self, other: Place) -> bool:
+    def __lt__(self, other: AdmissionTicket) -> bool:
         return (self.priority, self.number) < (other.priority, other.number)
 
     def short_of_room(self, rooms: Rooms, *, has_begun: bool) -> AbstractContextManager[None]:
@@ -86,16 +86,18 @@ class Place:
                 return unclaimed
 
 
-def of_same_caller(places: Iterable[Place], place: Place) -> list[Place]:
+def of_same_client(
+    places: Iterable[AdmissionTicket], place: AdmissionTicket
+) -> list[AdmissionTicket]:
     """Those of `places`, without `place`, that are ordered by `asked` among each other."""
     return [
         other
         for other in places
-        if other is not place and (other.caller, other.priority) == (place.caller, place.priority)
+        if other is not place and (other.client, other.priority) == (place.client, place.priority)
     ]
 
 
-def renumber(places: list[Place], numbers: Iterable[int]) -> None:
+def renumber(places: list[AdmissionTicket], numbers: Iterable[int]) -> None:
     """Gives the lowest of `numbers` to the most urgent of `places`, and so on."""
     places.sort(key=lambda place: (place.asked, place.number))
     for place, number in zip(places, sorted(numbers), strict=True):

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from orchestrator.admission.place import Place
+from orchestrator.admission.ticket import AdmissionTicket
 from orchestrator.generation.state import GenerationState
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.target_client import TargetHandle, TargetLink, TargetRequest
 from orchestrator.sessions import KvHandle
-from orchestrator.speculation.verification import Proposal, TargetReply
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.errors import (
     InternalError,
     KVFull,
@@ -45,7 +45,7 @@ _RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable, InternalError)
 
 
 @dataclass
-class _Tries:
+class _VerifyAttempts:
     """What has become of one verify request so far."""
 
     # Replicas that have no room for it, and those that were lost while it was there.
@@ -73,7 +73,7 @@ class _Tries:
             ) from error
 
 
-class Verifying:
+class TargetSession:
     """Of one generation. Call `send` and `reply` in turn.
 
     `kept`: where the session's KV of the turn before is, and how much of it is used. `check_length`
@@ -87,7 +87,7 @@ class Verifying:
         request: TargetRequest,
         state: GenerationState,
         kept: KvHandle | None,
-        place: Place,
+        place: AdmissionTicket,
         *,
         check_length: Callable[[], None],
         verdict_timeout_s: float,
@@ -148,7 +148,7 @@ class Verifying:
                 self._moved(other, "it takes no generations any more")
         self._send()
 
-    async def reply(self) -> TargetReply:
+    async def reply(self) -> VerifyResult:
         """The answer to the row sent last, from whichever replica gives it.
 
         Where no replica has room it is waited for. Raises CapacityExceeded where too many wait
@@ -168,9 +168,9 @@ class Verifying:
             self.num_reused = self.cached_len + reply.num_reused_tokens
         return reply
 
-    async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> TargetReply:
+    async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> VerifyResult:
         """Sends the row until it is answered; what it waits in is left with `waiting`."""
-        tries = _Tries()
+        tries = _VerifyAttempts()
         while True:
             await self._send_again(error, tries, waiting)
             assert self._handle is not None, "it is open"
@@ -180,7 +180,7 @@ class Verifying:
                 error = again
 
     async def _send_again(
-        self, error: OutriderError, tries: _Tries, waiting: contextlib.ExitStack
+        self, error: OutriderError, tries: _VerifyAttempts, waiting: contextlib.ExitStack
     ) -> None:
         """To the same replica or to another one, as the error says.
 
@@ -210,7 +210,7 @@ class Verifying:
             await self._move(error, {*tries.full, *tries.lost}, preempts=tries.is_short)
 
     async def _wait_for_room(
-        self, error: OutriderError, tries: _Tries, waiting: contextlib.ExitStack
+        self, error: OutriderError, tries: _VerifyAttempts, waiting: contextlib.ExitStack
     ) -> None:
         # One that has just lost its room to another does not find it free at once.
         at_once = not tries.is_short and not self._has_begun
@@ -265,7 +265,7 @@ class Verifying:
         if self.proposal is not None and self._link is not None and self._link.model is not None:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
         self.num_context_sent = len(context) - self.cached_len
-        self._handle.send_row(self.cached_len, context[self.cached_len :], self.proposal)
+        self._handle.send_verify(self.cached_len, context[self.cached_len :], self.proposal)
 
     async def _move(self, error: OutriderError, avoid: Collection[str], *, preempts: bool) -> None:
         """The row goes to another replica, as soon as there is one.

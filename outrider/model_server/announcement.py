@@ -26,7 +26,7 @@ _ANY_HOST = ("0.0.0.0", "::", "[::]", "")
 _ANYWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
-class Card:
+class Announcement:
     """The replica as it is to be known; what the model says is empty until it is loaded."""
 
     def __init__(self, tier: str, address: str, status: ReplicaStatus) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import structlog
 
-from orchestrator.api.metrics import ABORT, Meter
+from orchestrator.api.metrics import ABORT, OrchestratorMetrics
 from orchestrator.generation.output import Chunk, Result
 from outrider.errors import ClientStalled, InvalidRequest, OutriderError
 from outrider.runtime.grpc_status import known_error, status_name
@@ -37,26 +37,32 @@ _QUOTED = re.compile(r"""(['"]).*\1""", re.DOTALL)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Calls:
+class RequestTelemetry:
     """Makes them. `meter` None: nothing is counted."""
 
-    def __init__(self, meter: Meter | None = None, tracing: Tracing = NO_TRACING) -> None:
+    def __init__(
+        self, meter: OrchestratorMetrics | None = None, tracing: Tracing = NO_TRACING
+    ) -> None:
         self._meter = meter
         self._tracing = tracing
 
-    def call(self, context: Context) -> Call:
+    def call(self, context: Context) -> TrackedRequest:
         """For the time of an `async with`; in the call's own task."""
         metadata = {key: value for key, value in context.invocation_metadata() or ()}
         request_id = str(metadata.get(REQUEST_ID_KEY) or secrets.token_hex(8))[:_MAX_ID_CHARS]
         span = self._tracing.request("Generate", str(metadata.get(TRACEPARENT_KEY, "")))
-        return Call(request_id, context, self._meter, span)
+        return TrackedRequest(request_id, context, self._meter, span)
 
 
-class Call:
+class TrackedRequest:
     """`asked_at`: seconds of the monotonic clock."""
 
     def __init__(
-        self, request_id: str, context: Context, meter: Meter | None, span: Span | None
+        self,
+        request_id: str,
+        context: Context,
+        meter: OrchestratorMetrics | None,
+        span: Span | None,
     ) -> None:
         self.asked_at = time.monotonic()
         self._request_id = request_id
@@ -69,7 +75,7 @@ class Call:
         self._num_tokens = self._num_first = self._num_prompt = 0
         self._result: Result | None = None
 
-    async def __aenter__(self) -> Call:
+    async def __aenter__(self) -> TrackedRequest:
         # The task is the call's own, and those it starts inherit: no other call sees them.
         structlog.contextvars.bind_contextvars(request_id=self._request_id)
         if self._span is not None:
@@ -150,7 +156,7 @@ class Call:
             return "DEADLINE_EXCEEDED"
         return status_name(error)
 
-    def _count(self, meter: Meter, status: str) -> None:
+    def _count(self, meter: OrchestratorMetrics, status: str) -> None:
         meter.gammas.pop(id(self), None)
         meter.statuses[status] += 1
         if self._result is None:
