@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -143,3 +144,44 @@ async def test_a_write_that_is_cancelled_and_fails_is_quiet() -> None:
     await asyncio.sleep(0)  # the loop lets go of it, too
     gc.collect()
     assert unheard == []
+
+
+def virtual_loop() -> asyncio.AbstractEventLoop:
+    """An event loop whose clock jumps to the next timer: waits take no time."""
+    loop = asyncio.SelectorEventLoop()
+    now, select = 0.0, loop._selector.select  # type: ignore[attr-defined]
+
+    def jump(timeout: float | None) -> Any:
+        nonlocal now
+        now += timeout or 0.0
+        return select(0)
+
+    loop._selector.select = jump  # type: ignore[attr-defined]
+    loop.time = lambda: now  # type: ignore[method-assign]
+    return loop
+
+
+def test_heartbeats_fill_silences_only() -> None:
+    sent: list[tuple[float, bytes]] = []
+
+    class Context:
+        async def send_initial_metadata(self, metadata: object) -> None:
+            pass
+
+        async def write(self, message: bytes) -> None:
+            sent.append((asyncio.get_running_loop().time(), message))
+
+    async def stream() -> None:
+        writer = StreamWriter(Context())  # type: ignore[arg-type]
+        async with writer.beating(b"", 1_000):
+            for _ in range(10):
+                await asyncio.sleep(0.7)
+                await writer.write(b"text")
+            await asyncio.sleep(3.5)
+            await writer.write(b"end")
+
+    with asyncio.Runner(loop_factory=virtual_loop) as runner:
+        runner.run(stream())
+    assert [message for _, message in sent] == [b"text"] * 10 + [b""] * 3 + [b"end"]
+    times_s = [0.0, *(at for at, _ in sent)]
+    assert max(b - a for a, b in itertools.pairwise(times_s)) < 1.001
