@@ -1,17 +1,16 @@
-"""Sessions in Redis: the committed conversation, its lease, and where its keys and values lie.
+"""Sessions in Redis: the committed conversation, its lease, and the replicas that cache its KV.
 
-Owns every key `{prefix}:session:*`; callers see the records below and the errors of
-`outrider.errors`, nothing of Redis. The connection is `outrider.redis.connection`.
+Owns every key `{prefix}:session:*`. The store returns the records below and raises the errors of
+`outrider.errors`. The connection to Redis is `outrider.redis.connection`.
 """
 
+from orchestrator.sessions.listing import SessionPage, SessionSummary
 from orchestrator.sessions.records import (
     Counters,
     KvHandle,
     Lease,
     RoundRecord,
-    SessionPage,
     SessionRecord,
-    SessionSummary,
     StoreOptions,
     scoped_id,
     unrecorded,

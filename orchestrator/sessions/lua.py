@@ -1,26 +1,38 @@
-"""The writes to a session, each one atomic script. Knows the layout; the other half is `codec`.
+"""Redis layout of a session, and the atomic scripts that read and write it.
 
 Hash `{prefix}:session:{id}`:
-  version (of this layout; none is 1), model, epoch (last given), lease_epoch + owner + lease_until
-  (while leased; microseconds of Redis' own clock), resumes (while leased by a takeover),
-  created_by, num_tokens, num_turns, turn_epoch (epoch of the last turn's holder), begun_by (epoch
-  that its begin_turn came with), orphan (below), the four counters, target_kv, draft_kv, messages,
-  turn. Other fields stay.
-String `{prefix}:session:{id}:tokens`: the committed ids, uint32 little-endian.
 
-Every script may be sent twice: a reply lost on the way is answered by sending again. A reply is an
-array whose first item is its status. The two keys share a hash slot. Beside them scripts touch only
-the count of a caller's sessions (`session_places`): it lives at least as long as each of them, and
-a session that is used is in it, also where Redis has lost it. In a cluster there is no such count.
+- `version` of this layout (missing: 1), `model`, `created_by` (owner of the first lease);
+- `epoch`: of the last lease;
+- `lease_epoch`, `owner`, `lease_until` (microseconds of Redis' clock): only while leased;
+  `resumes`: only while leased by a takeover;
+- `num_tokens`, `num_turns`, and the counters `num_drafts`, `num_draft_tokens`,
+  `num_accepted_tokens`, `num_emitted_tokens`;
+- `turn_epoch`: of the last turn's holder; `begun_by`: the epoch that begin_turn was called with;
+- `orphan`: the epoch of a holder that lost its lease before it began a turn (below);
+- `target_kv`, `draft_kv`, `messages`, `turn`: encoded and decoded by `codec`.
 
-Epochs are fencing tokens: later leases have higher ones, also across deletion, expiry and a Redis
-that lost its data, hence the clock. Microseconds since 1970 stay below 2^53 (a Lua number) until
-2255; Lua prints only 14 digits of its own accord, hence the format.
+No script changes other fields. String `{prefix}:session:{id}:tokens`: the committed token ids,
+uint32 little-endian. Both keys share a hash slot.
 
-A holder whose lease was taken before it began its turn here, having run while Redis was away, is
-the session's orphan. Its turn may still be begun, once nobody holds the session and as long as no
-later holder has begun one: so nothing of a later one is ever written over. A takeover that finds
-nothing to go on with leaves the orphan as it is; a later turn takes its place.
+A reply is an array; its first item is the status. Each script may run twice: when a reply is lost,
+the same command is sent again.
+
+**Malformed records.** Scripts compute with the fields in NUMBERS. If one of them is not an integer
+below 2^53 (which a Lua number holds exactly), they write nothing and return `malformed` with its
+name. DELETE and a deleting RELEASE delete the session all the same.
+
+**Epochs** are fencing tokens: a later lease has a higher epoch, also after the session was deleted
+or expired or Redis lost its data. Hence the clock: microseconds since 1970 stay below 2^53 until
+2255.
+
+**Orphans.** A holder may run while Redis is away and lose its lease before its turn is begun here.
+It may still begin the turn while nobody holds the session, as long as no later holder has begun
+one. So no turn is ever overwritten by an earlier one. A takeover that finds no turn to resume
+leaves the orphan as it is. A later turn replaces it.
+
+**Session limits.** The scripts also keep the client's set of sessions complete, and alive as long
+as any session in it (`orchestrator.admission.session_limit`). A Redis cluster has no such set.
 """
 
 from __future__ import annotations
@@ -28,16 +40,26 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-# Grows with a change that older orchestrators must not write behind. A field that they may leave as
-# it is, and that may be missing, is none.
+# Increase it for a change behind which older orchestrators must not write. An added field that may
+# be missing, and that they may leave unchanged, is no such change.
 VERSION = 1
-# A caller's sorted set of sessions (`orchestrator.admission.session_limit`), by the caller's name.
+# Sorted set of a client's session keys (`orchestrator.admission.session_limit`).
 PLACES_KEY = "outrider:key:{%s}:sessions"
+NUMBERS = (
+    "version", "epoch", "lease_epoch", "lease_until", "num_tokens", "num_turns", "turn_epoch",
+    "begun_by", "orphan", "num_drafts", "num_draft_tokens", "num_accepted_tokens",
+    "num_emitted_tokens",
+)  # fmt: skip
 
 _PRELUDE = """
 local key, tokens_key = KEYS[1], KEYS[2]
 
+-- Lua prints only 14 digits of a number; epochs have 16.
 local function digits(n) return string.format('%.0f', n) end
+
+local function is_number(value)
+  return value and #value <= 16 and string.find(value, '^%d+$') ~= nil and tonumber(value) < 2^53
+end
 
 local function now_us()
   local t = redis.call('TIME')
@@ -51,11 +73,11 @@ local function outlive(name, ttl_ms)
   end
 end
 
--- Of a session whose caller has a name.
-local caller = string.match(key, '{([^/}]+)/')
-local places_key = caller and string.format(PLACES_KEY, caller)
+-- nil for the session of an unnamed client.
+local client = string.match(key, '{([^/}]+)/')
+local places_key = client and string.format(PLACES_KEY, client)
 
--- While it is leased, a session lives at least as long as its lease.
+-- A leased session lives at least as long as its lease.
 local function expire(session_ttl_ms, lease_us)
   local ttl_ms = digits(math.max(session_ttl_ms, math.ceil((lease_us or 0) / 1000)))
   redis.call('PEXPIRE', key, ttl_ms)
@@ -63,86 +85,94 @@ local function expire(session_ttl_ms, lease_us)
   if places_key then outlive(places_key, ttl_ms) end
 end
 
--- A session that was there before this call counts; who makes one has counted it.
+-- Counts a session that existed before this call. The creator of a session has counted it already.
 local function count(session_ttl_ms)
   if not places_key then return end
   redis.pcall('ZADD', places_key, digits(now_us() + session_ttl_ms * 1000), key)
 end
 
--- The version of a session whose layout is newer than VERSION; nil otherwise.
-local function newer()
-  local version = redis.call('HGET', key, 'version')
-  if version and tonumber(version) > VERSION then return version end
-  return nil
+-- The reply for a session of a newer layout, or a malformed one; nil for all others.
+local function unreadable()
+  local values = redis.call('HMGET', key, unpack(NUMBERS))
+  if is_number(values[1]) and tonumber(values[1]) > VERSION then return {'newer', values[1]} end
+  for i, name in ipairs(NUMBERS) do
+    if values[i] and not is_number(values[i]) then return {'malformed', name} end
+  end
+  local needed = redis.call('HMGET', key, 'num_tokens', 'model')
+  if needed[1] and not needed[2] then return {'incomplete', 'model'} end
 end
 
--- Why a holder of this epoch may not write; nil if it may. A session without its tokens is gone.
--- 'later': an orphan that may not write now.
+-- The reply that refuses a write with this epoch; nil if it may write. 'gone': also if only the
+-- tokens are. 'later': an orphan that may not write now.
 local function refusal(epoch, may_begin)
   local held = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'num_tokens', 'orphan')
-  if not held[2] then return 'gone' end
+  if not held[2] or not held[3] then return {'gone'} end
   if held[1] ~= epoch then
-    if not may_begin or held[4] ~= epoch then return 'fenced' end
-    if held[1] then return 'later' end
+    if not may_begin or held[4] ~= epoch then return {'fenced'} end
+    if held[1] then return {'later'} end
   end
-  if (tonumber(held[3]) or 0) * 4 > redis.call('STRLEN', tokens_key) then return 'gone' end
-  return nil
+  if not is_number(held[3]) then return {'malformed', 'num_tokens'} end
+  if held[3] * 4 > redis.call('STRLEN', tokens_key) then return {'gone'} end
 end
 
--- The bytes of the committed tokens. What is behind them a script has left that was cut short, by
--- an error in the midst of it: Redis takes nothing back.
+-- Number of bytes of the committed tokens. Cuts off bytes behind them, left by a script that failed
+-- in the middle: Redis does not roll back.
 local function committed()
   local have = redis.call('HGET', key, 'num_tokens') * 4
   if redis.call('STRLEN', tokens_key) > have then
-    local tokens = ''
-    if have > 0 then tokens = redis.call('GETRANGE', tokens_key, 0, have - 1) end
+    local tokens = have > 0 and redis.call('GETRANGE', tokens_key, 0, have - 1) or ''
     redis.call('SET', tokens_key, tokens, 'KEEPTTL')
   end
   return have
 end
 
--- false, or {remaining ms, in use, hash, tokens}. A session one of whose keys was evicted is none.
+-- A malformed lease counts as none.
+local function in_use()
+  local until_us = redis.call('HGET', key, 'lease_until')
+  return is_number(until_us) and tonumber(until_us) > now_us()
+end
+
+-- {remaining ms, in use, hash, tokens} of a readable session; false if it does not exist or one of
+-- its keys was evicted.
 local function snapshot()
   local num_tokens = redis.call('HGET', key, 'num_tokens')
-  if not num_tokens then return false end
-  if num_tokens * 4 > redis.call('STRLEN', tokens_key) then return false end
-  local until_us = redis.call('HGET', key, 'lease_until')
-  local in_use, tokens = 0, ''
-  if until_us and tonumber(until_us) > now_us() then in_use = 1 end
-  if tonumber(num_tokens) > 0 then
-    tokens = redis.call('GETRANGE', tokens_key, 0, num_tokens * 4 - 1)
-  end
-  return {redis.call('PTTL', key), in_use, redis.call('HGETALL', key), tokens}
+  if not num_tokens or num_tokens * 4 > redis.call('STRLEN', tokens_key) then return false end
+  local size = num_tokens * 4
+  local tokens = size > 0 and redis.call('GETRANGE', tokens_key, 0, size - 1) or ''
+  return {redis.call('PTTL', key), in_use() and 1 or 0, redis.call('HGETALL', key), tokens}
 end
 """
 
 
 @dataclass(frozen=True)
 class Script:
+    """A Lua script with the prelude above; KEYS are the session's hash and its tokens."""
+
     body: str
     source: bytes = field(init=False, repr=False)
     sha: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        names = f"local VERSION, PLACES_KEY = {VERSION}, '{PLACES_KEY}'\n"
-        source = (names + _PRELUDE + self.body).encode()
+        names = ", ".join(f"'{name}'" for name in NUMBERS)
+        constants = f"local VERSION, PLACES_KEY, NUMBERS = {VERSION}, '{PLACES_KEY}', {{{names}}}\n"
+        source = (constants + _PRELUDE + self.body).encode()
         object.__setattr__(self, "source", source)
         # Redis names scripts by SHA-1; no secret depends on it.
         digest = hashlib.sha1(source, usedforsecurity=False).hexdigest()
         object.__setattr__(self, "sha", digest.encode())
 
 
-# owner, create, takeover, model, lease_us, session_ttl_ms -> ok epoch created snapshot
-# A takeover asks nobody: the former holder is fenced from now on. The last turn is then the new
-# holder's to go on with, hence its epoch.
+# ARGV: owner, create, takeover, model, lease_us, session_ttl_ms. Reply: ok epoch created snapshot.
+# A takeover fences the former holder. The last turn belongs to the new holder, hence its epoch.
 ACQUIRE = Script("""
 local owner, create, takeover, model, lease_us, session_ttl_ms = unpack(ARGV)
 local now = now_us()
-if newer() then return {'newer', newer()} end
+local refused = unreadable()
+if refused then return refused end
 local seen = snapshot()
 if not seen then
   if create ~= '1' then return {'not_found'} end
-  -- Not always: after a first write Redis lets a script exceed maxmemory.
+  -- Only if needed: after its first write Redis lets a script exceed maxmemory.
   if redis.call('EXISTS', key, tokens_key) > 0 then redis.call('DEL', key, tokens_key) end
   redis.call('HSET', key, 'version', VERSION, 'model', model, 'num_tokens', 0,
              'created_by', owner)
@@ -150,9 +180,9 @@ if not seen then
 end
 local had = redis.call('HMGET', key, 'model', 'epoch', 'owner', 'created_by', 'turn_epoch',
                        'lease_epoch', 'orphan', 'resumes')
-if had[1] ~= model then return {'other_model', had[1]} end
+if had[1] ~= model then return {'other_model', had[1], model} end
 local epoch = had[2]
-if had[3] ~= owner then  -- equal: this very call, sent again
+if had[3] ~= owner then  -- equal: this call was sent twice
   if seen[2] == 1 and takeover ~= '1' then return {'in_use'} end
   if had[6] and had[5] ~= had[2] and not (had[7] and had[8]) then
     redis.call('HSET', key, 'orphan', had[6])
@@ -174,12 +204,12 @@ expire(session_ttl_ms, lease_us)
 return {'ok', epoch, had[4] == owner and 1 or 0, seen}
 """)
 
-# epoch, previous bytes, kept bytes, tokens, messages, turn, lease_us, session_ttl_ms
+# ARGV: epoch, previous bytes, kept bytes, tokens, messages, turn, lease_us, session_ttl_ms.
 BEGIN_TURN = Script("""
 local epoch, previous, kept, tokens, messages, turn, lease_us, session_ttl_ms = unpack(ARGV)
 previous, kept = tonumber(previous), tonumber(kept)
-local why = refusal(epoch, true)
-if why then return {why} end
+local refused = refusal(epoch, true) or unreadable()
+if refused then return refused end
 local have = committed()
 if redis.call('HGET', key, 'begun_by') == epoch then
   if have ~= kept + #tokens or redis.call('GETRANGE', tokens_key, kept, -1) ~= tokens then
@@ -187,7 +217,7 @@ if redis.call('HGET', key, 'begun_by') == epoch then
   end
 else
   if have ~= previous or kept > have then return {'mismatch', have / 4} end
-  -- First: should a later command fail, what is counted is there.
+  -- First: if a later command fails, all counted tokens exist.
   redis.call('HSET', key, 'num_tokens', kept / 4)
   if kept == 0 then
     redis.call('SET', tokens_key, tokens)
@@ -200,7 +230,7 @@ else
   redis.call('HINCRBY', key, 'num_turns', 1)
 end
 redis.call('HDEL', key, 'orphan')
--- Of the last lease given, also where this is an earlier one's turn: there is no later turn.
+-- The epoch of the last lease, also if an earlier holder begins its turn: no later turn exists.
 redis.call('HSET', key, 'turn_epoch', redis.call('HGET', key, 'epoch'), 'begun_by', epoch,
            'lease_epoch', epoch, 'num_tokens', (kept + #tokens) / 4,
            'messages', messages, 'turn', turn, 'lease_until', digits(now_us() + lease_us))
@@ -208,12 +238,12 @@ expire(session_ttl_ms, lease_us)
 return {'ok'}
 """)
 
-# epoch, previous bytes, tokens, four counters (totals), target_kv, draft_kv, lease_us,
-# session_ttl_ms. Tokens already there, all or the first of them, are not appended again.
+# ARGV: epoch, previous bytes, tokens, four counters (totals), target_kv, draft_kv, lease_us,
+# session_ttl_ms. Tokens that are stored already, all or the first of them, are not appended again.
 RECORD = Script("""
 local previous, tokens = tonumber(ARGV[2]), ARGV[3]
-local why = refusal(ARGV[1])
-if why then return {why} end
+local refused = refusal(ARGV[1])
+if refused then return refused end
 local have = committed()
 local repeated = have - previous
 if repeated ~= 0 then
@@ -232,32 +262,28 @@ expire(ARGV[11], ARGV[10])
 return {'ok'}
 """)
 
-# epoch, lease_us, session_ttl_ms
+# ARGV: epoch, lease_us, session_ttl_ms.
 RENEW = Script("""
-local why = refusal(ARGV[1], true)
-if why then return {why} end
+local refused = refusal(ARGV[1], true)
+if refused then return refused end
 if redis.call('HGET', key, 'lease_epoch') ~= ARGV[1] then return {'later'} end
 redis.call('HSET', key, 'lease_until', digits(now_us() + ARGV[2]))
 expire(ARGV[3], ARGV[2])
 return {'ok'}
 """)
 
-# epoch, target_kv, draft_kv, messages ('' as they are), delete, session_ttl_ms
+# ARGV: epoch, target_kv, draft_kv, messages ('' leaves them unchanged), delete, session_ttl_ms.
 RELEASE = Script("""
 local epoch, target_kv, draft_kv, messages, delete, session_ttl_ms = unpack(ARGV)
-local why = refusal(epoch)
-if why == 'gone' and delete == '1' then
+local refused = refusal(epoch)
+if delete == '1' and (not refused or refused[1] == 'gone' or refused[1] == 'malformed') then
   redis.call('DEL', key, tokens_key)
   return {'ok'}
 end
-if why then
+if refused then
   local had = redis.call('HMGET', key, 'lease_epoch', 'epoch', 'begun_by')
-  if not had[1] and (had[2] == epoch or had[3] == epoch) then return {'ok'} end  -- sent again
-  return {why}
-end
-if delete == '1' then
-  redis.call('DEL', key, tokens_key)
-  return {'ok'}
+  if not had[1] and (had[2] == epoch or had[3] == epoch) then return {'ok'} end  -- sent twice
+  return refused
 end
 redis.call('HDEL', key, 'lease_epoch', 'owner', 'lease_until', 'resumes')
 redis.call('HSET', key, 'target_kv', target_kv, 'draft_kv', draft_kv)
@@ -267,34 +293,23 @@ return {'ok'}
 """)
 
 GET = Script("""
-if newer() then return {'newer', newer()} end
+local refused = unreadable()
+if refused then return refused end
 local seen = snapshot()
-if not seen then return {'not_found'} end
-return {'ok', seen}
+return seen and {'ok', seen} or {'not_found'}
 """)
 
-SUMMARY = Script("""
-local had = redis.call('HMGET', key, 'num_tokens', 'num_turns', 'lease_until')
-if not had[1] then return {'not_found'} end
-local until_us = tonumber(had[3] or '')
-local in_use = until_us and until_us > now_us()
-return {'ok', redis.call('PTTL', key), in_use and 1 or 0, had[1], had[2] or '0'}
-""")
-
+# A malformed session counts as existing; its tokens may be of another type.
 DELETE = Script("""
-if newer() then return {'newer', newer()} end
-local seen = snapshot()
-if not seen then return {'not_found'} end
-if seen[2] == 1 then return {'in_use'} end
+local refused = unreadable()
+if refused and refused[1] == 'newer' then return refused end
+local num_tokens, size = redis.call('HGET', key, 'num_tokens'), redis.pcall('STRLEN', tokens_key)
+if not refused and (not num_tokens or type(size) == 'number' and num_tokens * 4 > size) then
+  return {'not_found'}
+end
+if in_use() then return {'in_use'} end
 redis.call('DEL', key, tokens_key)
-return {'ok', seen}
-""")
-
-# Of no session: whether Redis takes writes now. Leaves nothing.
-PROBE = Script("""
-redis.call('HSET', key, 'at', digits(now_us()))
-redis.call('DEL', key)
 return {'ok'}
 """)
 
-SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, SUMMARY, DELETE, PROBE)
+SCRIPTS = (ACQUIRE, BEGIN_TURN, RECORD, RENEW, RELEASE, GET, DELETE)

@@ -1,4 +1,4 @@
-"""What the store keeps and hands out, as plain data. Knows nothing of Redis."""
+"""Values that the session store takes and returns: records, leases, options. No I/O."""
 
 from __future__ import annotations
 
@@ -15,45 +15,50 @@ from outrider.errors import InvalidRequest
 
 TokenIds = npt.NDArray[np.uint32]
 
-# No braces: `{id}` in a key is what a Redis cluster hashes.
+# No braces: a Redis cluster hashes the part of a key between braces.
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 def validate_session_id(session_id: str) -> str:
-    """The id itself. Raises InvalidRequest naming `session_id`."""
+    """Returns the id. Raises InvalidRequest for the field `session_id`."""
     if _SESSION_ID.fullmatch(session_id) is None:
         raise InvalidRequest("session_id", "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
     return session_id
 
 
 def scoped_id(session_id: str, client: str) -> str:
-    """A session's name among those of all callers, in Redis and at the tiers.
+    """Name of a client's session among the sessions of all clients, in Redis and at the tiers.
 
-    Each caller has names of its own: another's session is not refused, it is not there. No name of
-    a caller or of a session has a slash.
+    Session ids of different clients never collide: a client's and a session's name have no slash.
+    So another client's session does not exist for this one.
     """
     return f"{client}/{session_id}" if client else session_id
 
 
 def session_key(session_id: str, client: str, prefix: str) -> str:
-    """The key of its hash; that of its tokens has `:tokens` behind it."""
+    """Redis key of the session's hash; the key of its tokens has `:tokens` appended."""
     return f"{prefix}:session:{{{scoped_id(session_id, client)}}}"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
+    """Options of a SessionStore."""
+
     session_ttl_s: float = 3600.0
-    """A session nobody touches for this long is forgotten."""
+    """A session expires this long after its last write."""
     lease_ttl_s: float = 10.0
-    """A lease not renewed for this long is free; every record renews it."""
+    """A lease expires this long after its last renewal; every record renews it."""
     socket_timeout_s: float = 1.0
-    """For connecting, and for one pipeline's exchange."""
+    """Limit for connecting, and for sending one pipeline and reading its replies."""
     prefix: str = "outrider"
 
 
 @dataclass(frozen=True, slots=True)
 class KvHandle:
-    """A replica that holds keys and values of the session's first `cached_len` tokens."""
+    """A replica that caches the KV of the session's first `cached_len` tokens.
+
+    `epoch`: of the lease under which the replica computed it.
+    """
 
     replica: str
     epoch: int
@@ -62,6 +67,8 @@ class KvHandle:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
+    """Speculation totals of a session, or of one round."""
+
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -78,14 +85,14 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionRecord:
-    """A session as Redis had it at one moment."""
+    """A session as it was in Redis at one moment."""
 
     session_id: str
     epoch: int
-    """Of the last lease given; 0 in the record of a session that did not exist."""
+    """Epoch of the last lease; 0 if the session did not exist."""
     in_use: bool
     token_ids: TokenIds
-    """The whole conversation as committed. Read-only."""
+    """All committed tokens of the conversation. Read-only."""
     num_turns: int
     counters: Counters
     target_kv: KvHandle | None
@@ -94,61 +101,39 @@ class SessionRecord:
     model: str
     expires_in_s: float
     turn_json: str = ""
-    """As given to the last begin_turn."""
+    """The `turn_json` of the last begin_turn."""
     turn_epoch: int = 0
-    """Of the lease that began the last turn, or took it over."""
+    """Epoch of the lease that began the last turn, or took it over."""
     has_lost_turn: bool = False
-    """A later holder has not begun its turn here, or not yet: it may have shown tokens of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSummary:
-    """A session in a list, without its tokens."""
-
-    session_id: str
-    num_tokens: int
-    num_turns: int
-    in_use: bool
-    expires_in_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SessionPage:
-    """Part of the list of a caller's sessions."""
-
-    sessions: Sequence[SessionSummary]
-    num_unreadable: int
-    """Keys of sessions in this page that hold something else; they are left out."""
-    cursor: int
-    """Of the next page; 0: this is the last one."""
+    """A later holder has not begun its turn in Redis, but may have sent tokens of it."""
 
 
 @dataclass(slots=True)
 class Cursor:
-    """How far Redis has confirmed this lease's writes. The store's own; callers leave it alone."""
+    """Position up to which Redis has confirmed a lease's writes. Used by the store only."""
 
     committed_len: int = 0
     counters: Counters = field(default_factory=Counters)
     owed: bytes = b""
-    """Packed tokens of a record that may or may not have arrived: the next one must begin so."""
+    """Packed tokens of a record without a reply. The next record must begin with them."""
     turn_owed: bool = False
-    """A begin_turn may or may not have arrived."""
+    """A begin_turn was sent and has no reply yet."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lease:
-    """The right to write to a session, until a later owner has a higher epoch."""
+    """The right to write to a session, until a later lease with a higher epoch."""
 
     session_id: str
     epoch: int
     record: SessionRecord
-    """As it was before this lease."""
+    """The session as it was before this lease."""
     created: bool
     is_recorded: bool = True
-    """False: Redis was away when it was asked for; nothing is ever written for it."""
+    """False: Redis was unreachable when the generation began; nothing is written for it."""
     client: str = ""
-    """Whose session it is; empty where callers have no names."""
+    """Client that owns the session; empty without API keys."""
     cursor: Cursor = field(default_factory=Cursor, repr=False)
 
     @property
@@ -157,7 +142,7 @@ class Lease:
 
 
 def unrecorded(session_id: str, model: str, client: str = "") -> Lease:
-    """Of a generation that goes on without Redis, and leaves nothing there."""
+    """Lease of a generation that runs without Redis; nothing of it is written."""
     record = SessionRecord(
         session_id=session_id,
         epoch=0,
@@ -171,14 +156,17 @@ def unrecorded(session_id: str, model: str, client: str = "") -> Lease:
         model=model,
         expires_in_s=0.0,
     )
-    # As Redis' own epochs; the id is this generation's alone.
+    # Like Redis' epochs. No other lease has this session id.
     epoch = time.time_ns() // 1000
     return Lease(session_id, epoch, record, created=True, is_recorded=False, client=client)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundRecord:
-    """What one round adds. Handles are the state after it: None means no keys and values."""
+    """What one round adds to a session.
+
+    The KV handles are those after the round; None: no replica of that tier caches its KV.
+    """
 
     token_ids: TokenIds | Sequence[int]
     counters: Counters
@@ -186,7 +174,7 @@ class RoundRecord:
     draft_kv: KvHandle | None
 
     def then(self, later: RoundRecord) -> RoundRecord:
-        """Both as one: for rounds that could not be recorded when they were made."""
+        """This round and a later one as one record, for rounds that are not in Redis yet."""
         return RoundRecord(
             np.concatenate(
                 [np.asarray(self.token_ids, np.uint32), np.asarray(later.token_ids, np.uint32)]

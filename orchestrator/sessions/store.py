@@ -1,6 +1,11 @@
-"""Session store: one method per transition of a session, each one a script in Redis.
+"""Session store: one method per transition of a session, each of them one script in Redis.
 
-Owns the names of the keys, the state of leases and the meaning of the scripts' replies.
+Why repeated writes are safe takes three parts. A write whose reply was lost may have been applied,
+and only Redis knows: so the scripts detect a repeated write and apply it once (`lua`). To do this
+they need the offset at which the write began, also when it is sent again together with later
+rounds: the lease's `Cursor` has the confirmed length, and refuses a record that skips one without
+a reply. While Redis is away somebody must keep the rounds themselves: `generation.recorder` joins
+them into one record.
 """
 
 from __future__ import annotations
@@ -19,17 +24,14 @@ from orchestrator.sessions.codec import (
     pack_tokens,
     refuse,
     unpack_snapshot,
-    unpack_summary,
 )
-from orchestrator.sessions.listing import read_page, scan
+from orchestrator.sessions.listing import SUMMARY, SessionPage, read_page, scan
 from orchestrator.sessions.records import (
     Cursor,
     KvHandle,
     Lease,
     RoundRecord,
-    SessionPage,
     SessionRecord,
-    SessionSummary,
     StoreOptions,
     TokenIds,
     session_key,
@@ -38,7 +40,6 @@ from orchestrator.sessions.records import (
 from orchestrator.sessions.writer import PipelineWriter
 from outrider.errors import (
     InternalError,
-    InvalidRequest,
     OutriderError,
     Unavailable,
     UnreadableRecord,
@@ -46,18 +47,27 @@ from outrider.errors import (
 from outrider.redis.connection import Command, RedisConnection
 from outrider.settings.redis_address import RedisAddress
 
+# Belongs to no session: shows whether Redis accepts writes. Leaves nothing.
+_PROBE = lua.Script("""
+redis.call('HSET', key, 'at', digits(now_us()))
+redis.call('DEL', key)
+return {'ok'}
+""")
+_SCRIPTS = (*lua.SCRIPTS, SUMMARY, _PROBE)
+
 
 class SessionStore:
-    """Reads and writes sessions; any task of the event loop that called `start` may use it.
+    """Reads and writes sessions. Any task of the event loop that called `start` may use it.
 
-    Every method raises Unavailable when Redis cannot be reached, after at most about
-    2 x socket_timeout_s.
+    Every method raises Unavailable if Redis cannot be reached, after at most about
+    2 x socket_timeout_s; and UnreadableRecord, which names the session, for a malformed record, one
+    of a newer version, and a key that is not a session.
     """
 
     def __init__(self, redis: RedisAddress | str, options: StoreOptions | None = None) -> None:
         """`redis`: an address, or a redis://, rediss:// or unix:// URL. Raises ConfigError."""
         self._options = options = options or StoreOptions()
-        preamble = [(b"SCRIPT", b"LOAD", script.source) for script in lua.SCRIPTS]
+        preamble = [(b"SCRIPT", b"LOAD", script.source) for script in _SCRIPTS]
         self._writer = PipelineWriter(
             RedisConnection(redis, timeout_s=options.socket_timeout_s, preamble=preamble)
         )
@@ -67,7 +77,7 @@ class SessionStore:
         self._acquisitions = itertools.count()
 
     async def start(self) -> None:
-        """Connects. Raises Unavailable, with the store closed again, when Redis does not answer."""
+        """Connects. If Redis does not answer, closes the store and raises Unavailable."""
         self._writer.start()
         try:
             await self._writer.command(b"PING")
@@ -76,7 +86,7 @@ class SessionStore:
             raise
 
     async def close(self) -> None:
-        """Sends pending writes, then disconnects. Leases that are not released expire."""
+        """Sends pending writes, then disconnects. Unreleased leases expire."""
         await self._writer.close()
 
     @property
@@ -86,18 +96,19 @@ class SessionStore:
 
     @property
     def certificate_expires_at(self) -> float | None:
-        """End of the certificate that Redis showed at the last connection, Unix time."""
+        """End of validity of the certificate that Redis presented last, Unix time. None: no TLS."""
         return self._writer.certificate_expires_at
 
     async def takes_writes(self) -> bool:
-        """Writes a probe to Redis, which also updates `is_away` while there are no requests."""
+        """Whether Redis accepts writes: writes a probe. Also updates `is_away` between requests."""
         key = f"{self._options.prefix}:probe".encode()
         with contextlib.suppress(OutriderError):
-            await self._writer.run(lua.PROBE, (key, key), ())
+            await self._writer.run(_PROBE, (key, key), ())
             return True
         return False
 
     async def ping(self) -> bool:
+        """Whether Redis answers."""
         try:
             return bool(await self._writer.command(b"PING") == b"PONG")
         except Unavailable:
@@ -114,9 +125,9 @@ class SessionStore:
     ) -> Lease:
         """Acquires the session's lease. Raises SessionNotFound, SessionInUse, InvalidRequest.
 
-        `client`: the owner of the session; each owner has session ids of its own.
-        `takeover`: take the lease although it is held; the former holder is fenced at once.
-        When the task is cancelled here, a lease may stay until lease_ttl_s have passed.
+        `client`: owner of the session; each client has its own session ids. `takeover`: acquire the
+        lease also while another holder has it; that holder is fenced at once. If the task is
+        cancelled here, the lease may remain until lease_ttl_s have passed.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
         status, *rest = await self._run(
@@ -132,14 +143,10 @@ class SessionStore:
                 self._session_ttl_ms,
             ),
         )
-        if status == b"other_model":
-            raise InvalidRequest(
-                "session_id", f"made with model {rest[0].decode()}; this one is {model}"
-            )
         if status != b"ok":
             refuse(status, rest, session_id)
         epoch, created, snapshot = rest
-        snapshot[1] = 0  # if the command was sent twice, the first one is what uses the session
+        snapshot[1] = 0  # in use only by this call, if the command was sent twice
         try:
             record = unpack_snapshot(session_id, snapshot)
         except UnreadableRecord:
@@ -164,9 +171,9 @@ class SessionStore:
     ) -> None:
         """Begins a turn: keeps the first `keep_len` committed tokens and appends `token_ids`.
 
-        Once per lease. Raises LeaseLost. After Unavailable only the same call or release may
-        follow. It still succeeds after later leases were given, as long as none of them is held or
-        has begun a turn (`lua`).
+        Call it once per lease. Raises LeaseLost. After Unavailable only the same call or release
+        may follow. It succeeds even after later leases, if none of them is current or has begun a
+        turn (orphans, in `lua`).
         """
         cursor = lease.cursor
         async with cursor.lock:
@@ -191,9 +198,9 @@ class SessionStore:
     async def record(self, lease: Lease, round: RoundRecord) -> None:
         """Appends a round, renews the lease, and returns once Redis has both. Raises LeaseLost.
 
-        After Unavailable send the same round again, alone or joined with later ones
-        (RoundRecord.then). Tokens that had arrived are not appended twice. Calls for one lease run
-        one at a time, in order.
+        After Unavailable, send the same round again, alone or joined with later ones
+        (RoundRecord.then). No token is appended twice. Calls for one lease run one at a time, in
+        order.
         """
         cursor = lease.cursor
         tokens = pack_tokens(round.token_ids)
@@ -224,7 +231,7 @@ class SessionStore:
             cursor.counters = counters
 
     async def renew(self, lease: Lease) -> None:
-        """Extends the lease, for rounds that take longer than it. Raises LeaseLost."""
+        """Extends the lease during a round that takes longer than it. Raises LeaseLost."""
         await self._write(lua.RENEW, lease, self._lease_us, self._session_ttl_ms)
 
     async def release(
@@ -236,10 +243,10 @@ class SessionStore:
         messages: Sequence[dict[str, str]] | None = None,
         delete: bool = False,
     ) -> None:
-        """Ends the lease after all writes before it. `messages` None: leave them unchanged.
+        """Ends the lease after all writes before it. Raises LeaseLost.
 
-        `delete` removes the session. Raises LeaseLost. Shield this call from cancellation:
-        otherwise the lease may stay until it expires.
+        `messages` None: leave them unchanged. `delete`: delete the session, even a malformed one.
+        Shield this call from cancellation: otherwise the lease may remain until it expires.
         """
         async with lease.cursor.lock:
             await self._write(
@@ -254,33 +261,32 @@ class SessionStore:
 
     async def get(self, session_id: str, client: str = "") -> SessionRecord:
         """Reads a session without extending its expiry. Raises SessionNotFound."""
-        return await self._read(lua.GET, session_id, client)
-
-    async def page(self, cursor: int, client: str = "") -> SessionPage:
-        """Part of the list of the caller's sessions, from `cursor` on; 0 is the first page.
-
-        Keys that do not hold a readable session are logged and counted, not raised.
-        """
-
-        async def summary(session_id: str) -> SessionSummary | None:
-            _, *rest = await self._run(lua.SUMMARY, session_id, client, ())
-            return unpack_summary(session_id, rest) if rest else None
-
-        names, cursor = await scan(self._writer, self._options.prefix, cursor, client)
-        return await read_page(names, cursor, summary)
-
-    async def delete(self, session_id: str, client: str = "") -> SessionRecord:
-        """Deletes a session and returns its last record, so that its KV can be freed.
-
-        Raises SessionNotFound, SessionInUse.
-        """
-        return await self._read(lua.DELETE, session_id, client)
-
-    async def _read(self, script: lua.Script, session_id: str, client: str) -> SessionRecord:
-        status, *rest = await self._run(script, session_id, client, ())
+        status, *rest = await self._run(lua.GET, session_id, client, ())
         if status != b"ok":
             refuse(status, rest, session_id)
         return unpack_snapshot(session_id, rest[0])
+
+    async def page(self, cursor: int, client: str = "") -> SessionPage:
+        """Page of the list of the client's sessions, from `cursor` on; 0 is the first page.
+
+        Unreadable sessions are logged and counted, not raised.
+        """
+
+        async def summarize(session_id: str) -> Sequence[Any]:
+            return await self._run(SUMMARY, session_id, client, ())
+
+        names, cursor = await scan(self._writer, self._options.prefix, cursor, client)
+        return await read_page(names, cursor, summarize)
+
+    async def delete(self, session_id: str, client: str = "") -> None:
+        """Deletes a session, even a malformed one. Raises SessionNotFound, SessionInUse.
+
+        Raises UnreadableRecord for a session of a newer version and for a key that is not a
+        session; these are left unchanged.
+        """
+        status, *rest = await self._run(lua.DELETE, session_id, client, ())
+        if status != b"ok":
+            refuse(status, rest, session_id)
 
     async def _write(self, script: lua.Script, lease: Lease, *args: bytes) -> None:
         status, *rest = await self._run(

@@ -1,8 +1,8 @@
-"""One pipeline for all sessions: what gathers while one is under way is the next.
+"""Pipeline writer: sends the commands of all sessions to Redis, one pipeline at a time.
 
-So the cost of a round trip is shared by as many commands as there are, with no waiting for them.
-Knows commands and replies, not what they mean. Bounded in commands (callers beyond wait) and in
-time: while Redis is away every call fails within the link's timeouts, most at once.
+Commands that arrive while a pipeline is under way form the next one. So they share a round trip
+without being delayed for it. At most MAX_PENDING commands are queued; further ones wait. While
+Redis is away every command fails within the connection's timeout, most of them at once.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from outrider.redis.connection import Command, NoScript, RedisConnection, Reply
 
 log = structlog.get_logger()
 
-# A pipeline has one deadline (1 s by default); 256 commands take some 10 ms, or some 0.1 s where
-# each carries a conversation of 100,000 tokens.
+# A pipeline has one deadline (1 s by default). 256 commands take about 10 ms; if each carries a
+# conversation of 100,000 tokens, about 0.1 s.
 MAX_BATCH = 256
 MAX_PENDING = 4096
-# After a failure calls fail at once for so long, instead of each waiting out a timeout.
+# After a failure, commands fail at once for this long. Otherwise each would wait for its timeout.
 PAUSE_S = 0.25
 
 
 class _PendingCommand:
+    """A script or a plain command (`script` None) whose reply is awaited."""
+
     __slots__ = ("args", "keys", "reply", "script")
 
     def __init__(
@@ -46,7 +48,7 @@ class _PendingCommand:
 
 
 class PipelineWriter:
-    """Owns one task and one Link, from start to close."""
+    """Owns one task and one connection, from `start` to `close`. Lives on the event loop."""
 
     def __init__(self, link: RedisConnection) -> None:
         self._link = link
@@ -57,22 +59,22 @@ class PipelineWriter:
         self._closing = False
         self._paused_until = 0.0
         self._failure: tuple[str, ...] = ("",)
-        # Redis has not answered last time, or could not do what it was asked for.
+        # The last exchange had no answer, or Redis could not run a command of it.
         self.is_away = False
 
     @property
     def certificate_expires_at(self) -> float | None:
-        """End of the certificate that Redis showed at the last connection, Unix time."""
+        """End of validity of the certificate that Redis presented last, Unix time. None: no TLS."""
         return self._link.certificate_expires_at
 
     def start(self) -> None:
-        """Also once more after a close."""
+        """Starts the task. It may be started again after `close`."""
         assert self._task is None, "started twice"
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="store writer")
 
     async def close(self) -> None:
-        """Writes what is pending, then stops."""
+        """Sends pending commands, then stops."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -83,17 +85,17 @@ class PipelineWriter:
                 await self._link.close()
 
     async def run(self, script: Script, keys: Command, args: Command) -> Reply:
-        """Its reply. Raises Unavailable; whether Redis has run it is then not known.
+        """Returns the script's reply. Raises Unavailable; the script may have run all the same.
 
-        A caller cancelled meanwhile does not take its command back if that is on its way.
+        Cancellation does not withdraw a command that has been sent.
         """
-        return await self._call(script, keys, args)
+        return await self._send(script, keys, args)
 
     async def command(self, *args: bytes) -> Reply:
-        """As `run`, for a plain command."""
-        return await self._call(None, (), args)
+        """Like `run`, for a plain command."""
+        return await self._send(None, (), args)
 
-    async def _call(self, script: Script | None, keys: Command, args: Command) -> Reply:
+    async def _send(self, script: Script | None, keys: Command, args: Command) -> Reply:
         async with self._room:
             loop = asyncio.get_running_loop()
             if self._closing or self._task is None or self._task.done():
@@ -120,9 +122,9 @@ class PipelineWriter:
     def _next_batch(self) -> list[_PendingCommand]:
         batch: list[_PendingCommand] = []
         while self._pending and len(batch) < MAX_BATCH:
-            call = self._pending.popleft()
-            if not call.reply.done():  # else its caller has been cancelled
-                batch.append(call)
+            pending = self._pending.popleft()
+            if not pending.reply.done():  # otherwise its task was cancelled
+                batch.append(pending)
         if not self._pending:
             self._wake.clear()
             if self._closing:
@@ -131,9 +133,9 @@ class PipelineWriter:
 
     async def _flush(self, batch: list[_PendingCommand]) -> None:
         try:
-            replies = await self._link.exchange([call.command() for call in batch])
+            replies = await self._link.exchange([pending.command() for pending in batch])
             forgotten = [i for i, r in enumerate(replies) if isinstance(r, NoScript)]
-            if forgotten:  # SCRIPT FLUSH, or another server behind the address
+            if forgotten:  # by SCRIPT FLUSH, or by another server behind the address
                 sources = [batch[i].command(with_source=True) for i in forgotten]
                 for i, reply in zip(forgotten, await self._link.exchange(sources), strict=True):
                     replies[i] = reply
@@ -141,30 +143,30 @@ class PipelineWriter:
             self.is_away = True
             self._failure = error.args
             self._paused_until = asyncio.get_running_loop().time() + PAUSE_S
-            # Those behind would only wait for the same.
+            # Queued commands would only wait for the same failure.
             self._fail([*batch, *self._pending], error)
             self._pending.clear()
             return
-        except Exception as error:  # a defect: it is this batch's alone, and nobody is left waiting
+        except Exception as error:  # a defect: it fails this batch only, and no task waits forever
             log.error("store_batch_failed", exc_info=error)
             self._fail(batch, Unavailable("the session store failed", repr(error)))
             return
         self.is_away = any(isinstance(reply, Unavailable) for reply in replies)
-        for call, reply in zip(batch, replies, strict=True):
-            _resolve(call, reply)
+        for pending, reply in zip(batch, replies, strict=True):
+            _resolve(pending, reply)
 
-    def _fail(self, calls: Sequence[_PendingCommand], error: OutriderError) -> None:
-        for call in calls:
-            # One each: an exception collects the traceback of whoever raises it.
-            _resolve(call, type(error)(*error.args))
+    def _fail(self, batch: Sequence[_PendingCommand], error: OutriderError) -> None:
+        for pending in batch:
+            # One error for each task: raising an exception adds to its traceback.
+            _resolve(pending, type(error)(*error.args))
 
 
-def _resolve(call: _PendingCommand, reply: Reply | Exception) -> None:
-    if call.reply.done():
+def _resolve(pending: _PendingCommand, reply: Reply | Exception) -> None:
+    if pending.reply.done():
         return
     if isinstance(reply, NoScript):
         reply = InternalError("a script failed in Redis", str(reply))
     if isinstance(reply, Exception):
-        call.reply.set_exception(reply)
+        pending.reply.set_exception(reply)
     else:
-        call.reply.set_result(reply)
+        pending.reply.set_result(reply)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -68,7 +68,7 @@ def redis_hash(redis_url: str, key: str = KEY) -> bytes:
 
 
 @pytest.fixture
-async def saved(store: SessionStore, redis_url: str) -> AsyncIterator[Callable[[str, str], bytes]]:
+async def saved(store: SessionStore, redis_url: str) -> Callable[[str, str], bytes]:
     """Restores session s as it was after its first turn, with one field changed."""
     lease = await leased(store)
     await store.begin_turn(lease, [1, 2], keep_len=0, messages=MESSAGES, turn_json="{}")
@@ -77,7 +77,7 @@ async def saved(store: SessionStore, redis_url: str) -> AsyncIterator[Callable[[
     await store.release(lease, target_kv=handle, draft_kv=handle)
     other = await leased(store, "other")
     await begin(store, other, [1])
-    yield keeper(redis_url)
+    return keeper(redis_url)
 
 
 def keeper(redis_url: str) -> Callable[[str, str], bytes]:
@@ -100,8 +100,7 @@ async def outcome(action: Awaitable[object]) -> object:
     try:
         return await action
     except UnreadableRecord as error:
-        assert str(error).startswith("session s: its record "), error
-        return error
+        return error if str(error).startswith("session s: its record ") else str(error)
     except (InvalidRequest, LeaseLost, SessionNotFound, Unavailable) as error:
         return error
 
@@ -214,7 +213,7 @@ async def test_a_malformed_session_is_left_whole_by_a_turn_that_is_refused(
     later = replace(lease, epoch=lease.epoch + 1, cursor=Cursor(committed_len=3))
     redis_command(redis_url, "HSET", KEY, "lease_epoch", str(later.epoch))
     before = redis_hash(redis_url)
-    with pytest.raises(OutriderError, match="session s: .*'num_turns'"):
+    with pytest.raises(OutriderError, match=r"session s: .*'num_turns'"):
         await begin(store, later, [4], keep_len=1)
     assert redis_hash(redis_url) == before
     redis_command(redis_url, "HSET", KEY, "num_turns", "1")
