@@ -1,4 +1,4 @@
-"""The orchestrator put together: links to both tiers, store, tokenizer, server."""
+"""Composition root of the orchestrator: replica pools, session store, tokenizer, gRPC server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import chain
+from typing import Any
 
 import structlog
 
@@ -20,7 +21,6 @@ from orchestrator.api.request_telemetry import RequestTelemetry
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
-from orchestrator.replicas.discovery import discovering
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.models import check_shared, limits
 from orchestrator.replicas.pairing import Pairing
@@ -31,9 +31,11 @@ from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
 from outrider.client.channel import OpenChannel
 from outrider.errors import ConfigError, Unavailable
+from outrider.redis.registry import Replica, Watcher
 from outrider.replica import CostReport
 from outrider.runtime.grpc_server import REDIS, Server
 from outrider.runtime.server_security import ServerProtection
+from outrider.settings.redis_address import RedisAddress
 from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.telemetry import Telemetry, telemetry
@@ -44,26 +46,27 @@ log = structlog.get_logger()
 
 SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
 GENERATE = f"/{SERVICE_NAME}/Generate"
-# What is left of running outputs after the operator's grace ends after the round under way.
+# After stop_grace_s, running generations end after their current round. This is the time for it.
 STOP_GRACE_S = 2.0
-# How long the end of calls that were cut off is waited for, while Redis stalls: leases would then
-# stay until they lapse.
+# Longest wait for the cleanup of cancelled calls while Redis stalls. After it, their leases remain
+# until they expire.
 ENDINGS_WAIT_S = 5.0
-# How long a start waits for a draft before serving without one: it joins when it comes.
+# Longest wait for a draft at the start. After it, serve without one; a draft may join later.
 DRAFT_START_TIMEOUT_S = 5.0
-# So often it is said that no target is there.
-TARGET_TOLD_S = 10.0
-# Between two looks for a Redis that is away at the start.
-REDIS_RETRY_S = 1.0
-# Between two looks at whether Redis takes writes, once it serves.
-REDIS_CHECK_S = 1.0
+# Interval of the warning that no target is connected.
+_TARGET_WARNING_S = 10.0
+# Interval of attempts to reach Redis at the start.
+_REDIS_RETRY_S = 1.0
+# Interval of checks whether Redis accepts writes.
+_REDIS_CHECK_S = 1.0
 
 
 @contextlib.asynccontextmanager
 async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
-    """Listens at once, serves (health) when store and target are there; stops on leaving.
+    """Runs the orchestrator for the block. Its health is SERVING once Redis and a target are ready.
 
-    Raises ConfigError if port or Redis cannot be had, IncompatiblePair if the models do not fit.
+    Raises ConfigError if the port is in use or Redis is unreachable, IncompatiblePair if the models
+    do not fit.
     """
     security = Security(config, GENERATE)
     server = Server(
@@ -86,23 +89,23 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     try:
         await server.start(config.host, config.port)
         await server.set_health(REDIS, False)
-        async with telemetry("orchestrator", config.host, config) as told:
-            # What it waits for at its start is told, too.
-            meter = _meter(told, admission, tiers, security.protection)
-            server.metrics_port = told.exposition.port
+        async with telemetry("orchestrator", config.host, config) as exporters:
+            # Metrics are exposed during the start, too.
+            meter = _meter(exporters, admission, tiers, security.protection)
+            server.metrics_port = exporters.exposition.port
             server.services.awaited = "Redis"
             await _start(store, config.redis_wait_s)
             server.services.awaited = "a target replica"
             async with (
-                security.following(lambda: _renew(targets, drafts)),
-                discovering(config.redis, (targets, drafts)),
+                security.reloading(lambda: _renew(targets, drafts)),
+                _discovering(config.redis, (targets, drafts)),
                 targets.running(),
             ):
                 await _settle_target(targets)
-                told.exposition.model_name = targets.model.name if targets.model else ""
+                exporters.exposition.model_name = targets.model.name if targets.model else ""
                 async with drafts.running() if drafts is not None else contextlib.nullcontext():
                     await _settle_draft(drafts)
-                    calls = RequestTelemetry(meter, told.tracing)
+                    calls = RequestTelemetry(meter, exporters.tracing)
                     needs_redis = config.without_redis == "refuse"
                     current_limits = functools.partial(limits, config, targets, drafts)
                     use_case = Generate(tiers, current_limits, admission, needs_redis=needs_redis)
@@ -115,7 +118,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                     )
                     log.info("serving", port=server.port)
                     async with (
-                        _following_redis(store, server),
+                        _checking_redis(store, server),
                         _answering(server, servicer, use_case, tiers, config.stop_grace_s),
                     ):
                         yield server
@@ -134,12 +137,13 @@ async def _answering(
     stop_grace_s: float,
 ) -> AsyncIterator[None]:
     orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
+    """Answers requests for the block, then ends the running ones within `stop_grace_s`."""
     async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(_follow(tiers.targets, server), name="health")
+        updating = tasks.create_task(_update_health(tiers.targets, server), name="health")
         try:
             yield
         finally:
-            following.cancel()
+            updating.cancel()
             await _stop(server, use_case, tiers.endings, stop_grace_s)
 
 
@@ -191,18 +195,18 @@ def _tiers(
 
 
 def _meter(
-    told: Telemetry,
+    exporters: Telemetry,
     admission: AdmissionQueue,
     tiers: GenerationContext,
     protection: ServerProtection,
 ) -> OrchestratorMetrics | None:
-    """None where nobody could read what is counted."""
-    if not told.is_metered:
+    """Metrics of the orchestrator; None if they are not exporters."""
+    if not exporters.is_metered:
         return None
     meter = OrchestratorMetrics()
     tiers.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
     tiers.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
-    told.exposition.source = lambda: chain(
+    exporters.exposition.source = lambda: chain(
         readings(meter, admission, tiers),
         protection.readings(admission.rejected, tiers.store.certificate_expires_at),
     )
@@ -215,7 +219,33 @@ def _renew(targets: ReplicaPool[TargetLink], drafts: ReplicaPool[DraftLink] | No
         drafts.renew()
 
 
+@contextlib.asynccontextmanager
+async def _discovering(
+    redis: RedisAddress, pools: Sequence[ReplicaPool[Any] | None]
+) -> AsyncIterator[None]:
+    """Offers the registry's replicas to pools without a list of their own, for the block."""
+
+    def watcher(pool: ReplicaPool[Any]) -> Watcher:
+        def offer(replicas: list[Replica]) -> None:
+            pool.offer({replica.address: replica.num_open_generations for replica in replicas})
+
+        return Watcher(redis, pool.tier, offer)
+
+    async with asyncio.TaskGroup() as tasks:
+        watching = [
+            tasks.create_task(watcher(pool).run(), name=f"{pool.tier} registry")
+            for pool in pools
+            if pool is not None and pool.is_discovered
+        ]
+        try:
+            yield
+        finally:
+            for task in watching:
+                task.cancel()
+
+
 async def _start(store: SessionStore, wait_s: float) -> None:
+    """Connects to Redis within `wait_s`. Raises ConfigError for `redis_url`."""
     give_up_at = time.monotonic() + wait_s
     while True:
         try:
@@ -224,20 +254,21 @@ async def _start(store: SessionStore, wait_s: float) -> None:
             if time.monotonic() >= give_up_at:
                 raise ConfigError(f"redis_url: {error}") from error
             log.warning("waiting_for_redis", why=str(error))
-            await asyncio.sleep(REDIS_RETRY_S)
+            await asyncio.sleep(_REDIS_RETRY_S)
 
 
 async def _settle_target(targets: ReplicaPool[TargetLink]) -> None:
-    """However long it takes; raises where all were refused."""
+    """Waits for a target without a limit. Raises ConfigError if all replicas are refused."""
     while True:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TARGET_TOLD_S):
+            async with asyncio.timeout(_TARGET_WARNING_S):
                 return await targets.settled()
         conditions = {link.endpoint: link.condition for link in targets.links.values()}
-        log.warning("waiting_for_target", replicas=conditions or "none is known")
+        log.warning("waiting_for_target", replicas=conditions or "none known")
 
 
 async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:
+    """Waits for a draft for some seconds."""
     if drafts is None:
         return
     try:
@@ -247,8 +278,8 @@ async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:
         log.warning("serving_without_draft", why=str(error) or "no draft replica answers")
 
 
-async def _follow(targets: ReplicaPool[TargetLink], server: Server) -> None:
-    """Keeps health: without a target no call can be answered, without drafts all can."""
+async def _update_health(targets: ReplicaPool[TargetLink], server: Server) -> None:
+    """Health is SERVING while a target is connected. Drafts are not needed to serve."""
     while True:
         is_served = targets.has_any
         await server.set_serving(is_served)
@@ -257,28 +288,28 @@ async def _follow(targets: ReplicaPool[TargetLink], server: Server) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _following_redis(store: SessionStore, server: Server) -> AsyncIterator[None]:
-    """Keeps its health name and the metric, also where no call asks for anything.
+async def _checking_redis(store: SessionStore, server: Server) -> AsyncIterator[None]:
+    """Keeps the health name `redis` and the metric up to date for the block, even without requests.
 
-    It does not touch readiness: all orchestrators have one Redis, and would be gone together.
+    Readiness does not depend on Redis: all orchestrators share it, and all would become unready.
     """
 
-    async def follow() -> None:
+    async def check() -> None:
         while True:
             await server.set_health(REDIS, await store.takes_writes())
-            await asyncio.sleep(REDIS_CHECK_S)
+            await asyncio.sleep(_REDIS_CHECK_S)
 
     await server.set_health(REDIS, not store.is_away)
     async with asyncio.TaskGroup() as tasks:
-        following = tasks.create_task(follow(), name="redis health")
+        checking = tasks.create_task(check(), name="redis health")
         try:
             yield
         finally:
-            following.cancel()
+            checking.cancel()
 
 
 async def _stop(server: Server, use_case: Generate, endings: Cleanup, grace_s: float) -> None:
-    """What calls leave behind is over before the links and the store are closed."""
+    """Ends all calls and their cleanup, before the pools and the store are closed."""
     stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
     await asyncio.wait([stopping], timeout=grace_s)
     use_case.stop()

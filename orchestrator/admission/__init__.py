@@ -1,1 +1,1 @@
-"""Who may run a generation, and when: API keys, quotas, session limits, the admission queue."""
+"""Admission of requests: API keys, quotas, session limits, and the queue of generations."""

@@ -1,7 +1,6 @@
-"""Who calls: the key of each call, whose it is, and what they may use.
+"""API keys: authenticates each gRPC call and applies the quota of its client.
 
-A call's caller is a variable of its task's context, set before the method runs. Knows keys and
-quotas; nothing of requests or sessions.
+The client of a call is a context variable of the call's task, set before the method runs.
 """
 
 from __future__ import annotations
@@ -27,57 +26,57 @@ _MAX_KEY_CHARS = 512
 
 @dataclass(frozen=True)
 class ApiClient:
-    """`name`: of the key; empty where no keys are asked for, and all callers are one.
+    """Client of a call. `name`: of its API key; empty without API keys.
 
-    `min_priority`: the lowest priority number that counts against other callers; None: any does.
+    `min_priority`: lowest priority number that counts against other clients; None: no limit.
     """
 
     name: str
     quota: Quota
     min_priority: int | None = None
-    gate: ApiKeyInterceptor | None = None
+    interceptor: ApiKeyInterceptor | None = None
 
     @contextlib.asynccontextmanager
     async def making(self, session_id: str | None) -> AsyncIterator[None]:
-        """Around a call that may make this session; None: it makes none.
+        """Counts the session that a request may create, for the block. None: it creates none.
 
-        Raises CapacityExceeded where the caller has as many as it may. A call that ends early may
-        leave no session: its place is then given back.
+        Raises CapacityExceeded at the session limit. If the request fails without having created
+        the session, it is no longer counted.
         """
-        if self.gate is None or session_id is None:
+        if self.interceptor is None or session_id is None:
             yield
             return
-        places, limits = self.gate.shared.sessions, self.quota.limits
+        sessions, limits = self.interceptor.shared.sessions, self.quota.limits
         try:
-            await places.take(self.name, session_id, limits.sessions)
+            await sessions.reserve(self.name, session_id, limits.sessions)
         except CapacityExceeded:
-            self.gate.refusals.count(Reason.OVER_SESSIONS)
+            self.interceptor.refusals.count(Reason.OVER_SESSIONS)
             raise
         try:
             yield
         except BaseException:
-            await asyncio.shield(places.settle(self.name, session_id))
+            await asyncio.shield(sessions.release_if_gone(self.name, session_id))
             raise
 
     async def deleted(self, session_id: str) -> None:
-        """The session is gone, and counts no more."""
-        if self.gate is not None:
-            await self.gate.shared.sessions.settle(self.name, session_id)
+        """Stops counting a session that was deleted."""
+        if self.interceptor is not None:
+            await self.interceptor.shared.sessions.release_if_gone(self.name, session_id)
 
 
-_ANYBODY = ApiClient("", Quota("", KeyLimits()))
-_CALLER: ContextVar[ApiClient] = ContextVar("caller", default=_ANYBODY)
+_ANONYMOUS = ApiClient("", Quota("", KeyLimits()))
+_CLIENT: ContextVar[ApiClient] = ContextVar("client", default=_ANONYMOUS)
 
 
 def current_client() -> ApiClient:
-    """Of the call whose task this is."""
-    return _CALLER.get()
+    """Client of the call that this task serves."""
+    return _CLIENT.get()
 
 
 class ApiKeyInterceptor(AccessInterceptor):
-    """Lets in whoever shows a key that is known. Lives on the event loop.
+    """Requires a known API key and counts streams. Lives on the event loop.
 
-    `metered`: the full name of the method whose calls count as streams.
+    `metered`: full name of the method whose calls count as streams.
     """
 
     def __init__(self, keys: WatchedFiles[KeyRing], metered: str, shared: SharedQuotas) -> None:
@@ -90,7 +89,7 @@ class ApiKeyInterceptor(AccessInterceptor):
     @contextlib.asynccontextmanager
     async def around(self, context: Context, method: str) -> AsyncIterator[None]:
         client = self._identify(context, method)
-        _CALLER.set(client)
+        _CLIENT.set(client)
         structlog.contextvars.bind_contextvars(client=client.name)
         if method != self._metered:
             yield
@@ -109,10 +108,10 @@ class ApiKeyInterceptor(AccessInterceptor):
         key = self.keys.current.find(presented) if presented else None
         if key is None:
             reason = Reason.UNKNOWN_KEY if presented else Reason.NO_KEY
-            why = "the key is not known" if presented else "no key was shown"
+            why = "unknown API key" if presented else "no API key"
             self.refusals.say(context, method, reason, why)
             raise Unauthenticated(
-                f"{why}: send one as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
+                f"{why}: send a key as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
             )
         quota = self._quotas.get(key.name)
         if quota is None:
@@ -122,13 +121,13 @@ class ApiKeyInterceptor(AccessInterceptor):
 
 
 def _presented(context: Context) -> str:
-    """Empty: none, or two that differ."""
-    shown: set[str] = set()
+    """The key in the call's metadata. Empty: there is none, or two that differ."""
+    keys: set[str] = set()
     for name, value in context.invocation_metadata() or ():
         if not isinstance(value, str) or len(value) > _MAX_KEY_CHARS:
             continue
         if name == "x-api-key":
-            shown.add(value.strip())
+            keys.add(value.strip())
         elif name == "authorization" and value[: len(_BEARER)].lower() == _BEARER:
-            shown.add(value[len(_BEARER) :].strip())
-    return shown.pop() if len(shown) == 1 else ""
+            keys.add(value[len(_BEARER) :].strip())
+    return keys.pop() if len(keys) == 1 else ""

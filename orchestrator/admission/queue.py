@@ -1,9 +1,9 @@
 """Admission queue: bounds running and queued generations and rejects the rest with a retry hint.
 
-Requests are admitted in the order of priority, then arrival. A running generation whose KV fits no
-target for now waits for room; it goes before every request of equal or lower urgency. When the
-queue is full, a more urgent request displaces the least urgent one that is queued or waits for
-room. Lives on the event loop. Quotas of API keys are in `orchestrator.admission.quota`.
+Requests are admitted by priority, then by arrival. A running generation waits for room if no target
+has free KV for it. It goes before every request of equal or lower urgency. When the queue is full,
+a more urgent request displaces the least urgent one that is queued or waits for room. Lives on the
+event loop. Quotas of API keys are in `orchestrator.admission.quota`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
 # Weight of the newest generation in the mean duration, from which waits are estimated.
 _SMOOTHING = 0.1
-_LEAST_RETRY_S = 0.1
+_MIN_RETRY_S = 0.1
+# Generations of other orchestrators free KV too, and their end is not reported here.
+_ROOM_RETRY_S = 0.2
 
 
 class Rejection(Enum):
-    """Why admission rejected a request; a label of a metric."""
+    """Reason for a rejection; a label of a metric."""
 
     QUEUE_FULL = "queue_full"
     DISPLACED = "displaced"
@@ -36,7 +38,7 @@ class AdmissionQueue:
     """Admits at most `max_running` generations and queues at most `max_waiting`.
 
     `rooms`: all targets. A generation that waits for room claims the targets that it fits into. A
-    later request is admitted while a target is unclaimed.
+    later request is admitted only while a target is unclaimed.
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
@@ -49,7 +51,7 @@ class AdmissionQueue:
         self._short: list[AdmissionTicket] = []
         self._unbegun: list[AdmissionTicket] = []
         self._mean_s = 0.0
-        self._changed = asyncio.Event()
+        self._capacity_changed = asyncio.Event()
         self.num_running = 0
         self.rejected = {reason.value: 0 for reason in Rejection}
 
@@ -67,62 +69,62 @@ class AdmissionQueue:
     async def admitted(
         self,
         priority: int,
-        patience_s: float | None,
+        time_left_s: float | None,
         *,
         client: str = "",
         min_priority: int | None = None,
     ) -> AsyncIterator[AdmissionTicket]:
         """Waits until the request is admitted, then counts it as running for the block.
 
-        A priority below `min_priority` counts as `min_priority`. Among requests of the same
-        `client` it still decides the order. `patience_s`: time left until the client's deadline.
+        `priority` counts as at least `min_priority`, and orders the requests of the same `client`
+        as it is. `time_left_s`: until the client's deadline; None: it has none.
 
         Raises CapacityExceeded when the queue is full and nothing in it is less urgent, when a more
-        urgent request displaces this one, and when the estimated wait exceeds `patience_s`. Raises
+        urgent request displaces this one, and when the estimated wait exceeds `time_left_s`. Raises
         Unavailable when the server stops.
         """
-        place = AdmissionTicket(
+        ticket = AdmissionTicket(
             self,
             client=client,
             priority=priority if min_priority is None else max(priority, min_priority),
-            asked=priority,
+            requested=priority,
             number=next(self._numbers),
         )
-        self._overtake_own(place)
-        if self._may_run(place):
+        self._overtake_own(ticket)
+        if self._may_run(ticket):
             self.num_running += 1
         else:
-            await self._wait(place, patience_s)
+            await self._wait(ticket, time_left_s)
         began_at = time.monotonic()
         try:
-            yield place
+            yield ticket
         finally:
             self._observe_duration(time.monotonic() - began_at)
             self.num_running -= 1
             self._capacity_freed()
 
-    def _overtake_own(self, place: AdmissionTicket) -> None:
-        """Exchanges numbers among the waiting requests of one caller: the most urgent goes first.
+    def _overtake_own(self, ticket: AdmissionTicket) -> None:
+        """Exchanges numbers among the client's waiting requests: the most urgent goes first.
 
-        The caller's requests together keep the same numbers, so nobody else is overtaken.
+        Together they keep the same numbers, so no request of another client is overtaken.
         """
-        if place.asked != place.priority:
-            own = [*self._waiting_of_same_client(place), place]
+        if ticket.requested_priority != ticket.priority:
+            own = [*self._waiting_of_same_client(ticket), ticket]
             self._renumber(own, (other.number for other in own))
 
-    def _undo_overtaking(self, place: AdmissionTicket) -> None:
-        """Gives the number that a leaving request took back to its caller's other requests."""
-        if place.number < place.arrived:
-            own = self._waiting_of_same_client(place)
-            numbers = {place.number, *(other.number for other in own)} - {place.arrived}
-            if len(numbers) == len(own):  # otherwise the one that had `arrived` has left
+    def _undo_overtaking(self, ticket: AdmissionTicket) -> None:
+        """Returns the number that a leaving request took to the client's other requests."""
+        if ticket.number < ticket.arrival_number:
+            own = self._waiting_of_same_client(ticket)
+            numbers = {ticket.number, *(other.number for other in own)} - {ticket.arrival_number}
+            if len(numbers) == len(own):  # otherwise the one with the arrival number has left
                 self._renumber(own, numbers)
 
-    def _waiting_of_same_client(self, place: AdmissionTicket) -> list[AdmissionTicket]:
-        return of_same_client((*self._unbegun, *self._queue), place)
+    def _waiting_of_same_client(self, ticket: AdmissionTicket) -> list[AdmissionTicket]:
+        return of_same_client((*self._unbegun, *self._queue), ticket)
 
-    def _renumber(self, places: list[AdmissionTicket], numbers: Iterable[int]) -> None:
-        renumber(places, numbers)
+    def _renumber(self, tickets: list[AdmissionTicket], numbers: Iterable[int]) -> None:
+        renumber(tickets, numbers)
         self._queue.sort()
         self._short.sort()
 
@@ -131,23 +133,23 @@ class AdmissionQueue:
         while self._queue:
             self._reject_queued(self._queue[-1], Unavailable("the orchestrator is stopping"))
 
-    def _reject_queued(self, place: AdmissionTicket, error: OutriderError) -> None:
-        self._queue.remove(place)
-        if not place.turn.done():  # otherwise its client has cancelled at this very moment
-            place.turn.set_exception(error)
+    def _reject_queued(self, ticket: AdmissionTicket, error: OutriderError) -> None:
+        self._queue.remove(ticket)
+        if not ticket.admitted.done():  # otherwise its client has just cancelled
+            ticket.admitted.set_exception(error)
 
-    def _reserve_slot(self, place: AdmissionTicket, what_for: str) -> None:
+    def _reserve_slot(self, ticket: AdmissionTicket, purpose: str) -> None:
         """When the queue is full, displaces its least urgent request.
 
-        Raises CapacityExceeded when none is less urgent than `place`.
+        Raises CapacityExceeded when none is less urgent than `ticket`.
         """
         if self.num_waiting < self._max_waiting:
             return
-        last = max((*self._queue, *self._unbegun), default=place)
-        if not place < last:
+        last = max((*self._queue, *self._unbegun), default=ticket)
+        if not ticket < last:
             raise self._rejection(
                 Rejection.QUEUE_FULL,
-                f"{self.num_waiting} requests wait{what_for}, the most allowed",
+                f"{self.num_waiting} requests wait{purpose}, the most allowed",
             )
         error = self._rejection(Rejection.DISPLACED, "more urgent requests fill the queue")
         if last in self._queue:
@@ -155,92 +157,117 @@ class AdmissionQueue:
         else:
             last.displaced = error
             self._leave_short(last)
-            self._changed.set()
+            self._capacity_changed.set()
 
-    def _leave_short(self, place: AdmissionTicket) -> None:
-        for places in (self._short, self._unbegun):
-            if place in places:
-                places.remove(place)
+    def _leave_short(self, ticket: AdmissionTicket) -> None:
+        for tickets in (self._short, self._unbegun):
+            if ticket in tickets:
+                tickets.remove(ticket)
 
-    async def change(self) -> None:
-        """Returns when a generation has ended or found room."""
-        self._changed.clear()
-        await self._changed.wait()
-
-    def _may_run(self, place: AdmissionTicket) -> bool:
-        if self.num_running >= self._max_running or (self._queue and self._queue[0] < place):
+    def _may_run(self, ticket: AdmissionTicket) -> bool:
+        if self.num_running >= self._max_running or (self._queue and self._queue[0] < ticket):
             return False
-        if not self._short or place < self._short[0]:
+        if not self._short or ticket < self._short[0]:
             return True
-        return bool(frozenset(self.rooms()) - self.claimed_before(place))
+        return bool(frozenset(self.rooms()) - self._claimed_before(ticket))
 
-    def claimed_before(self, place: AdmissionTicket) -> frozenset[str]:
-        """Targets claimed by generations that wait for room and go before `place`."""
-        ahead = itertools.takewhile(lambda short: short < place, self._short)
+    def _claimed_before(self, ticket: AdmissionTicket) -> frozenset[str]:
+        """Targets claimed by generations that wait for room and go before `ticket`."""
+        ahead = itertools.takewhile(lambda short: short < ticket, self._short)
         return frozenset().union(*(short.rooms() for short in ahead))
 
-    async def _wait(self, place: AdmissionTicket, patience_s: float | None) -> None:
+    async def _wait(self, ticket: AdmissionTicket, time_left_s: float | None) -> None:
         try:
-            self._check_patience(place, patience_s)
-            self._reserve_slot(place, "")
+            self._check_deadline(ticket, time_left_s)
+            self._reserve_slot(ticket, "")
         except CapacityExceeded:
-            self._undo_overtaking(place)
+            self._undo_overtaking(ticket)
             raise
-        bisect.insort(self._queue, place)
+        bisect.insort(self._queue, ticket)
         try:
-            await place.turn
+            await ticket.admitted
         except asyncio.CancelledError:
-            if place in self._queue:
-                self._queue.remove(place)
-            self._undo_overtaking(place)
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+            self._undo_overtaking(ticket)
             # Admitted, and cancelled before it ran.
-            if not place.turn.cancelled() and place.turn.exception() is None:
+            if not ticket.admitted.cancelled() and ticket.admitted.exception() is None:
                 self.num_running -= 1
             self._capacity_freed()
             raise
 
-    def _check_patience(self, place: AdmissionTicket, patience_s: float | None) -> None:
-        num_ahead = bisect.bisect(self._queue, place)
+    def _check_deadline(self, ticket: AdmissionTicket, time_left_s: float | None) -> None:
+        num_ahead = bisect.bisect(self._queue, ticket)
         wait_s = self._mean_s * (num_ahead + 1) / self._max_running
-        if patience_s is not None and wait_s > patience_s:
+        if time_left_s is not None and wait_s > time_left_s:
             raise self._rejection(
                 Rejection.DEADLINE,
-                f"about {wait_s:.1f} s to wait, more than the {patience_s:.1f} s that are left",
+                f"the estimated wait is {wait_s:.1f} s; {time_left_s:.1f} s are left until the "
+                "deadline",
             )
 
     def _capacity_freed(self) -> None:
         """Wakes the generations that wait for room, then admits from the queue."""
-        self._changed.set()
-        self.admit_queued()
+        self._capacity_changed.set()
+        self._admit_queued()
 
-    def admit_queued(self) -> None:
+    def _admit_queued(self) -> None:
         """Admits requests from the head of the queue as long as they may run."""
         while self._queue and self._may_run(self._queue[0]):
-            turn = self._queue.pop(0).turn
-            if not turn.done():
+            admitted = self._queue.pop(0).admitted
+            if not admitted.done():
                 self.num_running += 1
-                turn.set_result(None)
+                admitted.set_result(None)
 
     def _rejection(self, reason: Rejection, why: str) -> CapacityExceeded:
         """Counts a rejection and returns its error, with the retry hint."""
         self.rejected[reason.value] += 1
         after_s = self._mean_s * (self.num_waiting + 1) / self._max_running
-        return CapacityExceeded(why, max(_LEAST_RETRY_S, after_s))
+        return CapacityExceeded(why, max(_MIN_RETRY_S, after_s))
 
     def _observe_duration(self, seconds: float) -> None:
         share = _SMOOTHING if self._mean_s else 1.0
         self._mean_s += share * (seconds - self._mean_s)
 
     @contextlib.contextmanager
-    def short_of_room(self, place: AdmissionTicket, *, has_begun: bool) -> Iterator[None]:
-        """Does what `AdmissionTicket.short_of_room` documents."""
-        place.displaced = None  # left from an earlier wait that found room all the same
+    def short_of_room(
+        self, ticket: AdmissionTicket, rooms: Rooms, *, has_begun: bool
+    ) -> Iterator[None]:
+        """Marks a running generation as waiting for KV in one of `rooms`, for the block.
+
+        `has_begun`: it has sent tokens to its client, so it is never rejected or displaced. Raises
+        CapacityExceeded when it has not begun, the queue is full and nothing in it is less urgent.
+        """
+        ticket.rooms = rooms
+        ticket.displaced = None  # set during an earlier wait, which found room all the same
         if not has_begun:
-            self._reserve_slot(place, " and there is no room for keys and values")
-            self._unbegun.append(place)
-        bisect.insort(self._short, place)
+            self._reserve_slot(ticket, " and there is no room for keys and values")
+            self._unbegun.append(ticket)
+        bisect.insort(self._short, ticket)
         try:
             yield
         finally:
-            self._leave_short(place)
+            self._leave_short(ticket)
             self._capacity_freed()
+
+    async def turn_for_room(self, ticket: AdmissionTicket, *, at_once: bool) -> frozenset[str]:
+        """Waits until `ticket` is first in the order for some of its rooms, and returns these.
+
+        Returns the empty set when no room fits it any more. `at_once` False: it has just failed
+        there, so wait first until a generation ends or `_ROOM_RETRY_S` have passed. Raises
+        CapacityExceeded when a more urgent request has displaced it.
+        """
+        while True:
+            if not at_once:
+                self._capacity_changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ROOM_RETRY_S):
+                        await self._capacity_changed.wait()
+                self._admit_queued()  # a target may have joined
+            at_once = False
+            if ticket.displaced is not None:
+                raise ticket.displaced
+            rooms = frozenset(ticket.rooms())
+            unclaimed = rooms - self._claimed_before(ticket)
+            if unclaimed or not rooms:
+                return unclaimed

@@ -1,8 +1,9 @@
-"""What one caller uses, against what its key allows: streams at a time, tokens a minute.
+"""Quota of one API key at this orchestrator: concurrent streams, and tokens per minute.
 
-Tokens are counted as they come, by a bucket that holds a minute's worth: who has used it up is
-refused the next call until enough has flowed back, and what runs is never cut. So a call may go
-beyond, and the next ones wait for it: over time the rate holds. Owns the counting alone.
+Tokens are charged as they are processed, to a bucket that holds one minute's worth. A client that
+has used up its bucket is refused its next request until enough has flowed back; running requests
+are never cut off. So a request may exceed the rate, and the next ones wait for it. The count over
+all orchestrators is in `orchestrator.admission.shared_quota`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterator
 from outrider.errors import CapacityExceeded
 from outrider.security.keys import KeyLimits
 
-# A stream that ends now lets the next one in; nobody knows which will.
+# Retry hint when all streams are in use. When one of them will end is unknown.
 _STREAM_RETRY_S = 1.0
 
 
 class Quota:
-    """Of one caller. Lives on the event loop."""
+    """Usage of one API key. Lives on the event loop. `name`: of the key; `clock`: in seconds."""
 
     def __init__(
         self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic
@@ -27,20 +28,21 @@ class Quota:
         self.name = name
         self.limits = limits
         self.num_streams = 0
-        # Spent since the start, for `orchestrator.admission.shared_quota`.
+        # Tokens charged since the start, for `orchestrator.admission.shared_quota`.
         self.num_spent = 0
         self._clock = clock
+        # Tokens in use of the bucket, at `_at`.
         self._spent = 0.0
         self._at = clock()
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        """For the time of one call. Raises CapacityExceeded with a hint when to come back."""
+        """Counts a stream for the block. Raises CapacityExceeded with a retry hint."""
         most, per_minute = self.limits.streams, self.limits.tokens_per_minute
         if most is not None and self.num_streams >= most:
             raise streams_exceeded(self.name, most)
         if per_minute is not None:
-            over = self._still_spent(per_minute) + 1 - per_minute  # room for a token, at least
+            over = self._still_spent(per_minute) + 1 - per_minute  # at least one token must fit
             if over > 0:
                 raise tokens_exceeded(self.name, per_minute, over * 60 / per_minute)
         self.num_streams += 1
@@ -50,13 +52,13 @@ class Quota:
             self.num_streams -= 1
 
     def spend(self, num_tokens: int) -> None:
-        """Of the prompt, and of the output as it is shown."""
+        """Charges tokens of a prompt, or of an output when they are sent."""
         if self.limits.tokens_per_minute is not None:
             self._spent = self._still_spent(self.limits.tokens_per_minute) + num_tokens
             self.num_spent += num_tokens
 
     def _still_spent(self, per_minute: int) -> float:
-        """Of the tokens spent, those that have not flowed back yet."""
+        """Charged tokens that have not flowed back yet."""
         now = self._clock()
         self._spent = max(0.0, self._spent - (now - self._at) * per_minute / 60)
         self._at = now

@@ -1,6 +1,6 @@
-"""The orchestrator's side of who may talk to whom, put together from its settings.
+"""Security of the orchestrator: API keys for clients, TLS on both sides, from its settings.
 
-Owns which of its parts follow which files. Knows no request and no tier's protocol.
+Reloads each file when it changes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ log = structlog.get_logger()
 
 
 class Security:
-    """Made once at the start. Raises ConfigError for files that cannot be used."""
+    """API keys, channels to the tiers and server protection. Create it once, at the start.
+
+    Raises ConfigError for unusable files.
+    """
 
     def __init__(self, config: OrchestratorConfig, metered: str) -> None:
-        """`metered`: the full name of the method that a key's limits are for."""
-        self._gate = None
+        """`metered`: full name of the method whose calls count as streams of a key."""
+        self._api_keys = None
         if config.api_keys_file is not None:
             keys = watched_keys(config.api_keys_file)
             shared = SharedQuotas(
@@ -35,35 +38,35 @@ class Security:
                 session_ttl_s=config.session_ttl_s,
                 max_sessions=config.max_sessions_per_key,
             )
-            self._gate = ApiKeyInterceptor(keys, metered, shared)
+            self._api_keys = ApiKeyInterceptor(keys, metered, shared)
         self._channels = _tier_channels(config)
         self.protection: ServerProtection = server_protection(
-            config, [self._gate] if self._gate is not None else [], config.tier_tls_cert
+            config, [self._api_keys] if self._api_keys is not None else [], config.tier_tls_cert
         )
         _warn(config)
 
     @property
     def open_channel(self) -> OpenChannel:
-        """To a tier's replica."""
+        """Opens a channel to a replica of a tier."""
         return self._channels.open if self._channels is not None else open_plain
 
     @contextlib.asynccontextmanager
-    async def following(self, on_new_credentials: Callable[[], None]) -> AsyncIterator[None]:
-        """Keeps keys and the tiers' credentials as their files are, for the time of a block."""
+    async def reloading(self, on_new_credentials: Callable[[], None]) -> AsyncIterator[None]:
+        """Reloads keys and the tiers' credentials when their files change, for the block."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._gate is not None:
-                await stack.enter_async_context(self._gate.shared.running())
+            if self._api_keys is not None:
+                await stack.enter_async_context(self._api_keys.shared.running())
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            following = []
+            watching = []
             if self._channels is not None:
                 files = self._channels.files
-                following.append(tasks.create_task(files.follow(on_new_credentials)))
-            if self._gate is not None:
-                following.append(tasks.create_task(self._gate.keys.follow()))
+                watching.append(tasks.create_task(files.follow(on_new_credentials)))
+            if self._api_keys is not None:
+                watching.append(tasks.create_task(self._api_keys.keys.follow()))
             try:
                 yield
             finally:
-                for task in following:
+                for task in watching:
                     task.cancel()
 
 
@@ -81,7 +84,7 @@ def _tier_channels(config: OrchestratorConfig) -> TlsChannels | None:
 
 
 def _warn(config: OrchestratorConfig) -> None:
-    """What others on the network could do, that the operator may not have meant."""
+    """Warns of settings that expose the orchestrator to the network without protection."""
     if is_loopback(config.host):
         return
     if config.api_keys_file is None and config.tls_client_ca is None:

@@ -1,22 +1,22 @@
-"""How many sessions each API key has in Redis, against what it may have.
+"""Session limit: bounds the number of sessions that each API key has in Redis.
 
-Owns the keys `outrider:key:*:sessions`: a sorted set of a caller's session keys by when each may
-have expired. A place is taken before a session is made, and given back when the session is gone.
-The set lives as long as its sessions: each write to one of them sees to that (`store.lua`).
+Owns the keys `outrider:key:*:sessions`: a sorted set of a client's session keys, by the earliest
+time at which each may have expired. A session is counted before it is created, and removed when it
+is gone. Each write to a session extends the life of the set (`orchestrator.sessions.lua`).
 """
 
 from __future__ import annotations
 
 from orchestrator.sessions import StoreOptions
-from orchestrator.sessions.lua import PLACES_KEY, Script
+from orchestrator.sessions.lua import SESSIONS_KEY, Script
 from orchestrator.sessions.records import session_key
 from orchestrator.sessions.writer import PipelineWriter
 from outrider.errors import CapacityExceeded, OutriderError
 
-# KEYS: the set and the session's own key. The scripts look at other keys of the set's, too: Redis
-# has no cluster mode here (docs/deploy.md). Members whose time is over may have been used since, so
-# they are looked up; at most 32 in one call, and only where the set is full.
-TAKE = Script("""
+# KEYS: the set and the session's key. ARGV: most sessions, session_ttl_ms. A session whose time has
+# passed may have been used since; so it is looked up, at most 32 of them in one call, and only if
+# the set is full. These keys are not declared, which a Redis cluster would refuse.
+RESERVE = Script("""
 local most, ttl_ms = unpack(ARGV)
 local now = now_us()
 local function after(left_ms) return digits(now + left_ms * 1000) end
@@ -42,30 +42,33 @@ outlive(key, ttl_ms)
 return {'ok'}
 """)
 
-# The session may be gone: then its place is free.
-SETTLE = Script("""
+# Removes the session from the set if it does not exist.
+RELEASE_IF_GONE = Script("""
 if redis.call('EXISTS', tokens_key) == 0 then redis.call('ZREM', key, tokens_key) end
 return {'ok'}
 """)
 
-SCRIPTS = (TAKE, SETTLE)
+SCRIPTS = (RESERVE, RELEASE_IF_GONE)
 
 
 class SessionLimit:
-    """Lives on the event loop. While Redis is away nothing is refused here: no session is made."""
+    """Counts the sessions of API keys in Redis. Lives on the event loop.
+
+    While Redis is away it refuses nothing: no session can be created then.
+    """
 
     def __init__(self, writer: PipelineWriter, *, session_ttl_s: float, most: int) -> None:
-        """`most`: of a key without a limit of its own."""
+        """`most`: sessions of a key without its own limit."""
         self._writer = writer
         self._ttl_ms = b"%d" % round(session_ttl_s * 1e3)
         self._most = most
 
-    async def take(self, client: str, session_id: str, most: int | None) -> None:
-        """A session that is there keeps its place. Raises CapacityExceeded."""
+    async def reserve(self, client: str, session_id: str, most: int | None) -> None:
+        """Counts the session, once. `most` None: the default limit. Raises CapacityExceeded."""
         most = self._most if most is None else most
         args = (b"%d" % most, self._ttl_ms)
         try:
-            status, *rest = await self._writer.run(TAKE, _keys(client, session_id), args)
+            status, *rest = await self._writer.run(RESERVE, _keys(client, session_id), args)
         except OutriderError:
             return
         if status == b"full":
@@ -73,14 +76,14 @@ class SessionLimit:
                 f"key {client}: {most} sessions, the most allowed; delete one", rest[0] / 1000
             )
 
-    async def settle(self, client: str, session_id: str) -> None:
-        """Gives the place back where the session is gone. What fails here ends by time."""
+    async def release_if_gone(self, client: str, session_id: str) -> None:
+        """Stops counting the session if it is gone. If this fails, its time in the set expires."""
         try:
-            await self._writer.run(SETTLE, _keys(client, session_id), ())
+            await self._writer.run(RELEASE_IF_GONE, _keys(client, session_id), ())
         except OutriderError:
             return
 
 
 def _keys(client: str, session_id: str) -> tuple[bytes, bytes]:
     session = session_key(session_id, client, StoreOptions().prefix)
-    return (PLACES_KEY % client).encode(), session.encode()
+    return (SESSIONS_KEY % client).encode(), session.encode()

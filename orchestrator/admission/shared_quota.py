@@ -1,7 +1,10 @@
-"""What callers use at all orchestrators together: each tells Redis, each asks it.
+"""Quotas of API keys over all orchestrators, counted in Redis.
 
-Owns the keys `outrider:key:*` and a task that tells. Each orchestrator counts its own callers
-beside this (`admission.quota`), which is what holds while Redis is away. Lives on the loop.
+Owns the keys `outrider:key:*:streams` and `outrider:key:*:tokens`. A request enters with one
+round trip to Redis. What it uses is reported by a task, once a second, and never delays a token. A
+stream is a lease: those of an orchestrator that died expire. Each orchestrator also counts its own
+usage (`admission.quota`); while Redis is away, only that limit holds. Lives on the event loop.
+ADR 20 explains why this is not the library `limits`.
 """
 
 from __future__ import annotations
@@ -26,16 +29,17 @@ from outrider.settings.redis_address import RedisAddress
 
 log = structlog.get_logger()
 
-TELL_INTERVAL_S = 1.0
-# Streams of an orchestrator that died are forgotten after so long: several missed tellings.
+REPORT_INTERVAL_S = 1.0
+# Streams of an orchestrator that died expire after this time: several missed reports.
 STREAM_TTL_S = 10.0
+# Ended streams in one report. After an outage of Redis there may be many more.
 _MAX_ENDED = 1_000
-# A call waits for the answer: who does not get it soon goes by what is known here.
+# A request waits for the reply. Without one it is admitted by the local quota alone.
 REDIS_TIMEOUT_S = 0.5
 
-# KEYS: a sorted set of streams by when they lapse, and a hash of tokens spent. Both prelude and
-# clock are the session store's. Each orchestrator (`who`) sends its total, and the hash has the
-# last one that came: a report that comes late, twice or after a newer one counts once.
+# KEYS: a sorted set of streams by expiry, and a hash of spent tokens. Prelude and clock are the
+# session store's. Each orchestrator (`name`) reports its total. The hash has the last total that
+# arrived, so a report that arrives late, twice or out of order counts once.
 _SPENT = """
 local function spent_now(per_minute)
   local had = redis.call('HMGET', tokens_key, 'spent', 'at')
@@ -44,7 +48,7 @@ local function spent_now(per_minute)
 end
 """
 
-# stream, most streams, tokens a minute ('' no limit), ttl_us, streams that have ended …
+# ARGV: stream, most streams ('' no limit), tokens per minute ('' no limit), ttl_us, ended streams …
 ENTER = Script(
     _SPENT
     + """
@@ -65,20 +69,20 @@ return {'ok'}
 """
 )
 
-# who, tokens spent in total, of them acknowledged, tokens a minute ('' no limit), ttl_us, number of
-# streams that have ended, those, streams that run …
-TELL = Script(
+# ARGV: name, tokens spent in total, reported total, tokens per minute ('' no limit), ttl_us,
+# number of ended streams, ended streams …, running streams …
+REPORT = Script(
     _SPENT
     + """
-local who, total, told, per_minute, ttl_us, num_ended = unpack(ARGV, 1, 6)
+local name, total, reported, per_minute, ttl_us, num_ended = unpack(ARGV, 1, 6)
 for i = 7, 6 + num_ended do redis.call('ZREM', key, ARGV[i]) end
 local until_us = digits(now_us() + ttl_us)
 for i = 7 + num_ended, #ARGV do redis.call('ZADD', key, until_us, ARGV[i]) end
 redis.call('PEXPIRE', key, math.ceil(ttl_us / 1000))
-local last = tonumber(redis.call('HGET', tokens_key, who)) or tonumber(told)
+local last = tonumber(redis.call('HGET', tokens_key, name)) or tonumber(reported)
 if per_minute ~= '' and tonumber(total) > last then
   local spent = spent_now(per_minute) + total - last
-  redis.call('HSET', tokens_key, 'spent', spent, 'at', digits(now_us()), who, total)
+  redis.call('HSET', tokens_key, 'spent', spent, 'at', digits(now_us()), name, total)
   redis.call('PEXPIRE', tokens_key, math.ceil((spent / per_minute + 1) * 60000))
 end
 return {'ok'}
@@ -88,27 +92,30 @@ return {'ok'}
 
 @dataclass
 class _ClientUsage:
-    """Of one caller, here: streams by name."""
+    """Usage of one API key at this orchestrator: streams by name, and reported tokens."""
 
     quota: Quota
     running: set[str] = field(default_factory=set)
     ended: set[str] = field(default_factory=set)
-    # Of the tokens spent, those that Redis has acknowledged.
-    num_told: int = 0
-    # Redis holds something else under this API key's keys; the count here goes on.
+    # Spent tokens whose report Redis has confirmed.
+    num_reported: int = 0
+    # Redis has another type of value under this key's names; only the local quota counts.
     is_unreadable: bool = False
 
     def first_ended(self) -> list[str]:
-        """As many as fit into one call of a script: after an outage of Redis there may be many."""
+        """The ended streams that the next script reports."""
         return list(itertools.islice(self.ended, _MAX_ENDED))
 
     @property
-    def has_news(self) -> bool:
-        return bool(self.running or self.ended or self.quota.num_spent > self.num_told)
+    def is_report_due(self) -> bool:
+        return bool(self.running or self.ended or self.quota.num_spent > self.num_reported)
 
 
 class SharedQuotas:
-    """`running` around all use. Who has no limits costs nothing."""
+    """Quotas of all API keys. Enter `running` before use.
+
+    A key without limits causes no round trip.
+    """
 
     def __init__(
         self,
@@ -117,8 +124,8 @@ class SharedQuotas:
         session_ttl_s: float = 3600.0,
         max_sessions: int = 10_000,
     ) -> None:
-        """`max_sessions`: of a key without a limit of its own. Raises ConfigError (`redis`)."""
-        scripts = (ENTER, TELL, *session_limit.SCRIPTS)
+        """`max_sessions`: of a key without its own limit. Raises ConfigError for `redis`."""
+        scripts = (ENTER, REPORT, *session_limit.SCRIPTS)
         preamble = [(b"SCRIPT", b"LOAD", script.source) for script in scripts]
         self._writer = PipelineWriter(
             RedisConnection(redis, timeout_s=REDIS_TIMEOUT_S, preamble=preamble)
@@ -128,98 +135,103 @@ class SharedQuotas:
         )
         self._name = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        self._uses: dict[str, _ClientUsage] = {}
+        self._usages: dict[str, _ClientUsage] = {}
         self._is_away = False
         self._due = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        """Connects to Redis and reports usage, for the block."""
         self._writer.start()
         try:
             async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(self._keep_telling(), name="quotas")
+                reporting = tasks.create_task(self._keep_reporting(), name="quotas")
                 try:
                     yield
                 finally:
-                    telling.cancel()
-            with contextlib.suppress(TimeoutError):  # what is not told lapses
+                    reporting.cancel()
+            with contextlib.suppress(TimeoutError):  # streams that are not reported expire
                 async with asyncio.timeout(2 * REDIS_TIMEOUT_S):
-                    await self._tell_all()
+                    await self._report_all()
         finally:
             await self._writer.close()
 
     @contextlib.asynccontextmanager
     async def stream(self, quota: Quota) -> AsyncIterator[None]:
-        """For the time of one call. Raises CapacityExceeded with a hint when to come back."""
+        """Counts a stream for the block. Raises CapacityExceeded with a retry hint."""
         if quota.limits.streams is None and quota.limits.tokens_per_minute is None:
             yield
             return
-        use = self._uses.setdefault(quota.name, _ClientUsage(quota))
+        usage = self._usages.setdefault(quota.name, _ClientUsage(quota))
         stream = f"{self._name}:{next(self._numbers)}"
         try:
-            await self._enter(use, stream)
-            use.running.add(stream)
+            await self._enter(usage, stream)
+            usage.running.add(stream)
             yield
-        finally:  # cancelled on its way in it may be there all the same
-            use.running.discard(stream)
-            use.ended.add(stream)
+        finally:  # also after a cancelled entry: Redis may have counted it
+            usage.running.discard(stream)
+            usage.ended.add(stream)
             self._due.set()
 
-    async def _enter(self, use: _ClientUsage, stream: str) -> None:
-        limits, ended = use.quota.limits, use.first_ended()
-        words = (stream, _said(limits.streams), _said(limits.tokens_per_minute), _TTL_US, *ended)
-        answer = await self._ask(ENTER, use, words)
-        if answer is None:
+    async def _enter(self, usage: _ClientUsage, stream: str) -> None:
+        limits, ended = usage.quota.limits, usage.first_ended()
+        most, per_minute = limits.streams, limits.tokens_per_minute
+        args = (stream, _optional(most), _optional(per_minute), _TTL_US, *ended)
+        reply = await self._run(ENTER, usage, args)
+        if reply is None:
             return
-        use.ended.difference_update(ended)
-        if answer[0] == b"streams":
-            assert limits.streams is not None, "it is the limit"
-            raise streams_exceeded(use.quota.name, limits.streams)
-        if answer[0] == b"tokens":
-            assert limits.tokens_per_minute is not None, "it is the limit"
-            raise tokens_exceeded(use.quota.name, limits.tokens_per_minute, answer[1] / 1000)
+        usage.ended.difference_update(ended)
+        if reply[0] == b"streams":
+            assert most is not None, "it is the limit"
+            raise streams_exceeded(usage.quota.name, most)
+        if reply[0] == b"tokens":
+            assert per_minute is not None, "it is the limit"
+            raise tokens_exceeded(usage.quota.name, per_minute, reply[1] / 1000)
 
-    async def _keep_telling(self) -> None:
+    async def _keep_reporting(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TELL_INTERVAL_S):
+                async with asyncio.timeout(REPORT_INTERVAL_S):
                     await self._due.wait()
             self._due.clear()
-            await self._tell_all()
-            await asyncio.sleep(TELL_INTERVAL_S / 10)  # many ends at a time are one telling
+            await self._report_all()
+            await asyncio.sleep(REPORT_INTERVAL_S / 10)  # one report for many streams that end
 
-    async def _tell_all(self) -> None:
-        for use in list(self._uses.values()):
-            if use.has_news:
-                await self._tell(use)
+    async def _report_all(self) -> None:
+        for usage in list(self._usages.values()):
+            if usage.is_report_due:
+                await self._report(usage)
                 if self._is_away:
-                    return  # each of the others would wait for the same time-out
+                    return  # each other report would wait for the same timeout
 
-    async def _tell(self, use: _ClientUsage) -> None:
-        quota, ended = use.quota, use.first_ended()
+    async def _report(self, usage: _ClientUsage) -> None:
+        quota, ended = usage.quota, usage.first_ended()
         total = quota.num_spent
-        words = (
+        args = (
             self._name,
             str(total),
-            str(use.num_told),
-            _said(quota.limits.tokens_per_minute),
+            str(usage.num_reported),
+            _optional(quota.limits.tokens_per_minute),
             _TTL_US,
             str(len(ended)),
             *ended,
-            *use.running,
+            *usage.running,
         )
-        if await self._ask(TELL, use, words) is None:
+        if await self._run(REPORT, usage, args) is None:
             return
-        use.ended.difference_update(ended)
-        use.num_told = total
+        usage.ended.difference_update(ended)
+        usage.num_reported = total
 
-    async def _ask(self, script: Script, use: _ClientUsage, words: tuple[str, ...]) -> Any:
-        """None: Redis is away, or holds something else under this key. Each is logged once."""
-        name = use.quota.name
+    async def _run(self, script: Script, usage: _ClientUsage, args: tuple[str, ...]) -> Any:
+        """The script's reply. None: Redis is away or cannot read this API key's keys.
+
+        Either is logged once.
+        """
+        name = usage.quota.name
         key = f"outrider:key:{{{name}}}"
         keys: Command = (f"{key}:streams".encode(), f"{key}:tokens".encode())
         try:
-            answer = await self._writer.run(script, keys, tuple(word.encode() for word in words))
+            reply = await self._writer.run(script, keys, tuple(arg.encode() for arg in args))
         except Unavailable as error:
             if not self._is_away:
                 log.warning("quotas_not_shared", why=str(error))
@@ -227,16 +239,16 @@ class SharedQuotas:
             return None
         except OutriderError as error:
             self._is_away = False
-            if not use.is_unreadable:
+            if not usage.is_unreadable:
                 log.warning("quota_unreadable", key=name, why=str(error))
-            use.is_unreadable = True
+            usage.is_unreadable = True
             return None
-        self._is_away = use.is_unreadable = False
-        return answer
+        self._is_away = usage.is_unreadable = False
+        return reply
 
 
 _TTL_US = str(round(STREAM_TTL_S * 1e6))
 
 
-def _said(limit: int | None) -> str:
+def _optional(limit: int | None) -> str:
     return "" if limit is None else str(limit)

@@ -1,12 +1,8 @@
-"""Place of one generation in the order of admission, and exchanges of places of one API key.
-
-`orchestrator.admission.queue` owns the queue itself.
-"""
+"""Ticket of one generation in the admission queue: its position in the order of admission."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
@@ -20,85 +16,62 @@ if TYPE_CHECKING:
 # Endpoints of the targets whose KV cache is large enough for a generation.
 Rooms = Callable[[], Collection[str]]
 
-# Generations of other orchestrators free KV too, and their end is not reported here.
-_ROOM_RETRY_S = 0.2
-
 
 class AdmissionTicket:
-    """Position of one generation in the order of admission.
+    """Position of one generation in the order of admission. The queue changes it.
 
-    `priority`: lower runs first, 0 is the default. `asked`: the priority of the request itself; it
-    orders the requests of one API key that have equal `priority`. `number`: the order of arrival;
-    requests of one key may exchange theirs. `arrived`: its own number, which never changes.
+    `priority`: lower runs first, 0 is the default. `requested_priority`: the priority of the
+    request itself; it orders the requests of one API key that have equal `priority`. `number`: the
+    order of arrival; requests of one key may exchange theirs. `arrival_number`: never changes.
     """
 
     def __init__(
-        self, admission: AdmissionQueue, *, client: str, priority: int, asked: int, number: int
+        self, queue: AdmissionQueue, *, client: str, priority: int, requested: int, number: int
     ) -> None:
         self.client = client
         self.priority = priority
-        self.asked = asked
-        self.number = self.arrived = number
-        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # The error of a generation that was displaced while it ran and waited for room.
+        self.requested_priority = requested
+        self.number = self.arrival_number = number
+        # Set when the queued request is admitted or rejected.
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Why a generation was displaced while it waited for room.
         self.displaced: CapacityExceeded | None = None
         # Targets that it fits into, while it waits for room.
         self.rooms: Rooms = frozenset
-        self._asked_at = time.monotonic()
-        self._admission = admission
+        self._arrived_at = time.monotonic()
+        self._queue = queue
 
     @property
     def age_s(self) -> float:
         """Seconds since the request arrived."""
-        return time.monotonic() - self._asked_at
+        return time.monotonic() - self._arrived_at
 
     def __lt__(self, other: AdmissionTicket) -> bool:
         return (self.priority, self.number) < (other.priority, other.number)
 
     def short_of_room(self, rooms: Rooms, *, has_begun: bool) -> AbstractContextManager[None]:
-        """Marks this running generation as waiting for KV in one of `rooms`, for the block.
-
-        `has_begun`: it has sent tokens to its client, so it is never rejected or displaced. Raises
-        CapacityExceeded when it has not begun, the queue is full and nothing in it is less urgent.
-        """
-        self.rooms = rooms
-        return self._admission.short_of_room(self, has_begun=has_begun)
+        """See `AdmissionQueue.short_of_room`."""
+        return self._queue.short_of_room(self, rooms, has_begun=has_begun)
 
     async def turn_for_room(self, *, at_once: bool) -> frozenset[str]:
-        """Waits until it is first in the order for some rooms, and returns these.
-
-        Returns the empty set when no room fits it any more. `at_once` False: it has just failed
-        there, so wait first until something ends or `_ROOM_RETRY_S` have passed. Raises
-        CapacityExceeded when a more urgent request has displaced it.
-        """
-        while True:
-            if not at_once:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_ROOM_RETRY_S):
-                        await self._admission.change()
-                self._admission.admit_queued()  # a target may have joined
-            at_once = False
-            if self.displaced is not None:
-                raise self.displaced
-            rooms = frozenset(self.rooms())
-            unclaimed = rooms - self._admission.claimed_before(self)
-            if unclaimed or not rooms:
-                return unclaimed
+        """See `AdmissionQueue.turn_for_room`."""
+        return await self._queue.turn_for_room(self, at_once=at_once)
 
 
 def of_same_client(
-    places: Iterable[AdmissionTicket], place: AdmissionTicket
+    tickets: Iterable[AdmissionTicket], ticket: AdmissionTicket
 ) -> list[AdmissionTicket]:
-    """Those of `places`, without `place`, that are ordered by `asked` among each other."""
+    """The other tickets of the client with the same priority; `requested_priority` orders them."""
     return [
         other
-        for other in places
-        if other is not place and (other.client, other.priority) == (place.client, place.priority)
+        for other in tickets
+        if other is not ticket
+        and (other.client, other.priority) == (ticket.client, ticket.priority)
     ]
 
 
-def renumber(places: list[AdmissionTicket], numbers: Iterable[int]) -> None:
-    """Gives the lowest of `numbers` to the most urgent of `places`, and so on."""
-    places.sort(key=lambda place: (place.asked, place.number))
-    for place, number in zip(places, sorted(numbers), strict=True):
-        place.number = number
+def renumber(tickets: list[AdmissionTicket], numbers: Iterable[int]) -> None:
+    """Sorts `tickets`, most urgent first, and assigns `numbers` to them in ascending order."""
+    tickets.sort(key=lambda ticket: (ticket.requested_priority, ticket.number))
+    for ticket, number in zip(tickets, sorted(numbers), strict=True):
+        ticket.number = number

@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 # be missing, and that they may leave unchanged, is no such change.
 VERSION = 1
 # Sorted set of a client's session keys (`orchestrator.admission.session_limit`).
-PLACES_KEY = "outrider:key:{%s}:sessions"
+SESSIONS_KEY = "outrider:key:{%s}:sessions"
 NUMBERS = (
     "version", "epoch", "lease_epoch", "lease_until", "num_tokens", "num_turns", "turn_epoch",
     "begun_by", "orphan", "num_drafts", "num_draft_tokens", "num_accepted_tokens",
@@ -75,20 +75,20 @@ end
 
 -- nil for the session of an unnamed client.
 local client = string.match(key, '{([^/}]+)/')
-local places_key = client and string.format(PLACES_KEY, client)
+local sessions_key = client and string.format(SESSIONS_KEY, client)
 
 -- A leased session lives at least as long as its lease.
 local function expire(session_ttl_ms, lease_us)
   local ttl_ms = digits(math.max(session_ttl_ms, math.ceil((lease_us or 0) / 1000)))
   redis.call('PEXPIRE', key, ttl_ms)
   redis.call('PEXPIRE', tokens_key, ttl_ms)
-  if places_key then outlive(places_key, ttl_ms) end
+  if sessions_key then outlive(sessions_key, ttl_ms) end
 end
 
 -- Counts a session that existed before this call. The creator of a session has counted it already.
 local function count(session_ttl_ms)
-  if not places_key then return end
-  redis.pcall('ZADD', places_key, digits(now_us() + session_ttl_ms * 1000), key)
+  if not sessions_key then return end
+  redis.pcall('ZADD', sessions_key, digits(now_us() + session_ttl_ms * 1000), key)
 end
 
 -- The reply for a session of a newer layout, or a malformed one; nil for all others.
@@ -153,8 +153,9 @@ class Script:
     sha: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ", ".join(f"'{name}'" for name in NUMBERS)
-        constants = f"local VERSION, PLACES_KEY, NUMBERS = {VERSION}, '{PLACES_KEY}', {{{names}}}\n"
+        numbers = ", ".join(f"'{name}'" for name in NUMBERS)
+        values = f"{VERSION}, '{SESSIONS_KEY}', {{{numbers}}}"
+        constants = f"local VERSION, SESSIONS_KEY, NUMBERS = {values}\n"
         source = (constants + _PRELUDE + self.body).encode()
         object.__setattr__(self, "source", source)
         # Redis names scripts by SHA-1; no secret depends on it.

@@ -1,5 +1,4 @@
-"""Who may talk to whom: TLS on every link, identities of tiers, keys of callers.
+"""Security material of all services and of the command line: certificates, keys, API keys.
 
-Shared by the three services and the command line. docs/security.md says what it protects from.
-Reading order: settings, files, pem, serving, channel, guarding, identity, keys.
+gRPC credentials are made of it in `outrider.runtime` and `outrider.client`.
 """

@@ -1,7 +1,4 @@
-"""What some files say together, read anew when they change.
-
-Owns when to read, and that half a change is never used. Knows nothing of what is in the files.
-"""
+"""Watched files: their parsed content, reloaded when they change, never from half a change."""
 
 from __future__ import annotations
 
@@ -17,32 +14,34 @@ from outrider.errors import ConfigError
 
 log = structlog.get_logger()
 
-# Kubernetes itself takes up to a minute to bring a changed Secret to a pod.
+# Much shorter than Kubernetes needs to update a Secret in a pod: up to a minute.
 POLL_INTERVAL_S = 1.0
 _MAX_BYTES = 4 * 1024 * 1024
 
 Content = TypeVar("Content")
-# Time of change, size and inode, through links: Kubernetes swaps a link to a whole new folder.
+# Modification time, size and inode, of the link's target: Kubernetes replaces a link to a folder.
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class WatchedFiles(Generic[Content]):
-    """`current` is what was read last and made sense. Any thread may call `refresh`."""
+    """Parsed content of files. `current`: the last valid content. Any thread may call `refresh`."""
 
     def __init__(self, paths: Sequence[str], read: Callable[[], Content]) -> None:
-        """Reads at once. `read` raises ConfigError, which names the setting; so does this."""
+        """Reads at once. `read` raises ConfigError that names the setting; so does this."""
         self._paths = tuple(paths)
         self._read = read
         self._lock = threading.Lock()
         self._refused: _Stamp = ()
-        self._stamp = self._look()
+        self._stamp = self._stat()
         self.current = read()
 
     def refresh(self) -> bool:
-        """Whether there is something new. What cannot be read or makes no sense is said once, and
-        what was read before it holds. Never raises."""
+        """Whether the content has changed. Invalid files are logged once and change nothing.
+
+        Never raises.
+        """
         with self._lock:
-            stamp = self._look()
+            stamp = self._stat()
             if stamp in (self._stamp, self._refused):
                 return False
             try:
@@ -51,7 +50,7 @@ class WatchedFiles(Generic[Content]):
                 self._refused = stamp
                 log.error("files_refused", why=str(error), until="they change again")
                 return False
-            if self._look() != stamp:  # in the midst of a change: what comes next is whole
+            if self._stat() != stamp:  # changed while reading: the next refresh reads it whole
                 return False
             self._stamp, self._refused = stamp, ()
             is_new = content != self.current
@@ -61,18 +60,18 @@ class WatchedFiles(Generic[Content]):
         return is_new
 
     async def follow(self, on_change: Callable[[], None] = lambda: None) -> None:
-        """Refreshes again and again, calling `on_change` on the loop; ends by cancellation."""
+        """Refreshes once a second and calls `on_change` on the event loop, until cancelled."""
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
             if await asyncio.to_thread(self.refresh):
                 on_change()
 
-    def _look(self) -> _Stamp:
+    def _stat(self) -> _Stamp:
         return tuple(_stamp(path) for path in self._paths)
 
 
 def read_file(path: str, setting: str) -> bytes:
-    """Raises ConfigError naming the setting; never says what is in the file."""
+    """Content of a file. Raises ConfigError that names the setting, without the content."""
     try:
         with Path(path).open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -84,7 +83,7 @@ def read_file(path: str, setting: str) -> bytes:
 
 
 def read_secret(path: str, setting: str) -> str:
-    """A file that holds one word, without the line's end. Raises ConfigError."""
+    """Content of a file with one secret, without surrounding whitespace. Raises ConfigError."""
     try:
         secret = read_file(path, setting).decode().strip()
     except UnicodeDecodeError:

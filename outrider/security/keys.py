@@ -1,8 +1,8 @@
-"""Callers' keys: how one is made, the file that holds their digests, whose a key is.
+"""API keys: creation, the file of their digests, and lookup.
 
 A line of the file is `NAME sha256:DIGEST [LIMIT=N …]`, limits as in KeyLimits. `#` begins a
-comment. The file holds no key, so that who reads it can call nothing. A key is 256 random bits: a
-plain digest is enough, there is nothing to guess. Knows no transport.
+comment. The file has digests only, so reading it gives no access. A key has 256 random bits, so an
+unsalted digest is enough. Keys in gRPC metadata are read by `orchestrator.admission.api_keys`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from outrider.security.files import WatchedFiles, read_file
 
 _PREFIX = "outrider-"
 _KEY_BYTES = 32
-# It stands in Redis' keys before the session's id.
+# Part of Redis keys, before the session's id.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
-# All are looked through at each call: some 0.3 us each (measured).
+# Each call compares its key with all of them, at about 0.3 us each (measured).
 MAX_KEYS = 4_096
-_MOST = 10**15 - 1
+_MAX_LIMIT = 10**15 - 1
 _RANGES = {
-    "streams": (1, _MOST),
-    "tokens_per_minute": (1, _MOST),
-    "sessions": (1, _MOST),
+    "streams": (1, _MAX_LIMIT),
+    "tokens_per_minute": (1, _MAX_LIMIT),
+    "sessions": (1, _MAX_LIMIT),
     "min_priority": (-(2**31), 2**31 - 1),
 }
 _NUMBER = re.compile(r"-?[0-9]{1,16}", re.ASCII)
@@ -37,10 +37,10 @@ _NUMBER = re.compile(r"-?[0-9]{1,16}", re.ASCII)
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What a caller may use at a time; None: as much as there is.
+    """Limits of an API key; None: unlimited.
 
-    `sessions` None: the orchestrator's max_sessions_per_key. `min_priority`: the lowest priority
-    number that counts against other callers; None: 0.
+    `sessions` None: the orchestrator's max_sessions_per_key. `min_priority`: lowest priority number
+    that counts against other clients; None: 0.
     """
 
     streams: int | None = None
@@ -55,19 +55,19 @@ class KeyLimits:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """Lines of one name are one caller, for instance while a new key takes an old one's place."""
+    """Digest of a key and the limits of its client. Keys with the same name are one client's."""
 
     name: str
     digest: bytes = field(repr=False)
     limits: KeyLimits
 
     def __str__(self) -> str:
-        """As a line of the file."""
+        """The line for the keys file."""
         return f"{self.name} sha256:{self.digest.hex()} {self.limits}".rstrip()
 
 
 class KeyRing:
-    """All keys that are known."""
+    """All API keys of a file."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keys = tuple(keys)
@@ -78,7 +78,7 @@ class KeyRing:
     __hash__ = None  # type: ignore[assignment]
 
     def find(self, presented: str) -> ApiKey | None:
-        """Whose key it is. Takes the same time whatever is presented."""
+        """Finds the API key, in the same time for each `presented` key. None: it is unknown."""
         digest = _digest(presented)
         found = None
         for key in self._keys:
@@ -87,30 +87,33 @@ class KeyRing:
         return found
 
     def limits_of(self, name: str) -> KeyLimits | None:
-        """None: nobody is called so (any more)."""
+        """Limits of the client `name`; None: it has no key (any more)."""
         return next((key.limits for key in self._keys if key.name == name), None)
 
 
 def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
-    """A key for the caller to keep, and its line for the file. Raises ConfigError."""
+    """Creates a key: the secret for the client, and its line for the file. Raises ConfigError."""
     _check_name(name)
     for label, value in vars(limits).items():
         least, most = _RANGES[label]
         if value is not None and not least <= value <= most:
-            raise ConfigError(f"{label}: {value}: a number from {least} to {most}")
+            raise ConfigError(f"{label}: {value} is not in [{least}, {most}]")
     secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     return secret, ApiKey(name, _digest(secret), limits)
 
 
 def check_key(key: str, setting: str) -> str:
-    """One that can go with a call. Raises ConfigError naming where it comes from."""
+    """Returns a key that gRPC metadata can carry. Raises ConfigError that names `setting`."""
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{setting}: no key: printable ASCII without spaces, in one line")
+        raise ConfigError(f"{setting}: not a key: must be one line of printable ASCII, no spaces")
     return key
 
 
 def add_key(path: str, key: ApiKey) -> None:
-    """A line more, in a file that may not be there yet. Raises ConfigError, and changes nothing."""
+    """Appends a line to the file, which may not exist yet.
+
+    Raises ConfigError, without a change, if the file is invalid or would become so.
+    """
     file = Path(path)
     try:
         text = file.read_text("utf-8") if file.exists() else ""
@@ -123,7 +126,7 @@ def add_key(path: str, key: ApiKey) -> None:
 
 
 def watched_keys(path: str) -> WatchedFiles[KeyRing]:
-    """The file's keys, read anew when it changes. Raises ConfigError naming file and line."""
+    """Keys of the file, reloaded when it changes. Raises ConfigError that names file and line."""
     return WatchedFiles([path], lambda: _read(path))
 
 
@@ -145,33 +148,33 @@ def _ring(text: str, path: str) -> KeyRing:
         try:
             key = _parse(words)
             if limits.setdefault(key.name, key.limits) != key.limits:
-                raise ConfigError(f"{key.name} has other limits in an earlier line")
+                raise ConfigError(f"{key.name}: an earlier line has other limits")
         except ConfigError as error:
             raise ConfigError(f"api_keys_file: {path}, line {number}: {error}") from None
         keys.append(key)
     if not keys:
-        raise ConfigError(f"api_keys_file: {path} has no keys; make one with: outrider keys new")
+        raise ConfigError(f"api_keys_file: {path} has no keys; create one with: outrider keys new")
     if len(keys) > MAX_KEYS:
         raise ConfigError(f"api_keys_file: {path} has {len(keys)} keys; at most {MAX_KEYS}")
     return KeyRing(keys)
 
 
 def _parse(words: list[str]) -> ApiKey:
-    """Never says what it was given: it may be a key, by mistake."""
+    """Parses the words of a line. Errors do not contain them: one may be a key, by mistake."""
     name, *rest = words
     _check_name(name)
     digest = _DIGEST.fullmatch(rest[0]) if rest else None
     if digest is None:
-        raise ConfigError(f"{name}: sha256: and 64 hexadecimal digits must follow")
+        raise ConfigError(f"{name}: must be followed by sha256: and 64 hexadecimal digits")
     values: dict[str, int] = {}
     for word in rest[1:]:
         label, _, value = word.partition("=")
         if label not in _RANGES or label in values:
             allowed = ", ".join(f"{label}=N" for label in _RANGES)
-            raise ConfigError(f"{name}: only {allowed} may follow, each once")
+            raise ConfigError(f"{name}: unknown or repeated limit; only {allowed}, each once")
         least, most = _RANGES[label]
         if not (_NUMBER.fullmatch(value) and least <= int(value) <= most):
-            raise ConfigError(f"{name}: {label} must be a number from {least} to {most}")
+            raise ConfigError(f"{name}: {label} must be an integer in [{least}, {most}]")
         values[label] = int(value)
     return ApiKey(name, bytes.fromhex(digest[1]), KeyLimits(**values))
 
@@ -179,7 +182,8 @@ def _parse(words: list[str]) -> ApiKey:
 def _check_name(name: str) -> None:
     if _NAME.fullmatch(name) is None:
         raise ConfigError(
-            "a name is 1 to 63 characters of A-Z a-z 0-9 . _ -, a letter or digit first"
+            "a name must be 1 to 63 characters of A-Z a-z 0-9 . _ - and begin with a letter or "
+            "digit"
         )
 
 

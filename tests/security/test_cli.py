@@ -180,10 +180,10 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"--api-key-file: .*is empty"):
         assert AccessOptions(api_key_file=str(empty)).access
     empty.write_text("one\ntwo\n")
-    with pytest.raises(ConfigError, match=r"--api-key-file: no key"):
+    with pytest.raises(ConfigError, match=r"--api-key-file: not a key"):
         assert AccessOptions(api_key_file=str(empty)).access
     monkeypatch.setenv("OUTRIDER_API_KEY", "schlüssel")
-    with pytest.raises(ConfigError, match=r"OUTRIDER_API_KEY: no key"):
+    with pytest.raises(ConfigError, match=r"OUTRIDER_API_KEY: not a key"):
         assert AccessOptions().access
     for access, named in (
         (Access(tls_ca=str(empty)), "--tls-ca"),

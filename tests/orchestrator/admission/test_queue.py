@@ -117,7 +117,7 @@ async def test_a_deadline_that_cannot_be_met_is_rejected_at_once() -> None:
     await asyncio.sleep(0.2)
     await first.end()  # so generations take 0.2 s
     await calls(admission, 0)
-    assert "to wait, more than" in str(await refusal(Caller(admission, patience_s=0.05)))
+    assert "the estimated wait is" in str(await refusal(Caller(admission, patience_s=0.05)))
     patient = Caller(admission, patience_s=3600)
     await settle()
     assert not patient.task.done()
@@ -294,7 +294,7 @@ async def test_a_refused_request_leaves_its_own_keys_order_as_it_was() -> None:
     (running,) = await of_keys(admission, ("ada", 0))
     waiting = await of_keys(admission, ("ada", 0), ("bob", 0), ("ada", -2))
     late = Caller(admission, -9, patience_s=0.01, key="ada", min_priority=0)
-    assert "to wait, more than" in str(await refusal(late))
+    assert "the estimated wait is" in str(await refusal(late))
     # ada's places are the first and the third; bob's is the second.
     assert await served(running, waiting) == [2, 1, 0]
 
