@@ -1,4 +1,4 @@
-"""What the orchestrator's tests share: a real Redis, and a store of sessions in it."""
+"""Fixtures of the orchestrator's tests: a real Redis, and a session store in it."""
 
 from __future__ import annotations
 

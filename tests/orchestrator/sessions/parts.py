@@ -1,4 +1,4 @@
-"""Sessions in a real Redis for tests: a store, a lease, a round, and what is recorded."""
+"""Helpers for tests of sessions in a real Redis: stores, leases, rounds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from orchestrator.sessions import Counters, KvHandle, Lease, RoundRecord, Sessio
 Ids = Sequence[int] | npt.NDArray[np.uint32]
 MODEL = "target-fp/draft-fp"
 PER_ROUND = Counters(num_drafts=1, num_draft_tokens=4, num_accepted_tokens=2, num_emitted_tokens=3)
-# Where a test is not about them: a busy machine keeps Redis waiting for seconds.
+# Timeouts for tests of other things: on a busy machine Redis may take seconds.
 PATIENT: dict[str, Any] = {"socket_timeout_s": 60.0, "lease_ttl_s": 600.0}
 
 
 @asynccontextmanager
 async def opened(url: str, **options: float | str) -> AsyncIterator[SessionStore]:
-    """`options` are StoreOptions'; those that are not given are PATIENT."""
+    """A store with these StoreOptions; PATIENT are the defaults."""
     store = SessionStore(url, StoreOptions(**{**PATIENT, **options}))
     await store.start()
     try:

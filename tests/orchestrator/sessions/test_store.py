@@ -1,4 +1,4 @@
-"""Sessions in a real Redis: their life, repeats, many at once, their names."""
+"""Sessions in a real Redis: turns, repeated writes, concurrency, session ids, lists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.orchestrator.sessions.parts import (
 )
 from tests.redis_fixture import redis_command
 
-# -- one session's life ------------------------------------------------------------------------
+# -- turns of one session ----------------------------------------------------------------------
 
 
 async def test_a_conversation_of_two_turns(store: SessionStore) -> None:
@@ -77,7 +77,7 @@ async def test_a_conversation_of_two_turns(store: SessionStore) -> None:
 
 
 @pytest.mark.parametrize("keep_len", [0, 1, 3, 5])
-async def test_a_turn_may_cut_what_was_committed(store: SessionStore, keep_len: int) -> None:
+async def test_a_turn_may_drop_committed_tokens(store: SessionStore, keep_len: int) -> None:
     lease = await leased(store)
     await begin(store, lease, [1, 2, 3, 4, 5])
     await store.release(lease, target_kv=None, draft_kv=None)
@@ -87,14 +87,14 @@ async def test_a_turn_may_cut_what_was_committed(store: SessionStore, keep_len: 
     assert await tokens_of(store) == [*[1, 2, 3, 4, 5][:keep_len], 9, 9, 10]
 
 
-async def test_a_turn_cannot_keep_more_than_there_is(store: SessionStore) -> None:
+async def test_a_turn_cannot_keep_more_tokens_than_are_committed(store: SessionStore) -> None:
     lease = await leased(store)
     with pytest.raises(InternalError, match="keep_len 1 of 0"):
         await begin(store, lease, [1], keep_len=1)
 
 
-async def test_every_token_id_comes_back(store: SessionStore) -> None:
-    """Bytes that mean something to protocols and strings (CR LF NUL, 0xff) are among them."""
+async def test_every_token_id_is_stored_and_read_back(store: SessionStore) -> None:
+    """Also ids with bytes that are special in protocols and strings: CR, LF, NUL, 0xff."""
     ids = np.array([0, 0x0A0D0A0D, 0x00FF00FF, 2**32 - 1, 2**31, 0x24242424], dtype=np.uint32)
     lease = await leased(store)
     await begin(store, lease, ids)
@@ -104,14 +104,14 @@ async def test_every_token_id_comes_back(store: SessionStore) -> None:
 
 
 @pytest.mark.parametrize("bad", [[-1], [2**32], np.array([-1]), np.array([2**32]), np.array([0.5])])
-async def test_what_is_no_token_id_is_not_written(store: SessionStore, bad: Sequence[int]) -> None:
+async def test_an_invalid_token_id_is_not_written(store: SessionStore, bad: Sequence[int]) -> None:
     lease = await leased(store)
     with pytest.raises((OverflowError, ValueError)):
         await store.record(lease, RoundRecord(bad, Counters(), None, None))
     assert await tokens_of(store) == []
 
 
-async def test_deleting(store: SessionStore) -> None:
+async def test_a_session_is_deleted_unless_it_is_in_use(store: SessionStore) -> None:
     lease = await leased(store)
     await begin(store, lease, [1, 2])
     with pytest.raises(SessionInUse):
@@ -123,19 +123,21 @@ async def test_deleting(store: SessionStore) -> None:
             await call("s")
 
 
-async def test_a_one_off_leaves_nothing(store: SessionStore, redis_url: str) -> None:
+async def test_a_one_off_session_leaves_nothing_in_redis(
+    store: SessionStore, redis_url: str
+) -> None:
     lease = await leased(store)
     await begin(store, lease, [1])
-    for _ in range(2):  # the second as if the first reply had been lost
+    for _ in range(2):  # the second, as after a lost reply
         await store.release(lease, target_kv=None, draft_kv=None, delete=True)
     assert redis_command(redis_url, "DBSIZE") == b":0"
 
 
-# -- repeats: as if a reply had been lost ------------------------------------------------------
+# -- repeated writes, as after a lost reply ----------------------------------------------------
 
 
 def as_before(lease: Lease, committed_len: int, counters: Counters) -> None:
-    """Makes the store believe that what it has written since is still unconfirmed."""
+    """Resets the cursor, as if later writes were unconfirmed."""
     lease.cursor.committed_len = committed_len
     lease.cursor.counters = counters
 
@@ -165,7 +167,7 @@ async def test_a_repeated_record_is_one_record(store: SessionStore) -> None:
 
 
 @pytest.mark.parametrize("wrong_len", [0, 2, 4])
-async def test_a_record_from_elsewhere_is_refused(store: SessionStore, wrong_len: int) -> None:
+async def test_a_record_with_another_offset_is_refused(store: SessionStore, wrong_len: int) -> None:
     lease = await leased(store)
     await begin(store, lease, [1, 2, 3])
     as_before(lease, wrong_len, Counters())
@@ -174,7 +176,7 @@ async def test_a_record_from_elsewhere_is_refused(store: SessionStore, wrong_len
     assert await tokens_of(store) == [1, 2, 3]
 
 
-# -- many at once ------------------------------------------------------------------------------
+# -- concurrency -------------------------------------------------------------------------------
 
 
 async def test_200_sessions_at_once(store: SessionStore) -> None:
@@ -202,7 +204,7 @@ async def test_records_of_one_lease_keep_their_order(store: SessionStore) -> Non
     assert await tokens_of(store) == list(range(100))
 
 
-async def test_a_cancelled_caller_disturbs_nobody(store: SessionStore) -> None:
+async def test_cancelled_reads_do_not_disturb_others(store: SessionStore) -> None:
     lease = await leased(store)
     await begin(store, lease, [1])
     tasks = [asyncio.create_task(store.get("s")) for _ in range(50)]
@@ -229,7 +231,9 @@ async def test_a_cancelled_record_may_be_sent_again(store: SessionStore) -> None
     assert (await store.get("s")).counters == PER_ROUND + PER_ROUND
 
 
-async def test_scripts_forgotten_are_sent_again(store: SessionStore, redis_url: str) -> None:
+async def test_scripts_that_redis_has_lost_are_sent_again(
+    store: SessionStore, redis_url: str
+) -> None:
     lease = await leased(store)
     assert redis_command(redis_url, "SCRIPT", "FLUSH") == b"+OK"
     await begin(store, lease, [1])
@@ -237,7 +241,7 @@ async def test_scripts_forgotten_are_sent_again(store: SessionStore, redis_url: 
     assert await tokens_of(store) == [1, 2]
 
 
-async def test_close_writes_what_is_pending_and_then_refuses(redis_url: str) -> None:
+async def test_close_sends_pending_writes_and_refuses_new_ones(redis_url: str) -> None:
     store = SessionStore(redis_url, StoreOptions(**PATIENT))
     await store.start()
     leases = [await leased(store, f"s{i}") for i in range(300)]
@@ -252,28 +256,30 @@ async def test_close_writes_what_is_pending_and_then_refuses(redis_url: str) -> 
     assert not await store.ping()
 
 
-# -- names -------------------------------------------------------------------------------------
+# -- session ids and prefixes ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ["", "a" * 129, "a b", "{a}", "a/b", "é", "a\n", "٣"])
-async def test_bad_session_ids(bad: str, store: SessionStore) -> None:
+async def test_invalid_session_ids_are_refused(bad: str, store: SessionStore) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await leased(store, bad)
     assert caught.value.field == "session_id"
 
 
-def test_good_session_ids() -> None:
+def test_valid_session_ids() -> None:
     for good in ("a", "A-z_0.9:x", "a" * 128):
         assert validate_session_id(good) == good
 
 
 @pytest.mark.parametrize("url", ["http://a", "nonsense", "", "redis://h:port"])
-def test_a_url_that_is_none(url: str) -> None:
+def test_an_invalid_redis_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="redis URL"):
         SessionStore(url)
 
 
-async def test_each_prefix_is_a_world(redis_url: str, store: SessionStore) -> None:
+async def test_sessions_of_different_prefixes_are_separate(
+    redis_url: str, store: SessionStore
+) -> None:
     async with opened(redis_url, prefix="elsewhere") as other:
         await leased(store)
         assert (await leased(other)).created
@@ -284,7 +290,7 @@ async def test_each_prefix_is_a_world(redis_url: str, store: SessionStore) -> No
 
 
 async def listed(store: SessionStore, client: str = "") -> dict[str, tuple[int, int, bool]]:
-    """Tokens, turns and use of all sessions of the caller, from all pages."""
+    """Tokens, turns and `in_use` of all sessions of the client, from all pages."""
     found: dict[str, tuple[int, int, bool]] = {}
     cursor = 0
     while True:
@@ -297,7 +303,7 @@ async def listed(store: SessionStore, client: str = "") -> dict[str, tuple[int, 
             return found
 
 
-async def test_a_caller_lists_its_own_sessions(redis_url: str) -> None:
+async def test_a_client_lists_only_its_own_sessions(redis_url: str) -> None:
     async with opened(redis_url, prefix="listed") as store:
         for client, num in (("", 3), ("ada", 1200), ("ada.b", 2)):
             for number in range(num):
@@ -327,10 +333,10 @@ async def test_a_caller_lists_its_own_sessions(redis_url: str) -> None:
         ("SET", r'"listed:session:{\xff}"', "x"),
     ],
 )
-async def test_a_list_shows_the_other_sessions_beside_an_unreadable_one(
+async def test_a_list_leaves_out_an_unreadable_session(
     foreign: tuple[str, ...], redis_url: str
 ) -> None:
-    """It is counted and logged."""
+    """It counts and logs it, and has the other sessions."""
     key = "listed:session:{foreign}"
     async with opened(redis_url, prefix="listed") as store:
         for name in ("a", "z"):

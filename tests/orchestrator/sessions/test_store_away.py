@@ -1,4 +1,4 @@
-"""Redis that is killed, frozen, full, or none at all; and defects of the way to it."""
+"""The session store while Redis is killed, frozen, full or absent, or its connection fails."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.orchestrator.sessions.parts import PER_ROUND, begin, leased, opened, 
 from tests.redis_fixture import redis_command
 from tests.stack import eventually
 
-# A store's patience where it is not to be waited out: with the test's own it would never end.
+# Timeout of a store that must not time out: the test would fail by its own limit first.
 ENDLESS_S = 600.0
-# Of a store whose server is frozen.
+# Timeout of a store whose server is frozen.
 FROZEN_S = 0.5
 
 
@@ -31,7 +31,7 @@ async def is_back(store: SessionStore) -> None:
 
 @contextlib.contextmanager
 def frozen(server: RedisServer, store: SessionStore) -> Iterator[None]:
-    """The store is impatient meanwhile, and only then: a busy machine delays a server, too."""
+    """Freezes the server for the block, with a short timeout only meanwhile."""
     assert server.pid is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store._writer._link, "_timeout_s", FROZEN_S)
@@ -44,7 +44,7 @@ def frozen(server: RedisServer, store: SessionStore) -> Iterator[None]:
 
 @pytest.fixture
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Command]]:
-    """What any store has sent and waited for the answer to."""
+    """All pipelines that stores have sent."""
     exchange, sent = RedisConnection.exchange, list[Sequence[Command]]()
 
     async def noted(link: RedisConnection, commands: Sequence[Command]) -> Sequence[Reply]:
@@ -55,8 +55,8 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Command]]:
     return sent
 
 
-async def test_a_killed_server_is_noticed_at_once_and_so_is_its_return() -> None:
-    """By the end of its connection: nobody waits out a timeout."""
+async def test_a_killed_server_and_its_restart_are_noticed_at_once() -> None:
+    """The connection ends, so nothing waits for a timeout."""
     with RedisServer() as server:
         async with opened(server.url, socket_timeout_s=ENDLESS_S) as store:
             lease = await leased(store)
@@ -75,7 +75,7 @@ async def test_a_killed_server_is_noticed_at_once_and_so_is_its_return() -> None
             assert (await leased(store)).epoch > lease.epoch
 
 
-async def test_a_restart_between_calls_goes_unnoticed() -> None:
+async def test_a_restart_between_calls_causes_no_error() -> None:
     with RedisServer() as server:
         async with opened(server.url) as store:
             first = await leased(store)
@@ -88,7 +88,7 @@ async def test_a_restart_between_calls_goes_unnoticed() -> None:
 async def test_a_frozen_server_costs_a_timeout_and_loses_nothing(
     exchanges: list[Sequence[Command]],
 ) -> None:
-    """What it had received is applied when it wakes: records sent again are not applied twice.
+    """It applies what it had received when it continues. Records sent again are applied once.
 
     One timeout for all, not one for each.
     """
@@ -109,7 +109,7 @@ async def test_a_frozen_server_costs_a_timeout_and_loses_nothing(
                 assert record.counters == PER_ROUND
 
 
-async def test_a_turn_in_doubt_comes_before_its_rounds() -> None:
+async def test_an_unconfirmed_turn_must_be_sent_again_before_its_rounds() -> None:
     with RedisServer() as server:
         async with opened(server.url) as store:
             lease = await leased(store)
@@ -136,11 +136,11 @@ async def test_a_server_that_cannot_write_is_unavailable(redis_url: str) -> None
 
 
 @pytest.mark.parametrize("command", ["hset", "append", "set", "hincrby", "pexpire", "getrange"])
-async def test_a_script_cut_short_leaves_a_session_that_is_whole(
+async def test_a_script_that_fails_in_the_middle_leaves_a_consistent_session(
     command: str, redis_url: str
 ) -> None:
-    """Redis takes nothing back of a script that may not run one of its commands."""
-    async with opened(redis_url, lease_ttl_s=0.001) as store:  # so that each lease has lapsed
+    """Redis does not roll back a script that lacks the permission for one of its commands."""
+    async with opened(redis_url, lease_ttl_s=0.001) as store:  # so that each lease has expired
         lease = await leased(store)
         await begin(store, lease, [1, 2, 3])
         await store.record(lease, round_of(4))
@@ -175,7 +175,7 @@ async def _next_lease(store: SessionStore) -> Lease:
         await asyncio.sleep(0.005)
 
 
-# As Redis spells them: in answer to a command, or to a new connection.
+# Errors in the words of Redis, in reply to a command or to a new connection.
 ANSWERS = """
 NOPERM this user has no permissions to run the 'evalsha' command
 NOAUTH Authentication required.
@@ -200,7 +200,7 @@ SOMENEWCODE of a server that is not written yet
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("from_the_start", [True, False])
-async def test_whatever_a_server_cannot_do_it_is_unavailable(
+async def test_every_error_of_the_servers_state_is_unavailable(
     answer: str, from_the_start: bool
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -229,8 +229,10 @@ async def _word(reader: asyncio.StreamReader) -> bytes:
     return (await reader.readexactly(size + 2))[:-2]
 
 
-async def test_a_foreign_value_under_a_sessions_name(store: SessionStore, redis_url: str) -> None:
-    """It can never be served, so it is no outage: the refusal says what is wrong."""
+async def test_a_key_of_another_type_under_a_sessions_name_is_unreadable(
+    store: SessionStore, redis_url: str
+) -> None:
+    """It is not an outage: the error names the session and the cause."""
     assert redis_command(redis_url, "SET", "outrider:session:{s}", "1") == b"+OK"
     for act in (leased(store), store.get("s"), store.delete("s")):
         with pytest.raises(UnreadableRecord, match=r"session s: .*something else"):
@@ -239,14 +241,14 @@ async def test_a_foreign_value_under_a_sessions_name(store: SessionStore, redis_
     assert (await leased(store, "t")).created
 
 
-async def test_no_server_at_start() -> None:
+async def test_a_start_without_a_server_is_unavailable() -> None:
     store = SessionStore("redis://user:secret@127.0.0.1:1/0")
     with pytest.raises(Unavailable, match=r"redis://127\.0\.0\.1:1/0") as caught:
         await store.start()
     assert "secret" not in str(caught.value)
 
 
-async def test_a_server_that_is_no_redis() -> None:
+async def test_a_server_that_is_not_redis_is_unavailable() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(64)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -259,10 +261,10 @@ async def test_a_server_that_is_no_redis() -> None:
             await SessionStore(f"redis://127.0.0.1:{port}").start()
 
 
-async def test_a_defect_in_the_link_costs_one_batch(
+async def test_an_unexpected_error_of_the_connection_fails_one_batch(
     store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it raises: those who wait are told, and the next call is served."""
+    """All commands of the batch fail, and the next one is served."""
     exchange, failures = RedisConnection.exchange, iter([RuntimeError("closed transport")])
 
     async def failing(link: RedisConnection, commands: Sequence[Command]) -> Sequence[Reply]:
@@ -277,8 +279,10 @@ async def test_a_defect_in_the_link_costs_one_batch(
 
 
 @pytest.mark.slow
-async def test_a_stall_of_our_own_is_not_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has arrived while this process stood still has arrived in time."""
+async def test_a_stall_of_this_process_does_not_count_as_a_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reply that arrived during the stall is in time."""
     with RedisServer() as server:
         async with opened(server.url) as store:
             assert await store.ping()
@@ -288,7 +292,7 @@ async def test_a_stall_of_our_own_is_not_held_against_it(monkeypatch: pytest.Mon
             asking = asyncio.create_task(store.ping())
             await asyncio.sleep(0.2)
             os.kill(server.pid, signal.SIGCONT)
-            # It reads in the order of arrival: what had been asked before is answered then, too.
+            # Redis reads in the order of arrival: it has replied to the earlier command by then.
             assert redis_command(server.url, "PING") == b"+PONG"
             time.sleep(2.5)  # noqa: ASYNC251 (the whole process)
             assert await asking

@@ -27,7 +27,7 @@ from tests.redis_fixture import redis_command
 from tests.stack import eventually
 
 
-async def test_who_may_acquire(store: SessionStore) -> None:
+async def test_a_lease_is_exclusive_and_bound_to_the_model(store: SessionStore) -> None:
     with pytest.raises(SessionNotFound):
         await store.acquire("s", create=False, model=MODEL)
     lease = await leased(store)
@@ -39,7 +39,9 @@ async def test_who_may_acquire(store: SessionStore) -> None:
     assert (await leased(store)).epoch > lease.epoch
 
 
-async def test_one_of_many_acquires(redis_url: str, store: SessionStore) -> None:
+async def test_one_of_many_concurrent_calls_acquires_the_lease(
+    redis_url: str, store: SessionStore
+) -> None:
     async with opened(redis_url) as other:
         results = await asyncio.gather(
             *(leased(s) for s in [store, other] * 20), return_exceptions=True
@@ -72,12 +74,12 @@ async def test_a_stale_writer_changes_nothing(redis_url: str) -> None:
 
 
 def _leased_until_us(redis_url: str) -> int:
-    """By Redis' own clock."""
+    """End of the lease by Redis' clock."""
     reply = redis_command(redis_url, "HGET", "outrider:session:{s}", "lease_until")
     return int(reply.split()[-1])
 
 
-async def test_a_lease_lapses_unless_renewed_and_a_lapsed_one_nobody_took_is_good(
+async def test_a_lease_expires_unless_renewed_and_an_expired_one_can_be_renewed(
     redis_url: str,
 ) -> None:
     async with opened(redis_url, lease_ttl_s=100) as store:
@@ -102,29 +104,29 @@ async def test_a_lease_lapses_unless_renewed_and_a_lapsed_one_nobody_took_is_goo
 
 async def test_nothing_is_written_after_release(store: SessionStore) -> None:
     lease = await leased(store)
-    for _ in range(2):  # the second as if the first reply had been lost
+    for _ in range(2):  # the second, as after a lost reply
         await store.release(lease, target_kv=None, draft_kv=None)
     with pytest.raises(LeaseLost):
         await store.record(lease, round_of(1))
     assert not (await store.get("s")).in_use
 
 
-async def test_a_session_expires_whole(redis_url: str) -> None:
-    """So long after what was written last: all its keys together."""
+async def test_both_keys_of_a_session_expire_together(redis_url: str) -> None:
+    """session_ttl_s after the last write."""
     keys = ("outrider:session:{s}", "outrider:session:{s}:tokens")
 
     def left_ms() -> list[int]:
         return [int(redis_command(redis_url, "PTTL", key)[1:]) for key in keys]
 
     async def is_empty() -> bool:
-        """Redis sweeps what has expired every now and then."""
+        """Redis removes expired keys from time to time."""
         return redis_command(redis_url, "DBSIZE") == b":0"
 
     async with opened(redis_url, session_ttl_s=1000) as store:
         lease = await leased(store)
         await store.record(lease, round_of(0))
         for token in range(1, 5):
-            for key in keys:  # as if so much time had passed
+            for key in keys:  # as if time had passed
                 assert redis_command(redis_url, "PEXPIRE", key, "500000") == b":1"
             await store.record(lease, round_of(token))
             assert all(500_000 < left <= 1_000_000 for left in left_ms())
@@ -138,10 +140,10 @@ async def test_a_session_expires_whole(redis_url: str) -> None:
             await store.record(lease, round_of(9))
 
 
-async def test_each_write_keeps_the_callers_count_of_sessions(
+async def test_each_write_extends_the_clients_set_of_sessions(
     store: SessionStore, redis_url: str
 ) -> None:
-    """It lives at least as long as the session: else the key could have more than it may."""
+    """It outlives the session; otherwise the client could exceed its session limit."""
     count, session = "outrider:key:{ada}:sessions", "outrider:session:{ada/s}"
 
     def outlives() -> bool:
@@ -160,13 +162,15 @@ async def test_each_write_keeps_the_callers_count_of_sessions(
     assert outlives()
     await store.release(lease, target_kv=None, draft_kv=None)
     assert outlives()
-    assert redis_command(redis_url, "ZSCORE", count, session) == b"$-1", "who makes one counts it"
+    assert redis_command(redis_url, "ZSCORE", count, session) == b"$-1", (
+        "its creator has counted it"
+    )
     lease = await store.acquire("s", create=False, model=MODEL, client="ada")
     assert redis_command(redis_url, "ZCARD", count) == b":2"
 
 
 async def test_a_session_does_not_expire_while_it_is_leased(redis_url: str) -> None:
-    """Leases are renewed every few seconds; a session may be meant to live for less."""
+    """Leases are renewed every few seconds; session_ttl_s may be shorter."""
     async with opened(redis_url, session_ttl_s=0.001) as store:
         lease = await leased(store)
         await store.record(lease, round_of(1))
@@ -195,7 +199,9 @@ async def test_epochs_grow_across_deletion_and_loss_of_all_data(
     assert third.created
 
 
-async def test_a_session_half_evicted_is_none(store: SessionStore, redis_url: str) -> None:
+async def test_a_session_with_one_evicted_key_does_not_exist(
+    store: SessionStore, redis_url: str
+) -> None:
     lease = await leased(store)
     await begin(store, lease, [1, 2])
     assert redis_command(redis_url, "DEL", "outrider:session:{s}:tokens") == b":1"
@@ -207,7 +213,7 @@ async def test_a_session_half_evicted_is_none(store: SessionStore, redis_url: st
 
 
 def _start_cluster(directory: Path, path: Path) -> tuple[str, subprocess.Popen[bytes]]:
-    """Its port, and the process; it ends at once where one of its ports is in use."""
+    """The port, and the process; it ends at once if one of its ports is in use."""
     ports = []
     for _ in range(2):
         with socket.socket() as probe:
@@ -221,9 +227,9 @@ def _start_cluster(directory: Path, path: Path) -> tuple[str, subprocess.Popen[b
 
 @pytest.fixture
 def cluster_url(tmp_path: Path) -> Iterator[str]:
-    """A cluster of one, over TCP."""
+    """A cluster of one node, over TCP."""
     path = tmp_path / "s"
-    for _ in range(10):  # others may have taken the free ports by the time that it listens
+    for _ in range(10):  # another process may take a free port first
         port, server = _start_cluster(tmp_path, path)
         while server.poll() is None and not answers(path):
             time.sleep(0.01)
@@ -254,10 +260,10 @@ async def test_scripts_touch_keys_of_one_slot_only(cluster_url: str) -> None:
         await store.delete("s")
 
 
-async def test_a_beginning_is_written_behind_a_later_lease_that_was_empty(
+async def test_an_orphan_begins_its_turn_after_a_later_lease_without_a_turn(
     store: SessionStore,
 ) -> None:
-    """Its holder ran while Redis was away; who asked for the session meanwhile found nothing."""
+    """Its holder ran while Redis was away; the later holder found no turn to resume."""
     first = await leased(store)
     second = await store.acquire("s", create=False, model=MODEL, takeover=True)
     for act in (begin(store, first, [1, 2]), store.renew(first)):
@@ -265,9 +271,9 @@ async def test_a_beginning_is_written_behind_a_later_lease_that_was_empty(
             await act
     await store.release(second, target_kv=None, draft_kv=None)
     with pytest.raises(Unavailable):
-        await store.renew(first)  # it does not take the session back
+        await store.renew(first)  # an orphan does not regain the lease
     assert (await store.get("s")).has_lost_turn
-    for _ in range(2):  # the second as if the first reply had been lost
+    for _ in range(2):  # the second, as after a lost reply
         await _begun_again(store, first, [1, 2])
     await store.record(first, round_of(3))
     await store.renew(first)
@@ -289,8 +295,8 @@ async def _begun_again(store: SessionStore, lease: Lease, token_ids: list[int]) 
     await begin(store, lease, token_ids)
 
 
-async def test_a_later_turn_is_never_written_over(store: SessionStore) -> None:
-    """Begun or not: what was asked last counts."""
+async def test_a_later_turn_is_never_overwritten(store: SessionStore) -> None:
+    """Whether or not it has begun."""
     for has_begun in (False, True):
         first = await leased(store)
         empty = await store.acquire("s", create=False, model=MODEL, takeover=True)
@@ -311,7 +317,7 @@ async def test_a_later_turn_is_never_written_over(store: SessionStore) -> None:
     assert await tokens_of(store) == [5]
 
 
-async def test_who_has_released_begins_nothing_more(store: SessionStore) -> None:
+async def test_a_holder_that_has_released_cannot_begin_a_turn(store: SessionStore) -> None:
     first = await leased(store)
     await begin(store, first, [1])
     await store.release(first, target_kv=None, draft_kv=None)
@@ -326,8 +332,8 @@ async def test_who_has_released_begins_nothing_more(store: SessionStore) -> None
 
 
 @pytest.mark.slow
-async def test_any_order_of_holders(redis_url: str, store: SessionStore) -> None:
-    """Turns are begun in the order of their leases, each but by one, and none is changed later."""
+async def test_turns_begin_in_the_order_of_leases(redis_url: str, store: SessionStore) -> None:
+    """Whatever holders do: each turn is begun by one of them, and none is changed later."""
     num_begun = num_late = 0
     for seed in range(40):
         assert redis_command(redis_url, "FLUSHALL") == b"+OK"
@@ -338,17 +344,17 @@ async def test_any_order_of_holders(redis_url: str, store: SessionStore) -> None
         num_begun += len(holders.begun)
         num_late += holders.num_late
     assert num_begun > 80
-    assert num_late > 5, "some began behind a later lease"
+    assert num_late > 5, "some began after a later lease"
 
 
 class Holders:
-    """Of one session, at any time, in any order; what they should come to."""
+    """Holders of one session that act in random order, and the expected tokens."""
 
-    def __init__(self, store: SessionStore, chance: random.Random) -> None:
+    def __init__(self, store: SessionStore, generator: random.Random) -> None:
         self._store = store
-        self._chance = chance
+        self._generator = generator
         self._leases: list[Lease] = []
-        # Indices of leases: those with a turn of their own, in its order, and those with any.
+        # Indices of leases: those that began a turn, in order, and those that have any.
         self.begun: list[int] = []
         self._with_turn: set[int] = set()
         self.tokens: list[int] = []
@@ -356,23 +362,23 @@ class Holders:
 
     async def act(self) -> None:
         with contextlib.suppress(LeaseLost, SessionInUse, Unavailable):
-            if not self._leases or self._chance.random() < 0.15:
+            if not self._leases or self._generator.random() < 0.15:
                 await self._acquire()
                 return
             num = len(self._leases)
-            number = self._chance.randrange(max(0, num - 4), num)
+            number = self._generator.randrange(max(0, num - 4), num)
             await self._act(number, self._leases[number])
 
     async def _acquire(self) -> None:
-        takeover = bool(self._leases) and self._chance.random() < 0.6
+        takeover = bool(self._leases) and self._generator.random() < 0.6
         made = await self._store.acquire("s", create=True, model=MODEL, takeover=takeover)
         self._leases.append(made)
         if takeover and self.begun and made.record.turn_epoch == made.record.epoch:
-            self._with_turn.add(len(self._leases) - 1)  # it goes on with the last turn
+            self._with_turn.add(len(self._leases) - 1)  # it resumes the last turn
 
     async def _act(self, number: int, lease: Lease) -> None:
         acts = ["begin", "begin", "record", "release", "release", "renew"]
-        act, token = self._chance.choice(acts), len(self.tokens)
+        act, token = self._generator.choice(acts), len(self.tokens)
         if act == "begin" and number not in self._with_turn:
             if lease.cursor.committed_len == len(self.tokens):
                 await begin(self._store, lease, [token], keep_len=len(self.tokens))
