@@ -1,4 +1,4 @@
-"""A real Redis, and an authority with certificates of everybody, for the tests of security."""
+"""Fixtures of the security tests: a real Redis, and a certificate authority."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ redis_url = redis_fixture.redis_url
 
 @pytest.fixture(scope="module", autouse=True)
 def _patience() -> Iterator[None]:
-    """Also with a Redis that is slow to say what others use: it is not away."""
+    """Long timeouts, also for shared quotas: a slow Redis is not away."""
     with patient(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(orchestrator.admission.shared_quota, "REDIS_TIMEOUT_S", 60.0)
         yield

@@ -1,4 +1,4 @@
-"""What the tests of security share: an authority, a secured system of simulated tiers, clients."""
+"""Helpers of the security tests: a certificate authority, a secured system of simulated tiers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOM: dict[str, Any] = {
 
 
 class Authority:
-    """Signs certificates into files. `renew` makes it another: what it signed before is not its."""
+    """Certificate authority, in files. `renew` replaces it: earlier certificates are invalid."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Authority:
         replace(self.folder / "ca.pem", self._authority.cert_pem.bytes())
 
     def issue(self, who: str, *names: str) -> tuple[str, str]:
-        """Paths of certificate and key, of these DNS names or addresses (none: its own name)."""
+        """Paths of a certificate and its key for DNS names or addresses (default: `who`)."""
         leaf = self._authority.issue_cert(*(names or (who,)))
         cert, key = self.folder / f"{who}.pem", self.folder / f"{who}.key"
         replace(key, leaf.private_key_pem.bytes())
@@ -61,7 +61,7 @@ class Authority:
         return str(cert), str(key)
 
     def issue_until(self, who: str, end: datetime) -> None:
-        """Renews its certificate, to end then."""
+        """Renews a certificate that expires at `end`."""
         leaf = self._authority.issue_cert(who, not_after=end)
         replace(self.folder / f"{who}.key", leaf.private_key_pem.bytes())
         replace(self.folder / f"{who}.pem", b"".join(p.bytes() for p in leaf.cert_chain_pems))
@@ -73,20 +73,20 @@ class Authority:
 
 
 def as_openssl_has_it(authority: Authority, who: str) -> float:
-    """Python's own decoder of certificates, which takes a file only."""
+    """Expiry by Python's own decoder of certificates, which only reads files."""
     decoded = ssl._ssl._test_decode_cert(str(authority.folder / f"{who}.pem"))  # type: ignore[attr-defined]
     return float(ssl.cert_time_to_seconds(decoded["notAfter"]))
 
 
 def replace(path: Path, content: bytes | str) -> None:
-    """In one step, as Kubernetes does it."""
+    """Replaces a file atomically, as Kubernetes does."""
     new = path.with_suffix(".new")
     new.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(new, path)
 
 
 def write_keys(path: Path, **limits: KeyLimits) -> dict[str, str]:
-    """A keys file; the keys by name."""
+    """Writes a keys file; returns the keys by name."""
     keys = {name: new_key(name, limit) for name, limit in limits.items()}
     replace(path, "".join(f"{line}\n" for _, line in keys.values()))
     return {name: key for name, (key, _) in keys.items()}
@@ -94,7 +94,7 @@ def write_keys(path: Path, **limits: KeyLimits) -> dict[str, str]:
 
 @dataclass
 class Secured:
-    """A running system and how it is reached."""
+    """A running system and its endpoint."""
 
     target: Server
     draft: Server
@@ -109,7 +109,7 @@ class Secured:
 async def tiers(
     target: dict[str, Any] | None = None, draft: dict[str, Any] | None = None
 ) -> AsyncIterator[tuple[Server, Server]]:
-    """Target and draft, simulated, with further settings of each."""
+    """A simulated target and draft with these settings."""
     targets = TargetConfig(simulate=SIMULATED, **ROOM, **(target or {}))
     drafts = DraftConfig(simulate=DRAFT, **ROOM, **(draft or {}))
     async with (
@@ -123,7 +123,7 @@ async def tiers(
 async def orchestrated(
     servers: tuple[Server, Server], redis_url: str, **settings: Any
 ) -> AsyncIterator[Secured]:
-    """An orchestrator of these tiers; `settings` are its own."""
+    """An orchestrator of these tiers with these settings."""
     settings.setdefault("draft_wait_ms", 20_000.0)
     target, draft = servers
     config = OrchestratorConfig(
@@ -139,7 +139,7 @@ async def orchestrated(
 
 @contextlib.asynccontextmanager
 async def secured(authority: Authority, redis_url: str, **settings: Any) -> AsyncIterator[Secured]:
-    """Mutual TLS to the tiers, TLS for callers; `settings` are the orchestrator's."""
+    """A system with mutual TLS to the tiers and TLS for clients; `settings` of the orchestrator."""
     cert, key = authority.issue("server", "127.0.0.1", "localhost")
     tier_cert, tier_key = authority.issue("orchestrator")
     settings = {
@@ -170,7 +170,7 @@ async def client(
 async def generated(
     stub: Any, prompt: Sequence[int] = (1, 2, 3), num_tokens: int = 8, **fields: Any
 ) -> Output:
-    """All of one greedy call."""
+    """Output of one greedy generation."""
     output = Output()
     asked = request(list(prompt), {**GREEDY, "max_tokens": num_tokens}, **fields)
     async for chunk in stub.Generate(asked, timeout=120):
@@ -180,7 +180,7 @@ async def generated(
 
 
 async def model_info(stub: Any) -> Any:
-    """Waits for no connection: what is refused is refused at once."""
+    """Does not wait for a connection: a refusal is raised at once."""
     return await stub.GetModelInfo(orchestrator_pb2.GetModelInfoRequest(), timeout=60)
 
 
@@ -189,7 +189,7 @@ def plain(endpoint: str) -> grpc.aio.Channel:
 
 
 def channels(authority: Authority, who: str, server: str = "tier", ca: str | None = None) -> Any:
-    """As `who`, of this authority, sees a tier."""
+    """Channels to a tier with the certificate of `who`."""
     cert, key = authority.issue(who)
     files = watched_pem(ca=ca or authority.ca, cert=cert, key=key, ca_name="ca", cert_name="cert")
     return TlsChannels(files, server)

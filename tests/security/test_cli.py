@@ -1,4 +1,4 @@
-"""The command line: keys made, certificates made, both used; no secret where others look."""
+"""The command line: creates and uses keys and certificates, and exposes no secret."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ URL = "redis://ada:secret@redis.example:6379/0"
 
 
 async def outrider(*arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Exit code and what it said, as of any shell."""
+    """Exit code, stdout and stderr of a command."""
     process = await asyncio.create_subprocess_exec(
         *command(*arguments),
         stdout=asyncio.subprocess.PIPE,
@@ -72,7 +72,7 @@ def orchestrator_settings(pki: Path) -> dict[str, Any]:
 
 
 def test_a_key_is_added_to_a_file_that_stays_readable(tmp_path: Path) -> None:
-    """With or without a last line's end; what would make it unreadable is refused instead."""
+    """With or without a final newline. A key that would make the file invalid is refused."""
     path = tmp_path / "keys"
 
     def make(*words: str) -> Result:
@@ -147,8 +147,8 @@ async def _commands(endpoint: str, ca: str, key_file: Path, key: str) -> None:
 
 
 @pytest.mark.slow
-async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: str) -> None:
-    """It is said, in the words of the command line."""
+async def test_a_failed_connection_is_explained(pki: Path, tmp_path: Path, redis_url: str) -> None:
+    """In terms of the command line's flags."""
     tier, stranger = tier_settings(pki), Authority(tmp_path / "stranger")
     async with (
         tiers(tier, tier) as servers,
@@ -167,12 +167,13 @@ async def test_why_there_is_no_connection(pki: Path, tmp_path: Path, redis_url: 
     assert "nothing answers at [::zz]:1: no host is called" in nowhere[2]
     assert f"--target-endpoint: UNAVAILABLE: {target} does not answer without TLS" in of_target[2]
     for said in (plain, wrong, nowhere, of_target):
-        assert len(said[2].splitlines()) == 1, "nothing of gRPC's own"
+        assert len(said[2].splitlines()) == 1, "no text of gRPC"
     assert [said[0] for said in (plain, wrong, nowhere, of_target)] == [1, 1, 1, 2]
 
 
-def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named by their flags."""
+def test_unusable_files_are_named_by_their_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"--api-key-file: .*none"):
         assert AccessOptions(api_key_file=str(tmp_path / "none")).access
     empty = tmp_path / "empty"
@@ -194,8 +195,10 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             open_channel("127.0.0.1:1", access)
 
 
-async def test_no_password_where_processes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`outrider up` hands a URL with a password on in the environment, or refuses the flag."""
+async def test_no_password_on_the_command_line_of_a_child_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`outrider up` passes a URL with a password in the environment, or refuses the flag."""
     options = StackOptions(redis_url=URL, port=0)
     arguments = orchestrator_arguments(options, "127.0.0.1:1", None, URL)
     assert not any("secret" in argument for argument in arguments)

@@ -1,4 +1,4 @@
-"""Every link with TLS: who is refused, and with which status; certificates that change."""
+"""TLS on every link: refused peers and their status, and changes of certificates."""
 
 from __future__ import annotations
 
@@ -45,10 +45,8 @@ async def asked_health(channel: Any, service: str = "") -> int:
     )
 
 
-async def test_a_generation_over_links_that_are_all_secured(
-    authority: Authority, redis_url: str
-) -> None:
-    """And who is not the orchestrator gets nothing of a tier, whichever way it tries."""
+async def test_a_generation_with_tls_on_all_links(authority: Authority, redis_url: str) -> None:
+    """A tier refuses every client but the orchestrator."""
     async with secured(authority, redis_url) as system:
         async with client(system.endpoint, Access(tls_ca=authority.ca)) as stub:
             output = await generated(stub, num_tokens=16, gamma=4)
@@ -58,7 +56,7 @@ async def test_a_generation_over_links_that_are_all_secured(
 
 
 async def test_a_distant_client_connects(authority: Authority, redis_url: str) -> None:
-    """A handshake may take seconds: round trips of 300 ms here, or a busy machine."""
+    """A handshake may take seconds: here a round trip takes 300 ms."""
     async with (
         secured(authority, redis_url) as system,
         Relay("127.0.0.1", 0, "127.0.0.1", system.orchestrator.port, 0.15) as relay,
@@ -66,7 +64,7 @@ async def test_a_distant_client_connects(authority: Authority, redis_url: str) -
     ):
 
         async def is_served() -> bool:
-            with contextlib.suppress(grpc.aio.AioRpcError):  # who is busy is more distant still
+            with contextlib.suppress(grpc.aio.AioRpcError):  # a busy machine is slower still
                 return len((await generated(stub, num_tokens=4)).token_ids) == 4
             return False
 
@@ -82,8 +80,8 @@ async def _refused_by_a_tier(authority: Authority, endpoint: str) -> None:
         "no certificate": TlsChannels(
             watched_pem(ca=authority.ca, cert=None, key=None, ca_name="", cert_name=""), "tier"
         ),
-        "the server is not who was meant": channels(authority, "orchestrator", "draft.example"),
-        "the server is not of my authority": channels(stranger, "orchestrator"),
+        "another server name": channels(authority, "orchestrator", "draft.example"),
+        "server of another authority": channels(stranger, "orchestrator"),
     }
     for why, opener in refusals.items():
         async with opener.open(endpoint) as channel:
@@ -97,13 +95,15 @@ async def _refused_by_a_tier(authority: Authority, endpoint: str) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert await asked_health(channel) == Status.SERVING, "probes have no names"
+        assert await asked_health(channel) == Status.SERVING, "probes have no certificate"
     async with channels(authority, "orchestrator").open(endpoint) as channel:
         await asked_target(channel)
 
 
-async def test_callers_and_the_orchestrator(authority: Authority, redis_url: str) -> None:
-    """With tls_client_ca callers must have certificates, whatever their names."""
+async def test_clients_need_a_certificate_of_tls_client_ca(
+    authority: Authority, redis_url: str
+) -> None:
+    """Whatever its name is."""
     async with secured(authority, redis_url, tls_client_ca=authority.ca) as system:
         async with plain(system.endpoint) as channel:
             stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
@@ -124,8 +124,10 @@ async def test_callers_and_the_orchestrator(authority: Authority, redis_url: str
             await model_info(stub)
 
 
-async def test_an_orchestrator_that_a_tier_refuses(authority: Authority, redis_url: str) -> None:
-    """With a certificate of a wrong name it never serves, and says why it does not."""
+async def test_an_orchestrator_with_a_wrong_name_does_not_serve(
+    authority: Authority, redis_url: str
+) -> None:
+    """The tier logs the refusal."""
     tier = authority.tier("tier", tls_client_names="orchestrator.outrider,orchestrator")
     cert, key = authority.issue("mallory")
     settings = {"tier_tls_ca": authority.ca, "tier_tls_cert": cert, "tier_tls_key": key}
@@ -147,8 +149,8 @@ async def test_an_orchestrator_that_a_tier_refuses(authority: Authority, redis_u
             await serving
 
 
-async def test_the_probes_own_port(authority: Authority, redis_url: str) -> None:
-    """In plain text: health, and nothing else."""
+async def test_the_health_port(authority: Authority, redis_url: str) -> None:
+    """Serves health in plain text, and nothing else."""
     tier = authority.tier("tier", health_port=0)
     async with tiers(tier) as (target, draft), plain(f"127.0.0.1:{target.health_port}") as channel:
         assert draft.health_port is None
@@ -159,8 +161,10 @@ async def test_the_probes_own_port(authority: Authority, redis_url: str) -> None
 
 
 async def test_certificates_change_under_load(authority: Authority, redis_url: str) -> None:
-    """All of them at once, the authority's too, while streams run: none is lost, and whoever has
-    only the old ones is refused from then on."""
+    """All certificates and the authority change at once while streams run.
+
+    No stream is lost. Peers that have only the old ones are refused from then on.
+    """
     async with secured(authority, redis_url) as system:
         old = Access(tls_ca=keep(authority.ca))
         before = channels_kept(authority, "orchestrator")
@@ -191,7 +195,7 @@ async def test_certificates_change_under_load(authority: Authority, redis_url: s
 
 
 async def begun(stub: Any) -> Any:
-    """A stream that will not end by itself for long."""
+    """A long stream."""
     asked = request([4, 5, 6], {**GREEDY, "max_tokens": 20_000})
     stream = stub.Generate(asked, timeout=150)
     assert (await stream.read()).token_ids
@@ -199,7 +203,7 @@ async def begun(stub: Any) -> Any:
 
 
 async def generating(stub: Any, stop: asyncio.Event) -> int:
-    """Until told to stop; how many outputs, all of them whole."""
+    """Generates until stopped; returns the number of outputs, all of them complete."""
     num = 0
     while not stop.is_set():
         assert len((await generated(stub, num_tokens=60)).token_ids) == 60
@@ -208,13 +212,13 @@ async def generating(stub: Any, stop: asyncio.Event) -> int:
 
 
 async def links_are_new(logs: Sequence[Any]) -> bool:
-    """Both tiers have been connected to since `logs` began."""
+    """Whether both tiers were connected since `logs` began."""
     connected = [entry["tier"] for entry in logs if entry["event"] == "replica_connected"]
     return {*connected} == {"target", "draft"}
 
 
 async def is_served_with(authority: Authority, endpoint: str) -> bool:
-    """Whether a caller who trusts this authority alone is answered."""
+    """Whether a client that trusts only this authority gets a response."""
     async with client(endpoint, Access(tls_ca=authority.ca)) as stub:
         try:
             await model_info(stub)
@@ -224,7 +228,7 @@ async def is_served_with(authority: Authority, endpoint: str) -> bool:
 
 
 def keep(path: str) -> str:
-    """A copy that nobody changes."""
+    """A copy that does not change."""
     kept = Path(f"{path}.kept")
     kept.write_bytes(Path(path).read_bytes())
     return str(kept)
@@ -238,8 +242,10 @@ def channels_kept(authority: Authority, who: str) -> TlsChannels:
     return TlsChannels(files, "tier")
 
 
-async def test_half_a_change_is_not_used(authority: Authority, redis_url: str) -> None:
-    """A certificate without its key: the former ones hold, and the log says so once."""
+async def test_a_half_changed_pair_of_files_is_not_used(
+    authority: Authority, redis_url: str
+) -> None:
+    """A certificate without its key: the former pair stays in use, and this is logged once."""
     async with tiers(authority.tier("tier")) as (target, _):
         authority.issue("other")
         with capture_logs() as logs:  # the first connection to read the files logs it
@@ -253,14 +259,16 @@ async def test_half_a_change_is_not_used(authority: Authority, redis_url: str) -
 
 
 def copy(authority: Authority, who: str, over: str) -> None:
-    """The certificate alone."""
+    """Replaces only the certificate."""
     cert = (authority.folder / f"{who}.pem").read_bytes()
     replace(authority.folder / f"{over}.pem", cert)
 
 
 @pytest.mark.slow
-async def test_links_are_renewed(authority: Authority, redis_url: str) -> None:
-    """After a change the orchestrator's links are new ones; the former ones end."""
+async def test_a_changed_certificate_renews_the_connections(
+    authority: Authority, redis_url: str
+) -> None:
+    """The orchestrator opens new connections to the tiers; the former ones end."""
     async with secured(authority, redis_url) as system:
         with capture_logs() as logs:
             authority.issue("orchestrator")
@@ -289,7 +297,7 @@ async def test_links_are_renewed(authority: Authority, redis_url: str) -> None:
         ({"redis_password_file": "f", "redis_url": "redis://u:p@x"}, "redis_password_file"),
     ],
 )
-async def test_settings_that_make_no_sense(settings: dict[str, Any], named: str) -> None:
+async def test_invalid_settings_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         async with tiers(settings):
             raise AssertionError("it serves")

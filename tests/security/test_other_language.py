@@ -1,7 +1,7 @@
-"""A client in another language, of the .proto files alone, runs `Generate` to its end.
+"""A client in another language, generated from the .proto files, runs `Generate`.
 
-Node with grpc-js, which shares no code with gRPC's C core that Python uses. Skipped, and counted,
-where there is no Node or its packages cannot be had.
+It is Node with grpc-js, which shares no code with the C core of Python's gRPC. The tests are
+skipped if Node or its packages are unavailable.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REQUEST = {
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client with its packages, at the versions of package-lock.json."""
+    """The client and its packages, in the versions of package-lock.json."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no Node on this machine")
     folder = tmp_path_factory.mktemp("node")
@@ -58,7 +58,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def run(node: Path, endpoint: str, ca: str = "", key: str = "") -> Any:
-    """What the call said."""
+    """JSON that the client printed."""
     arguments = [str(node / "generate.mjs"), endpoint, str(ROOT / "proto"), *([ca] if ca else [])]
     process = await asyncio.create_subprocess_exec(
         "node",
@@ -78,7 +78,7 @@ def token_ids(said: Any) -> list[int]:
 
 @pytest.mark.slow
 async def test_generate_in_plain_text(node: Path, redis_url: str) -> None:
-    """The same tokens as Python's client, to the end, with all that the last message says."""
+    """The same tokens as with the Python client, and the result."""
     async with tiers() as servers, orchestrated(servers, redis_url) as system:
         said = await run(node, system.endpoint)
         async with client(system.endpoint) as stub:
@@ -94,7 +94,7 @@ async def test_generate_in_plain_text(node: Path, redis_url: str) -> None:
 async def test_generate_over_tls_with_a_key(
     node: Path, authority: Authority, redis_url: str
 ) -> None:
-    """And refused without the one or the other."""
+    """Refused without either of them."""
     keys = write_keys(authority.folder / "keys", ada=KeyLimits())
     file = str(authority.folder / "keys")
     async with secured(authority, redis_url, api_keys_file=file) as system:

@@ -1,4 +1,4 @@
-"""What a key may use: the bucket by a clock of our own, and one count for all orchestrators."""
+"""Quotas of API keys: the token bucket, the count over all orchestrators, session limits."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ class Clock:
 
 
 def test_tokens_flow_back_by_the_clock() -> None:
-    """A minute's worth at once; what goes beyond is waited for, to the token."""
+    """One minute's worth is available at once; after more, the wait is exact to a token."""
     clock = Clock()
     quota = Quota("ada", KeyLimits(tokens_per_minute=600), clock)
     for _ in range(2):
         with quota.stream():
             quota.spend(300)
     with pytest.raises(CapacityExceeded) as caught, quota.stream():
-        raise AssertionError("it is let in")
+        raise AssertionError("it is accepted")
     assert caught.value.retry_after_s == pytest.approx(0.1)
     clock.now_s += 0.05
     with pytest.raises(CapacityExceeded), quota.stream():
-        raise AssertionError("it is let in")
+        raise AssertionError("it is accepted")
     clock.now_s += 0.06
     with quota.stream():
         quota.spend(1_200)
     with pytest.raises(CapacityExceeded) as caught, quota.stream():
-        raise AssertionError("it is let in")
+        raise AssertionError("it is accepted")
     hint_s = caught.value.retry_after_s
     assert 115 < hint_s < 125
     clock.now_s += hint_s
@@ -83,12 +83,12 @@ def test_without_limits_nothing_is_refused() -> None:
             stack.enter_context(quota.stream())
             quota.spend(10**9)
     assert quota.num_streams == 0
-    assert quota.num_spent == 0, "nobody has to be told"
+    assert quota.num_spent == 0, "there is nothing to report"
 
 
 @contextlib.asynccontextmanager
 async def two(folder: Path, redis_url: str, limits: KeyLimits) -> AsyncIterator[tuple[Any, Any]]:
-    """Ada's clients of two orchestrators, of the same tiers and keys."""
+    """Clients with ada's key of two orchestrators that share tiers and keys."""
     keys = write_keys(folder / "keys", ada=limits)
     file = str(folder / "keys")
     async with (
@@ -102,7 +102,7 @@ async def two(folder: Path, redis_url: str, limits: KeyLimits) -> AsyncIterator[
 
 
 async def test_streams_count_at_all_orchestrators(tmp_path: Path, redis_url: str) -> None:
-    """One at the first leaves none at the second, until it ends."""
+    """A stream at the first leaves none at the second until it ends."""
     async with two(tmp_path, redis_url, KeyLimits(streams=1)) as (here, there):
         asked = request([1, 2], {**GREEDY, "max_tokens": 20_000})
         stream = here.Generate(asked, timeout=150)
@@ -111,24 +111,24 @@ async def test_streams_count_at_all_orchestrators(tmp_path: Path, redis_url: str
         assert (refused.code, bool(refused.retry_after_s)) == (Code.RESOURCE_EXHAUSTED, True)
         stream.cancel()
 
-        async def is_let_in() -> bool:
+        async def is_accepted() -> bool:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 return bool(await generated(there))
             return False
 
-        await eventually(is_let_in)
+        await eventually(is_accepted)
         for _ in range(3):  # an end is known at once where it was
             await generated(there)
 
 
 async def test_tokens_count_at_all_orchestrators(tmp_path: Path, redis_url: str) -> None:
-    """Spent at the first, they are missing at the second within a second or two."""
+    """Tokens spent at the first are charged at the second after the next report."""
     limits = KeyLimits(tokens_per_minute=60)
     async with two(tmp_path, redis_url, limits) as (here, there):
         await generated(here, num_tokens=400)
 
         async def is_refused() -> bool:
-            """Refused for the 400 tokens spent here; its own calls alone are refused for less."""
+            """Refused for the 400 tokens spent at the first; its own alone cause a shorter hint."""
             try:
                 await generated(there, num_tokens=1)
             except grpc.aio.AioRpcError as error:
@@ -141,7 +141,7 @@ async def test_tokens_count_at_all_orchestrators(tmp_path: Path, redis_url: str)
 
 
 def _hash(redis_url: str) -> dict[str, float]:
-    """Of ada's tokens: `spent`, `at`, and the total of each orchestrator."""
+    """Hash of ada's tokens: `spent`, `at`, and the total of each orchestrator."""
     reply = redis_command(redis_url, "HGETALL", "outrider:key:{ada}:tokens")
     words = [line.decode() for line in reply.split(b"\r\n")[2::2]]
     return {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
@@ -151,12 +151,12 @@ def _hash(redis_url: str) -> dict[str, float]:
 async def test_tokens_count_once_though_redis_answers_late(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report whose answer came too late is sent again, and both arrive."""
+    """A report whose reply is late is sent again, and both arrive."""
     monkeypatch.setattr(orchestrator.admission.shared_quota, "REDIS_TIMEOUT_S", 0.5)
     socket = redis_url.removeprefix("unix://")
     async with Relay("127.0.0.1", 0, socket, 0, 0.0) as relay:
         shared = SharedQuotas(f"redis://{relay.address}/0")
-        quota = Quota("ada", KeyLimits(tokens_per_minute=1))  # hardly any flow back meanwhile
+        quota = Quota("ada", KeyLimits(tokens_per_minute=1))  # hardly any flow back during the test
         async with shared.running(), shared.stream(quota):
             quota.spend(100)
             await eventually(lambda: _spent(redis_url, 99))
@@ -174,10 +174,10 @@ async def test_tokens_count_once_though_redis_answers_late(
             assert _hash(redis_url)["spent"] <= 11_100
 
 
-async def test_a_foreign_value_under_one_key_stops_no_other_keys_count(redis_url: str) -> None:
-    """It is logged once, with the key's name, and not as an outage of Redis."""
+async def test_an_unreadable_count_of_one_key_does_not_affect_other_keys(redis_url: str) -> None:
+    """It is logged once with the key's name, not as an outage of Redis."""
     redis_command(redis_url, "SET", "outrider:key:{zoe}:streams", "foreign")
-    limits = KeyLimits(tokens_per_minute=1)  # hardly any flow back meanwhile
+    limits = KeyLimits(tokens_per_minute=1)  # hardly any flow back during the test
     shared = SharedQuotas(redis_url)
     zoe, ada = Quota("zoe", limits), Quota("ada", limits)
     with capture_logs() as logs:
@@ -190,12 +190,12 @@ async def test_a_foreign_value_under_one_key_stops_no_other_keys_count(redis_url
                 ada.spend(100)
                 expected = ada.num_spent - 10
                 await eventually(lambda least=expected: _spent(redis_url, least))
-    told = [(log["event"], log.get("key")) for log in logs]
-    assert told == [("quota_unreadable", "zoe")]
+    logged = [(log["event"], log.get("key")) for log in logs]
+    assert logged == [("quota_unreadable", "zoe")]
 
 
 async def test_limits_are_shared_again_after_many_calls_without_redis(redis_url: str) -> None:
-    """More than one script can be told of at a time."""
+    """They ended more streams than one report holds."""
     socket = redis_url.removeprefix("unix://")
     limits = KeyLimits(streams=1)
     async with Relay("127.0.0.1", 0, socket, 0, 0.0) as relay:
@@ -224,7 +224,7 @@ async def _spent(redis_url: str, least: int) -> bool:
     return (await asyncio.to_thread(_hash, redis_url)).get("spent", 0.0) >= least
 
 
-async def test_what_a_resumption_sends_again_is_not_charged_again(
+async def test_a_resumption_is_not_charged_for_tokens_sent_before(
     tmp_path: Path, redis_url: str
 ) -> None:
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(tokens_per_minute=10**9))
@@ -250,7 +250,7 @@ async def test_what_a_resumption_sends_again_is_not_charged_again(
 
 
 async def test_sessions_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> None:
-    """One more is refused until one is deleted or has expired; those that are there go on."""
+    """One more is refused until one is deleted or expires. Existing sessions can be used."""
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2), bob=KeyLimits())
     settings = {"api_keys_file": str(tmp_path / "keys"), "max_sessions_per_key": 1}
     async with (
@@ -265,7 +265,7 @@ async def test_sessions_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> 
         assert (refused.code, bool(refused.retry_after_s)) == (Code.RESOURCE_EXHAUSTED, True)
         assert "2 sessions" in refused.message
         await generated(ada, session_id="b")
-        await generated(ada)  # a one-off keeps nothing
+        await generated(ada)  # a one-off session is not stored
         await generated(bob, session_id="a", create_session=True)
         assert (await refusal(generated(bob, session_id="b", create_session=True))).code is (
             Code.RESOURCE_EXHAUSTED
@@ -273,12 +273,12 @@ async def test_sessions_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> 
         deleting = orchestrator_pb2.DeleteSessionRequest(session_id="a")
         await ada.DeleteSession(deleting, timeout=60)
         bad = generated(ada, prompt=[1], num_tokens=10**6, session_id="c", create_session=True)
-        assert (await refusal(bad)).code is Code.INVALID_ARGUMENT  # its place is free again
+        assert (await refusal(bad)).code is Code.INVALID_ARGUMENT  # it is not counted
         await generated(ada, session_id="d", create_session=True)
 
 
-async def test_expired_sessions_leave_their_places(tmp_path: Path, redis_url: str) -> None:
-    """Also where one of those that are due by the count has been used since."""
+async def test_expired_sessions_are_not_counted(tmp_path: Path, redis_url: str) -> None:
+    """Also if another one, due by its time in the set, has been used since."""
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2))
     file, session = str(tmp_path / "keys"), "outrider:session:{{ada/{}}}"
     async with (
@@ -291,7 +291,7 @@ async def test_expired_sessions_leave_their_places(tmp_path: Path, redis_url: st
             words = ("ZADD", "outrider:key:{ada}:sessions", "1", session.format(name))
             assert await asyncio.to_thread(redis_command, redis_url, *words) == b":0"
         refused = await refusal(generated(ada, session_id="c", create_session=True))
-        assert refused.code is Code.RESOURCE_EXHAUSTED  # both are there still
+        assert refused.code is Code.RESOURCE_EXHAUSTED  # both still exist
         for name in ("a", "b"):
             words = ("ZADD", "outrider:key:{ada}:sessions", "1", session.format(name))
             await asyncio.to_thread(redis_command, redis_url, *words)
@@ -302,15 +302,15 @@ async def test_expired_sessions_leave_their_places(tmp_path: Path, redis_url: st
         )
 
 
-PLACES = "outrider:key:{ada}:sessions"
+SESSIONS = "outrider:key:{ada}:sessions"
 
 
 def _left_ms(redis_url: str, *keys: str) -> list[int]:
     return [int(redis_command(redis_url, "PTTL", key)[1:]) for key in keys]
 
 
-async def test_a_keys_count_lives_as_long_as_its_sessions(tmp_path: Path, redis_url: str) -> None:
-    """However long they are used without a new one being made; also once Redis has lost it."""
+async def test_a_keys_set_of_sessions_outlives_its_sessions(tmp_path: Path, redis_url: str) -> None:
+    """However long they are used. After Redis has lost the set, used sessions are added again."""
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(sessions=2))
     file = str(tmp_path / "keys")
     async with (
@@ -322,14 +322,14 @@ async def test_a_keys_count_lives_as_long_as_its_sessions(tmp_path: Path, redis_
             await generated(ada, session_id=name, create_session=True)
         # As if two hours had passed, in which both were used.
         assert (
-            await asyncio.to_thread(redis_command, redis_url, "PEXPIRE", PLACES, "60000") == b":1"
+            await asyncio.to_thread(redis_command, redis_url, "PEXPIRE", SESSIONS, "60000") == b":1"
         )
         await generated(ada, session_id="a")
         session = "outrider:session:{ada/a}"
-        count_ms, session_ms = await asyncio.to_thread(_left_ms, redis_url, PLACES, session)
+        count_ms, session_ms = await asyncio.to_thread(_left_ms, redis_url, SESSIONS, session)
         assert count_ms > session_ms > 60_000
 
-        assert await asyncio.to_thread(redis_command, redis_url, "DEL", PLACES) == b":1"
+        assert await asyncio.to_thread(redis_command, redis_url, "DEL", SESSIONS) == b":1"
         await generated(ada)  # a one-off does not count
         for name in ("a", "b"):
             await generated(ada, session_id=name)
@@ -338,8 +338,8 @@ async def test_a_keys_count_lives_as_long_as_its_sessions(tmp_path: Path, redis_
 
 
 @pytest.mark.slow
-async def test_without_redis_each_counts_its_own(tmp_path: Path) -> None:
-    """Limits hold at each orchestrator, and calls go on."""
+async def test_without_redis_each_orchestrator_enforces_its_own_count(tmp_path: Path) -> None:
+    """Running generations go on."""
     with RedisServer() as server:
         async with two(tmp_path, server.url, KeyLimits(streams=1)) as (here, _):
             asked = request([1, 2], {**GREEDY, "max_tokens": 20_000})
@@ -352,7 +352,7 @@ async def test_without_redis_each_counts_its_own(tmp_path: Path) -> None:
             assert (await stream.read()).token_ids
             stream.cancel()
 
-            async def is_past_the_gate() -> bool:
+            async def is_accepted() -> bool:
                 return (await refusal(generated(here))).code is Code.UNAVAILABLE
 
-            await eventually(is_past_the_gate)
+            await eventually(is_accepted)

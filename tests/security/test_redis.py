@@ -1,4 +1,4 @@
-"""Redis behind TLS with an ACL: logging in, being refused, changing certificates and password."""
+"""Redis behind TLS with an ACL: login, refusals, changes of certificates and password."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def documented_rules() -> str:
 
 
 class Guarded:
-    """A real Redis that nobody may use but the user `outrider`, behind TLS."""
+    """A real Redis behind TLS, for the user `outrider` only."""
 
     def __init__(self, authority: Authority, server: RedisServer, front: TlsFront) -> None:
         self.server, self.front, self._authority = server, front, authority
@@ -61,7 +61,7 @@ class Guarded:
         replace(self.password_file, f"{password}\n")
 
     def renew(self) -> None:
-        """Certificates of both ends, by whatever the authority is now."""
+        """New certificates of both ends, signed by the current authority."""
         self._authority.issue("redis-client")
         self.front.use(self._authority.ca, *self._authority.issue("localhost"))
 
@@ -85,8 +85,8 @@ async def guarded(authority: Authority) -> AsyncIterator[Guarded]:
             yield Guarded(authority, server, front)
 
 
-async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None:
-    """The registry and the sessions go through it; new secrets need no restart."""
+async def test_all_services_log_in_and_reload_changed_secrets(authority: Authority) -> None:
+    """For the registry and for sessions, without a restart."""
     async with guarded(authority) as redis:
         settings = redis.settings()
         more = {name: value for name, value in settings.items() if name != "redis_url"}
@@ -96,7 +96,7 @@ async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None
             client(system.endpoint) as stub,
         ):
             await generated(stub, session_id="s", create_session=True)
-            for change in (redis.change_password, authority_anew(authority, redis)):
+            for change in (redis.change_password, renewal(authority, redis)):
                 change("another-one")
                 redis.front.drop()
 
@@ -112,10 +112,10 @@ async def test_all_three_log_in_and_follow_changes(authority: Authority) -> None
                 await eventually(is_back)
 
 
-async def test_the_end_of_the_certificate_that_redis_shows_is_exported(
+async def test_the_expiry_of_redis_certificate_is_exported(
     authority: Authority,
 ) -> None:
-    """As it was at the last connection: a renewed one is seen when the connection is made anew."""
+    """Of the last connection: a renewed certificate counts from the next one."""
     async with guarded(authority) as redis, tiers() as servers:
         settings = redis.settings(metrics_port=0)
         url = settings.pop("redis_url")
@@ -145,7 +145,7 @@ async def test_without_tls_no_certificate_of_redis_is_exported(redis_url: str) -
         assert (await scrape(system.orchestrator)).by(EXPIRES_AT, "use") == {}
 
 
-def authority_anew(authority: Authority, redis: Guarded) -> Any:
+def renewal(authority: Authority, redis: Guarded) -> Any:
     def change(_: str) -> None:
         authority.renew()
         redis.renew()
@@ -153,8 +153,8 @@ def authority_anew(authority: Authority, redis: Guarded) -> Any:
     return change
 
 
-async def test_who_is_refused(authority: Authority) -> None:
-    """At the start, naming the setting and saying no secret."""
+async def test_a_failed_login_is_a_config_error(authority: Authority) -> None:
+    """It names the setting and contains no secret."""
     async with guarded(authority) as redis, tiers() as servers:
         stranger = Authority(authority.folder / "stranger")
         wrong = authority.folder / "wrong"
@@ -174,8 +174,8 @@ async def test_who_is_refused(authority: Authority) -> None:
             assert "battery-staple" not in str(caught.value)
 
 
-def test_a_password_is_no_flag(tmp_path: Path) -> None:
-    """Whoever lists processes would see it; in the environment it is taken, and never shown."""
+def test_a_password_on_the_command_line_is_refused(tmp_path: Path) -> None:
+    """Other users can list processes. In the environment it is accepted, and never printed."""
     url = "rediss://ada:secret@redis.example:6379/0"
     with pytest.raises(ConfigError, match="environment") as caught:
         load(OrchestratorConfig, "orchestrator", [f"--redis-url={url}"], {})
@@ -197,8 +197,8 @@ def test_a_password_is_no_flag(tmp_path: Path) -> None:
         "unix:///run/redis.sock?password=secret",
     ],
 )
-def test_a_password_in_another_place_is_refused_and_not_told(url: str) -> None:
-    """redis-py would take some of these, and a URL's parts are not what they seem in others."""
+def test_a_password_elsewhere_in_the_url_is_refused_and_not_printed(url: str) -> None:
+    """redis-py would accept some of these; the others parse in unexpected ways."""
     for argv, environ in (([f"--redis-url={url}"], {}), ([], {"REDIS_URL": url})):
         with pytest.raises(ConfigError, match=r"redis.password.file") as caught:
             load(OrchestratorConfig, "orchestrator", argv, environ)
@@ -206,12 +206,12 @@ def test_a_password_in_another_place_is_refused_and_not_told(url: str) -> None:
     assert "secret" not in str(RedisAddress(url))
 
 
-def test_an_at_sign_in_a_sockets_path_is_none_of_a_password() -> None:
+def test_an_at_sign_in_a_socket_path_is_not_a_password() -> None:
     url = "unix:///run/a@b/redis.sock"
     config = load(OrchestratorConfig, "orchestrator", [f"--redis-url={url}"], {})
     assert str(config.redis) == url
 
 
-def test_what_is_no_url_is_said() -> None:
+def test_an_invalid_url_is_refused() -> None:
     with pytest.raises(ConfigError, match="redis_url: no URL"):
         load(OrchestratorConfig, "orchestrator", [], {"REDIS_URL": "redis://[ada:secret"})

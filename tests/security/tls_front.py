@@ -1,4 +1,4 @@
-"""TLS in front of a server on a unix socket: the embedded Redis is built without."""
+"""TLS proxy for a server on a unix socket: the embedded Redis has no TLS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class TlsFront:
-    """Whoever shows a certificate of the authority is led to the socket."""
+    """Forwards clients with a certificate of the authority to the socket."""
 
     def __init__(self, socket_path: str) -> None:
         self._socket_path = socket_path
@@ -19,14 +19,14 @@ class TlsFront:
         self.port = 0
 
     def use(self, ca: str, cert: str, key: str) -> None:
-        """For connections from now on."""
+        """Certificates for new connections."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
         context.load_verify_locations(ca)
         self._context = context
 
     def drop(self) -> None:
-        """Every connection, as a server that starts anew."""
+        """Aborts all connections, as a restarted server does."""
         for writer in self._writers:
             writer.transport.abort()
 

@@ -1,4 +1,4 @@
-"""Keys: who is let in, whose sessions are whose, what a key may use, and how the file changes."""
+"""API keys: authentication, sessions per client, quotas, and changes of the keys file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Code = grpc.StatusCode
 async def keyed(
     folder: Path, redis_url: str, **limits: KeyLimits
 ) -> AsyncIterator[tuple[Secured, dict[str, str]]]:
-    """On this machine alone, without TLS; callers' keys by name."""
+    """A system on loopback without TLS, and the clients' keys by name."""
     keys = write_keys(folder / "keys", **limits)
     async with (
         tiers() as servers,
@@ -74,8 +74,10 @@ async def test_a_key_lists_its_own_sessions(tmp_path: Path, redis_url: str) -> N
                 assert (refused.code, refused.fields) == (Code.INVALID_ARGUMENT, ["page_token"])
 
 
-async def test_only_with_a_key_that_is_known(authority: Authority, redis_url: str) -> None:
-    """Over TLS; by either header, on every method but health."""
+async def test_every_method_but_health_requires_a_known_key(
+    authority: Authority, redis_url: str
+) -> None:
+    """Over TLS, in either header."""
     keys = write_keys(authority.folder / "keys", ada=KeyLimits())
     file = str(authority.folder / "keys")
     async with secured(authority, redis_url, api_keys_file=file) as system:
@@ -124,8 +126,8 @@ async def _listed_services(channel: Any) -> Any:
     return await call.read()
 
 
-async def test_sessions_are_their_callers_own(tmp_path: Path, redis_url: str) -> None:
-    """Another's session is not there: not to continue, read, delete or resume. Names may repeat."""
+async def test_a_session_exists_only_for_its_client(tmp_path: Path, redis_url: str) -> None:
+    """Others cannot continue, read, delete or resume it, and may use the same session id."""
     async with keyed(tmp_path, redis_url, ada=KeyLimits(), bob=KeyLimits()) as (system, keys):
         async with (
             client(system.endpoint, Access(api_key=keys["ada"])) as ada,
@@ -155,8 +157,8 @@ async def test_sessions_are_their_callers_own(tmp_path: Path, redis_url: str) ->
         assert b"outrider:session:{bob/s}" in redis_command(redis_url, "KEYS", "*")
 
 
-async def test_streams_at_a_time(tmp_path: Path, redis_url: str) -> None:
-    """One more is refused with a hint, others' keys are not, and an end makes room."""
+async def test_streams_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> None:
+    """One more is refused with a retry hint until one ends. Other keys are not affected."""
     limits = KeyLimits(streams=2)
     async with keyed(tmp_path, redis_url, ada=limits, bob=KeyLimits()) as (system, keys):
         whom = (Access(api_key=keys["ada"]), Access(api_key=keys["bob"]))
@@ -173,17 +175,17 @@ async def test_streams_at_a_time(tmp_path: Path, redis_url: str) -> None:
             await generated(bob)
             streams[0].cancel()
 
-            async def is_let_in() -> bool:
+            async def is_accepted() -> bool:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     return bool(await generated(ada))
                 return False
 
-            await eventually(is_let_in)
+            await eventually(is_accepted)
             streams[1].cancel()
 
 
-async def test_tokens_a_minute(tmp_path: Path, redis_url: str) -> None:
-    """What runs is not cut; the next call waits until the rate holds again, and is told so."""
+async def test_tokens_per_minute_of_a_key_are_limited(tmp_path: Path, redis_url: str) -> None:
+    """A running output is not cut off; the next request is refused with a retry hint."""
     limits = KeyLimits(tokens_per_minute=60)
     async with keyed(tmp_path, redis_url, ada=limits) as (system, keys):
         access = Access(api_key=keys["ada"])
@@ -199,26 +201,26 @@ async def test_tokens_a_minute(tmp_path: Path, redis_url: str) -> None:
 
 
 @pytest.mark.slow
-async def test_the_file_changes(tmp_path: Path, redis_url: str) -> None:
-    """Keys come and go without a restart; a file that makes no sense changes nothing."""
+async def test_a_changed_keys_file_is_reloaded(tmp_path: Path, redis_url: str) -> None:
+    """Keys are added and removed without a restart. An invalid file changes nothing."""
     path = tmp_path / "keys"
     async with keyed(tmp_path, redis_url, ada=KeyLimits()) as (system, keys):
 
-        async def is_let_in(key: str) -> bool:
+        async def is_accepted(key: str) -> bool:
             async with client(system.endpoint, Access(api_key=key)) as stub:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     return bool(await model_info(stub))
             return False
 
-        async def is_shut_out(key: str) -> bool:
-            return not await is_let_in(key)
+        async def is_rejected(key: str) -> bool:
+            return not await is_accepted(key)
 
         async with client(system.endpoint, Access(api_key=keys["ada"])) as ada:
             await generated(ada, session_id="s", create_session=True)
         key, line = new_key("ada", KeyLimits())
         replace(path, f"{path.read_text()}\n# her next one\n{line}  # from today\n")
-        await eventually(lambda: is_let_in(key))
-        assert await is_let_in(keys["ada"]), "both, for the time of the change"
+        await eventually(lambda: is_accepted(key))
+        assert await is_accepted(keys["ada"]), "both, for the time of the change"
         with capture_logs() as logs:
             replace(path, "ada sha256:zz\n")
 
@@ -226,15 +228,15 @@ async def test_the_file_changes(tmp_path: Path, redis_url: str) -> None:
                 return any(entry["event"] == "files_refused" for entry in logs)
 
             await eventually(is_refused)
-        assert await is_let_in(key)
+        assert await is_accepted(key)
         replace(path, f"{line}\n")
-        await eventually(lambda: is_shut_out(keys["ada"]))
+        await eventually(lambda: is_rejected(keys["ada"]))
         async with client(system.endpoint, Access(api_key=key)) as ada:
             assert (await asked_session(ada)).num_turns == 1, "the name is the same"
 
 
-async def test_nothing_secret_is_said(authority: Authority, redis_url: str) -> None:
-    """Not in a line of the log, not in what refusals say."""
+async def test_no_secret_is_logged_or_returned(authority: Authority, redis_url: str) -> None:
+    """Neither in the log nor in errors."""
     keys = write_keys(authority.folder / "keys", ada=KeyLimits(streams=1))
     file = str(authority.folder / "keys")
     with capture_logs() as logs:
@@ -249,15 +251,15 @@ async def test_nothing_secret_is_said(authority: Authority, redis_url: str) -> N
                 return any(entry["event"] == "files_refused" for entry in logs)
 
             await eventually(is_refused)
-    said = repr(logs)
-    assert "ada" in said
-    assert keys["ada"] not in said
-    assert "a-guess-of-mine" not in said
-    assert "PRIVATE KEY" not in said
+    logged = repr(logs)
+    assert "ada" in logged
+    assert keys["ada"] not in logged
+    assert "a-guess-of-mine" not in logged
+    assert "PRIVATE KEY" not in logged
 
 
-async def test_a_key_does_not_travel_in_plain_text() -> None:
-    """Beyond this machine it needs TLS."""
+async def test_a_key_is_not_sent_in_plain_text() -> None:
+    """Except to loopback addresses."""
     with pytest.raises(ConfigError, match="tls-ca"):
         open_channel("orchestrator.example:50051", Access(api_key="k"))
     with pytest.raises(ConfigError, match="tls-ca"):
@@ -286,7 +288,7 @@ async def test_a_key_does_not_travel_in_plain_text() -> None:
         ("ada outrider-secret", "line 1"),
     ],
 )
-def test_a_file_of_keys_that_makes_no_sense(tmp_path: Path, text: str, named: str) -> None:
+def test_an_invalid_keys_file_is_refused_by_line(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "keys"
     path.write_text(text)
     with pytest.raises(ConfigError, match=named) as caught:
