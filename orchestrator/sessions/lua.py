@@ -146,7 +146,7 @@ end
 
 @dataclass(frozen=True)
 class Script:
-    """A Lua script with the prelude above; KEYS are the session's hash and its tokens."""
+    """A Lua script behind the prelude above, which names its two KEYS `key` and `tokens_key`."""
 
     body: str
     source: bytes = field(init=False, repr=False)
