@@ -136,8 +136,8 @@ async def _answering(
     tiers: GenerationContext,
     stop_grace_s: float,
 ) -> AsyncIterator[None]:
-    orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
     """Answers requests for the block, then ends the running ones within `stop_grace_s`."""
+    orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
     async with asyncio.TaskGroup() as tasks:
         updating = tasks.create_task(_update_health(tiers.targets, server), name="health")
         try:
