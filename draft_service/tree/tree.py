@@ -218,9 +218,8 @@ class SpeculationTree:
 
     def _new_block(self, base_len: int, gamma: int, branch: Branch) -> DraftBlock:
         self._num_blocks += 1
-        return DraftBlock(
-            self._num_blocks, base_len, min(gamma, len(self._buffer) - base_len), branch
-        )
+        room = len(self._buffer) - base_len
+        return DraftBlock(self._num_blocks, base_len, min(gamma, room), branch)
 
     def assumed(self, block: DraftBlock) -> list[int]:
         """Tokens of the path that lie between what is committed and the block's own."""
