@@ -1,19 +1,20 @@
-"""The model engine: the only place with torch. Both tiers use it.
+"""Model engine: forward passes over packed sequences, the KV cache and sampling. The only package
+that imports torch; both model services use it.
 
     engine = load_engine(EngineOptions("path/to/model"))
     sequence = engine.store.open(max_len=100)
     logits = engine.forward([Append(sequence, prompt_ids, num_logits=1)])
 
-Reading order: options, pages, prefix_cache, sequence, kv_rows, kv_store, attention, segments,
-branches, packed, bound, flashinfer_backend, graphs, engine, then what loading needs: checkpoint,
-guards, prepack, probe, memory, backends, model. It knows nothing of sampling or sessions.
+Reading order: `options`, `interface`, `kv/` (pages, prefix_cache, sequence, tensors, placement,
+store), `attention/` (interface, segments, shared_prefix, torch_backend), `engine`, `sampling/`,
+then `loading/load` and what it imports. Sessions are in `outrider/model_server`.
 """
 
 import importlib.util
 
 from outrider.errors import NO_ENGINE, ConfigError
 
-if importlib.util.find_spec("torch") is None:  # an installation for callers and orchestrators
+if importlib.util.find_spec("torch") is None:  # installed without the "engine" extra
     raise ConfigError(NO_ENGINE)
 
 from outrider.engine.device_thread import DeviceThread
@@ -30,9 +31,10 @@ from outrider.engine.options import EngineInfo, EngineOptions
 
 
 def load_engine(options: EngineOptions) -> Engine:
-    """Load and check a model; see `outrider.engine.loading.load`.
+    """Load a model and test it against plain attention; see `outrider.engine.loading.load`.
 
-    Imported here: transformers takes two seconds, which simulated engines do without.
+    The import is local: transformers takes two seconds to import, and simulated engines do not need
+    it.
     """
     from outrider.engine.loading.load import load_engine as load
 

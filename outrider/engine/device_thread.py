@@ -1,7 +1,7 @@
-"""The one thread that owns the device: whatever touches an engine runs on it, in order.
+"""Device thread: the one thread that runs all calls of an engine, in order.
 
-Says what it is at, for whoever watches that it moves. Knows nothing about models. The event loop
-only awaits; it never computes.
+It publishes its current activity for the watchdog (`outrider/model_server/watchdog.py`). The event
+loop only awaits results; it never computes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-# Of the thread's stack: from where it is outward to the service's own frames.
+# Stack frames reported, from the innermost outward to the service's own code.
 _MAX_STACK_FRAMES = 16
 
 
 class Activity(NamedTuple):
-    """What the thread is at. `part` of the call; a pass has `num_rows` sequences.
+    """Current activity of the thread: `part` of `call`; a forward pass has `num_rows` sequences.
 
-    `since`: seconds of the monotonic clock. Each is an object of its own, so that whoever sees the
-    same one again knows that nothing has moved.
+    `since`: seconds of the monotonic clock. Every activity is a new object, so a watchdog that sees
+    the same object again knows that the thread has made no progress.
     """
 
     call: str
@@ -43,26 +43,26 @@ class Activity(NamedTuple):
 
 
 class DeviceThread:
-    """Runs calls one after another on a thread of its own.
+    """Runs calls one after another on its own thread.
 
-    The thread is a daemon: one that never comes back must not keep the process from ending.
+    The thread is a daemon: a call that never returns must not keep the process alive.
     """
 
     def __init__(self, name: str = "device") -> None:
-        # Bounded by the callers, each of whom awaits its call.
+        # Bounded by the number of callers: each one awaits its call.
         self._calls: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
-        # None: idle. Written on the thread, may be read on any.
+        # None: idle. Written by the device thread, read by any thread.
         self.activity: Activity | None = None
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """`fn(*args, **kwargs)`, computed on the thread; calls run in the order they were made.
+        """Run `fn(*args, **kwargs)` on the thread and return its result. Calls run in order.
 
-        If the awaiting task is cancelled the call still runs to its end, and an exception it
-        raises is logged. Raises what `fn` raises, or InternalError after `close`.
+        If the awaiting task is cancelled, the call still runs to its end; its exception, if any, is
+        logged. Raises what `fn` raises, or InternalError after `close`.
         """
         work: Future[T] = Future()
 
@@ -72,12 +72,12 @@ class DeviceThread:
             except BaseException as error:
                 work.set_exception(error)
 
-        # asyncio.wrap_future would cancel work that has not begun, and asyncio.shield would
-        # mark the exception of abandoned work as seen: both lose what must not be lost.
+        # Not asyncio.wrap_future: it would cancel work that has not begun. Not asyncio.shield: it
+        # would mark the exception of abandoned work as retrieved, so that it would never be logged.
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[None] = loop.create_future()
         work.add_done_callback(lambda _: _wake(loop, finished))
-        with self._closing:  # whatever is queued is queued before the end
+        with self._closing:  # no call is queued behind the end marker
             if self._closed:
                 raise InternalError("the device thread is closed")
             self._calls.put((getattr(fn, "__qualname__", type(fn).__qualname__), call))
@@ -89,19 +89,20 @@ class DeviceThread:
         return work.result()
 
     def note(self, part: str, num_rows: int, num_tokens: int) -> None:
-        """The call under way goes on to another part; called on the thread, by that call."""
+        """Record that the current call enters another part. Called by that call, on the thread."""
         call = self.activity.call if self.activity else part
         self.activity = Activity(call, part, time.monotonic(), num_rows, num_tokens)
 
     def stack(self) -> str:
-        """Where the thread is now, innermost frame last; on any thread."""
+        """Stack of the thread now, innermost frame last. May be called on any thread."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame, _MAX_STACK_FRAMES)) if frame else ""
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Finishes the calls already made, then ends the thread. May be called twice.
+        """Finish the calls already queued, then end the thread. May be called twice.
 
-        Blocks for `timeout_s` at most (None: as long as it takes); False where that was too short.
+        Blocks for at most `timeout_s` (None: without limit). Returns False if the thread is still
+        running.
         """
         with self._closing:
             if not self._closed:
@@ -116,7 +117,7 @@ class DeviceThread:
             self.activity = Activity(name, name, time.monotonic())
             call()
             self.activity = None
-            del item, call  # with their arguments and results, which may be large
+            del item, call  # frees arguments and results, which may be large
 
 
 def _wake(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> None:
@@ -124,7 +125,7 @@ def _wake(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> No
         if not finished.done():
             finished.set_result(None)
 
-    # A loop that closed while the work ran has nobody left to tell.
+    # After the loop has closed nobody awaits the result.
     if not loop.is_closed():
         try:
             loop.call_soon_threadsafe(resolve)
@@ -135,4 +136,6 @@ def _wake(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> No
 def _log_abandoned(work: Future[T]) -> None:
     error = work.exception()
     if error is not None:
-        _log.error("work on the device failed after its caller was cancelled", exc_info=error)
+        _log.error(
+            "a call on the device thread failed after its caller was cancelled", exc_info=error
+        )

@@ -1,8 +1,7 @@
-"""The engine's one primitive: append tokens to many sequences in one pass and read logits.
+"""Engine: appends tokens to many sequences in one forward pass and returns logits.
 
-Prefill, decoding, verification and drafting are the same call with other lengths. Knows how to
-pack a step and run the model, and hands its logits to the samplers; nothing about loading, sessions
-or speculation.
+Prefill, decoding, verification and drafting are the same call with different lengths. Loading is in
+`loading/load.py`, sampling in `sampling/sampler.py`, sessions in `outrider/model_server`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from outrider.sampling.params import SamplingParams
 
 
 class Append(NamedTuple):
-    """Tokens to append to one sequence, and for how many of the last ones logits are wanted."""
+    """Tokens to append to one sequence; logits are returned for the last `num_logits` of them."""
 
     sequence: Sequence
     token_ids: npt.NDArray[np.integer[Any]] | list[int]
@@ -34,7 +33,7 @@ class Append(NamedTuple):
 
 
 class Engine:
-    """A model, its KV memory, and `forward`."""
+    """A loaded model, its KV store and its attention backend. Use it on the device thread only."""
 
     def __init__(
         self,
@@ -51,14 +50,15 @@ class Engine:
         self.info = info
 
     def forward(self, appends: Seq[Append]) -> torch.Tensor:
-        """Appends to all sequences in one pass; logits of each one's last `num_logits` tokens.
+        """Append to all sequences in one pass; return logits of their last `num_logits` tokens.
 
         Returns float32 [sum of num_logits, vocab_size], rows in the order of `appends`, on the
         device of the output layer. Lengths change only after success, so a failed call can be
-        repeated. Called on the device thread only.
+        repeated. Call it on the device thread only.
 
-        Raises ValueError for an append that cannot be: no tokens, a sequence freed or named
-        twice, more tokens than its reservation or the model's context hold, unknown token ids.
+        Raises ValueError for an invalid append: no tokens, a sequence that was freed or is listed
+        twice, more tokens than the reservation or the model's context allows, or an unknown token
+        id.
         """
         tokens = [np.asarray(append.token_ids, dtype=np.int64) for append in appends]
         segments = self._plan(appends, tokens)
@@ -74,7 +74,7 @@ class Engine:
         return logits
 
     def _plan(self, appends: Seq[Append], tokens: list[npt.NDArray[np.int64]]) -> list[Segment]:
-        """Checks everything before anything is touched, and gives every sequence its rows."""
+        """Validate all appends before anything changes; assign each sequence its packed rows."""
         segments: list[Segment] = []
         start = 0
         for append, ids in zip(appends, tokens, strict=True):
@@ -83,7 +83,7 @@ class Engine:
             segments.append(Segment(sequence, start, start + count, sequence.length))
             start += count
         if len({id(segment.sequence) for segment in segments}) != len(segments):
-            raise ValueError("a sequence is named twice in one forward")
+            raise ValueError("a sequence is listed twice in one forward")
         return segments
 
     def _check(self, append: Append, ids: npt.NDArray[np.int64]) -> None:
@@ -126,7 +126,7 @@ class Engine:
             logits = self._model(
                 torch.from_numpy(token_ids)[None].to(device),
                 torch.from_numpy(positions)[None].to(device),
-                # On the CPU it can select from hidden states on whichever device is last.
+                # A CPU index can select from hidden states on any device; they are on the last one.
                 torch.from_numpy(rows),
             )
         return logits.float()
@@ -134,7 +134,7 @@ class Engine:
     def sampler(
         self, params: SamplingParams, prompt_len: int, vocab_size: int
     ) -> GenerationSampler:
-        """A generation's sampling state; tokens at or beyond `vocab_size` are never drawn."""
+        """A generation's sampling state; tokens at or beyond `vocab_size` are never sampled."""
         return GenerationSampler(
             params,
             prompt_len=prompt_len,
@@ -144,11 +144,13 @@ class Engine:
         )
 
     def sample(
-        self, asks: Seq[SampleRequest], logits: torch.Tensor
+        self, requests: Seq[SampleRequest], logits: torch.Tensor
     ) -> list[SampledToken | Exception]:
-        """One token for each row of logits, as `ServedEngine.draw`."""
-        return sample_all(asks, logits)
+        """Sample one token per row of logits, as `ServedEngine.sample`."""
+        return sample_all(requests, logits)
 
-    def score(self, asks: Seq[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
-        """One answer for each block of logits, as `ServedEngine.reply`."""
-        return score_all(asks, logits)
+    def score(
+        self, requests: Seq[ScoreRequest], logits: torch.Tensor
+    ) -> list[BlockScores | Exception]:
+        """Score one block per request, as `ServedEngine.score`."""
+        return score_all(requests, logits)

@@ -1,7 +1,8 @@
-"""What the services ask of a forward pass's logits, many generations at a time, and what they get.
+"""Interface between a model service and its engine: sample requests, score requests and results.
 
-Plain data between a service and its engine: the service says which rows are whose, the engine draws
-for all of them together. Knows no torch; `sampler` implements it for models, `simulation` without.
+Plain data without torch. The service names the rows of logits of each generation; the engine
+samples for all generations together. `sampling/sampler.py` implements it with a model,
+`simulated.py` without one.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from outrider.sampling.params import SamplingParams, Verification
 
 Ids = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-# What a forward pass returns; services pass it on without knowing its type.
+# Result of a forward pass. Services pass it on without knowing its type.
 Logits = Any
 
-# Candidates told with every draw: whatever a drafter may want to draft on from.
+# Candidates reported with every sampled token: the tokens a draft may continue from.
 NUM_CANDIDATES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One token to draw from one row of logits.
+    """Request to sample one token from one row of logits.
 
-    `history` gives the context, at least [:position]; called only where a processor needs it.
-    `base_len` is where the token's block starts. `is_guess`: what the target would emit itself
-    at `position`, to draft on from, rather than a draft token.
+    `history()` returns the context, at least [:position]; called only if a logits processor needs
+    it. `base_len`: position at which the token's block starts. `is_guess`: sample the token that
+    the target would emit at `position`, to draft from, instead of a draft token.
     """
 
     sampler: Sampler
@@ -44,12 +45,16 @@ class SampleRequest:
 
 
 class SampledToken(NamedTuple):
-    """`support`: ids and float32 weights the token was drawn from; None for greedy and coupled.
+    """One sampled token, its support and its candidates.
 
-    `candidate_ids` [<= NUM_CANDIDATES]: what the target may emit at the position, likeliest first,
-    the drawn token among them or not; `candidate_scores`: what they are ranked by, falling: logits
-    (greedy), or log-probabilities with the target's noise of the position, which decides what the
-    target emits there: its own draw, or the recovered token where the drawn one is rejected.
+    `support`: ids and float32 weights of the distribution the token was sampled from; None for
+    greedy and coupled verification.
+
+    `candidate_ids` [<= NUM_CANDIDATES]: tokens the target may emit at the position, most likely
+    first; the sampled token need not be among them. `candidate_scores`: their scores in falling
+    order. Greedy: logits. Otherwise: log-probability plus the target's noise at the position. That
+    noise decides what the target emits there: its own sample, or the recovered token if the sampled
+    one is rejected.
     """
 
     token_id: int
@@ -60,11 +65,11 @@ class SampledToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """The target's answer to one block: 1 + γ rows of logits.
+    """Request to score one block: 1 + γ rows of logits.
 
-    `history` is the context with all draft tokens; `position` of the first row's token; `supports`
-    γ arrays of ids, or None for none anywhere. γ + 1 arrays where the last row's token is a draft
-    token, too, which the model has not run.
+    `history`: the context with all draft tokens. `position`: position of the first row's token.
+    `supports`: γ arrays of token ids, or None if no draft token has a support; γ + 1 arrays if the
+    last row's token is a draft token too, which the model has not run.
     """
 
     sampler: Sampler
@@ -76,7 +81,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of the model's own logits, before any processor; float32.
+    """Log-probabilities from the model's raw logits, before any logits processor; float32.
 
     `support` [sum of sizes]; `samples` [γ + 1]; `top_ids` uint32 and `top` [γ + 1, n].
     """
@@ -89,7 +94,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class BlockScores:
-    """What the target says of one block; shapes as in target.proto's VerifyResult."""
+    """Target's scores of one block; shapes as in target.proto's VerifyResult."""
 
     sample_ids: Ids
     support_probs: Floats
@@ -99,17 +104,18 @@ class BlockScores:
 
 
 class Sampler(Protocol):
-    """One generation's fixed sampling state, made by an engine."""
+    """Sampling state of one generation, fixed, made by an engine."""
 
     @property
     def params(self) -> SamplingParams: ...
 
 
 class ServedEngine(Protocol):
-    """What a service needs of an engine; every method on the device thread only.
+    """Engine as a model service uses it. Call every method on the device thread only.
 
-    `draw` and `reply` give one result per ask, in order, an ask's own error in its place: one
-    generation's failure is not the others'. Rows of `logits` are in the order of the asks.
+    `sample` and `score` return one result per request, in order. A request that fails has its
+    exception in its place; the others are not affected. Rows of `logits` are in the order of the
+    requests.
     """
 
     @property
@@ -123,9 +129,9 @@ class ServedEngine(Protocol):
     def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler: ...
 
     def sample(
-        self, asks: Sequence[SampleRequest], logits: Logits
+        self, requests: Sequence[SampleRequest], logits: Logits
     ) -> list[SampledToken | Exception]: ...
 
     def score(
-        self, asks: Sequence[ScoreRequest], logits: Logits
+        self, requests: Sequence[ScoreRequest], logits: Logits
     ) -> list[BlockScores | Exception]: ...

@@ -1,7 +1,4 @@
-"""What the operator chooses about an engine, and what a loaded engine says about itself.
-
-Plain data: this module knows neither torch nor transformers.
-"""
+"""Engine options chosen by the operator, and the description of a loaded engine. Plain data."""
 
 from __future__ import annotations
 
@@ -14,41 +11,45 @@ class EngineOptions:
     """How to load and serve one model."""
 
     model: str
-    """A local directory, or a name on the Hugging Face hub."""
+    """Local directory, or name on the Hugging Face Hub."""
     dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16. auto: the checkpoint's on CUDA, float32 on CPU."""
+    """auto | float32 | bfloat16 | float16. auto: the checkpoint's dtype on CUDA, float32 on CPU."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N. auto: CUDA when there is a device."""
+    """auto | cpu | cuda | cuda:N. auto: CUDA if a device is present."""
     device_map: str | None = None
-    """For instance "auto": accelerate spreads the layers over devices; keys and values follow."""
+    """Passed to accelerate, for example "auto": layers are spread over devices, their KV with them.
+
+    Layers run one after another (pipeline placement, not tensor parallelism; see
+    `loading/load.py`).
+    """
     kv_cache_tokens: int | None = None
-    """Tokens to hold keys and values for; None: from the memory that is free after loading."""
+    """KV capacity in tokens; None: derived from the memory free after loading."""
     max_model_len: int | None = None
     """Longest sequence, at most the model's context; None: the model's context."""
     num_threads: int | None = None
-    """Threads torch uses inside one operation (the whole process shares the setting)."""
+    """Threads per torch operation. The setting is shared by the whole process."""
     prepack: bool = True
-    """On CPU, lay the weights of linear layers out for oneDNN once instead of at every call."""
+    """On CPU, convert the weights of linear layers to the oneDNN layout once at load."""
     forbid_kernels: frozenset[str] = frozenset()
-    """Names of prepacked CPU kernels not to use, as `EngineInfo.linear_kernels` reports them."""
+    """Prepacked CPU kernels not to use, named as in `EngineInfo.linear_kernels`."""
     attention_backend: str = "auto"
-    """auto | torch | flashinfer. auto: FlashInfer on CUDA where it can serve the model."""
+    """auto | torch | flashinfer. auto: FlashInfer on CUDA if it supports the model."""
     cuda_graphs: bool = True
-    """With FlashInfer: replay single-token steps from CUDA graphs if that is faster here."""
+    """With FlashInfer: replay single-token steps from CUDA graphs if measured to be faster."""
     tokenizer_eos_ids: tuple[int, ...] = ()
-    """The tokenizer's own end token: it ends outputs beside those of the model's configuration."""
+    """The tokenizer's EOS ids, used in addition to those of the model's configuration."""
     inflate_parameters: int | None = None
-    """Quickstart only: grow the model to about this many parameters, with the same outputs."""
+    """Quickstart only: enlarge the model to about this many parameters, with the same outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a loaded engine is. The counterpart on the wire is `ModelInfo` in model.proto."""
+    """Description of a loaded engine. Sent to peers as `ModelInfo` (model.proto)."""
 
     name: str
     architecture: str
     vocab_size: int
-    """Width of a row of logits (a padded vocabulary counts its padding)."""
+    """Width of a row of logits, including a padded vocabulary's padding."""
     max_context_len: int
     eos_token_ids: tuple[int, ...]
     dtype: str
@@ -59,9 +60,9 @@ class EngineInfo:
     """SHA-256 (hex) of configuration and weights; the same for every dtype and device."""
     attention_backend: str
     """sdpa | flashinfer | none (simulated)."""
-    probe_max_difference: float
-    """Largest |difference| of a logit between this engine and plain eager attention, at load."""
+    self_test_max_difference: float
+    """Self-test at load: largest |difference| of a logit from plain eager attention."""
     cuda_graphs: bool = False
-    """Single-token steps are replayed from CUDA graphs."""
+    """Whether single-token steps are replayed from CUDA graphs."""
     linear_kernels: Mapping[str, int] = field(default_factory=dict)
     """Number of linear layers by kernel: onednn_float32, onednn_bfloat16, torch."""

@@ -1,9 +1,9 @@
-"""An engine without a model: passes that take the time they are told to, draws that agree as often.
+"""Simulated engine: passes take a configured time, draft tokens match at a configured rate.
 
-For studying other hardware, loads and networks with the services as they are. What the target
-emits after token t at position n is a pure function of (seed, n, t), which both tiers know; the
-draft's ranking puts it first, second, ... or nowhere, by chance. It imitates costs and acceptance,
-not laws: at any temperature the target emits its truth. Knows nothing of rows, trees or the wire.
+Used to study other hardware, loads and networks with the real services. The target's token at
+position n after token t is a pure function of (seed, n, t), known to both tiers. The draft ranks it
+first, second, … or not at all, at random. The engine imitates costs and acceptance, not
+distributions: at any temperature the target emits its fixed token.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, uniform
 from outrider.settings.simulation import Simulation
 
-# Chance left for tokens that are in a ranking only to fill it.
-_FILLER_CHANCE = 1e-4
-# What a simulated tier has room for unless it is told: nothing is held, so it may be much.
-_KV_TOKENS = 4_194_304
+# Probability given to candidates that only fill up the list.
+_FILLER_PROB = 1e-4
+# Default KV capacity. A simulation stores no keys or values, so it costs nothing.
+_DEFAULT_KV_TOKENS = 4_194_304
 
 
 @dataclass(frozen=True)
 class SimulatedSampler:
+    """Sampling state of one simulated generation."""
+
     params: SamplingParams
 
 
 class SimulatedEngine:
-    """As `ServedEngine`. `store` counts up to `kv_cache_tokens` tokens and holds none."""
+    """Implements `ServedEngine`. `store` counts up to `kv_cache_tokens` tokens and stores none."""
 
     def __init__(self, simulation: Simulation, kv_cache_tokens: int | None = None) -> None:
         self._simulation = simulation
         self._costs = simulation.costs
         self._fails_at = time.monotonic() + simulation.fails_after_s
-        self.store = KVStore([], (kv_cache_tokens or _KV_TOKENS) // PAGE_SIZE)
+        self.store = KVStore([], (kv_cache_tokens or _DEFAULT_KV_TOKENS) // PAGE_SIZE)
         self.info = EngineInfo(
             name="simulated",
             architecture="simulated",
@@ -62,11 +64,11 @@ class SimulatedEngine:
             kv_capacity_tokens=self.store.capacity_tokens,
             model_fingerprint=f"simulated-{simulation.vocab_size}-{simulation.seed}",
             attention_backend="none",
-            probe_max_difference=0.0,
+            self_test_max_difference=0.0,
         )
 
     def forward(self, appends: Sequence[Append]) -> None:
-        """Takes the pass's time; lengths change after it. Raises like a real one."""
+        """Take the configured time of a pass, then change lengths. Raises as `Engine.forward`."""
         if not appends:
             return
         started_at = time.perf_counter()
@@ -76,7 +78,7 @@ class SimulatedEngine:
                 raise ValueError(f"{sequence} is not open in this engine's store")
             if not 0 < len(token_ids) <= room or not 0 <= num_logits <= len(token_ids):
                 raise ValueError(
-                    f"{len(token_ids)} tokens, {num_logits} logits: not for {sequence}"
+                    f"{len(token_ids)} tokens and {num_logits} logits do not fit {sequence}"
                 )
         if time.monotonic() >= self._fails_at:
             raise RuntimeError("a simulated pass failed")
@@ -87,8 +89,8 @@ class SimulatedEngine:
             sequence.length += len(token_ids)
 
     def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> SimulatedSampler:
-        """Raises InvalidRequest, by name, for what a simulation does not imitate."""
-        for name, is_asked in (
+        """Raises InvalidRequest naming the field if a parameter cannot be simulated."""
+        for name, is_set in (
             ("logprobs", params.logprobs is not None),
             ("presence_penalty", params.presence_penalty != 0),
             ("frequency_penalty", params.frequency_penalty != 0),
@@ -97,62 +99,70 @@ class SimulatedEngine:
             ("allowed_token_ids", bool(params.allowed_token_ids)),
             ("min_tokens", params.min_tokens > 0 and bool(params.stop_token_ids)),
         ):
-            if is_asked:
-                raise InvalidRequest(f"sampling.{name}", "a simulated tier does not imitate it")
+            if is_set:
+                raise InvalidRequest(f"sampling.{name}", "a simulated tier does not support it")
         return SimulatedSampler(params)
 
     def truth(self, position: int, previous: int) -> int:
-        """What the target emits at `position` after token `previous`."""
+        """The target's token at `position` after token `previous`."""
         key = stream_key(self._simulation.seed, Purpose.TARGET, position, previous)
         return int(uniform(key) * self._simulation.vocab_size)
 
-    def sample(self, asks: Sequence[SampleRequest], logits: None) -> list[SampledToken | Exception]:
-        return [self._sampled(ask) for ask in asks]
+    def sample(
+        self, requests: Sequence[SampleRequest], logits: None
+    ) -> list[SampledToken | Exception]:
+        return [self._sampled(request) for request in requests]
 
-    def _sampled(self, ask: SampleRequest) -> SampledToken:
+    def _sampled(self, request: SampleRequest) -> SampledToken:
         survival, ranks = self._simulation.survival, self._simulation.ranks
-        previous = int(ask.history()[ask.position - 1])
-        truth = self.truth(ask.position, previous)
-        index = min(ask.position - ask.base_len, len(survival) - 1)
-        stands = survival[index]
-        chances = [stands, *((1 - stands) * chance for chance in ranks)]
-        # Of this position in this block, whatever else is drawn.
+        previous = int(request.history()[request.position - 1])
+        truth = self.truth(request.position, previous)
+        index = min(request.position - request.base_len, len(survival) - 1)
+        accepted = survival[index]
+        probs = [accepted, *((1 - accepted) * prob for prob in ranks)]
+        # Keyed by position and block, so that the result does not depend on other samples.
         seed = self._simulation.seed
-        key = stream_key(seed, Purpose.DRAFT, ask.position, previous * 64 + index)
+        key = stream_key(seed, Purpose.DRAFT, request.position, previous * 64 + index)
         rank, level = 0, uniform(key)
-        while rank < len(chances) and level >= chances[rank]:
-            level -= chances[rank]
+        while rank < len(probs) and level >= probs[rank]:
+            level -= probs[rank]
             rank += 1
         size = self._simulation.vocab_size
         ids = [(truth + 1 + filler) % size for filler in range(NUM_CANDIDATES)]
-        if rank < len(chances):
+        if rank < len(probs):
             ids[rank] = truth
-        chances += [_FILLER_CHANCE] * (NUM_CANDIDATES - len(chances))
-        scores = np.array([math.log(max(c, 1e-9)) for c in chances], np.float32)
+        probs += [_FILLER_PROB] * (NUM_CANDIDATES - len(probs))
+        scores = np.array([math.log(max(c, 1e-9)) for c in probs], np.float32)
         order = np.argsort(-scores, kind="stable")
-        has_support = not ask.is_guess and ask.sampler.params.needs_supports(ask.verification)
+        has_support = not request.is_guess and request.sampler.params.needs_supports(
+            request.verification
+        )
         support = (np.array(ids[:1]), np.ones(1, np.float32)) if has_support else None
         return SampledToken(ids[0], support, np.array(ids)[order], scores[order])
 
-    def score(self, asks: Sequence[ScoreRequest], logits: None) -> list[BlockScores | Exception]:
-        return [self._replied(ask) for ask in asks]
+    def score(
+        self, requests: Sequence[ScoreRequest], logits: None
+    ) -> list[BlockScores | Exception]:
+        return [self._scored(request) for request in requests]
 
-    def _replied(self, ask: ScoreRequest) -> BlockScores:
-        history = ask.history[ask.position - 1 : ask.position - 1 + ask.num_rows].tolist()
-        truths = [self.truth(ask.position + i, previous) for i, previous in enumerate(history)]
-        if ask.supports is None:
+    def _scored(self, request: ScoreRequest) -> BlockScores:
+        history = request.history[
+            request.position - 1 : request.position - 1 + request.num_rows
+        ].tolist()
+        truths = [self.truth(request.position + i, previous) for i, previous in enumerate(history)]
+        if request.supports is None:
             empty = np.zeros(0, np.float32)
             return BlockScores(np.array(truths), empty, empty, empty, None)
-        hits = [ids == truth for ids, truth in zip(ask.supports, truths, strict=False)]
+        hits = [ids == truth for ids, truth in zip(request.supports, truths, strict=False)]
         tail = np.array([float(not hit.any()) for hit in hits], np.float32)
-        samples = [self._outside(t, ids) for t, ids in zip(truths, ask.supports, strict=False)]
-        probs = np.concatenate(hits).astype(np.float32) if hits else np.zeros(0, np.float32)
-        of_samples = np.where(tail > 0, 0.0, -np.inf).astype(np.float32)
+        samples = [self._outside(t, ids) for t, ids in zip(truths, request.supports, strict=False)]
+        on_support = np.concatenate(hits).astype(np.float32) if hits else np.zeros(0, np.float32)
+        tail_logprobs = np.where(tail > 0, 0.0, -np.inf).astype(np.float32)
         samples += truths[len(samples) :]  # the bonus, where the block has one
-        return BlockScores(np.array(samples), probs, tail, of_samples, None)
+        return BlockScores(np.array(samples), on_support, tail, tail_logprobs, None)
 
     def _outside(self, truth: int, support: Ids) -> int:
         token_id = truth
-        while token_id in support:  # all the mass is inside: any token will do
+        while token_id in support:  # all mass is inside the support: any token outside it
             token_id = (token_id + 1) % self._simulation.vocab_size
         return token_id

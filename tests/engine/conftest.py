@@ -1,4 +1,4 @@
-"""What the engine's tests share: an engine per family, made once for the whole run."""
+"""Fixtures of the engine tests: one tiny engine per model family for the whole run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from outrider.engine import Engine, EngineOptions, load_engine
 from tests.tiny_models import make_tiny_model
 
-# Three layers, so that both kinds of layers of a family with windows are there.
+# Three layers, so that a family with windows has both kinds of layers.
 NUM_LAYERS = 3
 
 
@@ -22,7 +22,7 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a family's tiny model."""
+    """Directory of a family's tiny model, created on first use."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -36,7 +36,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def engine_of(model_dir: Callable[[str], Path]) -> Callable[..., Engine]:
-    """A loaded engine of a family."""
+    """Loaded engine of a family, created on first use."""
     made: dict[str, Engine] = {}
 
     def get(family: str) -> Engine:

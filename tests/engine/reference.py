@@ -1,4 +1,4 @@
-"""What the engine is compared with: plain Hugging Face, one sequence at a time, no cache."""
+"""Reference for the engine: plain Hugging Face, one sequence at a time, no cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 from tests.tiny_models import LOGIT_STD
 
-# Of the standard deviation of the logits, which is 5: float32 differs by the order of additions.
+# Tolerance in standard deviations of the logits: float32 sums in another order.
 TOLERANCE = 2e-5
 
 
@@ -32,7 +32,7 @@ class Reference:
 
 
 class Shadow:
-    """Sequences of an engine with the tokens they should hold, checked against a Reference."""
+    """Creates random tokens, and checks an engine's logits against a Reference."""
 
     def __init__(self, reference: Reference, seed: int, vocab_size: int = 256) -> None:
         self._reference = reference
@@ -44,7 +44,7 @@ class Shadow:
         return tokens
 
     def assert_rows(self, rows: torch.Tensor, token_ids: list[int], what: str) -> None:
-        """`rows` are the logits of the last tokens of `token_ids`."""
+        """Assert that `rows` are the logits of the last tokens of `token_ids`."""
         if len(rows) == 0:
             return
         expected = self._reference.logits(token_ids)[-len(rows) :]

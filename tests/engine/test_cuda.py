@@ -1,7 +1,6 @@
-"""The CUDA path, on a device: FlashInfer against torch's attention, graphs against neither.
+"""CUDA path on a GPU: FlashInfer against torch's attention, CUDA graphs against plain steps.
 
-Skipped where there is no device; what can be checked without one is in
-test_flashinfer_contract.py.
+Skipped without a GPU; what can be tested without one is in test_flashinfer_contract.py.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # FlashInfer compiles its kernels at first use.
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("default"),  # its imports', which are not ours to mend
+    pytest.mark.filterwarnings("default"),  # warnings of its imports
 ]
 
 needs_flashinfer = pytest.mark.skipif(
     importlib.util.find_spec("flashinfer") is None, reason="needs flashinfer-python"
 )
 
-# FlashInfer's head dimensions. Windows end in the history, within a verification, and nowhere.
+# Head dimensions that FlashInfer supports. Windows end in the history, within a verification, or
+# never.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 64},
     "qwen3": {"head_dim": 128},
@@ -61,36 +61,38 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 
 class Pair:
-    """The same steps on two engines of one model; their logits must stay near each other."""
+    """Runs the same steps on two engines of one model and compares their logits."""
 
     def __init__(self, one: Engine, other: Engine) -> None:
         self.engines = (one, other)
         self.rng = np.random.default_rng(0)
-        self.held: list[tuple[Sequence, Sequence]] = []
+        self.pairs: list[tuple[Sequence, Sequence]] = []
 
     def open(self, max_len: int) -> int:
-        self.held.append((self.engines[0].store.open(max_len), self.engines[1].store.open(max_len)))
-        return len(self.held) - 1
+        self.pairs.append(
+            (self.engines[0].store.open(max_len), self.engines[1].store.open(max_len))
+        )
+        return len(self.pairs) - 1
 
     def fork(self, index: int, max_len: int, length: int) -> int:
         one, other = (
             engine.store.fork(sequence, max_len, length=length)
-            for engine, sequence in zip(self.engines, self.held[index], strict=True)
+            for engine, sequence in zip(self.engines, self.pairs[index], strict=True)
         )
-        self.held.append((one, other))
-        return len(self.held) - 1
+        self.pairs.append((one, other))
+        return len(self.pairs) - 1
 
     def truncate(self, index: int, length: int) -> None:
-        for engine, sequence in zip(self.engines, self.held[index], strict=True):
+        for engine, sequence in zip(self.engines, self.pairs[index], strict=True):
             engine.store.truncate(sequence, length)
 
     def step(self, parts: list[tuple[int, int]]) -> None:
-        """Appends `count` random tokens to each (index, count) and compares every row."""
+        """Append `count` random tokens to each (index, count) and compare every row."""
         new = [self.rng.integers(256, size=count) for _, count in parts]
         one, other = (
             engine.forward(
                 [
-                    Append(self.held[index][side], ids, len(ids))
+                    Append(self.pairs[index][side], ids, len(ids))
                     for (index, _), ids in zip(parts, new, strict=True)
                 ]
             )
@@ -98,7 +100,7 @@ class Pair:
         )
         difference = (one - other).abs()
         scale = float(one.std())
-        # As two orders of addition in low precision; a wrong mask is off by about `scale`.
+        # Summation order explains this much in low precision; a wrong mask is off by about `scale`.
         assert float(difference.mean()) < 0.03 * scale
         assert float(difference.max()) < 0.5 * scale
 
@@ -122,7 +124,7 @@ def mixed_steps(pair: Pair) -> None:
 @needs_flashinfer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", MODELS)
-def test_flashinfer_says_what_torch_says(load: Load, family: str, dtype: str) -> None:
+def test_flashinfer_gives_the_logits_of_torch(load: Load, family: str, dtype: str) -> None:
     flash = load(family, dtype=dtype, attention_backend="flashinfer")
     assert flash.info.attention_backend == "flashinfer"
     plain = load(family, dtype=dtype, attention_backend="torch")
@@ -132,7 +134,7 @@ def test_flashinfer_says_what_torch_says(load: Load, family: str, dtype: str) ->
 
 @needs_flashinfer
 @pytest.mark.parametrize("family", MODELS)
-def test_graphs_say_what_single_steps_say(load: Load, family: str) -> None:
+def test_graphs_give_the_logits_of_plain_steps(load: Load, family: str) -> None:
     """Every bucket, full and padded, replayed between steps of other shapes."""
     plain = load(family, dtype="bfloat16", attention_backend="flashinfer")
     twin = load(family, dtype="bfloat16", attention_backend="flashinfer")
@@ -150,8 +152,8 @@ def test_graphs_say_what_single_steps_say(load: Load, family: str) -> None:
 
 
 @needs_flashinfer
-def test_the_choice_at_load(load: Load) -> None:
-    """By itself FlashInfer in low precision and torch in float32; graphs as measured."""
+def test_backend_chosen_at_load(load: Load) -> None:
+    """FlashInfer in low precision, torch in float32; graphs as measured."""
     engine = load("llama", dtype="bfloat16", cuda_graphs=True)
     assert engine.info.attention_backend == "flashinfer"
     assert isinstance(engine.info.cuda_graphs, bool)
@@ -161,13 +163,13 @@ def test_the_choice_at_load(load: Load) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_forks_by_torch(load: Load, family: str) -> None:
-    """The grouped way of the CPU, whose parts are explicit here."""
+def test_forks_with_torch_attention(load: Load, family: str) -> None:
+    """Grouped attention as on a CPU; on a GPU the parts are computed explicitly."""
     check_forks(load(family, dtype="float32", attention_backend="torch"), tolerance=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_mixed_steps_by_torch(load: Load, dtype: str) -> None:
-    """Low precision against float32, all by torch: what the other tests compare with is right."""
+def test_low_precision_with_torch_attention(load: Load, dtype: str) -> None:
+    """Low precision against float32: validates the reference of the other tests."""
     low = load("llama", dtype=dtype, attention_backend="torch")
     mixed_steps(Pair(load("llama", dtype="float32", attention_backend="torch"), low))

@@ -1,4 +1,4 @@
-"""One thread, in order; cancelled callers do not cancel work, and no exception is lost."""
+"""Device thread: one thread, in order; no call is cancelled midway, no exception lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_exceptions_reach_the_caller(device: DeviceThread) -> None:
 
 @pytest.mark.parametrize("started", [True, False])
 async def test_cancelled_caller_does_not_cancel_work(device: DeviceThread, started: bool) -> None:
-    """Neither work that runs nor work that waits for its turn."""
+    """Both for a running call and for a queued one."""
     gate, began, finished = threading.Event(), threading.Event(), threading.Event()
     blocker = asyncio.ensure_future(device.run(gate.wait, 60)) if not started else None
 
@@ -88,7 +88,7 @@ async def test_abandoned_exception_is_logged(
     assert "lost?" in caplog.text
 
 
-async def test_close_finishes_what_was_begun() -> None:
+async def test_close_finishes_queued_calls() -> None:
     device = DeviceThread()
     gate, done = threading.Event(), threading.Event()
 
@@ -107,7 +107,7 @@ async def test_close_finishes_what_was_begun() -> None:
         await device.run(lambda: None)
 
 
-def test_work_that_outlives_its_event_loop() -> None:
+def test_a_call_may_outlive_its_event_loop() -> None:
     device = DeviceThread()
     gate = threading.Event()
 

@@ -264,7 +264,7 @@ async def test_what_is_not_imitated_is_refused_by_name(
         asked = {**SAMPLED, "max_tokens": 4}
         refused = await refusal(stack.generate(prompt(0), sampling=asked | {field: value}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert f"sampling.{field}: a simulated tier does not imitate it" in refused.message
+        assert f"sampling.{field}: a simulated tier does not support it" in refused.message
         output = await stack.generate(prompt(0), sampling=asked)
         await eventually(lambda: nothing_held(stack))
     assert output.token_ids == truth(prompt(0), 4)

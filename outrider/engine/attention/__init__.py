@@ -1,1 +1,1 @@
-"""Attention over packed sequences: the interface, its back ends, and the choice between them."""
+"""Attention over packed sequences: the interface, its backends and the choice between them."""

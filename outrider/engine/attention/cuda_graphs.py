@@ -1,11 +1,11 @@
-"""Steps of one token per sequence, replayed from CUDA graphs: what a draft does most.
+"""CUDA graphs of steps with one token per sequence, the most frequent step of a draft.
 
-A small model's step costs more in Python and kernel launches than on the device; a graph is
-launched once. Owns the captured steps, one per number of sequences it pads to, and the memory
-that they read from and write to. Knows nothing about loading; what cannot be captured is left
-to the ordinary way, for good. Called on the device thread, in inference mode.
+A small model's step spends more time in Python and kernel launches than on the device; a graph is
+launched once. Owns the captured steps, one per padded number of sequences, and the memory they read
+and write. Steps that cannot be captured run ungraphed. Call it on the device thread, in inference
+mode.
 
-Written from the documentation of torch and FlashInfer; no device has run it yet.
+Written from the documentation of torch and FlashInfer; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
-# Before a capture the same work runs this often, so that whatever is made at first use is there.
+# Uncaptured runs before a capture, so that everything created at first use exists.
 _WARM_UPS = 2
 
 Run = Callable[[], torch.Tensor]
 
 
 def capture(run: Run, device: torch.device) -> Run:
-    """Captures `run`, whose inputs and output stay where they are; returns its replay."""
-    here = torch.cuda.current_stream(device)
-    # A capture that fails would leave its own stream the current one: back to `here` in any case.
-    with torch.cuda.stream(here):
+    """Capture `run`, whose inputs and output keep their memory, and return its replay."""
+    current = torch.cuda.current_stream(device)
+    # A failed capture leaves its own stream current. This context restores the original one.
+    with torch.cuda.stream(current):
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(here)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 run()
-        here.wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # No other thread uses the device. The stream is given: torch's own for captures is made
-        # once, for the device that was current then.
+        # No other thread uses the device. The stream is passed explicitly: torch would create its
+        # own once, on the device that is current at that time.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             out = run()
 
@@ -59,7 +59,7 @@ def capture(run: Run, device: torch.device) -> Run:
 
 
 class GraphedSteps:
-    """Captures a step at the first use of its size and replays it from then on."""
+    """Captures a step at the first use of its batch size and replays it afterwards."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class GraphedSteps:
         self._capture = capture
         self._steps: dict[int, _FixedStep] = {}
         self.failed = False
-        """A capture failed, and none is tried any more."""
+        """Whether a capture has failed. No capture is tried afterwards."""
 
     def ready_for(self, segments: Seq[Segment]) -> bool:
-        """Whether `run` can take this step; captures it if its size is new."""
+        """Whether `run` can execute this step. Captures the step if its batch size is new."""
         if self.failed or len(segments) > BUCKETS[-1]:
             return False
         if any(s.stop - s.start != 1 for s in segments):
@@ -91,21 +91,22 @@ class GraphedSteps:
         token_ids: npt.NDArray[np.int64],
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
-        """float32 logits [rows, vocab] of one token per segment, a copy."""
+        """Logits of one token per segment, float32 [rows, vocab], a copy."""
         logits = self._steps[_bucket(len(segments))].run(segments, token_ids)
-        wanted = torch.from_numpy(rows).to(logits.device)
-        return logits.index_select(0, wanted).float()
+        indices = torch.from_numpy(rows).to(logits.device)
+        return logits.index_select(0, indices).float()
 
     def _add(self, size: int) -> None:
+        """Capture a step of `size` sequences; on failure set `failed` and log it."""
         try:
             self._steps[size] = _FixedStep(size, self._model, self._backend, self._capture)
-        except Exception as error:  # a model's own code may do anything that a capture forbids
+        except Exception as error:  # model code may do things that a capture forbids
             self.failed = True
-            _log.warning("no CUDA graph of %d sequences, steps run one by one: %s", size, error)
+            _log.warning("no CUDA graph of %d sequences, steps run without graphs: %s", size, error)
 
 
 class _FixedStep:
-    """A step of `size` sequences whose inputs, plans and output never move."""
+    """Step of `size` sequences whose inputs, plans and output keep their memory addresses."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class _FixedStep:
         self._size = size
         self._backend = backend
         device = backend.device
-        # Token ids, positions, and rows of the KV memory: sent together.
+        # Token ids, positions and KV rows in one tensor, sent in one copy.
         self._inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
         ids, positions, slots = self._inputs.unbind(0)
         max_pages = size * -(-model.max_context_len // PAGE_SIZE)
@@ -128,17 +129,18 @@ class _FixedStep:
             with attending(step):
                 return model(ids[None], positions[None], 0)
 
-        # All rows are padding at first: captured work writes to the scratch page only.
+        # All rows are padding at first: the capture writes to the scratch page only.
         self._load([], np.empty(0, dtype=np.int64))
         self._replay = capture(run, device)
 
     def run(self, segments: Seq[Segment], token_ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Logits [size, vocab] in the model's dtype, overwritten by the next run."""
+        """Logits [size, vocab] in the model's dtype; the next run overwrites them."""
         self._load(segments, token_ids)
         self._attention.plan_all()
         return self._replay()
 
     def _load(self, segments: Seq[Segment], token_ids: npt.NDArray[np.int64]) -> None:
+        """Fill inputs and page tables for these segments; the rest of the batch is padding."""
         store, count = self._backend.store, len(segments)
         inputs = np.zeros((3, self._size), dtype=np.int64)
         inputs[2] = store.scratch_page * PAGE_SIZE
@@ -150,5 +152,5 @@ class _FixedStep:
 
 
 def _bucket(num_sequences: int) -> int:
-    """The size that this many sequences are padded to."""
+    """The batch size that this many sequences are padded to."""
     return next(bucket for bucket in BUCKETS if bucket >= num_sequences)

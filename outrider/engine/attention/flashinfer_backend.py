@@ -1,10 +1,10 @@
-"""Attention on CUDA through FlashInfer: all sequences of a step in one call per layer.
+"""FlashInfer backend: attention on CUDA, all sequences of a step in one call per layer.
 
-Owns what FlashInfer is told: page tables, one plan per step and kind of attention, and keys and
-values in place (its NHD layout is the KV store's own: pages of 16 rows of heads). Which models
-it can serve is chosen elsewhere (backends.py). Knows nothing about models or logits.
+Owns what is passed to FlashInfer: page tables, one plan per step and kind of attention, and keys
+and values in place (FlashInfer's NHD layout is the KV store's: pages of 16 rows of heads). Which
+models it can serve is decided in `select.py`.
 
-Written from the documentation and source of flashinfer-python 0.7.2; no device has run it yet.
+Written from the documentation and source of flashinfer-python 0.7.2; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from outrider.engine.attention.interface import LayerCall, Step
 from outrider.engine.attention.segments import Segment
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 
-# What FlashInfer recommends for partial results of split histories.
+# Workspace for partial results of split histories; size recommended by FlashInfer.
 _WORKSPACE_BYTES = 128 << 20
 
 NewWrapper = Callable[..., Any]
-"""As FlashInfer's BatchPrefillWithPagedKVCacheWrapper without its first two arguments."""
+"""FlashInfer's BatchPrefillWithPagedKVCacheWrapper without its first two arguments."""
 
 
 class AttentionKind(NamedTuple):
-    """What a plan depends on besides the step; a model has one or two kinds of attention."""
+    """Parameters of a plan besides the step; a model has one or two kinds of attention."""
 
     dtype: torch.dtype
     num_heads: int
@@ -40,19 +40,19 @@ class AttentionKind(NamedTuple):
 
 
 class PageTables(NamedTuple):
-    """A step's sequences as FlashInfer reads them: int32, on the CPU, where plans are made."""
+    """Page tables of a step in FlashInfer's format: int32, on the CPU, where plans are made."""
 
     query_starts: torch.Tensor
-    """[sequences + 1]: each one's packed rows are [its start, the next one's)."""
+    """[sequences + 1]: packed rows of sequence i are [query_starts[i], query_starts[i + 1])."""
     page_starts: torch.Tensor
-    """[sequences + 1], into `page_ids`."""
+    """[sequences + 1]: offsets into `page_ids`."""
     page_ids: torch.Tensor
     last_page_lens: torch.Tensor
     """[sequences]: tokens in the last page, 1 to 16."""
 
     @classmethod
     def of(cls, store: KVStore, segments: Seq[Segment], num_padding: int = 0) -> PageTables:
-        """As the step leaves them; padding is sequences of one token on the scratch page."""
+        """Tables as after the step. Padding: sequences of one token on the scratch page."""
         pages = [store.page_ids(s.sequence, s.total) for s in segments]
         pages += [np.array([store.scratch_page], dtype=np.int32)] * num_padding
         totals = np.array([s.total for s in segments] + [1] * num_padding)
@@ -66,10 +66,10 @@ class PageTables(NamedTuple):
 
 
 class PagedAttention:
-    """FlashInfer's wrappers, one for each kind of attention, planned for the step under way."""
+    """FlashInfer wrappers, one per kind of attention, planned for the current step."""
 
     def __init__(self, device: torch.device, new_wrapper: NewWrapper, **arguments: Any) -> None:
-        """arguments: to every wrapper, beside what `new_wrapper` gives it."""
+        """`arguments`: passed to every wrapper, in addition to those bound in `new_wrapper`."""
         self._device = device
         self._new_wrapper = new_wrapper
         self._arguments = arguments
@@ -81,10 +81,10 @@ class PagedAttention:
         self._tables: PageTables | None = None
 
     def begin(self, tables: PageTables) -> None:
-        """The calls from here on are of this step.
+        """Start a step: plans are made for these tables from now on.
 
-        FlashInfer sends a plan from one pinned buffer without waiting, and writes the next plan
-        over it: not before the device has read the last one.
+        FlashInfer copies a plan asynchronously from one pinned buffer and writes the next plan into
+        the same buffer. So wait until the device has read the last plan.
         """
         if self._sent is not None:
             self._sent.synchronize()
@@ -92,11 +92,11 @@ class PagedAttention:
         self._planned.clear()
 
     def plan(self, kind: AttentionKind) -> Any:
-        """The wrapper of this kind, ready for the step."""
+        """The wrapper of this kind, planned for the current step."""
         if kind not in self._wrappers:
             self._wrappers[kind] = self._new_wrapper(**self._arguments)
         wrapper, tables = self._wrappers[kind], self._tables
-        assert tables is not None, "a plan without a step"
+        assert tables is not None, "plan called before begin"
         if kind not in self._planned:
             wrapper.plan(
                 *tables,
@@ -104,7 +104,7 @@ class PagedAttention:
                 kind.num_kv_heads,
                 kind.dim,
                 PAGE_SIZE,
-                causal=True,  # the last query is at the last key
+                causal=True,  # the last query aligns with the last key
                 sm_scale=kind.scaling,
                 window_left=-1 if kind.window is None else kind.window - 1,
                 logits_soft_cap=kind.softcap,
@@ -117,13 +117,13 @@ class PagedAttention:
         return wrapper
 
     def plan_all(self) -> None:
-        """Plans every kind seen so far: a replayed graph does not come back to ask."""
+        """Plan every kind seen so far. A replayed graph does not call `plan` itself."""
         for kind in self._wrappers:
             self.plan(kind)
 
 
 class FlashInferStep:
-    """Carries the attention of one step."""
+    """Attention of one step."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class FlashInferStep:
         attention: PagedAttention,
         slots: torch.Tensor,
     ) -> None:
-        """slots: int64 [T] on the device, the row of the KV memory for each packed token."""
+        """`slots`: int64 [T] on the device, the KV row of each packed token."""
         self._store = store
         self._windows = windows
         self._attention = attention
@@ -146,8 +146,8 @@ class FlashInferStep:
         value: torch.Tensor,
         call: LayerCall,
     ) -> torch.Tensor:
-        """Caches key and value [1, Hkv, T, D], attends query [1, H, T, D] → [1, T, H, D]."""
-        assert call.sinks is None, "a model with sinks was given to FlashInfer"
+        """Store key and value [1, Hkv, T, D]; attend query [1, H, T, D] → [1, T, H, D]."""
+        assert call.sinks is None, "FlashInfer does not support attention sinks"
         layer: int = module.layer_idx  # type: ignore[assignment]
         keys, values = self._store.keys[layer], self._store.values[layer]
         keys.index_copy_(0, self._slots, key[0].transpose(0, 1))
@@ -165,12 +165,12 @@ class FlashInferStep:
 
 
 class FlashInferBackend:
-    """Makes steps for one device; the engine's for as long as it lives."""
+    """FlashInfer attention on one device, for the lifetime of an engine."""
 
     def __init__(
         self, store: KVStore, windows: tuple[int | None, ...], new_wrapper: NewWrapper | None = None
     ) -> None:
-        """new_wrapper: None for FlashInfer's own, which allocates 128 MiB on the store's device."""
+        """`new_wrapper`: None uses FlashInfer's, which allocates 128 MiB on the store's device."""
         self.store = store
         self.device = store.keys[0].device
         self._windows = windows
@@ -178,20 +178,21 @@ class FlashInferBackend:
         self._attention = PagedAttention(self.device, self._new_wrapper)
 
     def step(self, segments: Seq[Segment]) -> Step:
-        """The step of these segments; the one before it must have been carried out."""
+        """Step for these segments. The previous step must have finished."""
         self._attention.begin(PageTables.of(self.store, segments))
         slots = [self.store.slots(s.sequence, s.past, s.total) for s in segments]
         on_device = torch.from_numpy(np.concatenate(slots)).to(self.device)
         return self.step_with(self._attention, on_device)
 
     def step_with(self, attention: PagedAttention, slots: torch.Tensor) -> Step:
-        """A step whose plans and slots are someone else's (graphs.py)."""
+        """Step with the plans and slots of a caller (`cuda_graphs.py`)."""
         return FlashInferStep(self.store, self._windows, attention, slots)
 
     def fixed_attention(self, num_sequences: int, max_pages: int) -> PagedAttention:
-        """Plans that always lie in the same memory, for CUDA graphs.
+        """Attention whose plans keep their memory addresses, for CUDA graphs.
 
-        For steps of `num_sequences` sequences of one new token and `max_pages` pages in all.
+        For steps of `num_sequences` sequences with one new token each and at most `max_pages`
+        pages.
         """
         sizes = {
             "qo_indptr_buf": num_sequences + 1,
@@ -203,14 +204,14 @@ class FlashInferBackend:
             name: torch.zeros(size, dtype=torch.int32, device=self.device)
             for name, size in sizes.items()
         }
-        # fa2 keeps every size in a plan the same for one number of sequences, as replays need.
+        # With fa2, the sizes in a plan depend only on the number of sequences, as replays need.
         return PagedAttention(
             self.device, self._new_wrapper, use_cuda_graph=True, backend="fa2", **buffers
         )
 
 
 def _starts(counts: Seq[int]) -> torch.Tensor:
-    """int32 [n + 1]: 0 and the running sums."""
+    """int32 [n + 1]: 0 and the cumulative sums."""
     return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
 
 

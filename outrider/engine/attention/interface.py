@@ -1,20 +1,19 @@
-"""Attention over paged keys and values, as the function that transformers calls.
+"""Attention of one layer over paged keys and values: transformers' entry point and the mathematics.
 
-Owns the function that loading registers with transformers, and the mathematics of one layer. Which
-engine a call belongs to comes from a context variable that only `Engine.forward` sets, so any
-number of engines can live in a process. Knows nothing about models or sessions.
+Owns the function registered with transformers. A context variable, set by `Engine.forward` only,
+tells which engine's step a call belongs to, so a process can run any number of engines.
 
-Ways to compute: `attend_fused` (torch's kernel) and `attend_explicit` (scores, softmax,
-product), for what no kernel of torch's offers: soft-capped scores (Gemma 2) and attention sinks
-(gpt-oss). Both take queries whose heads are folded: the query heads that share a key head lie
-one after another as rows of that head. This reads each key once for its whole group, and was
-the fastest on CPU for every length from 1 to 512 (`enable_gqa` is up to 6 times slower).
-`attend_part` is either over some of the keys only, with what is needed to merge the parts.
+Two implementations: `attend_fused` (torch's kernel) and `attend_explicit` (scores, softmax,
+product), for features no torch kernel has: soft-capped scores (Gemma 2) and attention sinks
+(gpt-oss). Both take folded queries: the query heads that share a KV head are consecutive rows of
+that head. Each key is then read once per group, which was the fastest on CPU for every length from
+1 to 512 (`enable_gqa` is up to 6 times slower). `attend_part` computes either over part of the
+keys; `merge_parts` combines parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,27 +27,27 @@ from outrider.errors import InternalError
 ATTENTION_NAME = "outrider"
 
 HIDDEN = -1e30
-"""In masks of parts: a part may hide all keys from a row, and -inf would make that row NaN."""
+"""Mask value in parts: a part may hide all keys from a row, and -inf would give NaN there."""
 
-# Internal to torch, but the only kernel for CPU that also tells the log-sums.
+# Internal to torch, but the only CPU kernel that also returns log-sum-exp.
 _flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What a model passes with one attention call, beside the tensors."""
+    """Arguments of one attention call besides the tensors."""
 
     scaling: float | None
     window: int | None
-    """Token i sees tokens j > i - window."""
+    """Sliding window: token i attends to tokens j > i - window."""
     softcap: float | None
     sinks: torch.Tensor | None
-    """One logit per head that takes part in the softmax and then is dropped."""
+    """Attention sinks: one logit per head that takes part in the softmax and is then dropped."""
     others: dict[str, Any]
 
 
 class Step(Protocol):
-    """What an attention call reaches through the context variable."""
+    """Attention of one forward pass, called once per layer."""
 
     def attend(
         self,
@@ -67,7 +66,7 @@ _current_step: ContextVar[Step] = ContextVar("outrider_attention_step")
 
 @contextmanager
 def attending(step: Step) -> Iterator[None]:
-    """Attention calls made in this context go to `step`."""
+    """Route the attention calls made in this context to `step`."""
     token = _current_step.set(step)
     try:
         yield
@@ -88,22 +87,47 @@ def registered_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function transformers calls for every layer (its AttentionInterface)."""
+    """Attention function that transformers calls for every layer (its AttentionInterface).
+
+    Raises InternalError outside `attending`, or if the model passes a mask.
+    """
     try:
         step = _current_step.get()
     except LookupError:
         raise InternalError("an engine's model was called outside Engine.forward") from None
     if attention_mask is not None:
-        raise InternalError("the model made an attention mask of its own")
+        raise InternalError("the model passed its own attention mask")
     call = LayerCall(scaling, sliding_window, softcap, s_aux, others)
     return step.attend(module, query, key, value, call), None
 
 
+class AttentionStub:
+    """Stub step for a discovery pass: reports every layer's call and returns zeros."""
+
+    def __init__(
+        self,
+        on_call: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, LayerCall], None],
+    ) -> None:
+        """`on_call(module, key, value, call)` may raise to refuse the model."""
+        self._on_call = on_call
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: LayerCall,
+    ) -> torch.Tensor:
+        self._on_call(module, key, value, call)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
 @dataclass(frozen=True, slots=True)
 class QueryBlock:
-    """Consecutive new tokens of one sequence, and the keys they may see.
+    """Consecutive new tokens of one sequence, and the range of keys they may attend to.
 
-    The queries are positions [first, last], the keys [first_key, last].
+    Queries are positions [first, last], keys [first_key, last].
     """
 
     first: int
@@ -116,9 +140,9 @@ class QueryBlock:
         return cls(first, last, 0 if window is None else max(0, first + 1 - window), window)
 
     def mask(self, group: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """0 where a query sees a key, -inf elsewhere: [group * queries, keys]; None: sees all.
+        """0 for visible keys, -inf otherwise: [group * queries, keys]; None: all keys are visible.
 
-        Rows repeat for each of the `group` query heads that share a key head.
+        Rows repeat for each of the `group` query heads that share a KV head.
         """
         if self.first == self.last:
             return None
@@ -138,7 +162,10 @@ def attend_fused(
     mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """query [Hkv, rows, D], key [Hkv, keys, D], value [Hkv, keys, Dv] → [Hkv, rows, Dv]."""
+    """Attention by torch's kernel.
+
+    query [Hkv, rows, D], key [Hkv, keys, D], value [Hkv, keys, Dv] → [Hkv, rows, Dv].
+    """
     return functional.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=mask, scale=scaling
     )[0]
@@ -151,7 +178,7 @@ def attend_explicit(
     mask: torch.Tensor | None,
     call: LayerCall,
 ) -> torch.Tensor:
-    """As `attend_fused`, with soft-capped scores and sinks; computed in float32."""
+    """`attend_fused` with soft-capped scores and sinks; computed in float32."""
     scores = _scores(query, key, call)
     if mask is not None:
         scores += mask.float()
@@ -172,11 +199,11 @@ def attend_part(
     mask: torch.Tensor | None,
     call: LayerCall,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over part of the keys, sinks left out; `merge_parts` makes it whole.
+    """Attention over part of the keys, without sinks, for `merge_parts`.
 
-    query [B, Hkv, rows, D], key [B, Hkv, keys, D], value [B, Hkv, keys, Dv], mask float32
-    [B, 1, rows, keys] of 0 and HIDDEN → ([B, Hkv, rows, Dv], float32 [B, Hkv, rows]: the log of
-    the sum of exp(score)).
+    query [B, Hkv, rows, D], key [B, Hkv, keys, D], value [B, Hkv, keys, Dv], mask float32 [B, 1,
+    rows, keys] of 0 and HIDDEN → ([B, Hkv, rows, Dv], float32 log-sum-exp of the scores [B, Hkv,
+    rows]).
     """
     fused = _flash_cpu is not None and query.device.type == "cpu" and call.softcap is None
     if fused and key.shape[-1] == value.shape[-1]:
@@ -193,14 +220,14 @@ def attend_part(
 def merge_parts(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the keys of both parts, which are disjoint; any shapes [..., Dv], [...]."""
+    """Attention over the keys of two disjoint parts; any shapes [..., Dv] and [...]."""
     share = torch.sigmoid(first[1] - second[1])[..., None]
     out = torch.lerp(second[0].float(), first[0].float(), share).to(second[0].dtype)
     return out, torch.logaddexp(first[1], second[1])
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    """float32 [..., rows, keys], scaled and soft-capped."""
+    """Scores float32 [..., rows, keys], scaled and soft-capped."""
     scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     scores = torch.matmul(query.float() * scaling, key.float().transpose(-1, -2))
     if call.softcap is not None:

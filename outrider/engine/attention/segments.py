@@ -1,7 +1,7 @@
-"""What a forward step is made of: each sequence's share of the packed rows.
+"""Segments of a forward step, the Backend protocol, and index arrays on devices.
 
-Plain data, index arrays that are sent to a device once, and the seam behind which attention is
-computed (packed.py, flashinfer_backend.py); knows nothing of how.
+A segment is one sequence's share of the packed rows. Backends that compute attention over segments:
+`torch_backend.py` and `flashinfer_backend.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from outrider.engine.attention.interface import QueryBlock, Step
 from outrider.engine.kv.store import Sequence
 
-# Queries attended at once: a long prefill skips the keys after each block, and the explicit
-# path's scores stay small. Decoding and verification never reach it.
+# Queries per attention call. In a long prefill each block skips the keys after it, and the scores
+# of the explicit path stay small. Decoding and verification have fewer tokens.
 _BLOCK_TOKENS = 128
 
 
@@ -32,10 +32,11 @@ class Segment:
 
     @property
     def total(self) -> int:
-        """Tokens that the sequence has after the step."""
+        """Length of the sequence after the step."""
         return self.past + self.stop - self.start
 
     def blocks(self, window: int | None) -> list[QueryBlock]:
+        """The new tokens in blocks of at most 128 queries."""
         return [
             QueryBlock.of(first, min(first + _BLOCK_TOKENS, self.total) - 1, window)
             for first in range(self.past, self.total, _BLOCK_TOKENS)
@@ -43,15 +44,15 @@ class Segment:
 
 
 class Backend(Protocol):
-    """One way to attend; an engine has one for as long as it lives."""
+    """Attention implementation of an engine, for its lifetime."""
 
     def step(self, segments: Seq[Segment]) -> Step:
-        """What carries the attention of one forward; the step before it is over."""
+        """The attention of one forward pass. The previous pass must have finished."""
         ...
 
 
 class OnDevices:
-    """An array of indices, and its copy on each device that asked for one."""
+    """Index array with a cached copy on each device that uses it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array

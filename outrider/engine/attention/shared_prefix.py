@@ -1,10 +1,10 @@
-"""Attention of forks that continue one prefix: the prefix is read in place, once for all of them.
+"""Attention of forks with a common prefix: the prefix is read in place, once for all forks.
 
 Owns the grouping of a step's forks and the mathematics of one group. A fork shares its parent's
-pages up to where they part, so the rows of the prefix are consecutive and the same for every
-fork: their queries are folded into one call over it. What each has of its own is short; the
-tails are gathered into one more call, and the two are merged by their log-sums. Knows nothing
-about models, nor about sequences whose rows are all consecutive (packed.py).
+pages up to the fork point, so the rows of the prefix are consecutive and the same for every fork.
+The queries of all forks are folded into one call over the prefix. What each fork has of its own
+(its tail) is short: all tails are gathered into a second call. The two results are merged by their
+log-sum-exp. Sequences whose rows are all consecutive are attended in `torch_backend.py`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from outrider.engine.attention.interface import HIDDEN, LayerCall, attend_part, 
 from outrider.engine.attention.segments import OnDevices, Segment
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 
-# More new tokens than a verification has: a prompt chunk, for which gathering once is nothing.
-_MOST_TOKENS = 16
+# Forks with more new tokens are attended separately: more than a verification has, so a prompt
+# chunk, for which one gather is cheap.
+_MAX_TOKENS = 16
 
-# A prefix shorter than this is not worth a call of its own.
-_SHORTEST_PREFIX = 64
+# Shorter prefixes do not pay for a call of their own.
+_MIN_PREFIX = 64
 
-# Forks of one parent are attended together if their tails, padded to the longest, differ little:
-# by these many pages of the prefix, and not twofold beyond these many tokens.
+# Forks of one parent are attended together if their lengths are similar: prefixes in the same
+# bucket of this many pages, and tails within a factor of two above this many tokens. Tails are
+# padded to the longest.
 _PREFIX_BUCKET_PAGES = 8
 _TAIL_BUCKET_TOKENS = 64
 
 
 class ForkedSegments:
-    """Segments of equally many tokens whose sequences begin with the same consecutive rows."""
+    """Segments with equally many new tokens; their sequences begin with the same KV rows."""
 
     def __init__(self, store: KVStore, segments: Seq[Segment]) -> None:
         self.rows = np.concatenate([np.arange(s.start, s.stop) for s in segments])
@@ -74,7 +76,7 @@ class ForkedSegments:
         call: LayerCall,
         window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over each member's keys behind the prefix: [members, tokens, Hkv, group, (Dv)]."""
+        """Attend to each member's keys after the prefix: [members, tokens, Hkv, group, (Dv)]."""
         num_kv_heads, group, members, count, dim = folded.shape
         query = folded.permute(2, 0, 1, 3, 4).reshape(members, num_kv_heads, group * count, dim)
         slots = self._tail_slots.get(folded.device)
@@ -100,7 +102,7 @@ class ForkedSegments:
         call: LayerCall,
         window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the rows that all members share: [members, tokens, Hkv, group, (Dv)]."""
+        """Attend to the rows that all members share: [members, tokens, Hkv, group, (Dv)]."""
         num_kv_heads, group, members, count, dim = folded.shape
         first_key = self._first_key(window)
         start, stop = self._first_row + first_key, self._first_row + self._prefix_len
@@ -125,25 +127,25 @@ class ForkedSegments:
     ) -> torch.Tensor | None:
         """float32 [batch, 1, group * rows, keys] for positions `rows` [batch, rows, 1].
 
-        None if all keys are seen. Not in the model's dtype: HIDDEN is infinite in float16.
+        None if all keys are visible. Not in the model's dtype: HIDDEN would be infinite in float16.
         """
         group = folded.shape[1]
-        place = (part, window, group, folded.device)
-        if place not in self._masks:
+        cache_key = (part, window, group, folded.device)
+        if cache_key not in self._masks:
             hidden = columns > rows
             if window is not None:
                 hidden |= columns <= rows - window
             mask = np.where(np.tile(hidden, (1, group, 1)), np.float32(HIDDEN), np.float32(0))
             tensor = torch.from_numpy(mask[:, None]).to(folded.device)
-            self._masks[place] = tensor if hidden.any() else None
-        return self._masks[place]
+            self._masks[cache_key] = tensor if hidden.any() else None
+        return self._masks[cache_key]
 
     def _first_key(self, window: int | None) -> int:
-        """The first position that any member sees."""
+        """The first position visible to any member."""
         return 0 if window is None else max(0, int(self._positions.min()) + 1 - window)
 
     def _slots(self, store: KVStore, segments: Seq[Segment]) -> np.ndarray:
-        """Rows of the tails, each padded to the longest with a row of its own."""
+        """KV rows of the tails; each is padded to the longest one with its own last row."""
         slots = np.empty((len(segments), self._tail_len), dtype=np.int64)
         for row, segment in zip(slots, segments, strict=True):
             own = store.slots(segment.sequence, self._prefix_len, segment.total)
@@ -155,21 +157,21 @@ class ForkedSegments:
 def group_branches(
     store: KVStore, segments: Seq[Segment]
 ) -> tuple[list[Segment], list[ForkedSegments]]:
-    """The segments that go alone, and the others by what they share."""
-    alone: list[Segment] = []
+    """Split segments into those attended separately and groups of forks."""
+    separate: list[Segment] = []
     groups: dict[tuple[int, ...], list[Segment]] = defaultdict(list)
     for segment in segments:
         sequence, count = segment.sequence, segment.stop - segment.start
         prefix_len = _prefix_len(segment)
-        if sequence.run_start is not None or count > _MOST_TOKENS or prefix_len < _SHORTEST_PREFIX:
-            alone.append(segment)
+        if sequence.run_start is not None or count > _MAX_TOKENS or prefix_len < _MIN_PREFIX:
+            separate.append(segment)
             continue
         tail_bucket = max(segment.total - prefix_len, _TAIL_BUCKET_TOKENS).bit_length()
         prefix_bucket = prefix_len // (_PREFIX_BUCKET_PAGES * PAGE_SIZE)
         groups[sequence.first_row, count, prefix_bucket, tail_bucket].append(segment)
-    return alone, [ForkedSegments(store, members) for members in groups.values()]
+    return separate, [ForkedSegments(store, members) for members in groups.values()]
 
 
 def _prefix_len(segment: Segment) -> int:
-    """Cached tokens that lie in consecutive rows from the first on."""
+    """Cached tokens in consecutive rows, from the first on."""
     return min(segment.sequence.num_leading * PAGE_SIZE, segment.past)

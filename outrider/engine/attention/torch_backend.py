@@ -1,7 +1,7 @@
-"""One forward step: tokens of many sequences packed side by side, attended one by one.
+"""Torch backend: attention of one forward step by torch's kernels, sequence by sequence.
 
-Owns the plan of a step (who has which rows, which masks, which slots of the KV memory) and
-carries it out layer by layer. Knows nothing about models or logits.
+Owns the plan of a step (packed rows, masks and KV slots of each sequence) and executes it for every
+layer.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from outrider.engine.attention.segments import OnDevices, Segment
 from outrider.engine.attention.shared_prefix import group_branches
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 
-# Masks above this size are made anew for every layer rather than kept for the whole step.
-_KEPT_MASK_BYTES = 32 << 20
+# Larger masks are recomputed for every layer instead of cached for the step.
+_MAX_CACHED_MASK_BYTES = 32 << 20
 
 
 class TorchBackend:
     """Attention by torch's own kernels, on any device."""
 
     def __init__(self, store: KVStore, windows: tuple[int | None, ...]) -> None:
-        """windows: per layer, from the configuration; what the model passes goes before it."""
+        """`windows`: per layer, from the configuration; a window that the model passes wins."""
         self._store = store
         self._windows = windows
 
     def step(self, segments: Seq[Segment]) -> PackedStep:
+        """Move scattered sequences to consecutive pages where possible, then plan the step."""
         for segment in segments:
             self._store.compact(segment.sequence)
         return PackedStep(self._store, segments, self._windows)
 
 
 class PackedStep:
-    """Carries the attention of one step; made for it and dropped with it."""
+    """Attention of one step. Created for it and discarded after it."""
 
     def __init__(
         self, store: KVStore, segments: Seq[Segment], windows: tuple[int | None, ...]
     ) -> None:
         self._store = store
         self._windows = windows
-        self._alone, self._branches = group_branches(store, segments)
+        self._separate, self._branches = group_branches(store, segments)
         self._order = self._find_order() if self._branches else None
         self._blocks: dict[int | None, list[tuple[Segment, QueryBlock]]] = {}
         self._masks: dict[
@@ -61,7 +62,7 @@ class PackedStep:
         value: torch.Tensor,
         call: LayerCall,
     ) -> torch.Tensor:
-        """Caches key and value [1, Hkv, T, D], attends query [1, H, T, D] → [1, T, H, Dv]."""
+        """Store key and value [1, Hkv, T, D]; attend query [1, H, T, D] → [1, T, H, Dv]."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         window = self._windows[layer] if call.window is None else call.window
         keys, values = self._store.keys[layer], self._store.values[layer]
@@ -79,14 +80,15 @@ class PackedStep:
         return out[None]
 
     def _find_order(self) -> OnDevices | None:
-        """Where the packed rows are among those attended alone, then by branches."""
-        alone = [np.arange(s.start, s.stop) for s in self._alone]
-        rows = np.concatenate([*alone, *(b.rows for b in self._branches)])
+        """Index of each packed row in the order of computation: separate segments, then groups."""
+        separate = [np.arange(s.start, s.stop) for s in self._separate]
+        rows = np.concatenate([*separate, *(b.rows for b in self._branches)])
         return None if np.array_equal(rows, np.arange(rows.size)) else OnDevices(np.argsort(rows))
 
     def _blocks_with(self, window: int | None) -> list[tuple[Segment, QueryBlock]]:
+        """Query blocks of all separate segments for this window."""
         if window not in self._blocks:
-            self._blocks[window] = [(s, b) for s in self._alone for b in s.blocks(window)]
+            self._blocks[window] = [(s, b) for s in self._separate for b in s.blocks(window)]
         return self._blocks[window]
 
     def _attend_block(
@@ -97,7 +99,7 @@ class PackedStep:
         cache: tuple[torch.Tensor, torch.Tensor],
         call: LayerCall,
     ) -> torch.Tensor:
-        """One block of one segment: [block tokens, H, Dv]."""
+        """Attend one block of one segment: [block tokens, H, Dv]."""
         key = self._history(segment, block, cache[0])
         value = self._history(segment, block, cache[1])
         num_heads, dim = query.shape[1], query.shape[3]
@@ -114,7 +116,7 @@ class PackedStep:
         return out.reshape(num_heads, count, -1).transpose(0, 1)
 
     def _history(self, segment: Segment, block: QueryBlock, cache: torch.Tensor) -> torch.Tensor:
-        """Keys or values [first_key, last] of a sequence, [Hkv, keys, D]: a view if it can be."""
+        """Keys or values [first_key, last] of a sequence, [Hkv, keys, D]; a view if possible."""
         run_start = segment.sequence.run_start
         if run_start is not None:
             rows = cache[run_start + block.first_key : run_start + block.last + 1]
@@ -128,17 +130,17 @@ class PackedStep:
         return rows.transpose(0, 1)
 
     def _mask(self, block: QueryBlock, group: int, query: torch.Tensor) -> torch.Tensor | None:
-        place = (block, group, query.dtype, query.device)
-        if place in self._masks:
-            return self._masks[place]
+        cache_key = (block, group, query.dtype, query.device)
+        if cache_key in self._masks:
+            return self._masks[cache_key]
         mask = block.mask(group, query.dtype, query.device)
-        if mask is None or mask.nbytes <= _KEPT_MASK_BYTES:
-            self._masks[place] = mask
+        if mask is None or mask.nbytes <= _MAX_CACHED_MASK_BYTES:
+            self._masks[cache_key] = mask
         return mask
 
     def _pages_on(self, segment: Segment, device: torch.device) -> torch.Tensor:
-        place = (segment.start, device)
-        if place not in self._pages:
+        cache_key = (segment.start, device)
+        if cache_key not in self._pages:
             pages = self._store.page_ids(segment.sequence, segment.total)
-            self._pages[place] = torch.from_numpy(pages).to(device)
-        return self._pages[place]
+            self._pages[cache_key] = torch.from_numpy(pages).to(device)
+        return self._pages[cache_key]

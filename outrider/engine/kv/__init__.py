@@ -1,1 +1,1 @@
-"""KV cache: pages, the prefix cache, and the sequences that own pages."""
+"""KV cache: pages, the prefix cache, sequences that own pages, and the tensors behind them."""

@@ -1,7 +1,4 @@
-"""How many tokens' keys and values fit into the memory that is free now.
-
-Knows devices and bytes; nothing about pages or models.
-"""
+"""KV memory budget: how many tokens' keys and values fit into the memory that is free now."""
 
 from __future__ import annotations
 
@@ -13,36 +10,37 @@ import torch
 
 from outrider.engine.kv.store import LayerLayout
 
-# On CPU other programs want memory too; on CUDA 20% is left for activations.
+# On CPU, memory is shared with other programs. On CUDA, 20 % is left for activations.
 _CPU_SHARE = 0.25
-_CPU_MOST_BYTES = 4 << 30
+_CPU_MAX_BYTES = 4 << 30
 _CUDA_SHARE = 0.8
 
 
 def affordable_tokens(layers: Seq[LayerLayout]) -> int:
-    """Tokens for which all layers' keys and values fit on their devices."""
-    needed: dict[torch.device, int] = defaultdict(int)
+    """Tokens for which the keys and values of all layers fit on the layers' devices."""
+    per_token_bytes: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
-        needed[layer.device] += layer.bytes_per_token
-    return min(_budget_bytes(device) // per_token for device, per_token in needed.items())
+        per_token_bytes[layer.device] += layer.bytes_per_token
+    return min(_budget_bytes(device) // num_bytes for device, num_bytes in per_token_bytes.items())
 
 
 def _budget_bytes(device: torch.device) -> int:
+    """Bytes of the device's free memory to use for keys and values."""
     if device.type == "cuda":
         return int(free_bytes(device) * _CUDA_SHARE)
-    return min(int(free_bytes(device) * _CPU_SHARE), _CPU_MOST_BYTES)
+    return min(int(free_bytes(device) * _CPU_SHARE), _CPU_MAX_BYTES)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses."""
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _available_ram()
 
 
 def _available_ram() -> int:
-    """Bytes of RAM that can still be used, within the container's limit if there is one."""
-    available = 8 << 30  # a machine that tells nothing
+    """Available RAM in bytes, within the container's limit if there is one."""
+    available = 8 << 30  # used if /proc/meminfo has no MemAvailable
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024

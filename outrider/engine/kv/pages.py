@@ -1,9 +1,9 @@
-"""Which pages of the KV memory are free, and how often each of the others is owned and pinned.
+"""Page allocator: which KV pages are free; for the others, the number of owners and pins.
 
-An owner that gives its pages up when their room is wanted does not pin them: the prefix cache, a
-session between two turns, spare pages of a running one. Knows page numbers only: no tensors, no
-sequences, no tokens. It prefers runs of consecutive pages, because attention reads a run in place
-and has to gather anything else.
+A page is freed, and can be allocated again, when `release` removes its last owner. Owners: a
+sequence, the prefix cache. An owner does not pin its pages if they may be taken from it: the prefix
+cache, the KV of an idle session, spare pages of a running sequence. Runs of consecutive pages are
+preferred, because attention reads a run in place and must gather anything else.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections.abc import Iterable
 from outrider.errors import KVFull
 
 PAGE_SIZE = 16
-"""Tokens in a page. Every paged attention kernel takes 16."""
+"""Tokens per page. Every paged attention kernel supports 16."""
 
 
 class PageAllocator:
-    """Free runs of pages, and for every page its owners and how many of them pin it."""
+    """Free runs of pages; for every other page, its owner count and its pin count."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.num_free = num_pages
         self.num_pinned = 0
-        """Pages with an owner that does not give them up."""
+        """Pages with at least one pin."""
         self._num_owners = [0] * num_pages
         self._num_pins = [0] * num_pages
-        # A free run [start, end) is in both maps, so that neighbours merge in constant time.
+        # A free run [start, end) is in both maps, so neighbours merge in constant time.
         self._end_of = {0: num_pages} if num_pages else {}
         self._start_of = {num_pages: 0} if num_pages else {}
 
     def take(self, count: int, most: int = 0) -> list[int]:
-        """`count` free pages, pinned; consecutive if there is such a run, and then up to `most`.
+        """Allocate `count` pages, pinned. If one free run has them, up to `most` pages of it.
 
-        Raises KVFull, taking none.
+        Raises KVFull without allocating anything.
         """
         if count > self.num_free:
             raise KVFull(f"{count} KV pages needed, {self.num_free} of {self.num_pages} are free")
@@ -42,28 +42,30 @@ class PageAllocator:
         if run is not None:
             return run
         pages: list[int] = []
-        while len(pages) < count:  # longest runs first: the fewest breaks
+        while len(pages) < count:  # longest runs first: fewest runs
             start = max(self._end_of, key=lambda s: (self._end_of[s] - s, -s))
-            pages += self._cut(start, min(count - len(pages), self._end_of[start] - start))
+            pages += self._take_from_run(
+                start, min(count - len(pages), self._end_of[start] - start)
+            )
         return pages
 
     def _take_run(self, count: int, most: int) -> list[int] | None:
-        """`most` pages of the smallest run that has them, else those of the longest run.
+        """Allocate `most` pages of the smallest run that has them, otherwise of the longest.
 
-        None where that has fewer than `count`.
+        None if no run has `count` pages.
         """
         runs = [(end - start, start) for start, end in self._end_of.items()]
         fitting = min((run for run in runs if run[0] >= most), default=None)
         size, start = fitting or max(runs, key=lambda run: (run[0], -run[1]), default=(0, 0))
-        return None if size < count else self._cut(start, min(size, most))
+        return None if size < count else self._take_from_run(start, min(size, most))
 
     def take_at(self, first: int, count: int, most: int = 0) -> list[int] | None:
-        """The pages from `first` on, up to `most`, if at least `count` are free there, or None."""
+        """Allocate up to `most` pages from `first` on; None if fewer than `count` are free."""
         size = self._end_of.get(first, first) - first
-        return None if size < count else self._cut(first, min(size, max(count, most)))
+        return None if size < count else self._take_from_run(first, min(size, max(count, most)))
 
     def share(self, pages: Iterable[int], *, pinned: bool = True) -> None:
-        """One more owner for each of these owned pages."""
+        """Add one owner to each of these pages, which have an owner already."""
         for page in pages:
             assert self._num_owners[page] > 0, f"page {page} is shared but has no owner"
             self._num_owners[page] += 1
@@ -71,18 +73,21 @@ class PageAllocator:
                 self._pin(page)
 
     def pin(self, pages: Iterable[int]) -> None:
-        """One of each page's owners does not give it up any more."""
+        """Add one pin to each page: one more of its owners does not give it up."""
         for page in pages:
             self._pin(page)
             assert self._num_pins[page] <= self._num_owners[page], f"page {page}: too many pins"
 
     def unpin(self, pages: Iterable[int]) -> None:
-        """One of each page's owners gives it up if its room is wanted."""
+        """Remove one pin from each page: one of its owners gives it up on demand."""
         for page in pages:
             self._unpin(page)
 
     def release(self, pages: Iterable[int], *, pinned: bool = True) -> list[int]:
-        """One owner less for each page; those without are free again, those with one returned."""
+        """Remove one owner from each page; pages without owners are freed.
+
+        Returns the pages that have one owner left.
+        """
         left_with_one: list[int] = []
         for page in pages:
             assert self._num_owners[page] > 0, f"page {page} is released but has no owner"
@@ -90,7 +95,7 @@ class PageAllocator:
                 self._unpin(page)
             self._num_owners[page] = count = self._num_owners[page] - 1
             if count == 0:
-                self._add_free(page)
+                self._add_to_free_runs(page)
             elif count == 1:
                 left_with_one.append(page)
         return left_with_one
@@ -115,14 +120,14 @@ class PageAllocator:
         return any(end - start >= count for start, end in self._end_of.items())
 
     def check_integrity(self, owned: Iterable[list[int]], pinned: Iterable[list[int]]) -> None:
-        """Asserts that every page is free, or owned and pinned as often as these lists say."""
+        """Assert that each page is free, or owned and pinned as often as the lists contain it."""
         owners: Counter[int] = Counter()
         pins = Counter(page for pages in pinned for page in pages)
         assert self.num_pinned == len(pins), "pinned pages are miscounted"
         for page, count in enumerate(self._num_pins):
             assert count == pins[page], f"page {page}: {count} pins counted, there are {pins[page]}"
         for pages in owned:
-            assert len(set(pages)) == len(pages), "a sequence holds a page twice"
+            assert len(set(pages)) == len(pages), "a sequence owns a page twice"
             owners.update(pages)
         free = [p for start, end in self._end_of.items() for p in range(start, end)]
         assert len(set(free)) == len(free) == self.num_free, "free runs overlap or are miscounted"
@@ -133,8 +138,8 @@ class PageAllocator:
         for page, count in enumerate(self._num_owners):
             assert count == owners[page], f"page {page}: {count} counted, {owners[page]} own it"
 
-    def _cut(self, start: int, count: int) -> list[int]:
-        """Takes the first `count` pages of the free run that begins at `start`."""
+    def _take_from_run(self, start: int, count: int) -> list[int]:
+        """Allocate the first `count` pages of the free run that begins at `start`."""
         if count == 0:
             return []
         end = self._end_of.pop(start)
@@ -150,7 +155,8 @@ class PageAllocator:
         self.num_pinned += count
         return pages
 
-    def _add_free(self, page: int) -> None:
+    def _add_to_free_runs(self, page: int) -> None:
+        """Mark a freed page as free; merge it with neighbouring free runs."""
         start = self._start_of.pop(page, page)
         end = self._end_of.pop(page + 1, page + 1)
         self._end_of[start] = end

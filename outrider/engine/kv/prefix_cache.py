@@ -1,10 +1,10 @@
-"""Which full pages hold which tokens, for whoever comes with the same tokens again.
+"""Prefix cache: full pages by their tokens, re-used by sequences with the same prefix.
 
-A tree of pages, as SGLang's radix cache (arXiv 2312.07104) with pages for edges: a page is named by
-its own tokens and the page before it, by the tokens themselves, so that no two texts can be taken
-for one another. The cache is one owner of each of its pages: pages that sequences own too are in
-use; the others are idle, and are evicted when their room is wanted, least recently used first and
-never before what continues them. Knows page numbers and token ids; no tensors, no sequences.
+A tree of pages, like SGLang's radix cache (arXiv 2312.07104) with one page per edge. A page is
+identified by its own tokens and the page before it. Tokens themselves are compared, not hashes, so
+collisions are impossible. The cache is one owner of each cached page. Pages that sequences own too
+are in use; the others are idle and are evicted when pages are needed: least recently used first,
+and a page never before the pages that continue it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from outrider.engine.kv.pages import PAGE_SIZE, PageAllocator
 
 TokenIds = npt.NDArray[np.integer[Any]] | Sequence[int]
 
-# Consecutive pages are sought until this many times as many as are wanted are free.
-_SEARCH = 2
+# Evict until a run is free, but at most until this many times the wanted pages are free.
+_MAX_FREE_RATIO = 2
 _PAGE_BYTES = PAGE_SIZE * np.dtype(np.uint32).itemsize
 
 
 class _Node:
-    """A cached page: the tokens `key`, after those of `parent` and of all before it."""
+    """Cached page with the tokens `key`, after the tokens of `parent` and its ancestors."""
 
     __slots__ = ("children", "key", "page", "parent")
 
@@ -38,7 +38,7 @@ class _Node:
 
 
 class PrefixCache:
-    """What takes, re-uses and releases pages goes through it, so that it knows which are idle."""
+    """Cache of full pages. Pages are shared and released through it, so it knows idle ones."""
 
     def __init__(self, allocator: PageAllocator) -> None:
         self._allocator = allocator
@@ -49,25 +49,25 @@ class PrefixCache:
 
     @property
     def num_idle(self) -> int:
-        """Pages that would be free but for the cache."""
+        """Pages that only the cache owns."""
         return len(self._idle)
 
     @property
     def num_available(self) -> int:
-        """Pages that can be had: free ones, and those that are idle."""
+        """Pages that can be allocated: free or idle."""
         return self._allocator.num_free + len(self._idle)
 
     @property
     def pages(self) -> list[int]:
-        """All that are cached, in no order."""
+        """All cached pages, in no particular order."""
         return list(self._nodes)
 
     def num_users(self, page: int) -> int:
-        """Owners of a page besides the cache."""
+        """Owners of a page other than the cache."""
         return self._allocator.num_owners(page) - (page in self._nodes)
 
     def match(self, token_ids: TokenIds) -> list[int]:
-        """The pages of the longest beginning of the tokens that is cached, in order."""
+        """Pages of the longest cached prefix of the tokens, in order; they count as just used."""
         node, path = self._root, []
         for key in _keys(token_ids):
             child = node.children.get(key)
@@ -79,9 +79,9 @@ class PrefixCache:
         return path
 
     def insert(self, token_ids: TokenIds, pages: Sequence[int]) -> None:
-        """The tokens are held by these pages, all of them full and owned by the caller.
+        """Cache the tokens with these pages, all full and owned by the caller.
 
-        Where the same tokens are cached already, the page that is stays; the caller keeps its own.
+        If the same tokens are cached already, the cached page stays and the caller keeps its own.
         """
         node, path = self._root, []
         for key, page in zip(_keys(token_ids), pages, strict=True):
@@ -96,48 +96,55 @@ class PrefixCache:
         self._touch(path)
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more owner for each of these pages, which are cached or owned; it pins them."""
+        """Add one owner, which pins, to each of these pages, which are cached or owned."""
         self._allocator.share(pages)
         for page in pages if self._idle else ():
             self._idle.pop(page, None)
 
     def release(self, pages: Iterable[int], *, pinned: bool = True) -> None:
-        """One owner less for each; a page without any but the cache is idle, the last ones first.
+        """Remove one owner from each page; a page that only the cache owns becomes idle.
 
-        So of one sequence's pages those that continue others are evicted before them.
+        The last pages come first, so a page that continues another is evicted before it.
         """
         for page in reversed(self._allocator.release(pages, pinned=pinned)):
             if page in self._nodes:
                 self._idle[page] = None
 
     def forget(self, page: int) -> None:
-        """The page is about to be written: neither it nor what continues it is cached any more."""
+        """Remove a page, which is about to be written, and all that continue it from the cache."""
         node = self._nodes.get(page)
         if node is not None:
             for below in reversed(list(_descendants(node))):
-                self._drop(below)
+                self._remove(below)
 
-    def make_room(self, count: int) -> None:
-        """Evicts until there is a free run of `count` pages, or enough; nothing if in vain."""
+    def reclaim(self, count: int) -> None:
+        """Evict until a run of `count` pages is free, or twice as many pages as wanted.
+
+        Does nothing if fewer than `count` pages are available.
+        """
         allocator = self._allocator
         if count > self.num_available:
             return
-        while self._idle and allocator.num_free < _SEARCH * count and not allocator.has_run(count):
-            for _ in range(min(len(self._idle), 1 + count // 8)):  # it takes time to look
+        while (
+            self._idle
+            and allocator.num_free < _MAX_FREE_RATIO * count
+            and not allocator.has_run(count)
+        ):
+            for _ in range(min(len(self._idle), 1 + count // 8)):  # has_run is slow
                 self._evict()
 
     def _evict(self) -> None:
-        """Gives up one page: the end of what has not been used for longest.
+        """Evict one page: a leaf below the least recently used idle page.
 
-        One that is still in use is only not cached any more.
+        If that leaf is in use, it only leaves the cache.
         """
         node = self._nodes[next(iter(self._idle))]
         while node.children:
             node = next(iter(node.children.values()))
-        self._drop(node)
+        self._remove(node)
 
     def check_integrity(self) -> None:
-        """Asserts that tree, pages, owners and the order of the idle ones agree."""
+        """Assert that tree, pages, owners and the order of idle pages agree."""
         below = [node for node in _descendants(self._root) if node is not self._root]
         assert len(below) == len(self._nodes), "a cached page is not in the tree, or twice"
         for node in below:
@@ -148,30 +155,31 @@ class PrefixCache:
         assert idle == set(self._idle), "idle pages are miscounted"
 
     def _touch(self, path: list[int]) -> None:
-        """Used just now; what continues a page counts as used before it."""
+        """Mark pages as just used; a page that continues another counts as used before it."""
         for page in reversed(path):
             if page in self._idle:
                 self._idle.move_to_end(page)
 
-    def _drop(self, node: _Node) -> None:
-        assert node.parent is not None, "the root is no page"
-        assert not node.children, "a page is dropped before what continues it"
+    def _remove(self, node: _Node) -> None:
+        """Remove a leaf from the tree and release its page."""
+        assert node.parent is not None, "the root is not a page"
+        assert not node.children, "a page is removed before the pages that continue it"
         del node.parent.children[node.key], self._nodes[node.page]
         self._idle.pop(node.page, None)
         self._allocator.release([node.page], pinned=False)
 
 
 def _keys(token_ids: TokenIds) -> Iterator[bytes]:
-    """The tokens of each full page."""
+    """The tokens of each full page, as bytes."""
     data = np.asarray(token_ids).astype(np.uint32).tobytes()
     for start in range(0, len(data) - _PAGE_BYTES + 1, _PAGE_BYTES):
         yield data[start : start + _PAGE_BYTES]
 
 
 def _descendants(node: _Node) -> Iterator[_Node]:
-    """The node and all below it, each after what it continues."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
+    """The node and all below it, parents before children."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
         yield node
-        waiting += node.children.values()
+        stack += node.children.values()

@@ -1,7 +1,7 @@
-"""Which sequences to free so that enough pages are available: no more than needed, or none.
+"""Choice of sequences to free so that enough pages become available: as few groups as possible.
 
-Pages shared by several sequences become available only when all that pin them are freed. Changes
-nothing itself.
+A page shared by several sequences becomes available only when all sequences that pin it are freed.
+This module only chooses; it changes nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Group = Collection[Sequence]
 
 
 class Reclaim:
-    """A selection of groups of sequences, and how many pages they make available.
+    """Set of chosen groups of sequences, and the pages that freeing them makes available.
 
-    `num_pins(page)`: how many sequences pin it. `spared` pages are never counted. A sequence may be
-    in several groups; it counts once.
+    `num_pins(page)`: number of sequences that pin the page. `spared` pages are never counted. A
+    sequence in several groups counts once.
     """
 
     def __init__(self, num_pins: Callable[[int], int], spared: Collection[int]) -> None:
@@ -30,9 +30,9 @@ class Reclaim:
         self._freed: set[int] = set()
 
     def choose(self, groups: Seq[Group], num_pages: int) -> list[int] | None:
-        """Indices of the groups to free for `num_pages`: earlier ones first; None: not enough.
+        """Indices of the groups to free for `num_pages`, earlier groups first; None: not enough.
 
-        No group among them can be left out.
+        No chosen group is superfluous.
         """
         chosen: list[int] = []
         for index, group in enumerate(groups):
@@ -60,8 +60,8 @@ class Reclaim:
 
     def _num_lost(self, group: Group) -> int:
         """Pages that would not be available without the group."""
-        alone = [sequence for sequence in group if self._sequences[sequence] == 1]
-        pages = {page for sequence in alone for page in sequence.pinned_pages}
+        exclusive = [sequence for sequence in group if self._sequences[sequence] == 1]
+        pages = {page for sequence in exclusive for page in sequence.pinned_pages}
         return len(self._freed & pages)
 
     def _remove(self, group: Group) -> None:

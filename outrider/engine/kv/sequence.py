@@ -1,6 +1,6 @@
-"""The handle on one sequence's pages, and the arithmetic of pages and tokens.
+"""Sequence: the handle on the pages of one sequence, and arithmetic of pages and tokens.
 
-Owns what a sequence says of itself; who may change it is the KV store's to know. No tensors.
+Only the KV store changes a sequence; see `store.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from outrider.engine.kv.pages import PAGE_SIZE
 
 
 class Sequence:
-    """A handle on the cached tokens of one sequence. Made and changed by its KVStore only."""
+    """Handle on the cached tokens of one sequence. Created and changed by its KVStore only."""
 
     __slots__ = (
-        "_num_lent",
+        "_num_maybe_shared",
         "_pages",
         "_store",
         "is_parked",
@@ -28,45 +28,45 @@ class Sequence:
     )
 
     def __init__(self, store: object, pages: list[int], known: int = 1) -> None:
-        """known: so many of the pages follow one another."""
+        """`known`: this many of the first pages are known to be consecutive."""
         self._store: object | None = store
         self._pages = pages
-        self._num_lent = 0
-        """Pages from this one on are certainly neither shared nor cached."""
+        self._num_maybe_shared = 0
+        """Pages from this index on are neither shared nor cached; earlier ones may be."""
         self.num_leading = leading_run(pages, known)
-        """Pages that follow one another in memory, from the first on."""
+        """Number of consecutive pages from the first on."""
         self.num_spare = 0
-        """Of the pages, so many at the end are not reserved: others may take them."""
+        """This many pages at the end are not reserved: other sequences may take them."""
         self.length = 0
         self.max_len = 0
-        """Tokens that are reserved: so many can be appended without fail."""
+        """Reserved tokens: appends up to this length never fail."""
         self.want_len = 0
-        """Tokens that it may come to hold, for which spare pages are of use."""
+        """Length the sequence may grow to; spare pages are useful up to it."""
         self.is_parked = False
-        """Evictable: its pages do not count as used."""
+        """Whether the sequence may be evicted; its pages then do not count as used."""
 
     @property
     def num_reserved(self) -> int:
-        """Pages that are its own or shared, and not spare."""
+        """Pages that are not spare (own or shared)."""
         return len(self._pages) - self.num_spare
 
     @property
     def pinned_pages(self) -> list[int]:
-        """Pages that are not given up as long as the sequence is open."""
+        """Pages that cannot be taken while the sequence is open."""
         return [] if self.is_parked else self._pages[: self.num_reserved]
 
     @property
     def first_row(self) -> int:
-        """Row of position 0 in the layers' tensors; num_leading pages follow it in place."""
+        """Row of position 0 in the layers' tensors; `num_leading` pages follow in place."""
         return self._pages[0] * PAGE_SIZE
 
     @property
     def run_start(self) -> int | None:
-        """`first_row` if all rows are consecutive, else None."""
+        """`first_row` if all rows are consecutive, otherwise None."""
         return self.first_row if self.num_leading == len(self._pages) > 0 else None
 
     def slots(self, start: int, stop: int) -> np.ndarray:
-        """As KVStore.slots."""
+        """Implements KVStore.slots."""
         if 0 < stop <= self.num_leading * PAGE_SIZE:
             return np.arange(self.first_row + start, self.first_row + stop)
         first = start // PAGE_SIZE
@@ -78,7 +78,7 @@ class Sequence:
         return pages[positions // PAGE_SIZE - first] * PAGE_SIZE + positions % PAGE_SIZE
 
     def page_ids(self, num_tokens: int) -> np.ndarray:
-        """As KVStore.page_ids."""
+        """Implements KVStore.page_ids."""
         count = pages_for(num_tokens)
         if not count:
             return np.empty(0, dtype=np.int32)
@@ -89,14 +89,14 @@ class Sequence:
         return np.append(run, np.asarray(self._pages[leading:count], dtype=np.int32))
 
     def check_integrity(self, num_owners: Callable[[int], int]) -> None:
-        """Asserts that lengths and pages agree, and that what may be written is its own."""
+        """Assert that lengths and pages agree, and that writable pages have no other owner."""
         pages = self._pages
         assert 0 <= self.length <= self.max_len <= self.want_len, f"{self} is too long"
         assert pages_for(self.max_len) <= self.num_reserved, f"{self}: pages missing"
         assert not (self.is_parked and self.num_spare), f"{self} is parked with spare pages"
         assert self.num_leading == leading_run(pages), f"{self}: wrong run"
-        for page in pages[self._num_lent :]:
-            assert num_owners(page) == 1, f"{self}: page {page} is lent"
+        for page in pages[self._num_maybe_shared :]:
+            assert num_owners(page) == 1, f"{self}: page {page} is shared"
         for page in pages[self.length // PAGE_SIZE :]:
             assert num_owners(page) == 1, f"{self} may write page {page}"
 
@@ -106,12 +106,12 @@ class Sequence:
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that hold so many tokens."""
+    """Pages needed for `num_tokens`."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 def leading_run(pages: list[int], known: int = 1) -> int:
-    """How many pages follow one another from the first on, of which the first `known` do."""
+    """Number of consecutive pages from the first on; the first `known` are known to be."""
     count = min(max(known, 1), len(pages))
     while count < len(pages) and pages[count] == pages[count - 1] + 1:
         count += 1

@@ -1,12 +1,9 @@
-"""Keys and values of all sequences: paged memory, and who may write where.
+"""KV store: paged memory for the keys and values of all sequences.
 
-Knows lengths, pages and tensors; nothing about models or attention, and of token ids only that the
-prefix cache goes by them.
-
-Invariant that the rest relies on: every page of a sequence that an append may still write
-(from the page of position `length` on) has that sequence as its only owner. So an append within
-`max_len` never allocates and never fails for want of room, and what is shared or cached is never
-written. `max_len` grows with the sequence; how its pages are found and placed is in placement.py.
+Invariant: every page of a sequence that an append may still write (from the page of position
+`length` on) has that sequence as its only owner. So an append within `max_len` never allocates and
+never fails for lack of pages, and shared or cached pages are never written. How `max_len` grows and
+which pages are used is in `placement.py`; pages are freed in `pages.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +28,8 @@ __all__ = ["PAGE_SIZE", "KVStore", "LayerLayout", "Sequence"]
 class KVStore:
     """Memory for keys and values: per layer, K and V as [num_pages * 16, num_heads, dim].
 
-    The accounting is behind a lock, so admission may run beside a forward pass; but a sequence
-    must not be truncated, extended or freed while a forward that appends to it is running.
+    The accounting is behind a lock, so admission may run during a forward pass. But a sequence must
+    not be truncated, extended or freed while a forward pass that appends to it is running.
     """
 
     def __init__(self, layers: Seq[LayerLayout], num_pages: int) -> None:
@@ -41,7 +38,7 @@ class KVStore:
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
         self.scratch_page = num_pages
-        """A page that no sequence has: rows that only fill up a batch may be written there."""
+        """Page that belongs to no sequence: padding rows of a batch may be written to it."""
         self._rows = KVRows(layers, (num_pages + 1) * PAGE_SIZE)
         self.keys, self.values = self._rows.keys, self._rows.values
         self._placement = Placement(self._allocator, self._cache, self._rows)
@@ -51,10 +48,11 @@ class KVStore:
         return self._allocator.num_pages
 
     def to_free(self, groups: Seq[Collection[Sequence]], error: KVFull) -> list[int] | None:
-        """Indices of the groups of sequences to free so that what met `error` has room.
+        """Indices of the groups of sequences to free so that the request that raised `error` fits.
 
-        Earlier groups first, and no more than needed; none where parked sequences are enough. None
-        where all groups are not enough. Pages that it shares itself make no room.
+        Earlier groups come first, and no more than needed; empty if evicting parked sequences is
+        enough. None if freeing all groups is not enough. Pages the request would share do not
+        count.
         """
         with self._lock:
             allocator, shared = self._allocator, error.shared_pages
@@ -69,16 +67,15 @@ class KVStore:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens in reserved pages; a page that several sequences share counts once.
+        """Tokens in reserved pages; a page shared by several sequences counts once.
 
-        Pages that are only cached, parked or spare do not count: they are given up when their
-        room is wanted. May be read on any thread.
+        Cached, parked and spare pages do not count: they can be taken. May be read on any thread.
         """
         return self._allocator.num_pinned * PAGE_SIZE
 
     @property
     def idle_tokens(self) -> int:
-        """Tokens in pages that only the prefix cache holds."""
+        """Tokens in pages that only the prefix cache owns."""
         return self._cache.num_idle * PAGE_SIZE
 
     @property
@@ -86,9 +83,9 @@ class KVStore:
         return len(self._sequences)
 
     def open(self, max_len: int, want_len: int = 0) -> Sequence:
-        """An empty sequence with room for `max_len` tokens, which may come to hold `want_len`.
+        """Open an empty sequence with `max_len` tokens reserved, which may grow to `want_len`.
 
-        Raises KVFull, reserving nothing; never where `max_len` is 0.
+        Raises KVFull, reserving nothing; never if `max_len` is 0.
         """
         if max_len < 0 or max(max_len, want_len) < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
@@ -99,55 +96,55 @@ class KVStore:
             return self._adopt(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forgets the tokens from `length` on; the reservation stays.
+        """Roll a sequence back to `length` tokens; the reservation stays.
 
-        Raises KVFull, changing nothing, only if the cut falls inside pages shared with a fork
-        (they have to be replaced before they can be written again) and no pages are free.
+        Raises KVFull, changing nothing, only if the new end is inside pages shared with a fork and
+        no pages are free: those pages must be copied before they can be written.
         """
         with self._lock:
             self._check_alive(sequence)
             if not 0 <= length <= sequence.length:
                 raise ValueError(f"cannot truncate {sequence} to {length} tokens")
-            self._placement.own_from(sequence, length)
+            self._placement.copy_on_write(sequence, length)
             sequence.length = length
 
     def extend(self, sequence: Sequence, max_len: int, *, margin: int = 0) -> None:
-        """Grows the reservation to `max_len` tokens; `margin` pages must be left to be had.
+        """Grow the reservation to `max_len` tokens, if `margin` pages are left then.
 
-        Raises KVFull, leaving it as it was.
+        Raises KVFull, changing nothing.
         """
         with self._lock:
             self._check_alive(sequence)
             self._placement.reserve(sequence, max_len, margin=margin)
 
     def shrink(self, sequence: Sequence, max_len: int) -> None:
-        """Gives back what the reservation has beyond `max_len` tokens, which must hold `length`."""
+        """Release the reservation beyond `max_len` tokens; `max_len` must be at least `length`."""
         with self._lock:
             self._check_alive(sequence)
             if max_len < sequence.length:
                 raise ValueError(f"cannot shrink {sequence} to {max_len} tokens")
-            self._placement.cut(sequence, pages_for(max_len))
+            self._placement.release_from(sequence, pages_for(max_len))
             sequence.max_len = min(sequence.max_len, max_len)
             sequence.want_len = sequence.max_len
 
     def park(self, sequence: Sequence) -> None:
-        """What it holds may be evicted (freed) from now on, and does not count as used."""
+        """Mark a sequence as evictable: from now on its pages do not count as used."""
         with self._lock:
             self._check_alive(sequence)
             self._placement.park(sequence)
 
     def unpark(self, sequence: Sequence, want_len: int) -> None:
-        """It goes on, and may come to hold `want_len` tokens."""
+        """Take a parked sequence into use again; it may grow to `want_len` tokens."""
         with self._lock:
             self._check_alive(sequence)
             self._placement.unpark(sequence)
             sequence.want_len = max(sequence.max_len, want_len)
 
     def fork(self, sequence: Sequence, max_len: int, length: int | None = None) -> Sequence:
-        """A second sequence with the first `length` tokens (None: all) and room for `max_len`.
+        """A new sequence with the first `length` tokens (None: all) and `max_len` tokens reserved.
 
-        Full pages are shared, a partly filled last one is copied; neither sequence sees what
-        the other does from here on. Raises KVFull, changing nothing.
+        Full pages are shared and a partly filled last page is copied. Later writes to one sequence
+        are not seen by the other. Raises KVFull, changing nothing.
         """
         with self._lock:
             self._check_alive(sequence)
@@ -163,8 +160,8 @@ class KVStore:
             known = min(sequence.num_leading, num_shared)
             child = self._adopt(Sequence(self, shared + own, known))
             child.max_len = child.want_len = max_len
-            child._num_lent = num_shared
-            sequence._num_lent = max(sequence._num_lent, num_shared)
+            child._num_maybe_shared = num_shared
+            sequence._num_maybe_shared = max(sequence._num_maybe_shared, num_shared)
             if num_copied:
                 source = sequence._pages[num_shared] * PAGE_SIZE
                 self._rows.copy(source, own[0] * PAGE_SIZE, num_copied)
@@ -172,38 +169,39 @@ class KVStore:
             return child
 
     def cache_prefix(self, sequence: Sequence, token_ids: TokenIds) -> None:
-        """Lets others re-use the full pages of `sequence`, which holds `token_ids` first."""
+        """Add the full pages of `sequence`, which begins with `token_ids`, to the prefix cache."""
         with self._lock:
             self._check_alive(sequence)
             num_full = min(len(token_ids), sequence.length) // PAGE_SIZE
             pages = sequence._pages[:num_full]
             self._cache.insert(token_ids[: num_full * PAGE_SIZE], pages)
-            sequence._num_lent = max(sequence._num_lent, num_full)
+            sequence._num_maybe_shared = max(sequence._num_maybe_shared, num_full)
 
     def touch_prefix(self, token_ids: TokenIds) -> None:
-        """What is cached of the tokens is about to be wanted: it counts as used just now."""
+        """Mark the cached prefix of the tokens as just used, so that it is evicted last."""
         with self._lock:
             self._cache.match(token_ids)
 
     def forget_prefix(self, token_ids: TokenIds) -> None:
-        """Nothing of a text that begins with the first page of these tokens is cached any more."""
+        """Remove the first page of the tokens, and all that continue it, from the prefix cache."""
         with self._lock:
             for page in self._cache.match(token_ids)[:1]:
                 self._cache.forget(page)
 
     def reuse_prefix(self, sequence: Sequence, token_ids: TokenIds) -> int:
-        """Lengthens `sequence`, which holds the first of `token_ids`, by what is cached of them.
+        """Extend `sequence`, which holds the first of `token_ids`, by what is cached of the rest.
 
-        By full pages; returns by how many tokens. Takes no room, so it never fails for want of it.
+        Whole pages only. Returns the number of tokens added. Needs no pages, so it never raises
+        KVFull.
         """
         return self.extend_with_prefix(sequence, sequence.max_len, token_ids)
 
     def extend_with_prefix(
         self, sequence: Sequence, max_len: int, token_ids: TokenIds, *, margin: int = 0
     ) -> int:
-        """As `extend`, then `reuse_prefix`; no room is needed for pages that can be shared.
+        """`extend`, then `reuse_prefix`; pages that can be shared need not be free.
 
-        Raises KVFull, leaving it as it was.
+        Raises KVFull, changing nothing.
         """
         with self._lock:
             self._check_alive(sequence)
@@ -213,30 +211,32 @@ class KVStore:
             if stop <= start:
                 self._placement.reserve(sequence, max_len, margin=margin)
                 return 0
-            found_on = found[start // PAGE_SIZE :]
-            self._cache.share(found_on)  # they are not what makes room
+            found_after = found[start // PAGE_SIZE :]
+            self._cache.share(found_after)  # so that they are not evicted to make the reservation
             try:
-                is_shared = self._begin_with(sequence, found, max_len, margin)
+                is_shared = self._extend_with_found(sequence, found, max_len, margin)
             except KVFull as error:
-                self._cache.release(found_on)
-                error.shared_pages = found_on
+                self._cache.release(found_after)
+                error.shared_pages = found_after
                 raise
             if not is_shared:
-                self._cache.release(found_on)
+                self._cache.release(found_after)
             return stop - start
 
-    def _begin_with(self, sequence: Sequence, found: list[int], max_len: int, margin: int) -> bool:
-        """Extends the sequence, with what was found shared or copied; whether it is shared."""
+    def _extend_with_found(
+        self, sequence: Sequence, found: list[int], max_len: int, margin: int
+    ) -> bool:
+        """Extend the sequence, sharing or copying the cached pages. True if they are shared."""
         placement = self._placement
         start, stop = sequence.length, len(found) * PAGE_SIZE
         num_pages, num_reserved = pages_for(max_len), sequence.num_reserved
         missing = max(0, num_pages - num_reserved)
         has_room = not missing or missing + margin <= placement.num_available
-        if not has_room or placement.is_better_shared(sequence, found, missing):
+        if not has_room or placement.should_share(sequence, found, missing):
             num_freed = min(num_reserved, len(found)) - start // PAGE_SIZE
             num_needed = num_pages - max(num_reserved, len(found))
-            placement.check_room(max(0, num_needed - num_freed), margin)
-            placement.begin_with(sequence, found)
+            placement.check_available(max(0, num_needed - num_freed), margin)
+            placement.share_prefix(sequence, found)
             sequence.length = stop
             placement.reserve(sequence, max_len)
             return True
@@ -247,9 +247,9 @@ class KVStore:
         return False
 
     def graft(self, sequence: Sequence, source: Sequence, length: int) -> None:
-        """Appends to `sequence` what `source` holds of positions [sequence.length, length).
+        """Append a copy of positions [sequence.length, length) of `source` to `sequence`.
 
-        `source` keeps its own. Raises ValueError where there is nothing such or no room for it.
+        Raises ValueError if `source` is too short or the reservation of `sequence` too small.
         """
         with self._lock:
             self._check_alive(sequence)
@@ -263,37 +263,37 @@ class KVStore:
             sequence.length = length
 
     def free(self, sequence: Sequence) -> None:
-        """Gives the reservation back. Raises ValueError for a sequence that is not open here."""
+        """Release all pages of a sequence. Raises ValueError if it is not open in this store."""
         with self._lock:
             self._check_alive(sequence)
             self._sequences.remove(sequence)
-            self._placement.cut(sequence, 0)
+            self._placement.release_from(sequence, 0)
             sequence._store = None
             sequence.num_leading = 0
 
     def compact(self, sequence: Sequence) -> None:
-        """Moves a scattered sequence to consecutive pages if it shares none and there are any.
+        """Move a scattered sequence to consecutive pages if it shares none and such pages are free.
 
-        A scattered history is gathered by every layer at every step; moving it once costs
-        about as much as one such step.
+        Every layer gathers a scattered history at every step; moving it once costs about as much as
+        one such step.
         """
         with self._lock:
             self._check_alive(sequence)
             self._placement.compact(sequence)
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
-        """Rows of the layers' tensors that hold positions [start, stop): int64 [stop - start]."""
+        """Rows of the layers' tensors for positions [start, stop): int64 [stop - start]."""
         return sequence.slots(start, stop)
 
     def page_ids(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
-        """The pages that hold the first `num_tokens` positions, in order: int32."""
+        """Pages of the first `num_tokens` positions, in order: int32."""
         return sequence.page_ids(num_tokens)
 
     def owns(self, sequence: Sequence) -> bool:
         return sequence._store is self
 
     def check_integrity(self) -> None:
-        """Asserts that pages, owners, reservations and lengths agree."""
+        """Assert that pages, owners, reservations and lengths agree."""
         with self._lock:
             owned = [sequence._pages for sequence in self._sequences]
             pinned = [s._pages[: s.num_reserved] for s in self._sequences if not s.is_parked]

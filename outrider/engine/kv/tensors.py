@@ -1,7 +1,4 @@
-"""The tensors behind the KV memory: a row for each token that fits, in every layer.
-
-Owns their shapes and how rows are copied; knows nothing of who holds which rows.
-"""
+"""KV tensors: in every layer, one row of keys and one of values per token that fits."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """What one layer keeps for a token: `num_heads` keys and values, and where."""
+    """Shape, dtype and device of what one layer stores per token."""
 
     num_heads: int
     key_dim: int
@@ -32,9 +29,10 @@ class LayerLayout:
 
 
 class KVRows:
-    """Per layer, K and V as [rows, num_heads, dim].
+    """K and V per layer, each as [rows, num_heads, dim].
 
-    Layers of one layout are one block of memory, so that a row is copied for all at once.
+    Layers with the same layout share one block of memory, so a row is copied for all of them at
+    once.
     """
 
     def __init__(self, layers: Seq[LayerLayout], num_rows: int) -> None:
@@ -42,7 +40,7 @@ class KVRows:
         self._blocks: list[torch.Tensor] = []
         for layout in dict.fromkeys(layers):
             alike = [i for i, layer in enumerate(layers) if layer == layout]
-            # torch.empty is committed by the system page by page as it is first written.
+            # The operating system commits memory of torch.empty page by page at the first write.
             block_k = layout.empty(len(alike), num_rows, layout.key_dim)
             block_v = layout.empty(len(alike), num_rows, layout.value_dim)
             self._blocks += [block_k, block_v]
@@ -51,12 +49,12 @@ class KVRows:
         self.keys, self.values = keys, values
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Rows [source, source + count) to [target, target + count), which do not overlap."""
+        """Copy rows [source, source + count) to [target, target + count); they must not overlap."""
         for block in self._blocks:
             block[:, target : target + count] = block[:, source : source + count]
 
     def copy_scattered(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Row source[i] to row target[i], as many at a time as are consecutive on both sides."""
+        """Copy row source[i] to row target[i]; runs consecutive on both sides in one copy."""
         jumps = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
         for run in np.split(np.arange(source.size), jumps):
             if run.size:

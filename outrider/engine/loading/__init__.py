@@ -1,1 +1,1 @@
-"""Loading a model: checkpoint, supported features, prepacked weights, self-test."""
+"""Model loading: checkpoint, supported features, prepacked weights and the self-test."""

@@ -1,6 +1,7 @@
-"""From a path or hub name to a transformers model in memory, or a ModelError that says why not.
+"""Checkpoint loading: from a local path or Hub name to a transformers model, or a ModelError.
 
-Knows Hugging Face's ways of failing; nothing about attention, KV memory or serving.
+Translates the errors of transformers and the Hugging Face Hub. What the engine supports is checked
+in `supported.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from safetensors import SafetensorError
 
 from outrider.errors import ModelError
 
-# Its annotations are partial, and wrong about what from_pretrained returns.
+# transformers' annotations are partial, and wrong about what from_pretrained returns.
 _untyped: Any = transformers
 
-# What transformers raises for checkpoints that are absent, malformed or of another kind.
+# Raised by transformers for checkpoints that are absent, malformed or of another kind.
 _LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
     SafetensorError, StrictDataclassError,
@@ -33,18 +34,18 @@ _LOAD_ERRORS = (
 
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
-# Elements of each weight that go into the fingerprint.
+# Elements of each weight that enter the fingerprint.
 _FINGERPRINT_SAMPLES = 64
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a causal LM. Raises ModelError."""
+    """Configuration of a causal language model. Raises ModelError."""
     location, local = _locate(name)
     try:
         with _quiet():
             config = _untyped.AutoConfig.from_pretrained(location, local_files_only=local)
     except _LOAD_ERRORS as error:
-        raise _load_error(name, local, "its configuration", error) from error
+        raise _as_model_error(name, local, "its configuration", error) from error
     architectures = getattr(config, "architectures", None) or []
     causal = [a for a in architectures if a.endswith(_CAUSAL_SUFFIXES)]
     if getattr(config, "is_encoder_decoder", False) or (architectures and not causal):
@@ -61,7 +62,7 @@ def load_weights(
     attention: str,
     device_map: str | None,
 ) -> Any:
-    """The model in evaluation mode, on CPU unless `device_map` says else. Raises ModelError."""
+    """Model in evaluation mode, on CPU unless `device_map` is given. Raises ModelError."""
     location, local = _locate(name)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
@@ -77,26 +78,26 @@ def load_weights(
             )
     except _LOAD_ERRORS as error:
         if isinstance(error, KeyError) and error.args == (attention,):
-            raise no_interface(name, config) from error
-        raise _load_error(name, local, "its weights", error) from error
+            raise no_interface_error(name, config) from error
+        raise _as_model_error(name, local, "its weights", error) from error
     missing = sorted(report.get("missing_keys") or ())
-    if missing:  # transformers only warns, and fills them with random numbers
+    if missing:  # transformers only warns and initialises them randomly
         raise ModelError(
-            f"{name}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}"
+            f"{name}: the checkpoint lacks {len(missing)} weights, for example {missing[0]}"
         )
     return model.eval().requires_grad_(False)
 
 
-def no_interface(name: str, config: Any) -> ModelError:
-    """The error for architectures that keep to attention classes of their own."""
+def no_interface_error(name: str, config: Any) -> ModelError:
+    """Error for architectures that use their own attention classes."""
     return ModelError(f"{name}: {config.model_type} does not use transformers' attention interface")
 
 
 def fingerprint(model: Any) -> str:
     """SHA-256 over the configuration and the names, shapes and samples of the weights.
 
-    Samples are rounded to bfloat16, and the dtype is left out, so the same checkpoint has the
-    same fingerprint on CPU in float32 as on CUDA in bfloat16.
+    Samples are rounded to bfloat16 and the dtype is left out, so a checkpoint has the same
+    fingerprint on CPU in float32 as on CUDA in bfloat16.
     """
     digest = hashlib.sha256()
     config = {
@@ -117,7 +118,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _locate(name: str) -> tuple[str, bool]:
-    """What to hand to transformers, and whether it is a local directory."""
+    """Path or Hub name for transformers, and whether to use local files only."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count(os.sep) > 1
     if not (looks_local or path.is_dir()):
@@ -125,26 +126,26 @@ def _locate(name: str) -> tuple[str, bool]:
             return name, True
         return name, False
     if not path.exists():
-        raise ModelError(f"{name}: no such directory")
+        raise ModelError(f"{name}: the directory does not exist")
     if not path.is_dir():
-        raise ModelError(f"{name}: not a directory (a model is a directory with config.json)")
+        raise ModelError(f"{name}: not a directory; a model is a directory with config.json")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{name}: no config.json in it")
+        raise ModelError(f"{name}: the directory has no config.json")
     return str(path), True
 
 
-def _load_error(name: str, local: bool, what: str, error: Exception) -> ModelError:
+def _as_model_error(name: str, local: bool, what: str, error: Exception) -> ModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = ""
     if not Path(name).expanduser().is_dir():
-        where = " from the hub's cache (offline)" if local else " from the hub"
-        where += "; there is no local directory of this name"
+        where = " from the Hub's cache (offline)" if local else " from the Hugging Face Hub"
+        where += "; no local directory has this name"
     return ModelError(f"{name}: cannot load {what}{where}: {lines[0][:300]}")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no advice meant for people who train."""
+    """Suppress progress bars and training advice of transformers."""
     logs = _untyped.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

@@ -1,16 +1,15 @@
-"""Inflation: a model that writes exactly what the small one writes, at a large one's cost.
+"""Model inflation: a Llama enlarged to a given number of parameters with the same outputs.
 
-Owns the function-preserving enlargement of a Llama at load time, so that the quickstart pair
-shows speculative decoding at realistic prices without a download. Honest terms: the text is the
-small model's, the cost is real. Every matrix is dense and of the size of a real model's; the
-added parts are computed and then multiplied by zeros. Only the vocabulary stays small, so the
-output head is cheaper than that of a real model of the same size.
+Used by the quickstart: the small model's text at the cost of a large model, without a download. The
+cost is real: every matrix is dense and as large as a real model's; the added parts are computed and
+then multiplied by zeros. Only the vocabulary stays small, so the output head is cheaper than that
+of a real model of the same size.
 
-Why it is exact. The residual stream is `[x, 0]`: embeddings are padded with zeros, and every
-matrix that writes to the stream (o_proj, down_proj) has zero rows there and zero columns at the
-added heads and neurons. RMSNorm over the wider stream sees the mean square shrunk by D/D', so
-eps shrinks by D/D' and its weights by sqrt(D/D'). Added layers write nothing: identity. Only the
-order of floating-point sums differs.
+Why it is exact. The residual stream is `[x, 0]`: embeddings are padded with zeros. Every matrix
+that writes to the stream (o_proj, down_proj) has zero rows in the added dimensions and zero columns
+at the added heads and neurons. RMSNorm over the wider stream sees the mean square multiplied by
+D/D', so eps is multiplied by D/D' and its weights by sqrt(D/D'). Added layers write nothing: they
+are identities. Only the order of floating-point sums differs.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 DEFAULT_NUM_PARAMETERS = 300_000_000
-# Llama, Qwen and SmolLM models of 100 M to 1 B have 16 to 32 layers; the depth decides how much
-# of a forward pass is overhead, the rest goes to the width.
+# Llama, Qwen and SmolLM models of 100 M to 1 B parameters have 16 to 32 layers. Depth determines
+# the overhead of a forward pass; remaining parameters go to the width.
 _NUM_LAYERS = 20
-_USUAL_DISTANCE = 4  # 16 to 24 layers are all taken as usual
+_USUAL_DISTANCE = 4  # 16 to 24 layers count as usual
 _FEED_FORWARD_RATIO = 3.0  # intermediate size over hidden size: 2.7 to 5.4 in those models
 _ROUND_TO = 64
-_STD = 0.02  # of added weights that reach nothing: Llama's own initialisation
+_STD = 0.02  # of added weights, which affect nothing: Llama's own initialisation
 
 
 @dataclass(frozen=True)
 class InflationReport:
-    """How far an inflated model is from its original on one batch of tokens."""
+    """Difference between an inflated model and its original on one batch of tokens."""
 
     max_logit_difference: float
     same_argmax: bool
@@ -44,15 +43,15 @@ class InflationReport:
 def inflate(
     model: LlamaForCausalLM, num_parameters: int = DEFAULT_NUM_PARAMETERS, *, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A Llama of about `num_parameters` computing the same function as `model`.
+    """Llama of about `num_parameters` that computes the same function as `model`.
 
-    Keeps dtype, vocabulary, rotary positions and head size; `model` is left as it is. Works on
-    CPU tensors. Raises ValueError if `model` does not fit in `num_parameters`, has biases, or
-    does not tie its embeddings.
+    Keeps dtype, vocabulary, rotary positions and head size; `model` is not changed. Works on CPU
+    tensors. Raises ValueError if `model` does not fit in `num_parameters`, has biases or untied
+    embeddings.
     """
     small = model.config
     if small.attention_bias or small.mlp_bias or not small.tie_word_embeddings:
-        raise ValueError("inflate needs a Llama without biases and with tied embeddings")
+        raise ValueError("only a Llama without biases and with tied embeddings can be inflated")
     config = inflated_config(small, num_parameters)
     with torch.device("meta"):
         large = LlamaForCausalLM(config)
@@ -65,7 +64,7 @@ def inflate(
         original = source.get(_source_name(name, source_layer))
         state[name] = _enlarged(name, parameter.shape, original, norm_scale, noise)
     large.load_state_dict(state, strict=False, assign=True)
-    # A buffer that no state dict carries, and that depends only on what inflation keeps.
+    # Not in the state dict; depends only on what inflation keeps.
     large.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     large.tie_weights()
     large.generation_config = copy.deepcopy(model.generation_config)
@@ -74,10 +73,10 @@ def inflate(
 
 
 def inflated_config(config: LlamaConfig, num_parameters: int) -> LlamaConfig:
-    """The shape of about `num_parameters` that contains `config`, preferably 16 to 24 layers.
+    """Configuration with about `num_parameters` that contains `config`, preferably 16 to 24 layers.
 
-    Heads keep their size and their number of queries per KV head; hidden and intermediate sizes
-    are multiples of 64. Raises ValueError if there is none.
+    Heads keep their size and their number of queries per KV head; hidden and intermediate sizes are
+    multiples of 64. Raises ValueError if there is no such configuration.
     """
     head_dim, group = _heads(config)
     unit = math.lcm(head_dim * group, _ROUND_TO)
@@ -85,18 +84,18 @@ def inflated_config(config: LlamaConfig, num_parameters: int) -> LlamaConfig:
     fitting = [shape for shape in shapes if shape is not None]
     if not fitting:
         raise ValueError(f"no shape of {num_parameters} parameters contains this model")
-    return min(fitting, key=lambda shape: _dislike(shape, config))
+    return min(fitting, key=lambda shape: _preference(shape, config))
 
 
 def _heads(config: LlamaConfig) -> tuple[int, int]:
-    """The head size and the number of query heads that share a KV head."""
+    """Head size, and the number of query heads per KV head."""
     assert config.head_dim is not None, "LlamaConfig fills in head_dim"
     assert config.num_key_value_heads is not None, "LlamaConfig fills in num_key_value_heads"
     return config.head_dim, config.num_attention_heads // config.num_key_value_heads
 
 
-def _dislike(shape: LlamaConfig, small: LlamaConfig) -> tuple[bool, bool, int]:
-    """Sorts shapes: a usual depth, then an exact norm scale, then closeness to 20 layers."""
+def _preference(shape: LlamaConfig, small: LlamaConfig) -> tuple[bool, bool, int]:
+    """Sort key, best first: usual depth, exact norm scale, distance to 20 layers."""
     distance = abs(shape.num_hidden_layers - _NUM_LAYERS)
     # sqrt(D/D') is a power of two at 4, 16, ... times the width: exact in bfloat16 as well.
     is_exact = math.sqrt(shape.hidden_size / small.hidden_size) in (1.0, 2.0, 4.0, 8.0)
@@ -106,6 +105,7 @@ def _dislike(shape: LlamaConfig, small: LlamaConfig) -> tuple[bool, bool, int]:
 def _config_of_width(
     config: LlamaConfig, hidden_size: int, num_parameters: int
 ) -> LlamaConfig | None:
+    """Configuration with this hidden size; None if it does not contain `config`."""
     head_dim, group = _heads(config)
     num_heads = hidden_size // head_dim
     attention = 2 * hidden_size * hidden_size * (group + 1) // group
@@ -113,7 +113,7 @@ def _config_of_width(
     num_layers = round(in_layers / (attention + 3 * _FEED_FORWARD_RATIO * hidden_size**2))
     if num_layers < config.num_hidden_layers or hidden_size < config.hidden_size:
         return None
-    # The feed-forward size takes up what rounding the number of layers left over.
+    # The feed-forward size absorbs what rounding the number of layers left over.
     feed_forward = (in_layers / num_layers - attention) / (3 * hidden_size)
     intermediate_size = round(feed_forward / _ROUND_TO) * _ROUND_TO
     if intermediate_size < config.intermediate_size:
@@ -129,12 +129,12 @@ def _config_of_width(
 
 
 def _spread(num_small: int, num_large: int) -> dict[int, int]:
-    """Which small layer each large layer copies; the others are identity layers."""
+    """Map from large layers to the small layers they copy; the others are identity layers."""
     return {(index * num_large) // num_small: index for index in range(num_small)}
 
 
 def _source_name(name: str, source_layer: dict[int, int]) -> str:
-    """The small model's name of a large model's parameter, or '' in an identity layer."""
+    """The small model's name of a large model's parameter; '' in an identity layer."""
     parts = name.split(".")
     if parts[1] != "layers":
         return name
@@ -143,7 +143,7 @@ def _source_name(name: str, source_layer: dict[int, int]) -> str:
 
 
 def _noise(config: LlamaConfig, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """One row of weights for all that is added: nothing reads it, and drawing 300 M is slow."""
+    """One row of weights for all added parts: nothing reads them, and 300 M would be slow."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(config.hidden_size, config.intermediate_size)
     return (torch.randn(longest, generator=generator) * _STD).to(dtype)
@@ -156,13 +156,14 @@ def _enlarged(
     norm_scale: float,
     noise: torch.Tensor,
 ) -> torch.Tensor:
+    """Parameter of the large model, made of the original and of values that affect nothing."""
     if name.endswith("norm.weight"):
         weight = torch.ones(shape, dtype=noise.dtype)
         if original is not None:
             weight[: len(original)] = original * norm_scale
         return weight
     if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
-        # Nothing that is added may reach the residual stream.
+        # Added parts must not write to the residual stream.
         weight = torch.zeros(shape, dtype=noise.dtype)
     else:
         weight = noise[: shape[1]].repeat(shape[0], 1)
@@ -175,7 +176,7 @@ def _enlarged(
 def compare(
     model: LlamaForCausalLM, inflated: LlamaForCausalLM, token_ids: torch.Tensor
 ) -> InflationReport:
-    """Runs both on `token_ids` (int64 [rows, tokens]) and reports the largest difference."""
+    """Run both models on `token_ids` (int64 [rows, tokens]) and report the difference."""
     expected = model(input_ids=token_ids, use_cache=False).logits.float()
     actual = inflated(input_ids=token_ids, use_cache=False).logits.float()
     return InflationReport(

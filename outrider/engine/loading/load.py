@@ -1,7 +1,12 @@
-"""Loads an engine: checkpoint → guards → prepacked weights → back end and probe → KV memory.
+"""Engine loading: checkpoint, checks, prepacked weights, backend, self-test, KV memory.
 
-The order matters: the fingerprint and the eager reference need the weights as they were stored,
-the probe tests the engine as it will serve, and the KV memory takes what is left.
+The order matters: the fingerprint and the eager reference need the weights as stored; the self-test
+runs the engine as it will serve; the KV memory takes what is left.
+
+Tensor parallelism is not supported: `device_map` places whole layers on several devices
+(accelerate), and they run one after another. To add tensor parallelism, shard the weights in
+`_load_module` (then `discover_layers` finds each device's share of the KV heads), and run
+`Engine.forward` in one process per device, with all-reduces after o_proj and down_proj.
 """
 
 from __future__ import annotations
@@ -14,16 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface
 
-from outrider.engine.attention import select as backends
+from outrider.engine.attention import select
 from outrider.engine.attention.interface import ATTENTION_NAME, registered_attention
 from outrider.engine.engine import Engine
-from outrider.engine.kv import budget as memory
+from outrider.engine.kv.budget import affordable_tokens
 from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
-from outrider.engine.loading import checkpoint, prepack
-from outrider.engine.loading import self_test as probe
-from outrider.engine.loading import supported as guards
+from outrider.engine.loading import checkpoint, prepack, self_test, supported
 from outrider.engine.loading.loaded_model import BoundModel
-from outrider.engine.loading.long_self_test import LongSelfTest, long_probe
+from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_self_test
 from outrider.engine.options import EngineInfo, EngineOptions
 from outrider.errors import ConfigError, ModelError
 
@@ -35,67 +38,69 @@ _DTYPES = {
     "float16": torch.float16,
 }
 
-# No mask function is registered under this name: transformers then makes no mask at all.
+# No mask function is registered under this name, so transformers creates no mask.
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
-# Pages of the small store that the probe uses before the real one is allocated.
-_PROBE_PAGES = 8
+# Pages of the small KV store for the self-test, before the real one is allocated.
+_SELF_TEST_PAGES = 8
 
 
 def load_engine(options: EngineOptions) -> Engine:
-    """Loads and checks a model. Call it on the device thread; it takes seconds to minutes.
+    """Load a model and test it. Call it on the device thread; it takes seconds to minutes.
 
-    Raises ModelError, naming the model, if it cannot be loaded or would not be served
-    correctly, and ConfigError for options that make no sense.
+    Raises ModelError, naming the model, if it cannot be loaded or would be served incorrectly, and
+    ConfigError for invalid options.
     """
     device = _device(options)
     _set_threads(options)
     config = checkpoint.load_config(options.model)
-    guards.check_config(options.model, config)
+    supported.check_config(options.model, config)
     module = _load_module(options, config, device)
-    guards.check_interface(options.model, module)
-    layers = guards.discover_layers(options.model, module)
+    supported.check_interface(options.model, module)
+    layers = supported.discover_layers(options.model, module)
     model = _bind(options, module)
-    tokens = probe.probe_tokens(module, model.max_context_len)
-    expected = probe.eager_logits(module, tokens)
-    long = long_probe(options.model, model)
+    tokens = self_test.short_sequences(module, model.max_context_len)
+    expected = self_test.eager_logits(module, tokens)
+    long = prepare_long_self_test(options.model, model)
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options, model, layers)
     linear_kernels = _choose_kernels(options, module)
-    backend_name, difference = _prove(options, _Trial(model, layers, info, tokens, expected, long))
+    backend_name, difference = _tested_backend(
+        options, _UntestedModel(model, layers, info, tokens, expected, long)
+    )
     store = KVStore(layers, _num_pages(options, layers))
     info = replace(
         info,
         kv_capacity_tokens=store.capacity_tokens,
-        attention_backend="sdpa" if backend_name == backends.TORCH else backend_name,
+        attention_backend="sdpa" if backend_name == select.TORCH else backend_name,
         linear_kernels=linear_kernels,
-        probe_max_difference=difference,
+        self_test_max_difference=difference,
     )
-    backend = backends.make(backend_name, model, store)
+    backend = select.make(backend_name, model, store)
     engine = Engine(model, store, info, backend)
     if options.cuda_graphs and options.device_map is None:
-        graphs = backends.choose_graphs(engine, model, backend)
+        graphs = select.choose_graphs(engine, model, backend)
         info = replace(info, cuda_graphs=graphs is not None)
         engine = Engine(model, store, info, backend, graphs)
     _log.info("loaded %s", info)
     return engine
 
 
-class _Trial(NamedTuple):
-    """A model that is loaded but not yet served, and what eager attention says to `tokens`."""
+class _UntestedModel(NamedTuple):
+    """A loaded model before its self-test, with the eager logits `expected` for `tokens`."""
 
     model: BoundModel
     layers: list[LayerLayout]
     info: EngineInfo
-    tokens: tuple[probe.Tokens, probe.Tokens]
+    tokens: tuple[self_test.Tokens, self_test.Tokens]
     expected: list[torch.Tensor]
     long: LongSelfTest | None
 
     def difference(self, backend_name: str) -> float:
-        """From eager attention, largest; with small stores of their own. Raises ModelError."""
+        """Largest difference from eager attention, on small KV stores; ModelError if too large."""
         name = self.info.name
-        engine = self._engine(backend_name, _PROBE_PAGES)
-        largest = probe.compare(name, engine, self.tokens, self.expected)
+        engine = self._engine(backend_name, _SELF_TEST_PAGES)
+        largest = self_test.compare(name, engine, self.tokens, self.expected)
         if self.long is None:
             return largest
         engine = self._engine(backend_name, self.long.num_pages)
@@ -103,30 +108,31 @@ class _Trial(NamedTuple):
 
     def _engine(self, backend_name: str, num_pages: int) -> Engine:
         store = KVStore(self.layers, num_pages)
-        return Engine(self.model, store, self.info, backends.make(backend_name, self.model, store))
+        return Engine(self.model, store, self.info, select.make(backend_name, self.model, store))
 
 
-def _prove(options: EngineOptions, trial: _Trial) -> tuple[str, float]:
-    """The back end that serves this model, and its largest difference from eager attention.
+def _tested_backend(options: EngineOptions, untested: _UntestedModel) -> tuple[str, float]:
+    """Backend that serves this model, and its largest difference from eager attention.
 
-    FlashInfer compiles its kernels here, which may fail: then it is torch, unless it was asked for.
+    FlashInfer compiles its kernels here, which may fail. Torch is used then, unless FlashInfer was
+    requested explicitly.
     """
-    name = backends.choose(options.attention_backend, trial.model, trial.layers)
-    if name == backends.TORCH:
-        return name, trial.difference(name)
+    name = select.choose(options.attention_backend, untested.model, untested.layers)
+    if name == select.TORCH:
+        return name, untested.difference(name)
     try:
-        return name, trial.difference(name)
+        return name, untested.difference(name)
     except ModelError:
         raise
-    except Exception as error:  # a compiler run by someone else's code may fail in any way
+    except Exception as error:  # FlashInfer runs a compiler, which may fail in any way
         if options.attention_backend == name:
-            raise ConfigError(f"attention_backend {name!r} fails here: {error}") from error
-        _log.warning("attention is torch's, FlashInfer fails here: %s", error)
-    return backends.TORCH, trial.difference(backends.TORCH)
+            raise ConfigError(f"attention_backend: {name!r} fails here: {error}") from error
+        _log.warning("attention by torch: FlashInfer fails here: %s", error)
+    return select.TORCH, untested.difference(select.TORCH)
 
 
 def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:
-    """What can be said before the weights are prepacked and the memory is there."""
+    """EngineInfo with what is known before prepacking and KV allocation."""
     module = model.module
     return EngineInfo(
         name=options.model,
@@ -140,7 +146,7 @@ def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayou
         kv_capacity_tokens=0,
         model_fingerprint=checkpoint.fingerprint(module),
         attention_backend="sdpa",
-        probe_max_difference=0.0,
+        self_test_max_difference=0.0,
     )
 
 
@@ -151,7 +157,7 @@ def _dtype_name(module: Any) -> str:
 def _set_threads(options: EngineOptions) -> None:
     if options.num_threads is not None:
         if options.num_threads < 1:
-            raise ConfigError(f"num_threads must be at least 1, not {options.num_threads}")
+            raise ConfigError(f"num_threads: {options.num_threads} is too small; at least 1")
         torch.set_num_threads(options.num_threads)
 
 
@@ -162,15 +168,22 @@ def _device(options: EngineOptions) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(
+            f"device: {name!r} is unknown; expected auto, cpu, cuda or cuda:N"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(
+            f"device: {name!r} does not exist; {torch.cuda.device_count()} CUDA devices present"
+        )
     return device
 
 
 def _load_module(options: EngineOptions, config: Any, device: torch.device) -> Any:
+    """Load the weights, inflate them if asked, and place them on the device or by `device_map`."""
     if options.dtype != "auto" and options.dtype not in _DTYPES:
-        raise ConfigError(f"dtype {options.dtype!r}: expected auto, {', '.join(_DTYPES)}")
+        raise ConfigError(
+            f"dtype: {options.dtype!r} is unknown; expected auto, {', '.join(_DTYPES)}"
+        )
     auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     module = checkpoint.load_weights(
         options.model,
@@ -183,14 +196,14 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
         module = _inflated(options.model, module, options.inflate_parameters)
     if options.device_map is None:
         return module.to(device)
-    _leave_row_index_alone(module)
+    _keep_row_index_on_cpu(module)
     return module
 
 
-def _leave_row_index_alone(module: Any) -> None:
-    """Keeps accelerate from moving `logits_to_keep` to the first device.
+def _keep_row_index_on_cpu(module: Any) -> None:
+    """Keep accelerate from moving `logits_to_keep` to the first device.
 
-    The hidden states it selects from are on the last one; an index on the CPU selects from any.
+    The hidden states it selects from are on the last device; a CPU index can select from any.
     """
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
@@ -213,21 +226,23 @@ def _bind(options: EngineOptions, module: Any) -> BoundModel:
     embedding = module.get_input_embeddings().weight
     return BoundModel(
         module=module,
-        windows=guards.sliding_windows(module.config),
+        windows=supported.sliding_windows(module.config),
         num_embeddings=embedding.shape[0],
         vocab_size=0,
-        max_context_len=guards.context_len(options.model, module.config, options.max_model_len),
+        max_context_len=supported.context_len(options.model, module.config, options.max_model_len),
         device=embedding.device,
     )
 
 
 def _choose_kernels(options: EngineOptions, module: Any) -> dict[str, int]:
-    """Prepack the linear layers where possible; the number of layers by kernel."""
+    """Prepack linear layers where possible; return the number of layers by kernel."""
     forbidden = options.forbid_kernels
     unknown = forbidden.difference(prepack.PREPACKED_KERNELS)
     if unknown:
         names = ", ".join(prepack.PREPACKED_KERNELS)
-        raise ConfigError(f"forbid_kernels: {', '.join(sorted(unknown))!r}: expected {names}")
+        raise ConfigError(
+            f"forbid_kernels: {', '.join(sorted(unknown))!r} is unknown; expected {names}"
+        )
     if not options.prepack or options.device_map is not None:
         forbidden = frozenset(prepack.PREPACKED_KERNELS)
     num_layers = prepack.choose_kernels(module, forbidden)
@@ -243,7 +258,7 @@ def _choose_kernels(options: EngineOptions, module: Any) -> dict[str, int]:
 
 
 def _eos_token_ids(module: Any, tokenizer_ids: Sequence[int]) -> tuple[int, ...]:
-    """Of the model's configuration, and the tokenizer's, as in vLLM."""
+    """EOS ids of the model's configuration and of the tokenizer, as in vLLM."""
     for source in (module.generation_config, module.config.get_text_config()):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
@@ -257,11 +272,14 @@ def _device_names(layers: list[LayerLayout]) -> str:
 
 
 def _num_pages(options: EngineOptions, layers: list[LayerLayout]) -> int:
+    """KV pages to allocate. Raises ConfigError or ModelError if there would be none."""
     if options.kv_cache_tokens is not None:
         if options.kv_cache_tokens < PAGE_SIZE:
-            raise ConfigError(f"kv_cache_tokens must be at least {PAGE_SIZE}")
+            raise ConfigError(
+                f"kv_cache_tokens: {options.kv_cache_tokens} is too small; at least {PAGE_SIZE}"
+            )
         return options.kv_cache_tokens // PAGE_SIZE
-    num_pages = memory.affordable_tokens(layers) // PAGE_SIZE
+    num_pages = affordable_tokens(layers) // PAGE_SIZE
     if num_pages == 0:
-        raise ModelError(f"{options.model}: no memory is left for keys and values")
+        raise ModelError(f"{options.model}: no memory left for keys and values")
     return num_pages

@@ -1,4 +1,4 @@
-"""A loaded model as a step calls it. Knows nothing of sequences or of how attention is computed."""
+"""A loaded model and its calling convention for packed steps."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class BoundModel:
-    """A transformers causal LM whose attention is ours, and what a step needs to know of it."""
+    """Causal LM of transformers that uses our attention, and what a step must know about it."""
 
     module: Any
     windows: tuple[int | None, ...]
-    """Sliding window per layer by the configuration; None where a layer sees everything."""
+    """Sliding window per layer, from the configuration; None: the layer attends to everything."""
     num_embeddings: int
     vocab_size: int
     max_context_len: int
     device: torch.device
-    """Where token ids go in."""
+    """Device of the input embeddings: token ids go there."""
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int
     ) -> torch.Tensor:
-        """Logits [rows, vocab] of packed tokens [1, T], in the model's dtype; rows 0: of all.
+        """Logits [rows, vocab] of packed tokens [1, T], in the model's dtype; rows 0: all rows.
 
-        Called within `attending`, in inference mode.
+        Call it within `attending`, in inference mode.
         """
         logits: torch.Tensor = self.module(
             input_ids=token_ids,
@@ -39,7 +39,7 @@ class BoundModel:
 
 
 def cache_argument(module: Any) -> str:
-    """Name of the `forward` argument that takes a transformers KV cache.
+    """Name of the `forward` argument for a transformers KV cache.
 
     `cache` since transformers 5.24, `past_key_values` before.
     """

@@ -1,10 +1,10 @@
-"""Linear layers on CPU: oneDNN kernels with prepacked weights, and the fallback to torch's own.
+"""Linear layers on CPU: oneDNN kernels with prepacked weights, or torch's own kernel.
 
-Without prepacking, a float32 block of two tokens costs twice one token, because torch leaves its
-matrix-vector path. With it, a block of five costs about 1.2 times one token; this makes
-speculative decoding pay on a CPU. The operators are internal to torch but long-standing (its
-compiler emits them). Each layer is therefore tried once at load, and keeps torch's kernel if the
-operator is missing, fails on this CPU, or gives another result.
+Without prepacking, a float32 block of two tokens costs twice as much as one token, because torch
+leaves its matrix-vector path. With it, a block of five costs about 1.2 times one token, so
+speculative decoding pays on a CPU. The operators are internal to torch but long-standing (its
+compiler emits them). So each layer is tried once at load, and keeps torch's kernel if the operator
+is missing, fails on this CPU or gives another result.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 _log = logging.getLogger(__name__)
 
 TORCH_KERNEL = "torch"
-"""Name of the fallback: `torch.nn.functional.linear`."""
+"""Name of the fallback kernel: `torch.nn.functional.linear`."""
 
 _KERNELS = {torch.float32: "onednn_float32", torch.bfloat16: "onednn_bfloat16"}
 
 PREPACKED_KERNELS = tuple(_KERNELS.values())
-"""Names of the prepacked kernels. Not every CPU has them: oneDNN needs AVX-512 for bfloat16."""
+"""Names of the prepacked kernels. oneDNN needs AVX-512 for bfloat16."""
 
-# Relative to the largest output value; oneDNN and torch add up in different orders.
+# Relative to the largest output; oneDNN and torch sum in different orders.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -37,11 +37,11 @@ class PrepackedLinear(nn.Module):
     """y = x W^T + b for float32 or bfloat16 x [..., in_features] on CPU. Inference only."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """weight: [out_features, in_features]; it is copied, the original can be freed."""
+        """`weight`: [out_features, in_features]; it is copied, and the original can be freed."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        # A plain attribute: buffers would be cast and moved by .to(), which the layout forbids.
+        # Not a buffer: .to() would cast and move it, which the layout does not allow.
         self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, None)
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -51,16 +51,18 @@ class PrepackedLinear(nn.Module):
 
 
 def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[str, int]:
-    """Prepack the linear layers of `model` in place; the number of layers by kernel.
+    """Prepack the linear layers of `model` in place; return the number of layers by kernel.
 
-    A layer keeps torch's kernel on other devices than the CPU, and where the kernel of its dtype
-    is in `forbidden` or fails on this CPU; the failure is logged, and the kernel is not tried
-    again. Subclasses of nn.Linear (quantised, adapted) are neither changed nor counted. The
-    weights of replaced layers are freed.
+    A layer keeps torch's kernel on other devices than the CPU, and if the kernel of its dtype is in
+    `forbidden` or fails on this CPU. A failure is logged, and the kernel is not tried again.
+    Subclasses of nn.Linear (quantised, adapted) are neither changed nor counted. The weights of
+    replaced layers are freed.
     """
     num_layers: Counter[str] = Counter()
     unusable = set(forbidden)
-    for name in [name for name, _ in model.named_modules()]:  # no references: weights are freed
+    for name in [
+        name for name, _ in model.named_modules()
+    ]:  # names, not modules: references would keep weights
         child = model.get_submodule(name)
         weight = _linear_weight(child)
         if weight is None:
@@ -84,7 +86,7 @@ def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[st
 
 
 def _linear_weight(module: nn.Module) -> torch.Tensor | None:
-    """The weight as [out, in] if the module is exactly a linear layer that can be prepacked."""
+    """Weight as [out, in] if the module is exactly a linear layer that can be prepacked."""
     kind: Any = type(module)
     if kind is nn.Linear:
         weight = module.weight

@@ -1,7 +1,8 @@
-"""The last check before a model serves: this engine against plain eager attention.
+"""Self-test before a model serves: logits of this engine against plain eager attention.
 
-Runs the same weights twice: one sequence at a time with transformers' own eager attention, and
-as ragged steps with chunked prefill, verification and roll-back through `Engine.forward`.
+Runs the same weights twice: one sequence at a time with transformers' eager attention, and as
+ragged steps with chunked prefill, verification and roll-back through `Engine.forward`. Long
+sequences and sliding windows are tested in `long_self_test.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from outrider.errors import ModelError
 _FIRST_LEN = 24
 _SECOND_LEN = 17
 
-# Largest difference allowed, in standard deviations of the logits. Low precision differs by a
-# few hundredths; a wrong mask or position by about one.
+# Largest difference allowed, in standard deviations of the logits. Low precision differs by a few
+# hundredths; a wrong mask or position by about one.
 _TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 Tokens = npt.NDArray[np.int64]
 
 
-def probe_tokens(model: Any, max_context_len: int) -> tuple[Tokens, Tokens]:
-    """Two sequences of random tokens, as long as the context allows."""
+def short_sequences(model: Any, max_context_len: int) -> tuple[Tokens, Tokens]:
+    """Two short sequences of random tokens, cut to the context length."""
     first, second = (min(n, max_context_len) for n in (_FIRST_LEN, _SECOND_LEN))
     return random_tokens(model, first, seed=0), random_tokens(model, second, seed=2)
 
 
 def random_tokens(model: Any, length: int, *, seed: int) -> Tokens:
-    """Those whose embedding is finite: NaN would hide whatever comes after it."""
+    """Random tokens with finite embeddings: a NaN would hide every later error."""
     weight = model.get_input_embeddings().weight
     finite = torch.isfinite(weight.amax(-1) - weight.amin(-1)).nonzero()[:, 0].cpu().numpy()
     if not len(finite):
@@ -43,9 +44,9 @@ def random_tokens(model: Any, length: int, *, seed: int) -> Tokens:
 
 
 def eager_logits(model: Any, sequences: Seq[Tokens], *, num_rows: int = 0) -> list[torch.Tensor]:
-    """Uncached logits of each sequence, float32 [tokens, vocab]; the model is ours again after.
+    """Uncached eager logits of each sequence, float32 [tokens, vocab]; then restores our attention.
 
-    `num_rows`: of its last tokens alone; 0: of all.
+    `num_rows`: only of the last tokens; 0: of all.
     """
     device = model.get_input_embeddings().weight.device
     model.set_attn_implementation("eager")
@@ -68,22 +69,22 @@ def eager_logits(model: Any, sequences: Seq[Tokens], *, num_rows: int = 0) -> li
 def compare(
     name: str, engine: Engine, sequences: tuple[Tokens, Tokens], expected: list[torch.Tensor]
 ) -> float:
-    """The largest difference from `expected`. Raises ModelError if it is absurd."""
+    """Largest difference from `expected`. Raises ModelError if rounding cannot explain it."""
     largest = 0.0
-    for ids, wanted, got in _ragged_steps(engine, sequences, expected):
-        if got.shape != wanted.shape:
-            raise ModelError(f"{name}: logits of shape {tuple(got.shape)} for {ids} tokens")
-        largest = max(largest, difference(wanted, got))
-    return checked(name, largest, torch.cat(expected), engine)
+    for ids, expected_rows, actual in _ragged_steps(engine, sequences, expected):
+        if actual.shape != expected_rows.shape:
+            raise ModelError(f"{name}: logits of shape {tuple(actual.shape)} for {ids} tokens")
+        largest = max(largest, difference(expected_rows, actual))
+    return check_difference(name, largest, torch.cat(expected), engine)
 
 
-def difference(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """The largest of a logit; infinity where one is NaN."""
-    return float((got - wanted).abs().nan_to_num(torch.inf).max())
+def difference(expected_rows: torch.Tensor, actual: torch.Tensor) -> float:
+    """Largest difference of a logit; infinity if one is NaN."""
+    return float((actual - expected_rows).abs().nan_to_num(torch.inf).max())
 
 
-def checked(name: str, largest: float, expected: torch.Tensor, engine: Engine) -> float:
-    """The largest difference. Raises ModelError if it is more than rounding explains."""
+def check_difference(name: str, largest: float, expected: torch.Tensor, engine: Engine) -> float:
+    """Return `largest`. Raises ModelError if it is more than rounding explains."""
     scale = max(float(expected.std()), 1e-6)
     dtype = engine.store.keys[0].dtype
     if not largest <= _TOLERANCE.get(dtype, 0.5) * scale:
@@ -103,7 +104,7 @@ def _ragged_steps(
     steps = [
         ((0, 0), (one, two)),
         ((one, two), (one + 4, two + 1)),
-        # The first sequence goes back three tokens, the second one's prefill continues.
+        # The first sequence is rolled back by three tokens; the prefill of the second continues.
         ((one + 1, two + 1), ends),
     ]
     for starts, stops in steps if min(ends) >= _SECOND_LEN else [((0, 0), ends)]:
@@ -113,8 +114,10 @@ def _ragged_steps(
             parts.append(Append(handle, ids[start:stop], stop - start))
         logits = engine.forward(parts)
         row = 0
-        for part, wanted, start, stop in zip(parts, expected, starts, stops, strict=True):
-            results.append((part.num_logits, wanted[start:stop], logits[row : row + stop - start]))
+        for part, expected_rows, start, stop in zip(parts, expected, starts, stops, strict=True):
+            results.append(
+                (part.num_logits, expected_rows[start:stop], logits[row : row + stop - start])
+            )
             row += stop - start
     for handle in handles:
         engine.store.free(handle)

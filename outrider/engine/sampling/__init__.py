@@ -1,1 +1,1 @@
-"""From a step's logits to tokens: distributions, logits processors, Gumbel-max; batched."""
+"""Sampling from logits, batched: distributions, logits processors and Gumbel-max."""

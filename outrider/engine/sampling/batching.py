@@ -1,7 +1,8 @@
-"""Asks of a step taken together by what their rows need, whichever generation they are of.
+"""Batching of sample and score requests by what their rows need, across generations.
 
-Owns the way from many asks to few tensors and back: which rows, after which processors, at which
-positions, and whose failure is whose. Knows nothing of distributions or answers.
+Owns the mapping from many requests to few tensors and back: which rows, after which logits
+processors, at which positions, and which request an error belongs to. What is computed for a group
+is in `sampler.py`.
 """
 
 from __future__ import annotations
@@ -19,37 +20,38 @@ from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, stream_keys
 
-Ask = TypeVar("Ask", SampleRequest, ScoreRequest)
-Answer = TypeVar("Answer")
+Request = TypeVar("Request", SampleRequest, ScoreRequest)
+Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=Hashable)
 
 
 class RequestGroup(NamedTuple):
-    """Some asks, and where they stand: `places` among all asks, `rows` among all rows.
+    """Requests computed together: their `indices` in the list and their `rows` of logits.
 
-    The k-th one's rows within the group are [starts[k], starts[k + 1]), for positions[k] and on.
+    The k-th request's rows within the group are [starts[k], starts[k + 1]), for positions[k]
+    onward.
     """
 
     samplers: Sequence[GenerationSampler]
-    places: Sequence[int]
+    indices: Sequence[int]
     rows: Ids
     starts: Ids
     positions: Ids
 
     @property
     def sizes(self) -> Ids:
-        """Rows of each ask, int64."""
+        """Rows per request, int64."""
         return np.diff(self.starts)
 
     @property
     def params(self) -> list[SamplingParams]:
-        """For each row."""
+        """Sampling parameters of each row."""
         sizes = self.sizes.tolist()
         return [s.params for s, n in zip(self.samplers, sizes, strict=True) for _ in range(n)]
 
     def keys(self) -> Ids:
-        """Of the target's noise, int64 for each row."""
-        if len(self.rows) == 1:  # one session's draft: six times faster
+        """Keys of the target's noise, int64, one per row."""
+        if len(self.rows) == 1:  # one draft token of one session: six times faster
             seed, position = self.samplers[0].params.seed, int(self.positions[0])
             return np.array([stream_key(seed, Purpose.TARGET, position)])
         sizes = self.sizes
@@ -59,7 +61,7 @@ class RequestGroup(NamedTuple):
         return stream_keys(np.repeat(seeds, sizes), Purpose.TARGET, positions)
 
     def raw(self, logits: torch.Tensor) -> torch.Tensor:
-        """Its rows of all, cut to its vocabulary; a view where they stand side by side."""
+        """The group's rows of `logits`, cut to its vocabulary; a view if they are consecutive."""
         first, last = int(self.rows[0]), int(self.rows[-1])
         if last - first + 1 == len(self.rows):
             logits = logits[first : last + 1]
@@ -68,7 +70,7 @@ class RequestGroup(NamedTuple):
         return logits[:, : self.samplers[0].vocab_size]
 
     def adjusted(self, raw: torch.Tensor, histories: Sequence[Callable[[], Ids]]) -> torch.Tensor:
-        """After the processors; `raw` itself where there are none. `histories` of the asks."""
+        """`raw` after the logits processors; `raw` itself without any. `histories`: per request."""
         starts, positions = self.starts.tolist(), self.positions.tolist()
         spans = [
             PositionSpan(sampler, starts[k], starts[k + 1], positions[k], histories[k]())
@@ -83,74 +85,77 @@ class RequestGroup(NamedTuple):
 
 
 def grouped(
-    asks: Sequence[Ask], sizes: Sequence[int], kind: Callable[[Ask], Kind]
+    requests: Sequence[Request], sizes: Sequence[int], kind: Callable[[Request], Kind]
 ) -> Mapping[Kind, Sequence[RequestGroup]]:
-    """By kind, and within it by vocabulary; each in the order of the asks, of `sizes` rows."""
+    """Groups by kind and vocabulary size, in request order. `sizes`: rows per request."""
     members: dict[tuple[Kind, int], list[int]] = {}
-    for place, ask in enumerate(asks):
-        members.setdefault((kind(ask), sampler_of(ask).vocab_size), []).append(place)
+    for index, request in enumerate(requests):
+        members.setdefault((kind(request), sampler_of(request).vocab_size), []).append(index)
     stops = list(itertools.accumulate(sizes))
     groups: dict[Kind, list[RequestGroup]] = {}
-    for (name, _), standing in members.items():
-        places: list[int] = standing
+    for (name, _), member_indices in members.items():
+        indices: list[int] = member_indices
         rows: list[int] = []
-        for p in places:
-            rows.extend(range(stops[p] - sizes[p], stops[p]))
-        starts = [0, *itertools.accumulate(sizes[p] for p in places)]
+        for i in indices:
+            rows.extend(range(stops[i] - sizes[i], stops[i]))
+        starts = [0, *itertools.accumulate(sizes[i] for i in indices)]
         groups.setdefault(name, []).append(
             RequestGroup(
-                [sampler_of(asks[p]) for p in places],
-                places,
+                [sampler_of(requests[i]) for i in indices],
+                indices,
                 np.array(rows, np.int64),
                 np.array(starts, np.int64),
-                np.array([asks[p].position for p in places], np.int64),
+                np.array([requests[i].position for i in indices], np.int64),
             )
         )
     return groups
 
 
 def isolated(
-    answer: Callable[[Sequence[Ask], torch.Tensor], list[Answer | Exception]],
-    asks: Sequence[Ask],
+    compute: Callable[[Sequence[Request], torch.Tensor], list[Result | Exception]],
+    requests: Sequence[Request],
     logits: torch.Tensor,
     sizes: Sequence[int],
-) -> list[Answer | Exception]:
-    """All together; if that fails, each alone, so that a failure is its own ask's.
+) -> list[Result | Exception]:
+    """Results of all requests computed together; if that fails, of each alone.
 
-    An ask with NaN or infinite logits gets NonFiniteLogits; the others are answered without it.
+    So an error belongs to one request and the others are not affected. A request with NaN or
+    infinite logits gets NonFiniteLogits; the others are computed without it.
     """
-    # NaN and infinity show in a row's largest logit; minus infinity is how models forbid tokens.
+    # NaN and +inf show in the maximum of a row. -inf is allowed: models use it to forbid tokens.
     peaks = logits.amax(-1)
     if not bool(torch.isfinite(peaks).all()):
-        return _without_bad_rows(answer, asks, logits, sizes, torch.isfinite(peaks))
+        return _without_bad_rows(compute, requests, logits, sizes, torch.isfinite(peaks))
     try:
-        return answer(asks, logits)
+        return compute(requests, logits)
     except Exception as error:
-        if len(asks) == 1:
+        if len(requests) == 1:
             return [error]
-    parts = zip(asks, torch.split(logits, list(sizes)), sizes, strict=True)
-    return [isolated(answer, [ask], rows, [size])[0] for ask, rows, size in parts]
+    parts = zip(requests, torch.split(logits, list(sizes)), sizes, strict=True)
+    return [isolated(compute, [request], rows, [size])[0] for request, rows, size in parts]
 
 
 def _without_bad_rows(
-    answer: Callable[[Sequence[Ask], torch.Tensor], list[Answer | Exception]],
-    asks: Sequence[Ask],
+    compute: Callable[[Sequence[Request], torch.Tensor], list[Result | Exception]],
+    requests: Sequence[Request],
     logits: torch.Tensor,
     sizes: Sequence[int],
     is_finite: torch.Tensor,
-) -> list[Answer | Exception]:
+) -> list[Result | Exception]:
+    """`isolated` for the requests with finite logits; NonFiniteLogits for the others."""
     is_good = [bool(rows.all()) for rows in torch.split(is_finite, list(sizes))]
-    good = [place for place, fine in enumerate(is_good) if fine]
+    good = [index for index, fine in enumerate(is_good) if fine]
     parts = torch.split(logits, list(sizes))
-    answers: list[Answer | Exception] = [NonFiniteLogits() for _ in asks]
+    results: list[Result | Exception] = [NonFiniteLogits() for _ in requests]
     if good:
-        rows = torch.cat([parts[place] for place in good])
-        some = isolated(answer, [asks[p] for p in good], rows, [sizes[p] for p in good])
-        for place, each in zip(good, some, strict=True):
-            answers[place] = each
-    return answers
+        rows = torch.cat([parts[index] for index in good])
+        some = isolated(compute, [requests[i] for i in good], rows, [sizes[i] for i in good])
+        for index, result in zip(good, some, strict=True):
+            results[index] = result
+    return results
 
 
-def sampler_of(ask: SampleRequest | ScoreRequest) -> GenerationSampler:
-    assert isinstance(ask.sampler, GenerationSampler), "made by this engine"
-    return ask.sampler
+def sampler_of(request: SampleRequest | ScoreRequest) -> GenerationSampler:
+    """The request's sampler, as this engine made it."""
+    assert isinstance(request.sampler, GenerationSampler), "made by this engine"
+    return request.sampler

@@ -1,8 +1,8 @@
-"""The distributions that many rows of logits become by their parameters, and draws from them.
+"""Token distributions of many rows of logits, and sampling from them.
 
-The device does what is proportional to the vocabulary (`rows`); the few tokens that matter are
-finished here, in double precision with numpy, so that a draw is the same wherever and beside
-whatever it is made. Knows nothing of generations, blocks of draft tokens or the wire.
+The device does the work proportional to the vocabulary (`gumbel_max.py`). The few tokens that
+matter are finished here with numpy in double precision, so a sample does not depend on the device
+or on the other rows of the batch. Blocks of draft tokens are handled in `sampler.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.engine.sampling.gumbel_max import Excluded, Masses, RaceCandidates, Sweep, best
+from outrider.engine.sampling.gumbel_max import Excluded, Masses, RaceCandidates, ScaledLogits, best
 from outrider.sampling import warp
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import token_gumbels
@@ -22,15 +22,15 @@ from outrider.sampling.random import token_gumbels
 Ids = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
-# As many as most nuclei have; where it is not enough, the whole row is sorted.
+# Top logits read first to find the cut; most top-p sets fit. Otherwise the whole row is sorted.
 _HEAD_SIZE = 256
-# Bounds are of single precision: an error of 2**-22 of a scaled logit, and of the logarithm.
+# Error of the float32 bounds: 2**-22 of a scaled logit, and of the logarithm.
 _BOUND_ERROR = 1e-4
 _RELATIVE_BOUND_ERROR = 1e-6
 
 
 class RankedTokens(NamedTuple):
-    """Tokens by falling log-probability + noise, the lower id at ties; both [n, k].
+    """Tokens in falling order of log-probability + noise, lower id first at ties; both [n, k].
 
     Scores are float64, -inf for tokens without probability.
     """
@@ -40,14 +40,15 @@ class RankedTokens(NamedTuple):
 
 
 def with_noise(ranking: RankedTokens, keys: Ids) -> RankedTokens:
-    """The same tokens ranked with the noise of `keys` int64 [n], where they were without."""
+    """Re-rank tokens ranked without noise by adding the noise of `keys`, int64 [n]."""
     return _ranking(ranking.ids, ranking.scores + token_gumbels(keys, ranking.ids))
 
 
 class Distributions:
-    """One distribution a row: `logits` float32 [n, vocab], adjusted; `params` [n], temperature > 0.
+    """One distribution per row of `logits` float32 [n, vocab], which are adjusted already.
 
-    `excluded` tokens are left out of `tails` and races, not out of the distributions.
+    `params` [n], temperature > 0. `excluded` tokens are left out of `tails` and of Gumbel-max
+    races, not out of the distributions.
     """
 
     def __init__(
@@ -59,64 +60,70 @@ class Distributions:
         self._logits = logits
         self._temperatures = np.array([p.temperature for p in params])
         self._floors = _floors(logits, self._temperatures, params)
-        self._sweep = Sweep(logits, self._temperatures, self._floors, excluded)
+        self._scaled_logits = ScaledLogits(logits, self._temperatures, self._floors, excluded)
         self._masses: Masses | None = None
 
     @property
     def masses(self) -> Masses:
+        """Peak and masses of each row, computed once."""
         if self._masses is None:
-            self._masses = self._sweep.masses()
+            self._masses = self._scaled_logits.masses()
         return self._masses
 
     @property
     def tails(self) -> Doubles:
-        """Float64 [n]: the probability outside what is excluded."""
-        return self.masses.tails / self._kept
+        """Tail mass, float64 [n]: the probability of all tokens that are not excluded."""
+        return self.masses.tails / self._kept_mass
 
     @property
-    def _kept(self) -> Doubles:
-        # The peak's own weight is 1, so that less is a row that allows nothing.
+    def _kept_mass(self) -> Doubles:
+        # The peak has weight 1, so a smaller sum means that the row allows no token.
         return np.maximum(self.masses.kept, 1.0)
 
     def logprobs_at(self, rows: Ids, columns: Ids) -> Doubles:
-        """Float64 log-probabilities of single entries, -inf for those cut off."""
-        logits = self._logits[_on(rows, self._logits), _on(columns, self._logits)].cpu().numpy()
+        """Float64 log-probabilities of single entries; -inf for those that are cut off."""
+        logits = (
+            self._logits[_to_device(rows, self._logits), _to_device(columns, self._logits)]
+            .cpu()
+            .numpy()
+        )
         return self._logprobs(rows, logits)
 
-    def likeliest(self, num: int) -> RankedTokens:
-        """The best `num` without noise."""
+    def top(self, num: int) -> RankedTokens:
+        """The `num` most likely tokens, without noise."""
         values, ids = (part.cpu().numpy() for part in best(self._logits, num))
         rows = np.arange(len(ids))[:, None]
         return _ranking(ids, self._logprobs(rows, values))
 
     def race(self, keys: Ids, num: int, width: int) -> RankedTokens:
-        """The best `num` by Gumbel-max with the noise of `keys` int64 [n].
+        """The best `num` tokens by Gumbel-max (log-probability + noise of `keys`, int64 [n]).
 
-        `width` > `num` tokens a row are looked at exactly. Where they might not hold the best,
-        which the bounds of all others tell, every token of the row is.
+        Per row, `width` > `num` candidates are scored exactly. If their bounds cannot rule out that
+        another token wins, every token of the row is scored exactly.
         """
-        self._masses, entrants = self._sweep.race(keys, width)
-        ranking = self._ranked(np.arange(len(keys)), keys, entrants)
-        if entrants.ids.shape[-1] < self._logits.shape[-1]:
-            lowest = ranking.scores[:, num - 1] + np.log(self._kept)
-            for row in np.flatnonzero(_may_miss(lowest, entrants.bounds[:, -1])).tolist():
-                alone = self._sweep.full_race(row, int(keys[row]), width)
+        self._masses, candidates = self._scaled_logits.race(keys, width)
+        ranking = self._ranked(np.arange(len(keys)), keys, candidates)
+        if candidates.ids.shape[-1] < self._logits.shape[-1]:
+            lowest = ranking.scores[:, num - 1] + np.log(self._kept_mass)
+            for row in np.flatnonzero(_may_miss(lowest, candidates.bounds[:, -1])).tolist():
+                alone = self._scaled_logits.full_race(row, int(keys[row]), width)
                 ids, scores = self._ranked(np.array([row]), keys[row : row + 1], alone)
                 ranking.ids[row], ranking.scores[row] = ids[0], scores[0]
         return RankedTokens(ranking.ids[:, :num], ranking.scores[:, :num])
 
-    def _ranked(self, rows: Ids, keys: Ids, entrants: RaceCandidates) -> RankedTokens:
-        ids = entrants.ids
+    def _ranked(self, rows: Ids, keys: Ids, candidates: RaceCandidates) -> RankedTokens:
+        """Candidates ranked by their exact scores."""
+        ids = candidates.ids
         logprobs = self.logprobs_at(np.repeat(rows, ids.shape[-1]), ids.reshape(-1))
         scores = logprobs.reshape(ids.shape) + token_gumbels(keys, ids)
-        scores[(entrants.bounds == -np.inf) | np.isnan(scores)] = -np.inf
+        scores[(candidates.bounds == -np.inf) | np.isnan(scores)] = -np.inf
         return _ranking(ids, scores)
 
     def _logprobs(self, rows: Ids, logits: npt.NDArray[np.float32]) -> Doubles:
         scaled = logits.astype(np.float64) / self._temperatures[rows] - self.masses.peaks[rows]
         if self._floors is not None:
             scaled = np.where(scaled >= self._floors[rows], scaled, -np.inf)
-        return np.asarray(scaled - np.log(self._kept)[rows])
+        return np.asarray(scaled - np.log(self._kept_mass)[rows])
 
 
 def _ranking(ids: Ids, scores: Doubles) -> RankedTokens:
@@ -125,8 +132,8 @@ def _ranking(ids: Ids, scores: Doubles) -> RankedTokens:
 
 
 def _may_miss(lowest: Doubles, bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Whether a token beyond the last bound might score more than the lowest one compared."""
-    is_open = bounds > -np.inf  # else all tokens that have any probability are among them
+    """Whether a token beyond the last bound might score more than the lowest token compared."""
+    is_open = bounds > -np.inf  # otherwise all tokens with probability > 0 are candidates
     known = np.where(is_open, bounds, 0.0)
     slack = _BOUND_ERROR + _RELATIVE_BOUND_ERROR * np.abs(known)
     return is_open & ~(lowest >= known + slack)
@@ -135,17 +142,17 @@ def _may_miss(lowest: Doubles, bounds: npt.NDArray[np.float32]) -> npt.NDArray[n
 def _floors(
     logits: torch.Tensor, temperatures: Doubles, params: Sequence[SamplingParams]
 ) -> Doubles | None:
-    """Float64 [n]: of the scaled logits less the peak, the least that is kept; None: all are."""
+    """Float64 [n]: smallest (scaled logit - peak) that is kept; None: nothing is cut off."""
     rows = np.array([i for i, p in enumerate(params) if warp.cuts_off(p)], np.int64)
     if not len(rows):
         return None
     floors = np.full(len(params), -np.inf)
-    # A device sorts whole rows at once; on a CPU a head of each row is a hundred times cheaper.
+    # A GPU sorts whole rows. On a CPU, selecting the head of a row is a hundred times cheaper.
     on_cpu, size = logits.device.type == "cpu", logits.shape[-1]
     limits = [p.top_k for p in params if p.top_k < size]
     num_first = min(size, max([_HEAD_SIZE, *limits])) if on_cpu else size
     for num in (num_first, size):
-        some = logits.index_select(0, _on(rows, logits))
+        some = logits.index_select(0, _to_device(rows, logits))
         cuts = _cuts([params[i] for i in rows.tolist()])
         found, is_found = _floors_from_heads(some, temperatures[rows], cuts, num)
         floors[rows] = found
@@ -167,7 +174,7 @@ def _cuts(params: Sequence[SamplingParams]) -> warp.Cuts:
 def _floors_from_heads(
     logits: torch.Tensor, temperatures: Doubles, cuts: warp.Cuts, num: int
 ) -> tuple[Doubles, npt.NDArray[np.bool_]]:
-    """From the greatest `num` of each row; and whether they were enough."""
+    """Floors from the top `num` logits of each row, and whether those were enough."""
     values, _ = best(logits, num)
     cuts = warp.Cuts(*(torch.from_numpy(column).to(logits.device) for column in cuts))
     scale = torch.from_numpy(temperatures).to(logits.device)[:, None]
@@ -175,11 +182,12 @@ def _floors_from_heads(
     limits = warp.limit_floor(ordered, cuts)
     mass = torch.ones_like(limits)
     if bool((cuts.top_p < 1).any()):
-        kept = Sweep(logits, temperatures, limits[:, 0].cpu().numpy()).masses().kept
+        kept = ScaledLogits(logits, temperatures, limits[:, 0].cpu().numpy()).masses().kept
         mass = torch.from_numpy(kept).to(logits.device)[:, None]
     floors, is_found = warp.nucleus_floor(ordered, limits, mass, cuts)
     return floors[:, 0].cpu().numpy(), is_found[:, 0].cpu().numpy()
 
 
-def _on(ids: Ids, like: torch.Tensor) -> torch.Tensor:
+def _to_device(ids: Ids, like: torch.Tensor) -> torch.Tensor:
+    """Indices as an int64 tensor on the device of `like`."""
     return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(like.device)

@@ -1,8 +1,8 @@
-"""Passes over many rows of logits at once, on their device: maxima, masses, races.
+"""Kernels over many rows of logits on their device: maxima, masses and Gumbel-max races.
 
-Rows are worked through in blocks that stay in a core's cache; what a row gives does not depend on
-the rows beside it. Owns no state; knows nothing of generations, parameters or the wire. Called on
-the device thread only, in inference mode.
+A Gumbel-max race samples from softmax(x): the winner is argmax(x + Gumbel noise). Rows are
+processed in blocks that fit a core's cache; the result of a row does not depend on other rows. Call
+them on the device thread only, in inference mode.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from outrider.sampling.random import token_bounds, token_gumbels, token_offsets
 Ids = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
-# Entries of a block: on a CPU a block's temporaries (about 24 bytes an entry) fit a core's L2
-# cache, and torch gives each thread so many of an element-wise operation; elsewhere a bound of
-# memory (0.4 GB) is all that is wanted.
+# Entries per block. On a CPU, the temporaries of a block (about 24 bytes an entry) fit the L2 cache
+# of a core, and each torch thread gets this many entries of an element-wise operation. On other
+# devices it only bounds memory (0.4 GB).
 _CPU_BLOCK = 32768
 _DEVICE_BLOCK = 1 << 24
-# Entries whose scores are kept at once (16 MB), for selections to be made of many rows.
+# Scores held at once (16 MB), so that one selection covers many rows.
 _SLAB = 1 << 22
-# Rows shorter than this are not worth two steps of selection.
+# Shorter rows are selected from in one step: two would not pay.
 _LONG_ROW = 1024
 
 
@@ -36,16 +36,16 @@ _Weighed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Excluded(NamedTuple):
-    """Entries left out of the tails and races: int64 [m] each, `rows` falling nowhere."""
+    """Entries left out of tails and races: int64 [m] each, `rows` in non-decreasing order."""
 
     rows: Ids
     columns: Ids
 
 
 class Masses(NamedTuple):
-    """Per row, float64 [n]: the greatest scaled logit, and the sums of exp(scaled - peak).
+    """Per row, float64 [n]: the greatest scaled logit, and sums of exp(scaled - peak).
 
-    `kept` is of all entries at or above the floor, `tails` of those that are not excluded.
+    `kept`: sum over all entries at or above the floor. `tails`: of those, the entries not excluded.
     """
 
     peaks: Doubles
@@ -54,10 +54,10 @@ class Masses(NamedTuple):
 
 
 class RaceCandidates(NamedTuple):
-    """Who may win a race: `ids` int64 [n, width] by falling `bounds` float32 of their scores.
+    """Tokens that may win a race: `ids` int64 [n, width] by falling float32 score `bounds`.
 
-    A score is scaled logit - peak + Gumbel noise. No token but these exceeds the last bound;
-    -inf: it has no probability.
+    A score is scaled logit - peak + Gumbel noise. No other token exceeds the last bound. A bound of
+    -inf: the token has no probability.
     """
 
     ids: Ids
@@ -65,16 +65,17 @@ class RaceCandidates(NamedTuple):
 
 
 def first_max(scores: torch.Tensor) -> Ids:
-    """int64 [n]: where each row's greatest entry is, the first at ties, as torch's argmax."""
-    if scores.device.type == "cpu":  # numpy's is ten times faster and says the same
+    """int64 [n]: index of each row's maximum, the first one at ties, as torch's argmax."""
+    if scores.device.type == "cpu":  # numpy's argmax is ten times faster, with the same result
         return np.asarray(scores.numpy().argmax(-1))
     return np.asarray(scores.argmax(-1).cpu().numpy())
 
 
 def best(scores: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest `num` entries of each row, falling, and their ids; at most all.
+    """The greatest `num` entries of each row in falling order, and their ids; at most all entries.
 
-    On a CPU from the columns of a grid that hold the greatest maxima: no others can have them.
+    On a CPU the row is viewed as a grid. Only the `num` columns with the greatest maxima can hold
+    them, so only those columns are searched.
     """
     num_rows, size = scores.shape
     num = min(num, size)
@@ -92,11 +93,11 @@ def best(scores: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     return top.values, ids.gather(-1, top.indices)
 
 
-class Sweep:
-    """Rows of logits with their temperatures and floors, ready to be measured and raced.
+class ScaledLogits:
+    """Rows of logits with their temperatures and floors, for masses and races.
 
-    `logits` float32 [n, vocab]; `temperatures` float64 [n]; `floors` float64 [n]: scaled logits
-    less the peak below them are ruled out; None for none.
+    `logits` float32 [n, vocab]; `temperatures` float64 [n]; `floors` float64 [n] or None: entries
+    whose (scaled logit - peak) is below the floor are cut off.
     """
 
     def __init__(
@@ -111,32 +112,32 @@ class Sweep:
         device = logits.device
         self._temperatures = torch.from_numpy(temperatures).to(device)[:, None]
         self._floors = None if floors is None else torch.from_numpy(floors).to(device)[:, None]
-        some = excluded or Excluded(np.zeros(0, np.int64), np.zeros(0, np.int64))
-        flat = torch.from_numpy(some.rows * self._size + some.columns)
+        entries = excluded or Excluded(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        flat = torch.from_numpy(entries.rows * self._size + entries.columns)
         self._excluded = flat.to(device)
-        self._starts = np.searchsorted(some.rows, np.arange(len(logits) + 1)).tolist()
+        self._starts = np.searchsorted(entries.rows, np.arange(len(logits) + 1)).tolist()
 
     def masses(self) -> Masses:
-        """Without a race."""
+        """Masses of all rows, without a race."""
         blocks = self._slices(slice(0, len(self._logits)), _block_size(self._logits))
         return _gathered([self._weigh(block, None) for block in blocks])
 
     def race(self, keys: Ids, width: int) -> tuple[Masses, RaceCandidates]:
-        """`keys` int64 [n] of the noise."""
+        """Masses, and the top `width` candidates of each row. `keys` int64 [n]: noise keys."""
         masses, values, ids = [], [], []
         for slab in self._slices(slice(0, len(self._logits)), _SLAB):
             scores = self._logits.new_empty(slab.stop - slab.start, self._size)
             for block in self._slices(slab, _block_size(self._logits)):
-                some = scores[block.start - slab.start : block.stop - slab.start]
-                masses.append(self._weigh(block, some))
-                _add_bounds(some, keys[block])
-            bounds, entrants = best(scores, width)
+                block_scores = scores[block.start - slab.start : block.stop - slab.start]
+                masses.append(self._weigh(block, block_scores))
+                _add_bounds(block_scores, keys[block])
+            bounds, candidates = best(scores, width)
             values.append(bounds)
-            ids.append(entrants)
+            ids.append(candidates)
         return _gathered(masses), RaceCandidates(_joined(ids), _joined(values))
 
     def full_race(self, row: int, key: int, width: int) -> RaceCandidates:
-        """One row with every score in double precision: slow, never wrong."""
+        """Candidates of one row with every score in double precision: slow, always exact."""
         block = slice(row, row + 1)
         scaled, _ = self._scaled(block)
         scaled.view(-1).index_fill_(0, self._excluded_in(block), -torch.inf)
@@ -147,18 +148,19 @@ class Sweep:
         return RaceCandidates(top.indices.cpu().numpy(), top.values.to(torch.float32).cpu().numpy())
 
     def _slices(self, rows: slice, num_entries: int) -> Iterator[slice]:
+        """Slices of `rows`, each of at most `num_entries` entries (at least one row)."""
         step = max(1, num_entries // self._size)
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop))
 
     def _scaled(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float64 [rows, vocab], new, with -inf below the floor; and the peaks [rows, 1].
+        """Float64 [rows, vocab], a new tensor with -inf below the floor; and the peaks [rows, 1].
 
-        Division is monotone, so this is `warp.scale`, bit for bit.
+        Division is monotone, so this equals `warp.scale` bit for bit.
         """
         logits, temperatures = self._logits[block], self._temperatures[block]
         peaks = logits.amax(-1, keepdim=True).to(torch.float64) / temperatures
-        # A row that allows nothing is nothing, not NaN.
+        # A row of -inf stays -inf instead of NaN.
         peaks = torch.where(peaks.isfinite(), peaks, 0.0)
         scaled = logits.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
         scaled /= temperatures
@@ -168,7 +170,7 @@ class Sweep:
         return scaled, peaks
 
     def _weigh(self, block: slice, scores: torch.Tensor | None) -> _Weighed:
-        """Peaks, kept masses and tails [rows]; `scores` gets the scaled logits not excluded."""
+        """Peaks, kept masses, tails [rows]; writes scaled logits to `scores`, -inf if excluded."""
         scaled, peaks = self._scaled(block)
         ids = self._excluded_in(block)
         if scores is not None:
@@ -182,16 +184,16 @@ class Sweep:
         return peaks[:, 0], kept, weights.sum(-1)
 
     def _excluded_in(self, block: slice) -> torch.Tensor:
-        """Where the excluded entries of a block stand in it, flattened."""
+        """Flat indices, within the block, of its excluded entries."""
         first, last = self._starts[block.start], self._starts[block.stop]
         return torch.sub(self._excluded[first:last], block.start * self._size)
 
 
 def _add_bounds(scores: torch.Tensor, keys: Ids) -> None:
-    """Adds what the noise is at most to float32 [rows, vocab], in place."""
+    """Add the upper bound of the noise to float32 [rows, vocab], in place."""
     size, device = scores.shape[-1], scores.device
     offsets = _offsets(size, device)
-    # One thread hashes twice as fast with numpy, to the same bits; torch uses all there are.
+    # On one thread numpy hashes twice as fast, with the same bits; torch uses several threads.
     by_numpy = device.type == "cpu" and torch.get_num_threads() == 1
     noise_keys = keys if by_numpy else torch.from_numpy(keys).to(device)
     step = max(1, _block_size(scores) // len(keys))
@@ -206,7 +208,7 @@ def _add_bounds(scores: torch.Tensor, keys: Ids) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _offsets(size: int, device: torch.device) -> torch.Tensor:
-    """A constant of the vocabulary's size."""
+    """Hash offsets of all token ids; a constant of the vocabulary's size."""
     return torch.as_tensor(token_offsets(torch.arange(size, device=device)))
 
 
@@ -219,4 +221,5 @@ def _joined(parts: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
 
 
 def _block_size(tensor: torch.Tensor) -> int:
+    """Entries per block on the device of `tensor`."""
     return _CPU_BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else _DEVICE_BLOCK

@@ -1,8 +1,8 @@
-"""What changes logits before they are scaled: bias, allowed tokens, min_tokens, penalties.
+"""Logits processors: bias, allowed tokens, min_tokens and penalties, applied before temperature.
 
-For all generations of a step together, but only where a generation has such parameters, and of
-penalties only the entries of tokens that its context holds. Order and meaning as in vLLM
-(`outrider/sampling/warp.py`). Knows nothing of draws, KV or the wire. Device thread only.
+One call handles all generations of a step. Only generations with such parameters are touched, and
+penalties touch only the entries of tokens in the context. Order and meaning as in vLLM
+(`outrider/sampling/warp.py`). Call it on the device thread only.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Ids = npt.NDArray[Any]
 
 
 class GenerationSampler:
-    """Sampling state of one generation: fixed parameters and what follows from them.
+    """Sampling state of one generation: its parameters and what is derived from them.
 
-    `vocab_size` cuts the logits: tokens at or beyond it are never drawn or drafted.
+    `vocab_size` cuts the logits: tokens at or beyond it are never sampled or drafted.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class GenerationSampler:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """The token is the argmax of the raw logits, at any position."""
+        """Whether the token is the argmax of the raw logits at every position."""
         return self.params.greedy and not self.adjusts
 
     def _bias_vector(self, device: torch.device) -> torch.Tensor | None:
-        """Float32 [vocab]."""
+        """Float32 [vocab]: logit bias, and -inf for tokens that are not allowed; None: no bias."""
         params, size = self.params, self.vocab_size
         if not (params.logit_bias or params.allowed_token_ids):
             return None
@@ -65,9 +65,9 @@ class GenerationSampler:
 
 
 class PositionSpan(NamedTuple):
-    """Rows [start, stop) of one generation; the first is for `position`, after history[:position].
+    """Rows [start, stop) of one generation; the first row is for `position`.
 
-    `history` holds the tokens before the last row's position at least.
+    `history` holds at least the tokens before the last row's position.
     """
 
     sampler: GenerationSampler
@@ -90,7 +90,7 @@ class _Penalised:
 
 
 def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
-    """Changes float32 [n, vocab], contiguous, in place."""
+    """Apply all processors to float32 [n, vocab], contiguous, in place."""
     for span in spans:
         if span.sampler.bias is not None:
             logits[span.start : span.stop] += span.sampler.bias
@@ -107,7 +107,7 @@ def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
 
 
 def _forbidden(span: PositionSpan, size: int) -> Ids:
-    """Entries of stop tokens in the rows before min_tokens."""
+    """Flat indices of stop tokens in the rows before min_tokens."""
     num_output = span.position - span.sampler.prompt_len
     num_rows = min(max(span.sampler.params.min_tokens - num_output, 0), span.stop - span.start)
     rows = np.arange(span.start, span.start + num_rows)
@@ -117,7 +117,8 @@ def _forbidden(span: PositionSpan, size: int) -> Ids:
 def _penalised(span: PositionSpan, size: int) -> tuple[Ids, ...]:
     """Entries, counts, seen and the three penalties of one generation's rows, flattened.
 
-    Every token of the history has an entry in each row: one not seen before the row is unchanged.
+    Every token of the history has an entry in each row; one that the row has not seen yet is
+    unchanged.
     """
     params, prompt_len = span.sampler.params, span.sampler.prompt_len
     num_rows = span.stop - span.start

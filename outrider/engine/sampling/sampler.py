@@ -1,9 +1,10 @@
-"""From a step's logits to tokens, all generations together, on the engine's device.
+"""Sampler: tokens and block scores from a step's logits, for all generations together.
 
-The draft's half draws one token of each row and the support it was drawn from (`sample_all`), the
-target's half answers blocks by support (`score_all`). Rows that need the same are taken together:
-an argmax costs an argmax, however others are sampled, and no row is influenced by those beside it.
-Knows nothing of KV, sessions or the wire. Called on the device thread only.
+`sample_all` samples one token per row and returns the support it was sampled from (draft tier).
+`score_all` scores blocks on the supports of their draft tokens (target tier). Rows with the same
+needs are computed together, so a greedy row costs an argmax whatever the others need. A row's
+result does not depend on other rows. Runs on the engine's device; call it on the device thread
+only.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ from outrider.sampling.support import MAX_SUPPORT_SIZE, Support, truncate
 
 __all__ = ["GenerationSampler", "sample_all", "score_all"]
 
-# Tokens among which a row's race is decided. Bounds are close to scores where it matters: that
-# these were too few, which costs time and nothing else, happened in none of 16,000 rows tried.
+# Race candidates per row scored exactly. If they do not suffice, the whole row is scored: only
+# slower. That happened in none of 16,000 rows tried.
 _SAMPLE_WIDTH = 8
 _CANDIDATES_WIDTH = 4 * NUM_CANDIDATES
-# Likeliest tokens among which a rejection's recovered token is foreseen. With three candidates a
-# race of all would find it in 0 to 0.1 more of rejections, twice that where the law is all but
-# flat, and a draw of 32,768 tokens would take 0.7 instead of 0.25 ms of a core.
-_FORESEEN_AMONG = 128
+# Recovered tokens are predicted among this many most likely tokens. Of all tokens, three candidates
+# would contain it in 0 to 10 % more of the rejections (twice that if the distribution is almost
+# flat), but sampling from a vocabulary of 32,768 would take 0.7 instead of 0.25 ms of one core.
+_RECOVERED_AMONG = 128
 
-# What float32 holds; a temperature of next to nothing gives less.
-_LEAST_SCORE = float(np.finfo(np.float32).min)
+# Lowest finite float32; very low temperatures give lower scores.
+_MIN_SCORE = float(np.finfo(np.float32).min)
 
 _RAW = SamplingParams()
-_NOTHING: Floats = np.zeros(0, np.float32)
+_EMPTY: Floats = np.zeros(0, np.float32)
 
 
 class _Need(Enum):
+    """What a row needs computed."""
+
     ARGMAX = 1
     ADJUSTED_ARGMAX = 2
     SUPPORT = 3
@@ -62,16 +65,18 @@ class _Need(Enum):
 
 @torch.inference_mode()
 def sample_all(
-    asks: Sequence[SampleRequest], logits: torch.Tensor
+    requests: Sequence[SampleRequest], logits: torch.Tensor
 ) -> list[SampledToken | Exception]:
-    """As `ServedEngine.draw`; the asks' samplers are `GenerationSampler`s."""
-    return isolated(_draw, asks, logits, [1] * len(asks))
+    """Implements `ServedEngine.sample`; the samplers of the requests are `GenerationSampler`s."""
+    return isolated(_sample, requests, logits, [1] * len(requests))
 
 
 @torch.inference_mode()
-def score_all(asks: Sequence[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
-    """As `ServedEngine.reply`; the asks' samplers are `GenerationSampler`s."""
-    return isolated(_reply, asks, logits, [ask.num_rows for ask in asks])
+def score_all(
+    requests: Sequence[ScoreRequest], logits: torch.Tensor
+) -> list[BlockScores | Exception]:
+    """Implements `ServedEngine.score`; the samplers of the requests are `GenerationSampler`s."""
+    return isolated(_score, requests, logits, [request.num_rows for request in requests])
 
 
 def _need(sampler: GenerationSampler) -> _Need:
@@ -80,97 +85,112 @@ def _need(sampler: GenerationSampler) -> _Need:
     return _Need.ADJUSTED_ARGMAX if sampler.adjusts else _Need.ARGMAX
 
 
-# Draws.
+# Sampling.
 
 
-def _draw_need(ask: SampleRequest) -> _Need:
-    need = _need(sampler_of(ask))
-    if need is _Need.SAMPLE and not (ask.is_guess or ask.verification is Verification.COUPLED):
+def _sample_need(request: SampleRequest) -> _Need:
+    need = _need(sampler_of(request))
+    if need is _Need.SAMPLE and not (
+        request.is_guess or request.verification is Verification.COUPLED
+    ):
         return _Need.SUPPORT
     return need
 
 
-def _draw(asks: Sequence[SampleRequest], logits: torch.Tensor) -> list[SampledToken | Exception]:
-    placed: dict[int, SampledToken | Exception] = {}
-    for need, groups in grouped(asks, [1] * len(asks), _draw_need).items():
+def _sample(
+    requests: Sequence[SampleRequest], logits: torch.Tensor
+) -> list[SampledToken | Exception]:
+    results: dict[int, SampledToken | Exception] = {}
+    for need, groups in grouped(requests, [1] * len(requests), _sample_need).items():
         for group in groups:
-            some = [asks[place] for place in group.places]
-            rows = group.adjusted(group.raw(logits), [ask.history for ask in some])
+            some = [requests[i] for i in group.indices]
+            rows = group.adjusted(group.raw(logits), [request.history for request in some])
             if need is _Need.SUPPORT:
-                sampled = _draw_from_supports(some, group, Distributions(rows, group.params))
+                sampled = _sample_from_supports(some, group, Distributions(rows, group.params))
             elif need is _Need.SAMPLE:
-                sampled = _draw_as_target(group, Distributions(rows, group.params))
+                sampled = _sample_as_target(group, Distributions(rows, group.params))
             else:
-                sampled = _draw_greatest(rows)
-            placed.update(zip(group.places, sampled, strict=True))
-    return [placed[place] for place in range(len(asks))]
+                sampled = _sample_greedy(rows)
+            results.update(zip(group.indices, sampled, strict=True))
+    return [results[i] for i in range(len(requests))]
 
 
-def _draw_greatest(rows: torch.Tensor) -> list[SampledToken | Exception]:
+def _sample_greedy(rows: torch.Tensor) -> list[SampledToken | Exception]:
     token_ids = first_max(rows)
     values, ids = (part.cpu().numpy() for part in best(rows, NUM_CANDIDATES))
-    # At ties the argmax may stand elsewhere among the best, or not at all: it goes first.
+    # At ties the argmax may be elsewhere among the best, or missing: put it first.
     for row in np.flatnonzero(ids[:, 0] != token_ids):
         where = np.flatnonzero(ids[row] == token_ids[row])
         ids[row, where[0] if len(where) else -1] = ids[row, 0]
         ids[row, 0] = token_ids[row]
     return [
-        _sampled(token_id, None, ids[row], values[row])
+        _sampled_token(token_id, None, ids[row], values[row])
         for row, token_id in enumerate(token_ids.tolist())
     ]
 
 
-def _draw_as_target(group: RequestGroup, laws: Distributions) -> list[SampledToken | Exception]:
-    """With the target's noise: what it would emit itself if it were the draft."""
-    ranking = laws.race(group.keys(), NUM_CANDIDATES, _CANDIDATES_WIDTH)
+def _sample_as_target(
+    group: RequestGroup, distributions: Distributions
+) -> list[SampledToken | Exception]:
+    """Sample with the target's noise: the token it would emit itself with this distribution."""
+    ranking = distributions.race(group.keys(), NUM_CANDIDATES, _CANDIDATES_WIDTH)
     return [
-        _sampled(int(ids[0]), None, ids, scores) if scores[0] > -np.inf else _nothing_allowed()
+        _sampled_token(int(ids[0]), None, ids, scores)
+        if scores[0] > -np.inf
+        else _no_allowed_token()
         for ids, scores in zip(*ranking, strict=True)
     ]
 
 
-def _draw_from_supports(
-    asks: Sequence[SampleRequest], group: RequestGroup, laws: Distributions
+def _sample_from_supports(
+    requests: Sequence[SampleRequest], group: RequestGroup, distributions: Distributions
 ) -> list[SampledToken | Exception]:
-    likeliest = laws.likeliest(_FORESEEN_AMONG)
-    foreseen = with_noise(likeliest, group.keys())
-    ids, probs = likeliest.ids[:, :MAX_SUPPORT_SIZE], np.exp(likeliest.scores[:, :MAX_SUPPORT_SIZE])
+    """Sample draft tokens from their truncated distributions; rank candidates with target noise."""
+    top = distributions.top(_RECOVERED_AMONG)
+    with_target_noise = with_noise(top, group.keys())
+    ids, probs = top.ids[:, :MAX_SUPPORT_SIZE], np.exp(top.scores[:, :MAX_SUPPORT_SIZE])
     sampled: list[SampledToken | Exception] = []
-    for row, ask in enumerate(asks):
+    for row, request in enumerate(requests):
         if not probs[row, 0] > 0:
-            sampled.append(_nothing_allowed())
+            sampled.append(_no_allowed_token())
             continue
         support_ids, weights = truncate(ids[row], probs[row])
-        key = stream_key(ask.sampler.params.seed, Purpose.DRAFT, ask.position, ask.base_len)
+        key = stream_key(
+            request.sampler.params.seed, Purpose.DRAFT, request.position, request.base_len
+        )
         token_id = Support.normalised(support_ids, weights).sample(uniform(key))
-        best_ids, scores = (part[row, :NUM_CANDIDATES] for part in foreseen)
-        sampled.append(_sampled(token_id, (support_ids, weights), best_ids, scores))
+        best_ids, scores = (part[row, :NUM_CANDIDATES] for part in with_target_noise)
+        sampled.append(_sampled_token(token_id, (support_ids, weights), best_ids, scores))
     return sampled
 
 
-def _sampled(
+def _sampled_token(
     token_id: int, support: tuple[Ids, Floats] | None, ids: Ids, scores: npt.NDArray[np.floating]
 ) -> SampledToken:
-    """Candidates are the finite ones, at least one."""
+    """Keeps candidates with finite scores, at least one."""
     num_finite = max(1, int(np.isfinite(scores).sum()))
-    scores = np.maximum(scores[:num_finite], _LEAST_SCORE)
+    scores = np.maximum(scores[:num_finite], _MIN_SCORE)
     return SampledToken(token_id, support, ids[:num_finite], scores.astype(np.float32))
 
 
-def _nothing_allowed() -> InvalidRequest:
+def _no_allowed_token() -> InvalidRequest:
     return InvalidRequest("allowed_token_ids", "none of them is in the draft's vocabulary")
 
 
-# Replies.
+# Scoring.
 
 
 class _Supports:
-    """The supports of a group's asks, flattened: entries (row in the group, token id)."""
+    """Supports of a group's requests, flattened: entries (row in the group, token id)."""
 
-    def __init__(self, group: RequestGroup, asks: Sequence[ScoreRequest]) -> None:
+    def __init__(self, group: RequestGroup, requests: Sequence[ScoreRequest]) -> None:
         starts = group.starts.tolist()
-        ids = [ids for ask in asks for ids in ask.supports or ()]
-        rows = [start + i for ask, start in zip(asks, starts, strict=False) for i in _range(ask)]
+        ids = [ids for request in requests for ids in request.supports or ()]
+        rows = [
+            start + i
+            for request, start in zip(requests, starts, strict=False)
+            for i in _range(request)
+        ]
         sizes = [len(part) for part in ids]
         self.rows: npt.NDArray[np.int64] = np.repeat(np.array(rows, np.int64), sizes)
         self.columns: npt.NDArray[np.int64] = (
@@ -179,48 +199,50 @@ class _Supports:
         self._starts = np.searchsorted(self.rows, group.starts).tolist()
 
     def split(self, values: Floats) -> list[Floats]:
-        """Each ask's part of one value an entry."""
+        """Split one value per entry into each request's part."""
         return [values[a:b] for a, b in zip(self._starts, self._starts[1:], strict=False)]
 
 
-def _history(ask: ScoreRequest) -> Ids:
-    return ask.history
+def _history(request: ScoreRequest) -> Ids:
+    return request.history
 
 
-def _range(ask: ScoreRequest) -> range:
-    return range(len(ask.supports or ()))
+def _range(request: ScoreRequest) -> range:
+    return range(len(request.supports or ()))
 
 
-def _reply(asks: Sequence[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
-    placed: dict[int, BlockScores | Exception] = {}
-    sizes = [ask.num_rows for ask in asks]
-    for need, groups in grouped(asks, sizes, lambda ask: _need(sampler_of(ask))).items():
+def _score(requests: Sequence[ScoreRequest], logits: torch.Tensor) -> list[BlockScores | Exception]:
+    results: dict[int, BlockScores | Exception] = {}
+    sizes = [request.num_rows for request in requests]
+    for need, groups in grouped(
+        requests, sizes, lambda request: _need(sampler_of(request))
+    ).items():
         for group in groups:
-            some = [asks[place] for place in group.places]
+            some = [requests[i] for i in group.indices]
             raw = group.raw(logits)
-            rows = group.adjusted(raw, [partial(_history, ask) for ask in some])
+            rows = group.adjusted(raw, [partial(_history, request) for request in some])
             supports = _Supports(group, some)
-            answer = _scores_sampled if need is _Need.SAMPLE else _scores_greedy
-            samples, probs, tails, tail_logprobs = answer(group, supports, rows)
+            compute = _scores_sampled if need is _Need.SAMPLE else _scores_greedy
+            samples, probs, tails, tail_logprobs = compute(group, supports, rows)
             logprobs = _logprobs(group, supports, raw, samples)
             parts = zip(some, group.starts.tolist(), supports.split(probs), logprobs, strict=False)
-            for place, (ask, start, on_support, told) in zip(group.places, parts, strict=True):
-                stop = start + ask.num_rows
-                tail, of_tail = _NOTHING, _NOTHING
-                if ask.supports is not None:
-                    last = start + len(ask.supports)
+            for i, (request, start, on_support, of_raw) in zip(group.indices, parts, strict=True):
+                stop = start + request.num_rows
+                tail, of_tail = _EMPTY, _EMPTY
+                if request.supports is not None:
+                    last = start + len(request.supports)
                     tail, of_tail = (part[start:last] for part in (tails, tail_logprobs))
-                placed[place] = BlockScores(samples[start:stop], on_support, tail, of_tail, told)
-    return [placed[place] for place in range(len(asks))]
+                results[i] = BlockScores(samples[start:stop], on_support, tail, of_tail, of_raw)
+    return [results[i] for i in range(len(requests))]
 
 
-# Of each row the sample, the mass outside its support, and the sample's log-probability where it
-# is outside; in between, the probabilities on the supports.
-_Answer = tuple[Ids, Floats, Floats, Floats]
+# Per row: the sample; flattened: the probabilities on the supports; per row: the tail mass (outside
+# the support) and the log-probability of the sample if it is outside.
+_Scores = tuple[Ids, Floats, Floats, Floats]
 
 
-def _scores_greedy(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Answer:
-    """A greedy target is a one-hot distribution, on its argmax."""
+def _scores_greedy(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Scores:
+    """Scores of greedy rows: the distribution is one-hot, on the argmax."""
     samples = first_max(rows)
     hits = (samples[supports.rows] == supports.columns).astype(np.float32)
     num_hits = np.bincount(supports.rows, hits, minlength=len(samples))
@@ -229,19 +251,22 @@ def _scores_greedy(group: RequestGroup, supports: _Supports, rows: torch.Tensor)
     return samples, hits, is_outside.astype(np.float32), logprobs.astype(np.float32)
 
 
-def _scores_sampled(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Answer:
-    laws = Distributions(rows, group.params, Excluded(supports.rows, supports.columns))
-    ids, scores = laws.race(group.keys(), 1, _SAMPLE_WIDTH)
-    # Nothing outside the support: a token must be named, and is never used.
+def _scores_sampled(group: RequestGroup, supports: _Supports, rows: torch.Tensor) -> _Scores:
+    """Scores of sampled rows, with the target's noise."""
+    distributions = Distributions(rows, group.params, Excluded(supports.rows, supports.columns))
+    ids, scores = distributions.race(group.keys(), 1, _SAMPLE_WIDTH)
+    # If the tail is empty, any token id will do: it is never used.
     is_outside = scores[:, 0] > -np.inf
     samples = np.where(is_outside, ids[:, 0], 0)
     num, rows_of_samples = len(supports.rows), np.arange(len(samples))
-    logprobs = laws.logprobs_at(
+    logprobs = distributions.logprobs_at(
         np.concatenate((supports.rows, rows_of_samples)),
         np.concatenate((supports.columns, samples)),
     )
-    probs, tails = (part.astype(np.float32) for part in (np.exp(logprobs[:num]), laws.tails))
-    # Where the mass outside is nothing in float32, the sample may not win by the log of it.
+    probs, tails = (
+        part.astype(np.float32) for part in (np.exp(logprobs[:num]), distributions.tails)
+    )
+    # If the tail mass is zero in float32, the sample must not win by its logarithm.
     tail_logprobs = np.where(is_outside & (tails > 0), logprobs[num:], -np.inf)
     return samples, probs, tails, tail_logprobs.astype(np.float32)
 
@@ -249,27 +274,33 @@ def _scores_sampled(group: RequestGroup, supports: _Supports, rows: torch.Tensor
 def _logprobs(
     group: RequestGroup, supports: _Supports, raw: torch.Tensor, samples: Ids
 ) -> list[Logprobs | None]:
-    """Of the raw logits, for the asks that want them."""
-    numbers = [sampler.params.logprobs for sampler in group.samplers]
-    told: list[Logprobs | None] = [None] * len(numbers)
-    if all(number is None for number in numbers):
-        return told
-    wanted = np.repeat([number is not None for number in numbers], group.sizes)
+    """Log-probabilities of the raw logits, for the requests that want them."""
+    limits = [sampler.params.logprobs for sampler in group.samplers]
+    results: list[Logprobs | None] = [None] * len(limits)
+    if all(limit is None for limit in limits):
+        return results
+    wanted = np.repeat([limit is not None for limit in limits], group.sizes)
     picked = np.flatnonzero(wanted)
-    place = np.cumsum(wanted) - 1  # of a row among the picked ones
-    laws = Distributions(raw[torch.from_numpy(picked).to(raw.device)], [_RAW] * len(picked))
-    top_ids, top = laws.likeliest(max(number or 0 for number in numbers) or 1)
-    of_samples = laws.logprobs_at(np.arange(len(picked)), samples[picked]).astype(np.float32)
-    is_told = wanted[supports.rows]
+    row_of = np.cumsum(wanted) - 1  # index of a row among the picked ones
+    distributions = Distributions(
+        raw[torch.from_numpy(picked).to(raw.device)], [_RAW] * len(picked)
+    )
+    top_ids, top = distributions.top(max(limit or 0 for limit in limits) or 1)
+    of_samples = distributions.logprobs_at(np.arange(len(picked)), samples[picked]).astype(
+        np.float32
+    )
+    is_wanted = wanted[supports.rows]
     on_support = np.zeros(len(supports.rows), np.float32)
-    on_support[is_told] = laws.logprobs_at(place[supports.rows[is_told]], supports.columns[is_told])
+    on_support[is_wanted] = distributions.logprobs_at(
+        row_of[supports.rows[is_wanted]], supports.columns[is_wanted]
+    )
     split = supports.split(on_support)
-    for k, number in enumerate(numbers):
-        if number is not None:
-            first = int(place[group.starts[k]])
+    for k, limit in enumerate(limits):
+        if limit is not None:
+            first = int(row_of[group.starts[k]])
             rows = slice(first, first + int(group.sizes[k]))
-            best_ids, best_logprobs = top_ids[rows, :number], top[rows, :number]
-            told[k] = Logprobs(
+            best_ids, best_logprobs = top_ids[rows, :limit], top[rows, :limit]
+            results[k] = Logprobs(
                 split[k], of_samples[rows], best_ids, best_logprobs.astype(np.float32)
             )
-    return told
+    return results

@@ -1,4 +1,4 @@
-"""Whatever is appended, rolled back, forked and freed: logits equal an uncached eager model's."""
+"""Logits equal an uncached eager model after any appends, roll-backs, forks and frees."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tests.tiny_models import FAMILIES
 
 
 class Driver:
-    """Does random things to an engine's sequences and checks the logits of each step."""
+    """Applies random operations to an engine's sequences and checks the logits of each step."""
 
     def __init__(self, engine: Engine, shadow: Shadow, seed: int) -> None:
         self.engine = engine
         self.shadow = shadow
         self.rng = np.random.default_rng(seed)
-        self.held: dict[Sequence, list[int]] = {}
+        self.tokens_of: dict[Sequence, list[int]] = {}
 
     def step(self, parts: list[tuple[Sequence, int, int]]) -> None:
-        """Appends (sequence, tokens, logits) in one forward and checks every row."""
+        """Append (sequence, tokens, logits) in one forward pass and check every row."""
         new = [self.shadow.random_tokens(count) for _, count, _ in parts]
         appends = [Append(s, ids, n) for (s, _, n), ids in zip(parts, new, strict=True)]
         logits = self.engine.forward(appends)
         assert logits.dtype == torch.float32
         row = 0
         for append, ids in zip(appends, new, strict=True):
-            tokens = self.held[append.sequence]
+            tokens = self.tokens_of[append.sequence]
             tokens += ids
             rows = logits[row : row + append.num_logits]
             self.shadow.assert_rows(rows, tokens, f"{len(ids)} tokens at {len(tokens)}")
@@ -42,30 +42,30 @@ class Driver:
 
     def open(self, max_len: int) -> Sequence:
         sequence = self.engine.store.open(max_len)
-        self.held[sequence] = []
+        self.tokens_of[sequence] = []
         return sequence
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         self.engine.store.truncate(sequence, length)
-        del self.held[sequence][length:]
+        del self.tokens_of[sequence][length:]
 
     def fork(self, sequence: Sequence, max_len: int) -> Sequence:
         child = self.engine.store.fork(sequence, max_len)
-        self.held[child] = list(self.held[sequence])
+        self.tokens_of[child] = list(self.tokens_of[sequence])
         return child
 
     def free(self, sequence: Sequence) -> None:
         self.engine.store.free(sequence)
-        del self.held[sequence]
+        del self.tokens_of[sequence]
 
     def check(self) -> None:
         self.engine.store.check_integrity()
-        for sequence, tokens in self.held.items():
+        for sequence, tokens in self.tokens_of.items():
             assert sequence.length == len(tokens)
 
     def random_change(self) -> None:
-        """Truncates, forks, extends, frees or opens something."""
-        sequences = list(self.held)
+        """Truncate, fork, extend, free or open a random sequence."""
+        sequences = list(self.tokens_of)
         choice = self.rng.integers(5)
         if choice == 4 or len(sequences) < 2:
             self.open(int(self.rng.integers(40, 90)))
@@ -82,9 +82,9 @@ class Driver:
         self.check()
 
     def random_step(self) -> None:
-        """Prefill chunks (with or without logits), decodes and verifications, side by side."""
+        """Prefill chunks (with or without logits), decodes and verifications in one step."""
         parts = []
-        for sequence in self.held:
+        for sequence in self.tokens_of:
             count = int(self.rng.choice([0, 1, 5, 7, 23]))
             count = min(count, sequence.max_len - sequence.length)
             if count > 0:
@@ -102,14 +102,14 @@ def driver(
     engine = engine_of(family)
     driver = Driver(engine, Shadow(Reference(model_dir(family)), seed=1), seed=2)
     yield driver
-    for sequence in list(driver.held):
+    for sequence in list(driver.tokens_of):
         driver.free(sequence)
     assert engine.store.used_tokens == 0
 
 
 @pytest.mark.parametrize("driver", FAMILIES, indirect=True)
 def test_one_ragged_step_of_every_kind(driver: Driver) -> None:
-    """Prefill, decode, 5-token verification and a prefill chunk in one forward; then roll-back."""
+    """Prefill, decode, 5-token verification and a prefill chunk in one pass; then roll-back."""
     fresh, decoding, verifying, chunked = (driver.open(80) for _ in range(4))
     driver.step([(decoding, 19, 1), (verifying, 30, 1), (chunked, 21, 0)])
     driver.step([(fresh, 27, 27), (decoding, 1, 1), (verifying, 5, 5), (chunked, 22, 0)])
@@ -127,7 +127,7 @@ def test_random_operations(driver: Driver) -> None:
 
 @pytest.mark.parametrize("driver", ["llama", "gemma2"], indirect=True)
 def test_prefill_longer_than_a_block_of_queries(driver: Driver) -> None:
-    """Attention is cut into blocks of 128 queries."""
+    """Attention is computed in blocks of 128 queries."""
     long, short = driver.open(400), driver.open(20)
     driver.step([(short, 3, 3), (long, 300, 300)])
     driver.step([(long, 5, 5), (short, 1, 1)])
@@ -135,7 +135,7 @@ def test_prefill_longer_than_a_block_of_queries(driver: Driver) -> None:
 
 @pytest.mark.parametrize("driver", ["llama", "gemma3", "gemma2"], indirect=True)
 def test_scattered_pages_are_gathered(driver: Driver) -> None:
-    """Forks hold their own last pages away from the shared ones: not a view, but the same."""
+    """A fork's own pages are apart from the shared ones, so its history is not a view."""
     parent = driver.open(64)
     driver.step([(parent, 37, 1)])
     child = driver.fork(parent, 90)
@@ -146,13 +146,13 @@ def test_scattered_pages_are_gathered(driver: Driver) -> None:
     driver.step([(child, 30, 3), (parent, 2, 2)])
     driver.free(parent)
     driver.step([(child, 2, 2)])
-    assert child.run_start is not None, "moved once it shares nothing"
+    assert child.run_start is not None, "not moved although it shares nothing"
 
 
 def test_two_engines_in_one_process(
     engine_of: Callable[[str], Engine], model_dir: Callable[[str], Path]
 ) -> None:
-    """Interleaved calls reach their own memory."""
+    """Interleaved calls use the memory of their own engine."""
     engines = {family: engine_of(family) for family in ("llama", "gpt2")}
     drivers = [
         Driver(engine, Shadow(Reference(model_dir(family)), seed=3), seed=4)
@@ -178,8 +178,8 @@ def test_without_prepacked_linears(family: str, model_dir: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("forbidden", ["", "onednn_bfloat16"], ids=["best", "fallback"])
-def test_bfloat16_stays_near(model_dir: Callable[[str], Path], forbidden: str) -> None:
-    """With the prepacked kernel where the CPU has it, and with torch's kernel everywhere."""
+def test_bfloat16_is_close_to_float32(model_dir: Callable[[str], Path], forbidden: str) -> None:
+    """With the prepacked kernel if the CPU has it, and with torch's kernel everywhere."""
     engine = load_engine(
         EngineOptions(
             str(model_dir("llama")),

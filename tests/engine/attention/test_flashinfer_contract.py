@@ -1,8 +1,8 @@
-"""What FlashInfer is told, checked on the CPU with its contract computed plainly.
+"""Calls to FlashInfer, checked on the CPU against a plain implementation of its contract.
 
-`PlainWrapper` does what FlashInfer's documentation says of the calls that the engine makes, so
-tables, plans, padding and fixed buffers are tested without a device. That FlashInfer itself keeps
-the contract is for test_cuda.py.
+`PlainWrapper` implements what FlashInfer's documentation says of the calls that the engine makes,
+so tables, plans, padding and fixed buffers are tested without a GPU. Whether FlashInfer itself
+keeps the contract is tested in test_cuda.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from outrider.engine import Engine, EngineOptions, load_engine
-from outrider.engine.attention import select as backends
+from outrider.engine.attention import select
 from outrider.engine.attention.cuda_graphs import GraphedSteps, Run
 from outrider.engine.attention.flashinfer_backend import FlashInferBackend
 from outrider.errors import ConfigError
@@ -112,9 +112,9 @@ class PlainWrapper:
 
 
 def paged_engine(plain: Engine, *, graphs: bool) -> Engine:
-    """The same model and store, attending through a FlashInfer of which only the contract is real.
+    """The same model and store with a FlashInfer backend on top of PlainWrapper.
 
-    A captured step is run again instead of replayed: what it reads and writes is the same.
+    A captured step is run again instead of replayed: it reads and writes the same memory.
     """
     backend = FlashInferBackend(plain.store, plain._model.windows, PlainWrapper)
 
@@ -126,7 +126,7 @@ def paged_engine(plain: Engine, *, graphs: bool) -> Engine:
     return Engine(plain._model, plain.store, plain.info, backend, graphed)
 
 
-# Windows, soft-caps with their own scaling, grouped heads, none of it.
+# Windows, soft-caps with a scaling, grouped heads, and none of these.
 FAMILIES = ["llama", "mistral_window", "gemma2", "gemma3", "gpt2"]
 
 
@@ -139,7 +139,7 @@ def test_random_operations(
     for _ in range(12):
         driver.random_change()
         driver.random_step()
-    for sequence in list(driver.held):
+    for sequence in list(driver.tokens_of):
         driver.free(sequence)
 
 
@@ -147,7 +147,7 @@ def test_random_operations(
 def test_single_tokens_in_padded_batches(
     family: str, engine_of: Callable[[str], Engine], model_dir: Callable[[str], Path]
 ) -> None:
-    """Of one to six sequences, forks among them, with verifications and roll-back between."""
+    """One to six sequences, some of them forks, with verifications and roll-back in between."""
     engine = paged_engine(engine_of(family), graphs=True)
     driver = Driver(engine, Shadow(Reference(model_dir(family)), seed=1), seed=2)
     parent, other = driver.open(80), driver.open(40)
@@ -164,7 +164,7 @@ def test_single_tokens_in_padded_batches(
     driver.step([(s, 1, 0) for s in forks])
     assert engine._graphs is not None
     assert sorted(engine._graphs._steps) == [1, 2, 4, 8]
-    for sequence in list(driver.held):
+    for sequence in list(driver.tokens_of):
         driver.free(sequence)
 
 
@@ -172,7 +172,7 @@ def test_single_tokens_in_padded_batches(
     ("backend", "why"),
     [("flashinfer", "not on a CUDA device"), ("fast", "expected auto, torch, flashinfer")],
 )
-def test_wishes_that_cannot_be_had(
+def test_an_unavailable_backend_is_refused(
     backend: str, why: str, model_dir: Callable[[str], Path]
 ) -> None:
     options = EngineOptions(str(model_dir("llama")), device="cpu", attention_backend=backend)
@@ -180,13 +180,13 @@ def test_wishes_that_cannot_be_had(
         load_engine(options)
 
 
-def test_a_flashinfer_that_does_not_run(
+def test_a_failing_flashinfer_is_replaced_by_torch(
     model_dir: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Is torch's attention by itself, and refused if asked for. (On the CPU none runs.)"""
-    monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
+    """It is refused only if requested by name. (On a CPU it always fails.)"""
+    monkeypatch.setattr(select, "_flashinfer_obstacle", lambda *_: None)
     directory = str(model_dir("llama"))
     engine = load_engine(EngineOptions(directory, device="cpu", kv_cache_tokens=64))
     assert engine.info.attention_backend.startswith("sdpa")
@@ -196,7 +196,7 @@ def test_a_flashinfer_that_does_not_run(
         load_engine(options)
 
 
-def test_a_failed_capture_is_the_last(
+def test_no_capture_is_tried_after_a_failed_one(
     engine_of: Callable[[str], Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = engine_of("llama")

@@ -1,4 +1,4 @@
-"""What a forward refuses, and that a refused or failed one changes nothing."""
+"""Invalid appends are refused, and a refused or failed forward pass changes nothing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def sequence(engine: Engine) -> Iterator[Sequence]:
     engine.store.free(sequence)
 
 
-def test_rows_in_order(engine: Engine, sequence: Sequence) -> None:
-    """Each append's last rows; arrays and lists of token ids alike; none when none are wanted."""
+def test_logits_are_in_the_order_of_the_appends(engine: Engine, sequence: Sequence) -> None:
+    """Last rows of each append; arrays and lists of token ids; no rows if none are requested."""
     other = engine.store.open(10)
     logits = engine.forward(
         [Append(other, np.array([4, 5, 6], dtype=np.int32), 1), Append(sequence, [7, 8], 2)]
@@ -50,7 +50,7 @@ def test_rows_in_order(engine: Engine, sequence: Sequence) -> None:
         ([-1], 1, r"outside \[0, 256\)"),
     ],
 )
-def test_impossible_appends(
+def test_invalid_appends_are_refused(
     engine: Engine, sequence: Sequence, token_ids: list[int], num_logits: int, why: str
 ) -> None:
     other = engine.store.open(10)
@@ -60,13 +60,15 @@ def test_impossible_appends(
     engine.store.free(other)
 
 
-def test_a_sequence_twice(engine: Engine, sequence: Sequence) -> None:
-    with pytest.raises(ValueError, match="named twice"):
+def test_a_sequence_listed_twice_is_refused(engine: Engine, sequence: Sequence) -> None:
+    with pytest.raises(ValueError, match="listed twice"):
         engine.forward([Append(sequence, [1], 1), Append(sequence, [2], 1)])
     assert sequence.length == 3
 
 
-def test_a_freed_or_foreign_sequence(engine: Engine, engine_of: Callable[[str], Engine]) -> None:
+def test_a_freed_or_foreign_sequence_is_refused(
+    engine: Engine, engine_of: Callable[[str], Engine]
+) -> None:
     freed = engine.store.open(4)
     engine.store.free(freed)
     with pytest.raises(ValueError, match="not open in this engine's store"):
@@ -77,7 +79,7 @@ def test_a_freed_or_foreign_sequence(engine: Engine, engine_of: Callable[[str], 
     engine_of("gpt2").store.free(foreign)
 
 
-def test_beyond_the_models_context(engine: Engine) -> None:
+def test_appends_beyond_the_context_are_refused(engine: Engine) -> None:
     sequence = engine.store.open(600)
     engine.forward([Append(sequence, [1] * 510, 0)])
     with pytest.raises(ValueError, match="context is 512"):
@@ -89,7 +91,7 @@ def test_beyond_the_models_context(engine: Engine) -> None:
 def test_a_failure_in_the_model_changes_nothing(
     engine: Engine, sequence: Sequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the same append gives the same logits afterwards."""
+    """The same append gives the same logits afterwards."""
     expected = engine.forward([Append(sequence, [9, 10], 2)])
     engine.store.truncate(sequence, 3)
 

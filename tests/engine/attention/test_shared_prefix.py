@@ -1,4 +1,4 @@
-"""Forks attended over their common prefix say the same as sequences that share nothing."""
+"""Forks attended over their common prefix give the logits of sequences that share nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_models import LOGIT_STD, make_tiny_model
 
 
 class Twins:
-    """Each sequence has a twin that was given the same tokens and never shared anything."""
+    """Each sequence has a twin with the same tokens that never shared pages."""
 
     def __init__(self, engine: Engine, tolerance: float) -> None:
         self.engine = engine
@@ -36,7 +36,7 @@ class Twins:
     def fork(self, parent: Sequence, length: int) -> Sequence:
         store = self.engine.store
         child = store.fork(parent, 300, length=length)
-        assert child.run_start is None, "its own pages are elsewhere"
+        assert child.run_start is None, "its own pages follow the shared ones"
         self.tokens[child] = self.tokens[parent][:length]
         self.twins[child] = store.open(300)
         self.engine.forward([Append(self.twins[child], self.tokens[child], 0)])
@@ -48,7 +48,7 @@ class Twins:
         del self.tokens[sequence][length:]
 
     def step(self, parts: list[tuple[Sequence, int]]) -> None:
-        """Appends random tokens to the sequences in one forward, to their twins one by one."""
+        """Append random tokens to the sequences in one forward pass, to their twins one by one."""
         new = [self.rng.integers(256, size=count).tolist() for _, count in parts]
         appends = [Append(s, ids, len(ids)) for (s, _), ids in zip(parts, new, strict=True)]
         logits = self.engine.forward(appends)
@@ -60,16 +60,16 @@ class Twins:
         self.engine.store.check_integrity()
 
 
-# Twice: cached keys and values of either differ by as much already.
+# Twice the tolerance: cached keys and values of both sides differ by it already.
 def check_forks(engine: Engine, tolerance: float = 2 * TOLERANCE) -> None:
-    """Decoding, verification, chunks, roll-back and forks of forks, against their twins."""
+    """Decoding, verification, chunks, roll-back and forks of forks, compared with the twins."""
     twins = Twins(engine, tolerance)
     parent, other = twins.open(150), twins.open(90)
     forks = [twins.fork(parent, length) for length in (150, 150, 149, 144, 137, 64)]
     forks += [twins.fork(other, length) for length in (90, 65)]
     for _ in range(3):
         twins.step([(s, 1) for s in (forks[0], parent, *forks[1:], other)])
-    # Of several lengths at once, a prompt's chunk among them; then roll-back and forks of forks.
+    # Different lengths in one step, one a prompt chunk; then roll-back and forks of forks.
     twins.step([(s, n) for s, n in zip(forks, (1, 4, 4, 1, 2, 2, 30, 4), strict=True)])
     twins.truncate(forks[1], 152)
     twins.truncate(forks[2], 70)
@@ -111,7 +111,7 @@ def test_with_sinks_or_unequal_dims(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("window", [None, 40])
 def test_forks_in_low_precision(dtype: str, window: int | None, tmp_path: Path) -> None:
-    """Near the same tokens without forks; a window hides all of the prefix from some of them."""
+    """Close to the same tokens without forks; the window hides the whole prefix from some."""
     family = "llama" if window is None else "mistral_window"
     make_tiny_model(family, tmp_path, **({} if window is None else {"sliding_window": window}))
     engine = load_engine(EngineOptions(str(tmp_path), dtype=dtype, kv_cache_tokens=4096))

@@ -1,4 +1,4 @@
-"""Where the KV store puts sequences, what forks see of each other, and what it refuses."""
+"""KV store: placement of sequences, isolation of forks, and refused operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_store(num_pages: int) -> KVStore:
 
 
 def append(store: KVStore, sequence: Sequence, values: list[int]) -> None:
-    """What a forward does to a store: writes behind the length, then grows it."""
+    """Write behind the length, then grow it, as a forward pass does."""
     rows = torch.from_numpy(store.slots(sequence, sequence.length, sequence.length + len(values)))
     store.keys[0][rows, 0, 0] = torch.tensor(values)
     store.values[0][rows, 0, 0] = -torch.tensor(values)
@@ -33,7 +33,7 @@ def contents(store: KVStore, sequence: Sequence) -> list[int]:
     return values
 
 
-def test_open_beyond_capacity_says_how_much_is_free() -> None:
+def test_open_beyond_capacity_reports_the_free_pages() -> None:
     store = make_store(4)
     store.open(40)
     with pytest.raises(KVFull, match="2 KV pages needed, 1 of 4 are free"):
@@ -44,7 +44,7 @@ def test_open_beyond_capacity_says_how_much_is_free() -> None:
 
 
 def test_sequences_get_consecutive_rows() -> None:
-    """Best fit: a hole that fits exactly is used before the long free run is cut."""
+    """Best fit: a free run that fits exactly is used before a longer one is split."""
     store = make_store(32)
     sequences = [store.open(5 * PAGE_SIZE) for _ in range(4)]
     store.free(sequences[1])
@@ -55,7 +55,7 @@ def test_sequences_get_consecutive_rows() -> None:
     assert longer.run_start == 20 * PAGE_SIZE
 
 
-def test_extend_takes_the_next_pages_or_moves() -> None:
+def test_extend_uses_the_following_pages_or_moves() -> None:
     store = make_store(12)
     first = store.open(20)
     append(store, first, list(range(1, 21)))
@@ -68,7 +68,7 @@ def test_extend_takes_the_next_pages_or_moves() -> None:
     store.check_integrity()
 
 
-def test_extend_scatters_rather_than_fails() -> None:
+def test_extend_scatters_instead_of_failing() -> None:
     store = make_store(6)
     first, middle, last = store.open(32), store.open(32), store.open(32)
     append(store, last, list(range(1, 33)))
@@ -78,7 +78,7 @@ def test_extend_scatters_rather_than_fails() -> None:
     assert store.used_tokens == 96
     store.free(middle)
     store.compact(last)
-    assert last.run_start is None, "no run of four pages beside the two it has"
+    assert last.run_start is None, "no free run of four pages next to its two"
     assert contents(store, last) == list(range(1, 33))
     store.check_integrity()
 
@@ -146,7 +146,7 @@ def test_rewriting_a_shared_page_is_not_seen_by_the_other(writer: str) -> None:
     store.check_integrity()
 
 
-def test_truncating_into_shared_pages_needs_room() -> None:
+def test_truncating_into_shared_pages_needs_free_pages() -> None:
     store = make_store(6)
     parent = store.open(48)
     append(store, parent, list(range(1, 41)))
@@ -161,7 +161,7 @@ def test_truncating_into_shared_pages_needs_room() -> None:
     store.check_integrity()
 
 
-def test_misuse_is_refused() -> None:
+def test_invalid_calls_are_refused() -> None:
     store, other = make_store(4), make_store(4)
     sequence = store.open(20)
     append(store, sequence, [1, 2, 3])
@@ -182,7 +182,7 @@ def test_misuse_is_refused() -> None:
     assert store.used_tokens == 0
 
 
-def test_integrity_check_finds_what_is_wrong() -> None:
+def test_integrity_check_finds_errors() -> None:
     store = make_store(4)
     sequence = store.open(40)
     store.check_integrity()

@@ -1,4 +1,4 @@
-"""How long a model's context is, as vLLM decides it; and that the model is right up to its end."""
+"""Context length as in vLLM, and correct logits up to its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(path: Path, **options: Any) -> Engine:
 
 
 def write_rope(directory: Path, name: str, rope: dict[str, Any]) -> Path:
-    """Writes config.json as published models have it: `name` is the only field about rope."""
+    """Write config.json as published models have it: `name` is the only rope field."""
     path = directory / "config.json"
     fields = json.loads(path.read_text())
     for former in ("rope_parameters", "rope_scaling"):
@@ -62,7 +62,7 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("how", ROPES)
 def test_scaled_rope(how: str, family: str, tmp_path: Path) -> None:
-    """The context is longer, and logits are transformers' own up to its last token."""
+    """The context is longer, and logits equal transformers' up to its last token."""
     path = make_tiny_model(family, tmp_path / "m", max_position_embeddings=TRAINED_LEN)
     engine = load(write_rope(path, *ROPES[how]))
     assert engine.info.max_context_len == TRAINED_LEN * FACTOR
@@ -80,7 +80,7 @@ def test_scaled_rope(how: str, family: str, tmp_path: Path) -> None:
 
 
 def test_a_scaled_length_in_the_configuration_is_not_scaled_again(tmp_path: Path) -> None:
-    """As DeepSeek's and Llama 3's configurations say it."""
+    """As in DeepSeek's and Llama 3's configurations."""
     path = make_tiny_model("llama", tmp_path / "m", max_position_embeddings=256)
     assert load(write_rope(path, "rope_parameters", YARN)).info.max_context_len == 256
     llama3 = {
@@ -101,7 +101,7 @@ def test_a_shorter_context_may_be_set(max_model_len: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_longer_one_is_refused(family: str, tmp_path: Path) -> None:
+def test_a_longer_context_is_refused(family: str, tmp_path: Path) -> None:
     path = make_tiny_model(family, tmp_path / "m", max_position_embeddings=256)
     with pytest.raises(ConfigError) as refused:
         load(path, max_model_len=257)
@@ -109,7 +109,7 @@ def test_a_longer_one_is_refused(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [TargetConfig, DraftConfig])
-def test_no_context_at_all_is_refused(config: type[TargetConfig | DraftConfig]) -> None:
+def test_a_context_below_two_tokens_is_refused(config: type[TargetConfig | DraftConfig]) -> None:
     for wrong in (1, 0, -1):
         with pytest.raises(ConfigError, match="max_model_len: must be 2 or more"):
             config(model="m", max_model_len=wrong)

@@ -1,4 +1,4 @@
-"""What a loaded engine says about itself, and what cannot be loaded."""
+"""Loading of engines: EngineInfo, and models and options that are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from outrider.engine import Append, Engine, EngineOptions, load_engine
-from outrider.engine.loading.load import _leave_row_index_alone
+from outrider.engine.loading.load import _keep_row_index_on_cpu
 from outrider.errors import ConfigError, ModelError
 from tests.engine.reference import Reference, Shadow
 from tests.tiny_models import make_tiny_draft, make_tiny_model
@@ -27,7 +27,7 @@ def load(path: Path | str, **options: Any) -> Engine:
 
 
 def edit_config(source: Path, directory: Path, **fields: Any) -> Path:
-    """A copy of a model directory with other fields in config.json."""
+    """Copy a model directory with changed fields in config.json."""
     shutil.copytree(source, directory)
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -44,7 +44,7 @@ def test_info(family: str, engine_of: Callable[[str], Engine], model_dir: ModelD
     assert (info.dtype, info.device) == ("float32", "cpu")
     assert info.kv_capacity_tokens == engine_of(family).store.capacity_tokens == 1024
     assert len(bytes.fromhex(info.model_fingerprint)) == 32
-    assert 0 < info.probe_max_difference < 1e-3
+    assert 0 < info.self_test_max_difference < 1e-3
     parameters = transformers.AutoModelForCausalLM.from_pretrained(model_dir(family)).parameters()
     assert info.num_parameters == sum(p.numel() for p in parameters)
 
@@ -56,7 +56,7 @@ def test_several_eos_tokens(tmp_path: Path, model_dir: ModelDir) -> None:
 
 
 def test_fingerprint_is_of_the_weights(tmp_path: Path, model_dir: ModelDir) -> None:
-    """The same for a copy and for another dtype; another one for other weights."""
+    """The same for a copy and for another dtype; different for other weights."""
     original = load(model_dir("llama")).info.model_fingerprint
     copied = edit_config(model_dir("llama"), tmp_path / "copy")
     assert load(copied).info.model_fingerprint == original
@@ -67,7 +67,7 @@ def test_fingerprint_is_of_the_weights(tmp_path: Path, model_dir: ModelDir) -> N
 
 
 def test_budget_from_free_memory(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the RAM that is free, and never more than 4 GiB."""
+    """A quarter of the free RAM, at most 4 GiB."""
     monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 4 << 20)
     engine = load_engine(EngineOptions(str(model_dir("llama"))))
     bytes_per_token = 3 * 2 * (16 + 16) * 4
@@ -76,19 +76,21 @@ def test_budget_from_free_memory(model_dir: ModelDir, monkeypatch: pytest.Monkey
     engine = load_engine(EngineOptions(str(model_dir("llama"))))
     assert engine.store.capacity_tokens == (4 << 30) // bytes_per_token // 16 * 16
     monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 1 << 10)
-    with pytest.raises(ModelError, match="no memory is left"):
+    with pytest.raises(ModelError, match="no memory left"):
         load_engine(EngineOptions(str(model_dir("llama"))))
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c"])
 def test_path_that_does_not_exist(name: str) -> None:
-    with pytest.raises(ModelError, match=f"{name}: no such directory"):
+    with pytest.raises(ModelError, match=f"{name}: the directory does not exist"):
         load(name)
 
 
 def test_hub_name_while_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"nobody/nothing: cannot load .*offline.*no local dir"):
+    with pytest.raises(
+        ModelError, match=r"nobody/nothing: cannot load .*offline.*no local directory"
+    ):
         load("nobody/nothing")
 
 
@@ -128,9 +130,9 @@ def test_truncated_weights(tmp_path: Path, model_dir: ModelDir) -> None:
 
 
 def test_missing_and_misshapen_weights(tmp_path: Path, model_dir: ModelDir) -> None:
-    """transformers would fill missing weights with random numbers and only warn."""
+    """transformers would initialise missing weights randomly and only warn."""
     deeper = edit_config(model_dir("llama"), tmp_path / "deeper", num_hidden_layers=4)
-    with pytest.raises(ModelError, match=r"lacks 9 weights, such as model\.layers\.3"):
+    with pytest.raises(ModelError, match=r"lacks 9 weights, for example model\.layers\.3"):
         load(deeper)
     wider = edit_config(model_dir("llama"), tmp_path / "wider", intermediate_size=100)
     with pytest.raises(ModelError, match="wider: cannot load its weights"):
@@ -140,20 +142,25 @@ def test_missing_and_misshapen_weights(tmp_path: Path, model_dir: ModelDir) -> N
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"dtype": "int8"}, "dtype 'int8': expected auto, float32"),
-        ({"device": "gpu"}, "device 'gpu': expected auto, cpu"),
+        ({"dtype": "int8"}, "dtype: 'int8' is unknown; expected auto, float32"),
+        ({"device": "gpu"}, "device: 'gpu' is unknown; expected auto, cpu"),
         ({"device": "cuda:99"}, "CUDA devices"),
-        ({"kv_cache_tokens": 3}, "kv_cache_tokens must be at least 16"),
-        ({"num_threads": 0}, "num_threads must be at least 1"),
-        ({"forbid_kernels": frozenset({"mkl"})}, "forbid_kernels: 'mkl': expected onednn_float32"),
+        ({"kv_cache_tokens": 3}, "kv_cache_tokens: 3 is too small; at least 16"),
+        ({"num_threads": 0}, "num_threads: 0 is too small; at least 1"),
+        (
+            {"forbid_kernels": frozenset({"mkl"})},
+            "forbid_kernels: 'mkl' is unknown; expected onednn_float32",
+        ),
     ],
 )
-def test_options_that_make_no_sense(model_dir: ModelDir, options: dict[str, Any], why: str) -> None:
+def test_invalid_options_are_refused(
+    model_dir: ModelDir, options: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ConfigError, match=why):
         load_engine(EngineOptions(str(model_dir("llama")), **options))
 
 
-def test_inflated_engine_writes_the_same(model_dir: ModelDir, tmp_path: Path) -> None:
+def test_an_inflated_engine_gives_the_same_logits(model_dir: ModelDir, tmp_path: Path) -> None:
     small = make_tiny_model("llama", tmp_path / "m", tie_word_embeddings=True)
     large = load(small, inflate_parameters=3_000_000)
     assert large.info.num_parameters > 2_000_000
@@ -168,17 +175,17 @@ def test_inflated_engine_writes_the_same(model_dir: ModelDir, tmp_path: Path) ->
 
 
 def test_device_map(model_dir: ModelDir) -> None:
-    """accelerate's placement, as far as a machine without CUDA can tell."""
+    """accelerate's placement, as far as a machine without a GPU can test it."""
     engine = load(model_dir("llama"), device_map="auto")
     sequence = engine.store.open(8)
     assert engine.forward([Append(sequence, [1, 2, 3], 2)]).shape == (2, 256)
 
 
-def test_placement_hooks_leave_the_row_index_alone(model_dir: ModelDir) -> None:
+def test_placement_hooks_keep_the_row_index_on_the_cpu(model_dir: ModelDir) -> None:
     engine = load(model_dir("llama"), prepack=False)
     module = engine._model.module
     accelerate.dispatch_model(module, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    _leave_row_index_alone(module)
+    _keep_row_index_on_cpu(module)
     assert "logits_to_keep" in module._hf_hook.skip_keys
     sequence = engine.store.open(8)
     assert engine.forward([Append(sequence, [1, 2, 3], 2)]).shape == (2, 256)

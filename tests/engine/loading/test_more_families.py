@@ -1,4 +1,4 @@
-"""Further families, for what they add: sinks, latent attention, experts, other positions."""
+"""Further model families, for what they add: sinks, latent attention, experts, other positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "GPTJ": {"vocab_size": 256, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8,
              "n_positions": 512, "initializer_range": 0.2, "bos_token_id": 0,
              "eos_token_id": 255},
-    # Attention sinks beside sliding windows: nothing fused does it.
+    # Attention sinks and sliding windows: no fused kernel supports both.
     "GptOss": {**_GROUPED, **_WINDOW, "head_dim": 16, "num_local_experts": 4,
                "num_experts_per_tok": 2},
     # Keys are longer than values.
@@ -48,7 +48,7 @@ _MODELS: dict[str, dict[str, Any]] = {
                    "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
                    "v_head_dim": 12},
     "Mixtral": {**_GROUPED, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
-    # Its attention is not told the window.
+    # Does not pass the window to attention.
     "Qwen2Moe": {**_GROUPED, **_WINDOW, "use_sliding_window": True, "max_window_layers": 1,
                  "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
                  "num_experts": 4, "num_experts_per_tok": 2},
@@ -100,8 +100,8 @@ def test_equals_eager(family: str, tmp_path: Path) -> None:
     for counts, cut in [((21, 40), 0), ((5, 1), 3), ((1, 5), 1), ((7, 6), 0)]:
         new = [shadow.random_tokens(count) for count in counts]
         logits = engine.forward([Append(first, new[0], counts[0]), Append(second, new[1], 1)])
-        for held, ids in zip(tokens, new, strict=True):
-            held += ids
+        for appended, ids in zip(tokens, new, strict=True):
+            appended += ids
         shadow.assert_rows(logits[: counts[0]], tokens[0], f"{family}, first")
         shadow.assert_rows(logits[counts[0] :], tokens[1], f"{family}, second")
         engine.store.truncate(first, first.length - cut)

@@ -1,4 +1,4 @@
-"""Prepacked linear layers compute what plain ones do, and step aside where they cannot."""
+"""Prepacked linear layers equal plain ones, and fall back to torch where they cannot run."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_replaces_linear_layers_in_place() -> None:
     assert type(model["special"]) is Special
     assert torch.allclose(run(), expected, atol=1e-5)
     weights = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    assert weights == {"embedding.weight", "special.weight"}, "the originals are freed"
+    assert weights == {"embedding.weight", "special.weight"}, "the original weights must be freed"
 
 
-def test_other_dtypes_are_left_alone() -> None:
+def test_other_dtypes_keep_the_kernel_of_torch() -> None:
     model = nn.Sequential(nn.Linear(8, 8).half(), nn.Linear(8, 8).double())
     assert choose_kernels(model) == {"torch": 2}
 
@@ -82,14 +82,14 @@ def test_a_forbidden_kernel_is_not_used() -> None:
 
 
 def assert_falls_back(model: nn.Sequential, caplog: pytest.LogCaptureFixture) -> None:
-    """The layers keep torch's kernel, and the log says why."""
+    """Assert that the layers keep torch's kernel and that the log has the reason."""
     with caplog.at_level(logging.WARNING):
         assert choose_kernels(model) == {"torch": len(model)}
     assert all(type(layer) is nn.Linear for layer in model)
     assert caplog.text.count("does not work on this CPU (layer 0)") == 1
 
 
-def test_a_wrong_result_is_not_used(
+def test_a_kernel_with_wrong_results_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
@@ -99,7 +99,7 @@ def test_a_wrong_result_is_not_used(
     assert "oneDNN's result differs" in caplog.text
 
 
-def test_missing_operators_are_survived(
+def test_missing_operators_fall_back_to_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:

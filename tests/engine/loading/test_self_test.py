@@ -1,6 +1,6 @@
-"""What the check at load finds in long sequences: faults planted in the engine are refused.
+"""Long self-test: errors planted in the engine are found at load and the model is refused.
 
-None of them shows in the first tokens, which the short check has.
+None of them affects the first tokens, which the short self-test covers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def window_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("off_by", [-1, 1])
-def test_a_window_off_by_one(
+def test_a_window_off_by_one_is_found(
     off_by: int, window_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert load(window_dir).info.probe_max_difference < 1e-3
+    assert load(window_dir).info.self_test_max_difference < 1e-3
     of = QueryBlock.of
 
     def wrong(first: int, last: int, window: int | None) -> QueryBlock:
@@ -52,15 +52,17 @@ def test_a_window_off_by_one(
         load(window_dir)
 
 
-def test_no_window_at_all(window_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_window_is_found(window_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = QueryBlock.of
     monkeypatch.setattr(QueryBlock, "of", lambda first, last, window: of(first, last, None))
     with pytest.raises(ModelError, match=WRONG):
         load(window_dir)
 
 
-def test_a_wrong_page(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the first ones, of a sequence that does not lie in one piece."""
+def test_a_wrong_page_is_found(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the later pages of a sequence whose pages are not consecutive."""
     page_ids = KVStore.page_ids
 
     def wrong(store: KVStore, sequence: Any, num_tokens: int) -> np.ndarray:
@@ -71,16 +73,16 @@ def test_a_wrong_page(model_dir: Callable[[str], Path], monkeypatch: pytest.Monk
 
     monkeypatch.setattr(KVStore, "page_ids", wrong)
     monkeypatch.setattr(
-        "outrider.engine.attention.shared_prefix._SHORTEST_PREFIX", 10**9
+        "outrider.engine.attention.shared_prefix._MIN_PREFIX", 10**9
     )  # gathers all pages
     with pytest.raises(ModelError, match=WRONG):
         load(model_dir("llama"))
 
 
-def test_keys_written_to_a_wrong_place(
+def test_keys_in_a_wrong_row_are_found(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a page ends: its last token's keys and values go to the next page."""
+    """The keys and values of the last token of a page are written to the next page."""
     slots = KVStore.slots
 
     def wrong(store: KVStore, sequence: Any, start: int, stop: int) -> np.ndarray:
@@ -94,10 +96,10 @@ def test_keys_written_to_a_wrong_place(
         load(model_dir("llama"))
 
 
-def test_a_wrong_block_of_a_long_prompt(
+def test_a_wrong_query_block_is_found(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Positions from 256 on see one key too few."""
+    """Positions from 256 on miss one key."""
     blocks = Segment.blocks
 
     def wrong(segment: Segment, window: int | None) -> list[QueryBlock]:
@@ -111,7 +113,7 @@ def test_a_wrong_block_of_a_long_prompt(
         load(model_dir("llama"))
 
 
-def test_a_missing_mask_at_late_positions(
+def test_a_missing_mask_at_late_positions_is_found(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = QueryBlock.mask
@@ -125,7 +127,7 @@ def test_a_missing_mask_at_late_positions(
         load(model_dir("llama"))
 
 
-def test_a_window_that_takes_too_long_is_told(
+def test_a_window_too_long_to_test_is_logged(
     window_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(outrider.engine.loading.long_self_test, "_BUDGET_S", 1e-6)
@@ -141,12 +143,12 @@ def test_contexts_of_any_length(length: int, tmp_path: Path) -> None:
     assert load_engine(options).info.max_context_len == length
 
 
-def test_tokens_that_the_model_cannot_compute_are_left_out(tmp_path: Path) -> None:
-    """Half of the embeddings are NaN: the rest is served, and checked."""
+def test_tokens_with_nan_embeddings_are_not_used(tmp_path: Path) -> None:
+    """Half of the embeddings are NaN: the others are served and tested."""
     path = make_tiny_model("llama", tmp_path / "m")
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[::2] = torch.nan
     model.save_pretrained(path)
-    assert load(path).info.probe_max_difference < 1e-3
+    assert load(path).info.self_test_max_difference < 1e-3

@@ -1,4 +1,4 @@
-"""Models that this engine would serve wrongly are refused by name."""
+"""Models that this engine would serve incorrectly are refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(path: Path) -> Engine:
 
 
 def save(directory: Path, config: Any) -> Path:
-    """A random model of a configuration."""
+    """Save a random model with this configuration."""
     logs: Any = transformers.utils.logging
     logs.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ def save(directory: Path, config: Any) -> Path:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )  # fmt: skip
-def test_architectures_refused(tmp_path: Path, config: Any, why: str) -> None:
+def test_unsupported_architectures_are_refused(tmp_path: Path, config: Any, why: str) -> None:
     directory = save(tmp_path / "model", config)
     if config.model_type == "bert":  # save_pretrained writes the class it was saved from
         path = directory / "config.json"
@@ -116,10 +116,10 @@ def test_rope_that_depends_on_the_batch_is_refused(tmp_path: Path, rope: dict[st
         load(path)
 
 
-def test_probe_refuses_wrong_attention(
+def test_self_test_refuses_wrong_attention(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the reason: logits that are not the model's own are not served."""
+    """Models whose logits differ from eager attention are not served, whatever the reason."""
     monkeypatch.setattr(
         "outrider.engine.attention.torch_backend.attend_fused",
         lambda query, key, value, mask, scaling: attention.attend_fused(
@@ -130,7 +130,7 @@ def test_probe_refuses_wrong_attention(
         load(model_dir("llama"))
 
 
-def test_model_called_outside_forward(engine_of: Callable[[str], Engine]) -> None:
+def test_a_model_call_outside_forward_is_refused(engine_of: Callable[[str], Engine]) -> None:
     module = engine_of("llama")._model.module
     with pytest.raises(InternalError, match=r"outside Engine\.forward"):
         module(torch.tensor([[1, 2]]), use_cache=False)

@@ -1,4 +1,4 @@
-"""One generation of every kind of sampling, with logits: what the sampler's tests share."""
+"""Test case with one generation of every kind of sampling, shared by the sampler tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT_LEN = 6
 EOS = 1
 GAMMA = 3
 
-# Every kind of row: each must be what it is beside any of the others.
+# Every kind of row; its result must not depend on the others.
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
     {},
@@ -41,29 +41,29 @@ KINDS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """One generation of each kind, with logits for a draw and for a block each."""
+    """One generation of each kind, with one row of logits to sample from and one block to score."""
 
     params: list[SamplingParams]
     samplers: list[GenerationSampler]
     history: npt.NDArray[np.int64]
     supports: list[list[npt.NDArray[np.int64]] | None]
-    draw_logits: torch.Tensor
-    reply_logits: torch.Tensor
+    sample_logits: torch.Tensor
+    score_logits: torch.Tensor
 
-    def draw_asks(self, verification: Verification, *, is_guess: bool) -> list[SampleRequest]:
+    def sample_requests(self, verification: Verification, *, is_guess: bool) -> list[SampleRequest]:
         return [
             SampleRequest(s, lambda: self.history, 12, 11, verification, is_guess=is_guess)
             for s in self.samplers
         ]
 
-    def reply_asks(self) -> list[ScoreRequest]:
+    def score_requests(self) -> list[ScoreRequest]:
         return [
             ScoreRequest(s, self.history, 12, GAMMA + 1, supports)
             for s, supports in zip(self.samplers, self.supports, strict=True)
         ]
 
     def adjusted(self, logits: torch.Tensor, k: int, position: int) -> npt.NDArray[np.float32]:
-        """One row of generation k, for a position, through its processors: token by token."""
+        """One row of generation k at `position` after its logits processors, token by token."""
         p, size = self.params[k], logits.shape[-1]
         row = logits.numpy().copy()
         if p.allowed_token_ids:
@@ -77,7 +77,7 @@ class Case:
         return np.asarray(penalise(row[None], output[None], seen[None], p)[0])
 
     def scores(self, row: npt.NDArray[np.float32], k: int, position: int) -> Any:
-        """Log-probabilities, and with the target's noise."""
+        """Log-probabilities without and with the target's noise."""
         logprobs = warp(row[None], self.params[k])[0]
         key = stream_key(self.params[k].seed, Purpose.TARGET, position)
         return logprobs, logprobs + token_gumbels(np.array([key]), np.arange(len(row)))[0]

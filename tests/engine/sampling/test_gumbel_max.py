@@ -1,4 +1,4 @@
-"""Selections and races over many rows: against whole rows in double precision."""
+"""Selections and Gumbel-max races over many rows, against whole rows in double precision."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from outrider.sampling.warp import log_softmax
 @pytest.mark.parametrize("size", [1, 9, 1023, 1024, 4099, 20_000])
 @pytest.mark.parametrize("num", [1, 8, 32, 600])
 def test_best_is_topk(size: int, num: int) -> None:
-    """The same values and the ids that have them."""
+    """The same values, and ids that have these values."""
     scores = torch.from_numpy(np.random.default_rng(size).normal(size=(5, size)))
     values, ids = best(scores, num)
     assert torch.equal(values, scores.topk(min(num, size)).values)
     assert torch.equal(scores.gather(-1, ids), values)
 
 
-def _laws() -> dict[str, npt.NDArray[np.float32]]:
+def _logits_by_shape() -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.default_rng(5)
     size, num = 3000, 150
     peaked = rng.normal(0, 1, (num, size))
@@ -41,9 +41,9 @@ def _laws() -> dict[str, npt.NDArray[np.float32]]:
 
 @pytest.mark.parametrize("kind", ["flat", "normal", "peaked", "steps", "geometric"])
 @pytest.mark.parametrize("width", [1, 3, 8, 32])
-def test_a_race_is_the_whole_rows_argmax(kind: str, width: int) -> None:
-    """However few are looked at exactly: where they do not suffice, the whole row is."""
-    logits = _laws()[kind]
+def test_a_race_is_won_by_the_argmax_of_the_whole_row(kind: str, width: int) -> None:
+    """Whatever the width: if the candidates do not suffice, the whole row is scored."""
+    logits = _logits_by_shape()[kind]
     keys = np.array([stream_key(8, Purpose.TARGET, i) for i in range(len(logits))])
     num = min(width, NUM_CANDIDATES)
     ids, scores = Distributions(torch.from_numpy(logits), [SamplingParams()] * len(logits)).race(
