@@ -5,8 +5,7 @@ and is under verification, or about to be. A child continues its parent's first 
 and one more that the target may emit there: a rejection's recovered token, or the bonus after all
 of them. A commit is tokens: it walks the tree, and what it does not walk through is dropped.
 
-Chances say what to draft first. They are products of the drafter's own estimates along the path
-(Saguaro, arXiv 2603.03251, drafts for several outcomes in falling numbers; so does this).
+Likelier outcomes are drafted first and get more tokens, as in Saguaro (arXiv 2603.03251).
 """
 
 from __future__ import annotations
