@@ -22,8 +22,9 @@ from orchestrator.generation.context import GenerationContext
 from orchestrator.generation.generation import Generation
 from orchestrator.generation.output import Chunk
 from orchestrator.generation.preparation import Preparation, PreparedTurn
-from orchestrator.generation.request import GenerationRequest, check_length
+from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.state import TokenOrigin
+from orchestrator.generation.validation import ValidRequest, check_length
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import Lease, SessionRecord, unrecorded
 from outrider.errors import OutriderError, Unavailable
@@ -107,7 +108,7 @@ class Generate:
     @contextlib.asynccontextmanager
     async def generate(
         self,
-        request: GenerationRequest,
+        request: ValidRequest,
         client: ApiClient,
         events: RequestEvents,
         *,

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orchestrator.generation.conversation import PromptTooLong, Turn, build_turn, num_chars
-from orchestrator.generation.request import GenerationRequest, resolve_max_tokens
+from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.resume import ResumedTurn, resumed, turn_json, unanswered
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
+from orchestrator.generation.validation import resolve_max_tokens
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import SessionRecord
 from outrider.tokenizer import Tokenizer

@@ -19,18 +19,8 @@ from orchestrator.sessions import Counters, SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
-from tests.services.tokenizer_files import write_tokenizer
 
 CONTEXT_LEN = 1_000
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory)
-    tokenizer = Tokenizer.load(str(directory))
-    assert tokenizer is not None
-    return tokenizer
 
 
 def _record(token_ids: Sequence[int], messages: Sequence[dict[str, str]] = ()) -> SessionRecord:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.api.grpc_request import is_long
 from orchestrator.generation import prompt_encoder as encoding
 from orchestrator.generation.prompt_encoder import PromptEncoding
 from outrider.errors import CapacityExceeded
@@ -20,19 +19,6 @@ from outrider.v1 import orchestrator_pb2
 def test_a_list_copied_in_slices_is_the_list(size: int) -> None:
     message = orchestrator_pb2.TokenIds(ids=range(size))
     assert copied(message.ids) == tuple(range(size))
-
-
-def test_which_requests_are_long() -> None:
-    request = orchestrator_pb2.GenerateRequest(text="x" * LONG_LIST)
-    assert not is_long(request)
-    assert not request.HasField("token_ids"), "reading must not choose the input"
-    request.sampling.allowed_token_ids.extend(range(LONG_LIST + 1))
-    assert is_long(request)
-    assert is_long(
-        orchestrator_pb2.GenerateRequest(
-            token_ids=orchestrator_pb2.TokenIds(ids=range(LONG_LIST + 1))
-        )
-    )
 
 
 async def test_checks_run_in_a_thread_one_at_a_time_and_wait_in_a_bounded_queue() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -25,7 +24,6 @@ from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.support import Support
 from outrider.tokenizer import Tokenizer
-from tests.services.tokenizer_files import write_tokenizer
 
 EOS, STOP = 8, 9
 PROMPT = [1, 2, 3]
@@ -193,15 +191,6 @@ def _check_counts(state: GenerationState, commitments: list[Commitment]) -> None
     assert counts.num_accepted_tokens + others == len(emitted)
     assert (counts.acceptance_rate is None) == (counts.mean_acceptance_length is None)
     assert (counts.acceptance_rate is None) == (not drafted)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory)
-    tokenizer = Tokenizer.load(str(directory))
-    assert tokenizer is not None
-    return tokenizer
 
 
 @given(

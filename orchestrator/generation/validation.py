@@ -1,0 +1,205 @@
+"""Validation of a `GenerationRequest` against the current limits, the same for all transports.
+
+A transport translates its messages into a `GenerationRequest` (`orchestrator.api`), then calls
+`validate`. Once the prompt is encoded, `resolve_max_tokens` and `check_length` check the length.
+Fields in errors have the names of `GenerateRequest` in orchestrator.proto. The ranges of sampling
+parameters are in `outrider.sampling.params`; docs/limits.md lists all limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NewType
+
+from orchestrator.generation.request import GenerationRequest, Message
+from orchestrator.replicas.models import Limits
+from orchestrator.sessions import validate_session_id
+from outrider.errors import InvalidRequest
+from outrider.sampling.params import SamplingParams
+from outrider.tokenizer import Tokenizer
+
+MAX_LOOKAHEAD = 4
+MAX_FAN_OUT = 64
+# About a million tokens.
+MAX_TEXT_CHARS = 4_000_000
+MAX_CHAT_MESSAGES = 4_096
+MAX_ROLE_CHARS = 64
+# A template writes the role between its control tokens: it must not bring tokens of its own.
+_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_ROLE_CHARS - 1}}}", re.ASCII)
+# Other fields of a resumed request are those of the recorded turn.
+_RESUMPTION_FIELDS = ("session_id", "resume_from", "priority", "heartbeat_ms")
+# Types of the fields of the requests to the tiers.
+_MAX_INT32 = (1 << 31) - 1
+_MAX_UINT32 = (1 << 32) - 1
+_MAX_UINT64 = (1 << 64) - 1
+
+# A request that `validate` has accepted.
+ValidRequest = NewType("ValidRequest", GenerationRequest)
+
+
+def validate(
+    request: GenerationRequest,
+    limits: Limits,
+    tokenizer: Tokenizer | None,
+    *,
+    given: Collection[str] = (),
+) -> ValidRequest:
+    """Returns the request. Raises InvalidRequest naming the first field that is wrong.
+
+    `given`: names of the fields that the client has set; needed if `resume_from` is one of them.
+    `tokenizer` None: the model has none. Takes 40 ms for a million token ids: call it in a thread.
+    """
+    if request.resume_from is not None:
+        _check_resumption(request, given)
+    _check_sampling(request.params, limits, tokenizer)
+    if request.gamma is not None:
+        _check_range("gamma", request.gamma, 0, limits.max_gamma)
+    _check_range("lookahead", request.lookahead, 0, MAX_LOOKAHEAD)
+    _check_range("fan_out", request.fan_out, 1, MAX_FAN_OUT)
+    _check_range("priority", request.priority, -_MAX_INT32 - 1, _MAX_INT32)
+    if request.session_id is not None:
+        validate_session_id(request.session_id)
+    elif request.create_session:
+        raise InvalidRequest("create_session", "needs a session_id")
+    if request.resume_from is None:
+        _check_input(request, limits, tokenizer)
+    return ValidRequest(request)
+
+
+def check_num_token_ids(num: int, limits: Limits) -> None:
+    """Raises InvalidRequest. A transport that copies the list calls this before the copy."""
+    if not 1 <= num <= limits.max_context_len:
+        raise InvalidRequest(
+            "token_ids", f"{num} tokens; 1 to {limits.max_context_len}, {limits.bound}"
+        )
+
+
+def check_num_messages(num: int) -> None:
+    """Raises InvalidRequest. A transport that copies the list calls this before the copy."""
+    if num == 0:
+        raise InvalidRequest("chat", "the conversation is empty")
+    if num > MAX_CHAT_MESSAGES:
+        raise InvalidRequest("chat", f"{num} messages; at most {MAX_CHAT_MESSAGES}")
+
+
+def _check_range(field: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidRequest(field, f"{value} is not in [{least}, {most}]")
+
+
+def _check_resumption(request: GenerationRequest, given: Collection[str]) -> None:
+    assert request.resume_from is not None, "it is a resumption"
+    if request.session_id is None:
+        raise InvalidRequest("session_id", "is required with resume_from")
+    _check_range("resume_from", request.resume_from, 0, _MAX_UINT32)
+    for name in given:
+        if name not in _RESUMPTION_FIELDS:
+            raise InvalidRequest(
+                name, "not allowed with resume_from: the turn continues with its own request"
+            )
+
+
+def _check_sampling(params: SamplingParams, limits: Limits, tokenizer: Tokenizer | None) -> None:
+    params.validate(limits.vocab_size)
+    _check_range("sampling.top_k", params.top_k, -1, _MAX_INT32)
+    _check_range("sampling.seed", params.seed, 0, _MAX_UINT64)
+    if params.stop and tokenizer is None:
+        raise InvalidRequest("sampling.stop", "the model has no tokenizer; use stop_token_ids")
+    stops = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        stops.update(limits.eos_token_ids)
+    if (
+        params.min_tokens
+        and params.allowed_token_ids
+        and all(token_id in stops for token_id in params.allowed_token_ids)
+    ):
+        raise InvalidRequest(
+            "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
+        )
+
+
+def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenizer | None) -> None:
+    inputs = (request.text, request.token_ids, request.messages)
+    if sum(one is not None for one in inputs) != 1:
+        raise InvalidRequest("input", "one of text, token_ids, chat is required")
+    if request.token_ids is not None:
+        _check_token_ids(request.token_ids, limits)
+        return
+    if tokenizer is None:
+        raise InvalidRequest(request.input_field, "the model has no tokenizer; send token_ids")
+    if request.text is not None:
+        if not request.text:
+            raise InvalidRequest("text", "the prompt is empty")
+        _check_num_chars("text", len(request.text), limits, tokenizer)
+    if request.messages is not None:
+        check_num_messages(len(request.messages))
+        for message in request.messages:
+            _check_role(message)
+        num_chars = sum(len(message["content"]) for message in request.messages)
+        _check_num_chars("chat", num_chars, limits, tokenizer)
+
+
+def _check_token_ids(ids: tuple[int, ...], limits: Limits) -> None:
+    check_num_token_ids(len(ids), limits)
+    if min(ids) < 0 or max(ids) >= limits.vocab_size:
+        bad = next(i for i in ids if not 0 <= i < limits.vocab_size)
+        raise InvalidRequest("token_ids", f"{bad} is not in [0, {limits.vocab_size})")
+
+
+def _check_role(message: Message) -> None:
+    if _ROLE.fullmatch(message["role"]) is None:
+        raise InvalidRequest(
+            "chat.messages.role",
+            "must be a word of letters, digits, _ and -, such as system, user or assistant; "
+            f"at most {MAX_ROLE_CHARS} characters",
+        )
+
+
+def _check_num_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer) -> None:
+    """Refuses a text that cannot fit into the context, before it is encoded."""
+    most = min(MAX_TEXT_CHARS, limits.max_context_len * tokenizer.max_token_chars)
+    if num_chars > most:
+        raise InvalidRequest(
+            field, f"{num_chars} characters; at most {most} are allowed for {limits.bound}"
+        )
+
+
+def resolve_max_tokens(
+    request: GenerationRequest, prompt_len: int, limits: Limits
+) -> GenerationRequest:
+    """Returns the request with `params.max_tokens` resolved. Raises InvalidRequest.
+
+    The client's max_tokens is refused if it does not fit. The server's default is cut to fit.
+    """
+    params = request.params
+    if request.max_tokens is not None:
+        check_length(request, prompt_len, limits)
+        return request
+    room = max(0, limits.max_context_len - prompt_len)
+    if params.min_tokens > room:
+        raise InvalidRequest(
+            "sampling.min_tokens",
+            f"{params.min_tokens} after a prompt of {prompt_len} tokens exceeds {limits.bound}; "
+            f"at most {room}",
+        )
+    max_tokens = min(room, max(limits.default_max_tokens, params.min_tokens))
+    request = replace(request, params=replace(params, max_tokens=max(1, max_tokens)))
+    check_length(request, prompt_len, limits)
+    return request
+
+
+def check_length(request: GenerationRequest, prompt_len: int, limits: Limits) -> None:
+    """Raises InvalidRequest if prompt and `params.max_tokens` fit no connected target."""
+    room, max_tokens = limits.max_context_len - prompt_len, request.params.max_tokens
+    if room < 1:
+        raise InvalidRequest(
+            request.input_field, f"{prompt_len} tokens leave no room in {limits.bound}"
+        )
+    if max_tokens > room:
+        raise InvalidRequest(
+            "sampling.max_tokens",
+            f"{max_tokens} after a prompt of {prompt_len} tokens exceeds {limits.bound}; "
+            f"at most {room}",
+        )
