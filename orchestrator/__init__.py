@@ -1,1 +1,4 @@
-"""The orchestrator: sessions, rounds, streams. Knows the other tiers by their contracts only."""
+"""Orchestrator: runs generations and sessions, and streams tokens to clients.
+
+Uses draft and target services through their gRPC contracts only.
+"""

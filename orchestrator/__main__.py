@@ -1,4 +1,4 @@
-"""`python -m orchestrator`: answers Generate until SIGTERM."""
+"""`python -m orchestrator`: serves Generate until SIGTERM."""
 
 from __future__ import annotations
 

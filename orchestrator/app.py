@@ -144,7 +144,7 @@ async def _answering(
             yield
         finally:
             updating.cancel()
-            await _stop(server, use_case, tiers.endings, stop_grace_s)
+            await _stop(server, use_case, tiers.cleanup, stop_grace_s)
 
 
 def _pools(
@@ -180,8 +180,8 @@ def _tiers(
     store: SessionStore,
     tokenizer: Tokenizer | None,
 ) -> GenerationContext:
-    timing = Timeouts(
-        verdict_timeout_s=config.verdict_timeout_s,
+    timeouts = Timeouts(
+        verify_timeout_s=config.verdict_timeout_s,
         target_wait_s=config.target_wait_s,
         draft_wait_s=None if config.draft_wait_ms is None else config.draft_wait_ms / 1000,
     )
@@ -190,7 +190,7 @@ def _tiers(
         draft=drafts.costs_of if drafts is not None else lambda _: CostReport(),
     )
     return GenerationContext(
-        targets, drafts, pairing, store, tokenizer, PromptEncoding(), timing, costs
+        targets, drafts, pairing, store, tokenizer, PromptEncoding(), timeouts, costs
     )
 
 
@@ -308,10 +308,10 @@ async def _checking_redis(store: SessionStore, server: Server) -> AsyncIterator[
             checking.cancel()
 
 
-async def _stop(server: Server, use_case: Generate, endings: Cleanup, grace_s: float) -> None:
+async def _stop(server: Server, use_case: Generate, cleanup: Cleanup, grace_s: float) -> None:
     """Ends all calls and their cleanup, before the pools and the store are closed."""
     stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
     await asyncio.wait([stopping], timeout=grace_s)
     use_case.stop()
     await stopping
-    await endings.done(ENDINGS_WAIT_S)
+    await cleanup.wait(ENDINGS_WAIT_S)

@@ -1,1 +1,1 @@
-"""The orchestrator's transports: requests to values, chunks to responses, metrics of calls."""
+"""The orchestrator's API: the generate use case, its gRPC transport, metrics of requests."""

@@ -1,7 +1,7 @@
-"""The generate use case, whatever the transport: admission, session, prompt, quota, generation.
+"""Generate use case, the same for all transports: admission, session, prompt, quota, generation.
 
-A transport parses its own form into a GenerationRequest, enters `Generate.generate`, and sends the
-chunks that it iterates over.
+A transport translates and validates a request (`generation.validation`), enters
+`Generate.generate` and sends the chunks that it iterates over.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ log = structlog.get_logger()
 
 
 class RequestEvents(Protocol):
-    """What a transport learns of a request before its first chunk; for logs, traces, metrics.
+    """Receives a request's events before its first chunk, for logs, traces and metrics.
 
-    `asked_at`: when the request arrived (time.monotonic).
+    `arrived_at`: when the request arrived (time.monotonic).
     """
 
-    asked_at: float
+    arrived_at: float
 
-    def in_session(self, session_id: str) -> None:
-        """The session is known, given by the client or made for the request."""
+    def session_assigned(self, session_id: str) -> None:
+        """The request has a session id: the client's, or a new one."""
 
-    def began(self, num_prompt_tokens: int) -> None:
-        """The request is admitted and has its session; its first verify request is next."""
+    def started(self, num_prompt_tokens: int) -> None:
+        """The request is admitted and has its session; its first verify request is sent next."""
 
 
 class Chunks:
-    """Chunks of one generation, charged to the client's quota as they leave.
+    """Async iterator over the chunks of a generation; charges their tokens to the client's quota.
 
-    `request`: as it runs, with the server's defaults.
+    `request`: the request as it runs, with `params.max_tokens` resolved.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class Chunks:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk. Asking for it reports that the one before was sent."""
+        """Returns the next chunk. The call also reports that the previous chunk was sent."""
         chunk = await anext(self._chunks)
-        # A resumed turn's tokens were charged when they were sent first.
-        self._quota.spend(sum(token.origin is not TokenOrigin.EARLIER for token in chunk.tokens))
+        # Replayed tokens of a resumed turn were charged when they were first sent.
+        self._quota.spend(sum(token.origin is not TokenOrigin.REPLAYED for token in chunk.tokens))
         return chunk
 
 
 class Generate:
-    """One per orchestrator; lives on the event loop.
+    """The use case. One per orchestrator; lives on the event loop.
 
-    `limits`: of a request that arrives now. `needs_redis` False: generations without a session run
-    unrecorded while Redis is away.
+    `limits` returns the limits for a request that arrives now. `needs_redis` False: generations
+    without a session run unrecorded while Redis is unreachable.
     """
 
     def __init__(
         self,
-        tiers: GenerationContext,
+        context: GenerationContext,
         limits: Callable[[], Limits],
         admission: AdmissionQueue,
         *,
         needs_redis: bool = True,
     ) -> None:
-        self._tiers = tiers
+        self._context = context
         self._limits = limits
         self._admission = admission
         self._needs_redis = needs_redis
@@ -99,7 +99,7 @@ class Generate:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Ends every output after its round under way, with finish reason CANCELLED."""
+        """Ends every generation after its current round, with finish reason CANCELLED."""
         self._is_stopping = True
         self._admission.close()
         for generation in self._running:
@@ -114,22 +114,22 @@ class Generate:
         *,
         time_left_s: float | None = None,
     ) -> AsyncIterator[Chunks]:
-        """Runs a generation for the time of a block, which iterates over its chunks to the last.
+        """Runs a generation while the block iterates over its chunks, to the last one.
 
-        `time_left_s`: until the client's deadline; None: it has none. Raises what ends the request
-        early, alone or in an ExceptionGroup; whatever happens, all that it held is released.
+        `time_left_s`: time until the client's deadline; None: no deadline. An error that ends the
+        request is raised alone or in an ExceptionGroup. All resources are released in any case.
         """
-        with self._tiers.endings.of_call():
+        with self._context.cleanup.tracked():
             async with (
                 self._admission.admitted(
                     request.priority,
                     time_left_s,
                     client=client.name,
                     min_priority=client.min_priority,
-                ) as place,
+                ) as ticket,
                 client.making(request.session_id if request.create_session else None),
             ):
-                generation, chunks = await self._begun(request, client, events, place)
+                generation, chunks = await self._start(request, client, events, ticket)
                 self._running.add(generation)
                 if self._is_stopping:
                     generation.stop()
@@ -139,83 +139,83 @@ class Generate:
                 finally:
                     self._running.discard(generation)
 
-    async def _begun(
+    async def _start(
         self,
         request: GenerationRequest,
         client: ApiClient,
         events: RequestEvents,
-        place: AdmissionTicket,
+        ticket: AdmissionTicket,
     ) -> tuple[Generation, Chunks]:
-        tiers = self._tiers
-        await tiers.targets.acquire(tiers.timing.target_wait_s)
-        assert tiers.targets.model is not None, "a target is connected"
+        context = self._context
+        await context.targets.acquire(context.timeouts.target_wait_s)
+        assert context.targets.model is not None, "a target is connected"
         session_id = request.session_id or secrets.token_hex(8)
-        events.in_session(session_id)
-        model = tiers.targets.model.model_fingerprint
+        events.session_assigned(session_id)
+        model = context.targets.model.model_fingerprint
         lease = await self._acquire(request, client.name, session_id, model)
         prepared = None
         try:
             prepared = await self._prepare(request, lease.record, client.quota)
         finally:
             if prepared is None:
-                await tiers.endings.shielded(self._give_back(lease))
+                await context.cleanup.shielded(self._release_unused(lease))
         num_prompt_tokens = len(prepared.turn.token_ids)
-        events.began(num_prompt_tokens)
+        events.started(num_prompt_tokens)
         generation = Generation(
-            tiers,
+            context,
             prepared,
             lease,
-            place,
-            asked_at=events.asked_at,
+            ticket,
+            arrived_at=events.arrived_at,
             check_length=lambda: check_length(prepared.request, num_prompt_tokens, self._limits()),
         )
         return generation, Chunks(generation, prepared.request, lease.session_id, client.quota)
 
     async def _acquire(
-        self, asked: GenerationRequest, client: str, session_id: str, model: str
+        self, request: GenerationRequest, client: str, session_id: str, model: str
     ) -> Lease:
-        """Cancelled meanwhile, it leaves neither a lease nor a session behind."""
-        create = asked.create_session or asked.session_id is None
-        takeover = asked.resume_from is not None
+        """Acquires the session's lease. If cancelled, it leaves neither lease nor new session."""
+        create = request.create_session or request.session_id is None
+        takeover = request.resume_from is not None
         acquiring = asyncio.create_task(
-            self._tiers.store.acquire(
+            self._context.store.acquire(
                 session_id, create=create, model=model, takeover=takeover, client=client
             )
         )
         try:
             return await asyncio.shield(acquiring)
         except Unavailable as error:
-            if self._needs_redis or asked.session_id is not None:
+            if self._needs_redis or request.session_id is not None:
                 raise
             log.warning("unrecorded", session_id=session_id, why=str(error))
             return unrecorded(session_id, model, client)
         except asyncio.CancelledError:
-            await self._tiers.endings.shielded(self._undo(acquiring))
+            await self._context.cleanup.shielded(self._undo(acquiring))
             raise
 
     async def _undo(self, acquiring: asyncio.Task[Lease]) -> None:
         with contextlib.suppress(OutriderError):
-            await self._give_back(await acquiring)
+            await self._release_unused(await acquiring)
 
     async def _prepare(
         self, request: GenerationRequest, record: SessionRecord, quota: Quota
     ) -> PreparedTurn:
-        """Charges the prompt to the API key, also where it is refused once it is encoded."""
-        tiers = self._tiers
-        preparation = Preparation(request, record, self._limits(), tiers.tokenizer)
+        """Prepares the turn. The encoded prompt is charged to the API key even if it is refused."""
+        context = self._context
+        preparation = Preparation(request, record, self._limits(), context.tokenizer)
         try:
-            return await tiers.encoding.run(preparation.run, preparation.num_chars)
+            return await context.encoding.run(preparation.run, preparation.num_chars)
         finally:
             quota.spend(preparation.num_encoded_tokens)
 
-    async def _give_back(self, lease: Lease) -> None:
-        """The turn did not begin: the session is as it was, and one that was made for it goes."""
+    async def _release_unused(self, lease: Lease) -> None:
+        """Releases the lease of a turn that did not begin; deletes a session created for it."""
         if not lease.is_recorded:
             return
         record = lease.record
         try:
-            await self._tiers.store.release(
+            await self._context.store.release(
                 lease, target_kv=record.target_kv, draft_kv=record.draft_kv, delete=lease.created
             )
-        except OutriderError as error:  # the lease lapses by itself
+        except OutriderError as error:  # the lease then expires by itself
             log.warning("not_released", session_id=lease.session_id, why=str(error))

@@ -1,4 +1,4 @@
-"""The clients' messages that the orchestrator sends, from its own values."""
+"""Translation of the orchestrator's plain values to protobuf responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ORIGINS = {
     TokenOrigin.RECOVERED: orchestrator_pb2.TOKEN_ORIGIN_RECOVERED,
     TokenOrigin.BONUS: orchestrator_pb2.TOKEN_ORIGIN_BONUS,
     TokenOrigin.PLAIN: orchestrator_pb2.TOKEN_ORIGIN_PLAIN,
-    TokenOrigin.EARLIER: orchestrator_pb2.TOKEN_ORIGIN_UNSPECIFIED,
+    TokenOrigin.REPLAYED: orchestrator_pb2.TOKEN_ORIGIN_UNSPECIFIED,
 }
 _FINISH_REASONS = {
     FinishReason.STOP: orchestrator_pb2.FINISH_REASON_STOP,
@@ -32,7 +32,7 @@ _FINISH_REASONS = {
 def pairing_response(
     match: DraftMatch | None, refused: Sequence[ConfigError]
 ) -> orchestrator_pb2.DraftPairing | None:
-    """`refused`: why draft replicas are refused now."""
+    """`refused`: errors of the draft replicas that are refused now. None: nothing to report."""
     if match is None and not refused:
         return None
     return orchestrator_pb2.DraftPairing(
@@ -43,9 +43,9 @@ def pairing_response(
 
 
 def generate_response(
-    chunk: Chunk, session_id: str, asked: GenerationRequest
+    chunk: Chunk, session_id: str, request: GenerationRequest
 ) -> orchestrator_pb2.GenerateResponse:
-    """`asked`: the request as it ran, with the server's defaults."""
+    """`request`: the request as it ran, with the server's defaults."""
     return orchestrator_pb2.GenerateResponse(
         session_id=session_id,
         token_ids=[token.token_id for token in chunk.tokens],
@@ -53,12 +53,12 @@ def generate_response(
         text_ends=chunk.text_ends,
         origins=[_ORIGINS[token.origin] for token in chunk.tokens],
         logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
-        result=_result(chunk.result, asked) if chunk.result else None,
+        result=_result(chunk.result, request) if chunk.result else None,
     )
 
 
 def _logprobs(token: EmittedToken) -> orchestrator_pb2.TokenLogprobs:
-    assert token.logprobs is not None, "asked for"
+    assert token.logprobs is not None, "the caller has checked it"
     return orchestrator_pb2.TokenLogprobs(
         logprob=token.logprobs.logprob,
         top_ids=token.logprobs.top_ids,
@@ -66,7 +66,7 @@ def _logprobs(token: EmittedToken) -> orchestrator_pb2.TokenLogprobs:
     )
 
 
-def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.GenerateResult:
+def _result(result: Result, request: GenerationRequest) -> orchestrator_pb2.GenerateResult:
     finish, counts = result.finish, result.counts
     return orchestrator_pb2.GenerateResult(
         finish_reason=_FINISH_REASONS[finish.reason],
@@ -90,8 +90,8 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             time_to_first_token_s=result.time_to_first_token_s,
             duration_s=result.duration_s,
             tokens_per_s=result.tokens_per_s,
-            gamma=asked.gamma,
-            verification=verification_to_proto(asked.verification),
+            gamma=request.gamma,
+            verification=verification_to_proto(request.verification),
             draft_wire_bytes=result.draft_wire_bytes,
             target_wire_bytes=result.target_wire_bytes,
             num_lookahead_hits=result.num_lookahead_hits,
@@ -101,21 +101,21 @@ def _result(result: Result, asked: GenerationRequest) -> orchestrator_pb2.Genera
             draft_wait_s=result.draft_wait_s,
             decision=_decision(result.decision) if result.decision else None,
         ),
-        seed=asked.params.seed,
+        seed=request.params.seed,
         recorded=result.recorded,
         interrupted_answer_tokens=result.num_interrupted_tokens,
     )
 
 
 def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:
-    said = asdict(decision)
-    del said["wait_s"]
-    return orchestrator_pb2.GammaDecision(**said)
+    values = asdict(decision)
+    del values["wait_s"]
+    return orchestrator_pb2.GammaDecision(**values)
 
 
 def sessions_response(page: SessionPage) -> orchestrator_pb2.ListSessionsResponse:
     return orchestrator_pb2.ListSessionsResponse(
-        sessions=[orchestrator_pb2.SessionSummary(**asdict(one)) for one in page.sessions],
+        sessions=[orchestrator_pb2.SessionSummary(**asdict(summary)) for summary in page.sessions],
         next_page_token=str(page.cursor) if page.cursor else "",
         num_unreadable=page.num_unreadable,
     )

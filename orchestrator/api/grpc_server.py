@@ -1,4 +1,4 @@
-"""The gRPC transport: requests to values, chunks and errors to messages. No logic of its own."""
+"""gRPC transport: translates requests to plain values, and chunks and errors to messages."""
 
 from __future__ import annotations
 
@@ -29,48 +29,49 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
-    """One per service; lives on the event loop.
+    """gRPC handlers of the orchestrator. One per service; lives on the event loop.
 
-    `limits`: of a request that arrives now. A stream whose client has not read for
-    `write_timeout_s` ends.
+    `limits` returns the limits for a request that arrives now. A stream ends when its client has
+    not read for `write_timeout_s`.
     """
 
     def __init__(
         self,
         use_case: Generate,
-        tiers: GenerationContext,
+        resources: GenerationContext,
         limits: Callable[[], Limits],
-        calls: RequestTelemetry,
+        telemetry: RequestTelemetry,
         *,
         write_timeout_s: float,
     ) -> None:
         self._use_case = use_case
-        self._tiers = tiers
+        self._resources = resources
         self._limits = limits
-        self._calls = calls
+        self._telemetry = telemetry
         self._write_timeout_s = write_timeout_s
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
-        async with translated(context), self._calls.call(context) as call:
-            await self._generate(request, call, context)
+        async with translated(context), self._telemetry.tracked(context) as events:
+            await self._generate(request, events, context)
 
     async def _generate(
-        self, request: orchestrator_pb2.GenerateRequest, call: TrackedRequest, context: Context
+        self, message: orchestrator_pb2.GenerateRequest, events: TrackedRequest, context: Context
     ) -> None:
-        parse = functools.partial(parse_request, request, self._limits(), self._tiers.tokenizer)
-        asked = await self._tiers.encoding.check(parse) if is_long(request) else parse()
+        resources = self._resources
+        parse = functools.partial(parse_request, message, self._limits(), resources.tokenizer)
+        request = await resources.encoding.check(parse) if is_long(message) else parse()
         writer = StreamWriter(context)
         async with (
-            writer.beating(orchestrator_pb2.GenerateResponse(), request.heartbeat_ms),
+            writer.beating(orchestrator_pb2.GenerateResponse(), message.heartbeat_ms),
             self._use_case.generate(
-                asked, current_client(), call, time_left_s=context.time_remaining()
+                request, current_client(), events, time_left_s=context.time_remaining()
             ) as chunks,
             writer.watched(self._write_timeout_s),
         ):
             async for chunk in chunks:
                 ready_at = time.monotonic()
                 await writer.write(generate_response(chunk, chunks.session_id, chunks.request))
-                call.sent(chunk, ready_at)
+                events.sent(chunk, ready_at)
 
     async def GetSession(
         self, request: orchestrator_pb2.GetSessionRequest, context: Context
@@ -78,7 +79,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         async with translated(context):
             validate_session_id(request.session_id)
             client = current_client().name
-            return session_response(await self._tiers.store.get(request.session_id, client))
+            return session_response(await self._resources.store.get(request.session_id, client))
         return None
 
     async def ListSessions(
@@ -86,7 +87,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     ) -> orchestrator_pb2.ListSessionsResponse | None:
         async with translated(context):
             cursor = parse_page_token(request.page_token)
-            return sessions_response(await self._tiers.store.page(cursor, current_client().name))
+            return sessions_response(
+                await self._resources.store.page(cursor, current_client().name)
+            )
         return None
 
     async def DeleteSession(
@@ -95,9 +98,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         async with translated(context):
             validate_session_id(request.session_id)
             client = current_client()
-            await self._tiers.store.delete(request.session_id, client.name)
+            await self._resources.store.delete(request.session_id, client.name)
             await client.deleted(request.session_id)
-            for pool in (self._tiers.targets, self._tiers.drafts):
+            for pool in (self._resources.targets, self._resources.drafts):
                 if pool is not None:
                     pool.forget(scoped_id(request.session_id, client.name))
             return orchestrator_pb2.DeleteSessionResponse()
@@ -106,18 +109,19 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def GetModelInfo(
         self, request: orchestrator_pb2.GetModelInfoRequest, context: Context
     ) -> orchestrator_pb2.GetModelInfoResponse:
-        drafts, limits = self._tiers.drafts, self._limits()
+        resources, limits = self._resources, self._limits()
+        drafts = resources.drafts
         links = list(drafts.links.values()) if drafts is not None else []
-        answer = orchestrator_pb2.GetModelInfoResponse(
-            target=self._tiers.targets.model,
+        response = orchestrator_pb2.GetModelInfoResponse(
+            target=resources.targets.model,
             draft=drafts.model if drafts is not None and drafts.num_connected else None,
             default_gamma=limits.gamma,
             max_gamma=limits.max_gamma,
             draft_pairing=pairing_response(
-                self._tiers.pairing.draft,
+                resources.pairing.draft,
                 [error for link in links if (error := link.refusal.error) is not None],
             ),
         )
         if request.with_token_hashes:
-            answer.target.token_hashes = await self._tiers.pairing.token_hashes()
-        return answer
+            response.target.token_hashes = await resources.pairing.token_hashes()
+        return response

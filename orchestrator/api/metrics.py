@@ -1,8 +1,7 @@
-"""What the orchestrator counts, and how it reads as metrics.
+"""Counters of the orchestrator and their conversion to metrics.
 
-Plain numbers, added to once a chunk or once a call; what Prometheus is told is worked out from them
-when it asks. Written on the event loop, read on the scraper's thread: every reading copies first.
-Knows no call, no Redis command and nothing of how metrics are served.
+The event loop updates plain numbers once per chunk or request. A scrape converts them on its own
+thread, so each reading copies them first. `outrider.telemetry` serves the metrics.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.admission.queue import AdmissionQueue
     from orchestrator.generation.context import GenerationContext
 
-# vLLM's word for outputs that somebody has cut off.
+# vLLM's finish reason for a cancelled request.
 ABORT = "abort"
 _FINISHED = {
     FinishReason.STOP: "stop",
@@ -47,46 +46,45 @@ _DISTRIBUTIONS = (
 
 @dataclass
 class SentTokens:
-    """Sent to callers, by where they came from."""
+    """Number of tokens sent to clients, by origin."""
 
     accepted: int = 0
     recovered: int = 0
     bonus: int = 0
     plain: int = 0
-    # Recorded before the turn was resumed here; not generated again.
-    earlier: int = 0
+    # Generated before the turn was resumed here, and read from Redis.
+    replayed: int = 0
 
 
 class OrchestratorMetrics:
-    """Of one orchestrator. Told by its calls what happened to them."""
+    """Counters and histograms of one orchestrator, updated by `RequestTelemetry`."""
 
     def __init__(self) -> None:
         self.tokens = SentTokens()
         self.num_prompt_tokens = self.num_unread_streams = 0
-        # Rounds by their number of draft tokens, and those with any by how many of them stood.
+        # Rounds by their number of draft tokens; rounds with drafts by their accepted tokens.
         self.rounds: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
         self.num_rejected = 0
-        # At 0 from the start on: a series that begins with its first error has no rate.
+        # All labels start at 0: a series that begins with its first error has no rate.
         self.statuses: Counter[str] = Counter(dict.fromkeys(STATUS_NAMES, 0))
         self.finished: Counter[str] = Counter(dict.fromkeys(_FINISHED.values(), 0))
-        # Draft tokens of the last round of each stream that runs.
+        # Draft tokens in the last round of each running request, by the id of its object.
         self.gammas: dict[int, int] = {}
         self.distributions = {metric: Distribution(metric.bounds) for metric in _DISTRIBUTIONS}
-
-        # For what happens more often than once a call.
+        # Saves the lookup for each chunk.
         self.inter_token = self.distributions[metrics.INTER_TOKEN_LATENCY]
 
     def observe(self, metric: Metric, value: float) -> None:
         self.distributions[metric].observe(value)
 
-    def sent(self, rounds: Iterable[Commitment]) -> int:
-        """Rounds whose tokens the caller has been sent; how many draft tokens the last one had."""
+    def add_rounds(self, rounds: Iterable[Commitment]) -> int:
+        """Counts rounds whose tokens were sent. Returns the last round's number of draft tokens."""
         gamma = 0
         for commitment in rounds:
             if commitment.tokens:
-                self._sent(commitment.tokens[-1].origin, len(commitment.tokens))
-                if commitment.tokens[-1].origin is TokenOrigin.EARLIER:
+                self._add_tokens(commitment.tokens[-1].origin, len(commitment.tokens))
+                if commitment.tokens[-1].origin is TokenOrigin.REPLAYED:
                     continue
             gamma = commitment.num_draft_tokens
             self.rounds[gamma] += 1
@@ -95,11 +93,14 @@ class OrchestratorMetrics:
                 self.num_rejected += commitment.is_rejected
         return gamma
 
-    def _sent(self, last: TokenOrigin, num: int) -> None:
-        """Of one round: all but its last token are accepted ones, or all are earlier ones."""
+    def _add_tokens(self, last: TokenOrigin, num: int) -> None:
+        """Counts the tokens of one round by the origin of its last token.
+
+        The tokens before the last are accepted draft tokens; a replayed round is all replayed.
+        """
         tokens = self.tokens
-        if last is TokenOrigin.EARLIER:
-            tokens.earlier += num
+        if last is TokenOrigin.REPLAYED:
+            tokens.replayed += num
             return
         tokens.accepted += num - 1
         if last is TokenOrigin.ACCEPTED:
@@ -111,16 +112,16 @@ class OrchestratorMetrics:
         else:
             tokens.plain += 1
 
-    def finished_as(self, reason: FinishReason) -> None:
+    def add_finish(self, reason: FinishReason) -> None:
         self.finished[_FINISHED[reason]] += 1
 
     def readings(self) -> Iterator[Reading]:
-        """What is counted here; on any thread."""
+        """Yields all counters as metrics; may be called on any thread."""
         tokens = SentTokens(**vars(self.tokens))
-        origins = {name: num for name, num in vars(tokens).items() if name != "earlier"}
+        origins = {name: num for name, num in vars(tokens).items() if name != "replayed"}
         yield Reading.by(metrics.TOKENS, origins)
         yield Reading.one(metrics.GENERATION_TOKENS, sum(origins.values()))
-        yield Reading.one(metrics.REPLAYED_TOKENS, tokens.earlier)
+        yield Reading.one(metrics.REPLAYED_TOKENS, tokens.replayed)
         yield Reading.one(metrics.PROMPT_TOKENS, self.num_prompt_tokens)
         yield Reading.by(metrics.REQUESTS, dict(self.statuses))
         yield Reading.one(metrics.UNREAD_STREAMS, self.num_unread_streams)
@@ -138,35 +139,31 @@ class OrchestratorMetrics:
         yield Reading.one(metrics.NUM_DRAFT_TOKENS, sum(g * num for g, num in rounds.items()))
         yield Reading.one(metrics.NUM_ACCEPTED_TOKENS, sum(k * n for k, n in accepted.items()))
         yield Reading.one(metrics.NUM_REJECTED_TOKENS, self.num_rejected)
-        # [i]: rounds in which more than i stood.
+        # [i]: rounds with more than i accepted draft tokens.
         most = max(accepted, default=0)
-        standing = accumulate(accepted.get(k, 0) for k in range(most, 0, -1))
-        by_position = dict(zip(range(most - 1, -1, -1), standing, strict=True))
+        num_rounds = accumulate(accepted.get(k, 0) for k in range(most, 0, -1))
+        by_position = dict(zip(range(most - 1, -1, -1), num_rounds, strict=True))
         yield Reading.by(
             metrics.NUM_ACCEPTED_PER_POS, {str(i): by_position[i] for i in sorted(by_position)}
         )
 
 
 def readings(
-    meter: OrchestratorMetrics, admission: AdmissionQueue, tiers: GenerationContext
+    meter: OrchestratorMetrics, admission: AdmissionQueue, context: GenerationContext
 ) -> Iterator[Reading]:
-    """All that an orchestrator has to tell; on any thread."""
+    """Yields all metrics of an orchestrator; may be called on any thread."""
     yield Reading.one(metrics.NUM_REQUESTS_RUNNING, admission.num_generating)
     yield Reading.one(metrics.NUM_REQUESTS_WAITING, admission.num_waiting)
     yield from meter.readings()
-    costs = tiers.costs.shared
+    costs = context.costs.shared
     hits, misses = costs.num_lookahead_hits, costs.num_lookahead_misses
     yield Reading.by(metrics.LOOKAHEAD_ROUNDS, {"hit": hits, "miss": misses})
     if costs.num_lookahead_hits or costs.num_lookahead_misses:
         yield Reading.one(metrics.LOOKAHEAD_HIT_RATE, costs.lookahead_hit_rate)
-    yield Reading.one(metrics.REDIS_UP, float(not tiers.store.is_away))
-    links = [
-        (pool.tier, link)
-        for pool in (tiers.targets, tiers.drafts)
-        if pool is not None
-        for link in list(pool.links.values())
-    ]
-    yield from _replicas(links, [pool.tier for pool in (tiers.targets, tiers.drafts) if pool])
+    yield Reading.one(metrics.REDIS_UP, float(not context.store.is_away))
+    pools = [pool for pool in (context.targets, context.drafts) if pool is not None]
+    links = [(pool.tier, link) for pool in pools for link in list(pool.links.values())]
+    yield from _replicas(links, [pool.tier for pool in pools])
 
 
 def _replicas(links: list[tuple[str, Any]], tiers: list[str]) -> Iterator[Reading]:

@@ -1,6 +1,6 @@
-"""Ends of calls: what frees a call's lease when the call itself is cancelled, awaited at the stop.
+"""Cleanup of requests: work that must finish although the request was cancelled.
 
-Lives on the event loop.
+Lives on the event loop. The orchestrator waits for it before it stops.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import structlog
 
 log = structlog.get_logger()
 
-# What is cancelled needs no more than some turns of the event loop.
+# A cancelled task needs no more than a few turns of the event loop.
 _CANCEL_WAIT_S = 1.0
 
 
 class Cleanup:
-    """Calls under way, and what they leave behind: a cancelled call's lease is still given back."""
+    """Set of running requests and of their cleanup work, such as the release of a lease."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @contextlib.contextmanager
-    def of_call(self) -> Iterator[None]:
-        """For the time of a call, in its task: until it has ended it may leave something behind."""
+    def tracked(self) -> Iterator[None]:
+        """Tracks the current task, which runs a request, until the block ends."""
         task = asyncio.current_task()
-        assert task is not None, "a call is a task"
+        assert task is not None, "a request runs in a task"
         self._tasks.add(task)
         try:
             yield
@@ -37,18 +37,18 @@ class Cleanup:
             self._tasks.discard(task)
 
     async def shielded(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does it to its end, also where the caller is cancelled meanwhile."""
-        await asyncio.shield(self.behind(work))
+        """Runs `work` to its end even if the awaiting task is cancelled."""
+        await asyncio.shield(self.in_background(work))
 
-    def behind(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Does it after the call has ended. It must be bounded, and raise nothing."""
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs `work` after the request has ended. It must be bounded and raise nothing."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def done(self, timeout_s: float) -> None:
-        """Waits for all of it; what takes longer than that is cancelled."""
+    async def wait(self, timeout_s: float) -> None:
+        """Waits for all tracked tasks; after `timeout_s` cancels those that still run."""
         give_up_at = time.monotonic() + timeout_s
         while self._tasks and (left_s := give_up_at - time.monotonic()) > 0:
             await asyncio.wait(self._tasks, timeout=left_s)

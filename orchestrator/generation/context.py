@@ -1,4 +1,4 @@
-"""What every generation of an orchestrator works with, put together once at its start."""
+"""Dependencies shared by all generations of an orchestrator, created once at its start."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from outrider.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a generation may wait for what."""
+    """Maximum waiting times of a generation, in seconds."""
 
-    verdict_timeout_s: float
+    verify_timeout_s: float
+    """For a verify result."""
     target_wait_s: float
+    """For a target replica."""
     draft_wait_s: float | None
+    """For a proposal; None: chosen for each round."""
 
 
 @dataclass(frozen=True)
 class GenerationContext:
-    """What a generation works with."""
+    """Replica pools, session store, tokenizer and settings that a generation uses."""
 
     targets: ReplicaPool[TargetLink]
     drafts: ReplicaPool[DraftLink] | None
@@ -34,6 +37,6 @@ class GenerationContext:
     store: SessionStore
     tokenizer: Tokenizer | None
     encoding: PromptEncoding
-    timing: Timeouts
+    timeouts: Timeouts
     costs: CostBook
-    endings: Cleanup = field(default_factory=Cleanup)
+    cleanup: Cleanup = field(default_factory=Cleanup)

@@ -1,4 +1,4 @@
-"""What a turn's prompt is: the session's committed tokens and the new input. Pure."""
+"""Builds the prompt of a turn: the session's committed tokens and the new input. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from orchestrator.sessions import SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.tokenizer import Tokenizer
 
-# A text of more characters than these per token of the context is probably too long.
+# A text with more characters per token of the context is probably too long.
 _CHARS_PER_TOKEN = 8
-# Tokens at the end of a cut text that may differ from those of the whole text.
+# Tokens at the end of a truncated text that may differ from those of the whole text.
 _CUT_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Turn:
-    """`token_ids` is the whole context; its first `keep_len` are the session's as committed.
+    """Prompt of one turn.
 
-    `messages` is the chat so far with this turn's, empty unless the session is a chat.
-    `num_interrupted_tokens`: of the answer before this turn, where its call ended early and what
-    was recorded of it became the assistant's message; else None.
+    `token_ids`: the whole context. Its first `keep_len` tokens are committed in the session.
+    `messages`: all messages of a chat, with this turn's; empty if the session is no chat.
+    `num_interrupted_tokens`: length of the previous answer, if its request ended early and the
+    recorded part became the assistant's message; None otherwise.
     """
 
     token_ids: list[int]
@@ -34,15 +35,15 @@ class Turn:
 
 
 class PromptTooLong(InvalidRequest):
-    """Encoding was stopped after `num_tokens`, which are more than fit."""
+    """The prompt exceeds the context. Encoding stopped after `num_tokens`."""
 
     def __init__(self, field: str, num_tokens: int, max_tokens: int) -> None:
-        super().__init__(field, f"more than {max_tokens} tokens, the most that fit with an output")
+        super().__init__(field, f"more than {max_tokens} tokens; at most {max_tokens} are allowed")
         self.num_tokens = num_tokens
 
 
 def num_chars(request: GenerationRequest, record: SessionRecord) -> int:
-    """Characters that `build_turn` has to encode."""
+    """Number of characters that `build_turn` encodes."""
     if request.messages is not None:
         messages = (*record.messages, *request.messages)
         return sum(len(message["content"]) for message in messages)
@@ -55,16 +56,17 @@ def build_turn(
     tokenizer: Tokenizer | None,
     max_context_len: int,
 ) -> Turn:
-    """Takes seconds for the longest texts: call it in a thread. Raises InvalidRequest.
+    """Encodes the input and appends it to the session. Call it in a thread: it may take seconds.
 
-    PromptTooLong where a part of the prompt alone exceeds the context.
+    Raises InvalidRequest; PromptTooLong if a part of the prompt alone exceeds the context.
     """
-    held = record.token_ids
+    committed = record.token_ids
     is_chat = bool(record.messages)
-    if len(held) and is_chat != (request.messages is not None):
+    if len(committed) and is_chat != (request.messages is not None):
         kind = "chat messages" if is_chat else "text or token ids"
         raise InvalidRequest(
-            "session_id", f"session {record.session_id} was begun with {kind}; continue it so"
+            "session_id",
+            f"session {record.session_id} was started with {kind}; continue it with the same",
         )
     if request.messages is not None:
         assert tokenizer is not None, "chat without a tokenizer was refused"
@@ -72,26 +74,26 @@ def build_turn(
         text = tokenizer.render_chat(messages)
         token_ids = _encoded(tokenizer, text, "chat", max_context_len, add_special_tokens=False)
         _refuse_empty(token_ids, "chat")
-        # Templates may render the past anew; what comes out the same keeps its keys and values.
-        return Turn(token_ids, _num_same(held, token_ids), messages)
+        # A template may render earlier messages differently: only a common prefix keeps its KV.
+        return Turn(token_ids, _common_prefix_len(committed, token_ids), messages)
     if request.token_ids is not None:
         added = list(request.token_ids)
     else:
         assert tokenizer is not None, "text without a tokenizer was refused"
         assert request.text is not None, "a request has one input"
         added = _encoded(
-            tokenizer, request.text, "text", max_context_len, add_special_tokens=not len(held)
+            tokenizer, request.text, "text", max_context_len, add_special_tokens=not len(committed)
         )
         _refuse_empty(added, "text")
-    return Turn([*held.tolist(), *added], len(held), ())
+    return Turn([*committed.tolist(), *added], len(committed), ())
 
 
 def _encoded(
     tokenizer: Tokenizer, text: str, field: str, max_tokens: int, *, add_special_tokens: bool
 ) -> list[int]:
-    """The ids. A text that is far too long is not encoded to its end.
+    """Returns the token ids. Encodes only a prefix of a text that is far too long.
 
-    The tokens of a text's beginning differ from the whole text's only close to the cut.
+    The prefix has the same tokens as the whole text, except close to its end.
     """
     part = text[: _CHARS_PER_TOKEN * (max_tokens + _CUT_TOKENS)]
     token_ids = tokenizer.encode(part, add_special_tokens=add_special_tokens)
@@ -107,7 +109,7 @@ def _refuse_empty(token_ids: Sequence[int], field: str) -> None:
         raise InvalidRequest(field, "the prompt has no tokens")
 
 
-def _num_same(held: np.ndarray, token_ids: Sequence[int]) -> int:
-    size = min(len(held), len(token_ids))
-    differing = np.flatnonzero(held[:size] != np.asarray(token_ids[:size], held.dtype))
+def _common_prefix_len(committed: np.ndarray, token_ids: Sequence[int]) -> int:
+    size = min(len(committed), len(token_ids))
+    differing = np.flatnonzero(committed[:size] != np.asarray(token_ids[:size], committed.dtype))
     return int(differing[0]) if len(differing) else size

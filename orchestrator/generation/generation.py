@@ -1,8 +1,7 @@
-"""One generation from its lease to its last token: the loop of rounds.
+"""Loop of rounds of one generation, from its lease to its last token.
 
-A round: send a verify request, await its result, commit, ask for the next proposal. Committed
-tokens go to the recorder, which writes them to Redis and hands them on while the next round runs.
-It runs in the task of its call.
+A round sends a verify request, awaits its result, commits tokens and takes the next proposal. The
+recorder writes committed tokens to Redis and sends them while the next round runs.
 """
 
 from __future__ import annotations
@@ -31,73 +30,74 @@ from outrider.errors import OutriderError
 
 
 class Generation:
-    """Enter `running` once, and iterate over what it gives.
+    """One generation. Enter `running` once, in the request's task, and iterate over its chunks.
 
-    `check_length` raises InvalidRequest where the request fits no target that is connected now.
-    `asked_at`: when the request arrived (time.monotonic).
+    `check_length` raises InvalidRequest if the request fits no connected target.
+    `arrived_at`: when the request arrived (time.monotonic).
     """
 
     def __init__(
         self,
-        tiers: GenerationContext,
+        context: GenerationContext,
         prepared: PreparedTurn,
         lease: Lease,
-        place: AdmissionTicket,
+        ticket: AdmissionTicket,
         *,
-        asked_at: float,
+        arrived_at: float,
         check_length: Callable[[], None],
     ) -> None:
-        self._tiers = tiers
+        self._context = context
         self._request = request = prepared.request
         self._lease = lease
         self._turn = prepared.turn
         self._state = prepared.state
         self._policy = GammaPolicy(
-            tiers.costs.pair(),
+            context.costs.pair(),
             request.max_gamma,
             fixed=request.gamma,
-            fixed_wait_s=tiers.timing.draft_wait_s,
+            fixed_wait_s=context.timeouts.draft_wait_s,
             waits_always=request.waits_for_draft,
         )
         self._source = self._draft_source()
-        self._drafting = Drafting(self._source, self._policy, tiers.costs, request.lookahead)
-        self._verifying = TargetSession(
-            tiers.targets,
-            self._target_request(place.priority),
+        self._drafting = Drafting(self._source, self._policy, context.costs, request.lookahead)
+        self._target = TargetSession(
+            context.targets,
+            self._target_request(ticket.priority),
             self._state,
-            self._kept(is_resumed=prepared.earlier is not None),
-            place,
+            self._previous_kv(is_resumed=prepared.resumed is not None),
+            ticket,
             check_length=check_length,
-            verdict_timeout_s=tiers.timing.verdict_timeout_s,
-            wait_s=tiers.timing.target_wait_s,
+            verify_timeout_s=context.timeouts.verify_timeout_s,
+            wait_s=context.timeouts.target_wait_s,
         )
-        held_text, self._earlier = prepared.replayed
+        received_text, self._replayed = prepared.replayed
         self._recorder = Recorder(
-            tiers.store,
+            context.store,
             lease,
             prepared.turn,
             prepared.turn_json,
             is_durable=request.is_durable,
-            is_begun=prepared.earlier is not None,
-            held_text=held_text,
-            num_unshown=prepared.num_unshown,
+            is_resumed=prepared.resumed is not None,
+            received_text=received_text,
+            num_to_skip=prepared.num_unrecorded,
         )
-        self._asked_at = asked_at
+        self._arrived_at = arrived_at
         self._is_stopping = False
-        # Of the rounds after the prompt's.
+        # Sums over the rounds after the prompt's.
         self._target_step_s = self._verify_s = 0.0
 
     @property
     def may_draft(self) -> bool:
+        """Whether rounds may have draft tokens."""
         request = self._request
-        return self._tiers.drafts is not None and request.max_gamma > 0 and request.gamma != 0
+        return self._context.drafts is not None and request.max_gamma > 0 and request.gamma != 0
 
     def _draft_source(self) -> DraftSource:
-        tiers, request, lease = self._tiers, self._request, self._lease
-        if tiers.drafts is None or not self.may_draft:
+        context, request, lease = self._context, self._request, self._lease
+        if context.drafts is None or not self.may_draft:
             return NoDrafts()
-        assert tiers.targets.model is not None, "a target was connected"
-        asked = DraftRequest(
+        assert context.targets.model is not None, "a target was connected"
+        draft_request = DraftRequest(
             session_id=lease.scoped_id,
             epoch=lease.epoch,
             token_ids=self._state.token_ids,
@@ -106,10 +106,11 @@ class Generation:
             params=request.params,
             verification=request.verification,
             fan_out=request.fan_out,
-            vocab_size=tiers.targets.model.vocab_size,
+            vocab_size=context.targets.model.vocab_size,
         )
-        kept = lease.record.draft_kv
-        return TierDrafts(tiers.drafts, asked, kept.replica if kept is not None else None)
+        previous = lease.record.draft_kv
+        replica = previous.replica if previous is not None else None
+        return TierDrafts(context.drafts, draft_request, replica)
 
     def _target_request(self, priority: int) -> TargetRequest:
         return TargetRequest(
@@ -121,22 +122,23 @@ class Generation:
             priority=priority,
         )
 
-    def _kept(self, *, is_resumed: bool) -> KvHandle | None:
-        """How much of the context a target replica still holds from the turn before.
+    def _previous_kv(self, *, is_resumed: bool) -> KvHandle | None:
+        """KV of the previous turn at a target replica, cut to the tokens that this turn shares.
 
-        A turn that broke off has released it; only the replica's prefix cache may hold it.
+        Its length is 0 for a resumed turn: an interrupted turn released its KV, and only the
+        replica's prefix cache may still have it.
         """
-        kept = self._lease.record.target_kv
-        if kept is None:
+        previous = self._lease.record.target_kv
+        if previous is None:
             return None
-        kept_len = min(kept.cached_len, self._turn.keep_len, len(self._turn.token_ids) - 1)
-        return replace(kept, cached_len=0 if is_resumed else kept_len)
+        cached_len = min(previous.cached_len, self._turn.keep_len, len(self._turn.token_ids) - 1)
+        return replace(previous, cached_len=0 if is_resumed else cached_len)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[AsyncIterator[Chunk]]:
-        """Runs it for the time of a block, which iterates over its chunks to the last one.
+        """Runs the generation while the block iterates over its chunks, to the last one.
 
-        Raises what ended it early. However it ends, both tiers and the lease are released.
+        Raises the error that ended it early. Releases both tiers and the lease in any case.
         """
         is_done = False
         try:
@@ -146,76 +148,76 @@ class Generation:
                 yield self
             is_done = True
         finally:
-            await self._tiers.endings.shielded(self._release(is_done))
+            await self._context.cleanup.shielded(self._release(is_done))
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk. Asking for it reports that the one before was sent."""
+        """Returns the next chunk. The call also reports that the previous chunk was sent."""
         chunk = await anext(self._recorder)
         if chunk.finish is None:
             return chunk
         return replace(chunk, result=self._result(chunk.finish, chunk.recorded))
 
     def stop(self) -> None:
-        """Ends the output after the round under way; the server is stopping."""
+        """Ends the output after the current round, because the server is stopping."""
         self._is_stopping = True
 
     async def _rounds(self) -> None:
         try:
             await self._run_rounds()
         except OutriderError:
-            await self._recorder.drained()  # what is committed is recorded and sent all the same
+            await self._recorder.drained()  # committed tokens are still recorded and sent
             raise
 
     async def _run_rounds(self) -> None:
-        recorder, drafting, verifying = self._recorder, self._drafting, self._verifying
-        if self._earlier is not None:
-            for part in self._earlier.parts(MAX_CHUNK_TOKENS):
-                await recorder.put(part, self._record_of(part, is_earlier=True))
-            if self._earlier.finish is not None:
+        recorder, drafting, target = self._recorder, self._drafting, self._target
+        if self._replayed is not None:
+            for part in self._replayed.parts(MAX_CHUNK_TOKENS):
+                await recorder.put(part, self._record_of(part, is_replayed=True))
+            if self._replayed.finish is not None:
                 return
         if self._state.max_draft_tokens > 0:
             drafting.open()  # the first token does not wait for it
-        await verifying.open()
-        verifying.send(None)
+        await target.open()
+        target.send(None)
         while True:
-            reply = await self._timed_reply()
-            commitment = self._commit(reply)
+            result = await self._timed_result()
+            commitment = self._commit(result)
             record = self._record_of(commitment)
             if commitment.finish is not None:
                 await recorder.put(commitment, record)
                 return
             room = self._state.max_draft_tokens
             proposal = drafting.next(room)
-            if proposal is not None:  # the next request leaves before anything else is done
-                verifying.send(proposal)
+            if proposal is not None:  # the next request is sent first of all
+                target.send(proposal)
                 await recorder.put(commitment, record)
                 continue
             await recorder.put(commitment, record)
-            verifying.send(await drafting.wait(room))
+            target.send(await drafting.wait(room))
 
-    async def _timed_reply(self) -> VerifyResult:
-        verifying, costs = self._verifying, self._policy.costs
-        reply = await verifying.reply()
-        costs.target_side = self._tiers.costs.target(verifying.replica)
+    async def _timed_result(self) -> VerifyResult:
+        target, costs = self._target, self._policy.costs
+        result = await target.reply()
+        costs.target_side = self._context.costs.target(target.replica)
         if self._state.counts.num_rounds:
-            self._verify_s += verifying.latency_s
-            self._target_step_s += reply.step_s
-        # The time of a prompt, the whole context at another replica included, predicts nothing.
-        if verifying.num_context_sent == 1:
+            self._verify_s += target.latency_s
+            self._target_step_s += result.step_s
+        # The time of a prompt, or of the whole context after a move, does not predict a round's.
+        if target.num_context_sent == 1:
             left_at_once = not self._drafting.has_waited
-            costs.observe_result(verifying.latency_s, reply.step_s, left_at_once=left_at_once)
-        return reply
+            costs.observe_result(target.latency_s, result.step_s, left_at_once=left_at_once)
+        return result
 
-    def _commit(self, reply: VerifyResult) -> Commitment:
+    def _commit(self, result: VerifyResult) -> Commitment:
         base_len = self._state.committed_len
-        commitment = self._state.commit(self._verifying.proposal, reply)
+        commitment = self._state.commit(self._target.proposal, result)
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
-        num_held = min(commitment.num_accepted_tokens, reply.num_run)
-        self._verifying.committed(base_len + num_held)
+        num_cached = min(commitment.num_accepted_tokens, result.num_run)
+        self._target.committed(base_len + num_cached)
         self._policy.observe_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,
@@ -223,9 +225,9 @@ class Generation:
         )
         return commitment
 
-    def _record_of(self, commitment: Commitment, *, is_earlier: bool = False) -> RoundRecord:
-        """`is_earlier`: its tokens are in Redis already."""
-        token_ids = [] if is_earlier else [token.token_id for token in commitment.tokens]
+    def _record_of(self, commitment: Commitment, *, is_replayed: bool = False) -> RoundRecord:
+        """Record of a round for Redis. `is_replayed`: its tokens are there already."""
+        token_ids = [] if is_replayed else [token.token_id for token in commitment.tokens]
         return RoundRecord(
             token_ids=token_ids,
             counters=Counters(
@@ -234,7 +236,7 @@ class Generation:
                 num_accepted_tokens=commitment.num_accepted_tokens,
                 num_emitted_tokens=len(token_ids),
             ),
-            target_kv=self._verifying.kv(self._lease.epoch),
+            target_kv=self._target.kv(self._lease.epoch),
             draft_kv=self._draft_kv(),
         )
 
@@ -247,22 +249,22 @@ class Generation:
     def _result(self, finish: Finish, recorded: bool) -> Result:
         now = time.monotonic()
         first_at = self._recorder.first_chunk_at
-        assert first_at is not None, "a finished generation has shown a token"
-        num_later = self._recorder.num_shown_tokens - self._recorder.num_first_tokens
+        assert first_at is not None, "a finished generation has sent a chunk"
+        num_later = self._recorder.num_sent_tokens - self._recorder.num_first_tokens
         elapsed_s = now - first_at
         return Result(
             finish=finish,
             recorded=recorded,
             num_prompt_tokens=self._state.prompt_len,
             num_completion_tokens=self._state.num_output_tokens,
-            num_cached_tokens=self._verifying.num_reused,
+            num_cached_tokens=self._target.num_reused,
             counts=self._state.counts,
             num_lookahead_hits=self._drafting.num_lookahead_hits,
-            time_to_first_token_s=first_at - self._asked_at,
-            duration_s=now - self._asked_at,
+            time_to_first_token_s=first_at - self._arrived_at,
+            duration_s=now - self._arrived_at,
             tokens_per_s=num_later / elapsed_s if num_later and elapsed_s > 0 else None,
             draft_wire_bytes=self._source.wire_bytes,
-            target_wire_bytes=self._verifying.wire_bytes,
+            target_wire_bytes=self._target.wire_bytes,
             target_step_s=self._target_step_s,
             verify_s=self._verify_s,
             draft_wait_s=self._drafting.waited_s,
@@ -271,15 +273,15 @@ class Generation:
         )
 
     async def _release(self, is_done: bool) -> None:
-        """Frees both tiers and the lease; a named session that ended well keeps its KV."""
+        """Releases both tiers and the lease; a named session that ended well keeps its KV."""
         is_named = self._request.session_id is not None
         keep = is_done and is_named
         target_kv, draft_kv = None, None
         if keep:
             epoch = self._lease.epoch
-            target_kv, draft_kv = self._verifying.kv(epoch), self._draft_kv()
-        self._verifying.close(keep=keep)
+            target_kv, draft_kv = self._target.kv(epoch), self._draft_kv()
+        self._target.close(keep=keep)
         self._drafting.close(keep=keep)
         recorder = self._recorder
         if not await recorder.release(target_kv, draft_kv, is_named=is_named, is_done=is_done):
-            self._tiers.endings.behind(recorder.go_on_releasing())  # the caller has all there is
+            self._context.cleanup.in_background(recorder.retry_release())

@@ -1,4 +1,4 @@
-"""Output of a generation, for its transport: chunks of tokens, and the result in the last one."""
+"""Output of a generation for its transport: chunks of tokens; the last one has the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.speculation.gamma import GammaDecision
 
 @dataclass(frozen=True)
 class Result:
-    """Of the whole generation; times in seconds, bytes both ways.
+    """Result of a whole generation. Times in seconds; bytes of both directions.
 
     `num_interrupted_tokens`: as in `conversation.Turn`.
     """
@@ -36,10 +36,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one or more rounds, recorded in Redis unless it is away.
+    """Tokens and text of one or more rounds.
 
-    `text_ends[i]`: how many characters of `text` are certain after token i. `finish` and `result`
-    come with the last chunk.
+    `text_ends[i]`: number of characters of `text` that are final after token i. `recorded`: all
+    tokens so far are in Redis. `finish` and `result` are set in the last chunk.
     """
 
     tokens: tuple[EmittedToken, ...]

@@ -1,6 +1,6 @@
 """Preparation of a turn before its first round: all work that grows with the size of the request.
 
-Runs in a thread of `prompt_encoder`, so that no request holds up the event loop.
+Runs in a thread of `prompt_encoder`, so that a request does not block the event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 
 from orchestrator.generation.conversation import PromptTooLong, Turn, build_turn, num_chars
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.resume import ResumedTurn, resumed, turn_json, unanswered
+from orchestrator.generation.resume import (
+    ResumedTurn,
+    interrupted_turn,
+    resume_turn,
+    turn_json,
+)
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
 from orchestrator.generation.validation import resolve_max_tokens
@@ -22,27 +27,27 @@ from outrider.tokenizer import Tokenizer
 class PreparedTurn:
     """A turn that is ready for its first round.
 
-    `turn_json`: recorded with the turn. `earlier`: the turn was begun at another orchestrator;
-    `replayed` is then what `state.replay` returned.
+    `turn_json`: recorded with the turn. `resumed`: set if the request resumes a recorded turn;
+    `replayed` is then the return value of `state.replay`.
     """
 
     request: GenerationRequest
     turn: Turn
     state: GenerationState
     turn_json: str
-    earlier: ResumedTurn | None = None
+    resumed: ResumedTurn | None = None
     replayed: tuple[str, Commitment | None] = ("", None)
 
     @property
-    def num_unshown(self) -> int:
-        """Tokens that the client holds and that were not recorded."""
-        if self.earlier is None:
+    def num_unrecorded(self) -> int:
+        """Number of tokens that the client has received and that are not recorded."""
+        if self.resumed is None:
             return 0
-        return max(0, self.earlier.num_held - len(self.earlier.output_ids))
+        return max(0, self.resumed.num_received - len(self.resumed.output_ids))
 
 
 class Preparation:
-    """Prepares one turn: `run` once, in a thread."""
+    """Prepares one turn. Call `run` once, in a thread."""
 
     def __init__(
         self,
@@ -55,16 +60,16 @@ class Preparation:
         self._record = record
         self._limits = limits
         self._tokenizer = tokenizer
-        # Tokens of the prompt that were encoded, also where it is then refused.
+        # Number of encoded prompt tokens, set even if the prompt is then refused.
         self.num_encoded_tokens = 0
 
     @property
     def num_chars(self) -> int:
-        """Characters to encode."""
+        """Number of characters to encode."""
         return num_chars(self._request, self._record)
 
     def run(self) -> PreparedTurn:
-        """Raises InvalidRequest, and what `resume` raises for a resumed turn."""
+        """Returns the prepared turn. Raises InvalidRequest, and the errors of `resume_turn`."""
         if self._request.resume_from is not None:
             return self._resume(self._request.resume_from)
         try:
@@ -76,33 +81,33 @@ class Preparation:
         request = resolve_max_tokens(self._request, len(turn.token_ids), self._limits)
         return PreparedTurn(request, turn, self._state(request, turn), turn_json(request, turn))
 
-    def _resume(self, num_held: int) -> PreparedTurn:
-        earlier = resumed(self._record, num_held)
-        request, turn = self._fitted(earlier.request), earlier.turn
+    def _resume(self, num_received: int) -> PreparedTurn:
+        resumed = resume_turn(self._record, num_received)
+        request, turn = self._capped(resumed.request), resumed.turn
         state = self._state(request, turn)
-        replayed = state.replay(earlier.output_ids, num_held)
-        return PreparedTurn(request, turn, state, turn_json(request, turn), earlier, replayed)
+        replayed = state.replay(resumed.output_ids, num_received)
+        return PreparedTurn(request, turn, state, turn_json(request, turn), resumed, replayed)
 
-    def _fitted(self, request: GenerationRequest) -> GenerationRequest:
-        """The orchestrator it was begun at may have taken more draft tokens a round."""
+    def _capped(self, request: GenerationRequest) -> GenerationRequest:
+        """Caps γ: the orchestrator that began the turn may have had a larger max_gamma."""
         most = self._limits.max_gamma
         gamma = None if request.gamma is None else min(request.gamma, most)
         return replace(request, gamma=gamma, max_gamma=min(request.max_gamma, most))
 
     def _build_turn(self) -> Turn:
-        """A chat's answer that was interrupted becomes the assistant's message first."""
+        """Builds the prompt; an interrupted answer of a chat becomes the assistant's message."""
         request, record = self._request, self._record
         tokenizer, max_len = self._tokenizer, self._limits.max_context_len
-        last = unanswered(record) if request.messages is not None else None
-        if last is None:
+        interrupted = interrupted_turn(record) if request.messages is not None else None
+        if interrupted is None:
             return build_turn(request, record, tokenizer, max_len)
-        state = self._state(last.request, last.turn)
-        answer = {"role": "assistant", "content": state.replayed_text(last.output_ids)}
+        state = self._state(interrupted.request, interrupted.turn)
+        answer = {"role": "assistant", "content": state.replayed_text(interrupted.output_ids)}
         record = replace(record, messages=(*record.messages, answer))
         turn = build_turn(request, record, tokenizer, max_len)
         if state.finish is not None and state.finish.reason is not FinishReason.CANCELLED:
-            return turn  # the answer had ended: only its last write is missing
-        return replace(turn, num_interrupted_tokens=len(last.output_ids))
+            return turn  # the answer was complete: only its last write is missing
+        return replace(turn, num_interrupted_tokens=len(interrupted.output_ids))
 
     def _state(self, request: GenerationRequest, turn: Turn) -> GenerationState:
         return GenerationState(

@@ -1,7 +1,7 @@
-"""Recorder: writes committed tokens to Redis, then hands them to the transport as chunks.
+"""Recorder: writes committed tokens to Redis, then passes them to the transport as chunks.
 
-Runs beside the loop of rounds, so that durability does not delay the next round. Rounds that are
-committed while a write is under way are recorded and sent as one chunk.
+It runs concurrently with the loop of rounds, so that durability does not delay the next round.
+Rounds committed during a write are recorded and sent together as one chunk.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from outrider.errors import LeaseLost, OutriderError, Unavailable
 
 log = structlog.get_logger()
 
-# Commitments that may wait for Redis and the caller before the rounds pause.
-MAX_UNSEEN_COMMITMENTS = 64
-# Tokens from which on a message to the client takes no further round. Of a resumed output there may
-# be a hundred thousand, which take tens of milliseconds of the event loop in one message.
+# Commitments that may wait for Redis and the client before the rounds pause.
+MAX_PENDING_COMMITMENTS = 64
+# A chunk with this many tokens takes no further round. A resumed output may have a hundred thousand
+# tokens: in one message they would block the event loop for tens of milliseconds.
 MAX_CHUNK_TOKENS = 4_096
 # Must be well below the store's lease_ttl_s.
 RENEW_INTERVAL_S = 3.0
-# How long after the end of a generation Redis may come back, for what is owed to be recorded.
+# How long after the end of a generation pending writes are retried while Redis is unreachable.
 # Must be below the store's lease_ttl_s.
 _RELEASE_RETRY_S = 8.0
 _RELEASE_RETRY_INTERVAL_S = 0.3
 
 
 class Recorder:
-    """Of one generation. `put` by the round loop, `run` as a task of its own.
+    """Recorder of one generation. The loop of rounds calls `put`; `run` is a task of its own.
 
-    `is_durable`: a token is in Redis before it is shown, unless Redis is away. Of a turn that is
-    resumed the caller has `held_text` already, and `num_unshown` tokens that are still to come.
-    No wait for Redis is longer than the store's own: without it the tokens are shown all the same.
+    `is_durable`: a token is in Redis before it is sent, unless Redis is unreachable. A resumed turn
+    (`is_resumed`) starts with `received_text`, which the client has. The client may also have
+    `num_to_skip` tokens that were not recorded: they are generated again and not sent.
+
+    While Redis is unreachable tokens are still sent: the store bounds each wait for it.
     """
 
     def __init__(
@@ -50,81 +52,82 @@ class Recorder:
         turn_json: str,
         *,
         is_durable: bool = True,
-        is_begun: bool = False,
-        held_text: str = "",
-        num_unshown: int = 0,
+        is_resumed: bool = False,
+        received_text: str = "",
+        num_to_skip: int = 0,
     ) -> None:
         self._store = store
         self._lease = lease
         self._turn = turn
         self._turn_json = turn_json
-        self.turn_recorded = is_begun
+        self._turn_recorded = is_resumed
         self._has_earlier_turn = bool(lease.record.turn_json)
         self._is_durable = is_durable
-        self._num_unshown = num_unshown
-        self._unseen: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
-            MAX_UNSEEN_COMMITMENTS
+        self._num_to_skip = num_to_skip
+        self._pending: asyncio.Queue[tuple[Commitment, RoundRecord]] = asyncio.Queue(
+            MAX_PENDING_COMMITMENTS
         )
         self._ready: asyncio.Queue[Chunk] = asyncio.Queue(1)
         self._sending: Chunk | None = None
         self._unrecorded: RoundRecord | None = None
-        # As given to `release`.
+        # Arguments of `release`.
         self._end: tuple[KvHandle | None, KvHandle | None, bool, bool] = (None, None, False, False)
         self._is_away = False
-        # The text that the caller has been sent.
-        self.text = held_text
+        # Parts of the text that the client has received.
+        self._texts = [received_text]
         # When the first chunk was ready to be sent (time.monotonic), and its number of tokens.
         self.first_chunk_at: float | None = None
-        self.num_first_tokens = self.num_shown_tokens = 0
+        self.num_first_tokens = self.num_sent_tokens = 0
 
     async def put(self, commitment: Commitment, record: RoundRecord) -> None:
-        """Hands over a round; waits while too many are unseen."""
-        await self._unseen.put((commitment, record))
+        """Adds a round; waits while too many rounds are pending."""
+        await self._pending.put((commitment, record))
 
     async def drained(self) -> None:
-        """Waits until all that was put is shown."""
-        await self._unseen.join()
+        """Waits until all rounds that were put are sent."""
+        await self._pending.join()
 
     async def run(self) -> None:
-        """Until the last commitment is shown. Raises LeaseLost."""
+        """Records and sends rounds until the last one is sent. Raises LeaseLost."""
         async with asyncio.TaskGroup() as tasks:
             renewing = tasks.create_task(self._keep_lease(), name="lease")
-            await self._show_all()
+            await self._send_all()
             renewing.cancel()
 
-    async def _show_all(self) -> None:
+    async def _send_all(self) -> None:
         while True:
-            batch = [await self._unseen.get()]
+            batch = [await self._pending.get()]
             num_tokens = len(batch[0][0].tokens)
-            while num_tokens < MAX_CHUNK_TOKENS and not self._unseen.empty():
-                batch.append(self._unseen.get_nowait())
+            while num_tokens < MAX_CHUNK_TOKENS and not self._pending.empty():
+                batch.append(self._pending.get_nowait())
                 num_tokens += len(batch[-1][0].tokens)
             for _, record in batch:
                 self._unrecorded = self._unrecorded.then(record) if self._unrecorded else record
-            commitments = [self._shown_of(commitment) for commitment, _ in batch]
+            commitments = [self._without_received(commitment) for commitment, _ in batch]
             is_last = commitments[-1].finish is not None
-            # The last chunk says whether all of it is recorded. A later turn is begun in Redis
-            # before a token of it is shown: whoever resumes it then finds it there.
-            is_first_of_later = self._has_earlier_turn and not self.turn_recorded
+            # The last chunk reports whether all of the output is recorded. A turn after the
+            # session's first begins in Redis before a token of it is sent, so that a resumption
+            # finds it there.
+            is_first_of_later = self._has_earlier_turn and not self._turn_recorded
             if self._is_durable or is_last or is_first_of_later:
                 await self._try_record()
             recorded = self._unrecorded is None and self._lease.is_recorded
-            await self._show(_joined(commitments, recorded=recorded))
+            await self._send(_joined(commitments, recorded=recorded))
             if not self._is_durable and not is_last:
                 await self._try_record()
             for _ in batch:
-                self._unseen.task_done()
+                self._pending.task_done()
             if is_last:
                 return
 
-    async def _show(self, chunk: Chunk) -> None:
+    async def _send(self, chunk: Chunk) -> None:
         if not chunk.tokens and chunk.finish is None:
             return
         if self.first_chunk_at is None:
             self.first_chunk_at = time.monotonic()
             self.num_first_tokens = len(chunk.tokens)
-        self.num_shown_tokens += len(chunk.tokens)
-        self.text += chunk.text
+        self.num_sent_tokens += len(chunk.tokens)
+        self._texts.append(chunk.text)
         await self._ready.put(chunk)
         await self._ready.join()
 
@@ -132,7 +135,7 @@ class Recorder:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk for the client. Asking for it reports that the one before was sent."""
+        """Returns the next chunk. The call also reports that the previous chunk was sent."""
         if self._sending is not None:
             self._ready.task_done()
             if self._sending.finish is not None:
@@ -140,14 +143,14 @@ class Recorder:
         self._sending = await self._ready.get()
         return self._sending
 
-    def _shown_of(self, commitment: Commitment) -> Commitment:
-        """Without the tokens that the caller of a resumed turn holds already, and their text."""
-        num = min(self._num_unshown, len(commitment.tokens))
+    def _without_received(self, commitment: Commitment) -> Commitment:
+        """Removes tokens, and their text, that the client of a resumed turn has already."""
+        num = min(self._num_to_skip, len(commitment.tokens))
         if num == 0:
             return commitment
-        self._num_unshown -= num
+        self._num_to_skip -= num
         end = commitment.text_ends[num - 1]
-        self.text += commitment.text[:end]
+        self._texts.append(commitment.text[:end])
         return replace(
             commitment,
             tokens=commitment.tokens[num:],
@@ -156,7 +159,7 @@ class Recorder:
         )
 
     async def _keep_lease(self) -> None:
-        """Long rounds and callers that read slowly must not lose the session to another call."""
+        """Renews the lease: long rounds and slow clients must not lose the session."""
         while self._lease.is_recorded:
             await asyncio.sleep(RENEW_INTERVAL_S)
             try:
@@ -167,31 +170,31 @@ class Recorder:
                 log.debug("not_renewed", session_id=self._lease.session_id, why=str(error))
 
     async def _try_record(self) -> None:
-        """Whatever Redis answers, the generation goes on: what is owed is written later.
+        """Records pending rounds. If that fails, the generation continues and they are kept.
 
-        Raises LeaseLost alone: the session is another's now.
+        Raises only LeaseLost: another request owns the session now.
         """
         was_away = self._is_away
         try:
-            await self.record()
+            await self._record()
             self._is_away = False
         except LeaseLost:
             raise
         except OutriderError as error:
             self._is_away = True
-            if not was_away:  # said once, not at every round
+            if not was_away:  # logged once, not at every round
                 log.warning("not_recorded", session_id=self._lease.session_id, why=str(error))
 
-    async def record(self) -> None:
-        """Writes what is owed, if anything is. Raises LeaseLost, and what else the store does.
+    async def _record(self) -> None:
+        """Writes the pending rounds, if any. Raises LeaseLost and the store's other errors.
 
-        The turn's prompt goes with its first tokens: a turn that never came to an answer leaves
-        the session as it was, so that the caller can ask again.
+        The prompt is written with the first tokens. A turn without tokens leaves the session as it
+        was, so that the client can send the request again.
         """
         if self._unrecorded is None or not self._lease.is_recorded:
             self._unrecorded = None
             return
-        if not self.turn_recorded:
+        if not self._turn_recorded:
             await self._store.begin_turn(
                 self._lease,
                 self._turn.token_ids[self._turn.keep_len :],
@@ -199,7 +202,7 @@ class Recorder:
                 messages=self._turn.messages,
                 turn_json=self._turn_json,
             )
-            self.turn_recorded = True
+            self._turn_recorded = True
         await self._store.record(self._lease, self._unrecorded)
         self._unrecorded = None
 
@@ -211,17 +214,17 @@ class Recorder:
         is_named: bool,
         is_done: bool,
     ) -> bool:
-        """Ends the lease, once what is owed is written; a one-off session goes with it.
+        """Writes pending rounds, then releases the lease. Deletes the session if not `is_named`.
 
-        `is_done`: all of the output was shown, so that `text` is all of the answer. The answer of
-        a call that ended early is what its tokens say (`generation.resume.unanswered`).
-        False: Redis is away, and it is for `go_on_releasing`.
+        `is_done`: all of the output was sent, so that the answer can be added to the chat. The next
+        turn restores an answer that ended early (`generation.resume.interrupted_turn`). Returns
+        False if Redis is unreachable: call `retry_release` then.
         """
         self._end = (target_kv, draft_kv, is_named, is_done)
         return not self._lease.is_recorded or await self._release_once() is None
 
-    async def go_on_releasing(self) -> None:
-        """Tries again for some seconds. Where Redis stays away the lease lapses by itself."""
+    async def retry_release(self) -> None:
+        """Retries `release` for some seconds. If Redis stays unreachable, the lease expires."""
         give_up_at = time.monotonic() + _RELEASE_RETRY_S
         while (error := await self._release_once()) is not None:
             if time.monotonic() > give_up_at:
@@ -241,17 +244,18 @@ class Recorder:
     async def _try_release(
         self, target_kv: KvHandle | None, draft_kv: KvHandle | None, is_named: bool, is_done: bool
     ) -> None:
-        await self.record()
+        await self._record()
         messages = None
-        if self._turn.messages and self.turn_recorded and is_done:
-            messages = (*self._turn.messages, {"role": "assistant", "content": self.text})
+        if self._turn.messages and self._turn_recorded and is_done:
+            answer = {"role": "assistant", "content": "".join(self._texts)}
+            messages = (*self._turn.messages, answer)
         await self._store.release(
             self._lease,
             target_kv=target_kv,
             draft_kv=draft_kv,
             messages=messages,
-            # Neither does a session stay that was made for a turn that never began.
-            delete=not is_named or (self._lease.created and not self.turn_recorded),
+            # A session created for a turn that did not begin is deleted, too.
+            delete=not is_named or (self._lease.created and not self._turn_recorded),
         )
 
 

@@ -1,10 +1,8 @@
-"""What Redis has to know of a turn for another orchestrator to go on with it, and the going on.
+"""Stored request of a turn, with which any orchestrator can resume the turn. Pure.
 
-Pure. Knows the store's records and requests; nothing of rounds, links or the wire.
-
-Orchestrators of several versions share sessions while they are replaced one by one. A field that is
-added here or to SamplingParams has a default that means "as before there was one", and is unknown
-to those that are older: where a turn that has it must not go on without it, TURN_VERSION grows.
+During a rolling update, orchestrators of several versions share sessions. A new field here or in
+SamplingParams needs a default that means "as before the field existed". Older orchestrators ignore
+the field: if a turn must not be resumed without it, increase TURN_VERSION.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from outrider.errors import InvalidRequest, SessionNotFound, UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
 
 TURN_VERSION = 1
-# Of a request; its input is in the session's tokens. What they are where the turn has none.
+# Stored fields of a request, and their values if the stored turn lacks them. The input is not
+# stored here: it is among the session's tokens.
 _DEFAULTS: Mapping[str, Any] = {
     "gamma": None,
     "max_gamma": 16,
@@ -31,32 +30,32 @@ _DEFAULTS: Mapping[str, Any] = {
     "is_durable": True,
     "waits_for_draft": False,
 }
-# There is no output that is right without them.
+# Without these the output cannot be continued correctly.
 _NEEDED_PARAMS = ("temperature", "seed", "max_tokens")
 
 
 @dataclass(frozen=True)
 class ResumedTurn:
-    """A turn that was begun elsewhere. `output_ids` is what it has recorded of its output.
+    """A recorded turn. `output_ids`: the recorded part of its output.
 
-    The caller holds the first `num_held` generated tokens.
+    `num_received`: number of generated tokens that the client has received.
     """
 
     request: GenerationRequest
     turn: Turn
     output_ids: tuple[int, ...]
-    num_held: int
+    num_received: int
 
 
 def turn_json(request: GenerationRequest, turn: Turn) -> str:
-    """JSON to be recorded with the turn's prompt. Call it in a thread: lists may be long."""
+    """JSON to record with the turn's prompt. Call it in a thread: lists may be long."""
     params = request.params
     return json.dumps(
         {
             "version": TURN_VERSION,
             "prompt_len": len(turn.token_ids),
             "num_messages": len(turn.messages),
-            # Not dataclasses.asdict, which copies each entry of a list by itself.
+            # dataclasses.asdict would copy the lists entry by entry.
             "params": {entry.name: getattr(params, entry.name) for entry in fields(params)},
             "verification": request.verification.value,
             **{name: getattr(request, name) for name in _DEFAULTS},
@@ -64,45 +63,46 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
     )
 
 
-def resumed(record: SessionRecord, num_held: int) -> ResumedTurn:
-    """The session's last turn as another orchestrator left it.
+def resume_turn(record: SessionRecord, num_received: int) -> ResumedTurn:
+    """Reads the session's last turn in order to resume it.
 
-    Raises SessionNotFound where the last call had recorded nothing: it is to be sent again. A
-    caller that holds tokens means the last turn that was begun: calls that ended having begun none,
-    its own late ones for example, have shown none. Where one may have shown some while Redis was
-    away, nobody knows whose tokens the caller holds.
-    InvalidRequest where the caller cannot be given what is between. UnreadableRecord.
+    A client that has received tokens means the last turn that began. Requests after it that began
+    no turn sent no tokens, unless Redis was unreachable: then the turn of the received tokens is
+    unknown.
+
+    Raises SessionNotFound if the last request recorded nothing, and has to be sent again;
+    InvalidRequest if the tokens after the received ones cannot be sent; UnreadableRecord.
     """
     is_later = record.turn_epoch != record.epoch
-    if not record.turn_json or (is_later and not num_held) or record.has_lost_turn:
+    if not record.turn_json or (is_later and not num_received) or record.has_lost_turn:
         raise SessionNotFound(
-            f"session {record.session_id}: nothing of its last call was recorded; send it again"
+            f"session {record.session_id}: its last request recorded nothing; send it again"
         )
     turn = _read(record)
     request, output_ids = turn.request, turn.output_ids
-    if num_held > len(output_ids) and request.params.needs_supports(request.verification):
+    if num_received > len(output_ids) and request.params.needs_supports(request.verification):
         raise InvalidRequest(
             "resume_from",
-            f"{num_held}; {len(output_ids)} tokens were recorded, and those after them would be "
-            "others now",
+            f"{num_received} exceeds the {len(output_ids)} recorded tokens; with this verification "
+            "the tokens after them would differ from those received",
         )
-    if num_held > request.params.max_tokens:
+    if num_received > request.params.max_tokens:
         raise InvalidRequest(
-            "resume_from", f"{num_held} is more than max_tokens, {request.params.max_tokens}"
+            "resume_from", f"{num_received} exceeds max_tokens ({request.params.max_tokens})"
         )
-    if request.params.logprobs is not None and num_held < len(output_ids):
+    if request.params.logprobs is not None and num_received < len(output_ids):
         raise InvalidRequest(
             "resume_from",
-            f"{num_held}; the log-probabilities of tokens {num_held} to {len(output_ids)} "
-            "are not recorded; GetSession has the tokens",
+            f"{num_received}; the log-probabilities of tokens {num_received} to {len(output_ids)} "
+            "are not recorded; GetSession returns the tokens",
         )
-    return replace(turn, num_held=num_held)
+    return replace(turn, num_received=num_received)
 
 
-def unanswered(record: SessionRecord) -> ResumedTurn | None:
-    """The last turn of a chat whose answer is not among its messages: its call ended early.
+def interrupted_turn(record: SessionRecord) -> ResumedTurn | None:
+    """The last turn of a chat whose answer is not among its messages: its request ended early.
 
-    None: there is an answer, or it is no chat. Raises UnreadableRecord.
+    None: the answer is there, or the session is no chat. Raises UnreadableRecord.
     """
     if not record.messages or not record.turn_json:
         return None
@@ -111,18 +111,18 @@ def unanswered(record: SessionRecord) -> ResumedTurn | None:
 
 
 def _read(record: SessionRecord) -> ResumedTurn:
-    """As of a caller that holds nothing."""
+    """The last turn, as of a client that has received nothing."""
     session = f"session {record.session_id}"
     try:
-        told = _object(json.loads(record.turn_json), "turn")
-        version = told.get("version", TURN_VERSION)
+        stored = _object(json.loads(record.turn_json), "turn")
+        version = stored.get("version", TURN_VERSION)
         if type(version) is not int or version > TURN_VERSION:
             raise UnreadableRecord(
                 f"{session}: the stored request has version {version}; this orchestrator reads up "
                 f"to {TURN_VERSION}: resume at a newer one"
             )
-        request = _request(told)
-        prompt_len, num_messages = int(told["prompt_len"]), told.get("num_messages")
+        request = _request(stored)
+        prompt_len, num_messages = int(stored["prompt_len"]), stored.get("num_messages")
         if not 0 < prompt_len <= len(record.token_ids):
             raise ValueError(f"prompt_len is {prompt_len} of {len(record.token_ids)} tokens")
     except KeyError as error:
@@ -131,47 +131,47 @@ def _read(record: SessionRecord) -> ResumedTurn:
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UnreadableRecord(f"{session}: the stored request is malformed: {error}") from error
     token_ids = record.token_ids.tolist()
-    messages = _asked_messages(record.messages, num_messages)
+    messages = _request_messages(record.messages, num_messages)
     turn = Turn(token_ids[:prompt_len], prompt_len, messages)
-    return ResumedTurn(request, turn, tuple(token_ids[prompt_len:]), num_held=0)
+    return ResumedTurn(request, turn, tuple(token_ids[prompt_len:]), num_received=0)
 
 
-def _asked_messages(messages: tuple[Message, ...], num: int | None) -> tuple[Message, ...]:
-    """Those before the answer. `num` None: recorded before they were counted."""
+def _request_messages(messages: tuple[Message, ...], num: int | None) -> tuple[Message, ...]:
+    """The messages before the answer. `num` None: recorded by a version that did not count them."""
     if num is None:
         has_answer = bool(messages) and messages[-1]["role"] == "assistant"
         return messages[:-1] if has_answer else messages
     return messages[:num]
 
 
-def _request(told: dict[str, Any]) -> GenerationRequest:
-    params = _params(_object(told["params"], "params"))
+def _request(stored: dict[str, Any]) -> GenerationRequest:
+    params = _params(_object(stored["params"], "params"))
     return GenerationRequest(
         text=None,
         token_ids=None,
         messages=None,
         params=params,
         max_tokens=params.max_tokens,
-        verification=Verification(told.get("verification", Verification.REJECTION.value)),
+        verification=Verification(stored.get("verification", Verification.REJECTION.value)),
         create_session=False,
-        **{name: told.get(name, default) for name, default in _DEFAULTS.items()},
+        **{name: stored.get(name, default) for name, default in _DEFAULTS.items()},
     )
 
 
-def _params(told: dict[str, Any]) -> SamplingParams:
-    """JSON has no tuples, and its keys are texts."""
+def _params(stored: dict[str, Any]) -> SamplingParams:
+    """Converts JSON's lists to tuples, and the keys of `logit_bias` to numbers."""
     for name in _NEEDED_PARAMS:
-        if name not in told:
+        if name not in stored:
             raise KeyError(f"params.{name}")
     values = {
-        entry.name: told[entry.name] for entry in fields(SamplingParams) if entry.name in told
+        entry.name: stored[entry.name] for entry in fields(SamplingParams) if entry.name in stored
     }
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    values["logit_bias"] = {int(k): v for k, v in told.get("logit_bias", {}).items()}
+    values["logit_bias"] = {int(k): v for k, v in stored.get("logit_bias", {}).items()}
     return SamplingParams(**values)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"{name} is not an object")
     return value

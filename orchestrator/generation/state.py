@@ -1,7 +1,7 @@
-"""One generation as a pure state machine: what is committed, and what a verdict makes of it.
+"""State of one generation: committed tokens, text and counts. Pure: no I/O and no clock.
 
-Cuts at EOS, stop token, stop string and max_tokens inside a block, before anything is committed.
-No I/O, no clock, no knowledge of links, Redis or the wire.
+A commit verifies a round's draft tokens and cuts them at EOS, stop token, stop string and
+max_tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from outrider.sampling.params import SamplingParams, Verification
 
 
 class TokenOrigin(Enum):
-    """Where an emitted token came from."""
+    """How an emitted token was produced."""
 
     ACCEPTED = "accepted"
     RECOVERED = "recovered"
     BONUS = "bonus"
     PLAIN = "plain"
-    # Emitted before the turn was resumed here; how is not recorded.
-    EARLIER = "earlier"
+    # Read from Redis in a resumed turn, which does not record how it was produced.
+    REPLAYED = "replayed"
 
 
 class FinishReason(Enum):
+    """Why an output ended."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
@@ -41,7 +43,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class Finish:
-    """Why an output ended, and what matched where it was a stop."""
+    """End of an output. The other fields are set for STOP: the one that matched."""
 
     reason: FinishReason
     stop_text: str | None = None
@@ -51,6 +53,8 @@ class Finish:
 
 @dataclass(frozen=True)
 class EmittedToken:
+    """Token of the output. `logprobs` None: not requested, or replayed."""
+
     token_id: int
     origin: TokenOrigin
     logprobs: TokenLogprobs | None
@@ -58,9 +62,9 @@ class EmittedToken:
 
 @dataclass(frozen=True)
 class Commitment:
-    """What one round added.
+    """Tokens and text that one round added.
 
-    `text_ends[i]`: how many characters of `text` are certain after token i.
+    `text_ends[i]`: number of characters of `text` that are final after token i.
     """
 
     tokens: tuple[EmittedToken, ...]
@@ -89,7 +93,11 @@ class Commitment:
 
 @dataclass
 class SpeculationCounts:
-    """Of one generation. `num_accepted_per_pos[i]`: rounds in which draft token i was accepted."""
+    """Counts of rounds and draft tokens of one generation.
+
+    `num_accepted_per_pos[i]`: rounds in which draft token i was accepted.
+    `num_rounds_per_gamma[g]`: rounds with g draft tokens, without the prompt's round.
+    """
 
     num_rounds: int = 0
     num_drafts: int = 0
@@ -97,26 +105,25 @@ class SpeculationCounts:
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
     num_accepted_per_pos: list[int] = field(default_factory=list)
-    # [g]: rounds after the prompt's that were verified with g draft tokens.
     num_rounds_per_gamma: list[int] = field(default_factory=list)
 
     @property
     def acceptance_rate(self) -> float | None:
-        """α: the share accepted of the draft tokens that were judged; None without any.
+        """Acceptance rate α = accepted / (accepted + rejected); None without draft tokens.
 
-        Those behind a rejection were not. So it is the α of Leviathan et al. 2023, from which
-        τ follows; accepted over drafted falls with γ and says little.
+        Draft tokens after the first rejection are not counted, as in Leviathan et al. 2023, where
+        τ follows from α. Accepted / drafted would fall as γ grows.
         """
-        num_judged = self.num_accepted_tokens + self.num_rejected_tokens
-        return self.num_accepted_tokens / num_judged if num_judged else None
+        num_verified = self.num_accepted_tokens + self.num_rejected_tokens
+        return self.num_accepted_tokens / num_verified if num_verified else None
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """τ, tokens per round with drafts; None without any."""
+        """Mean acceptance length τ: tokens per round with drafts; None without such rounds."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
     def add(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
-        """Counts a round; `is_rejected` where its last token stands for a rejected one."""
+        """Counts a round. `is_rejected`: its last token replaces a rejected draft token."""
         self.num_rounds += 1
         if self.num_rounds > 1:
             missing = num_draft_tokens + 1 - len(self.num_rounds_per_gamma)
@@ -135,7 +142,10 @@ class SpeculationCounts:
 
 
 class GenerationState:
-    """`token_ids` is the committed context; its first `prompt_len` tokens are the prompt."""
+    """State machine of one generation.
+
+    `token_ids`: the committed context; its first `prompt_len` tokens are the prompt.
+    """
 
     def __init__(
         self,
@@ -156,7 +166,7 @@ class GenerationState:
 
     @property
     def max_len(self) -> int:
-        """Tokens of the prompt and of the longest output."""
+        """Length of the prompt and the longest output, in tokens."""
         return self.prompt_len + self.params.max_tokens
 
     @property
@@ -169,21 +179,24 @@ class GenerationState:
 
     @property
     def max_draft_tokens(self) -> int:
-        """More could not be emitted: the round's own token is one of those that are left."""
+        """Draft tokens that can still be emitted; the round's own token takes one of the rest."""
         return self.params.max_tokens - self.num_output_tokens - 1
 
     def commit(self, proposal: Proposal | None, reply: VerifyResult) -> Commitment:
-        """Judges the round's proposal (None: it had none) and commits what stands, up to a stop."""
+        """Verifies the round's proposal (None: no draft tokens); commits tokens up to a stop.
+
+        Raises InternalError if the output has already ended.
+        """
         if self.finish is not None:
-            raise InternalError("the generation has ended already")
+            raise InternalError("the generation has already ended")
         base_len = self.committed_len
-        verdict = verify_proposal(proposal, reply, self.params, self.verification, base_len)
+        outcome = verify_proposal(proposal, reply, self.params, self.verification, base_len)
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []
         text_ends: list[int] = []
-        following = () if verdict.next_token is None else (verdict.next_token,)
-        for position, token_id in enumerate((*drafts[: verdict.num_accepted], *following)):
-            origin = _origin(position, verdict.num_accepted, len(drafts))
+        own_token = () if outcome.next_token is None else (outcome.next_token,)
+        for position, token_id in enumerate((*drafts[: outcome.num_accepted], *own_token)):
+            origin = _origin(position, outcome.num_accepted, len(drafts))
             logprobs = logprobs_of(token_id, position, proposal, reply)
             tokens.append(EmittedToken(token_id, origin, logprobs))
             self.token_ids.append(token_id)
@@ -207,36 +220,36 @@ class GenerationState:
             finish=self.finish,
         )
 
-    def replay(self, output_ids: Sequence[int], num_held: int) -> tuple[str, Commitment | None]:
-        """Commits what was recorded of the output elsewhere; once, before anything else.
+    def replay(self, output_ids: Sequence[int], num_received: int) -> tuple[str, Commitment | None]:
+        """Commits the recorded output of a resumed turn. Call it once, before any `commit`.
 
-        The text of the `num_held` tokens that the caller holds, and what comes after them as a
-        round; None: nothing, and the output has not ended.
+        `num_received`: number of tokens that the client has. Returns their text, and the tokens
+        after them as a round; None: there are none, and the output has not ended.
         """
-        held_text, tokens, text_ends = "", [], []
+        received_text, tokens, text_ends = "", [], []
         for index, token_id in enumerate(output_ids):
-            if index == num_held:
-                held_text = self._text.take()
+            if index == num_received:
+                received_text = self._text.take()
             self.token_ids.append(token_id)
             self.finish = self._finish_at(token_id)
-            if index >= num_held:
-                tokens.append(EmittedToken(token_id, TokenOrigin.EARLIER, None))
+            if index >= num_received:
+                tokens.append(EmittedToken(token_id, TokenOrigin.REPLAYED, None))
                 text_ends.append(self._text.num_ready)
             if self.finish is not None:
                 break
         if self.finish is not None and self.finish.stop_text is None:
             self._text.finish()
             text_ends = [*text_ends[:-1], self._text.num_ready] if text_ends else []
-        if not tokens:  # the end's text came with the last of them
-            held_text = self._text.take()
+        if not tokens:  # the text of the end came with the last received token
+            received_text = self._text.take()
             if self.finish is None:
-                return held_text, None
+                return received_text, None
         text = self._text.take()
         rest = Commitment(tuple(tokens), text, tuple(text_ends), 0, 0, False, self.finish)
-        return held_text, rest
+        return received_text, rest
 
     def replayed_text(self, output_ids: Sequence[int]) -> str:
-        """Of an output that was recorded elsewhere, all of it; once, before anything else."""
+        """Replays a recorded output, as `replay` does, and returns its whole text."""
         _, rest = self.replay(output_ids, 0)
         if rest is None:
             return ""
@@ -245,8 +258,8 @@ class GenerationState:
     def cancel(self, commitment: Commitment) -> Commitment:
         """Makes the round just committed the last one.
 
-        What was held back of the text becomes part of it, and stays uncertain: it is behind the
-        last of `text_ends`, and an output that goes on elsewhere has its own in its place.
+        Text that was held back is added after the last of `text_ends`. It is not final: a resumed
+        output may continue with other text.
         """
         self.finish = Finish(FinishReason.CANCELLED)
         self._text.finish()

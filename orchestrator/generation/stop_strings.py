@@ -1,4 +1,4 @@
-"""Text of one output: detokenized, cut at a stop string, released as soon as it is certain."""
+"""Text of one output: detokenized, cut at stop strings, released as soon as it is final."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from collections.abc import Sequence
 
 from outrider.tokenizer import Tokenizer
 
-# A character of the text, or the id of a special token: a stop string may name one.
+# A character of the text, or the id of a special token, which a stop string may contain.
 Symbol = str | int
 
 
 class StopString:
     """Searches a stream of symbols for one stop string (Knuth, Morris and Pratt 1977).
 
-    Special tokens are skipped, as they are in the text, unless the stop string names one. The
-    table of fallbacks grows with the longest match so far: a stop string of any length costs
-    nothing until the output begins to match it.
+    Special tokens are skipped, as in the text, unless the stop string contains one. The fallback
+    table grows with the longest match so far, so a long stop string costs nothing before the
+    output begins to match it.
     """
 
     def __init__(self, text: str, symbols: Sequence[Symbol]) -> None:
         self.text = text
         self._symbols = symbols
-        self._names_special = symbols is not text
-        # [n]: characters among the first n symbols; all of them where no symbol is an id.
+        self._has_special = symbols is not text
+        # [n]: number of characters among the first n symbols.
         self._num_chars: Sequence[int] = range(len(symbols) + 1)
-        if self._names_special:
+        if self._has_special:
             self._num_chars = [0, *itertools.accumulate(isinstance(s, str) for s in symbols)]
         self._fallback = [0]
         self._num_matched = 0
 
     @property
     def num_chars(self) -> int:
-        """Characters of the text that a match takes."""
+        """Number of characters of the text that a match covers."""
         return self._num_chars[-1]
 
     @property
-    def num_suspect(self) -> int:
-        """Length of the longest end of the text that may become part of a match."""
-        is_whole = self._num_matched == len(self._symbols)
-        return self._num_chars[self._fallback[-1] if is_whole else self._num_matched]
+    def num_partial_chars(self) -> int:
+        """Length of the longest suffix of the text that may become part of a match."""
+        is_complete = self._num_matched == len(self._symbols)
+        return self._num_chars[self._fallback[-1] if is_complete else self._num_matched]
 
     def feed(self, symbol: Symbol) -> bool:
-        """Whether the stream now ends with the stop string."""
-        if isinstance(symbol, int) and not self._names_special:
+        """Adds a symbol. Returns whether the stream now ends with the stop string."""
+        if isinstance(symbol, int) and not self._has_special:
             return False
         self._num_matched = self._next(self._num_matched, symbol)
-        if self._num_matched > len(self._fallback):  # by one: a match grows by one symbol
+        if self._num_matched > len(self._fallback):  # by one, as a match grows symbol by symbol
             last = self._symbols[self._num_matched - 1]
             self._fallback.append(self._next(self._fallback[-1], last))
         return self._num_matched == len(self._symbols)
@@ -60,9 +60,9 @@ class StopString:
 
 
 class OutputText:
-    """The text of one output. `push` each token, `take` what may be sent, `finish` at the end.
+    """Text of one output: `push` each token, `take` final text, `finish` at the end.
 
-    Without a tokenizer it has no text.
+    Without a tokenizer the text is empty.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class OutputText:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self._stops = [one for text in stop for one in _searches(text, tokenizer)]
-        # Text that may begin a stop string, and text that may be sent.
-        self._held = ""
+        # Text that may begin a stop string, and final text.
+        self._pending = ""
         self._ready: list[str] = []
         self._num_ready = 0
 
     def push(self, token_id: int, *, check_stop: bool = True) -> str | None:
-        """Adds a token; returns the stop string that its text completes, if any.
+        """Adds a token. Returns the stop string that its text completes, or None.
 
-        Text from the stop string's first character on is dropped. Without `check_stop` a stop
-        string that is complete with this token does not count.
+        The text from the stop string's first character on is dropped. `check_stop` False: a stop
+        string that this token completes is ignored.
         """
         if self._tokenizer is None or self._detokenizer is None:
             return None
@@ -90,20 +90,20 @@ class OutputText:
             return None
         special = self._tokenizer.special_text(token_id)
         for symbol in text if special is None else (token_id,):
-            self._held += symbol if isinstance(symbol, str) else ""
+            self._pending += symbol if isinstance(symbol, str) else ""
             found = [stop for stop in self._stops if stop.feed(symbol)]
             if found and check_stop:
                 longest = max(found, key=lambda stop: stop.num_chars)
                 self._release(longest.num_chars)
-                self._held = ""
+                self._pending = ""
                 return longest.text
-        self._release(max(stop.num_suspect for stop in self._stops))
+        self._release(max(stop.num_partial_chars for stop in self._stops))
         return None
 
     def _release(self, num_kept: int) -> None:
-        num_released = len(self._held) - num_kept
-        self._release_text(self._held[:num_released])
-        self._held = self._held[num_released:]
+        num_released = len(self._pending) - num_kept
+        self._release_text(self._pending[:num_released])
+        self._pending = self._pending[num_released:]
 
     def _release_text(self, text: str) -> None:
         self._ready.append(text)
@@ -115,20 +115,23 @@ class OutputText:
         return self._num_ready
 
     def take(self) -> str:
-        """The text that has become certain since the last call."""
+        """Returns the text that has become final since the last call."""
         ready = "".join(self._ready)
         self._ready, self._num_ready = [], 0
         return ready
 
     def finish(self) -> None:
-        """No more tokens follow: releases what was held back, incomplete characters included."""
+        """Ends the text: releases what was held back, incomplete characters included."""
         self._release(0)
         if self._detokenizer is not None:
             self._release_text(self._detokenizer.finish())
 
 
 def _searches(text: str, tokenizer: Tokenizer | None) -> list[StopString]:
-    """A special token in a stop string matches the token, and its text spelled by other tokens."""
+    """Searches for one stop string.
+
+    A special token in it matches that token, and also its text spelled by other tokens.
+    """
     searches = [StopString(text, text)]
     if tokenizer is not None and len(symbols := tokenizer.split_at_special_tokens(text)) < len(
         text

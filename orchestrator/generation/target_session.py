@@ -1,8 +1,8 @@
-"""A generation's rows at the target tier: at one replica, and at another when that one is lost.
+"""Target session of a generation: sends its verify requests to a replica of the target tier.
 
-The context is the generation's own, so nothing is lost with a replica but time: the row goes out
-again, with the whole context, and what it is judged by is the same. Knows no protobuf and nothing
-of drafts or Redis.
+If the replica is lost or full, the session moves to another one and sends the request again with
+the whole context, which the generation keeps. The result does not depend on the replica. The wire
+format is in `orchestrator.replicas.target_client`.
 """
 
 from __future__ import annotations
@@ -33,36 +33,39 @@ from outrider.errors import (
 
 log = structlog.get_logger()
 
-# Between attempts while every replica is full or gone.
+# Interval between attempts while all replicas are full or unreachable.
 _RETRY_S = 0.2
-# A replica that has lost the keys and values of one row so often does not hold them at all.
+# A replica that loses the KV of one verify request more often than this does not store it at all.
 _MAX_LOST = 3
 # A verify request during which this many replicas in a row were lost is not sent again: it may be
-# what makes them fail.
+# the cause.
 MAX_LOST_REPLICAS = 3
-# After these the row is sent again, or elsewhere: the context is known here.
+# After these errors the verify request is sent again, to the same replica or to another one.
 _RETRIED = (KVLost, KVFull, KVNeverFits, Unavailable, InternalError)
 
 
 @dataclass
 class _VerifyAttempts:
-    """What has become of one verify request so far."""
+    """Failed attempts of one verify request."""
 
-    # Replicas that have no room for it, and those that were lost while it was there.
+    # Replicas without room for it.
     full: set[str] = field(default_factory=set)
+    # Replicas that were lost during it.
     lost: list[str] = field(default_factory=list)
     num_kv_lost: int = 0
+    # Whether it has been short of room.
     is_short: bool = False
+    # Whether a forward pass has failed.
     has_failed: bool = False
 
     def lost_kv(self, error: KVLost) -> None:
-        """Raises InternalError where it is too often."""
+        """Counts a lost KV cache. Raises InternalError if it is lost too often."""
         self.num_kv_lost += 1
         if self.num_kv_lost > _MAX_LOST:
-            raise InternalError("the target keeps losing the context", str(error)) from error
+            raise InternalError("the target keeps losing the KV cache", str(error)) from error
 
     def lost_replica(self, replica: str, error: ReplicaLost) -> None:
-        """Raises Unavailable where it is too often."""
+        """Counts a lost replica. Raises Unavailable after `MAX_LOST_REPLICAS`."""
         self.lost.append(replica)
         log.warning("verify_request_lost", replica=replica, num=len(self.lost), why=str(error))
         if len(self.lost) >= MAX_LOST_REPLICAS:
@@ -74,11 +77,11 @@ class _VerifyAttempts:
 
 
 class TargetSession:
-    """Of one generation. Call `send` and `reply` in turn.
+    """Target session of one generation. `open` it, then call `send` and `reply` in turn.
 
-    `kept`: where the session's KV of the turn before is, and how much of it is used. `check_length`
-    raises InvalidRequest where the generation fits no replica that is connected now. A reply may
-    take `verdict_timeout_s`, a free replica `wait_s`.
+    `previous_kv`: replica with the KV of the session's previous turn, and its usable length.
+    `check_length` raises InvalidRequest if the generation fits no connected replica.
+    `verify_timeout_s`: longest wait for a reply; `wait_s`: longest wait for a replica.
     """
 
     def __init__(
@@ -86,79 +89,83 @@ class TargetSession:
         pool: ReplicaPool[TargetLink],
         request: TargetRequest,
         state: GenerationState,
-        kept: KvHandle | None,
-        place: AdmissionTicket,
+        previous_kv: KvHandle | None,
+        ticket: AdmissionTicket,
         *,
         check_length: Callable[[], None],
-        verdict_timeout_s: float,
+        verify_timeout_s: float,
         wait_s: float,
     ) -> None:
         self._pool = pool
         self._request = request
         self._check_length = check_length
         self._state = state
-        self._kept = kept
-        self._place = place
-        self._verdict_timeout_s = verdict_timeout_s
+        self._previous_kv = previous_kv
+        self._ticket = ticket
+        self._verify_timeout_s = verify_timeout_s
         self._wait_s = wait_s
         self._handle: TargetHandle | None = None
         self._link: TargetLink | None = None
-        # What the row sent last brought, as far as its replica takes and judges it.
+        # Proposal of the last verify request, cut to the tokens that its replica verifies.
         self.proposal: Proposal | None = None
         self._former_wire_bytes = 0
-        # Replicas that have said that it never fits.
+        # Replicas that reported that the generation never fits.
         self._too_small: set[str] = set()
-        # How much of the context the replica holds, and how much of the prompt was there before.
+        # Tokens of the context in the replica's KV cache.
         self.cached_len = 0
+        # Prompt tokens whose KV was already there.
         self.num_reused = 0
-        # Context tokens of the row sent last: more than one is a prompt, or it all anew elsewhere.
+        # Context tokens of the last verify request: more than one for a prompt or after a move.
         self.num_context_sent = 0
 
     @property
     def wire_bytes(self) -> int:
+        """Bytes of this session's messages, both directions, all replicas."""
         return self._former_wire_bytes + (self._handle.wire_bytes if self._handle else 0)
 
     @property
     def replica(self) -> str | None:
-        """Address of the replica that it is at."""
+        """Address of the current replica; None before `open`."""
         return self._handle.replica if self._handle is not None else None
 
     @property
     def latency_s(self) -> float:
-        """From the last row to its answer."""
+        """Seconds from the last verify request to its result."""
         return self._handle.latency_s if self._handle else 0.0
 
     async def open(self) -> None:
-        """Raises InvalidRequest where it fits no replica, Unavailable where none comes in time."""
-        preferred = self._kept.replica if self._kept else None
+        """Picks a replica.
+
+        Raises InvalidRequest if the generation fits none, Unavailable if none is free in time.
+        """
+        preferred = self._previous_kv.replica if self._previous_kv else None
         self._check_length()
         try:
             link = await self._pool.acquire(self._wait_s, preferred, self._state.max_len)
         except Unavailable:
-            self._check_length()  # the larger ones may have gone meanwhile
+            self._check_length()  # larger replicas may have disconnected meanwhile
             raise
         self._take(link)
 
     def send(self, proposal: Proposal | None) -> None:
-        """The next row leaves at once; from a replica that is about to stop, elsewhere."""
+        """Sends the next verify request at once; moves first if the replica is draining."""
         self.proposal = proposal
         if self._link is not None and not self._link.takes_generations:
             other = self._pick()
             if other is not None:
-                self._moved(other, "it takes no generations any more")
+                self._move_to(other, "it takes no more generations")
         self._send()
 
     async def reply(self) -> VerifyResult:
-        """The answer to the row sent last, from whichever replica gives it.
+        """Awaits the result of the last verify request; retries, moves or waits for room if needed.
 
-        Where no replica has room it is waited for. Raises CapacityExceeded where too many wait
-        for that already and nothing is shown yet, InvalidRequest where then no replica is large
-        enough, Unavailable where none comes in time or replicas are lost at this row again and
-        again, LeaseLost, InternalError.
+        Raises CapacityExceeded if too many generations wait for room and no token was sent yet;
+        InvalidRequest if no replica is large enough any more; Unavailable if no replica becomes
+        free in time, or several in a row were lost; LeaseLost; InternalError.
         """
-        assert self._handle is not None, "it is open"
+        assert self._handle is not None, "the session is open"
         try:
-            reply = await self._handle.reply(self.proposal, self._verdict_timeout_s)
+            reply = await self._handle.reply(self.proposal, self._verify_timeout_s)
         except _RETRIED as error:
             with contextlib.ExitStack() as waiting:
                 reply = await self._retried(error, waiting)
@@ -169,98 +176,99 @@ class TargetSession:
         return reply
 
     async def _retried(self, error: OutriderError, waiting: contextlib.ExitStack) -> VerifyResult:
-        """Sends the row until it is answered; what it waits in is left with `waiting`."""
-        tries = _VerifyAttempts()
+        """Sends the verify request again until it succeeds. `waiting` gets the wait for room."""
+        attempts = _VerifyAttempts()
         while True:
-            await self._send_again(error, tries, waiting)
-            assert self._handle is not None, "it is open"
+            await self._send_again(error, attempts, waiting)
+            assert self._handle is not None, "the session is open"
             try:
-                return await self._handle.reply(self.proposal, self._verdict_timeout_s)
+                return await self._handle.reply(self.proposal, self._verify_timeout_s)
             except _RETRIED as again:
                 error = again
 
     async def _send_again(
-        self, error: OutriderError, tries: _VerifyAttempts, waiting: contextlib.ExitStack
+        self, error: OutriderError, attempts: _VerifyAttempts, waiting: contextlib.ExitStack
     ) -> None:
-        """To the same replica or to another one, as the error says.
+        """Sends the request again: to the same replica after KVLost, otherwise to another one.
 
-        A failure of the replica's is retried once, at another one.
+        A failed forward pass is retried once, at another replica.
         """
-        assert self._handle is not None, "it is open"
+        assert self._handle is not None, "the session is open"
         replica = self._handle.replica
         if isinstance(error, InternalError):
-            if tries.has_failed or self._pick({replica}) is None:
+            if attempts.has_failed or self._pick({replica}) is None:
                 raise error
-            tries.has_failed = True
+            attempts.has_failed = True
             await self._move(error, {replica}, preempts=False)
         elif isinstance(error, KVLost):
-            tries.lost_kv(error)
+            attempts.lost_kv(error)
             log.info("kv_lost", replica=replica, why=str(error))
             self.num_reused = self.cached_len = 0
             self._send()
         else:
             if isinstance(error, ReplicaLost):
-                tries.lost_replica(replica, error)
+                attempts.lost_replica(replica, error)
             if isinstance(error, KVNeverFits):
                 self._too_small.add(replica)
             if isinstance(error, KVFull):
-                tries.full.add(replica)
-            if tries.full and not self._rooms() - tries.full:
-                await self._wait_for_room(error, tries, waiting)
-            await self._move(error, {*tries.full, *tries.lost}, preempts=tries.is_short)
+                attempts.full.add(replica)
+            if attempts.full and not self._rooms() - attempts.full:
+                await self._wait_for_room(error, attempts, waiting)
+            await self._move(error, {*attempts.full, *attempts.lost}, preempts=attempts.is_short)
 
     async def _wait_for_room(
-        self, error: OutriderError, tries: _VerifyAttempts, waiting: contextlib.ExitStack
+        self, error: OutriderError, attempts: _VerifyAttempts, waiting: contextlib.ExitStack
     ) -> None:
-        # One that has just lost its room to another does not find it free at once.
-        at_once = not tries.is_short and not self._has_begun
-        if not tries.is_short:
-            short = self._place.short_of_room(self._rooms, has_begun=self._has_begun)
+        # A generation that was just preempted does not find room at once.
+        at_once = not attempts.is_short and not self._has_begun
+        if not attempts.is_short:
+            short = self._ticket.short_of_room(self._rooms, has_begun=self._has_begun)
             waiting.enter_context(short)
             log.info("short_of_room", why=str(error))
-        tries.is_short = True
-        tries.full = set(self._rooms() - await self._place.turn_for_room(at_once=at_once))
+        attempts.is_short = True
+        attempts.full = set(self._rooms() - await self._ticket.turn_for_room(at_once=at_once))
 
     def committed(self, cached_len: int) -> None:
-        """So many tokens of the context are held at the replica, and right."""
+        """Sets how many tokens of the context are committed and in the replica's KV cache."""
         self.cached_len = cached_len
 
     def kv(self, epoch: int) -> KvHandle | None:
-        """Where the keys and values lie."""
+        """Handle of the KV cache, to be stored with the session; None before `open`."""
         if self._handle is None:
             return None
         return KvHandle(self._handle.replica, epoch, self.cached_len)
 
     def close(self, *, keep: bool) -> None:
+        """Closes the session. `keep`: the replica keeps its KV for the next turn."""
         if self._handle is not None:
             self._handle.close(keep=keep)
 
     @property
     def _has_begun(self) -> bool:
-        """Its client may have seen tokens, of this call or of one that it resumes."""
+        """Whether the client may have received tokens, also of a request that this one resumes."""
         return self._state.num_output_tokens > 0
 
     def _rooms(self) -> frozenset[str]:
-        """The replicas that could hold it, had they room now."""
+        """Replicas whose KV cache is large enough, whether or not they have room now."""
         return self._pool.rooms(self._state.max_len) - self._too_small
 
     def _pick(self, avoid: Collection[str] = ()) -> TargetLink | None:
         return self._pool.pick(avoid={*avoid, *self._too_small}, max_len=self._state.max_len)
 
     def _take(self, link: TargetLink, *, preempts: bool = False) -> None:
-        kept_len = 0
-        if self._kept is not None and self._kept.replica == link.endpoint:
-            kept_len = self._kept.cached_len
-        self._link, self.cached_len = link, kept_len
+        previous, cached_len = self._previous_kv, 0
+        if previous is not None and previous.replica == link.endpoint:
+            cached_len = previous.cached_len
+        self._link, self.cached_len = link, cached_len
         self._handle = link.open(
             self._request,
-            kept_epoch=self._kept.epoch if self._kept is not None and kept_len else 0,
+            kept_epoch=previous.epoch if previous is not None and cached_len else 0,
             preempts=preempts,
-            age_s=self._place.age_s,
+            age_s=self._ticket.age_s,
         )
 
     def _send(self) -> None:
-        assert self._handle is not None, "it is open"
+        assert self._handle is not None, "the session is open"
         context = self._state.token_ids
         if self.proposal is not None and self._link is not None and self._link.model is not None:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
@@ -268,16 +276,17 @@ class TargetSession:
         self._handle.send_verify(self.cached_len, context[self.cached_len :], self.proposal)
 
     async def _move(self, error: OutriderError, avoid: Collection[str], *, preempts: bool) -> None:
-        """The row goes to another replica, as soon as there is one.
+        """Moves to another replica and sends the request; waits up to `wait_s` for one.
 
-        Raises InvalidRequest where it fits none and has not begun, Unavailable at the end.
+        Raises InvalidRequest if the generation fits none and has not begun. Raises Unavailable or
+        `error` after the wait.
         """
         give_up_at = time.monotonic() + self._wait_s
         while True:
             link = self._pick(avoid) or self._pick()
             if link is not None:
-                with contextlib.suppress(Unavailable):  # gone this very moment
-                    self._moved(link, str(error), preempts=preempts)
+                with contextlib.suppress(Unavailable):  # it has just disconnected
+                    self._move_to(link, str(error), preempts=preempts)
                     self._send()
                     return
             if not self._has_begun:
@@ -290,11 +299,11 @@ class TargetSession:
                 raise error
             await asyncio.sleep(_RETRY_S)
 
-    def _moved(self, link: TargetLink, why: str, *, preempts: bool = False) -> None:
-        assert self._handle is not None, "it was open"
-        if not preempts:  # else it only asks again, and has said that it is short of room
+    def _move_to(self, link: TargetLink, why: str, *, preempts: bool = False) -> None:
+        assert self._handle is not None, "the session is open"
+        if not preempts:  # otherwise it only asks again for room, which is logged already
             log.info("target_moved", former=self._handle.replica, replica=link.endpoint, why=why)
         self._former_wire_bytes += self._handle.wire_bytes
         self._handle.close(keep=False)
-        self._kept = None
+        self._previous_kv = None
         self._take(link, preempts=preempts)

@@ -302,7 +302,7 @@ async def test_a_draft_that_is_lost_in_mid_stream(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is waited for: the output goes on at once, and nothing is learnt of patience."""
-    monkeypatch.setattr(orchestrator.generation.recorder, "MAX_UNSEEN_COMMITMENTS", 4)
+    monkeypatch.setattr(orchestrator.generation.recorder, "MAX_PENDING_COMMITMENTS", 4)
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
         asked = request(PROMPT, {**GREEDY, "max_tokens": 300}, gamma=4)
 

@@ -1,4 +1,4 @@
-"""What a turn's prompt is made of. Pure."""
+"""The prompt of a turn. Pure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _record(token_ids: Sequence[int], messages: Sequence[dict[str, str]] = ()) -
     )
 
 
-def _asked(**given: Any) -> GenerationRequest:
+def _request(**given: Any) -> GenerationRequest:
     fields: dict[str, Any] = {"text": None, "token_ids": None, "messages": None, **given}
     return GenerationRequest(
         params=SamplingParams(),
@@ -55,66 +55,72 @@ def _asked(**given: Any) -> GenerationRequest:
     )
 
 
-@given(held=st.lists(st.integers(0, 255)), added=st.lists(st.integers(0, 255), min_size=1))
-def test_turns_append(held: list[int], added: list[int], tokenizer: Tokenizer) -> None:
-    turn = build_turn(_asked(token_ids=tuple(added)), _record(held), None, CONTEXT_LEN)
-    assert turn.token_ids == held + added
-    assert (turn.keep_len, turn.messages) == (len(held), ())
-    text = build_turn(_asked(text="the fox"), _record(held), tokenizer, CONTEXT_LEN)
-    assert text.token_ids == held + tokenizer.encode("the fox", add_special_tokens=False)
+@given(committed=st.lists(st.integers(0, 255)), added=st.lists(st.integers(0, 255), min_size=1))
+def test_new_input_is_appended_to_the_session(
+    committed: list[int], added: list[int], tokenizer: Tokenizer
+) -> None:
+    turn = build_turn(_request(token_ids=tuple(added)), _record(committed), None, CONTEXT_LEN)
+    assert turn.token_ids == committed + added
+    assert (turn.keep_len, turn.messages) == (len(committed), ())
+    text = build_turn(_request(text="the fox"), _record(committed), tokenizer, CONTEXT_LEN)
+    assert text.token_ids == committed + tokenizer.encode("the fox", add_special_tokens=False)
 
 
 @given(
-    said=st.lists(st.text("abc xyz", max_size=9), min_size=1, max_size=5),
+    contents=st.lists(st.text("abc xyz", max_size=9), min_size=1, max_size=5),
     cut=st.integers(0, 200),
     wrong=st.booleans(),
 )
 @settings(deadline=None)
-def test_chats_are_rendered_whole_and_keep_what_is_the_same(
-    said: list[str], cut: int, wrong: bool, tokenizer: Tokenizer
+def test_chat_is_rendered_whole_and_keeps_the_common_prefix(
+    contents: list[str], cut: int, wrong: bool, tokenizer: Tokenizer
 ) -> None:
     roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
     whole = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
-    held = [*whole[:cut], *([299] if wrong else [])]
-    before = messages[:-1] if held and len(messages) > 1 else [{"role": "user", "content": "x"}]
+    committed = [*whole[:cut], *([299] if wrong else [])]
+    before = (
+        messages[:-1] if committed and len(messages) > 1 else [{"role": "user", "content": "x"}]
+    )
     turn = build_turn(
-        _asked(messages=tuple(messages[len(before) :] or messages[-1:])),
-        _record(held, before if held else ()),
+        _request(messages=tuple(messages[len(before) :] or messages[-1:])),
+        _record(committed, before if committed else ()),
         tokenizer,
         CONTEXT_LEN,
     )
     assert turn.token_ids == tokenizer.encode(
         tokenizer.render_chat(turn.messages), add_special_tokens=False
     )
-    assert turn.token_ids[: turn.keep_len] == held[: turn.keep_len]
-    if turn.keep_len < min(len(held), len(turn.token_ids)):
-        assert turn.token_ids[turn.keep_len] != held[turn.keep_len], "the longest common part"
+    assert turn.token_ids[: turn.keep_len] == committed[: turn.keep_len]
+    if turn.keep_len < min(len(committed), len(turn.token_ids)):
+        assert turn.token_ids[turn.keep_len] != committed[turn.keep_len], (
+            "the longest common prefix"
+        )
 
 
-def test_turns_that_do_not_fit_the_session_are_refused(tokenizer: Tokenizer) -> None:
+def test_input_of_another_kind_than_the_sessions_is_refused(tokenizer: Tokenizer) -> None:
     hello = [{"role": "user", "content": "hello"}]
-    for asked, record in (
-        (_asked(messages=tuple(hello)), _record([1, 2])),
-        (_asked(text="hello"), _record([1, 2], hello)),
-        (_asked(token_ids=(1,)), _record([1, 2], hello)),
+    for request, record in (
+        (_request(messages=tuple(hello)), _record([1, 2])),
+        (_request(text="hello"), _record([1, 2], hello)),
+        (_request(token_ids=(1,)), _record([1, 2], hello)),
     ):
         with pytest.raises(InvalidRequest) as caught:
-            build_turn(asked, record, tokenizer, CONTEXT_LEN)
+            build_turn(request, record, tokenizer, CONTEXT_LEN)
         assert caught.value.field == "session_id"
 
 
-def test_a_prompt_far_too_long_is_refused_by_its_beginning(tokenizer: Tokenizer) -> None:
-    """Not encoded to its end; what is encoded is told, to be charged for."""
+def test_prompt_far_too_long_is_refused_after_a_prefix_is_encoded(tokenizer: Tokenizer) -> None:
+    """The error has the number of encoded tokens, which are charged to the API key."""
     with pytest.raises(PromptTooLong, match="text: more than 1000 tokens") as caught:
-        build_turn(_asked(text="fox " * 100_000), _record([]), tokenizer, CONTEXT_LEN)
+        build_turn(_request(text="fox " * 100_000), _record([]), tokenizer, CONTEXT_LEN)
     assert 1_000 < caught.value.num_tokens < 20_000
 
 
-def test_a_long_text_of_few_tokens_is_encoded_whole(tmp_path: Path) -> None:
-    """Where the beginning may fit, the whole is looked at."""
+def test_long_text_of_few_tokens_is_encoded_whole(tmp_path: Path) -> None:
+    """A prefix that may fit does not decide."""
     backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "x" * 64: 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     long_words = Tokenizer(backend, {})
-    turn = build_turn(_asked(text=f"{'x' * 64} " * 900), _record([]), long_words, CONTEXT_LEN)
+    turn = build_turn(_request(text=f"{'x' * 64} " * 900), _record([]), long_words, CONTEXT_LEN)
     assert turn.token_ids == [1] * 900

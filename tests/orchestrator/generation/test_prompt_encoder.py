@@ -1,4 +1,4 @@
-"""Threads for long requests: bounded, and never the event loop's own."""
+"""Threads for long requests: bounded, and not the event loop's own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from outrider.v1 import orchestrator_pb2
 
 
 @pytest.mark.parametrize("size", [0, 1, LONG_LIST, LONG_LIST + 1, 3 * LONG_LIST + 7])
-def test_a_list_copied_in_slices_is_the_list(size: int) -> None:
+def test_list_copied_in_slices_is_unchanged(size: int) -> None:
     message = orchestrator_pb2.TokenIds(ids=range(size))
     assert copied(message.ids) == tuple(range(size))
 
 
-async def test_checks_run_in_a_thread_one_at_a_time_and_wait_in_a_bounded_queue() -> None:
+async def test_validation_runs_in_one_thread_with_a_bounded_queue() -> None:
     threads, is_free = PromptEncoding(), threading.Event()
     seen: list[str] = []
 
@@ -37,10 +37,12 @@ async def test_checks_run_in_a_thread_one_at_a_time_and_wait_in_a_bounded_queue(
         most = encoding._MAX_CHECKS_WAITING + 1
         running = [asyncio.create_task(threads.check(work(str(i)))) for i in range(most)]
         await asyncio.sleep(0)
-        with pytest.raises(CapacityExceeded, match=f"{most} requests with long lists") as caught:
+        with pytest.raises(
+            CapacityExceeded, match=f"{most} requests with long token lists"
+        ) as caught:
             await threads.check(work("late"))
         assert caught.value.retry_after_s > 0
-        assert await threads.run(lambda: "short", 1) == "short", "prompts do not wait behind them"
+        assert await threads.run(lambda: "short", 1) == "short", "prompts have threads of their own"
         is_free.set()
         assert await asyncio.gather(*running) == [str(i) for i in range(most)]
         assert len(set(seen)) == 1

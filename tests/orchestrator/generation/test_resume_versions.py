@@ -1,4 +1,4 @@
-"""Records of sessions that orchestrators of other versions have written."""
+"""Session records written by orchestrators of other versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.generation.conversation import Turn
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.resume import resumed, turn_json, unanswered
+from orchestrator.generation.resume import interrupted_turn, resume_turn, turn_json
 from orchestrator.sessions import SessionStore
 from outrider.errors import UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
@@ -38,7 +38,7 @@ REQUEST = GenerationRequest(
     create_session=False,
     is_durable=False,
 )
-# What each stands for in a turn that was recorded before there was one.
+# Value of each field in a turn that was recorded before the field existed.
 NEUTRAL = {
     "version": 1,
     "verification": Verification.REJECTION,
@@ -53,13 +53,13 @@ NEEDED = ("prompt_len", "params", "params.temperature", "params.seed", "params.m
 
 
 def written() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(turn_json(REQUEST, Turn(PROMPT, 0, MESSAGES)))
-    return told
+    stored: dict[str, Any] = json.loads(turn_json(REQUEST, Turn(PROMPT, 0, MESSAGES)))
+    return stored
 
 
 def all_fields() -> list[str]:
-    told = written()
-    return [*told, *(f"params.{name}" for name in told["params"])]
+    stored = written()
+    return [*stored, *(f"params.{name}" for name in stored["params"])]
 
 
 async def session_with(store: SessionStore, turn: str, output_ids: Sequence[int] = (8, 9)) -> None:
@@ -69,9 +69,9 @@ async def session_with(store: SessionStore, turn: str, output_ids: Sequence[int]
     await store.release(lease, target_kv=None, draft_kv=None)
 
 
-async def test_a_turn_comes_back_as_it_was(store: SessionStore) -> None:
+async def test_stored_turn_is_read_unchanged(store: SessionStore) -> None:
     await session_with(store, json.dumps(written()))
-    for read in (resumed(await store.get("s"), 1), unanswered(await store.get("s"))):
+    for read in (resume_turn(await store.get("s"), 1), interrupted_turn(await store.get("s"))):
         assert read is not None
         assert read.request == REQUEST
         assert read.output_ids == (8, 9)
@@ -79,18 +79,18 @@ async def test_a_turn_comes_back_as_it_was(store: SessionStore) -> None:
 
 
 @pytest.mark.parametrize("name", all_fields())
-async def test_a_turn_without_a_field(name: str, store: SessionStore) -> None:
-    """Of an older orchestrator's: as if its value had been the neutral one; never a guess."""
-    told = written()
-    del (told["params"] if "." in name else told)[name.removeprefix("params.")]
-    await session_with(store, json.dumps(told))
+async def test_turn_without_a_field_gets_its_neutral_value(name: str, store: SessionStore) -> None:
+    """An older orchestrator wrote it. A field without a neutral value is an error."""
+    stored = written()
+    del (stored["params"] if "." in name else stored)[name.removeprefix("params.")]
+    await session_with(store, json.dumps(stored))
     record = await store.get("s")
     if name in NEEDED:
         with pytest.raises(UnreadableRecord) as caught:
-            resumed(record, 1)
+            resume_turn(record, 1)
         assert str(caught.value) == f"session s: the stored request has no field '{name}'"
         return
-    read = resumed(record, 1)
+    read = resume_turn(record, 1)
     if name in NEUTRAL and name != "version":
         assert getattr(read.request, name) == NEUTRAL[name]
     elif "." in name:
@@ -99,29 +99,29 @@ async def test_a_turn_without_a_field(name: str, store: SessionStore) -> None:
     assert read.turn.messages == MESSAGES
 
 
-async def test_unknown_fields_of_a_newer_one_stay(store: SessionStore, redis_url: str) -> None:
-    """In the turn, in its parameters and in the session; also when the session is written to."""
-    told = written() | {"colour": "red"}
-    told["params"] |= {"warmth": 3}
-    await session_with(store, json.dumps(told))
+async def test_unknown_fields_of_a_newer_version_are_preserved(
+    store: SessionStore, redis_url: str
+) -> None:
+    """In the turn, in its parameters and in the session, even when the session is written."""
+    stored = written() | {"colour": "red"}
+    stored["params"] |= {"warmth": 3}
+    await session_with(store, json.dumps(stored))
     assert redis_command(redis_url, "HSET", KEY, "mood", "good") == b":1"
-    assert resumed(await store.get("s"), 1).request == REQUEST
+    assert resume_turn(await store.get("s"), 1).request == REQUEST
     lease = await store.acquire("s", create=False, model=MODEL, takeover=True)
     await store.record(lease, round_of(10))
     await store.release(lease, target_kv=None, draft_kv=None)
     record = await store.get("s")
-    assert json.loads(record.turn_json) == told
+    assert json.loads(record.turn_json) == stored
     assert record.token_ids.tolist() == [*PROMPT, 8, 9, 10]
     assert redis_command(redis_url, "HGET", KEY, "mood").endswith(b"good")
 
 
 @pytest.mark.parametrize("version", [2, 17, "2", None, 1.5])
-async def test_a_turn_of_a_newer_version_is_refused_by_name(
-    version: object, store: SessionStore
-) -> None:
+async def test_turn_of_a_newer_version_is_refused(version: object, store: SessionStore) -> None:
     await session_with(store, json.dumps(written() | {"version": version}))
     with pytest.raises(UnreadableRecord, match="session s: the stored request has version"):
-        resumed(await store.get("s"), 1)
+        resume_turn(await store.get("s"), 1)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ async def test_a_turn_of_a_newer_version_is_refused_by_name(
         json.dumps(written() | {"params": written()["params"] | {"logit_bias": 3}}),
     ],
 )
-async def test_a_turn_that_is_no_turn(turn: str, store: SessionStore) -> None:
+async def test_malformed_turn_is_refused(turn: str, store: SessionStore) -> None:
     await session_with(store, turn or "0")
     with pytest.raises(UnreadableRecord, match="session s: the stored request is malformed"):
-        resumed(await store.get("s"), 1)
+        resume_turn(await store.get("s"), 1)
 
 
-async def test_a_session_of_an_older_version_is_read(store: SessionStore, redis_url: str) -> None:
-    """Before there were versions, and whatever else came since."""
+async def test_session_of_an_older_version_is_read(store: SessionStore, redis_url: str) -> None:
+    """Fields that were added later are missing."""
     await session_with(store, json.dumps(written()))
     for name in ("version", "turn_epoch", "num_drafts", "target_kv", "draft_kv", "created_by"):
         assert redis_command(redis_url, "HDEL", KEY, name) == b":1"
@@ -158,10 +158,8 @@ async def test_a_session_of_an_older_version_is_read(store: SessionStore, redis_
     assert (await store.get("s")).token_ids.tolist() == [*PROMPT, 8, 9, 11, 12]
 
 
-async def test_a_session_of_a_newer_version_is_refused_by_name(
-    store: SessionStore, redis_url: str
-) -> None:
-    """And left as it is, for those who can read it."""
+async def test_session_of_a_newer_version_is_refused(store: SessionStore, redis_url: str) -> None:
+    """The record is left unchanged."""
     await session_with(store, json.dumps(written()))
     assert redis_command(redis_url, "HSET", KEY, "version", "2") == b":0"
     before = redis_command(redis_url, "HGETALL", KEY)
@@ -180,10 +178,10 @@ async def test_a_session_of_a_newer_version_is_refused_by_name(
     ("name", "value"),
     [("messages", "[[["), ("messages", "\xff"), ("num_turns", "many")],
 )
-async def test_a_session_that_cannot_be_read(
+async def test_malformed_session_is_refused(
     name: str, value: str, store: SessionStore, redis_url: str
 ) -> None:
-    """It is refused each time, and nobody is left with its lease."""
+    """It is refused each time, and no lease remains."""
     await session_with(store, json.dumps(written()))
     redis_command(redis_url, "HSET", KEY, name, value)
     for _ in range(2):
@@ -191,15 +189,15 @@ async def test_a_session_that_cannot_be_read(
             await store.acquire("s", create=False, model=MODEL)
 
 
-async def test_a_session_without_its_model(store: SessionStore, redis_url: str) -> None:
+async def test_session_without_a_model_is_refused(store: SessionStore, redis_url: str) -> None:
     await session_with(store, json.dumps(written()))
     redis_command(redis_url, "HDEL", KEY, "model")
     with pytest.raises(UnreadableRecord, match="session s: its record has no field 'model'"):
         await store.get("s")
 
 
-async def test_a_handle_that_cannot_be_read_is_none(store: SessionStore, redis_url: str) -> None:
-    """It only saves a prefill."""
+async def test_malformed_kv_handle_is_ignored(store: SessionStore, redis_url: str) -> None:
+    """The handle only saves a prefill."""
     await session_with(store, json.dumps(written()))
     redis_command(redis_url, "HSET", KEY, "target_kv", "x")
     assert (await store.get("s")).target_kv is None

@@ -1,4 +1,4 @@
-"""The pure half of a generation: any verdicts, cut at any stop."""
+"""State of a generation: any verify results, cut at any stop."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ LETTERS = "abc"
 
 @dataclass(frozen=True)
 class Round:
-    """Draft tokens, and how the target's samples follow them."""
+    """Draft tokens of a round, and the target's samples after them."""
 
     drafts: tuple[int, ...]
-    num_right: int
+    num_accepted: int
     samples: tuple[int, ...]
     with_supports: bool
 
@@ -52,32 +52,32 @@ def rounds(tokens: st.SearchStrategy[int], max_gamma: int = 5) -> st.SearchStrat
 def proposal_and_reply(
     made: Round, base_len: int
 ) -> tuple[Proposal | None, VerifyResult, list[int]]:
-    """And the tokens that the round is bound to bring, stops apart."""
-    gamma, num_right = len(made.drafts), made.num_right
+    """Returns the tokens that the round emits without any stop, too."""
+    gamma, num_accepted = len(made.drafts), made.num_accepted
     samples = list(made.samples)
     nothing = np.zeros(0)
     if not gamma:
         return None, VerifyResult(samples, [nothing], nothing, nothing), samples[:1]
-    if made.with_supports:  # p(x) of a right one is 1, of a wrong one 0: all is outside
+    if made.with_supports:  # p(x) is 1 for an accepted token, 0 for a rejected one
         supports = tuple(Support(np.array([d], np.int64), np.ones(1)) for d in made.drafts)
-        probs = [np.array([float(i < num_right)]) for i in range(gamma)]
-        tail = np.array([float(i >= num_right) for i in range(gamma)])
-        for i in range(num_right, gamma):  # drawn from outside the support
+        probs = [np.array([float(i < num_accepted)]) for i in range(gamma)]
+        tail = np.array([float(i >= num_accepted) for i in range(gamma)])
+        for i in range(num_accepted, gamma):  # sampled outside the support
             samples[i] = samples[i] if samples[i] != made.drafts[i] else (samples[i] + 1) % 8
         with np.errstate(divide="ignore"):
             reply = VerifyResult(samples, probs, tail, np.log(tail))
         proposal = Proposal(base_len, made.drafts, supports)
-        return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
-    samples[:num_right] = made.drafts[:num_right]
-    while num_right < gamma and samples[num_right] == made.drafts[num_right]:
-        num_right += 1
+        return proposal, reply, [*made.drafts[:num_accepted], samples[num_accepted]]
+    samples[:num_accepted] = made.drafts[:num_accepted]
+    while num_accepted < gamma and samples[num_accepted] == made.drafts[num_accepted]:
+        num_accepted += 1
     proposal = Proposal(base_len, made.drafts, None)
     reply = VerifyResult(samples, [nothing], nothing, nothing)
-    return proposal, reply, [*made.drafts[:num_right], samples[num_right]]
+    return proposal, reply, [*made.drafts[:num_accepted], samples[num_accepted]]
 
 
 def stop_of(output: Sequence[int], params: SamplingParams) -> Finish | None:
-    """Whether an output ends with its last token; in one place, token by token."""
+    """Whether the output ends with its last token; the plain definition."""
     if len(output) > params.min_tokens:
         if output[-1] == EOS and not params.ignore_eos:
             return Finish(FinishReason.STOP, eos_token_id=EOS)
@@ -102,7 +102,7 @@ def state_of(params: SamplingParams, text: OutputText | None = None) -> Generati
     greedy=st.booleans(),
 )
 @settings(deadline=None, max_examples=300)
-def test_outputs_end_where_a_reading_token_by_token_would(
+def test_output_ends_at_the_same_token_as_without_drafts(
     made: list[Round],
     max_tokens: int,
     min_tokens: int,
@@ -120,14 +120,14 @@ def test_outputs_end_where_a_reading_token_by_token_would(
     state = state_of(params)
     output: list[int] = []
     commitments: list[Commitment] = []
-    for one in made:
+    for round_ in made:
         room = state.max_draft_tokens
         assert room == max_tokens - len(output) - 1 >= 0
         base_len = state.committed_len
-        proposal, reply, brought = proposal_and_reply(_cut(one, room), base_len)
+        proposal, reply, uncut = proposal_and_reply(_cut(round_, room), base_len)
         finish = None
         emitted: list[int] = []
-        for token_id in brought:
+        for token_id in uncut:
             emitted.append(token_id)
             output.append(token_id)
             finish = stop_of(output, params)
@@ -141,10 +141,10 @@ def test_outputs_end_where_a_reading_token_by_token_would(
         drafts = proposal.token_ids if proposal else ()
         assert tuple(emitted[:-1]) == drafts[: len(emitted) - 1], "of the proposal"
         assert base_len + len(emitted) == state.committed_len
-        # The target holds the keys and values of so many more tokens that stand.
+        # Number of accepted tokens, whose KV the target has.
         assert commitment.num_accepted_tokens in (len(emitted) - 1, len(emitted))
         assert commitment.is_rejected == (commitment.tokens[-1].origin is TokenOrigin.RECOVERED)
-        _check_origins(commitment, drafts, brought)
+        _check_origins(commitment, drafts, uncut)
         if finish is not None:
             with pytest.raises(InternalError):
                 state.commit(proposal, reply)
@@ -153,19 +153,19 @@ def test_outputs_end_where_a_reading_token_by_token_would(
 
 
 def _cut(made: Round, room: int) -> Round:
-    """As Proposal.head does: no more draft tokens than could be emitted."""
+    """Cuts the draft tokens to those that can be emitted, as Proposal.head does."""
     gamma = min(len(made.drafts), room)
     return Round(
         made.drafts[:gamma],
-        min(made.num_right, gamma),
+        min(made.num_accepted, gamma),
         made.samples[: gamma + 1],
         made.with_supports,
     )
 
 
-def _check_origins(commitment: Commitment, drafts: Sequence[int], brought: list[int]) -> None:
+def _check_origins(commitment: Commitment, drafts: Sequence[int], uncut: list[int]) -> None:
     origins = [token.origin for token in commitment.tokens]
-    num_accepted = len(brought) - 1
+    num_accepted = len(uncut) - 1
     last = TokenOrigin.BONUS if num_accepted == len(drafts) else TokenOrigin.RECOVERED
     expected = [TokenOrigin.ACCEPTED] * num_accepted + [last if drafts else TokenOrigin.PLAIN]
     assert origins == expected[: len(origins)]
@@ -184,7 +184,7 @@ def _check_counts(state: GenerationState, commitments: list[Commitment]) -> None
     assert len(counts.num_accepted_per_pos) == max((c.num_draft_tokens for c in drafted), default=0)
     by_gamma = [c.num_draft_tokens for c in commitments[1:]]
     expected = [by_gamma.count(gamma) for gamma in range(max(by_gamma, default=-1) + 1)]
-    assert counts.num_rounds_per_gamma == expected, "the prompt's round is not among them"
+    assert counts.num_rounds_per_gamma == expected, "without the prompt's round"
     emitted = [token for c in commitments for token in c.tokens]
     assert state.num_output_tokens == len(emitted)
     others = sum(token.origin is not TokenOrigin.ACCEPTED for token in emitted)
@@ -207,74 +207,74 @@ def test_text_is_cut_at_stop_strings(
     cancelled_after: int,
     tokenizer: Tokenizer,
 ) -> None:
-    """One letter a token; the reference looks at the whole text after every token."""
+    """Each token is one letter; the reference searches the whole text after every token."""
     letters = [tokenizer.encode(letter)[0] for letter in LETTERS]
     prompt = tokenizer.encode("the")
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
     state = GenerationState(
         prompt, params, Verification.REJECTION, [], OutputText(tokenizer, prompt, stop)
     )
-    shown = ""
-    for number, one in enumerate(made, start=1):
-        named = Round(
-            tuple(letters[i] for i in one.drafts),
-            one.num_right,
-            tuple(letters[i] for i in one.samples),
+    sent = ""
+    for number, round_ in enumerate(made, start=1):
+        spelled = Round(
+            tuple(letters[i] for i in round_.drafts),
+            round_.num_accepted,
+            tuple(letters[i] for i in round_.samples),
             False,
         )
         proposal, reply, _ = proposal_and_reply(
-            _cut(named, state.max_draft_tokens), state.committed_len
+            _cut(spelled, state.max_draft_tokens), state.committed_len
         )
         commitment = state.commit(proposal, reply)
-        assert commitment.text_ends[-1] == len(commitment.text), "all that is shown is certain"
+        assert commitment.text_ends[-1] == len(commitment.text), "all sent text is final"
         if commitment.finish is None and number == cancelled_after:
-            certain, commitment = commitment.text, state.cancel(commitment)
-            assert commitment.text[: commitment.text_ends[-1]] == certain
+            final, commitment = commitment.text, state.cancel(commitment)
+            assert commitment.text[: commitment.text_ends[-1]] == final
         assert len(commitment.text_ends) == len(commitment.tokens)
         assert list(commitment.text_ends) == sorted(commitment.text_ends)
-        shown += commitment.text
+        sent += commitment.text
         if commitment.finish is not None:
             break
     full = tokenizer.decode(state.token_ids)[len("the") :]
     finish = state.finish
     if finish is not None and finish.stop_text is not None:
         assert finish.stop_text in stop
-        assert full == shown + finish.stop_text
-        assert not any(text in shown for text in stop)
+        assert full == sent + finish.stop_text
+        assert not any(text in sent for text in stop)
         assert not any(text in full[:-1] for text in stop), "at the first token that completes one"
     else:
         assert not any(text in full for text in stop)
         if finish is not None:
-            assert shown == full
+            assert sent == full
         else:
-            held = full.removeprefix(shown)
-            assert shown + held == full
-            assert not held or any(text.startswith(held) for text in stop), "no more than needed"
+            pending = full.removeprefix(sent)
+            assert sent + pending == full
+            assert not pending or any(text.startswith(pending) for text in stop)
 
 
 @given(
     made=rounds(st.integers(0, 2)),
     num_tokens=st.integers(1, 7),
-    num_held=st.integers(0, 5),
+    num_received=st.integers(0, 5),
     has_ended=st.booleans(),
 )
 @settings(deadline=None, max_examples=100)
-def test_a_replayed_output_in_parts_is_the_same_output(
-    made: list[Round], num_tokens: int, num_held: int, has_ended: bool, tokenizer: Tokenizer
+def test_replayed_output_split_into_parts_is_unchanged(
+    made: list[Round], num_tokens: int, num_received: int, has_ended: bool, tokenizer: Tokenizer
 ) -> None:
     letters = [tokenizer.encode(letter)[0] for letter in LETTERS]
-    output = [letters[i] for one in made for i in one.samples]
+    output = [letters[i] for round_ in made for i in round_.samples]
     prompt = tokenizer.encode("the")
     params = SamplingParams(max_tokens=len(output) + 1 - has_ended)
     text = OutputText(tokenizer, prompt, ("zz",))
     state = GenerationState(prompt, params, Verification.REJECTION, [], text)
-    _, rest = state.replay(output, num_held)
+    _, rest = state.replay(output, num_received)
     if rest is None:
         return
     parts = list(rest.parts(num_tokens))
     assert all(len(part.tokens) <= num_tokens for part in parts)
     assert all(part.text_ends[-1] == len(part.text) for part in parts[:-1])
-    shown = recorder._joined(parts, recorded=True)
-    assert (shown.tokens, shown.text, shown.finish) == (rest.tokens, rest.text, rest.finish)
-    assert shown.text_ends == rest.text_ends
+    joined = recorder._joined(parts, recorded=True)
+    assert (joined.tokens, joined.text, joined.finish) == (rest.tokens, rest.text, rest.finish)
+    assert joined.text_ends == rest.text_ends
     assert [part.finish for part in parts[:-1]] == [None] * (len(parts) - 1)

@@ -1,7 +1,7 @@
-"""The session state machine against a model that reads the whole output anew after every token.
+"""State of a generation against a model that reads the whole output again after every token.
 
-Any proposals and replies, half characters, stop strings over token borders, EOS, stop tokens,
-min_tokens and max_tokens together, taken over by another orchestrator at any round.
+Any proposals and verify results, incomplete characters, stop strings across tokens, EOS, stop
+tokens, min_tokens and max_tokens together, resumed by another orchestrator after any round.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tests.e2e.byte_tokenizer import EOS, bytes_of, load_byte_tokenizer, text_of
 from tests.orchestrator.generation.test_state import Round, proposal_and_reply
 
 PROMPT = list(b"say: ")
-# Stands for the special token, which a stop string may name and no text shows.
+# Marks the special token, which a stop string may contain and the text does not.
 EOS_MARK = "\ue000"
-# Letters, spaces, bytes of "é" and "你", a byte that is never text, longer tokens, and the end.
+# Letters, spaces, bytes of "é" and "你", an invalid byte, longer tokens, and EOS.
 TOKENS = st.sampled_from([*b"abct ", 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xFF, *range(256, EOS), EOS])
 STOPS = st.lists(
     st.sampled_from(
@@ -61,10 +61,10 @@ STOPS = st.lists(
 
 
 @dataclass(frozen=True)
-class TakenOver:
-    """By another orchestrator, from a caller who holds this share of the output."""
+class Resumed:
+    """Resumption by another orchestrator; the client has received this share of the output."""
 
-    held: float
+    received: float
 
 
 def _rounds(gamma: int) -> st.SearchStrategy[Round]:
@@ -74,38 +74,38 @@ def _rounds(gamma: int) -> st.SearchStrategy[Round]:
 
 
 ROUNDS = st.integers(0, 4).flatmap(_rounds)
-STEPS = st.lists(st.one_of(ROUNDS, ROUNDS, st.builds(TakenOver, st.floats(0, 1))), max_size=14)
+STEPS = st.lists(st.one_of(ROUNDS, ROUNDS, st.builds(Resumed, st.floats(0, 1))), max_size=14)
 
 
 @dataclass
 class Model:
-    """What an output comes to, by its definition and at any cost."""
+    """Reference implementation: follows the definition, however slowly."""
 
     params: SamplingParams
     output: list[int] = field(default_factory=list)
     finish: Finish | None = None
 
     def symbols(self, num_tokens: int) -> str:
-        """The text that no later token can change, with a mark in the place of each EOS."""
+        """The text that no later token can change, with a mark for each EOS."""
         decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
         for token_id in self.output[:num_tokens]:
             text += EOS_MARK if token_id == EOS else decoder.decode(bytes_of(token_id))
         return text
 
     def _found(self) -> tuple[int, int, str] | None:
-        """End, length and text of the stop string complete first after min_tokens; the longest.
+        """End, negative length and text of the first stop string completed after min_tokens.
 
-        The end is a position among the symbols, the length is one of text.
+        The longest if several end there. The end counts symbols, the length characters of text.
         """
         text = self.symbols(len(self.output))
         searched_len = len(self.symbols(self.params.min_tokens))
-        shown_at = [i for i, symbol in enumerate(text) if symbol != EOS_MARK]
-        shown = "".join(text[i] for i in shown_at)
+        visible_at = [i for i, symbol in enumerate(text) if symbol != EOS_MARK]
+        visible = "".join(text[i] for i in visible_at)
         found = [
-            (shown_at[at + len(stop) - 1] + 1, -len(stop), stop)
+            (visible_at[at + len(stop) - 1] + 1, -len(stop), stop)
             for stop in self.params.stop
-            for at in range(len(shown))
-            if shown.startswith(stop, at)
+            for at in range(len(visible))
+            if visible.startswith(stop, at)
         ]
         for stop in self.params.stop:
             spelled = stop.replace("</s>", EOS_MARK)
@@ -113,7 +113,7 @@ class Model:
                 num_chars = len(spelled) - spelled.count(EOS_MARK)
                 starts = [at for at in range(len(text)) if text.startswith(spelled, at)]
                 found += [(at + len(spelled), -num_chars, stop) for at in starts]
-        return min((one for one in found if one[0] > searched_len), default=None)
+        return min((match for match in found if match[0] > searched_len), default=None)
 
     def push(self, token_id: int) -> None:
         params = self.params
@@ -132,8 +132,8 @@ class Model:
             self.finish = Finish(FinishReason.LENGTH)
 
     @property
-    def shown(self) -> str:
-        """All text that the client has been sent."""
+    def sent(self) -> str:
+        """All text that was sent to the client."""
         finish, size = self.finish, len(self.output)
         if finish is not None and finish.stop_text is not None:
             found = self._found()
@@ -145,14 +145,14 @@ class Model:
             is_length = finish.reason is FinishReason.LENGTH
             return text_of(self.output if is_length else self.output[:-1])
         text = self.symbols(size)
-        return text.replace(EOS_MARK, "")[: -_num_suspect(text, self.params.stop) or None]
+        return text.replace(EOS_MARK, "")[: -_num_partial_chars(text, self.params.stop) or None]
 
 
-def _num_suspect(text: str, stops: tuple[str, ...]) -> int:
-    """Characters at its end that may begin a stop string, without being all of it."""
-    shown = text.replace(EOS_MARK, "")
+def _num_partial_chars(text: str, stops: tuple[str, ...]) -> int:
+    """Number of characters at the end that are a proper prefix of a stop string."""
+    visible = text.replace(EOS_MARK, "")
     spelled = [stop.replace("</s>", EOS_MARK) for stop in stops if "</s>" in stop]
-    ends = [n for n in range(1, len(shown) + 1) if _begins(shown[-n:], stops)]
+    ends = [n for n in range(1, len(visible) + 1) if _begins(visible[-n:], stops)]
     for n in range(1, len(text) + 1):
         if _begins(text[-n:], spelled):
             ends.append(n - text[-n:].count(EOS_MARK))
@@ -164,8 +164,8 @@ def _begins(end: str, stops: Sequence[str]) -> bool:
 
 
 @dataclass
-class Played:
-    """A state machine, and what a caller has of it: text, and its length after each token."""
+class ClientView:
+    """A generation's state, and what its client received: text, and its length after each token."""
 
     params: SamplingParams
     tokenizer: Tokenizer
@@ -180,32 +180,32 @@ class Played:
         text = OutputText(self.tokenizer, PROMPT, self.params.stop)
         return GenerationState(PROMPT, self.params, Verification.REJECTION, [EOS], text)
 
-    def taken_over(self, output: list[int], num_held: int) -> None:
-        """By a new state machine that is told the tokens alone."""
+    def resume(self, output: list[int], num_received: int) -> None:
+        """Replaces the state by a new one that is given only the tokens."""
         self.state, self.commitments = self._fresh(), []
-        held_text, rest = self.state.replay(output, num_held)
-        held_len = self.ends[num_held - 1] if num_held else 0
-        assert held_text == self.text[:held_len]
+        received_text, rest = self.state.replay(output, num_received)
+        received_len = self.ends[num_received - 1] if num_received else 0
+        assert received_text == self.text[:received_len]
         rest_text = rest.text if rest is not None else ""
-        assert held_text + rest_text == self.text
-        assert [t.token_id for t in rest.tokens] == output[num_held:] if rest else True
-        assert rest is not None or num_held == len(output)
+        assert received_text + rest_text == self.text
+        assert [t.token_id for t in rest.tokens] == output[num_received:] if rest else True
+        assert rest is not None or num_received == len(output)
 
     def round(self, made: Round) -> tuple[Commitment, list[int]]:
-        """The commitment, and the tokens that the round would bring if nothing ended it."""
+        """Returns the commitment, and the tokens that the round emits without any stop."""
         gamma = min(len(made.drafts), self.state.max_draft_tokens)
-        one = Round(
+        cut = Round(
             made.drafts[:gamma],
-            min(made.num_right, gamma),
+            min(made.num_accepted, gamma),
             made.samples[: gamma + 1],
             made.with_supports,
         )
-        proposal, reply, brought = proposal_and_reply(one, self.state.committed_len)
+        proposal, reply, uncut = proposal_and_reply(cut, self.state.committed_len)
         commitment = self.state.commit(proposal, reply)
         self.commitments.append(commitment)
         self.ends += [len(self.text) + end for end in commitment.text_ends]
         self.text += commitment.text
-        return commitment, brought
+        return commitment, uncut
 
 
 @pytest.fixture(scope="module")
@@ -233,56 +233,56 @@ PARAMS = st.builds(
 @pytest.mark.slow
 @given(params=PARAMS, steps=STEPS)
 @settings(deadline=None, max_examples=400)
-def test_any_output_is_what_the_model_says(
-    params: SamplingParams, steps: list[Round | TakenOver], tokenizer: Tokenizer
+def test_any_output_equals_the_models(
+    params: SamplingParams, steps: list[Round | Resumed], tokenizer: Tokenizer
 ) -> None:
-    model, played = Model(params), Played(params, tokenizer)
+    model, client = Model(params), ClientView(params, tokenizer)
     for step in steps:
-        if isinstance(step, TakenOver):
-            played.taken_over(model.output, round(step.held * len(model.output)))
+        if isinstance(step, Resumed):
+            client.resume(model.output, round(step.received * len(model.output)))
             continue
-        commitment, brought = played.round(step)
-        for token_id in brought:
+        commitment, uncut = client.round(step)
+        for token_id in uncut:
             model.push(token_id)
             if model.finish is not None:
                 break
-        assert played.state.finish == commitment.finish == model.finish
-        assert played.state.token_ids == PROMPT + model.output
+        assert client.state.finish == commitment.finish == model.finish
+        assert client.state.token_ids == PROMPT + model.output
         assert len(model.output) <= params.max_tokens
-        assert played.text == model.shown
-        assert played.ends == sorted(played.ends)
-        assert len(played.ends) == len(model.output)
-        assert played.ends[-1] == len(played.text), "what is shown is certain"
-        _check_counts(played)
+        assert client.text == model.sent
+        assert client.ends == sorted(client.ends)
+        assert len(client.ends) == len(model.output)
+        assert client.ends[-1] == len(client.text), "all sent text is final"
+        _check_counts(client)
         if model.finish is not None:
             with pytest.raises(InternalError):
-                played.state.commit(None, VerifyResult([1], (), np.zeros(0), np.zeros(0)))
+                client.state.commit(None, VerifyResult([1], (), np.zeros(0), np.zeros(0)))
             break
 
 
-@given(params=PARAMS, made=st.lists(ROUNDS, min_size=1, max_size=4), held=st.floats(0, 1))
+@given(params=PARAMS, made=st.lists(ROUNDS, min_size=1, max_size=4), received=st.floats(0, 1))
 @settings(deadline=None, max_examples=100)
-def test_what_has_ended_can_be_told_again(
-    params: SamplingParams, made: list[Round], held: float, tokenizer: Tokenizer
+def test_end_of_a_finished_output_can_be_replayed(
+    params: SamplingParams, made: list[Round], received: float, tokenizer: Tokenizer
 ) -> None:
-    """A caller who lost the end of a finished output is given it by another orchestrator."""
-    played = Played(params, tokenizer)
-    for one in itertools.cycle(made):
-        played.round(one)
-        if played.state.finish is not None:
+    """A client that lost the end of a finished output gets it from another orchestrator."""
+    client = ClientView(params, tokenizer)
+    for round_ in itertools.cycle(made):
+        client.round(round_)
+        if client.state.finish is not None:
             break
-    output, finish = played.state.token_ids[len(PROMPT) :], played.state.finish
-    played.taken_over(output, round(held * len(output)))
-    assert played.state.finish == finish
+    output, finish = client.state.token_ids[len(PROMPT) :], client.state.finish
+    client.resume(output, round(received * len(output)))
+    assert client.state.finish == finish
 
 
-def _check_counts(played: Played) -> None:
-    """They are of this state machine's rounds, and reconcile with its tokens."""
-    counts, drafted = played.state.counts, [c for c in played.commitments if c.num_draft_tokens]
-    tokens = [token for commitment in played.commitments for token in commitment.tokens]
+def _check_counts(client: ClientView) -> None:
+    """The counts are those of this state's rounds, and agree with its tokens."""
+    counts, drafted = client.state.counts, [c for c in client.commitments if c.num_draft_tokens]
+    tokens = [token for commitment in client.commitments for token in commitment.tokens]
     accepted = [token for token in tokens if token.origin is TokenOrigin.ACCEPTED]
     recovered = [token for token in tokens if token.origin is TokenOrigin.RECOVERED]
-    assert counts.num_rounds == len(played.commitments)
+    assert counts.num_rounds == len(client.commitments)
     assert counts.num_drafts == len(drafted)
     assert counts.num_draft_tokens == sum(c.num_draft_tokens for c in drafted)
     assert counts.num_accepted_tokens == len(accepted) == sum(counts.num_accepted_per_pos)

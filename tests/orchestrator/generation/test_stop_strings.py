@@ -1,4 +1,4 @@
-"""Search for stop strings: agrees with a plain search, and costs nothing before a match begins."""
+"""Search for stop strings: agrees with a plain search; costs nothing before a match begins."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.orchestrator.generation.test_resume_versions import REQUEST
 @given(stop=st.text("ab", min_size=1, max_size=12), text=st.text("ab", max_size=60))
 @example(stop="aabaaab", text="aabaabaaabaabaaab")
 @settings(deadline=None, max_examples=300)
-def test_a_stop_string_is_found_where_the_text_ends_with_it(stop: str, text: str) -> None:
+def test_stop_string_is_found_where_the_text_ends_with_it(stop: str, text: str) -> None:
     search = StopString(stop, stop)
     for end in range(1, len(text) + 1):
         so_far = text[:end]
         assert search.feed(text[end - 1]) == so_far.endswith(stop)
         longest = max(n for n in range(len(stop)) if so_far.endswith(stop[:n]))
-        assert search.num_suspect == longest
+        assert search.num_partial_chars == longest
 
 
 class Calls:
@@ -50,7 +50,7 @@ class Calls:
         sys.setprofile(None)
 
 
-def test_the_longest_stop_strings_cost_nothing_before_a_match_begins() -> None:
+def test_longest_stop_strings_cost_nothing_before_a_match_begins() -> None:
     texts = [("ab" * MAX_STOP_TEXT_CHARS)[:MAX_STOP_TEXT_CHARS]] * MAX_STOP_TEXTS
     with Calls() as calls:
         searches = [StopString(text, text) for text in texts]
@@ -59,7 +59,7 @@ def test_the_longest_stop_strings_cost_nothing_before_a_match_begins() -> None:
     assert calls.num < 20 * MAX_STOP_TEXTS
 
 
-def test_a_request_with_the_longest_lists_is_recorded_without_a_call_for_each_entry() -> None:
+def test_longest_lists_are_stored_without_a_function_call_per_entry() -> None:
     params = SamplingParams(max_tokens=8, allowed_token_ids=tuple(range(MAX_ALLOWED_TOKENS)))
     with Calls() as calls:
         recorded = turn_json(replace(REQUEST, params=params), Turn([1], 0, ()))
