@@ -42,7 +42,8 @@ def parse_request(
 ) -> ValidRequest:
     """Translates and validates. Raises InvalidRequest naming the field that is wrong."""
     request = request_from_proto(message, limits)
-    return validate(request, limits, tokenizer, given=tuple(_given_fields(message)))
+    given = () if request.resume_from is None else tuple(_given_fields(message))
+    return validate(request, limits, tokenizer, given=given)
 
 
 def request_from_proto(

@@ -38,7 +38,7 @@ class PromptTooLong(InvalidRequest):
     """The prompt exceeds the context. Encoding stopped after `num_tokens`."""
 
     def __init__(self, field: str, num_tokens: int, max_tokens: int) -> None:
-        super().__init__(field, f"more than {max_tokens} tokens; at most {max_tokens} are allowed")
+        super().__init__(field, f"more than {max_tokens} tokens, the longest context")
         self.num_tokens = num_tokens
 
 

@@ -62,7 +62,7 @@ def validate(
     if request.session_id is not None:
         validate_session_id(request.session_id)
     elif request.create_session:
-        raise InvalidRequest("create_session", "needs a session_id")
+        raise InvalidRequest("create_session", "requires a session_id")
     if request.resume_from is None:
         _check_input(request, limits, tokenizer)
     return ValidRequest(request)
@@ -72,7 +72,8 @@ def check_num_token_ids(num: int, limits: Limits) -> None:
     """Raises InvalidRequest. A transport that copies the list calls this before the copy."""
     if not 1 <= num <= limits.max_context_len:
         raise InvalidRequest(
-            "token_ids", f"{num} tokens; 1 to {limits.max_context_len}, {limits.bound}"
+            "token_ids",
+            f"{num} tokens; 1 to {limits.max_context_len} are allowed for {limits.bound}",
         )
 
 
@@ -97,7 +98,7 @@ def _check_resumption(request: GenerationRequest, given: Collection[str]) -> Non
     for name in given:
         if name not in _RESUMPTION_FIELDS:
             raise InvalidRequest(
-                name, "not allowed with resume_from: the turn continues with its own request"
+                name, "not allowed with resume_from; the recorded request of the turn is used"
             )
 
 

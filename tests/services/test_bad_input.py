@@ -1,4 +1,7 @@
-"""What a caller may get wrong: each refused by name, at once, and nothing is left of it."""
+"""Invalid requests over gRPC: refused with the field's name, and nothing is left of them.
+
+The rules themselves are tested in tests/orchestrator/generation/test_validation.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ EOS = VOCAB_SIZE - 1
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def plain(pair: Pair, redis_server: RedisServer) -> AsyncIterator[System]:
-    """Without tokenizer; Redis is empty at first."""
+    """A stack without a tokenizer; Redis is empty at first."""
     redis_command(redis_server.url, "FLUSHALL")
     async with whole(pair, redis_server.url) as stack:
         yield stack
@@ -47,7 +50,7 @@ async def plain(pair: Pair, redis_server: RedisServer) -> AsyncIterator[System]:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def chatty(chat_pair: Pair, redis_server: RedisServer) -> AsyncIterator[System]:
-    """With tokenizer and chat template."""
+    """A stack with tokenizer and chat template."""
     async with whole(chat_pair, redis_server.url, tokenizer=str(chat_pair.target)) as stack:
         yield stack
 
@@ -73,7 +76,7 @@ def unset() -> orchestrator_pb2.GenerateRequest:
 
 
 async def refused_by(stack: System, bad: orchestrator_pb2.GenerateRequest) -> Refusal:
-    """How it is refused, that it left nothing, and that the next call is served."""
+    """Sends an invalid request; returns its refusal and checks that it left nothing open."""
     refused = await refusal(anext(aiter(stack.client.Generate(bad, timeout=200))))
     load = await stack.target_load()
     assert load.num_open_generations == 0
@@ -134,7 +137,7 @@ def _names(cases: list[tuple[str, Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("field", "bad"), EMPTY, ids=_names(EMPTY))
-async def test_bad_prompts(
+async def test_invalid_prompts(
     field: str, bad: orchestrator_pb2.GenerateRequest, plain: System
 ) -> None:
     refused = await refused_by(plain, bad)
@@ -144,7 +147,7 @@ async def test_bad_prompts(
 
 
 @pytest.mark.parametrize(("field", "sampling"), SAMPLING, ids=_names(SAMPLING))
-async def test_bad_sampling(field: str, sampling: dict[str, Any], plain: System) -> None:
+async def test_invalid_sampling(field: str, sampling: dict[str, Any], plain: System) -> None:
     refused = await refused_by(plain, asked(**sampling))
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refused.fields == [f"sampling.{field}"]
@@ -152,7 +155,7 @@ async def test_bad_sampling(field: str, sampling: dict[str, Any], plain: System)
 
 
 @pytest.mark.parametrize(("field", "fields"), FIELDS, ids=_names(FIELDS))
-async def test_bad_fields(field: str, fields: dict[str, Any], plain: System) -> None:
+async def test_invalid_fields(field: str, fields: dict[str, Any], plain: System) -> None:
     refused = await refused_by(plain, with_fields(**fields))
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refused.fields == [field]
@@ -160,8 +163,8 @@ async def test_bad_fields(field: str, fields: dict[str, Any], plain: System) -> 
 
 
 @pytest.mark.parametrize("num_tokens", [CONTEXT_LEN, CONTEXT_LEN + 1, 1_000_000])
-async def test_prompts_longer_than_the_context(num_tokens: int, plain: System) -> None:
-    """Refused by the name of a field that the request has, soon, and the session is not made."""
+async def test_prompt_longer_than_the_context(num_tokens: int, plain: System) -> None:
+    """It is refused with the prompt's field, and the session is not created."""
     bad = request([1] * num_tokens, {"max_tokens": 1}, session_id="long", create_session=True)
     refused = await refused_by(plain, bad)
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -171,7 +174,7 @@ async def test_prompts_longer_than_the_context(num_tokens: int, plain: System) -
     assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_bad_prompts_with_a_tokenizer(chatty: System) -> None:
+async def test_invalid_prompts_with_a_tokenizer(chatty: System) -> None:
     for field, bad in (
         ("text", request("")),
         ("chat", chat()),
@@ -189,7 +192,7 @@ async def test_bad_prompts_with_a_tokenizer(chatty: System) -> None:
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no such role') }}", ""])
-async def test_chat_templates_that_refuse(
+async def test_error_of_a_chat_template_is_an_invalid_request(
     template: str | None, chat_pair: Pair, redis_server: RedisServer, tmp_path: Any
 ) -> None:
     write_tokenizer(tmp_path, chat_template=template)
@@ -199,7 +202,7 @@ async def test_chat_templates_that_refuse(
         assert refused.fields == ["chat"]
 
 
-async def test_bad_session_ids_everywhere(plain: System) -> None:
+async def test_invalid_session_ids_in_all_methods(plain: System) -> None:
     for call in (
         plain.client.GetSession(orchestrator_pb2.GetSessionRequest(session_id="a b")),
         plain.client.GetSession(orchestrator_pb2.GetSessionRequest()),
@@ -210,10 +213,10 @@ async def test_bad_session_ids_everywhere(plain: System) -> None:
         assert refused.fields == ["session_id"]
 
 
-async def test_nothing_is_left_of_all_that(
+async def test_nothing_is_left_of_refused_requests(
     plain: System, redis_server: RedisServer, greedy: Greedy
 ) -> None:
-    """After the refusals above, and many at a time."""
+    """After the tests above and many refusals at a time. Runs after them in this module."""
     bad = [asked(top_p=0.0), with_fields(gamma=99), request([999]), unset()] * 20
     refusals = await asyncio.gather(*(refused_by(plain, one) for one in bad))
     assert {refused.code for refused in refusals} == {grpc.StatusCode.INVALID_ARGUMENT}
@@ -223,8 +226,8 @@ async def test_nothing_is_left_of_all_that(
     assert output.token_ids == greedy(PROMPT, 12)
 
 
-async def test_the_edges_of_what_is_allowed(plain: System, greedy: Greedy) -> None:
-    """What is just not refused is served."""
+async def test_extreme_values_that_are_allowed(plain: System, greedy: Greedy) -> None:
+    """Requests at the limits are served."""
     for sampling in (
         {"temperature": 0, "ignore_eos": True, "min_tokens": 4},
         {"temperature": 100.0, "top_p": 1e-6, "min_p": 1.0, "top_k": 2**31 - 1, "seed": 2**64 - 1},
@@ -244,10 +247,10 @@ async def test_the_edges_of_what_is_allowed(plain: System, greedy: Greedy) -> No
     assert output.token_ids == greedy(last, 1)
 
 
-async def test_no_room_for_keys_and_values(
+async def test_requests_without_kv_room(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
-    """What can never fit is INVALID_ARGUMENT, what does not fit now RESOURCE_EXHAUSTED."""
+    """INVALID_ARGUMENT if the request never fits, RESOURCE_EXHAUSTED if it does not fit now."""
     async with (
         both_tiers(pair, target_kv=256) as tiers,
         orchestrating(tiers, redis_url, max_waiting=0) as stack,
@@ -255,7 +258,7 @@ async def test_no_room_for_keys_and_values(
         refused = await refused_by(stack, request([1] * 200, {"max_tokens": 57}))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["sampling.max_tokens"]
-        brake.set(1)  # it must not end before another is refused
+        brake.set(1)  # it must still run when the other one is refused
         long = [1] * 200
         running = stack.client.Generate(request(long, {**GREEDY, "max_tokens": 50}), timeout=200)
         stream = aiter(running)
@@ -268,10 +271,10 @@ async def test_no_room_for_keys_and_values(
         brake.release()
         async for chunk in stream:
             received += chunk.token_ids
-        assert received == greedy(long, 50), "the running one is undisturbed"
+        assert received == greedy(long, 50), "the running request is undisturbed"
         await eventually(lambda: nothing_held(stack))
         missing = stack.client.GetSession(orchestrator_pb2.GetSessionRequest(session_id="s"))
-        assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND, "it never began"
+        assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND, "not created"
 
 
 async def test_too_many_generations(pair: Pair, redis_server: RedisServer, brake: Brake) -> None:
@@ -292,7 +295,7 @@ async def test_too_many_generations(pair: Pair, redis_server: RedisServer, brake
         brake.release()
 
         async def is_served() -> bool:
-            """Their places are free a moment after what they held."""
+            """The admission queue has room a moment after the replicas are free."""
             try:
                 output = await stack.generate(PROMPT, sampling={**GREEDY, "max_tokens": 4})
             except grpc.aio.AioRpcError as error:

@@ -69,7 +69,7 @@ INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("input", "one of text, token_ids, chat is required", with_input()),
     ("input", "one of text, token_ids, chat is required", {"text": "x"}),
     ("input", "one of text, token_ids, chat is required", chat("user") | {"text": ""}),
-    ("token_ids", "0 tokens; 1 to 512, the model's context of 512 tokens", {"token_ids": ()}),
+    ("token_ids", "0 tokens; 1 to 512 are allowed for the model's context", {"token_ids": ()}),
     ("token_ids", "513 tokens; 1 to 512", {"token_ids": (1,) * (CONTEXT_LEN + 1)}),
     ("token_ids", "300 is not in [0, 300)", {"token_ids": (1, VOCAB_SIZE, 2)}),
     ("token_ids", "-1 is not in [0, 300)", {"token_ids": (1, -1)}),
@@ -96,7 +96,7 @@ INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("session_id", "must be 1 to 128 characters", {"session_id": "a b"}),
     ("session_id", "must be 1 to 128 characters", {"session_id": ""}),
     ("session_id", "must be 1 to 128 characters", {"session_id": "x" * 129}),
-    ("create_session", "needs a session_id", {"create_session": True}),
+    ("create_session", "requires a session_id", {"create_session": True}),
     # The ranges of all sampling parameters are in tests/sampling/test_params.py.
     ("sampling.top_p", "0 is not in (0, 1]", sampled(top_p=0.0)),
     ("sampling.top_k", "2147483648 is not in", sampled(top_k=1 << 31)),
