@@ -8,9 +8,9 @@ the field: if a turn must not be resumed without it, increase TURN_VERSION.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from orchestrator.generation.conversation import Turn
 from orchestrator.generation.request import GenerationRequest, Message
@@ -32,6 +32,8 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 # Without these the output cannot be continued correctly.
 _NEEDED_PARAMS = ("temperature", "seed", "max_tokens")
+_REQUEST_TYPES = get_type_hints(GenerationRequest)
+_PARAM_TYPES = get_type_hints(SamplingParams)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def _read(record: SessionRecord) -> ResumedTurn:
                 f"to {TURN_VERSION}: resume at a newer one"
             )
         request = _request(stored)
-        prompt_len, num_messages = int(stored["prompt_len"]), stored.get("num_messages")
+        prompt_len, num_messages = stored["prompt_len"], stored.get("num_messages")
+        _check_type("prompt_len", prompt_len, int)
+        _check_type("num_messages", num_messages, int | None)
         if not 0 < prompt_len <= len(record.token_ids):
             raise ValueError(f"prompt_len is {prompt_len} of {len(record.token_ids)} tokens")
     except KeyError as error:
@@ -146,6 +150,9 @@ def _request_messages(messages: tuple[Message, ...], num: int | None) -> tuple[M
 
 def _request(stored: dict[str, Any]) -> GenerationRequest:
     params = _params(_object(stored["params"], "params"))
+    values = {name: stored.get(name, default) for name, default in _DEFAULTS.items()}
+    for name, value in values.items():
+        _check_type(name, value, _REQUEST_TYPES[name])
     return GenerationRequest(
         text=None,
         token_ids=None,
@@ -154,7 +161,7 @@ def _request(stored: dict[str, Any]) -> GenerationRequest:
         max_tokens=params.max_tokens,
         verification=Verification(stored.get("verification", Verification.REJECTION.value)),
         create_session=False,
-        **{name: stored.get(name, default) for name, default in _DEFAULTS.items()},
+        **values,
     )
 
 
@@ -168,7 +175,27 @@ def _params(stored: dict[str, Any]) -> SamplingParams:
     }
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     values["logit_bias"] = {int(k): v for k, v in stored.get("logit_bias", {}).items()}
+    for name, value in values.items():
+        _check_type(f"params.{name}", value, _PARAM_TYPES[name])
     return SamplingParams(**values)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises ValueError if a stored value does not have the type of its field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        is_right = type(value) is tuple and _have_type(value, arguments[0])
+    elif origin is Mapping:
+        is_right = type(value) is dict and _have_type(value.values(), arguments[1])
+    else:
+        is_right = _have_type([value], hint)
+    if not is_right:
+        raise ValueError(f"{name} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def _have_type(values: Iterable[Any], hint: Any) -> bool:
+    types = {int, float} if hint is float else set(get_args(hint)) or {hint}
+    return set(map(type, values)) <= types
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

@@ -124,6 +124,32 @@ async def test_turn_of_a_newer_version_is_refused(version: object, store: Sessio
         resume_turn(await store.get("s"), 1)
 
 
+WRONG_TYPES: list[tuple[str, Any]] = [
+    ("gamma", "4"),
+    ("gamma", 1.5),
+    ("max_gamma", None),
+    ("lookahead", True),
+    ("session_id", 3),
+    ("is_durable", 1),
+    ("num_messages", "1"),
+    ("prompt_len", 2.5),
+]
+WRONG_PARAM_TYPES: list[tuple[str, Any]] = [
+    ("temperature", "hot"),
+    ("temperature", None),
+    ("seed", 1.5),
+    ("max_tokens", "40"),
+    ("logprobs", "5"),
+    ("ignore_eos", 0),
+    ("stop", "a"),
+    ("stop", [3]),
+    ("stop_token_ids", 3),
+    ("allowed_token_ids", ["3"]),
+    ("logit_bias", {"a": 1.0}),
+    ("logit_bias", {"3": "high"}),
+]
+
+
 @pytest.mark.parametrize(
     "turn",
     [
@@ -137,6 +163,11 @@ async def test_turn_of_a_newer_version_is_refused(version: object, store: Sessio
         json.dumps(written() | {"prompt_len": 99}),
         json.dumps(written() | {"verification": "by faith"}),
         json.dumps(written() | {"params": written()["params"] | {"logit_bias": 3}}),
+        *(json.dumps(written() | {name: value}) for name, value in WRONG_TYPES),
+        *(
+            json.dumps(written() | {"params": written()["params"] | {name: value}})
+            for name, value in WRONG_PARAM_TYPES
+        ),
     ],
 )
 async def test_malformed_turn_is_refused(turn: str, store: SessionStore) -> None:
