@@ -54,7 +54,7 @@ class Cleanup:
             await asyncio.wait(self._tasks, timeout=left_s)
         if not self._tasks:
             return
-        log.warning("calls_not_ended", num=len(self._tasks), waited_s=timeout_s)
+        log.warning("requests_not_ended", num=len(self._tasks), waited_s=timeout_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks, timeout=_CANCEL_WAIT_S)
