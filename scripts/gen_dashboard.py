@@ -1,7 +1,7 @@
-"""Writes deploy/components/monitoring/dashboard.json: the Grafana dashboard, panel by panel.
+"""Writes deploy/components/monitoring/dashboard.json, the Grafana dashboard.
 
-Owns what is looked at and in which order. `--check` says whether the file is what this makes.
-Knows no values; the metrics' names are those of outrider/telemetry/catalogue.py.
+`--check` exits with status 1 if the file is out of date. Metric names are those of
+outrider/telemetry/catalogue.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """`queries`: legend and PromQL."""
+    """One time series panel. `queries`: legend and PromQL; `why`: its description."""
 
     title: str
     queries: tuple[tuple[str, str], ...]
@@ -61,18 +61,18 @@ _DRAFTS = _rate("spec_decode_num_drafts_total")
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
-        "What callers see",
+        "Client side",
         (
             Panel("Time to first token", _quantiles("time_to_first_token_seconds"), "s"),
             Panel(
                 "Between chunks (ITL)",
                 _quantiles("inter_token_latency_seconds"),
                 "s",
-                "From one chunk to the next, whatever number of tokens it has.",
+                "From one chunk to the next; a chunk may have several tokens.",
             ),
             Panel("Per output token", _quantiles("request_time_per_output_token_seconds"), "s"),
             Panel("Tokens per second", (("{{origin}}", _rate("tokens_total", "origin")),), "short",
-                  "By where they came from; accepted ones are the draft's."),
+                  "By origin; accepted tokens are the draft's."),
             Panel("Calls by status", (("{{status}}", _rate("requests_total", "status")),), "reqps"),
             Panel("Streams", (
                 ("running {{pod}}", f"sum by (pod) (outrider_num_requests_running{_HERE})"),
@@ -84,23 +84,23 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         "Speculation",
         (
             Panel("Acceptance α", (("α", _ratio(_ACCEPTED, f"({_ACCEPTED} + {_REJECTED})")),),
-                  "percentunit", "Of the judged draft tokens. 0.7 and more is excellent.", 1.0),
-            Panel("Tokens a round τ", (("τ", f"1 + {_ratio(_ACCEPTED, _DRAFTS)}"),)),
-            Panel("Draft tokens a round γ", (
-                ("chosen last", f"avg (outrider_gamma{_HERE})"),
+                  "percentunit", "accepted / (accepted + rejected); 0.7 is excellent.", 1.0),
+            Panel("Tokens per round τ", (("τ", f"1 + {_ratio(_ACCEPTED, _DRAFTS)}"),)),
+            Panel("Draft tokens per round γ", (
+                ("last choice", f"avg (outrider_gamma{_HERE})"),
                 ("γ = {{gamma}}, rounds/s", _rate("rounds_total", "gamma")),
             )),
             Panel("Look-ahead hits", (
-                ("of all rounds", _ratio(_rate("lookahead_rounds_total", where=',outcome="hit"'),
+                ("all rounds", _ratio(_rate("lookahead_rounds_total", where=',outcome="hit"'),
                                          _rate("lookahead_rounds_total"))),
-                ("lately", f"avg (outrider_lookahead_hit_rate{_HERE})"),
-            ), "percentunit", "Proposals that were here when the verdict came.", 1.0),
+                ("recent", f"avg (outrider_lookahead_hit_rate{_HERE})"),
+            ), "percentunit", "Proposals that were ready when the verify result arrived.", 1.0),
             Panel("Acceptance by position", ((
                 "{{position}}",
                 _ratio(_rate("spec_decode_num_accepted_tokens_per_pos_total", "position"),
                        f"on () group_left () {_DRAFTS}"),
             ),), "percentunit", "", 1.0),
-            Panel("Waited for a proposal", _quantiles("draft_round_trip_seconds"), "s"),
+            Panel("Wait for a proposal", _quantiles("draft_round_trip_seconds"), "s"),
         ),
     ),
     (
@@ -109,11 +109,13 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("KV cache in use", (("{{pod}}", "max by (pod) (outrider_kv_cache_usage_perc"
                                       '{namespace="$namespace",tier="target"})'),),
                   "percentunit", "", 1.0),
-            Panel("Waiting rows", (("{{pod}}", f"sum by (pod) (outrider_waiting_rows{_HERE})"),)),
-            Panel("Queue: from call to first row", _quantiles("request_queue_time_seconds"), "s"),
-            Panel("Rows of a pass", _quantiles("batch_rows", ',tier="target"')),
-            Panel("Tokens of a pass", _quantiles("batch_tokens", ',tier="target"')),
-            Panel("A pass", _quantiles("step_seconds", ',tier="target"'), "s"),
+            Panel("Waiting verify requests", (
+                ("{{pod}}", f"sum by (pod) (outrider_waiting_rows{_HERE})"),)),
+            Panel("Queue time", _quantiles("request_queue_time_seconds"), "s",
+                  "From the call to its first verify request."),
+            Panel("Sequences per pass", _quantiles("batch_rows", ',tier="target"')),
+            Panel("Tokens per pass", _quantiles("batch_tokens", ',tier="target"')),
+            Panel("Pass duration", _quantiles("step_seconds", ',tier="target"'), "s"),
         ),
     ),
     (
@@ -121,23 +123,23 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             Panel("Queue", (("{{pod}}", f"sum by (pod) (outrider_draft_queue{_HERE})"),), "short",
                   "Generations that wait for draft tokens."),
-            Panel("Rows of a step", _quantiles("batch_rows", ',tier="draft"')),
-            Panel("A step", _quantiles("step_seconds", ',tier="draft"'), "s"),
+            Panel("Sequences per step", _quantiles("batch_rows", ',tier="draft"')),
+            Panel("Step duration", _quantiles("step_seconds", ',tier="draft"'), "s"),
         ),
     ),
     (
-        "What holds it together",
+        "Replicas, Redis, failures",
         (
-            Panel("Replicas, as orchestrators see them", (
+            Panel("Replicas by state, as orchestrators see them", (
                 ("{{tier}} {{state}}", f"max by (tier, state) (outrider_replicas{_HERE})"),)),
-            Panel("Redis answers", (("{{pod}}", f"min by (pod) (outrider_redis_up{_HERE})"),)),
+            Panel("Redis reachable", (("{{pod}}", f"min by (pod) (outrider_redis_up{_HERE})"),)),
             Panel("Failures and preemptions", (
                 ("{{tier}} {{reason}}", _rate("failures_total", "tier, reason")),
                 ("preempted", _rate("num_preemptions_total")),
             )),
-            Panel("Refused before their method", (
+            Panel("Rejected by access checks or capacity", (
                 ("{{reason}}", _rate("calls_refused_total", "reason")),), "reqps",
-                "No key, an unknown one, more than a key allows; at the tiers, a stranger's name."),
+                "By reason: no_key, unknown_key, over_limit, identity, queue_full …"),
         ),
     ),
 )  # fmt: skip
@@ -193,7 +195,7 @@ def _variables() -> list[dict[str, Any]]:
 
 
 def dashboard() -> str:
-    """The file's content."""
+    """Content of the file."""
     made = {
         "uid": "outrider",
         "title": "Outrider",

@@ -1,7 +1,7 @@
-"""Writes deploy/built/*.yaml: what `kubectl kustomize` makes of each overlay, to be compared.
+"""Writes deploy/built/*.yaml: the output of `kubectl kustomize` for each overlay, for review.
 
-Owns which overlays there are. Each file begins with a digest of all that it was made from, so that
-whoever has no kubectl can tell whether it is what the sources say. Knows no cluster.
+Each file begins with a digest of its sources, so that a test without kubectl can tell whether it
+is up to date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUILD_TIMEOUT_S = 60
 
 
 def kustomize(directory: Path) -> str:
-    """What kubectl makes of a directory. Raises CalledProcessError with what it said."""
+    """Output of `kubectl kustomize`. Raises CalledProcessError with its error output."""
     done = subprocess.run(
         ["kubectl", "kustomize", str(directory)],
         capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S,
@@ -34,7 +34,7 @@ def kustomize(directory: Path) -> str:
 
 
 def digest() -> str:
-    """Of every file that an overlay may be made from, and its name."""
+    """SHA-256 of the names and contents of all files that an overlay may include."""
     made = hashlib.sha256()
     for source in SOURCES:
         for path in sorted((DEPLOY / source).rglob("*")):
@@ -44,6 +44,7 @@ def digest() -> str:
 
 
 def header() -> str:
+    """First line of a built file."""
     return f"# Made by scripts/gen_manifests.py; sources: {digest()}\n"
 
 

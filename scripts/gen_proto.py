@@ -1,7 +1,7 @@
-"""Regenerates outrider/v1 from proto/, or with --check says whether it is what proto/ gives.
+"""Generates outrider/v1 from proto/; with --check, exits with an error if it is out of date.
 
-Runs in an environment of its own (`make proto`): grpcio-tools 1.76.0 wants an older protobuf than
-the newest one, and the stubs it writes work with both.
+Runs in an environment of its own (`make proto`): grpcio-tools 1.76.0 requires an older protobuf
+than the lock has. Its stubs work with both.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         generate(Path(directory))
         made = stubs(Path(directory))
-    held = stubs(ROOT)
+    present = stubs(ROOT)
     if "--check" in sys.argv:
-        differing = sorted(n for n in made.keys() | held.keys() if made.get(n) != held.get(n))
-        sys.exit(f"not as proto/ has it: {differing}; run `make proto`" if differing else 0)
-    for name in held.keys() - made.keys():
+        differing = sorted(n for n in made.keys() | present.keys() if made.get(n) != present.get(n))
+        sys.exit(f"out of date: {differing}; run `make proto`" if differing else 0)
+    for name in present.keys() - made.keys():
         (ROOT / PACKAGE / name).unlink()
     for name, text in made.items():
         (ROOT / PACKAGE / name).write_text(text)

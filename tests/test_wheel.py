@@ -184,8 +184,8 @@ def test_what_needs_the_engine_says_so(installation: Path, words: tuple[str, ...
 
 @pytest.mark.parametrize("extras", ["engine", "engine,bench"])
 def test_benches_say_what_they_need(installation: Path, extras: str) -> None:
-    """As docs/dependencies.md lists them: those with a plot need matplotlib, too."""
-    text = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    """As docs/reference/dependencies.md lists them: those with a plot need matplotlib, too."""
+    text = (ROOT / "docs/reference/dependencies.md").read_text("utf-8")
     (row,) = re.findall(rf"^\| `pip install '\.\[{extras}\]'` \|(.*benches.*)$", text, re.MULTILINE)
     names = re.findall(r"`([a-z-]+)`", row.partition("benches")[2])
     assert len(names) >= 5

@@ -1,17 +1,17 @@
 # syntax=docker/dockerfile:1.7
-# The two model services; one image for each device, with either service in it.
+# The two model services: one image per device, which contains both.
 #   docker build -f deploy/docker/model.Dockerfile --target cpu  -t outrider-model:0.1.0-cpu .
 #   docker build -f deploy/docker/model.Dockerfile --target cuda -t outrider-model:0.1.0-cuda .
 # Packages are pinned by version and hash, except torch's CPU build: its version alone (requirements/torch.txt).
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
-# With nvcc: FlashInfer compiles its kernels for the card it finds. CUDA as in model-cuda.txt.
+# With nvcc, as FlashInfer compiles its kernels for the GPU at hand. CUDA version of model-cuda.txt.
 ARG CUDA_IMAGE=docker.io/nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 # ------------------------------------------------------------------ CPU
 FROM ${PYTHON_IMAGE} AS cpu-build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
-# First and by itself: the largest layer, which changes least.
+# A layer of its own, first: the largest, and the one that changes least.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements/torch.txt /build/torch.txt
 RUN /opt/venv/bin/pip install --no-deps --index-url ${TORCH_INDEX} -r /build/torch.txt

@@ -22,7 +22,7 @@ RUN /opt/venv/bin/pip install --no-deps --no-build-isolation /build /build/outri
  && ln -s /opt/venv/lib/python3.11/site-packages/outrider/quickstart_pair /opt/outrider/pair
 
 FROM ${PYTHON_IMAGE}
-# No pip, no compiler, no shell history: what runs is in /opt/venv, owned by root, read by 10001.
+# No pip and no compiler. The program is in /opt/venv, owned by root, readable by 10001.
 RUN groupadd --gid 10001 outrider && useradd --uid 10001 --gid 10001 --no-create-home outrider
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/outrider /opt/outrider
@@ -30,5 +30,5 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 50051
-# The first process gets SIGTERM itself.
+# Exec form, so that the program receives SIGTERM.
 CMD ["python", "-m", "orchestrator"]

@@ -48,13 +48,13 @@ def _refused(made: Object, version: str) -> Iterator[str]:
 
 
 def alerts_can_be_followed(found: Manifests) -> Iterator[str]:
-    """Against the headings of docs/deploy.md."""
+    """Each alert names a section of docs/how-to/troubleshoot.md."""
     yield from signals.alerts_can_be_followed(found, headings())
 
 
 def headings() -> set[str]:
-    """Of docs/deploy.md, as links name them."""
-    text = (ROOT / "docs/deploy.md").read_text("utf-8")
+    """Anchors of the headings in the runbook."""
+    text = (ROOT / signals.RUNBOOK).read_text("utf-8")
     return {
         re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
         for line in text.splitlines()

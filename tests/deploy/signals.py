@@ -19,6 +19,8 @@ _NAME = re.compile(r"\boutrider[_:][a-z0-9_:]+")
 _LABELS = re.compile(r"(outrider[_:][a-z0-9_:]+)\{([^}]*)\}")
 _LABEL = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
 _STATUSES = re.compile(r'\bstatus\s*(=~|!~|!=|=)\s*"([^"]*)"')
+# The page with a section per alert.
+RUNBOOK = "docs/how-to/troubleshoot.md"
 # Added by Prometheus as it scrapes.
 SCRAPED = {"namespace", "pod", "service", "job", "instance", "container", "endpoint", "le"}
 # What the adapter calls a recorded series (components/autoscaling/prometheus-adapter-values.yaml).
@@ -157,8 +159,8 @@ def _unclear(rule: dict[str, Any], headings: set[str]) -> Iterator[str]:
     if not notes.get("summary"):
         yield "no summary"
     page, _, heading = notes.get("runbook", "").partition("#")
-    if page != "docs/deploy.md" or heading not in headings:
-        yield f"no such place in docs/deploy.md: {heading!r}"
+    if page != RUNBOOK or heading not in headings:
+        yield f"{RUNBOOK} has no section {heading!r}"
 
 
 def adapted_series(text: str) -> set[str]:

@@ -92,7 +92,7 @@ def test_the_dashboard_is_what_its_script_makes() -> None:
 def test_secrets_that_are_not_here_are_explained() -> None:
     from tests.deploy.wiring import EXTERNAL_SECRETS
 
-    text = (ROOT / "docs/deploy.md").read_text("utf-8")
+    text = (ROOT / "docs/how-to/deploy.md").read_text("utf-8")
     for name, keys in EXTERNAL_SECRETS.items():
         assert f"`{name}`" in text
         for key in keys:

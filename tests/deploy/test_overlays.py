@@ -87,8 +87,8 @@ def test_a_component_fits_the_base(components: tuple[str, ...], tmp_path: Path) 
 
 @needs_kubectl
 def test_another_redis_as_the_guide_has_it(tmp_path: Path) -> None:
-    """The lines of docs/deploy.md, for all three programs: ours is gone, and nothing misses it."""
-    guide = (ROOT / "docs/deploy.md").read_text("utf-8").partition("## Another Redis")[2]
+    """Applies the lines of docs/how-to/deploy.md to all three programs."""
+    guide = (ROOT / "docs/how-to/deploy.md").read_text("utf-8").partition("## Another Redis")[2]
     lines = guide.split("```yaml\n")[1].split("```")[0]
     head, generator, entry = lines.partition("configMapGenerator:\n")
     entries = [

@@ -1,7 +1,7 @@
 """Rules of what belongs together: selectors and pods, ports, scalers and workloads, references.
 
 Each rule is given built manifests and yields what is wrong, by the object's name. Validators see
-objects one by one and miss all of this (docs/deploy.md, "What is checked").
+objects one by one and miss all of this (docs/how-to/deploy.md, "What is checked").
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.deploy.manifests import CLUSTER_SCOPED, Manifests, Object, Pod, selects, title
 
-# Made by the operator, never in a repository; docs/deploy.md says how.
+# Made by the operator, never in a repository; docs/how-to/deploy.md says how.
 EXTERNAL_SECRETS = {
     "outrider-hub": {"token"},
     "outrider-redis": {"password", "users.acl", "replication.conf", "sentinel.conf"},

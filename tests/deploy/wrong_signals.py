@@ -100,7 +100,7 @@ MISTAKES: list[Mistake] = [
     (alerts_can_be_followed, lambda m: alert(m).pop("labels"), "no severity"),
     (
         alerts_can_be_followed,
-        lambda m: put(alert(m)["annotations"], "runbook", "docs/deploy.md#no-tokens"),
+        lambda m: put(alert(m)["annotations"], "runbook", "docs/how-to/troubleshoot.md#no-tokens"),
         "no such place",
     ),
 ]

@@ -42,7 +42,7 @@ async def outrider(*arguments: str, **variables: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def pki(tmp_path: Path) -> Path:
-    """By the script that docs/security.md names."""
+    """By the script that docs/how-to/secure.md names."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
     folder = tmp_path / "pki"
@@ -99,7 +99,7 @@ def test_a_key_is_added_to_a_file_that_stays_readable(tmp_path: Path) -> None:
 async def test_from_the_first_key_to_the_last_command(
     pki: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """As docs/security.md walks through it."""
+    """As docs/how-to/secure.md walks through it."""
     words = [
         "new",
         "ada",

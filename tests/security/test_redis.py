@@ -32,11 +32,11 @@ from tests.telemetry.parts import scrape
 
 EXPIRES_AT = "outrider_certificate_expires_at_seconds"
 PASSWORD = "correct-horse"
-DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+DOCS = Path(__file__).parents[2] / "docs/how-to/secure.md"
 
 
 def documented_rules() -> str:
-    """What docs/security.md says is enough."""
+    """What docs/how-to/secure.md lists as enough."""
     found = re.search(r"^user outrider on >PASSWORD (.*)$", DOCS.read_text(), re.MULTILINE)
     assert found is not None
     return found[1]

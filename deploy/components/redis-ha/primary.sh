@@ -1,9 +1,9 @@
-# Sets `me`, this pod's name, and `primary`, the node that the others follow: what a sentinel says,
-# or where none answers the first node. To be sourced.
+# Sets `me`, this pod's name, and `primary`: the primary according to a sentinel, or the first node
+# if no sentinel answers. To be sourced.
 domain="outrider-redis-nodes.${POD_NAMESPACE}.svc.cluster.local"
 me="${POD_NAME}.${domain}"
 primary=""
-# What sentinels ask of everybody, where there is a Secret of it.
+# The sentinels' password, if the Secret has one.
 password=$(sed -n 's/^requirepass //p' /replication/sentinel.conf 2>/dev/null || true)
 for number in 0 1 2; do
   # shellcheck disable=SC2086  # flags are words

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts this node as the primary, or as one that follows it. A former primary that comes back before
-# the sentinels have chosen another finds itself named, and goes on.
+# Starts this node as the primary or as its replica. A former primary that restarts before the
+# sentinels elected another one stays the primary.
 set -eu
 . /scripts/primary.sh
 set -- /etc/outrider/redis.conf --replica-announce-ip "$me"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Watches the nodes with two others; two of three agree that the primary is gone. What a sentinel
-# learns it writes into its own configuration, which a restart forgets and learns again.
+# One of three sentinels; two must agree that the primary is down. A sentinel writes its state into
+# its own configuration, which a restart discards.
 set -eu
 . /scripts/primary.sh
 umask 077
@@ -13,7 +13,7 @@ umask 077
   echo "sentinel announce-hostnames yes"
   echo "sentinel announce-ip $me"
   echo "sentinel monitor outrider $primary 6379 2"
-  # Longer than a primary on a busy machine is silent; sessions go on meanwhile.
+  # Longer than a primary on a busy machine may be unresponsive; generations continue meanwhile.
   echo "sentinel down-after-milliseconds outrider 5000"
   echo "sentinel failover-timeout outrider 30000"
   echo "sentinel parallel-syncs outrider 1"
@@ -28,6 +28,6 @@ umask 077
     echo "tls-replication yes"
   fi
 } > /tmp/sentinel.conf
-# Until the primary's name resolves a sentinel does not start.
+# A sentinel does not start until the primary's name resolves.
 until getent hosts "$primary" > /dev/null; do sleep 1; done
 exec valkey-sentinel /tmp/sentinel.conf
