@@ -1,4 +1,4 @@
-# Everything a newcomer runs. `make demo` and `make test` set up what they need in .venv.
+# Commands for development. `make demo` and `make test` create .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,26 +8,28 @@ UV_VENV ?= .venv-uv
 UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check clean
+.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference clean
 
 help:
-	@echo "make demo         set up, run a speculative generation through four real processes, compare"
-	@echo "make test         set up, lint, type-check, check generated code, run every test"
-	@echo "make test-quick   all tests but the slow ones: under 3 minutes"
-	@echo "make test-newest  engine, services and end-to-end tests with the newest dependencies allowed"
-	@echo "make test-oldest  the same with the oldest dependencies allowed"
-	@echo "make pods         run the manifests' own pods as processes in network namespaces (root)"
-	@echo "make lint         ruff, mypy, import rules"
+	@echo "make demo         generate with and without drafts through four real processes; compare"
+	@echo "make test         lint, type-check, check generated code, run every test"
+	@echo "make test-quick   run all tests except the slow ones: under 3 minutes"
+	@echo "make test-newest  test engine, services and end to end with the newest allowed dependencies"
+	@echo "make test-oldest  the same with the oldest allowed dependencies"
+	@echo "make pods         run the pods of the manifests as processes in network namespaces (root)"
+	@echo "make lint         run ruff, mypy and the import rules"
+	@echo "make setup        create .venv with the locked versions (demo and test do it too)"
 	@echo "make lock         pin the newest allowed versions in requirements/ (needs PyPI)"
-	@echo "make audit        look dependencies up in PyPI's advisories (needs the network)"
-	@echo "make proto        regenerate outrider/v1 from proto/"
+	@echo "make audit        check dependencies against PyPI's advisories (needs network)"
+	@echo "make proto        generate outrider/v1 from proto/"
+	@echo "make reference    generate docs/reference/{flags,commands,metrics,errors}.md from the code"
 	@echo "make clean        remove the environments"
 
 setup: $(VENV)/.ready
 
-# pip compiles 14,000 modules on one core, compileall on all; a few that are templates do not compile.
-# With a GPU: torch's CUDA build and FlashInfer, from PyPI, by hash. Without: torch's CPU build, which is
-# on torch's own index, by version; where that index cannot be reached, pip takes what other indexes have.
+# compileall compiles 14,000 modules on all cores, pip on one. A few modules are templates and do not compile.
+# With a GPU: torch's CUDA build and FlashInfer from PyPI, by hash. Without: torch's CPU build from torch's
+# own index, by version. If that index is unreachable, pip uses the other configured indexes.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ifeq ($(shell command -v nvidia-smi),)
 TORCH := --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
@@ -48,28 +50,28 @@ $(VENV)/.ready: pyproject.toml outrider_bench/pyproject.toml $(wildcard requirem
 demo: setup
 	$(BIN)/outrider demo
 
-# Three workers on two cores: tests wait a third of their time. A file stays with one worker, for its fixtures;
-# tests/conftest.py puts the long files first. The engine's tests run twice where the CPU has AVX-512, the
-# first time as if it had not, beside what uses one core only: installing, linting, checking types.
+# Three workers on two cores, as tests wait a third of their time. All tests of a file run on one worker, which
+# shares its fixtures; tests/conftest.py puts the long files first. On a CPU with AVX-512 the engine's tests
+# run twice, the first time with AVX-512 disabled, in parallel with linting and type checking.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
-# Bytecode is kept whatever the caller's environment says: tests start hundreds of programs.
+# Write bytecode in any environment: tests start hundreds of programs.
 unexport PYTHONDONTWRITEBYTECODE
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 test:
 	$(MAKE) -j3 lint proto-check test-without-avx512
 	$(BIN)/python -m pytest $(WORKERS)
 
-# The slow ones are programs, which compute nothing that the others do not.
+# Slow tests start programs; their computation is covered by the other tests.
 test-without-avx512: setup
 	@if grep -qm1 avx512f /proc/cpuinfo; then set -x; \
 		$(WITHOUT_AVX512) $(BIN)/python -m pytest $(WORKERS) tests/engine -m "not gpu and not slow"; fi
 
-# The inner loop. Every other test is marked slow.
+# The inner loop: tests that are not marked slow.
 test-quick: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-# The ends of the ranges of the runtime dependencies, resolved on the day, under the newest test tools.
-# UV_TORCH_BACKEND=cpu saves 3 GB of CUDA packages where torch's own index can be reached.
+# Both ends of the ranges of the runtime dependencies, resolved at run time, with the newest test tools.
+# UV_TORCH_BACKEND=cpu saves 3 GB of CUDA packages if torch's own index is reachable.
 RANGE_TESTS := tests/engine tests/services tests/e2e tests/sampling tests/orchestrator
 test-newest: RESOLUTION := highest
 test-oldest: RESOLUTION := lowest-direct
@@ -81,7 +83,7 @@ test-newest test-oldest: test-%: $(UV_VENV)/.ready
 	$(UV) pip list --python .venv-$*
 	.venv-$*/bin/python -m pytest $(WORKERS) $(RANGE_TESTS)
 
-# Overlays as processes, a network namespace and an address for each pod; wants root, and the cores to itself.
+# Runs overlays as processes, one network namespace and address per pod. Needs root and an idle machine.
 pods: setup
 	OUTRIDER_TEST_PODS=1 $(BIN)/python -m pytest tests/deploy/test_pods.py
 
@@ -91,7 +93,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# In an environment of its own: a lock that does not fit pyproject.toml yet cannot be installed.
+# In an environment of its own, as a lock that does not match pyproject.toml cannot be installed.
 $(UV_VENV)/.ready: Makefile
 	$(PYTHON) -m venv --clear $(UV_VENV)
 	$(UV_VENV)/bin/python $(PIP_INSTALL) uv==0.13.9
@@ -100,8 +102,8 @@ $(UV_VENV)/.ready: Makefile
 lock: $(UV_VENV)/.ready
 	$(UV_VENV)/bin/python scripts/lock.py
 
-# In an environment of its own: the auditor's dependencies are none of ours. Strict: a package
-# that PyPI does not know is a failure. Local versions (torch 2.13.0+cpu) are looked up without the suffix.
+# In an environment of its own, apart from the auditor's dependencies. Strict: a package unknown to PyPI is
+# a failure. Local versions (torch 2.13.0+cpu) are looked up without the suffix.
 $(AUDIT_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/python $(PIP_INSTALL) pip-audit
@@ -119,9 +121,13 @@ $(PROTO_VENV)/.ready: requirements/proto.txt
 proto: $(PROTO_VENV)/.ready
 	$(PROTO_VENV)/bin/python scripts/gen_proto.py
 
-# The committed stubs are what the contracts say.
+# Fails if the committed stubs do not match proto/.
 proto-check: $(PROTO_VENV)/.ready
 	$(PROTO_VENV)/bin/python scripts/gen_proto.py --check
+
+# The committed pages are compared by tests/test_reference.py.
+reference: setup
+	$(BIN)/python scripts/reference.py
 
 clean:
 	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) $(UV_VENV) .venv-newest .venv-oldest

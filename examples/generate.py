@@ -1,4 +1,4 @@
-"""Stream one answer over gRPC, then print how speculation went."""
+"""Stream one generation over gRPC, then print the acceptance rate."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Break a stream after ten tokens, then resume it: no token is lost or repeated.
 
-Any orchestrator that shares the Redis can resume it; here it is the same one.
+Any orchestrator with the same Redis can resume it; here it is the same orchestrator.
 """
 
 import secrets
@@ -30,12 +30,13 @@ with grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:5005
     for chunk in stream:
         received += chunk.token_ids
         if len(received) >= 10:
-            stream.cancel()  # as a lost connection would
+            stream.cancel()  # like a lost connection
             break
-    print(f"broke off after {len(received)} tokens")
+    print(f"interrupted after {len(received)} tokens")
 
     request = pb.GenerateRequest(session_id=session_id, resume_from=len(received))
     for chunk in orchestrator.Generate(request):
         received += chunk.token_ids
-    print(f"resumed to {len(received)} tokens; the same as in one piece: {received == whole}")
+    print(f"resumed to {len(received)} tokens")
+    print(f"equal to the uninterrupted output: {received == whole}")
     orchestrator.DeleteSession(pb.DeleteSessionRequest(session_id=session_id))

@@ -271,7 +271,7 @@ class Verifier(GenerationWorker[Command, Verified, _TargetGeneration, _PlannedRo
         """Whether the row is run with fewer draft tokens: they may be what gives NaN or infinity.
 
         Exact for every verification only if the draft tokens up to the first bad one, and no
-        others, are judged (docs/exactness.md).
+        others, are judged (docs/concepts/exactness.md).
         """
         live, row, state = planned.live, planned.row, planned.live.state
         is_finite, num_drafts = not isinstance(reply, Exception), len(row.draft_token_ids)

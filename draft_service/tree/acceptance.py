@@ -4,7 +4,7 @@ Where draft and target draw with the same noise (greedy, coupled), the chance of
 softmax of the scores; its sharpness is learnt, so that tokens said to stand with chance c stand in
 a share c of cases. Where draft tokens are judged by rejection, chances go by rank alone: scores
 hold the noise that recovered and bonus tokens are drawn with, and which proposal is ready must not
-depend on the noise of tokens that are still to be judged (docs/exactness.md).
+depend on the noise of tokens that are still to be judged (docs/concepts/exactness.md).
 Pure; chances order the drafting, so a wrong one costs speed and nothing else.
 """
 

@@ -3,7 +3,7 @@
 A transport translates its messages into a `GenerationRequest` (`orchestrator.api`), then calls
 `validate`. Once the prompt is encoded, `resolve_max_tokens` and `check_length` check the length.
 Fields in errors have the names of `GenerateRequest` in orchestrator.proto. The ranges of sampling
-parameters are in `outrider.sampling.params`; docs/limits.md lists all limits.
+parameters are in `outrider.sampling.params`; docs/reference/limits.md lists all limits.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ UINT16 = np.dtype("<u2")
 UINT32 = np.dtype("<u4")
 FLOAT32 = np.dtype("<f4")
 
-# docs/limits.md has all limits, and what the callers' ones are for.
+# docs/reference/limits.md has all limits, and what the callers' ones are for.
 # A caller's name of 63, a slash, and its session's of 128 (orchestrator/sessions/records.py).
 MAX_SESSION_ID_CHARS = 192
 # Of one draft position. Ours have 32 at most (`outrider.sampling.support`).

@@ -1,4 +1,4 @@
-"""`outrider bench …`: one command for each table of docs/benchmarks.md.
+"""`outrider bench …`: one command for each table of docs/benchmarks/results.md.
 
 Each command starts the system it measures, runs its variants in turn within one run, prints a
 table, and writes NAME.json (settings, machine, versions, results, every raw sample) and NAME.svg

@@ -1,4 +1,4 @@
-"""The examples, run as a user would against a running system."""
+"""The examples run against a running system."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tests.cli.processes import ROOT
 pytestmark = pytest.mark.slow
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SAYS = {
+EXPECTED_OUTPUT = {
     "generate.py": "acceptance rate: ",
     "session.py": "tokens, 0 of them cached",
-    "resume.py": "the same as in one piece: True",
+    "resume.py": "equal to the uninterrupted output: True",
 }
 
 
-def test_each_example_is_run_here_and_listed() -> None:
-    assert {path.name for path in EXAMPLES} == set(SAYS)
+def test_each_example_is_tested_and_listed() -> None:
+    assert {path.name for path in EXAMPLES} == set(EXPECTED_OUTPUT)
     listed = (ROOT / "examples/README.md").read_text("utf-8")
     assert all(f"({path.name})" in listed for path in EXAMPLES)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(example: Path, endpoint: str) -> None:
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(example), endpoint],
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert SAYS[example.name] in ended.stdout
+    assert done.returncode == 0, done.stderr
+    assert EXPECTED_OUTPUT[example.name] in done.stdout

@@ -1,7 +1,4 @@
-"""An API server of one's own, where envtest's binaries are (KUBEBUILDER_ASSETS).
-
-Owns two processes and their files, for the time of a block.
-"""
+"""A local Kubernetes API server from envtest's binaries (KUBEBUILDER_ASSETS)."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ START_TIMEOUT_S = 120.0
 
 @contextmanager
 def api_server(assets: Path, directory: Path) -> Iterator[list[str]]:
-    """kubectl's command with all that it needs to be let in. Raises AssertionError."""
+    """Starts etcd and the API server; yields the kubectl command with its credentials."""
     etcd, peer, api = free_ports(3)
     token = secrets.token_hex(16)
     (directory / "tokens.csv").write_text(f'{token},admin,1,"system:masters"\n', "utf-8")
@@ -66,9 +63,7 @@ def _wait(kubectl: list[str]) -> None:
 
 
 def free_ports(num: int) -> list[int]:
-    """Different ones, that nobody listens on now; nor does the kernel give them to anybody, who
-    only wants some port, till they are used.
-    """
+    """Distinct ports without a listener, outside the range that the kernel assigns by itself."""
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first_given = int(given.read_text("utf-8").split()[0]) if given.exists() else 49_152
     found: list[int] = []

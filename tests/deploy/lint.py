@@ -1,4 +1,4 @@
-"""All rules of the lint by name, and the validation of each object by its schema."""
+"""The lint of the manifests: all rules, and schema validation of each object."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.deploy import pods, schemas, signals, wiring
 from tests.deploy.manifests import Manifests, Object, title
 from tests.deploy.sources import ROOT
 
-# The oldest that the manifests are for, and the newest that the validator knows.
+# The oldest supported version, and the newest that the validator has.
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 
 Rule = Callable[[Manifests], Iterator[str]]
 
 
 def objects_are_valid(found: Manifests) -> Iterator[str]:
-    """By Kubernetes' own schemas, strictly, or by ours for custom resources."""
+    """Validates by Kubernetes' schemas, strictly, or by ours for custom resources."""
     for made in found.objects:
         for why in invalid(json.dumps(made, sort_keys=True)):
             yield f"{title(made)}: {why}"
@@ -29,27 +29,27 @@ def objects_are_valid(found: Manifests) -> Iterator[str]:
 
 @functools.cache
 def invalid(text: str) -> tuple[str, ...]:
-    """What is wrong with an object, as JSON: most are the same in every overlay."""
+    """Schema errors of an object given as JSON; cached, as most objects are in every overlay."""
     made = json.loads(text)
     key = (made["apiVersion"], made["kind"])
     if key in schemas.SPECS:
         validator = jsonschema.Draft202012Validator(schemas.whole(*key))
         return tuple(f"{error.json_path}: {error.message}" for error in validator.iter_errors(made))
-    return tuple(why for version in KUBERNETES_VERSIONS for why in _refused(made, version))
+    return tuple(why for version in KUBERNETES_VERSIONS for why in _schema_errors(made, version))
 
 
-def _refused(made: Object, version: str) -> Iterator[str]:
+def _schema_errors(made: Object, version: str) -> Iterator[str]:
     try:
         kubernetes_validate.validate(made, version, strict=True)
     except kubernetes_validate.ValidationError as error:
         yield f"Kubernetes {version}: {error.message}"
     except kubernetes_validate.SchemaNotFoundError:
-        yield f"Kubernetes {version} knows no {made['apiVersion']} {made['kind']}"
+        yield f"Kubernetes {version} has no {made['apiVersion']} {made['kind']}"
 
 
-def alerts_can_be_followed(found: Manifests) -> Iterator[str]:
+def alerts_have_runbooks(found: Manifests) -> Iterator[str]:
     """Each alert names a section of docs/how-to/troubleshoot.md."""
-    yield from signals.alerts_can_be_followed(found, headings())
+    yield from signals.alerts_have_runbooks(found, headings())
 
 
 def headings() -> set[str]:
@@ -65,12 +65,12 @@ def headings() -> set[str]:
 RULES: tuple[Rule, ...] = (
     objects_are_valid,
     wiring.selectors_match,
-    wiring.workloads_are_apart,
+    wiring.selectors_do_not_overlap,
     wiring.ports_exist,
     wiring.policy_ports_exist,
     wiring.scalers_have_targets,
-    wiring.fallbacks_take_nothing_away,
-    wiring.protocols_are_spoken,
+    wiring.fallbacks_do_not_scale_down,
+    wiring.app_protocols_match,
     wiring.references_exist,
     wiring.namespaces_agree,
     wiring.names_are_unique,
@@ -78,20 +78,20 @@ RULES: tuple[Rule, ...] = (
     pods.resources_are_bounded,
     pods.settings_load,
     pods.ports_are_the_settings,
-    pods.probes_are_answered,
-    pods.stops_have_time,
+    pods.probes_match_services,
+    pods.grace_periods_suffice,
     pods.addresses_exist,
     pods.files_are_mounted,
-    pods.certificates_fit,
+    pods.certificate_names_match,
     signals.metrics_exist,
-    signals.errors_are_the_services_own,
-    signals.pages_have_traffic,
+    signals.error_rates_exclude_client_errors,
+    signals.ratio_alerts_need_traffic,
     signals.unhealthy_states_have_alerts,
     signals.scaler_metrics_exist,
-    alerts_can_be_followed,
+    alerts_have_runbooks,
 )
 
 
 def lint(found: Manifests) -> list[str]:
-    """Everything that is wrong."""
+    """All problems found."""
     return [f"{rule.__name__}: {why}" for rule in RULES for why in rule(found)]

@@ -1,7 +1,4 @@
-"""Built manifests as a lint wants them: objects by kind, pods with labels, what they reference.
-
-Reads plain dictionaries. Knows no rule and no kustomize.
-"""
+"""Built manifests for the lint: objects by kind, pods with labels, environment, volumes."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ SOME_POD = {"status.podIP": "10.0.0.1", "metadata.name": "pod-0", "metadata.name
 
 @dataclass(frozen=True)
 class Pod:
-    """The template of a workload. `name` is Kind/name."""
+    """Pod template of a workload. `name` is Kind/name."""
 
     name: str
     labels: Mapping[str, str]
@@ -33,11 +30,11 @@ class Pod:
 
     @property
     def all_containers(self) -> list[Object]:
-        """Those that prepare included."""
+        """All containers, init containers included."""
         return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
 
     def ports(self) -> dict[str | int, int]:
-        """Port numbers by name, and by themselves."""
+        """Port numbers by name and by number."""
         found: dict[str | int, int] = {}
         for container in self.containers:
             for port in container.get("ports", ()):
@@ -48,7 +45,7 @@ class Pod:
 
 @dataclass
 class Manifests:
-    """`objects` may be changed, by whoever plants a mistake."""
+    """Objects of an overlay. Tests plant mistakes by changing `objects`."""
 
     objects: list[Object] = field(default_factory=list)
 
@@ -60,11 +57,11 @@ class Manifests:
         return [made for made in self.objects if made["kind"] in kinds]
 
     def get(self, kind: str, name: str) -> Object:
-        """Raises StopIteration where it is not there."""
+        """Raises StopIteration if it does not exist."""
         return next(made for made in self.of(kind) if made["metadata"]["name"] == name)
 
     def named(self, kind: str, prefix: str) -> Object:
-        """A generated one, whose name ends with a hash."""
+        """An object whose generated name starts with `prefix`."""
         return next(m for m in self.of(kind) if m["metadata"]["name"].startswith(prefix))
 
     def has(self, kind: str, name: str) -> bool:
@@ -78,14 +75,14 @@ class Manifests:
         ]
 
     def config(self, name: str) -> dict[str, str] | None:
-        """A ConfigMap's data; None: there is none of this name."""
+        """A ConfigMap's data; None: it does not exist."""
         found = [m for m in self.of("ConfigMap") if m["metadata"]["name"] == name]
         return dict(found[0].get("data", {})) if found else None
 
     def environment(self, container: Object, pod: Mapping[str, str] = SOME_POD) -> dict[str, str]:
-        """As the kubelet would make it: maps first, then single ones, $(NAMES) filled in.
+        """Environment as the kubelet builds it: ConfigMaps, then single variables with $(NAME).
 
-        `pod`: what its fields say, by their paths.
+        `pod`: values of the pod's fields by path.
         """
         made: dict[str, str] = {}
         for source in container.get("envFrom", ()):
@@ -103,11 +100,11 @@ class Manifests:
             return (self.config(reference["name"]) or {}).get(reference["key"])
         if reference := source.get("fieldRef"):
             return pod[reference["fieldPath"]]
-        return None  # a Secret's: not for us
+        return None  # from a Secret, which is not in the repository
 
 
 def files(found: Manifests, volume: Object) -> dict[str, str]:
-    """Of a volume made of a ConfigMap or a Secret."""
+    """Files of a ConfigMap or Secret volume by name."""
     if source := volume.get("configMap"):
         data = found.config(source["name"]) or {}
     else:
@@ -123,14 +120,14 @@ def title(made: Object) -> str:
 
 
 def expand(text: str, environment: Mapping[str, str]) -> str:
-    """$(NAME) as Kubernetes does it: an unknown one stays."""
+    """Expands $(NAME); unknown names stay, as in Kubernetes."""
     for name, value in environment.items():
         text = text.replace(f"$({name})", value)
     return text
 
 
 def selects(selector: Object | None, labels: Mapping[str, str]) -> bool:
-    """A LabelSelector, or a Service's plain labels. An empty one selects everything."""
+    """Whether a LabelSelector or a Service's labels select a pod. An empty selector selects all."""
     if not selector:
         return True
     if "matchLabels" not in selector and "matchExpressions" not in selector:
@@ -138,10 +135,10 @@ def selects(selector: Object | None, labels: Mapping[str, str]) -> bool:
     wanted = selector.get("matchLabels", {})
     if any(labels.get(name) != value for name, value in wanted.items()):
         return False
-    return all(_holds(term, labels) for term in selector.get("matchExpressions", ()))
+    return all(_matches(term, labels) for term in selector.get("matchExpressions", ()))
 
 
-def _holds(term: Object, labels: Mapping[str, str]) -> bool:
+def _matches(term: Object, labels: Mapping[str, str]) -> bool:
     value = labels.get(term["key"])
     match term["operator"]:
         case "In":
@@ -155,7 +152,7 @@ def _holds(term: Object, labels: Mapping[str, str]) -> bool:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in it, wherever it stands."""
+    """Every string in a nested value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Where in built manifests a mistake is planted."""
+"""Helpers that plant mistakes in built manifests."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def scaler(name: str, metric: str) -> dict[str, Any]:
     }
 
 
-# Rule, what is done to manifests that are right, a part of what must be said.
+# Rule, change to correct manifests, part of the expected message.
 Mistake = tuple[Rule, Plant, str]

@@ -1,6 +1,6 @@
-"""Rules of what a pod must be: restricted, probed as services answer, stopped with time to spare.
+"""Rules for pods: security, probes, settings, files, grace periods.
 
-As tests/deploy/wiring.py. The settings are loaded by the programs' own loader.
+Uses the programs' own settings loader. Rules have the form of tests/deploy/wiring.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.deploy.wiring import secret_keys
 
 TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-# Of a model service: the pass under way at a stop (model_server/lifecycle.py, which imports torch).
+# A model service finishes its current pass (model_server/lifecycle.py, which imports torch).
 DEVICE_END_TIMEOUT_S = 3.0
-# Between the last thing a pod does and SIGKILL.
+# Reserve between the end of a stop and SIGKILL.
 SPARE_S = 3.0
 
-# Container: its program's name and settings, the service it registers, what its stop takes besides.
+# By container: program, settings, gRPC service, and seconds of its stop beyond stop_grace_s.
 PROGRAMS: dict[str, tuple[str, Any, str, float]] = {
     "target": ("target", TargetConfig, TARGET, DEVICE_END_TIMEOUT_S),
     "draft": ("draft", DraftConfig, DRAFT, DEVICE_END_TIMEOUT_S),
@@ -37,22 +37,22 @@ PROGRAMS: dict[str, tuple[str, Any, str, float]] = {
 
 
 def pods_are_restricted(found: Manifests) -> Iterator[str]:
-    """Pod Security 'restricted', and a root that cannot be written."""
+    """Pod Security 'restricted', and a read-only root."""
     for pod in found.pods():
         wide = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(name)]
         if wide:
             yield f"{pod.name}: {', '.join(wide)}"
         for volume in pod.spec.get("volumes", ()):
             if not volume.keys() & {"configMap", "secret", "emptyDir", "projected"}:
-                yield f"{pod.name}: volume {volume['name']} is of a kind that is not restricted"
+                yield f"{pod.name}: volume {volume['name']} is of a kind that 'restricted' forbids"
         if pod.spec.get("automountServiceAccountToken") is not False:
             yield f"{pod.name}: has a token of the API server"
         for container in pod.all_containers:
-            for why in _loose(pod.spec.get("securityContext", {}), container):
+            for why in _privileges(pod.spec.get("securityContext", {}), container):
                 yield f"{pod.name} {container['name']}: {why}"
 
 
-def _loose(pod: Object, container: Object) -> Iterator[str]:
+def _privileges(pod: Object, container: Object) -> Iterator[str]:
     own = container.get("securityContext", {})
     both = {**pod, **own}
     if both.get("runAsNonRoot") is not True or both.get("runAsUser") == 0:
@@ -65,34 +65,34 @@ def _loose(pod: Object, container: Object) -> Iterator[str]:
     if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", ())) - {
         "NET_BIND_SERVICE"
     }:
-        yield "keeps capabilities"
+        yield "does not drop all capabilities"
     if own.get("readOnlyRootFilesystem") is not True:
         yield "may write to its root"
     if any("hostPort" in port for port in container.get("ports", ())):
-        yield "takes a port of the node"
+        yield "uses a host port"
 
 
 def resources_are_bounded(found: Manifests) -> Iterator[str]:
-    """Containers ask for cores and memory, and have a limit of memory; images have a version."""
+    """Containers have requests for CPU and memory and a memory limit; images have a version."""
     for pod in found.pods():
         for container in pod.all_containers:
             asked = container.get("resources", {})
             requests, limits = asked.get("requests", {}), asked.get("limits", {})
             name = f"{pod.name} {container['name']}"
             if not {"cpu", "memory"} <= requests.keys() or "memory" not in limits:
-                yield f"{name}: cores or memory are not asked for, or not limited"
+                yield f"{name}: no request for CPU or memory, or no memory limit"
             gpus = [side.get("nvidia.com/gpu") for side in (requests, limits)]
             if gpus[0] != gpus[1]:
-                yield f"{name}: GPUs asked for and limited differ"
+                yield f"{name}: GPU request and limit differ"
             _, _, tag = container["image"].rpartition("/")[2].partition(":")
             if tag in ("", "latest"):
                 yield f"{name}: its image has no version"
         if pod.spec.get("enableServiceLinks") is not False:
-            yield f"{pod.name}: Services would set variables that are settings of ours"
+            yield f"{pod.name}: Services would set variables of our settings"
 
 
 def settings_load(found: Manifests) -> Iterator[str]:
-    """The programs take their environment: names, values, and what goes together."""
+    """The programs' loader accepts the environment."""
     for pod, container in _programs(found):
         try:
             settings(found, container)
@@ -101,7 +101,7 @@ def settings_load(found: Manifests) -> Iterator[str]:
 
 
 def settings(found: Manifests, container: Object) -> Any:
-    """As the program loads them. Raises ConfigError."""
+    """Settings as the program loads them. Raises ConfigError."""
     program, kind, _, _ = PROGRAMS[container["name"]]
     environment = found.environment(container)
     foreign = [
@@ -122,7 +122,7 @@ def _programs(found: Manifests) -> Iterator[tuple[Pod, Object]]:
 
 
 def _loaded(found: Manifests) -> Iterator[tuple[Pod, Object, Any]]:
-    """Those that do; the others are told by `settings_load`."""
+    """Containers whose settings load; `settings_load` reports the others."""
     for pod, container in _programs(found):
         try:
             yield pod, container, settings(found, container)
@@ -131,7 +131,7 @@ def _loaded(found: Manifests) -> Iterator[tuple[Pod, Object, Any]]:
 
 
 def ports_are_the_settings(found: Manifests) -> Iterator[str]:
-    """A named port is where the program listens; what is advertised leads there."""
+    """Named ports and `advertise` match the program's settings."""
     for pod, container, loaded in _loaded(found):
         numbers = {port["name"]: port["containerPort"] for port in container["ports"]}
         wanted = {"grpc": "port", "health": "health_port", "metrics": "metrics_port"}
@@ -142,11 +142,11 @@ def ports_are_the_settings(found: Manifests) -> Iterator[str]:
         if hasattr(loaded, "advertise") and advertised != f"10.0.0.1:{loaded.port}":
             yield f"{pod.name}: advertises {advertised}"
         if loaded.host in ("127.0.0.1", "localhost"):
-            yield f"{pod.name}: listens to nobody but itself"
+            yield f"{pod.name}: listens on the loopback interface only"
 
 
-def probes_are_answered(found: Manifests) -> Iterator[str]:
-    """Probes ask the port and the name that the program serves, for what they are about."""
+def probes_match_services(found: Manifests) -> Iterator[str]:
+    """Probes use the health port and a health name that fits their purpose."""
     for pod in found.pods():
         for container in pod.containers:
             if pod.workload["kind"] == "Job":
@@ -156,11 +156,11 @@ def probes_are_answered(found: Manifests) -> Iterator[str]:
                     yield f"{pod.name} {container['name']}: no {kind}"
             for kind, probe in container.items():
                 if kind.endswith("Probe"):
-                    for why in _unanswered(found, pod, container, kind, probe):
+                    for why in _probe_problems(found, pod, container, kind, probe):
                         yield f"{pod.name} {container['name']}: {kind} {why}"
 
 
-def _unanswered(
+def _probe_problems(
     found: Manifests, pod: Pod, container: Object, kind: str, probe: Object
 ) -> Iterator[str]:
     for how in ("tcpSocket", "httpGet"):
@@ -176,16 +176,16 @@ def _unanswered(
         yield "does not ask health_port"
     asked = probe["grpc"].get("service", "")
     if kind == "readinessProbe" and asked not in ("", service):
-        yield f"asks for {asked!r}, which is not what is ready"
-    # Readiness as liveness kills a replica for being busy, or for what it waits for.
+        yield f"asks for {asked!r}, which is not a readiness name"
+    # A readiness name as liveness probe would kill a replica that waits or is busy.
     if kind == "livenessProbe" and asked != LIVENESS:
-        yield f"asks for {asked!r}, which is no reason to kill it"
+        yield f"asks for {asked!r}, which is not a liveness name"
     if asked not in ("", service, LIVENESS):
-        yield f"asks for {asked!r}, which nobody serves"
+        yield f"asks for {asked!r}, which the program does not serve"
 
 
-def stops_have_time(found: Manifests) -> Iterator[str]:
-    """preStop, drain and the last pass are over before SIGKILL."""
+def grace_periods_suffice(found: Manifests) -> Iterator[str]:
+    """preStop, drain and the last pass end before SIGKILL."""
     for pod, container, loaded in _loaded(found):
         sleep = _pre_stop_s(container)
         if sleep is None:
@@ -206,7 +206,7 @@ def _pre_stop_s(container: Object) -> float | None:
 
 
 def addresses_exist(found: Manifests) -> Iterator[str]:
-    """Redis is a Service that is here, at a port that it has, unless it is somebody else's."""
+    """redis_url names an existing Service and port, or a host outside the cluster."""
     for pod, _, loaded in _loaded(found):
         url = urlsplit(loaded.redis_url)
         host = (url.hostname or "").split(".")[0]
@@ -220,7 +220,7 @@ def addresses_exist(found: Manifests) -> Iterator[str]:
 
 
 def files_are_mounted(found: Manifests) -> Iterator[str]:
-    """A setting that names a file names a key of a Secret that is mounted there."""
+    """Settings that name a file name a key of a mounted Secret."""
     for pod, container, loaded in _loaded(found):
         for entry in fields(loaded):
             value = getattr(loaded, entry.name)
@@ -241,8 +241,8 @@ def _is_mounted(found: Manifests, pod: Pod, container: Object, path: str) -> boo
     return False
 
 
-def certificates_fit(found: Manifests) -> Iterator[str]:
-    """Names that one side asks for are in the other side's certificate."""
+def certificate_names_match(found: Manifests) -> Iterator[str]:
+    """Certificates have the names that the other side requires."""
     names = {
         m["spec"]["secretName"]: m["spec"].get("dnsNames", []) for m in found.of("Certificate")
     }
@@ -259,10 +259,10 @@ def certificates_fit(found: Manifests) -> Iterator[str]:
         if container["name"] == "orchestrator":
             for tier in ("outrider-target", "outrider-draft"):
                 if loaded.tier_tls_name not in own.get(tier, ()):
-                    yield f"{pod.name}: {tier}'s certificate is not for {loaded.tier_tls_name}"
+                    yield f"{pod.name}: {tier}'s certificate lacks {loaded.tier_tls_name}"
         elif not loaded.client_names & set(own.get("outrider-orchestrator", ())):
             yield f"{pod.name}: the orchestrator's certificate has none of the names it asks for"
     for made in found.of("Service"):
         server = names.get(f"{made['metadata']['name']}-tls")
         if server is not None and made["metadata"]["name"] not in server:
-            yield f"{title(made)}: its certificate is not for its name"
+            yield f"{title(made)}: its certificate lacks its name"

@@ -1,7 +1,7 @@
-"""Schemas of the custom resources, for the fields that are used here; any other is a mistake.
+"""Schemas of the custom resources, restricted to the fields that the manifests use.
 
-After the CRDs of KEDA 2.17, the Prometheus operator 0.80 and cert-manager 1.17. What Kubernetes
-itself defines is kubernetes-validate's.
+After the CRDs of KEDA 2.17, the Prometheus operator 0.80 and cert-manager 1.17. kubernetes-validate
+has the schemas of Kubernetes' own objects.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "minLength": 1}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 DURATION: Schema = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
-# A number that must be written as text.
+# A number that must be a string.
 NUMBER_TEXT: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"}
 LABELS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
 def closed(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
-    """An object of these fields and no others."""
+    """Schema of an object with these fields and no others."""
     return {
         "type": "object",
         "required": list(required),
@@ -54,7 +54,7 @@ _SCALING = closed(
 _METRIC_TYPE: Schema = {"enum": ["AverageValue", "Value", "Utilization"]}
 _TRIGGER = closed(
     {
-        # Of the scalers that KEDA has, the one that is used.
+        # The only KEDA scaler that is used.
         "type": {"const": "prometheus"},
         "metadata": closed(
             {
@@ -165,7 +165,7 @@ SPECS: dict[tuple[str, str], Schema] = {
 
 
 def whole(api_version: str, kind: str) -> Schema:
-    """Of the object around the spec."""
+    """Schema of the whole object."""
     metadata = closed({"name": TEXT}, {"namespace": TEXT, "labels": LABELS, "annotations": LABELS})
     return closed(
         {

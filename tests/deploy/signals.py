@@ -1,6 +1,6 @@
-"""Rules of metrics: what dashboards, alerts and scalers ask for is what the programs export.
+"""Rules for dashboards, alerts and scalers: they use metrics that the programs export.
 
-As tests/deploy/wiring.py. The names are those of outrider/telemetry/catalogue.py.
+Metric names are those of outrider/telemetry/catalogue.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _STATUSES = re.compile(r'\bstatus\s*(=~|!~|!=|=)\s*"([^"]*)"')
 RUNBOOK = "docs/how-to/troubleshoot.md"
 # Added by Prometheus as it scrapes.
 SCRAPED = {"namespace", "pod", "service", "job", "instance", "container", "endpoint", "le"}
-# What the adapter calls a recorded series (components/autoscaling/prometheus-adapter-values.yaml).
+# Names that prometheus-adapter-values.yaml gives to recorded series.
 ADAPTED = {"outrider_draft_pressure"}
 
 
 def exported() -> dict[str, Metric]:
-    """Every name that a scrape may have, and what it is of."""
+    """Metrics by every exported series name."""
     names: dict[str, Metric] = {}
     for metric in CATALOGUE:
         ends = ("_bucket", "_sum", "_count") if metric.kind is MetricKind.HISTOGRAM else ("",)
@@ -37,7 +37,7 @@ def exported() -> dict[str, Metric]:
 
 
 def expressions(found: Manifests) -> Iterator[tuple[str, str]]:
-    """Whose, and the PromQL."""
+    """Every PromQL expression with the name of its owner."""
     for rules in found.of("PrometheusRule"):
         for group in rules["spec"]["groups"]:
             for rule in group["rules"]:
@@ -54,7 +54,7 @@ def expressions(found: Manifests) -> Iterator[tuple[str, str]]:
 
 
 def recorded(found: Manifests) -> set[str]:
-    """Series that rules make."""
+    """Series of recording rules."""
     return {
         rule["record"]
         for rules in found.of("PrometheusRule")
@@ -65,7 +65,7 @@ def recorded(found: Manifests) -> set[str]:
 
 
 def metrics_exist(found: Manifests) -> Iterator[str]:
-    """Every series asked for is exported, or recorded here, with the labels it is asked by."""
+    """Expressions use exported or recorded series and their labels."""
     known, made = exported(), recorded(found)
     for whose, query in expressions(found):
         for name in _NAME.findall(query):
@@ -79,15 +79,15 @@ def metrics_exist(found: Manifests) -> Iterator[str]:
             yield f"{whose}: brackets do not match"
 
 
-# Callers' own doing; and calls refused for want of room, which have an alert of their own.
+# Statuses caused by clients, and RESOURCE_EXHAUSTED, which has its own alert.
 NOT_ERRORS = {
     "OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "NOT_FOUND", "ABORTED",
     "UNAUTHENTICATED", "PERMISSION_DENIED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED",
 }  # fmt: skip
 
 
-def errors_are_the_services_own(found: Manifests) -> Iterator[str]:
-    """No rule that counts a fault of the service counts what its callers did."""
+def error_rates_exclude_client_errors(found: Manifests) -> Iterator[str]:
+    """Expressions for service errors do not count statuses that clients cause."""
     for whose, query in expressions(found):
         for how, pattern in _STATUSES.findall(query):
             of = {name for name in STATUS_NAMES if re.fullmatch(pattern, name)}
@@ -97,18 +97,18 @@ def errors_are_the_services_own(found: Manifests) -> Iterator[str]:
                     yield f"{whose} counts {name} as an error"
 
 
-def pages_have_traffic(found: Manifests) -> Iterator[str]:
-    """A share of calls wakes nobody where there was hardly a call."""
+def ratio_alerts_need_traffic(found: Manifests) -> Iterator[str]:
+    """Alerts on a ratio of calls also require a minimum rate."""
     for rules in found.of("PrometheusRule"):
         for group in rules["spec"]["groups"]:
             for rule in group["rules"]:
                 is_share = re.search(r"outrider:(errors|refusals):", rule["expr"])
                 if "alert" in rule and is_share and "rate(" not in rule["expr"]:
-                    yield f"{title(rules)} {rule['alert']}: one call may be all there was"
+                    yield f"{title(rules)} {rule['alert']}: a single call can trigger it"
 
 
 def scaler_metrics_exist(found: Manifests) -> Iterator[str]:
-    """Likewise of HorizontalPodAutoscalers, through the adapter; gauges, where per pod."""
+    """Metrics of HorizontalPodAutoscalers exist; per-pod ones are gauges."""
     known = exported()
     for scaler in found.of("HorizontalPodAutoscaler"):
         for metric in scaler["spec"]["metrics"]:
@@ -119,19 +119,19 @@ def scaler_metrics_exist(found: Manifests) -> Iterator[str]:
             if name not in known:
                 yield f"{title(scaler)}: there is no metric {name}"
             elif known[name].kind is not MetricKind.GAUGE:
-                yield f"{title(scaler)}: {name} is no gauge"
+                yield f"{title(scaler)}: {name} is not a gauge"
     for scaler in found.of("ScaledObject"):
         formula = scaler["spec"].get("advanced", {}).get("scalingModifiers", {}).get("formula", "")
         names = {trigger.get("name") for trigger in scaler["spec"]["triggers"]}
         for word in sorted(set(re.findall(r"[a-z_]+", formula)) - names):
-            yield f"{title(scaler)}: its formula has {word}, which is no trigger"
+            yield f"{title(scaler)}: its formula has {word}, which is not a trigger"
 
 
 _HEALTHY = {ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING}
 
 
 def unhealthy_states_have_alerts(found: Manifests) -> Iterator[str]:
-    """Each state in which a replica needs a person."""
+    """Every unhealthy replica state has an alert."""
     for rules in found.of("PrometheusRule"):
         alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
         asked = " ".join(rule["expr"] for rule in alerts if "alert" in rule)
@@ -142,17 +142,17 @@ def unhealthy_states_have_alerts(found: Manifests) -> Iterator[str]:
                 yield f"{title(rules)}: no alert for a replica that is {state.value}"
 
 
-def alerts_can_be_followed(found: Manifests, headings: set[str]) -> Iterator[str]:
-    """Each alert says how urgent it is, what it means, and where to read what to do."""
+def alerts_have_runbooks(found: Manifests, headings: set[str]) -> Iterator[str]:
+    """Every alert has a severity, a summary and a runbook section."""
     for rules in found.of("PrometheusRule"):
         for group in rules["spec"]["groups"]:
             for rule in group["rules"]:
                 if "alert" in rule:
-                    for why in _unclear(rule, headings):
+                    for why in _alert_problems(rule, headings):
                         yield f"{title(rules)} {rule['alert']}: {why}"
 
 
-def _unclear(rule: dict[str, Any], headings: set[str]) -> Iterator[str]:
+def _alert_problems(rule: dict[str, Any], headings: set[str]) -> Iterator[str]:
     if rule.get("labels", {}).get("severity") not in ("page", "ticket"):
         yield "no severity"
     notes = rule.get("annotations", {})
@@ -164,7 +164,7 @@ def _unclear(rule: dict[str, Any], headings: set[str]) -> Iterator[str]:
 
 
 def adapted_series(text: str) -> set[str]:
-    """Names in the adapter's rules, alternatives of a pattern written out."""
+    """Series names in the adapter's rules, with alternatives of patterns expanded."""
     found: set[str] = set()
     for word in strings(text):
         for start, inner in re.findall(r"(outrider_)\(([^)]*)\)", word):

@@ -1,4 +1,4 @@
-"""Where the manifests come from: deploy/built as it is committed, and the scripts that make it."""
+"""Access to deploy/built and to the modules of scripts/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEPLOY = ROOT / "deploy"
 
 
 def script(name: str) -> ModuleType:
-    """A module of scripts/, which is no package; its file may have no suffix."""
+    """Imports a file of scripts/ as a module; it may have no suffix."""
     (path,) = [p for p in (ROOT / "scripts").iterdir() if p.is_file() and p.stem == name]
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
@@ -27,6 +27,6 @@ def script(name: str) -> ModuleType:
 
 
 def built(*names: str) -> Manifests:
-    """Of deploy/built, together; needs no kubectl."""
+    """Committed overlays of deploy/built, combined."""
     texts = [(DEPLOY / f"built/{name}.yaml").read_text("utf-8") for name in names]
     return Manifests.parse("\n---\n".join(texts))

@@ -1,6 +1,6 @@
-"""What goes into the images, and how they run on one machine. Read: nothing here builds them.
+"""Dockerfiles, compose.yaml, dashboard and load test, checked without building images.
 
-Their packages are checked in tests/test_lock.py.
+tests/test_lock.py checks the images' packages.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.deploy.sources import DEPLOY, ROOT, built, script
 
 dashboard = script("gen_dashboard")
 DOCKERFILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
-# What a container's life takes beyond its own grace (tests/deploy/pods.py).
+# Seconds of a stop beyond stop_grace_s (tests/deploy/pods.py).
 SPARE_S = 5
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
-def test_a_dockerfile_is_pinned_staged_and_not_root(path: Any) -> None:
+def test_dockerfile_is_pinned_staged_and_not_root(path: Any) -> None:
     text = path.read_text("utf-8")
     stages = re.split(r"^FROM ", text, flags=re.MULTILINE)
     assert len(stages) > 2, "built in one stage, run in another"
@@ -40,7 +40,7 @@ def test_a_dockerfile_is_pinned_staged_and_not_root(path: Any) -> None:
             assert (ROOT / name).exists(), name
 
 
-def test_the_build_context_has_what_is_copied() -> None:
+def test_build_context_includes_copied_files() -> None:
     kept = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
     for path in DOCKERFILES:
         for source in re.findall(r"^COPY (?!--from)(.+) \S+$", path.read_text(), re.MULTILINE):
@@ -57,8 +57,8 @@ def compose() -> dict[str, Any]:
     ("service", "kind"),
     [("target", TargetConfig), ("draft", DraftConfig), ("orchestrator", OrchestratorConfig)],
 )
-def test_compose_sets_settings_that_exist(service: str, kind: Any) -> None:
-    """And stops a program later than it would stop itself; its image and Redis are there."""
+def test_compose_uses_existing_settings(service: str, kind: Any) -> None:
+    """The stop grace period suffices; user, root, capabilities and Dockerfile are as required."""
     made = compose()["services"][service]
     environment = {
         name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
@@ -84,12 +84,12 @@ def test_compose_and_manifests_run_the_same_redis() -> None:
     assert compose()["services"]["redis"]["image"] == manifest
 
 
-def test_the_dashboard_is_what_its_script_makes() -> None:
-    """After a change: python scripts/gen_dashboard.py."""
+def test_dashboard_is_up_to_date() -> None:
+    """After a change run: python scripts/gen_dashboard.py."""
     assert dashboard.PATH.read_text("utf-8") == dashboard.dashboard()
 
 
-def test_secrets_that_are_not_here_are_explained() -> None:
+def test_required_secrets_are_documented() -> None:
     from tests.deploy.wiring import EXTERNAL_SECRETS
 
     text = (ROOT / "docs/how-to/deploy.md").read_text("utf-8")
@@ -100,8 +100,8 @@ def test_secrets_that_are_not_here_are_explained() -> None:
 
 
 @pytest.mark.parametrize("name", ["load-test", "load-test-prod"])
-def test_the_load_test_is_given_flags_that_exist(name: str) -> None:
-    """Of `outrider bench serve`, by the command itself; its files are those that are printed."""
+def test_load_test_uses_existing_flags(name: str) -> None:
+    """Flags are those of `outrider bench serve`; the other containers print its files."""
     command: Any = typer.main.get_command(app)
     serve = command.commands["bench"].commands["serve"]
     flags = {flag for parameter in serve.params for flag in parameter.opts}

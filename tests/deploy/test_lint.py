@@ -1,4 +1,4 @@
-"""Each rule finds the mistake that it is for, planted into manifests that are right."""
+"""Each rule finds a mistake planted in correct manifests."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def right() -> Manifests:
 @pytest.mark.parametrize(
     ("rule", "plant", "said"), MISTAKES, ids=[f"{r.__name__}-{s[:40]}" for r, _, s in MISTAKES]
 )
-def test_a_planted_mistake_is_found(right: Manifests, rule: Rule, plant: Plant, said: str) -> None:
-    """And before it was planted, nothing."""
+def test_planted_mistake_is_found(right: Manifests, rule: Rule, plant: Plant, said: str) -> None:
+    """The rule reports the planted mistake; test_overlays checks that it reports nothing else."""
     found = copy.deepcopy(right)
     plant(found)
-    if rule is objects_are_valid:  # the others are as they were
+    if rule is objects_are_valid:  # only changed objects
         found.objects = [made for made in found.objects if made not in right.objects]
     problems = list(rule(found))
     assert problems
     assert any(said in problem for problem in problems), problems
 
 
-def test_every_rule_has_its_mistake() -> None:
+def test_every_rule_has_a_mistake() -> None:
     assert {rule for rule, _, _ in MISTAKES} == set(RULES)
 
 
-def test_the_adapter_asks_for_series_that_exist() -> None:
-    """Of a file that is no manifest."""
+def test_adapter_queries_existing_series() -> None:
+    """prometheus-adapter-values.yaml is not part of an overlay."""
     text = (DEPLOY / "components/autoscaling/prometheus-adapter-values.yaml").read_text("utf-8")
     known = signals.exported().keys() | signals.recorded(built("prod")) | signals.ADAPTED
     assert signals.adapted_series(text) - known == set()

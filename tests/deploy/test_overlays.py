@@ -1,4 +1,4 @@
-"""Every overlay, and every component on the base: built, valid, and whole."""
+"""Every overlay, and every component on the base, passes the lint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.deploy.manifests import Manifests, Object
 from tests.deploy.schemas import SPECS
 from tests.deploy.sources import DEPLOY, ROOT, built, script
 
-# With what is applied beside them.
+# Overlays with the load test that is applied beside them.
 SETS = {"local": ("local", "load-test"), "prod": ("prod", "load-test-prod")}
-# tls and redis-ha go together by a component of their own.
+# tls and redis-ha together need a third component.
 COMBINATIONS = (
     ("gpu",),
     ("tls",),
@@ -38,28 +38,28 @@ gen_manifests = script("gen_manifests")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
-def test_an_overlay_is_whole(name: str) -> None:
-    """Nothing is wrong with what is in deploy/built, which needs no kubectl to be read."""
+def test_overlay_passes_the_lint(name: str) -> None:
+    """Checks the committed files, so kubectl is not needed."""
     assert lint(built(*SETS[name])) == []
 
 
 @pytest.mark.parametrize("name", gen_manifests.OVERLAYS)
-def test_what_is_built_is_what_the_sources_say(name: str) -> None:
-    """By their digest; after a change: python scripts/gen_manifests.py."""
+def test_built_manifests_have_the_digest_of_their_sources(name: str) -> None:
+    """After a change run: python scripts/gen_manifests.py."""
     text = (DEPLOY / f"built/{name}.yaml").read_text("utf-8")
     assert text.startswith(gen_manifests.header())
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", gen_manifests.OVERLAYS)
-def test_what_is_built_is_what_kubectl_makes(name: str) -> None:
+def test_built_manifests_equal_kubectls_output(name: str) -> None:
     text = (DEPLOY / f"built/{name}.yaml").read_text("utf-8")
     made = gen_manifests.kustomize(DEPLOY / gen_manifests.OVERLAYS[name])
     assert text == gen_manifests.header() + made
 
 
 def overlay(directory: Path, lines: list[str]) -> Manifests:
-    """What kubectl makes of an overlay of these lines, beside a copy of base and components."""
+    """Builds an overlay of these lines beside a copy of base and components."""
     for part in ("base", "components"):
         shutil.copytree(DEPLOY / part, directory / part)
     own = directory / "overlays/some"
@@ -77,8 +77,8 @@ def overlay(directory: Path, lines: list[str]) -> Manifests:
 @pytest.mark.slow
 @needs_kubectl
 @pytest.mark.parametrize("components", COMBINATIONS, ids=" ".join)
-def test_a_component_fits_the_base(components: tuple[str, ...], tmp_path: Path) -> None:
-    """Alone, or with those that it is for."""
+def test_component_on_the_base_passes_the_lint(components: tuple[str, ...], tmp_path: Path) -> None:
+    """Alone, or with the components that it extends."""
     lines = ["components:", *(f"  - ../../components/{component}" for component in components)]
     made = overlay(tmp_path, lines)
     made.objects += built("load-test").objects
@@ -86,7 +86,7 @@ def test_a_component_fits_the_base(components: tuple[str, ...], tmp_path: Path) 
 
 
 @needs_kubectl
-def test_another_redis_as_the_guide_has_it(tmp_path: Path) -> None:
+def test_documented_external_redis_passes_the_lint(tmp_path: Path) -> None:
     """Applies the lines of docs/how-to/deploy.md to all three programs."""
     guide = (ROOT / "docs/how-to/deploy.md").read_text("utf-8").partition("## Another Redis")[2]
     lines = guide.split("```yaml\n")[1].split("```")[0]
@@ -102,8 +102,8 @@ def test_another_redis_as_the_guide_has_it(tmp_path: Path) -> None:
     )
 
 
-def test_every_component_is_tried() -> None:
-    """And says in a README what it is for."""
+def test_every_component_is_tested_and_documented() -> None:
+    """Every component is in COMBINATIONS and has a README."""
     found = {
         str(path.parent.relative_to(DEPLOY / "components"))
         for path in (DEPLOY / "components").rglob("kustomization.yaml")
@@ -123,8 +123,8 @@ def _assets() -> Path | None:
 @pytest.mark.skipif(_assets() is None, reason="KUBEBUILDER_ASSETS names no API server")
 @needs_kubectl
 @pytest.mark.parametrize("name", SETS)
-def test_an_api_server_takes_it(name: str, tmp_path: Path) -> None:
-    """A dry run of everything that needs no custom resources, on a server of our own."""
+def test_api_server_accepts_the_manifests(name: str, tmp_path: Path) -> None:
+    """Dry run of all objects except custom resources on a local API server."""
     assets = _assets()
     assert assets is not None
     custom = {version.rpartition("/")[0] for version, _ in SPECS}

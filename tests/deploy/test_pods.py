@@ -1,4 +1,4 @@
-"""Overlays as processes in namespaces of their own: they serve, grow, shrink, lose their Redis."""
+"""Overlays as processes in network namespaces: scaling under load, loss of the Redis primary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from tests.deploy.cluster.sandbox import UNSHARE, is_possible
 from tests.deploy.sources import DEPLOY, ROOT, script
 
-# Against a hang: each takes less than a minute on two free cores.
+# A limit for hangs; each takes less than a minute on two free cores.
 TIMEOUT_S = 560
 
 pytestmark = [
@@ -25,52 +25,54 @@ pytestmark = [
 ]
 
 
-def played(play: str, overlay: Path, directory: Path) -> dict[str, Any]:
-    """What it told, in a `directory` of its own; output is one, drafts are of use."""
+def run_scenario(scenario: str, overlay: Path, directory: Path) -> dict[str, Any]:
+    """Runs a scenario in `directory` and checks what all scenarios share; returns its result."""
     trial = directory / "trial"
     trial.mkdir()
     if not is_possible(trial):
         pytest.skip("no right to make network namespaces and mounts")
     place = directory / "cluster"
     place.mkdir()
-    command = [sys.executable, "-m", "tests.deploy.cluster", play, str(overlay), str(place)]
+    command = [sys.executable, "-m", "tests.deploy.cluster", scenario, str(overlay), str(place)]
     done = subprocess.run(
         [*UNSHARE, *command],
         cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stderr[-4000:]}\n{_logs(place / 'logs')}"
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert set(told["outputs"].values()) == {1}, "greedy: whatever pods did it"
-    assert told["num_accepted"] > 0, "drafts were of use"
-    tiers = {n: num for n, num in told["num_restarts"].items() if "orchestrator" not in n}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["outputs"].values()) == {1}, "greedy output does not depend on the pods"
+    assert result["num_accepted"] > 0, "some draft tokens were accepted"
+    tiers = {n: num for n, num in result["num_restarts"].items() if "orchestrator" not in n}
     assert set(tiers.values()) == {0}, tiers
-    return told
+    return result
 
 
 def test_pods_are_added_and_removed_under_load(tmp_path: Path) -> None:
-    """Manifests' commands, environment, users, roots and probes; 0 streams fail."""
-    told = played("grow_and_shrink", DEPLOY / "built/local.yaml", tmp_path)
-    assert told["failures"] == []
-    assert min(told["opened_at_added"]) > 0, "the added pods had traffic"
-    for pod in told["removed"]:
-        assert pod["exit_statuses"] == [0], f"{pod['name']} was killed, or failed"
+    """No stream fails while replicas are added and removed."""
+    result = run_scenario("grow_and_shrink", DEPLOY / "built/local.yaml", tmp_path)
+    assert result["failures"] == []
+    assert min(result["opened_at_added"]) > 0, "added pods got traffic"
+    for pod in result["removed"]:
+        assert pod["exit_statuses"] == [0], f"{pod['name']} was killed or failed"
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="no haproxy")
-def test_a_primary_redis_is_lost_under_load(tmp_path: Path) -> None:
-    """Running answers go on; new calls are refused, at once, until another has its place."""
-    told = played("lose_redis", _with_three_redis(tmp_path), tmp_path)
-    refused = told["failures"]
+def test_primary_redis_is_lost_under_load(tmp_path: Path) -> None:
+    """Running generations finish; new calls are UNAVAILABLE until another primary is elected."""
+    result = run_scenario("lose_redis", _with_three_redis(tmp_path), tmp_path)
+    refused = result["failures"]
     assert all(failure["why"].startswith("UNAVAILABLE") for failure in refused), refused
-    assert all(failure["num_tokens"] == 0 for failure in refused), "an answer broke off"
-    last_s = max((failure["at"] - told["lost_at"] for failure in refused), default=0.0)
+    assert all(failure["num_tokens"] == 0 for failure in refused), "a generation was interrupted"
+    last_s = max((failure["at"] - result["lost_at"] for failure in refused), default=0.0)
     print(f"{len(refused)} calls refused, the last {last_s:.1f} s after the loss")
-    assert any(question.startswith("1500 of") for question in told["outputs"]), "the running one"
+    assert any(prompt.startswith("1500 of") for prompt in result["outputs"]), (
+        "the long-running generation finished"
+    )
 
 
 def _with_three_redis(directory: Path) -> Path:
-    """The overlay `local` with `redis-ha`, as kubectl makes it."""
+    """Builds the overlay `local` with `redis-ha`."""
     shutil.copytree(DEPLOY, directory / "deploy")
     own = directory / "deploy/overlays/three"
     own.mkdir()
@@ -88,7 +90,7 @@ def _with_three_redis(directory: Path) -> Path:
 
 
 def _logs(directory: Path) -> str:
-    """The end of each, to see why."""
+    """The last lines of each log."""
     return "\n".join(
         f"--- {path.name}\n{path.read_text('utf-8', 'replace')[-1500:]}"
         for path in sorted(directory.glob("*.log"))

@@ -1,4 +1,4 @@
-"""What scripts/redis_secret.py prints, on a real server: services work, nobody does more."""
+"""The users of scripts/redis_secret.py on a real Redis: rights suffice and are not exceeded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.deploy.api_server import free_ports
 from tests.deploy.sources import script
 
 secret = script("redis_secret")
-# However slow the machine is: a server that is there is not taken to be away.
+# Long timeouts, so that a slow server does not count as unreachable.
 OPTIONS = StoreOptions(session_ttl_s=60, socket_timeout_s=60)
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """The Secret as it is mounted."""
+    """Directory with the Secret's files."""
     data = json.loads(secret.secret())["data"]
     for name, text in data.items():
         (tmp_path / name).write_bytes(base64.b64decode(text))
@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> Path:
 
 @contextmanager
 def server(folder: Path, port: int = 0) -> Iterator[Path]:
-    """The path of its socket; `port` 0: none."""
+    """Starts Redis and yields the path of its socket; `port` 0: no TCP port."""
     path = folder / "redis.sock"
     process = subprocess.Popen(
         [str(find_server()), "--port", str(port), "--unixsocket", str(path), "--save", "",
@@ -51,19 +51,19 @@ def server(folder: Path, port: int = 0) -> Iterator[Path]:
 
 
 def _wait(path: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until it takes connections: its socket is there a moment before."""
+    """Waits until the server accepts connections, shortly after its socket exists."""
     for _ in range(6000):
         with suppress(FileNotFoundError, ConnectionRefusedError):
             say(path, "PING")
             return
-        assert process.poll() is None, "it did not take the users"
+        assert process.poll() is None, "Redis rejected the users"
         time.sleep(0.01)
-    raise AssertionError("nobody listens")
+    raise AssertionError("Redis does not listen")
 
 
 @contextmanager
 def sentinels(folder: Path, primary: int, ports: Sequence[int]) -> Iterator[None]:
-    """Of the primary at that port; as components/redis-ha/sentinel.sh has them, with passwords."""
+    """Starts sentinels of the primary, configured like components/redis-ha/sentinel.sh."""
     processes, passwords = [], (folder / "sentinel.conf").read_text()
     try:
         for port in ports:
@@ -85,7 +85,7 @@ def sentinels(folder: Path, primary: int, ports: Sequence[int]) -> Iterator[None
 
 
 def ask(port: int, *lines: str) -> list[str]:
-    """What is answered to each line; nothing where nobody listens yet."""
+    """Replies to each line; none if nothing listens on the port."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             return _said(client, lines)
@@ -94,7 +94,7 @@ def ask(port: int, *lines: str) -> list[str]:
 
 
 def say(path: Path, *lines: str) -> list[str]:
-    """What is answered to each line."""
+    """Replies to each line."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)
         client.connect(str(path))
@@ -109,8 +109,8 @@ def _said(client: socket.socket, lines: Sequence[str]) -> list[str]:
     return answers
 
 
-async def test_the_services_user_can_keep_sessions(files: Path) -> None:
-    """All of the store's scripts load and run; another password, or none, is refused."""
+async def test_services_user_can_store_sessions(files: Path) -> None:
+    """The session store starts with the password, and fails with a wrong one or without."""
     password = (files / "password").read_text()
     with server(files) as path:
         url = f"unix://outrider:{password}@{path}"
@@ -124,7 +124,7 @@ async def test_the_services_user_can_keep_sessions(files: Path) -> None:
             await other.close()
 
 
-def test_users_may_do_their_part_and_no_more(files: Path) -> None:
+def test_users_have_only_their_own_rights(files: Path) -> None:
     password = (files / "password").read_text()
     replica = (files / "replication.conf").read_text().split()[-1]
     with server(files) as path:
@@ -135,7 +135,7 @@ def test_users_may_do_their_part_and_no_more(files: Path) -> None:
             path, f"AUTH replica {replica}", "REPLCONF listening-port 1", "GET outrider:x"
         )
         assert [answer[0] for answer in answers] == ["+", "+", "-"]
-        # As the proxy asks (components/redis-ha/50-redis.cfg).
+        # The commands of the proxy (components/redis-ha/50-redis.cfg).
         answers = say(path, "AUTH probe none", "PING", "INFO replication", "GET outrider:x")
         assert answers[1].startswith("+PONG")
         assert "role:master" in answers[2]
@@ -144,8 +144,8 @@ def test_users_may_do_their_part_and_no_more(files: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sentinels_know_each_other_and_nobody_else(files: Path) -> None:
-    """Who has no password can neither appoint another primary nor end one; they find each other."""
+def test_sentinels_accept_only_each_other(files: Path) -> None:
+    """Without the password a client can neither remove the primary nor shut a sentinel down."""
     password = (files / "sentinel.conf").read_text().split()[-1]
     primary, first, second = free_ports(3)
     with server(files, primary), sentinels(files, primary, (first, second)):
@@ -154,12 +154,12 @@ def test_sentinels_know_each_other_and_nobody_else(files: Path) -> None:
         _until(lambda: _knows(ask(second, *words)[-1:], first))
         refused = ask(first, "SENTINEL REMOVE outrider", "SHUTDOWN", "SENTINEL MASTERS")
         assert [answer.partition(" ")[0] for answer in refused] == ["-NOAUTH"] * 3
-        time.sleep(3.0)  # one that was shut out would be disconnected by now
+        time.sleep(3.0)  # longer than the connection of a rejected sentinel lasts
         assert _knows(ask(first, *words)[-1:], second)
 
 
 def _knows(answer: list[str], port: int) -> bool:
-    """And is connected to it."""
+    """Whether the reply lists a connected sentinel at this port."""
     words = answer[0].split("\r\n") if answer else []
     return str(port) in words and words[words.index("flags") + 2] == "sentinel"
 
@@ -169,4 +169,4 @@ def _until(holds: Callable[[], bool]) -> None:
         if holds():
             return
         time.sleep(0.1)
-    raise AssertionError("it never holds")
+    raise AssertionError("condition not met within 60 s")

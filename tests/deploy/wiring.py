@@ -1,7 +1,7 @@
-"""Rules of what belongs together: selectors and pods, ports, scalers and workloads, references.
+"""Rules for references between objects: selectors, ports, scalers, ConfigMaps, Secrets.
 
-Each rule is given built manifests and yields what is wrong, by the object's name. Validators see
-objects one by one and miss all of this (docs/how-to/deploy.md, "What is checked").
+A rule takes built manifests and yields problems, each with the object's name. Schema validators see
+single objects and cannot find these (docs/how-to/deploy.md, "What is tested").
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.deploy.manifests import CLUSTER_SCOPED, Manifests, Object, Pod, selects, title
 
-# Made by the operator, never in a repository; docs/how-to/deploy.md says how.
+# Created by the operator, see docs/how-to/deploy.md.
 EXTERNAL_SECRETS = {
     "outrider-hub": {"token"},
     "outrider-redis": {"password", "users.acl", "replication.conf", "sentinel.conf"},
@@ -22,7 +22,7 @@ CERTIFICATE_KEYS = {"tls.crt", "tls.key", "ca.crt"}
 
 
 def selectors_match(found: Manifests) -> Iterator[str]:
-    """What selects pods selects at least one."""
+    """Selectors of pods and Services select at least one."""
     pods = found.pods()
     for made in found.of("Service", "PodDisruptionBudget", "NetworkPolicy"):
         spec = made["spec"]
@@ -49,7 +49,7 @@ def _monitored(found: Manifests, monitor: Object) -> list[Object]:
     ]
 
 
-def workloads_are_apart(found: Manifests) -> Iterator[str]:
+def selectors_do_not_overlap(found: Manifests) -> Iterator[str]:
     """No two workloads, budgets or scalers claim the same pods."""
     pods = found.pods()
     for kind in ("Deployment", "StatefulSet", "PodDisruptionBudget"):
@@ -60,7 +60,7 @@ def workloads_are_apart(found: Manifests) -> Iterator[str]:
 
 
 def ports_exist(found: Manifests) -> Iterator[str]:
-    """Services lead to ports that their pods have, monitors to ports that Services have."""
+    """Services name ports of their pods, monitors name ports of Services."""
     for service in found.of("Service"):
         for pod in found.pods():
             if not selects(service["spec"].get("selector"), pod.labels):
@@ -73,10 +73,10 @@ def ports_exist(found: Manifests) -> Iterator[str]:
             for service in _monitored(found, monitor):
                 if endpoint["port"] not in [port["name"] for port in service["spec"]["ports"]]:
                     yield f"{title(monitor)}: {title(service)} has no port {endpoint['port']}"
-    yield from _doubled_ports(found)
+    yield from _duplicate_ports(found)
 
 
-def _doubled_ports(found: Manifests) -> Iterator[str]:
+def _duplicate_ports(found: Manifests) -> Iterator[str]:
     for pod in found.pods():
         numbers = [p["containerPort"] for c in pod.containers for p in c.get("ports", ())]
         if len(numbers) != len(set(numbers)):
@@ -84,19 +84,19 @@ def _doubled_ports(found: Manifests) -> Iterator[str]:
 
 
 def policy_ports_exist(found: Manifests) -> Iterator[str]:
-    """Policies open ports that the pods behind them have; those that they name are there."""
+    """Policies allow existing ports and name existing pods."""
     pods = found.pods()
     for policy in found.of("NetworkPolicy"):
         own = [pod for pod in pods if selects(policy["spec"]["podSelector"], pod.labels)]
         for rule in policy["spec"].get("ingress", ()):
-            yield from _closed(policy, rule, own)
+            yield from _missing_ports(policy, rule, own)
         for side, key in (("ingress", "from"), ("egress", "to")):
             for rule in policy["spec"].get(side, ()):
                 for peer in rule.get(key, ()):
                     yield from _peer(found, policy, rule, peer, is_egress=key == "to")
 
 
-def _closed(policy: Object, rule: Object, pods: list[Pod]) -> Iterator[str]:
+def _missing_ports(policy: Object, rule: Object, pods: list[Pod]) -> Iterator[str]:
     for port in rule.get("ports", ()):
         if pods and not any(port["port"] in pod.ports() for pod in pods):
             yield f"{title(policy)}: none of its pods has port {port['port']}"
@@ -111,11 +111,11 @@ def _peer(
     if not others:
         yield f"{title(policy)}: a rule for pods that do not exist"
     if is_egress:
-        yield from _closed(policy, rule, others)
+        yield from _missing_ports(policy, rule, others)
 
 
 def scalers_have_targets(found: Manifests) -> Iterator[str]:
-    """A scaler's workload is there, has one scaler, and leaves its number to it."""
+    """A scaler's workload exists, has one scaler, and sets no replicas."""
     scaled: dict[tuple[str, str], str] = {}
     for scaler in found.of("HorizontalPodAutoscaler", "ScaledObject"):
         spec = scaler["spec"]
@@ -132,8 +132,8 @@ def scalers_have_targets(found: Manifests) -> Iterator[str]:
             yield f"{title(scaler)}: its least is more than its most"
 
 
-def fallbacks_take_nothing_away(found: Manifests) -> Iterator[str]:
-    """Without its metrics a scaler leaves at least what runs: KEDA's default goes to `replicas`."""
+def fallbacks_do_not_scale_down(found: Manifests) -> Iterator[str]:
+    """Without metrics a scaler does not scale down, as KEDA would by default."""
     for scaler in found.of("ScaledObject"):
         fallback = scaler["spec"].get("fallback")
         kept = ("currentReplicas", "currentReplicasIfHigher")
@@ -142,23 +142,23 @@ def fallbacks_take_nothing_away(found: Manifests) -> Iterator[str]:
             yield f"{title(scaler)}: without Prometheus {most} become {fallback['replicas']}"
 
 
-def protocols_are_spoken(found: Manifests) -> Iterator[str]:
-    """`appProtocol` of a gRPC port is that of the pods: h2c is without TLS."""
+def app_protocols_match(found: Manifests) -> Iterator[str]:
+    """`appProtocol` of a gRPC port matches the pods: https with TLS, h2c without."""
     for service in found.of("Service"):
         for pod in found.pods():
             if not selects(service["spec"].get("selector"), pod.labels):
                 continue
             names = [name for each in pod.containers for name in found.environment(each)]
             has_tls = any(name.endswith("_TLS_CERT") for name in names)
-            spoken = "https" if has_tls else "kubernetes.io/h2c"
+            expected = "https" if has_tls else "kubernetes.io/h2c"
             for port in service["spec"]["ports"]:
-                if port.get("name") == "grpc" and port.get("appProtocol") != spoken:
-                    said = port.get("appProtocol")
-                    yield f"{title(service)}: appProtocol {said}; its pods speak {spoken}"
+                if port.get("name") == "grpc" and port.get("appProtocol") != expected:
+                    given = port.get("appProtocol")
+                    yield f"{title(service)}: appProtocol {given}; its pods use {expected}"
 
 
 def references_exist(found: Manifests) -> Iterator[str]:
-    """ConfigMaps, Secrets, their keys, accounts, classes, Services and volumes named are there."""
+    """Referenced ConfigMaps, Secrets, keys, accounts, classes, Services and volumes exist."""
     for pod in found.pods():
         for name, kind in (
             ("serviceAccountName", "ServiceAccount"),
@@ -196,7 +196,7 @@ def _volumes_exist(found: Manifests, pod: Pod) -> Iterator[str]:
     for name in sorted(mounted - volumes.keys() - claims):
         yield f"{pod.name}: there is no volume {name}"
     for name in sorted((volumes.keys() | claims) - mounted):
-        yield f"{pod.name}: nobody mounts the volume {name}"
+        yield f"{pod.name}: no container mounts the volume {name}"
     for volume in volumes.values():
         for kind, name_of in (("configMap", "name"), ("secret", "secretName")):
             if source := volume.get(kind):
@@ -217,7 +217,7 @@ def _missing(
 
 
 def secret_keys(found: Manifests, name: str) -> set[str] | None:
-    """Of a Secret that is here, that cert-manager makes, or that the operator brings."""
+    """Keys of a Secret: in the manifests, created by cert-manager, or by the operator."""
     if any(made["spec"]["secretName"] == name for made in found.of("Certificate")):
         return CERTIFICATE_KEYS
     if found.has("Secret", name):
@@ -228,7 +228,7 @@ def secret_keys(found: Manifests, name: str) -> set[str] | None:
 
 
 def namespaces_agree(found: Manifests) -> Iterator[str]:
-    """Everything that can be is in one namespace."""
+    """All namespaced objects are in the namespace outrider."""
     for made in found.objects:
         if made["kind"] not in CLUSTER_SCOPED:
             namespace = made["metadata"].get("namespace")
@@ -237,7 +237,7 @@ def namespaces_agree(found: Manifests) -> Iterator[str]:
 
 
 def names_are_unique(found: Manifests) -> Iterator[str]:
-    """No object is there twice."""
+    """No object occurs twice."""
     seen: set[str] = set()
     for made in found.objects:
         if title(made) in seen:

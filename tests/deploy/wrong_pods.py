@@ -1,4 +1,4 @@
-"""Mistakes that tests/deploy/pods.py is for."""
+"""Mistakes for the rules of tests/deploy/pods.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISTAKES: list[Mistake] = [
     (
         pods.pods_are_restricted,
         lambda m: put(container(m)["securityContext"], "capabilities", {}),
-        "keeps capabilities",
+        "does not drop all capabilities",
     ),
     (
         pods.pods_are_restricted,
@@ -37,7 +37,7 @@ MISTAKES: list[Mistake] = [
     (
         pods.pods_are_restricted,
         lambda m: put(pod(m)["volumes"], 0, {"name": "tls", "hostPath": {"path": "/"}}),
-        "not restricted",
+        "'restricted' forbids",
     ),
     (
         pods.pods_are_restricted,
@@ -47,12 +47,12 @@ MISTAKES: list[Mistake] = [
     (
         pods.resources_are_bounded,
         lambda m: container(m)["resources"]["limits"].pop("memory"),
-        "not limited",
+        "no memory limit",
     ),
     (
         pods.resources_are_bounded,
         lambda m: put(container(m)["resources"]["limits"], "nvidia.com/gpu", "2"),
-        "GPUs asked for and limited differ",
+        "GPU request and limit differ",
     ),
     (
         pods.resources_are_bounded,
@@ -92,7 +92,7 @@ MISTAKES: list[Mistake] = [
     (
         pods.ports_are_the_settings,
         lambda m: put(settings(m), "OUTRIDER_TARGET_HOST", "127.0.0.1"),
-        "listens to nobody but itself",
+        "listens on the loopback interface only",
     ),
     (
         pods.ports_are_the_settings,
@@ -100,37 +100,37 @@ MISTAKES: list[Mistake] = [
         "advertises $(POD_IP):50052",
     ),
     (
-        pods.probes_are_answered,
+        pods.probes_match_services,
         lambda m: put(container(m)["readinessProbe"]["grpc"], "port", 50052),
         "does not ask health_port",
     ),
     (
-        pods.probes_are_answered,
+        pods.probes_match_services,
         lambda m: put(container(m)["readinessProbe"]["grpc"], "service", "outrider.Target"),
-        "which nobody serves",
+        "which the program does not serve",
     ),
     (
-        pods.probes_are_answered,
+        pods.probes_match_services,
         lambda m: put(container(m)["livenessProbe"]["grpc"], "service", ""),
-        "no reason to kill it",
+        "not a liveness name",
     ),
     (
-        pods.probes_are_answered,
+        pods.probes_match_services,
         lambda m: put(container(m)["readinessProbe"]["grpc"], "service", "liveness"),
-        "not what is ready",
+        "not a readiness name",
     ),
-    (pods.probes_are_answered, lambda m: container(m).pop("livenessProbe"), "no livenessProbe"),
+    (pods.probes_match_services, lambda m: container(m).pop("livenessProbe"), "no livenessProbe"),
     (
-        pods.stops_have_time,
+        pods.grace_periods_suffice,
         lambda m: put(pod(m), "terminationGracePeriodSeconds", 30),
         "its stop takes 38 s, SIGKILL comes after 30 s",
     ),
     (
-        pods.stops_have_time,
+        pods.grace_periods_suffice,
         lambda m: put(settings(m, "orchestrator"), "OUTRIDER_ORCHESTRATOR_STOP_GRACE_S", "140"),
         "its stop takes 152 s, SIGKILL comes after 150 s",
     ),
-    (pods.stops_have_time, lambda m: container(m).pop("lifecycle"), "no preStop"),
+    (pods.grace_periods_suffice, lambda m: container(m).pop("lifecycle"), "no preStop"),
     (
         pods.addresses_exist,
         lambda m: put(settings(m), "OUTRIDER_TARGET_REDIS_URL", "rediss://redis:6379/0"),
@@ -152,19 +152,19 @@ MISTAKES: list[Mistake] = [
         "redis_password_file: nothing is mounted",
     ),
     (
-        pods.certificates_fit,
+        pods.certificate_names_match,
         lambda m: spec(m, "Certificate", "outrider-draft")["dnsNames"].remove("tier"),
-        "outrider-draft's certificate is not for tier",
+        "outrider-draft's certificate lacks tier",
     ),
     (
-        pods.certificates_fit,
+        pods.certificate_names_match,
         lambda m: spec(m, "Certificate", "outrider-orchestrator")["dnsNames"].remove(
             "orchestrator"
         ),
         "none of the names it asks for",
     ),
     (
-        pods.certificates_fit,
+        pods.certificate_names_match,
         lambda m: spec(m, "Certificate", "outrider-redis")["dnsNames"].remove("outrider-redis"),
         "Service/outrider-redis: its certificate",
     ),

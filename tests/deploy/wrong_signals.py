@@ -1,9 +1,9 @@
-"""Mistakes that schemas and tests/deploy/signals.py are for."""
+"""Mistakes for the schemas and the rules of tests/deploy/signals.py."""
 
 from __future__ import annotations
 
 from tests.deploy import signals
-from tests.deploy.lint import alerts_can_be_followed, objects_are_valid
+from tests.deploy.lint import alerts_have_runbooks, objects_are_valid
 from tests.deploy.planting import (
     TARGET,
     Mistake,
@@ -28,23 +28,23 @@ MISTAKES: list[Mistake] = [
         "'keep' is not one of",
     ),
     (
-        signals.errors_are_the_services_own,
+        signals.error_rates_exclude_client_errors,
         lambda m: put(
             alert(m), "expr", 'rate(outrider_requests_total{status=~"INTERNAL|CANCELLED"}[5m]) > 1'
         ),
         "OutriderNoTarget counts CANCELLED as an error",
     ),
     (
-        signals.errors_are_the_services_own,
+        signals.error_rates_exclude_client_errors,
         lambda m: put(
             alert(m), "expr", 'rate(outrider_requests_total{status!~"OK|CANCELLED"}[5m]) > 1'
         ),
         "counts DEADLINE_EXCEEDED as an error",
     ),
     (
-        signals.pages_have_traffic,
+        signals.ratio_alerts_need_traffic,
         lambda m: put(alert(m), "expr", "outrider:errors:ratio5m > 0.01"),
-        "OutriderNoTarget: one call may be all there was",
+        "OutriderNoTarget: a single call can trigger it",
     ),
     (
         signals.metrics_exist,
@@ -81,7 +81,7 @@ MISTAKES: list[Mistake] = [
     (
         signals.scaler_metrics_exist,
         lambda m: m.objects.append(scaler("other", "outrider_tokens_total")),
-        "is no gauge",
+        "is not a gauge",
     ),
     (
         signals.scaler_metrics_exist,
@@ -97,10 +97,10 @@ MISTAKES: list[Mistake] = [
         lambda m: put(alerts(m)["OutriderReplicaFailing"], "expr", "outrider_redis_up == 0"),
         "no alert for a replica that is failing",
     ),
-    (alerts_can_be_followed, lambda m: alert(m).pop("labels"), "no severity"),
+    (alerts_have_runbooks, lambda m: alert(m).pop("labels"), "no severity"),
     (
-        alerts_can_be_followed,
+        alerts_have_runbooks,
         lambda m: put(alert(m)["annotations"], "runbook", "docs/how-to/troubleshoot.md#no-tokens"),
-        "no such place",
+        "has no section",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Mistakes that tests/deploy/wiring.py is for."""
+"""Mistakes for the rules of tests/deploy/wiring.py."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from tests.deploy.planting import TARGET, Mistake, container, drop, named, pod, 
 
 MISTAKES: list[Mistake] = [
     (
-        wiring.fallbacks_take_nothing_away,
+        wiring.fallbacks_do_not_scale_down,
         lambda m: spec(m, "ScaledObject", "outrider-orchestrator")["fallback"].pop("behavior"),
         "ScaledObject/outrider-orchestrator: without Prometheus 16 become 4",
     ),
     (
-        wiring.fallbacks_take_nothing_away,
+        wiring.fallbacks_do_not_scale_down,
         lambda m: put(spec(m, "ScaledObject", "outrider-target")["fallback"], "behavior", "static"),
         "ScaledObject/outrider-target: without Prometheus 8 become 2",
     ),
     (
-        wiring.protocols_are_spoken,
+        wiring.app_protocols_match,
         lambda m: put(
             spec(m, "Service", "outrider-target")["ports"][0], "appProtocol", "kubernetes.io/h2c"
         ),
-        "Service/outrider-target: appProtocol kubernetes.io/h2c; its pods speak https",
+        "Service/outrider-target: appProtocol kubernetes.io/h2c; its pods use https",
     ),
     (
         wiring.selectors_match,
@@ -48,7 +48,7 @@ MISTAKES: list[Mistake] = [
         "ServiceMonitor/outrider-target: selects no Service",
     ),
     (
-        wiring.workloads_are_apart,
+        wiring.selectors_do_not_overlap,
         lambda m: put(
             spec(m, "PodDisruptionBudget", "outrider-redis"),
             "selector",

@@ -1,4 +1,4 @@
-"""The limits of docs/limits.md that peers and callers can meet: refused by name, no harm done."""
+"""Limits of docs/reference/limits.md: an excess is rejected by name and harms nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one of the plays on an overlay's pods.
+"""Runs one of the scenarios on an overlay's pods.
 
 The last line of standard output is the result, as JSON.
 """
@@ -14,23 +14,23 @@ from pathlib import Path
 from tests.deploy.cluster.control import Cluster
 from tests.deploy.cluster.load import Load
 from tests.deploy.cluster.names import NameServer
-from tests.deploy.cluster.plays import PLAYS
 from tests.deploy.cluster.sandbox import NODE_ADDRESS, Sandbox
+from tests.deploy.cluster.scenarios import SCENARIOS
 from tests.deploy.manifests import Manifests
 
 
-async def main(play: str, manifests: Manifests, sandbox: Sandbox, logs: Path) -> None:
+async def main(scenario: str, manifests: Manifests, sandbox: Sandbox, logs: Path) -> None:
     load = Load()
     async with asyncio.TaskGroup() as tasks:
         names = NameServer()
         await names.start(NODE_ADDRESS)
         cluster = Cluster(manifests, sandbox, names, logs, tasks)
-        told = await PLAYS[play](cluster, load)
-        told["num_restarts"] = {pod.name: pod.num_restarts for pod in cluster.pods + cluster.gone}
+        result = await SCENARIOS[scenario](cluster, load)
+        result["num_restarts"] = {pod.name: pod.num_restarts for pod in cluster.pods + cluster.gone}
         for pod in cluster.pods:
             pod.kill()
-    outputs = {question: len(found) for question, found in load.outputs.items()}
-    print(json.dumps({**told, **asdict(load), "outputs": outputs}), flush=True)
+    outputs = {prompt: len(found) for prompt, found in load.outputs.items()}
+    print(json.dumps({**result, **asdict(load), "outputs": outputs}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""As many pods as are wanted of each workload, and the names of Services that lead to them.
-
-The controllers and the DNS, in a few lines. Knows no process.
-"""
+"""Cluster: pods of each workload, endpoints of Services, and their DNS records."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from tests.deploy.manifests import Manifests, Pod, selects
 
 
 class Cluster:
-    """`tasks` runs the pods."""
+    """Running pods of an overlay. `tasks` runs them."""
 
     def __init__(
         self,
@@ -39,11 +36,11 @@ class Cluster:
         return next(p for p in self._manifests.pods() if p.labels.get(label) == component)
 
     def running(self, component: str) -> list[RunningPod]:
-        """In the order of their start, those that end included."""
+        """Pods of a component in start order, terminating ones included."""
         return [pod for pod in self.pods if pod.pod.name == self.workload(component).name]
 
     def apply(self) -> None:
-        """Every workload with the number of replicas that it says, all at once."""
+        """Starts all workloads with their number of replicas at the same time."""
         for pod in self._manifests.pods():
             for _ in range(pod.workload["spec"].get("replicas", 1)):
                 self._add(pod)
@@ -64,20 +61,20 @@ class Cluster:
         return made
 
     async def remove(self, pod: RunningPod) -> None:
-        """Returns when it is gone."""
+        """Stops a pod and returns when it has exited."""
         await pod.stop()
         self.pods.remove(pod)
         self.gone.append(pod)
 
     async def ready(self, *pods: RunningPod, timeout_s: float) -> None:
-        """Of all, or of these. Raises TimeoutError."""
+        """Waits until these pods, or all, are ready. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while not all(pod.is_ready for pod in pods or self.pods):
                 self._changed.clear()
                 await self._changed.wait()
 
     def endpoints(self, service: str) -> list[str]:
-        """Addresses of the pods behind a Service now: ready ones, unless it says otherwise."""
+        """Current addresses of a Service: ready pods, or all if it publishes others too."""
         spec = self._manifests.get("Service", service)["spec"]
         return [
             pod.address

@@ -1,7 +1,4 @@
-"""One pod's life: volumes, containers in order, probes, restarts, and an end with time for it.
-
-Owns processes. Knows neither Services nor how many pods there are.
-"""
+"""Kubelet of one pod: volumes, containers in order, probes, restarts, graceful stop."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ from tests.deploy.cluster.probing import Probe
 from tests.deploy.cluster.sandbox import IMAGE_ENVIRONMENT, Place, Sandbox
 from tests.deploy.manifests import Manifests, Pod, files
 
-# A kubelet waits 10 s before the first restart.
+# Shorter than the kubelet's 10 s.
 RESTART_AFTER_S = 1.0
 
 
 class RunningPod:
-    """`on_change` is called when it becomes ready, or is no more."""
+    """One pod and its processes. Calls `on_change` when its readiness changes."""
 
     def __init__(
         self,
@@ -61,7 +58,7 @@ class RunningPod:
         return float(self.pod.spec.get("terminationGracePeriodSeconds", 30))
 
     def prepare(self) -> None:
-        """Network, root and volumes."""
+        """Creates network, root and volumes."""
         place = self._place = self._sandbox.place(self.name)
         sources = {volume["name"]: volume for volume in self.pod.spec.get("volumes", ())}
         seen: set[str] = set()
@@ -79,7 +76,7 @@ class RunningPod:
         self._sandbox.seal(place)
 
     async def run(self) -> None:
-        """Until it is stopped. Containers that end are started anew."""
+        """Runs until the pod is stopped; restarts containers that exit."""
         for container in self.pod.spec.get("initContainers", ()):
             process = await self._start(container)
             assert await process.wait() == 0, f"{self.name}: {container['name']} failed"
@@ -124,7 +121,7 @@ class RunningPod:
         return process
 
     async def _probe(self, container: dict[str, Any], process: asyncio.subprocess.Process) -> None:
-        """Startup first; then readiness and liveness, each at its own pace."""
+        """Runs the startup probe, then readiness and liveness probes in parallel."""
         ports = self.pod.ports()
 
         def probe(kind: str) -> Probe | None:
@@ -159,7 +156,7 @@ class RunningPod:
         process.kill()
 
     async def stop(self) -> None:
-        """As `kubectl delete pod`: out of its Services at once, preStop, SIGTERM, SIGKILL."""
+        """Like `kubectl delete pod`: leaves its Services, then preStop, SIGTERM, SIGKILL."""
         begun = time.monotonic()
         self.is_terminating = True
         self._on_change()
@@ -177,7 +174,7 @@ class RunningPod:
         self.stopped_in_s = time.monotonic() - begun
 
     def kill(self) -> None:
-        """At once, for good."""
+        """Kills all processes; they are not restarted."""
         self.is_terminating = True
         for process in self._processes.values():
             _send(process, signal.SIGKILL)

@@ -1,7 +1,4 @@
-"""Callers of the Service `outrider`, again and again, and what they saw.
-
-Knows the cluster's endpoints, nothing of what is done to its pods.
-"""
+"""Load: clients that call the Service `outrider` in a loop, and their results."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ import grpc
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc, sampling_pb2
 from tests.deploy.cluster.control import Cluster
 
-NUM_CALLERS = 3
+NUM_CLIENTS = 3
 MAX_TOKENS = 48
-# Between a caller's calls: the cores are also for pods that start.
+# Pause between calls, so that starting pods get CPU time.
 PAUSE_S = 0.2
 PROMPTS = ("def fibonacci(n):", "import os\n", "class Stack:", "for i in range(")
 TRAFFIC_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 120.0
-# Generations that must go well before and after each change.
+# Generations that must succeed before and after each change.
 NUM_CALM = 6
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Of a call: when, why, and how many tokens it had been shown."""
+    """A failed call: time, reason, and number of tokens received before."""
 
     at: float
     why: str
@@ -37,7 +34,7 @@ class Failure:
 
 @dataclass
 class Load:
-    """What callers saw. `outputs`: the different answers to each question; greedy, so one."""
+    """Results of all clients. `outputs`: distinct outputs per prompt; one, as they are greedy."""
 
     num_ended: int = 0
     num_tokens: int = 0
@@ -47,7 +44,7 @@ class Load:
     is_over: bool = False
 
     async def calm(self, num: int = NUM_CALM) -> None:
-        """Returns after so many more that went well."""
+        """Returns after `num` more successful calls."""
         wanted = self.num_ended + num
         async with asyncio.timeout(TRAFFIC_TIMEOUT_S):
             while self.num_ended < wanted:  # noqa: ASYNC110 (counted by other tasks)
@@ -55,15 +52,15 @@ class Load:
 
 
 async def keep_calling(cluster: Cluster, load: Load) -> None:
-    """One caller, each time at one of the Service's endpoints."""
+    """One client; each call uses a random endpoint of the Service."""
     while not load.is_over:
         await asyncio.sleep(PAUSE_S)
-        if cluster.endpoints("outrider"):  # else a Service takes no connection
+        if cluster.endpoints("outrider"):  # without endpoints a Service accepts no connection
             await call(cluster, load, random.choice(PROMPTS), MAX_TOKENS)
 
 
 async def call(cluster: Cluster, load: Load, prompt: str, max_tokens: int) -> None:
-    """Once; counted in `load`."""
+    """One call, recorded in `load`."""
     address = random.choice(cluster.endpoints("outrider"))
     request = orchestrator_pb2.GenerateRequest(
         text=prompt,

@@ -1,7 +1,4 @@
-"""A name server as small as can be: A records of a table, for pods.
-
-Owns one UDP socket. Knows no pods. RFC 1035, as much of it as resolvers need.
-"""
+"""Minimal DNS server over UDP: A records of a table (RFC 1035)."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _TTL_S = 1
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """`records` may be replaced at any time. Names are whole, without the last dot."""
+    """`records` may be replaced at any time. Names are fully qualified, without the final dot."""
 
     def __init__(self) -> None:
         self.records: Mapping[str, Sequence[str]] = {}
@@ -29,7 +26,7 @@ class NameServer(asyncio.DatagramProtocol):
         await loop.create_datagram_endpoint(lambda: self, local_addr=(host, PORT))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # 3.11's own transport is none of the class that it stands for.
+        # Python 3.11's transport is not an instance of DatagramTransport.
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
@@ -41,10 +38,10 @@ class NameServer(asyncio.DatagramProtocol):
         (kind,) = struct.unpack_from(">H", query, end)
         found = self.records.get(name)
         addresses = found if found and kind == _TYPE_A else ()
-        # An answer, by who knows best; no such name only where there is none of any type.
+        # Authoritative answer; NXDOMAIN only if the name has no records of any type.
         flags = 0x8580 | (_NXDOMAIN if found is None else 0)
         head = query[:2] + struct.pack(">HHHHH", flags, 1, len(addresses), 0, 0)
-        # Each points back to the name in the question, at byte 12.
+        # Each record refers to the name in the question, at byte 12.
         answers = (
             struct.pack(">HHHIH", 0xC00C, _TYPE_A, 1, _TTL_S, 4) + socket.inet_aton(address)
             for address in addresses
@@ -53,7 +50,7 @@ class NameServer(asyncio.DatagramProtocol):
 
 
 def _question(query: bytes) -> tuple[str, int]:
-    """The name asked for, in small letters, and where its type stands."""
+    """The requested name in lower case, and the offset of its type."""
     labels = []
     at = 12
     while length := query[at]:

@@ -1,4 +1,4 @@
-"""A probe of a container, as the kubelet makes it: from outside, within its time."""
+"""Container probes like the kubelet's: gRPC, HTTP, TCP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 @dataclass(frozen=True)
 class Probe:
-    """`asks`: the probe of a manifest. Raises nothing: an answer is yes or no."""
+    """A probe of a manifest (`asks`). Never raises: a failed probe is False."""
 
     asks: dict[str, Any]
     address: str

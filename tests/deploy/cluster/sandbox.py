@@ -1,7 +1,7 @@
-"""A network and a root filesystem for each pod, made of this machine's own.
+"""Network and root filesystem per pod, from this machine's own files.
 
-Owns namespaces, mounts and addresses. Knows no manifest. To be used in network, mount and process
-namespaces of one's own: nothing is taken back, all of it ends with them.
+Must run in its own network, mount and PID namespaces: nothing is cleaned up, everything ends with
+them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ ROOT = Path(__file__).parents[3]
 NODE_ADDRESS = "10.117.0.1"
 BRIDGE = "pods"
 DOMAIN = "outrider.svc.cluster.local"
-# As the kubelet writes it.
+# Like the kubelet's resolv.conf.
 _RESOLVER = f"""nameserver {NODE_ADDRESS}
 search {DOMAIN} svc.cluster.local cluster.local
 options ndots:5
 """
-# Namespaces that end, with all that is in them, when the first process in them does.
+# Namespaces that end with their first process.
 UNSHARE = (
     "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
     "--propagation", "private",
 )  # fmt: skip
-# As the images set them (deploy/docker).
+# Like the images (deploy/docker).
 PATH = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE_ENVIRONMENT = {"PATH": PATH, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run(*command: str) -> None:
-    """Raises CalledProcessError; what it said is on standard error."""
+    """Runs a command; its output goes to standard error. Raises CalledProcessError."""
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr, timeout=30)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pod's containers run."""
+    """Network and root of a pod's containers."""
 
     name: str
     address: str
     root: Path
 
     def inside(self, command: Sequence[str], uid: int, gid: int) -> list[str]:
-        """The command as the pod's user: without capabilities, never to gain any."""
+        """The command as the pod's user, without capabilities or new privileges."""
         return [
             "ip", "netns", "exec", self.name, "chroot", str(self.root),
             "setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs",
@@ -57,7 +57,7 @@ class Place:
 
 
 class Sandbox:
-    """One bridge, and what is mounted in `directory`, a tmpfs of our own."""
+    """A network bridge, and the pods' mounts in `directory`, a tmpfs."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -65,21 +65,21 @@ class Sandbox:
 
     def prepare(self) -> None:
         for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)):
-            # Else no program is found, and what is waited for never comes.
+            # Otherwise no program is found, and the test waits in vain.
             assert not path.is_relative_to("/tmp"), f"{path}: each pod has a /tmp of its own"
         run("mount", "-t", "tmpfs", "tmpfs", str(self._directory))
         hosts, resolver = self._directory / "hosts", self._directory / "resolv.conf"
         hosts.write_text("127.0.0.1 localhost\n", "utf-8")
         resolver.write_text(_RESOLVER, "utf-8")
         Path("/run/netns").mkdir(exist_ok=True)
-        run("mount", "-t", "tmpfs", "tmpfs", "/run/netns")  # names for us alone
+        run("mount", "-t", "tmpfs", "tmpfs", "/run/netns")  # visible in this namespace only
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "addr", "add", f"{NODE_ADDRESS}/16", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
 
     def place(self, name: str) -> Place:
-        """A network and a root, writable until `seal`."""
+        """Creates a network and a root, writable until `seal`."""
         self._num_pods += 1
         address = f"10.117.1.{self._num_pods}"
         inner, outer = f"veth{self._num_pods}", f"pod{self._num_pods}"

@@ -1,6 +1,6 @@
-"""What is done to an overlay's pods while callers call.
+"""Scenarios: changes to an overlay's pods under load.
 
-Each takes a cluster of which nothing runs yet, and tells what it saw beside what callers did.
+Each takes a cluster that is not started yet and returns its observations.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import grpc
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from tests.deploy.cluster.control import Cluster
 from tests.deploy.cluster.kubelet import RunningPod
-from tests.deploy.cluster.load import NUM_CALLERS, TRAFFIC_TIMEOUT_S, Load, call, keep_calling
+from tests.deploy.cluster.load import NUM_CLIENTS, TRAFFIC_TIMEOUT_S, Load, call, keep_calling
 
-# Two loads of torch at once on a machine that does other things too.
+# Enough for two starts of torch at the same time on a busy machine.
 START_TIMEOUT_S = 240.0
-# Long enough to be under way when its pod goes, and while no other stands for it.
+# Long enough to be running when the primary is lost and until another is elected.
 LONG_PROMPT, LONG_TOKENS = "import sys\n", 1_500
-# So often a sentinel asks the primary who follows it; and the followers of a new one take 5 s.
+# A sentinel asks the primary for its replicas at this interval.
 SENTINEL_ASKS_S = 10.0
 
 
 async def num_opened(pod: RunningPod, component: str) -> int:
-    """Generations that a replica has been given."""
+    """Generations opened at a replica."""
     port = {"target": 50052, "draft": 50053}[component]
     async with grpc.aio.insecure_channel(f"{pod.address}:{port}") as channel:
         if component == "target":
@@ -38,7 +38,7 @@ async def num_opened(pod: RunningPod, component: str) -> int:
 
 
 async def has_traffic(pod: RunningPod, component: str) -> int:
-    """Returns when it has some."""
+    """Waits until a replica has opened generations; returns their number."""
     async with asyncio.timeout(TRAFFIC_TIMEOUT_S):
         while not (num := await num_opened(pod, component)):  # noqa: ASYNC110 (another process's)
             await asyncio.sleep(0.2)
@@ -46,16 +46,16 @@ async def has_traffic(pod: RunningPod, component: str) -> int:
 
 
 async def grow_and_shrink(cluster: Cluster, load: Load) -> dict[str, Any]:
-    """Up; one more of each tier; the two that were there first go; what is left goes on."""
-    told: dict[str, Any] = {"all_ready_s": await _all_ready_s(cluster)}
+    """Starts all, adds a replica per tier, removes the two first ones."""
+    result: dict[str, Any] = {"all_ready_s": await _all_ready_s(cluster)}
     first = [cluster.running(component)[0] for component in ("target", "draft")]
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(NUM_CALLERS):
+        for _ in range(NUM_CLIENTS):
             tasks.create_task(keep_calling(cluster, load))
         await load.calm()
         added = [cluster.add(component) for component in ("target", "draft")]
         await cluster.ready(*added, timeout_s=START_TIMEOUT_S)
-        told["opened_at_added"] = [
+        result["opened_at_added"] = [
             await has_traffic(pod, component)
             for pod, component in zip(added, ("target", "draft"), strict=True)
         ]
@@ -63,33 +63,33 @@ async def grow_and_shrink(cluster: Cluster, load: Load) -> dict[str, Any]:
         await asyncio.gather(*(cluster.remove(pod) for pod in first))
         await load.calm()
         load.is_over = True
-    told["removed"] = [
+    result["removed"] = [
         {"name": pod.name, "stopped_in_s": pod.stopped_in_s, "exit_statuses": pod.exit_statuses,
          "grace_s": pod.grace_s}
         for pod in first
     ]  # fmt: skip
-    return told
+    return result
 
 
 async def lose_redis(cluster: Cluster, load: Load) -> dict[str, Any]:
-    """Up; the primary Redis is gone without a word, its sentinel too; another takes its place."""
-    told: dict[str, Any] = {"all_ready_s": await _all_ready_s(cluster)}
+    """Starts all, kills the primary Redis and its sentinel, waits for another primary."""
+    result: dict[str, Any] = {"all_ready_s": await _all_ready_s(cluster)}
     primary = next(pod for pod in cluster.pods if pod.name == "outrider-redis-0")
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(NUM_CALLERS):
+        for _ in range(NUM_CLIENTS):
             tasks.create_task(keep_calling(cluster, load))
         await load.calm()
         await asyncio.sleep(1.5 * SENTINEL_ASKS_S)
         running = tasks.create_task(call(cluster, load, LONG_PROMPT, LONG_TOKENS))
         await load.calm(1)
-        assert not running.done(), "it is under way at the loss"
-        told["lost_at"] = time.monotonic()
+        assert not running.done(), "the long generation is running at the loss"
+        result["lost_at"] = time.monotonic()
         primary.kill()
         await cluster.remove(primary)
         await running
         await load.calm()
         load.is_over = True
-    return told
+    return result
 
 
 async def _all_ready_s(cluster: Cluster) -> float:
@@ -99,4 +99,4 @@ async def _all_ready_s(cluster: Cluster) -> float:
     return time.monotonic() - begun
 
 
-PLAYS = {play.__name__: play for play in (grow_and_shrink, lose_redis)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (grow_and_shrink, lose_redis)}
