@@ -84,7 +84,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         "Speculation",
         (
             Panel("Acceptance α", (("α", _ratio(_ACCEPTED, f"({_ACCEPTED} + {_REJECTED})")),),
-                  "percentunit", "accepted / (accepted + rejected); 0.7 is excellent.", 1.0),
+                  "percentunit", "accepted / (accepted + rejected); excellent from 0.7.", 1.0),
             Panel("Tokens per round τ", (("τ", f"1 + {_ratio(_ACCEPTED, _DRAFTS)}"),)),
             Panel("Draft tokens per round γ", (
                 ("last choice", f"avg (outrider_gamma{_HERE})"),
