@@ -7,11 +7,11 @@ primary=""
 password=$(sed -n 's/^requirepass //p' /replication/sentinel.conf 2>/dev/null || true)
 for number in 0 1 2; do
   # shellcheck disable=SC2086  # flags are words
-  told=$(REDISCLI_AUTH="$password" VALKEYCLI_AUTH="$password" timeout 2 \
+  reply=$(REDISCLI_AUTH="$password" VALKEYCLI_AUTH="$password" timeout 2 \
     valkey-cli ${CLI_FLAGS:-} -h "outrider-redis-${number}.${domain}" -p 26379 \
     sentinel get-master-addr-by-name outrider 2>/dev/null | head -n 1 || true)
-  case "$told" in
-    *".${domain}") primary="$told"; break ;;
+  case "$reply" in
+    *".${domain}") primary="$reply"; break ;;
   esac
 done
 primary="${primary:-outrider-redis-0.${domain}}"
