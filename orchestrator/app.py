@@ -54,11 +54,11 @@ ENDINGS_WAIT_S = 5.0
 # Longest wait for a draft at the start. After it, serve without one; a draft may join later.
 DRAFT_START_TIMEOUT_S = 5.0
 # Interval of the warning that no target is connected.
-_TARGET_WARNING_S = 10.0
+TARGET_WARNING_S = 10.0
 # Interval of attempts to reach Redis at the start.
-_REDIS_RETRY_S = 1.0
+REDIS_RETRY_S = 1.0
 # Interval of checks whether Redis accepts writes.
-_REDIS_CHECK_S = 1.0
+REDIS_CHECK_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -254,14 +254,14 @@ async def _start(store: SessionStore, wait_s: float) -> None:
             if time.monotonic() >= give_up_at:
                 raise ConfigError(f"redis_url: {error}") from error
             log.warning("waiting_for_redis", why=str(error))
-            await asyncio.sleep(_REDIS_RETRY_S)
+            await asyncio.sleep(REDIS_RETRY_S)
 
 
 async def _settle_target(targets: ReplicaPool[TargetLink]) -> None:
     """Waits for a target without a limit. Raises ConfigError if all replicas are refused."""
     while True:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TARGET_WARNING_S):
+            async with asyncio.timeout(TARGET_WARNING_S):
                 return await targets.settled()
         conditions = {link.endpoint: link.condition for link in targets.links.values()}
         log.warning("waiting_for_target", replicas=conditions or "none known")
@@ -297,7 +297,7 @@ async def _checking_redis(store: SessionStore, server: Server) -> AsyncIterator[
     async def check() -> None:
         while True:
             await server.set_health(REDIS, await store.takes_writes())
-            await asyncio.sleep(_REDIS_CHECK_S)
+            await asyncio.sleep(REDIS_CHECK_S)
 
     await server.set_health(REDIS, not store.is_away)
     async with asyncio.TaskGroup() as tasks:
