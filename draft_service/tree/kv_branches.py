@@ -64,7 +64,7 @@ class KVBranches:
             store.truncate(trunk.sequence, min(winner.num_shared, length, trunk.sequence.length))
             with contextlib.suppress(KVFull):
                 store.extend(trunk.sequence, length)
-            store.graft(trunk.sequence, winner.sequence, min(length, trunk.sequence.max_len))
+            store.append_copy(trunk.sequence, winner.sequence, min(length, trunk.sequence.max_len))
             store.free(winner.sequence)
             self._forks.discard(winner)
             winner.sequence, winner.parent, winner.fork_len = trunk.sequence, None, 0

@@ -61,7 +61,7 @@ class Placement:
             if missing > 0:
                 self._grow(sequence, missing)
         sequence.max_len = max(sequence.max_len, max_len)
-        sequence.want_len = max(sequence.want_len, max_len)
+        sequence.expected_len = max(sequence.expected_len, max_len)
 
     def release_from(self, sequence: Sequence, num_pages: int) -> None:
         """Release all pages from index `num_pages` on, and all spare pages."""
@@ -119,7 +119,7 @@ class Placement:
         """
         num_left = self.num_available - num_needed
         in_place = leading_run(found)
-        num_after = pages_for(sequence.want_len) - in_place
+        num_after = pages_for(sequence.expected_len) - in_place
         return 2 * num_left < self._allocator.num_pages or in_place > 2 * num_after
 
     def share_prefix(self, sequence: Sequence, found: list[int]) -> None:
@@ -135,7 +135,7 @@ class Placement:
         sequence._num_maybe_shared = max(sequence._num_maybe_shared, len(found))
         sequence.num_leading = leading_run(sequence._pages)
         sequence.max_len = max(sequence.max_len, len(found) * PAGE_SIZE)
-        sequence.want_len = max(sequence.want_len, sequence.max_len)
+        sequence.expected_len = max(sequence.expected_len, sequence.max_len)
 
     def check_integrity(self) -> None:
         """Assert that spare pages are counted correctly. Called by the store, with its lock."""
@@ -156,7 +156,7 @@ class Placement:
         """Pages that the sequence should have, including spare ones."""
         num_pages = len(sequence._pages) + missing
         most = num_pages + max(_MIN_SPARE, num_pages)
-        return max(num_pages, min(pages_for(sequence.want_len), most))
+        return max(num_pages, min(pages_for(sequence.expected_len), most))
 
     def _grow(self, sequence: Sequence, missing: int) -> None:
         """Add pages: the following ones if free, otherwise by moving, otherwise from anywhere."""

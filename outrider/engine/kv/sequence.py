@@ -19,12 +19,12 @@ class Sequence:
         "_num_maybe_shared",
         "_pages",
         "_store",
+        "expected_len",
         "is_parked",
         "length",
         "max_len",
         "num_leading",
         "num_spare",
-        "want_len",
     )
 
     def __init__(self, store: object, pages: list[int], known: int = 1) -> None:
@@ -40,7 +40,7 @@ class Sequence:
         self.length = 0
         self.max_len = 0
         """Reserved tokens: appends up to this length never fail."""
-        self.want_len = 0
+        self.expected_len = 0
         """Length the sequence may grow to; spare pages are useful up to it."""
         self.is_parked = False
         """Whether the sequence may be evicted; its pages then do not count as used."""
@@ -91,7 +91,7 @@ class Sequence:
     def check_integrity(self, num_owners: Callable[[int], int]) -> None:
         """Assert that lengths and pages agree, and that writable pages have no other owner."""
         pages = self._pages
-        assert 0 <= self.length <= self.max_len <= self.want_len, f"{self} is too long"
+        assert 0 <= self.length <= self.max_len <= self.expected_len, f"{self} is too long"
         assert pages_for(self.max_len) <= self.num_reserved, f"{self}: pages missing"
         assert not (self.is_parked and self.num_spare), f"{self} is parked with spare pages"
         assert self.num_leading == leading_run(pages), f"{self}: wrong run"

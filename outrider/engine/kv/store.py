@@ -82,16 +82,16 @@ class KVStore:
     def num_sequences(self) -> int:
         return len(self._sequences)
 
-    def open(self, max_len: int, want_len: int = 0) -> Sequence:
-        """Open an empty sequence with `max_len` tokens reserved, which may grow to `want_len`.
+    def open(self, max_len: int, expected_len: int = 0) -> Sequence:
+        """Open an empty sequence with `max_len` tokens reserved, which may grow to `expected_len`.
 
         Raises KVFull, reserving nothing; never if `max_len` is 0.
         """
-        if max_len < 0 or max(max_len, want_len) < 1:
+        if max_len < 0 or max(max_len, expected_len) < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
         with self._lock:
             sequence = Sequence(self, [])
-            sequence.want_len = want_len
+            sequence.expected_len = expected_len
             self._placement.reserve(sequence, max_len)
             return self._adopt(sequence)
 
@@ -125,7 +125,7 @@ class KVStore:
                 raise ValueError(f"cannot shrink {sequence} to {max_len} tokens")
             self._placement.release_from(sequence, pages_for(max_len))
             sequence.max_len = min(sequence.max_len, max_len)
-            sequence.want_len = sequence.max_len
+            sequence.expected_len = sequence.max_len
 
     def park(self, sequence: Sequence) -> None:
         """Mark a sequence as evictable: from now on its pages do not count as used."""
@@ -133,12 +133,12 @@ class KVStore:
             self._check_alive(sequence)
             self._placement.park(sequence)
 
-    def unpark(self, sequence: Sequence, want_len: int) -> None:
-        """Take a parked sequence into use again; it may grow to `want_len` tokens."""
+    def unpark(self, sequence: Sequence, expected_len: int) -> None:
+        """Take a parked sequence into use again; it may grow to `expected_len` tokens."""
         with self._lock:
             self._check_alive(sequence)
             self._placement.unpark(sequence)
-            sequence.want_len = max(sequence.max_len, want_len)
+            sequence.expected_len = max(sequence.max_len, expected_len)
 
     def fork(self, sequence: Sequence, max_len: int, length: int | None = None) -> Sequence:
         """A new sequence with the first `length` tokens (None: all) and `max_len` tokens reserved.
@@ -159,7 +159,7 @@ class KVStore:
             self._allocator.share(shared)
             known = min(sequence.num_leading, num_shared)
             child = self._adopt(Sequence(self, shared + own, known))
-            child.max_len = child.want_len = max_len
+            child.max_len = child.expected_len = max_len
             child._num_maybe_shared = num_shared
             sequence._num_maybe_shared = max(sequence._num_maybe_shared, num_shared)
             if num_copied:
@@ -246,7 +246,7 @@ class KVStore:
         sequence.length = stop
         return False
 
-    def graft(self, sequence: Sequence, source: Sequence, length: int) -> None:
+    def append_copy(self, sequence: Sequence, source: Sequence, length: int) -> None:
         """Append a copy of positions [sequence.length, length) of `source` to `sequence`.
 
         Raises ValueError if `source` is too short or the reservation of `sequence` too small.

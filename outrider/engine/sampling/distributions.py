@@ -8,19 +8,24 @@ or on the other rows of the batch. Blocks of draft tokens are handled in `sample
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.engine.sampling.gumbel_max import Excluded, Masses, RaceCandidates, ScaledLogits, best
+from outrider.engine.interface import Ids
+from outrider.engine.sampling.gumbel_max import (
+    Doubles,
+    Excluded,
+    Masses,
+    RaceCandidates,
+    ScaledLogits,
+    best,
+)
 from outrider.sampling import warp
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import token_gumbels
-
-Ids = npt.NDArray[Any]
-Doubles = npt.NDArray[np.float64]
 
 # Top logits read first to find the cut; most top-p sets fit. Otherwise the whole row is sorted.
 _HEAD_SIZE = 256

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.engine.interface import Ids
 from outrider.sampling.random import token_bounds, token_gumbels, token_offsets
 
-Ids = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
 # Entries per block. On a CPU, the temporaries of a block (about 24 bytes an entry) fit the L2 cache

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from outrider.engine.interface import Ids
 from outrider.sampling import warp
 from outrider.sampling.params import SamplingParams
-
-Ids = npt.NDArray[Any]
 
 
 class GenerationSampler:

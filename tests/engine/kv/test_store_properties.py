@@ -45,11 +45,11 @@ class StoreMachine(RuleBasedStateMachine):
         """Pages that are not reserved: spare ones can be taken."""
         return self.store.num_pages - len(self.pages_of(self.values_of))
 
-    @rule(max_len=st.integers(0, 100), want_len=st.integers(1, 400))
-    def open(self, max_len: int, want_len: int) -> None:
+    @rule(max_len=st.integers(0, 100), expected_len=st.integers(1, 400))
+    def open(self, max_len: int, expected_len: int) -> None:
         before = self.snapshot()
         try:
-            self.values_of[self.store.open(max_len, want_len)] = []
+            self.values_of[self.store.open(max_len, expected_len)] = []
         except KVFull:
             assert pages_for(max_len) > self.num_free, "refused although enough pages were free"
             assert self.snapshot() == before
