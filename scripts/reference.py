@@ -224,19 +224,20 @@ def errors_page() -> str:
         NOTICE,
         _ERRORS_INTRO,
 
-        _table(("error", "status", "details", "meaning"), _error_rows(errors.OutriderError, 0)),
+        _table(("error", "status", "details", "meaning"), _error_rows()),
         _ERRORS_END,
 
     ))  # fmt: skip
 
 
-def _error_rows(base: type[errors.OutriderError], depth: int) -> Iterator[tuple[str, ...]]:
-    for kind in base.__subclasses__():
-        is_public = not kind.__name__.startswith("_") and kind.__module__ == errors.__name__
-        if is_public:
-            yield _error_row(kind, depth)
-        if kind.__module__ == errors.__name__:
-            yield from _error_rows(kind, depth + is_public)
+def _error_rows() -> Iterator[tuple[str, ...]]:
+    """Public errors in the order of their definition, after their base classes."""
+    for name, kind in vars(errors).items():
+        is_error = inspect.isclass(kind) and issubclass(kind, errors.OutriderError)
+        if is_error and not name.startswith("_") and kind is not errors.OutriderError:
+            bases = [base for base in kind.__mro__[1:] if issubclass(base, errors.OutriderError)]
+            num_public = sum(not base.__name__.startswith("_") for base in bases)
+            yield _error_row(kind, num_public - 1)
 
 
 def _error_row(kind: type[errors.OutriderError], depth: int) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ def right() -> Manifests:
 
 
 @pytest.mark.parametrize(
-    ("rule", "plant", "said"), MISTAKES, ids=[f"{r.__name__}-{s[:40]}" for r, _, s in MISTAKES]
+    ("rule", "plant", "message"), MISTAKES, ids=[f"{r.__name__}-{s[:40]}" for r, _, s in MISTAKES]
 )
-def test_planted_mistake_is_found(right: Manifests, rule: Rule, plant: Plant, said: str) -> None:
+def test_planted_mistake_is_found(right: Manifests, rule: Rule, plant: Plant, message: str) -> None:
     """The rule reports the planted mistake; test_overlays checks that it reports nothing else."""
     found = copy.deepcopy(right)
     plant(found)
@@ -31,7 +31,7 @@ def test_planted_mistake_is_found(right: Manifests, rule: Rule, plant: Plant, sa
         found.objects = [made for made in found.objects if made not in right.objects]
     problems = list(rule(found))
     assert problems
-    assert any(said in problem for problem in problems), problems
+    assert any(message in problem for problem in problems), problems
 
 
 def test_every_rule_has_a_mistake() -> None:

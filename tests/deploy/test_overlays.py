@@ -136,8 +136,8 @@ def test_api_server_accepts_the_manifests(name: str, tmp_path: Path) -> None:
     namespace = [made for made in plain if made["kind"] == "Namespace"]
     with api_server(assets, tmp_path) as kubectl:
         _apply(kubectl, namespace)
-        said = _apply(kubectl, plain, "--dry-run=server")
-    assert "would violate PodSecurity" not in said
+        output = _apply(kubectl, plain, "--dry-run=server")
+    assert "would violate PodSecurity" not in output
 
 
 def _apply(kubectl: list[str], objects: list[Object], *flags: str) -> str:

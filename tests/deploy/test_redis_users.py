@@ -54,7 +54,7 @@ def _wait(path: Path, process: subprocess.Popen[bytes]) -> None:
     """Waits until the server accepts connections, shortly after its socket exists."""
     for _ in range(6000):
         with suppress(FileNotFoundError, ConnectionRefusedError):
-            say(path, "PING")
+            send_unix(path, "PING")
             return
         assert process.poll() is None, "Redis rejected the users"
         time.sleep(0.01)
@@ -84,29 +84,29 @@ def sentinels(folder: Path, primary: int, ports: Sequence[int]) -> Iterator[None
             process.wait()
 
 
-def ask(port: int, *lines: str) -> list[str]:
+def send_tcp(port: int, *lines: str) -> list[str]:
     """Replies to each line; none if nothing listens on the port."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-            return _said(client, lines)
+            return _replies(client, lines)
     except ConnectionRefusedError:
         return []
 
 
-def say(path: Path, *lines: str) -> list[str]:
+def send_unix(path: Path, *lines: str) -> list[str]:
     """Replies to each line."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)
         client.connect(str(path))
-        return _said(client, lines)
+        return _replies(client, lines)
 
 
-def _said(client: socket.socket, lines: Sequence[str]) -> list[str]:
-    answers = []
+def _replies(client: socket.socket, lines: Sequence[str]) -> list[str]:
+    replies = []
     for line in lines:
         client.sendall(line.encode() + b"\r\n")
-        answers.append(client.recv(1 << 16).decode())
-    return answers
+        replies.append(client.recv(1 << 16).decode())
+    return replies
 
 
 async def test_services_user_can_store_sessions(files: Path) -> None:
@@ -128,19 +128,19 @@ def test_users_have_only_their_own_rights(files: Path) -> None:
     password = (files / "password").read_text()
     replica = (files / "replication.conf").read_text().split()[-1]
     with server(files) as path:
-        answers = say(path, f"AUTH outrider {password}", "SET outrider:x 1", "SET other 1",
+        replies = send_unix(path, f"AUTH outrider {password}", "SET outrider:x 1", "SET other 1",
                       "CONFIG GET dir", "FLUSHALL", "ACL LIST")  # fmt: skip
-        assert [answer[0] for answer in answers] == ["+", "+", "-", "-", "-", "-"]
-        answers = say(
+        assert [reply[0] for reply in replies] == ["+", "+", "-", "-", "-", "-"]
+        replies = send_unix(
             path, f"AUTH replica {replica}", "REPLCONF listening-port 1", "GET outrider:x"
         )
-        assert [answer[0] for answer in answers] == ["+", "+", "-"]
+        assert [reply[0] for reply in replies] == ["+", "+", "-"]
         # The commands of the proxy (components/redis-ha/50-redis.cfg).
-        answers = say(path, "AUTH probe none", "PING", "INFO replication", "GET outrider:x")
-        assert answers[1].startswith("+PONG")
-        assert "role:master" in answers[2]
-        assert answers[3].startswith("-NOPERM")
-        assert say(path, "GET outrider:x")[0].startswith("-NOAUTH")
+        replies = send_unix(path, "AUTH probe none", "PING", "INFO replication", "GET outrider:x")
+        assert replies[1].startswith("+PONG")
+        assert "role:master" in replies[2]
+        assert replies[3].startswith("-NOPERM")
+        assert send_unix(path, "GET outrider:x")[0].startswith("-NOAUTH")
 
 
 @pytest.mark.slow
@@ -150,23 +150,23 @@ def test_sentinels_accept_only_each_other(files: Path) -> None:
     primary, first, second = free_ports(3)
     with server(files, primary), sentinels(files, primary, (first, second)):
         words = (f"AUTH {password}", "SENTINEL SENTINELS outrider")
-        _until(lambda: _knows(ask(first, *words)[-1:], second))
-        _until(lambda: _knows(ask(second, *words)[-1:], first))
-        refused = ask(first, "SENTINEL REMOVE outrider", "SHUTDOWN", "SENTINEL MASTERS")
-        assert [answer.partition(" ")[0] for answer in refused] == ["-NOAUTH"] * 3
+        _until(lambda: _lists_sentinel(send_tcp(first, *words)[-1:], second))
+        _until(lambda: _lists_sentinel(send_tcp(second, *words)[-1:], first))
+        refused = send_tcp(first, "SENTINEL REMOVE outrider", "SHUTDOWN", "SENTINEL MASTERS")
+        assert [reply.partition(" ")[0] for reply in refused] == ["-NOAUTH"] * 3
         time.sleep(3.0)  # longer than the connection of a rejected sentinel lasts
-        assert _knows(ask(first, *words)[-1:], second)
+        assert _lists_sentinel(send_tcp(first, *words)[-1:], second)
 
 
-def _knows(answer: list[str], port: int) -> bool:
+def _lists_sentinel(reply: list[str], port: int) -> bool:
     """Whether the reply lists a connected sentinel at this port."""
-    words = answer[0].split("\r\n") if answer else []
+    words = reply[0].split("\r\n") if reply else []
     return str(port) in words and words[words.index("flags") + 2] == "sentinel"
 
 
-def _until(holds: Callable[[], bool]) -> None:
+def _until(condition: Callable[[], bool]) -> None:
     for _ in range(600):
-        if holds():
+        if condition():
             return
         time.sleep(0.1)
     raise AssertionError("condition not met within 60 s")
