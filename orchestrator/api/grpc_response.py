@@ -32,7 +32,10 @@ _FINISH_REASONS = {
 def pairing_response(
     match: DraftMatch | None, refused: Sequence[ConfigError]
 ) -> orchestrator_pb2.DraftPairing | None:
-    """`refused`: errors of the draft replicas that are refused now. None: nothing to report."""
+    """Pairing of draft and target; None before a draft connects.
+
+    `refused`: errors of the draft replicas that are refused now.
+    """
     if match is None and not refused:
         return None
     return orchestrator_pb2.DraftPairing(

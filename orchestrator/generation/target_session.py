@@ -294,7 +294,7 @@ class TargetSession:
             if time.monotonic() > give_up_at:
                 if self._pool.has_any:
                     max_len, largest = self._state.max_len, self._pool.max_len
-                    why = f"no target holds {max_len} tokens now; the largest holds {largest}"
+                    why = f"no target has a KV cache for {max_len} tokens; the largest: {largest}"
                     raise Unavailable(why) from error
                 raise error
             await asyncio.sleep(_RETRY_S)

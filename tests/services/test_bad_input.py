@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,11 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from orchestrator.api import grpc_server
+from orchestrator.api.grpc_request import parse_request
+from orchestrator.generation.validation import ValidRequest
 from outrider.redis.embedded import RedisServer
+from outrider.runtime.protobuf import LONG_LIST
 from outrider.v1 import orchestrator_pb2
 from tests.redis_fixture import redis_command
 from tests.services.parts import (
@@ -172,6 +177,23 @@ async def test_prompt_longer_than_the_context(num_tokens: int, plain: System) ->
     assert str(CONTEXT_LEN) in refused.message
     missing = plain.client.GetSession(orchestrator_pb2.GetSessionRequest(session_id="long"))
     assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(("num_ids", "is_long"), [(LONG_LIST + 1, True), (300, False)])
+async def test_long_lists_are_validated_in_a_thread(
+    num_ids: int, is_long: bool, plain: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*arguments: Any) -> ValidRequest:
+        threads.append(threading.current_thread().name)
+        return parse_request(*arguments)
+
+    monkeypatch.setattr(grpc_server, "parse_request", noted)
+    refused = await refused_by(plain, asked(allowed_token_ids=[1] * num_ids))
+    assert refused.fields == ["sampling.allowed_token_ids"]
+    event_loop = threading.current_thread().name
+    assert [name != event_loop for name in threads] == [is_long]
 
 
 async def test_invalid_prompts_with_a_tokenizer(chatty: System) -> None:

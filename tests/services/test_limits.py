@@ -50,7 +50,7 @@ async def tiers(pair: Pair) -> AsyncIterator[System]:
 async def chatty(
     chat_pair: Pair, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[System]:
-    """With a template that refuses what it is told, in its own words."""
+    """A stack whose chat template raises an error that repeats the client's message."""
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, chat_template="{{ raise_exception(messages[0]['content']) }}")
     async with whole(chat_pair, redis_server.url, tokenizer=str(directory)) as stack:
@@ -263,8 +263,8 @@ CALLS: dict[str, tuple[str, str, orchestrator_pb2.GenerateRequest]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_calls(name: str, chatty: System) -> None:
-    """With the field and what is allowed; a refusal that repeats what was sent keeps its code."""
+async def test_requests_beyond_a_limit(name: str, chatty: System) -> None:
+    """The error has the field and the limit; a message that repeats the input is cut."""
     field, allowed, bad = CALLS[name]
     refused = await refusal(anext(aiter(chatty.client.Generate(bad, timeout=200))))
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -284,8 +284,8 @@ EXTREMES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("sampling", EXTREMES)
-async def test_the_least_and_the_greatest_numbers(sampling: dict[str, Any], chatty: System) -> None:
-    """The bug: what overflowed float32 became NaN. Warnings are errors here, on all threads."""
+async def test_extreme_sampling_numbers(sampling: dict[str, Any], chatty: System) -> None:
+    """A former bug: float32 overflow became NaN. Warnings are errors here, on all threads."""
     for verification in (1, 2, 3):
         output = await chatty.generate(
             PROMPT,
@@ -294,12 +294,12 @@ async def test_the_least_and_the_greatest_numbers(sampling: dict[str, Any], chat
             gamma=4,
         )
         assert len(output.token_ids) == 8
-        assert not any(math.isnan(told.logprob) for told in output.logprobs)
+        assert not any(math.isnan(token.logprob) for token in output.logprobs)
 
 
 @pytest.mark.parametrize("sampling", EXTREMES)
-async def test_a_draft_with_such_numbers_proposes(sampling: dict[str, Any], tiers: System) -> None:
-    """The bug: scores beyond float32 were an overflow, and the generation lost."""
+async def test_draft_with_extreme_sampling_numbers(sampling: dict[str, Any], tiers: System) -> None:
+    """A former bug: scores beyond float32 overflowed, and the generation was lost."""
     assert tiers.draft is not None
     asked = sampling_pb2.SamplingParams(**sampling)
     async with raw(tiers.draft.Propose()) as stream:
@@ -323,7 +323,7 @@ async def test_a_draft_with_such_numbers_proposes(sampling: dict[str, Any], tier
                 assert isinstance(answer, draft_pb2.Proposal), answer
 
 
-async def test_penalties_that_no_logit_survives(chatty: System) -> None:
+async def test_penalty_below_the_smallest_allowed(chatty: System) -> None:
     bad = sampled(repetition_penalty=1e-40)
     refused = await refusal(anext(aiter(chatty.client.Generate(bad, timeout=200))))
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT

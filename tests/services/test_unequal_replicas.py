@@ -335,7 +335,7 @@ async def test_nobody_waits_behind_what_fits_the_larger_replica_only(
         brake.release()
         ended = await refusal(to_its_end(begun))
         assert ended.code is grpc.StatusCode.UNAVAILABLE
-        assert "no target holds 300 tokens now; the largest holds 256" in ended.message
+        assert "no target has a KV cache for 300 tokens; the largest: 256" in ended.message
         assert (await model_info(system)).target.kv_capacity_tokens == 256
         assert (await system.generate([9], sampling=sampling)).token_ids == greedy([9], 2)
 
