@@ -33,7 +33,7 @@ class Append(NamedTuple):
 
 
 class Engine:
-    """A loaded model, its KV store and its attention backend. Use it on the device thread only."""
+    """A loaded model, its KV store and its attention backend. Call it on the device thread only."""
 
     def __init__(
         self,
