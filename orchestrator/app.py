@@ -181,7 +181,7 @@ def _tiers(
     tokenizer: Tokenizer | None,
 ) -> GenerationContext:
     timeouts = Timeouts(
-        verify_timeout_s=config.verdict_timeout_s,
+        verify_timeout_s=config.verify_timeout_s,
         target_wait_s=config.target_wait_s,
         draft_wait_s=None if config.draft_wait_ms is None else config.draft_wait_ms / 1000,
     )

@@ -1,12 +1,12 @@
-"""What Outrider's three programs share: contracts, errors, configuration, mathematics, engine, CLI.
+"""Code that Outrider's three programs share: contracts, settings, sampling, engine, client, CLI.
 
-Knows no service: `draft_service`, `target_service` and `orchestrator` import it, never the reverse.
+`draft_service`, `target_service` and `orchestrator` import this package, never the reverse.
 """
 
 import os
 
-# gRPC's core writes lines to standard error, in the midst of JSON logs. What they say our own
-# logs and errors say as well. It reads this as it is imported: whoever wants the lines sets it.
+# gRPC's core writes its own lines to standard error, between JSON log lines. Our logs and errors
+# report the same. gRPC reads this variable when it is imported; set it to see the lines.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m outrider`: the command line where the `outrider` script is not on PATH."""
+"""`python -m outrider`: the command line, if the `outrider` script is not on PATH."""
 
 from outrider.cli import main
 

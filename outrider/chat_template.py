@@ -1,4 +1,4 @@
-"""A model's chat template: messages to the text of a prompt, as Hugging Face renders it."""
+"""Chat template of a model: renders messages to prompt text, as Hugging Face does."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from outrider.errors import ConfigError, InvalidRequest
 
 
 class ChatTemplate:
-    """Immutable. `special_tokens`: what the template may name, such as `bos_token`."""
+    """Compiled chat template. Immutable.
+
+    `special_tokens`: texts that the template may use by name, such as `bos_token`.
+    """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises ConfigError if the template cannot be read."""
+        """Raises ConfigError for a template with syntax errors."""
         self._template = _compile(template)
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation with the prompt for the next answer.
+        """The text of the messages, followed by the prompt for the next answer.
 
-        Raises InvalidRequest if the template refuses the messages.
+        Raises InvalidRequest if the template rejects the messages.
         """
         try:
             return self._template.render(
@@ -35,11 +38,11 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest("chat", f"the chat template refuses it: {error}") from error
+            raise InvalidRequest("chat", f"the chat template rejects it: {error}") from error
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks answers for training; here it is what it encloses."""
+    """`{% generation %}`, which marks answers for training: renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
@@ -49,9 +52,9 @@ class _GenerationTag(Extension):
 
 
 def _compile(template: str) -> jinja2.Template:
-    """As Hugging Face renders them, so that the same templates work."""
+    """Compiles with Hugging Face's settings and functions, so that the same templates work."""
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
@@ -59,7 +62,7 @@ def _compile(template: str) -> jinja2.Template:
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, ensure_ascii=False, **options
@@ -67,4 +70,4 @@ def _compile(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise ConfigError(f"the chat template cannot be read: {error}") from error
+        raise ConfigError(f"the chat template cannot be compiled: {error}") from error

@@ -1,9 +1,9 @@
-"""Incremental detokenizer: token ids to text, at a cost per token that does not grow with the text.
+"""Incremental detokenizer: token ids to text; the cost per token does not grow with the text.
 
-Most tokenizers' decoders are a map from each token to bytes: byte-level BPE (GPT-2, Llama 3, Qwen),
-SentencePiece with byte fallback (Llama 2, Mistral, Gemma, Phi-3), Metaspace. Those are decoded as
-bytes, so that a character may be split over any number of tokens. For other decoders a window of
-tokens is decoded again with each new one.
+Most tokenizers' decoders map each token to bytes: byte-level BPE (GPT-2, Llama 3, Qwen),
+SentencePiece with byte fallback (Llama 2, Mistral, Gemma, Phi-3), Metaspace. Their tokens are
+decoded as bytes: a character may be split over any number of tokens. With other decoders, the last
+few tokens are decoded again with each new token.
 
 `tokenizers.decoders.DecodeStream` is no alternative: with byte fallback it returns nothing until a
 run of byte tokens ends, it decodes an incomplete run to one replacement character a byte, and its
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-# Decoders without a map to bytes: the text of a token may depend on so many tokens before it.
+# For decoders that do not map tokens to bytes: tokens that the text of the next one may depend on.
 _NUM_WINDOW_TOKENS = 6
 _MAX_CHARACTER_BYTES = 4
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -29,63 +29,67 @@ _SPACE = ord(" ")
 
 
 class Detokenizer(Protocol):
-    """The text of one output. May be used by one task or thread at a time."""
+    """Detokenizer of one output; for one task or thread at a time."""
 
     def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that is certain because of it, perhaps none."""
+        """Adds a token; returns the text that it completes, which may be empty."""
 
     def finish(self) -> str:
-        """Returns the text of what is left: one replacement character for an incomplete one."""
+        """Ends the output; returns U+FFFD for an incomplete last character, otherwise ""."""
 
 
 class TokenBytes:
-    """The bytes that each token adds to a text, for one tokenizer. Any thread may use it.
+    """Bytes of each token of one tokenizer. Any thread may use it.
 
-    `num_stripped`: spaces removed at the start of a text. `joins_first`: all of its first token's.
+    `num_stripped`: spaces that the decoder removes at the start of a text. `joins_first`: instead,
+    it removes all spaces of the first token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_ids: frozenset[int]) -> None:
-        """Raises NotImplementedError where the decoder is not such a map."""
+        """Raises NotImplementedError if the decoder does not map tokens to bytes."""
         self._backend = backend
         self._special_ids = special_ids
         self._bytes: dict[int, bytes] = {}
         self._convert, self.num_stripped, self.joins_first = _converter(backend)
 
     def __getitem__(self, token_id: int) -> bytes:
-        """Nothing for special tokens and for ids that the tokenizer does not have."""
-        known = self._bytes.get(token_id)
-        if known is None:
+        """The token's bytes; empty for special tokens and unknown ids."""
+        cached = self._bytes.get(token_id)
+        if cached is None:
             token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
-            known = self._bytes[token_id] = b"" if token is None else self._convert(token)
-        return known
+            cached = self._bytes[token_id] = b"" if token is None else self._convert(token)
+        return cached
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """For an output after this prompt."""
+        """Detokenizer of an output after this prompt."""
         return _ByteDetokenizer(self, prompt_ids)
 
 
 class _ByteDetokenizer:
+    """Decodes the bytes of tokens as UTF-8."""
+
     def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_to_strip = self._left_to_strip(prompt_ids)
+        self._num_to_strip = self._remaining_to_strip(prompt_ids)
         for part in self._last_bytes(prompt_ids):
             self._decoder.decode(part)
 
-    def _left_to_strip(self, prompt_ids: Sequence[int]) -> int:
-        """How many leading spaces the prompt leaves to be stripped."""
-        left = self._token_bytes.num_stripped
+    def _remaining_to_strip(self, prompt_ids: Sequence[int]) -> int:
+        """Number of leading spaces still to strip after the prompt."""
+        remaining = self._token_bytes.num_stripped
+        joins_first = self._token_bytes.joins_first
         for token_id in prompt_ids:
-            if left == 0:
+            if remaining == 0:
                 break
             for byte in self._token_bytes[token_id]:
-                left = left - 1 if byte == _SPACE and not self._token_bytes.joins_first else 0
-                if left == 0:
+                remaining = remaining - 1 if byte == _SPACE and not joins_first else 0
+                if remaining == 0:
                     break
-        return left
+        return remaining
 
     def _last_bytes(self, prompt_ids: Sequence[int]) -> Iterable[bytes]:
-        """Of the prompt: those that an incomplete character at its end may begin with."""
+        """The prompt's last bytes, enough to hold an incomplete character at its end."""
         parts: deque[bytes] = deque()
         num_bytes = 0
         for token_id in reversed(prompt_ids):
@@ -103,18 +107,21 @@ class _ByteDetokenizer:
         return self._decoder.decode(b"", final=True)
 
     def _stripped(self, text: str) -> str:
-        kept = text.lstrip(" ")
-        num_spaces = len(text) - len(kept)
+        rest = text.lstrip(" ")
+        num_spaces = len(text) - len(rest)
         num_stripped = min(num_spaces, self._num_to_strip)
         if self._token_bytes.joins_first:
             self._num_to_strip = 0
             return text.replace(" ", "")
-        self._num_to_strip = 0 if kept else self._num_to_strip - num_stripped
+        self._num_to_strip = 0 if rest else self._num_to_strip - num_stripped
         return text[num_stripped:]
 
 
 class WindowDetokenizer:
-    """Decodes the last tokens together, for decoders that are no map from tokens to bytes."""
+    """Decodes the last tokens as one, for decoders that do not map tokens to bytes.
+
+    `decode`: text of token ids. `has_text`: whether a token has text at all.
+    """
 
     def __init__(
         self, decode: Callable[[list[int]], str], has_text: Callable[[int], bool],
@@ -124,23 +131,26 @@ class WindowDetokenizer:
         self._has_text = has_text
         tail = (i for i in reversed(prompt_ids) if has_text(i))
         self._token_ids = [i for i, _ in zip(tail, range(_NUM_WINDOW_TOKENS), strict=False)][::-1]
-        self._known = decode(self._token_ids)
+        self._window_text = decode(self._token_ids)
 
     def push(self, token_id: int) -> str:
         if not self._has_text(token_id):
             return ""
         text = self._decode([*self._token_ids, token_id])
-        news = text[len(self._known) :]
+        new_text = text[len(self._window_text) :]
         self._token_ids = [*self._token_ids, token_id][-_NUM_WINDOW_TOKENS:]
-        self._known = self._decode(self._token_ids)
-        return news
+        self._window_text = self._decode(self._token_ids)
+        return new_text
 
     def finish(self) -> str:
         return ""
 
 
 def _converter(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int, bool]:
-    """Token to bytes; `num_stripped` and `joins_first` of TokenBytes."""
+    """Function from token to bytes; `num_stripped` and `joins_first` as in TokenBytes.
+
+    Raises NotImplementedError if the decoder does not map tokens to bytes.
+    """
     steps = _steps(backend)
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -173,7 +183,7 @@ def _converter(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], i
 
 
 def _steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    """The decoders that the tokenizer applies one after the other."""
+    """The tokenizer's decoders in the order of their application."""
 
     def flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
         if decoder["type"] == "Sequence":
@@ -192,18 +202,18 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE's characters for the 256 bytes (GPT-2's `bytes_to_unicode`)."""
+    """Byte of each character of byte-level BPE: the inverse of GPT-2's `bytes_to_unicode`."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    shown = {chr(byte): byte for byte in printable}
-    return shown | {chr(256 + index): byte for index, byte in enumerate(others)}
+    unchanged = {chr(byte): byte for byte in printable}
+    return unchanged | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTES_OF_CHARACTERS = _byte_characters()
+_BYTE_OF_CHARACTER = _byte_characters()
 
 
 def _byte_level(token: str) -> bytes:
-    """A token with another character is text as it is: added tokens are not byte-encoded."""
-    values = [_BYTES_OF_CHARACTERS.get(character) for character in token]
+    """Bytes of a token. With any other character it is plain text: added tokens are not encoded."""
+    values = [_BYTE_OF_CHARACTER.get(character) for character in token]
     known = [value for value in values if value is not None]
     return bytes(known) if len(known) == len(values) else token.encode()

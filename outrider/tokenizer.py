@@ -1,6 +1,6 @@
-"""A model's tokenizer: text to ids and back, chat template, fingerprint. Imports no torch.
+"""Tokenizer of a model: encodes and decodes text, renders chats, has a fingerprint.
 
-`outrider.tokenizer_files` finds the files, `outrider.detokenizer` decodes streams of tokens.
+`outrider.tokenizer_files` finds and reads the files, `outrider.detokenizer` decodes streams.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outrider.vocabulary import Vocabulary
 
 
 class Tokenizer:
-    """Immutable after loading. Encoding a long text takes milliseconds: call it in a thread."""
+    """Tokenizer; immutable after loading. Encode in a thread: a long text takes milliseconds."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        """`special_tokens`: texts by name, such as `eos_token`."""
+        """`special_tokens`: texts of special tokens by name, such as `eos_token`."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -51,9 +51,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model: str) -> Tokenizer | None:
-        """From a directory or hub name; None where the model has no tokenizer.
+        """Loads it from a local directory or Hub name; None if the model has no tokenizer.
 
-        Raises ConfigError if the files are broken or cannot be had.
+        Raises ConfigError for broken or unavailable files.
         """
         files = TokenizerFiles(model)
         try:
@@ -63,7 +63,7 @@ class Tokenizer:
             settings = files.settings()
             special_tokens = files.special_tokens(settings)
             template = settings.get("chat_template")
-            if isinstance(template, list):  # several named ones
+            if isinstance(template, list):  # several named templates
                 template = {entry["name"]: entry["template"] for entry in template}.get("default")
             chat_template = ChatTemplate(template, special_tokens) if template else None
             return cls(backend, special_tokens, chat_template)
@@ -74,28 +74,30 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """To compare with another model's. Takes a tenth of a second the first time."""
+        """Token hashes to compare with another model's. The first use takes about 0.1 s."""
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         return Vocabulary.of(self._backend.get_vocab(with_added_tokens=True), added)
 
     @functools.cached_property
     def max_token_chars(self) -> int:
-        """Length of the longest token, special ones left out."""
+        """Length of the longest token that is not special, in characters."""
         special = set(self._special_ids)
         tokens = self._backend.get_vocab(with_added_tokens=True)
         return max((len(token) for token in tokens if token not in special), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        # Unlike `encode`, it does not hold the GIL, nor make the offsets.
+        """Token ids of the text."""
+        # Unlike `encode`, this releases the GIL and computes no offsets.
         (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoded.ids)
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """For an output after this prompt. Used by one task or thread at a time."""
+        """Detokenizer of an output after this prompt; for one task or thread at a time."""
         if self._token_bytes is not None:
             return self._token_bytes.detokenizer(prompt_ids)
         return WindowDetokenizer(self.decode, self._has_text, prompt_ids)
@@ -106,11 +108,11 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) is not None
 
     def special_text(self, token_id: int) -> str | None:
-        """The text of a special token, which is not part of a decoded text; None for others."""
+        """Text of a special token, which `decode` leaves out; None for other tokens."""
         return self._special_texts.get(token_id)
 
     def split_at_special_tokens(self, text: str) -> list[str | int]:
-        """The text's characters, and the id in the place of each special token's text."""
+        """The text's characters, with each special token's text replaced by its id."""
         if self._special_pattern is None:
             return list(text)
         parts: list[str | int] = []
@@ -122,19 +124,20 @@ class Tokenizer:
         return parts
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Special tokens are left out; ids that the tokenizer does not know give nothing."""
+        """Text of the tokens, without special tokens and unknown ids."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
     @property
     def eos_token_id(self) -> int | None:
-        """Of the tokenizer's own end token; None without one."""
+        """Id of the tokenizer's end-of-sequence token; None if it has none."""
         text = self._special_tokens.get("eos_token")
         return None if text is None else self._backend.token_to_id(text)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation with the prompt for the next answer; to encode without special tokens.
+        """The text of the messages and the prompt for the next answer.
 
-        Raises InvalidRequest if the tokenizer has no chat template or it refuses the messages.
+        Encode it without adding special tokens. Raises InvalidRequest if there is no chat template
+        or it rejects the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest("chat", "the model's tokenizer has no chat template; send text")
@@ -142,5 +145,6 @@ class Tokenizer:
 
 
 def _fingerprint(backend: tokenizers.Tokenizer) -> str:
+    """SHA-256 of the sorted vocabulary with its ids."""
     vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

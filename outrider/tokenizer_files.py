@@ -1,7 +1,7 @@
-"""The files of a model's tokenizer: found in a directory, on the hub or in its cache; read.
+"""Files of a model's tokenizer, from a local directory, the Hugging Face Hub or its cache.
 
-Models without `tokenizer.json` (SentencePiece, tiktoken, vocab.json with merges.txt) are converted
-by transformers, which only the model services have.
+Tokenizers without `tokenizer.json` (SentencePiece, tiktoken, vocab.json with merges.txt) are
+converted with transformers, which is installed with the model services only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from outrider.errors import ConfigError
 
 log = structlog.get_logger()
 
-# Any of these in the hub's cache: the model was downloaded once.
+# If one of these is in the Hub's cache, the model was downloaded before.
 _MAIN_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _HUB_TIMEOUT_S = 10.0
-# The bases are OSError and what the HTTP library raises, which differs between versions.
+# OSError and the HTTP library's base error, which differs between versions of the Hub client.
 _HUB_ERRORS: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 
-# Files of tokenizers that `tokenizers` cannot read by itself.
+# Files of tokenizers that the `tokenizers` library cannot read.
 UNCONVERTED = (
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json",
 )  # fmt: skip
@@ -46,8 +46,8 @@ NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
-# Special tokens of transformers' tokenizer classes, which their files may leave out. A test
-# compares them with transformers' own.
+# Default special tokens of transformers' tokenizer classes: their files may leave them out. A test
+# compares them with transformers.
 _ENDOFTEXT = "<|endoftext|>"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = {"eos_token": _ENDOFTEXT, "unk_token": _ENDOFTEXT, "pad_token": _ENDOFTEXT}
@@ -79,7 +79,7 @@ CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
 
 
 class TokenizerFiles:
-    """A model's directory or hub name, and how to read its tokenizer's files."""
+    """Finds and reads the tokenizer files of a model, a local directory or Hub name."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -88,16 +88,16 @@ class TokenizerFiles:
 
     @functools.cached_property
     def _hub_error(self) -> BaseException | None:
-        """Why the hub cannot be asked; None: it can. Asked once, without retries."""
+        """Error of a first request to the Hub, made once without retries; None: it is reachable."""
         try:
             huggingface_hub.get_hf_file_metadata(
                 huggingface_hub.hf_hub_url(self._model, "config.json"), timeout=_HUB_TIMEOUT_S
             )
         except HFValidationError as error:
             raise ConfigError(
-                f"'{self._model}' is neither a local directory nor a name on the hub"
+                f"'{self._model}' is neither a local directory nor a name on the Hub"
             ) from error
-        except RepositoryNotFoundError as error:  # gated ones included
+        except RepositoryNotFoundError as error:  # also for gated models
             return error
         except EntryNotFoundError:
             return None
@@ -106,7 +106,7 @@ class TokenizerFiles:
         return None
 
     def find(self, name: str) -> Path | None:
-        """None: the model has no such file. Raises ConfigError if that cannot be known."""
+        """Path of the file; None: the model has none. Raises ConfigError if that is unknown."""
         if self._directory is not None:
             path = self._directory / name
             return path if path.is_file() else None
@@ -122,26 +122,26 @@ class TokenizerFiles:
             return self._cached(name, error)
 
     def _cached(self, name: str, error: BaseException) -> Path | None:
-        """The file from the hub's cache, as transformers does where the hub cannot be asked."""
+        """The file in the Hub's cache, as transformers does while the Hub is unreachable."""
         cached = huggingface_hub.try_to_load_from_cache(self._model, name)
         if isinstance(cached, str):
             return Path(cached)
-        known = (huggingface_hub.try_to_load_from_cache(self._model, file) for file in _MAIN_FILES)
-        if any(isinstance(path, str) for path in known):
+        paths = (huggingface_hub.try_to_load_from_cache(self._model, file) for file in _MAIN_FILES)
+        if any(isinstance(path, str) for path in paths):
             log.info("not_in_hub_cache", model=self._model, file=name)
             return None
         if isinstance(error, RepositoryNotFoundError):
             why = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"'{self._model}' is not a local directory; hub: {why}") from error
+            raise ConfigError(f"'{self._model}' is not a local directory; Hub: {why}") from error
         raise ConfigError(
-            f"'{self._model}' is not a local directory, it is not in the hub's cache, and the "
+            f"'{self._model}' is not a local directory, it is not in the Hub's cache, and the "
             f"Hugging Face Hub is unreachable: {str(error).strip().splitlines()[0]}"
         ) from error
 
     def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json; empty where there is none. Raises ConfigError.
+        """Contents of tokenizer_config.json; empty if there is none. Raises ConfigError.
 
-        Of a converted tokenizer with what its class has, which transformers finds by the model.
+        For a converted tokenizer, completed with the settings of its transformers class.
         """
         path = self.find("tokenizer_config.json")
         settings = dict(self._converted.settings) if self._converted is not None else {}
@@ -151,7 +151,7 @@ class TokenizerFiles:
         return settings
 
     def special_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """By name, as transformers' `special_tokens_map`."""
+        """Texts of special tokens by name, as in transformers' `special_tokens_map`."""
         tokens: dict[str, Any] = dict(CLASS_TOKENS.get(self._class_name(settings), {}))
         tokens |= _named(settings)
         if "added_tokens_decoder" not in settings:
@@ -164,20 +164,20 @@ class TokenizerFiles:
         return name.removesuffix("Fast")
 
     def backend(self) -> tokenizers.Tokenizer | None:
-        """The tokenizer; None where the model has none. Raises ConfigError."""
+        """The tokenizer; None if the model has none. Raises ConfigError."""
         if path := self.find("tokenizer.json"):
             return tokenizers.Tokenizer.from_file(str(path))
         return None if self._converted is None else self._converted.backend
 
     @functools.cached_property
     def _converted(self) -> Converted | None:
-        """None where there is nothing to convert. Raises ConfigError."""
+        """The converted tokenizer; None if there is none to convert. Raises ConfigError."""
         if self.find("tokenizer.json") is not None or not self._is_convertible():
             return None
         return converted(self._model)
 
     def _is_convertible(self) -> bool:
-        """Whether there is another kind of tokenizer. Raises ConfigError without transformers."""
+        """Whether there is a tokenizer to convert. Raises ConfigError without transformers."""
         found = next((name for name in UNCONVERTED if self.find(name)), None)
         if found is not None and importlib.util.find_spec("transformers") is None:
             raise ConfigError(
@@ -187,44 +187,46 @@ class TokenizerFiles:
         return found is not None
 
     def convert(self) -> dict[str, str]:
-        """Files that hold this tokenizer, for who has no transformers: their content by name.
+        """Contents of the files, by name, that make this tokenizer readable without transformers.
 
         Raises ConfigError.
         """
         backend = self.backend()
         if backend is None:
             raise ConfigError(f"{self._model} has no tokenizer")
-        written = {
+        files = {
             "tokenizer.json": backend.to_str(),
             "tokenizer_config.json": json.dumps(self.settings(), indent=2) + "\n",
         }
         for name in ("special_tokens_map.json", "generation_config.json", "config.json"):
             if path := self.find(name):
-                written[name] = path.read_text("utf-8")
-        return written
+                files[name] = path.read_text("utf-8")
+        return files
 
 
 @dataclass(frozen=True)
 class Converted:
-    """`settings`: what of tokenizer_config.json its class knows without the file."""
+    """A converted tokenizer. `settings`: its class's defaults for tokenizer_config.json."""
 
     backend: tokenizers.Tokenizer
     settings: Mapping[str, Any]
 
 
 def converted(model: str) -> Converted:
-    """By transformers; it takes seconds. Raises ConfigError where transformers cannot."""
+    """Converts with transformers, in seconds. Raises ConfigError if transformers cannot."""
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # whatever its converters raise
+    except Exception as error:  # the converters raise many types
         why = str(error).strip().partition("\n")[0]
         raise ConfigError(f"the tokenizer of {model} cannot be converted: {why}") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     kind = type(loaded).__name__
     if backend is None:
-        raise ConfigError(f"the tokenizer of {model} cannot be converted: {kind} is in Python")
+        raise ConfigError(
+            f"the tokenizer of {model} cannot be converted: {kind} is a pure Python tokenizer"
+        )
     assert isinstance(backend, tokenizers.Tokenizer)
     named = {name: str(getattr(loaded, name)) for name in NAMED_TOKENS if getattr(loaded, name)}
     template = {"chat_template": loaded.chat_template} if loaded.chat_template else {}
@@ -232,7 +234,7 @@ def converted(model: str) -> Converted:
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Named special tokens of tokenizer_config.json or special_tokens_map.json."""
+    """Special tokens by name, of tokenizer_config.json or special_tokens_map.json."""
     tokens = {
         name: value
         for name, value in settings.items()
@@ -251,5 +253,5 @@ def _text_of(token: Any) -> str:
 def _read_object(path: Path) -> dict[str, Any]:
     settings = json.loads(path.read_text("utf-8"))
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no JSON object")
+        raise ConfigError(f"{path} is not a JSON object")
     return settings

@@ -194,5 +194,5 @@ def test_a_cached_model_is_loaded_without_the_hub(cache: Path) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_a_model_that_is_not_cached_is_refused_by_name(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'acme/tiny' .*not in the hub's cache"):
+    with pytest.raises(ConfigError, match=r"'acme/tiny' .*not in the Hub's cache"):
         Tokenizer.load(HUB_NAME)

@@ -1,8 +1,8 @@
-"""The command line: `outrider up | generate | top | session | model | keys | …`.
+"""Command line: `outrider up | generate | top | session | model | keys | …`.
 
-Starts the services as child processes and talks to them as any client does; imports none of them,
-nor torch. Commands import what they need when they run, so that `--help` is quick. `bench`,
-`chaos`, `demo` and `quickstart` come from `outrider_bench`, where it is installed.
+Runs the services as child processes and connects to them as any client does; imports neither them
+nor torch. Commands import what they need when they run, which keeps `--help` fast. `bench`,
+`chaos`, `demo` and `quickstart` come from `outrider_bench`, if it is installed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from outrider.errors import OutriderError
 
 
 def main(program: Callable[[], object] | None = None) -> None:
-    """The entry point of `outrider`. 2: a mistake of the operator; 128 + n: signal n.
+    """Entry point of `outrider`.
 
-    `program`: another typer application, run in the same way.
+    Exit status: 1 for a failed request, 2 for a wrong flag, variable or file, 128 + n for signal n.
+    `program`: another typer application to run in the same way.
     """
     from outrider.cli.app import app
     from outrider.settings.loader import silence_grpc
@@ -31,7 +32,7 @@ def main(program: Callable[[], object] | None = None) -> None:
         sys.exit(explain(error))
     except Signalled as error:
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `outrider generate … | head`: not worth a word
-        # Else Python says so when it flushes what is left.
+    except BrokenPipeError:  # `outrider generate … | head`: no error for the user
+        # Otherwise Python reports it when it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

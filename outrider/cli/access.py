@@ -1,6 +1,7 @@
-"""The flags with which a command reaches an orchestrator: TLS and a key. Light to import.
+"""Flags for TLS and the API key of commands that connect to an orchestrator. Light to import.
 
-A key is never a flag, which every user of the machine sees: a file holds it, or the environment.
+The key is read from a file or the environment, never from a flag: all users of a machine can read
+command lines.
 """
 
 from __future__ import annotations
@@ -18,33 +19,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AccessOptions:
-    """To be inherited by a command's options."""
+    """Base class for the options of such a command."""
 
     tls_ca: Annotated[
         str | None,
         typer.Option(
             envvar="OUTRIDER_TLS_CA",
-            help="PEM file: who signs the orchestrator's certificate. Default: no TLS.",
+            help="PEM file: CA of the orchestrator's certificate. Default: no TLS.",
         ),
     ] = None
     tls_cert: Annotated[
         str | None,
-        typer.Option(envvar="OUTRIDER_TLS_CERT", help="PEM file: a certificate to show."),
+        typer.Option(envvar="OUTRIDER_TLS_CERT", help="PEM file: client certificate."),
     ] = None
     tls_key: Annotated[
-        str | None, typer.Option(envvar="OUTRIDER_TLS_KEY", help="PEM file: its key.")
+        str | None,
+        typer.Option(envvar="OUTRIDER_TLS_KEY", help="PEM file: private key of --tls-cert."),
     ] = None
     api_key_file: Annotated[
         str | None,
         typer.Option(
             envvar="OUTRIDER_API_KEY_FILE",
-            help="File that holds your key. Default: the variable OUTRIDER_API_KEY, if it is set.",
+            help="File with your API key. Default: the key in the variable OUTRIDER_API_KEY.",
         ),
     ] = None
 
     @property
     def access(self) -> Access:
-        """Reads the key's file. Raises ConfigError."""
+        """The credentials; reads the key's file. Raises ConfigError."""
         from outrider.client.channel import Access, read_key
 
         key = api_key_variable() if self.api_key_file is None else read_key(self.api_key_file)

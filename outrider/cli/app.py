@@ -1,4 +1,4 @@
-"""The table of commands: this package's own, and those of installed packages by entry point.
+"""Commands of `outrider`: this package's own, and those of other packages by entry point.
 
 A package adds a command with an entry point of the group `outrider.commands`: a function, or a
 typer application for a command with subcommands. `outrider_bench` does so.
@@ -15,8 +15,8 @@ import typer
 from outrider import __version__
 from outrider.cli.generate import generate
 from outrider.cli.keys import keys
-from outrider.cli.sessions import model, sessions
-from outrider.cli.tokenizer import convert_tokenizer
+from outrider.cli.models import convert_tokenizer, model
+from outrider.cli.sessions import sessions
 from outrider.cli.top import top
 from outrider.cli.up import up
 
@@ -30,8 +30,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"outrider {__version__}")
         raise typer.Exit
 
@@ -40,7 +40,7 @@ def _say_version(is_asked: bool) -> None:
 def _outrider(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_say_version, is_eager=True),
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Distributed speculative decoding for large language models."""
@@ -58,8 +58,8 @@ app.add_typer(keys, name="keys")
 def _add(entry: EntryPoint) -> None:
     try:
         command = entry.load()
-    except ImportError as error:  # of a package that does not fit this version; the rest works
-        print(f"outrider: no command {entry.name!r}: {error}", file=sys.stderr)
+    except ImportError as error:  # the package does not fit this version; other commands work
+        print(f"outrider: command {entry.name!r} cannot be loaded: {error}", file=sys.stderr)
         return
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=entry.name)

@@ -1,4 +1,4 @@
-"""What ends a command early, and what a person is told then. Light to import."""
+"""Errors that end a command, and their messages on standard error. Light to import."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from outrider.errors import NO_ENGINE, ConfigError, InvalidRequest, OutriderErro
 
 
 def require_engine() -> None:
-    """For commands that run models here. Raises ConfigError where torch is not installed."""
+    """Raises ConfigError if torch, which commands that run models need, is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(NO_ENGINE)
 
 
 class ProgramFailed(OutriderError):
-    """A program ended before it served. `said`: the end of what it said, its error first."""
+    """A program ended before it served. `log_lines`: last lines of its log, its error first."""
 
-    def __init__(self, what: str, *, exit_code: int, said: list[str], log_path: Path) -> None:
+    def __init__(self, what: str, *, exit_code: int, log_lines: list[str], log_path: Path) -> None:
         super().__init__(what)
         self.exit_code = exit_code
-        self.said = said
+        self.log_lines = log_lines
         self.log_path = log_path
 
 
 class Signalled(Exception):
-    """The command was asked to stop."""
+    """The command received a signal to stop."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -35,7 +35,7 @@ class Signalled(Exception):
 
 
 def explain(error: OutriderError) -> int:
-    """Says on standard error what went wrong; the exit status: 2 for the operator's mistakes."""
+    """Prints the error to standard error. Returns the exit status: 2 for a ConfigError."""
     if isinstance(error, ProgramFailed):
         _explain_program(error)
         return error.exit_code
@@ -52,6 +52,6 @@ def _explain_program(error: ProgramFailed) -> None:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"✘ {error}", style="bold red", markup=False)
-    for line in error.said:
+    for line in error.log_lines:
         console.print(f"  {line}", markup=False)
-    console.print(f"  its log: {error.log_path}", style="dim", markup=False)
+    console.print(f"  log: {error.log_path}", style="dim", markup=False)

@@ -1,4 +1,4 @@
-"""`outrider generate`: one output, streamed to a person, to a pipe or as JSON."""
+"""`outrider generate`: one generation, streamed to a terminal or a pipe, or printed as JSON."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @takes(GenerateOptions)
 def generate(options: GenerateOptions) -> None:
-    """Continue a prompt, and say how speculation went.
+    """Continue a prompt; print the text, then speed and acceptance rate.
 
-    On a terminal, colours tell accepted draft tokens from those of the target. Elsewhere standard
-    output gets the text alone, standard error the summary.
+    On a terminal, colours show which tokens the draft proposed. The text goes to standard output,
+    the summary to standard error.
     """
     from outrider.cli.result import finish_reason, to_dict
     from outrider.cli.running import run
@@ -37,9 +37,9 @@ def generate(options: GenerateOptions) -> None:
     if options.json:
         typer.echo(json.dumps(to_dict(output), ensure_ascii=False))
     else:
-        if options.token_ids is not None and not output.text:  # a model without a tokenizer
+        if options.token_ids is not None and not output.text:  # the model has no tokenizer
             typer.echo(",".join(map(str, output.token_ids)))
-        summarise(output)
+        print_summary(output)
     if finish_reason(output.result) == "cancelled":
         raise CallFailed("CANCELLED: the server is stopping; the output is incomplete")
 
@@ -52,7 +52,7 @@ async def _generate(options: GenerateOptions) -> Output:
     show = writer.show if writer is not None else None
     try:
         if len(endpoints) > 1:
-            return await _follow(options, request, endpoints, show, _sayer(writer))
+            return await _follow(options, request, endpoints, show, _reporter(writer))
         async with connected(endpoints[0], options.access) as client:
             return await client.generate(request, show=show, timeout_s=options.timeout)
     finally:
@@ -65,37 +65,40 @@ async def _follow(
     request: GenerateRequest,
     endpoints: list[str],
     show: Show | None,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Output:
-    """A one-off is given a session for the time it takes: only those can be gone on with."""
+    """Runs a generation over several orchestrators.
+
+    Only a session can be resumed: without one, the generation gets a temporary session.
+    """
     from outrider.client.client import connected
     from outrider.client.resume import ResumeFailed, ResumeLimits, StreamFollower
 
-    is_ours = not request.session_id
-    if is_ours:
+    is_temporary = not request.session_id
+    if is_temporary:
         request.session_id, request.create_session = f"cli-{secrets.token_hex(8)}", True
     async with contextlib.AsyncExitStack() as stack:
         access = options.access
         clients = [await stack.enter_async_context(connected(e, access)) for e in endpoints]
-        has_turns = not is_ours and options.resume_from is None
-        patience = ResumeLimits(options.resume_for, options.timeout)
+        has_turns = not is_temporary and options.resume_from is None
+        limits = ResumeLimits(options.resume_for, options.timeout)
         follower = StreamFollower(
-            clients, request, patience, has_turns=has_turns, show=show, say=say
+            clients, request, limits, has_turns=has_turns, show=show, report=report
         )
         try:
             return await follower.run()
         except ResumeFailed as error:
-            is_ours = False  # it is what the output can be gone on with
-            raise CallFailed(f"{error}. {_way_on(options, error)}") from error
+            is_temporary = False  # kept, to resume the generation by hand
+            raise CallFailed(f"{error}. {_next_command(options, error)}") from error
         finally:
-            if is_ours:
-                await follower.forget()
+            if is_temporary:
+                await follower.delete_session()
 
 
-def _way_on(options: GenerateOptions, error: ResumeFailed) -> str:
-    """The command that writes what is missing: of text that which was not written, else all.
+def _next_command(options: GenerateOptions, error: ResumeFailed) -> str:
+    """The command that resumes the generation; if that is impossible, one that shows the session.
 
-    Where no call can write it, the one that shows what the session has.
+    It continues after text that was already printed. JSON and token ids are printed from the start.
     """
     access = [
         f"--{name.replace('_', '-')}={value}"
@@ -105,11 +108,11 @@ def _way_on(options: GenerateOptions, error: ResumeFailed) -> str:
     if not error.can_resume:
         endpoint = f"--endpoint={endpoints_of(options.endpoint)[0]}"
         command = ["outrider", "session", "get", error.session_id, endpoint, *access]
-        return f"What was recorded of it is shown by: {shlex.join(command)}"
-    num_held = 0 if options.json or options.token_ids is not None else error.num_held
+        return f"Show the recorded tokens with: {shlex.join(command)}"
+    num_printed = 0 if options.json or options.token_ids is not None else error.num_received
     command = ["outrider", "generate", f"--endpoint={options.endpoint}"]
-    command += [f"--session={error.session_id}", f"--resume-from={num_held}", *access]
-    return f"Go on with: {shlex.join([*command, *(['--json'] if options.json else [])])}"
+    command += [f"--session={error.session_id}", f"--resume-from={num_printed}", *access]
+    return f"Resume with: {shlex.join([*command, *(['--json'] if options.json else [])])}"
 
 
 def _writer() -> ColourWriter | PlainWriter:
@@ -121,19 +124,19 @@ def _writer() -> ColourWriter | PlainWriter:
     return ColourWriter(console) if console.is_terminal else PlainWriter()
 
 
-def _sayer(writer: ColourWriter | PlainWriter | None) -> Callable[[str], None]:
-    """On standard error, on a line of its own where that is the same terminal."""
+def _reporter(writer: ColourWriter | PlainWriter | None) -> Callable[[str], None]:
+    """Prints messages to standard error; on a terminal each starts a new line."""
 
-    def say(words: str) -> None:
+    def report(message: str) -> None:
         if writer is not None:
             writer.end_line()
-        print(f"outrider: {words}", file=sys.stderr, flush=True)
+        print(f"outrider: {message}", file=sys.stderr, flush=True)
 
-    return say
+    return report
 
 
-def summarise(output: Output) -> None:
-    """On standard error: standard output may be a file."""
+def print_summary(output: Output) -> None:
+    """Prints the summary to standard error: standard output may be a file."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -1,4 +1,4 @@
-"""`outrider keys new`: a key for a caller, and the line by which the orchestrator knows it."""
+"""`outrider keys new`: makes an API key and its line for the orchestrator's keys file."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ from typing import Annotated
 
 import typer
 
-keys = typer.Typer(help="Keys of those who may call an orchestrator.", no_args_is_help=True)
+keys = typer.Typer(help="Make API keys for clients of an orchestrator.", no_args_is_help=True)
 
 
 @keys.callback()
 def _keys() -> None:
-    """Makes typer keep `new` as a command of its own."""
+    """Makes typer keep `new` as a subcommand although it is the only one."""
 
 
 @keys.command()
 def new(
-    name: Annotated[str, typer.Argument(help="The caller; keys of one name share its sessions.")],
-    streams: Annotated[int | None, typer.Option(help="Most generations at a time.", min=1)] = None,
+    name: Annotated[
+        str, typer.Argument(help="Client name. Keys with the same name share sessions.")
+    ],
+    streams: Annotated[
+        int | None, typer.Option(help="Most generations at a time. Default: no limit.", min=1)
+    ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Of prompts and outputs together, over time.", min=1)
+        int | None,
+        typer.Option(help="Most prompt and output tokens per minute. Default: no limit.", min=1),
     ] = None,
     sessions: Annotated[
-        int | None, typer.Option(help="Most sessions. Default: the orchestrator's.", min=1)
+        int | None,
+        typer.Option(
+            help="Most sessions. Default: the orchestrator's max_sessions_per_key.", min=1
+        ),
     ] = None,
     min_priority: Annotated[
         int | None,
-        typer.Option(help="Lowest priority number that counts against other callers. Default 0."),
+        typer.Option(
+            help="Smallest priority number that counts against other keys; lower runs first. "
+            "Default: 0."
+        ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Adds the line to this --api-keys-file.", dir_okay=False)
+        Path | None,
+        typer.Option(help="Keys file (--api-keys-file) to add the line to.", dir_okay=False),
     ] = None,
 ) -> None:
-    """Make a key: the key on standard output, its line for --api-keys-file on standard error.
+    """Make an API key. Prints the key to standard output, its line to standard error.
 
-    Nothing keeps the key; the line is no secret.
+    The line belongs into the orchestrator's --api-keys-file. It has only the key's digest and is
+    not a secret. The key itself is not stored.
     """
     from outrider.security.keys import KeyLimits, add_key, new_key
 

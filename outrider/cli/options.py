@@ -1,7 +1,6 @@
-"""Commands that take one dataclass: its fields are the flags. Knows no command.
+"""Options of a command as one dataclass, and parsers of option values.
 
-A field is `Annotated[its type, typer.Option(help=…)] = its default`; so a command's options have
-names, types and a place to be passed on from, instead of thirty parameters.
+Each field is a flag: `Annotated[its type, typer.Option(help=…)] = its default`.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Makes a function of a dataclass into one of its fields, as typer wants it."""
+    """Decorator: turns a function of a dataclass into a function of its fields, for typer."""
 
     def decorate(run: Callable[[Options], None]) -> Callable[..., None]:
-        def command(**given: Any) -> None:
-            run(kind(**given))
+        def command(**values: Any) -> None:
+            run(kind(**values))
 
         hints = typing.get_type_hints(kind, include_extras=True)
         fields: list[dataclasses.Field[Any]] = list(dataclasses.fields(kind))  # type: ignore[arg-type]
@@ -52,7 +51,7 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
 
 
 def parse_count(text: str, flag: str) -> int:
-    """300M, 1.2B, 300_000_000. Raises ConfigError naming the flag."""
+    """Parses 300M, 1.2B or 300_000_000. Raises ConfigError naming the flag."""
     number, unit = (text[:-1], _UNITS[text[-1].upper()]) if _has_unit(text) else (text, 1)
     try:
         count = float(number.replace("_", "")) * unit
@@ -60,7 +59,7 @@ def parse_count(text: str, flag: str) -> int:
             return int(count)
     except (ValueError, OverflowError):
         pass
-    raise ConfigError(f"{flag}: {text!r} is no number such as 300M or 300_000_000")
+    raise ConfigError(f"{flag}: {text!r} is not a number such as 300M or 300_000_000")
 
 
 def _has_unit(text: str) -> bool:
@@ -68,7 +67,7 @@ def _has_unit(text: str) -> bool:
 
 
 def parse_cpus(text: str, flag: str) -> frozenset[int]:
-    """0, 0,2 or 0-3,6: cores as taskset names them. Raises ConfigError naming the flag."""
+    """Parses CPU numbers as taskset does: 0, 0,2 or 0-3,6. Raises ConfigError naming the flag."""
     cpus: set[int] = set()
     num_cpus = os.cpu_count() or 1
     for part in text.split(","):
@@ -78,27 +77,27 @@ def parse_cpus(text: str, flag: str) -> frozenset[int]:
         except ValueError:
             span = range(0)
         if not span:
-            raise ConfigError(f"{flag}: {text!r} names no cores; for instance 0 or 0-3,6")
+            raise ConfigError(f"{flag}: {text!r} is not a list of CPUs such as 0 or 0-3,6")
         if span[0] < 0 or span[-1] >= num_cpus:
-            raise ConfigError(f"{flag}: {text!r}: this machine has cores 0 to {num_cpus - 1}")
+            raise ConfigError(f"{flag}: {text!r}: this machine has CPUs 0 to {num_cpus - 1}")
         cpus.update(span)
     return frozenset(cpus)
 
 
 def parse_list(text: str, flag: str, kind: Callable[[str], Number]) -> list[Number]:
-    """1,2,4 as numbers, none of them negative. Raises ConfigError naming the flag."""
+    """Parses non-negative numbers such as 1,2,4. Raises ConfigError naming the flag."""
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise ConfigError(f"{flag}: {text!r} is no list of numbers such as 1,2,4")
+        raise ConfigError(f"{flag}: {text!r} is not a list of numbers such as 1,2,4")
     return numbers
 
 
-def parse_ids(text: str, field: str) -> list[int]:
-    """1,2,3. Raises ConfigError naming the flag."""
+def parse_ids(text: str, flag: str) -> list[int]:
+    """Parses token ids such as 1,2,3. Raises ConfigError naming the flag."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{field}: {text!r} is no comma-separated list of token ids") from None
+        raise ConfigError(f"{flag}: {text!r} is not a list of token ids such as 1,2,3") from None

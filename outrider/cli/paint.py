@@ -1,7 +1,4 @@
-"""Streamed text: on a terminal each token in the colour of where it came from, else as it is.
-
-Knows the wire's chunks, and nothing of calls.
-"""
+"""Writers of streamed text: coloured by token origin on a terminal, plain elsewhere."""
 
 from __future__ import annotations
 
@@ -27,24 +24,24 @@ _STYLES: dict[int, str] = {
     orchestrator_pb2.TOKEN_ORIGIN_BONUS: "bold cyan",
     orchestrator_pb2.TOKEN_ORIGIN_PLAIN: "default",
 }
-# A model may write anything; its escape sequences are shown, not obeyed.
-_SHOWN = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-_SHOWN |= {0x7F: "␡"} | {code: "�" for code in range(0x80, 0xA0)}
+# Control characters of a model's output are made visible: the terminal must not obey them.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: "␡"} | {code: "�" for code in range(0x80, 0xA0)}
 
 
 class PlainWriter:
-    """Writes the text alone, for pipes and files."""
+    """Writes the text alone to standard output, for pipes and files."""
 
     def show(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
 
     def end_line(self) -> None:
-        """Nothing: the text is all there is."""
+        """Does nothing: a pipe gets the text alone."""
 
 
 class ColourWriter:
-    """Writes chunks as they come."""
+    """Writes each token in the colour of its origin."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -53,28 +50,28 @@ class ColourWriter:
     def show(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
         for text, origin in pieces(chunk):
             style = Style.parse(_STYLES.get(origin, "default"))
-            # As a segment, it is written as it is: no wrapping, tabs are the terminal's.
-            segments = Segments([Segment(text.translate(_SHOWN), style)])
+            # A segment is written unchanged: rich neither wraps it nor expands tabs.
+            segments = Segments([Segment(text.translate(_VISIBLE), style)])
             self._console.print(segments, soft_wrap=True, end="")
             self._ends_line = text.endswith("\n")
 
     def end_line(self) -> None:
-        """What comes next begins on a line of its own."""
+        """Starts a new line, unless the text ended with one."""
         if not self._ends_line:
             self._console.out("")
             self._ends_line = True
 
 
 def legend() -> Text:
-    """What the colours mean."""
-    words = Text()
+    """The meaning of the colours."""
+    legend = Text()
     for origin, name in ORIGIN_NAMES.items():
-        words.append("■ ", _STYLES[origin]).append(f"{name}   ", "dim")
-    return words
+        legend.append("■ ", _STYLES[origin]).append(f"{name}   ", "dim")
+    return legend
 
 
 def pieces(chunk: orchestrator_pb2.GenerateResponse) -> Iterator[tuple[str, int]]:
-    """The chunk's text by token, with the token's origin; together they are all of the text."""
+    """Splits the chunk's text by token; yields (text, token origin)."""
     start = 0
     for origin, end in zip(chunk.origins, chunk.text_ends, strict=False):
         if end > start:

@@ -1,4 +1,4 @@
-"""Protobuf messages as plain values for JSON, in the contract's order. Knows no message."""
+"""Protobuf messages as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """Every field by name; None where it is absent."""
+    """Every field by name, in the order of the contract; None for absent fields."""
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         if field.has_presence and not message.HasField(field.name):
@@ -23,7 +23,7 @@ def _plain(value: Any, field: Any) -> Any:
     if isinstance(value, Message):
         return plain(value)
     if isinstance(value, float) and field.type == field.TYPE_FLOAT:
-        return float(str(np.float32(value)))  # the shortest decimal, not the double beside it
+        return float(str(np.float32(value)))  # the shortest decimal of a float32
     if isinstance(value, int | float | str):
         return value
     return [_plain(entry, field) for entry in value]

@@ -1,8 +1,7 @@
-"""A TCP relay: a link that is longer than it was, or that fails on purpose.
+"""TCP relay that adds latency or injects faults, for benchmarks, chaos runs and tests.
 
-What goes in at one end comes out at the other, later; or not at all, or half of it, or the
-connection breaks. For benchmarks, chaos runs and tests; where the kernel has no faults of its own
-to lend. Knows nothing of what it carries, nor when which fault is due. Lives on the event loop.
+It delays data, stalls, closes one direction or resets connections, without privileges (unlike
+`tc netem`). Protocol-agnostic. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from enum import Enum
 from types import TracebackType
 
 _CHUNK_BYTES = 65_536
-# Chunks under way in one direction: bounded, 256 MiB of full ones. More than that is not read, so
-# gRPC's flow control takes over.
+# Limit of chunks in flight per direction, 256 MiB if all are full. Beyond it the relay stops
+# reading, so that TCP's and gRPC's flow control take over.
 _MAX_CHUNKS = 4_096
-# With it, closing sends RST instead of FIN.
+# SO_LINGER value with which closing a socket sends RST instead of FIN.
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
 class End(Enum):
-    """NEAR: whoever connects to the relay. FAR: what it connects to."""
+    """End of a relayed connection. NEAR: the client of the relay. FAR: the relay's target."""
 
     NEAR = "near"
     FAR = "far"
@@ -36,20 +35,20 @@ class _Connection:
     task: asyncio.Task[None]
     near: asyncio.StreamWriter
     far: asyncio.StreamWriter | None = None
-    # Told that there is no more to come, while there is: that is lost.
+    # Writers closed by `Relay.end`: data for them is dropped.
     ended: set[asyncio.StreamWriter] = field(default_factory=set)
 
 
 class Relay:
-    """Listens on `host`:`port` (0: a free one, see `port`) and connects each caller to the target.
+    """Listens on `host`:`port` and connects each client to the target; an async context manager.
 
-    `delay_s`, in each direction, may be changed at any time; it holds for what comes in from then
-    on. It is the least: the loop and the sockets add to it. Order is kept, and so is bandwidth:
-    many chunks are under way at a time. An end that is closed for writing is passed on behind its
-    last bytes; one that breaks off ends the other at once, without what was under way.
+    `port` 0: a free one, in `port` after entering. `delay_s`: minimum delay per direction; may be
+    changed at any time, for data received from then on. Order and bandwidth are preserved: many
+    chunks are in flight at a time. A half-close is passed on after the last bytes. A broken
+    connection closes the other end at once and drops data in flight.
 
-    `refuses`: who connects now is sent away at once. A `target_host` that is an absolute path is
-    a unix socket's; its port means nothing.
+    `refuses`: new connections are closed at once. A `target_host` that is an absolute path is a
+    unix socket; its port is ignored.
     """
 
     def __init__(
@@ -88,32 +87,32 @@ class Relay:
 
     @property
     def num_connected(self) -> int:
-        """Connections that reach the target now."""
+        """Number of connections to the target that are open."""
         return sum(connection.far is not None for connection in self._connections)
 
     def retarget(self, host: str, port: int) -> None:
-        """Who connects from now on is led there; connections that are up stay as they are."""
+        """Sets the target of new connections; open connections stay as they are."""
         self._target = (host, port)
 
     def hold(self) -> None:
-        """Nothing arrives from now on, either way, nor does a new connection; nothing breaks."""
+        """Stalls data in both directions and new connections, without closing any."""
         self._flows.clear()
 
     def release(self) -> None:
-        """What was held arrives now, late."""
+        """Ends `hold`: delivers stalled data."""
         self._flows.set()
 
     def end(self, end: End) -> None:
-        """Tells that end of every connection that no more will come; the other way stays open."""
+        """Half-closes every connection towards that end; the other direction stays open."""
         for connection in self._connections:
             writer = connection.near if end is End.NEAR else connection.far
             if writer is not None and writer not in connection.ended:
                 connection.ended.add(writer)
-                with contextlib.suppress(OSError):  # it is broken already
+                with contextlib.suppress(OSError):  # already broken
                     writer.write_eof()
 
     def reset(self) -> None:
-        """Every connection breaks, at both ends (RST); what was under way is lost."""
+        """Resets every connection at both ends (RST); data in flight is lost."""
         for connection in self._connections:
             for writer in (connection.near, connection.far):
                 if writer is not None:
@@ -122,7 +121,7 @@ class Relay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        assert task is not None, "asyncio runs callbacks of connections as tasks"
+        assert task is not None, "asyncio runs connection callbacks as tasks"
         connection = _Connection(task, writer)
         self._connections.add(connection)
         try:
@@ -142,26 +141,26 @@ class Relay:
                 tasks.create_task(self._direction(reader, far_writer, connection))
                 tasks.create_task(self._direction(far_reader, connection.near, connection))
         except* OSError:
-            pass  # one end broke off: the other is closed too
+            pass  # one end broke: the other is closed too
         finally:
             far_writer.close()
 
     async def _direction(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
     ) -> None:
-        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MAX_CHUNKS)
+        in_flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MAX_CHUNKS)
 
-        async def take() -> None:
+        async def receive() -> None:
             while True:
                 data = await reader.read(_CHUNK_BYTES)
-                await under_way.put((time.monotonic() + self.delay_s, data))
+                await in_flight.put((time.monotonic() + self.delay_s, data))
                 if not data:
                     return
 
-        async def give() -> None:
+        async def deliver() -> None:
             while True:
-                due_at, data = await under_way.get()
-                while (left_s := due_at - time.monotonic()) > 0:  # noqa: ASYNC110 (it may wake early)
+                due_at, data = await in_flight.get()
+                while (left_s := due_at - time.monotonic()) > 0:  # noqa: ASYNC110 (sleep may end early)
                     await asyncio.sleep(left_s)
                 await self._flows.wait()
                 if writer not in connection.ended:
@@ -174,8 +173,8 @@ class Relay:
                     return
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(take())
-            tasks.create_task(give())
+            tasks.create_task(receive())
+            tasks.create_task(deliver())
 
 
 async def _connected(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -187,6 +186,6 @@ async def _connected(host: str, port: int) -> tuple[asyncio.StreamReader, asynci
 def _reset(writer: asyncio.StreamWriter) -> None:
     raw = writer.get_extra_info("socket")
     if raw is not None and raw.family != socket.AF_UNIX:
-        with contextlib.suppress(OSError):  # it is broken already
+        with contextlib.suppress(OSError):  # already broken
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
     writer.transport.abort()

@@ -1,6 +1,6 @@
-"""The flags of `outrider generate` and the GenerateRequest they make. Sends nothing.
+"""Flags of `outrider generate`, and the GenerateRequest made of them.
 
-Values go out as given: what is allowed is the server's to say, by the field's name.
+The server checks the values; its errors name the request's field.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import typer
 
 from outrider.cli.access import AccessOptions
 from outrider.cli.options import parse_ids
-from outrider.client.diagnosis import check_endpoint
 from outrider.errors import ConfigError, InvalidRequest
+from outrider.settings.addresses import require_endpoint
 
 if TYPE_CHECKING:
     from outrider.v1 import orchestrator_pb2, sampling_pb2
@@ -28,14 +28,14 @@ EndpointsOption = Annotated[
     str,
     typer.Option(
         envvar="OUTRIDER_ENDPOINT",
-        help="host:port of the orchestrator; of several, by commas, where a stream that breaks "
-        "goes on at the next.",
+        help="host:port of the orchestrator, or of several, comma-separated: a broken stream is "
+        "resumed at the next one.",
     ),
 ]
 
 
 class Method(StrEnum):
-    """The names of `outrider.sampling.params.Verification`."""
+    """Verification methods, named as in `outrider.sampling.params.Verification`."""
 
     rejection = "rejection"
     coupled = "coupled"
@@ -43,14 +43,14 @@ class Method(StrEnum):
 
 
 class DraftWait(StrEnum):
-    """The names of GenerateRequest's DraftWait."""
+    """Ways to wait for draft tokens, named as in GenerateRequest's DraftWait."""
 
     adaptive = "adaptive"
     always = "always"
 
 
 class Durability(StrEnum):
-    """The names of GenerateRequest's Durability."""
+    """When tokens are written to Redis, named as in GenerateRequest's Durability."""
 
     durable = "durable"
     fast = "fast"
@@ -58,80 +58,107 @@ class Durability(StrEnum):
 
 @dataclass(frozen=True)
 class GenerateOptions(AccessOptions):
-    """None: the server's default."""
+    """Flags of `outrider generate`; None leaves the server's default."""
 
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - reads it from standard input.")
+        str | None, typer.Argument(help="Text to continue; - reads it from standard input.")
     ] = None
     token_ids: Annotated[
-        str | None, typer.Option(help="The prompt as comma-separated token ids.")
+        str | None, typer.Option(help="Prompt as token ids, instead of PROMPT: 1,2,3.")
     ] = None
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message.")] = False
-    system: Annotated[str | None, typer.Option(help="The system's message of a chat.")] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send PROMPT as a chat message of the user.")
+    ] = False
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None
     session: Annotated[
-        str | None, typer.Option(help="Name of a session to continue, or to begin.")
+        str | None, typer.Option(help="Name of a session to continue or to create.")
     ] = None
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to write.")] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default 1.")] = None
-    top_p: Annotated[float | None, typer.Option(help="(0, 1].")] = None
-    top_k: Annotated[int | None, typer.Option(help="0 or -1 keeps all.")] = None
-    min_p: Annotated[float | None, typer.Option(help="[0, 1].")] = None
-    seed: Annotated[int | None, typer.Option(help="Default: drawn, and reported.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature; 0 is greedy. Default: the model's, or 1."),
+    ] = None
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, in (0, 1].")] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the k most likely tokens; 0 or -1: all.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop tokens below this share of the top probability, in [0, 1]."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed. Default: random, and reported.")
+    ] = None
     gamma: Annotated[
         int | None,
-        typer.Option(help="Draft tokens per round; 0: none. Default: what they are worth."),
+        typer.Option(help="Draft tokens per round (γ); 0: no drafts. Default: adaptive."),
     ] = None
     verification: Annotated[
-        Method | None, typer.Option(help="How drafts are judged. Default: rejection.")
+        Method | None,
+        typer.Option(help="Method that accepts or rejects draft tokens. Default: rejection."),
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(help="Rounds drafted ahead of the verdict; 0: none.")
+        int | None, typer.Option(help="Most rounds drafted ahead of verification; 0: none.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(help="Most outcomes of a round that are drafted ahead.")
+        int | None, typer.Option(help="Most outcomes of one round to draft ahead for.")
     ] = None
     draft_wait: Annotated[
-        DraftWait | None, typer.Option(help="Wait for every round's draft tokens, or as it pays.")
+        DraftWait | None, typer.Option(help="Wait for draft tokens while it pays, or always.")
     ] = None
-    priority: Annotated[int | None, typer.Option(help="Lower is more urgent. Default 0.")] = None
+    priority: Annotated[int | None, typer.Option(help="Lower runs first. Default: 0.")] = None
     durability: Annotated[
-        Durability | None, typer.Option(help="Tokens are recorded before they are shown, or after.")
+        Durability | None,
+        typer.Option(help="Write tokens to Redis before (durable) or after (fast) they are sent."),
     ] = None
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the output. Repeatable.")
+        list[str] | None, typer.Option(help="Text that ends the output. Repeatable.")
     ] = None
     stop_token_ids: Annotated[
         str | None, typer.Option(help="Token ids that end the output: 1,2,3.")
     ] = None
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")
+        bool, typer.Option("--ignore-eos", help="Continue after an end-of-sequence token.")
     ] = False
-    min_tokens: Annotated[int | None, typer.Option(help="No end before so many tokens.")] = None
-    presence_penalty: Annotated[float | None, typer.Option(help="[-2, 2].")] = None
-    frequency_penalty: Annotated[float | None, typer.Option(help="[-2, 2].")] = None
-    repetition_penalty: Annotated[float | None, typer.Option(help="(0, 10].")] = None
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Least tokens to generate before the output may end.")
+    ] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="In (0, 10]; 1: none.")] = None
     logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=BIAS", help="[-100, 100]. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS",
+            help="Added to the logit of a token; BIAS in [-100, 100]. Repeatable.",
+        ),
     ] = None
-    allowed_token_ids: Annotated[str | None, typer.Option(help="No others are written: 1,2,3.")] = (
-        None
-    )
+    allowed_token_ids: Annotated[
+        str | None, typer.Option(help="Generate these token ids only: 1,2,3.")
+    ] = None
     logprobs: Annotated[
-        int | None, typer.Option(help="Log-probabilities of so many likeliest tokens (--json).")
+        int | None, typer.Option(help="Log-probabilities of the N most likely tokens, with --json.")
     ] = None
-    json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON object, nothing else.")
-    ] = False
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
+        False
+    )
     endpoint: EndpointsOption = DEFAULT_ENDPOINT
     resume_from: Annotated[
         int | None,
-        typer.Option(help="Go on with --session's broken output behind so many of its tokens."),
+        typer.Option(
+            help="Resume the interrupted generation of --session after this many of its tokens."
+        ),
     ] = None
     resume_for: Annotated[
         float,
-        typer.Option(help="With several endpoints: seconds to look for one that goes on."),
+        typer.Option(
+            help="With several endpoints: seconds to look for one that resumes a broken stream."
+        ),
     ] = 30.0
-    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Time limit of the whole generation in seconds. Default: none."),
+    ] = None
 
 
 _SCALARS = (
@@ -141,10 +168,10 @@ _SCALARS = (
 
 
 def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
-    """Reads standard input where asked to.
+    """The request that the flags describe. Reads standard input if the prompt is -.
 
-    Raises ConfigError for flags that make no sense together, InvalidRequest for a number that
-    its field cannot hold.
+    Raises ConfigError for flags that exclude each other, InvalidRequest for a number outside its
+    field's range.
     """
     from outrider.runtime.protobuf import verification_to_proto
     from outrider.sampling.params import Verification
@@ -177,22 +204,24 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
 
 
 def endpoints_of(endpoint: str) -> list[str]:
-    """Of --endpoint, a list with commas. Raises ConfigError."""
+    """The comma-separated endpoints of --endpoint. Raises ConfigError."""
     endpoints = [part.strip() for part in endpoint.split(",")]
     if not all(endpoints):
-        raise ConfigError(f"--endpoint: {endpoint!r} is no list such as a:50051,b:50051")
-    return [check_endpoint(endpoint) for endpoint in endpoints]
+        raise ConfigError(f"--endpoint: {endpoint!r} is not a list such as a:50051,b:50051")
+    for part in endpoints:
+        require_endpoint(part, "--endpoint")
+    return endpoints
 
 
 def _check_resumption(options: GenerateOptions) -> None:
-    """Of the input; of every other field the server says that it cannot be given."""
+    """Refuses a prompt with --resume-from; the server refuses all other fields."""
     if not options.session:
-        raise ConfigError("--resume-from: needs the --session to go on with")
+        raise ConfigError("--resume-from: needs --session, the session to resume")
     for flag, value in (("PROMPT", options.prompt), ("--token-ids", options.token_ids)):
         if value is not None:
-            raise ConfigError(f"--resume-from: not with {flag}: the session has its prompt")
+            raise ConfigError(f"--resume-from: not with {flag}: the session has the prompt")
     if options.chat or options.system is not None:
-        raise ConfigError("--resume-from: not with --chat or --system: the session has its prompt")
+        raise ConfigError("--resume-from: not with --chat or --system: the session has the prompt")
 
 
 def _set(message: Any, field: str, value: Any, path: str = "") -> None:
@@ -213,7 +242,7 @@ def _extend(message: Any, field: str, values: list[int], path: str) -> None:
 
 def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptions) -> None:
     if (options.prompt is None) == (options.token_ids is None):
-        raise ConfigError("give either PROMPT or --token-ids")
+        raise ConfigError("PROMPT or --token-ids: give one of them")
     if options.system is not None and not options.chat:
         raise ConfigError("--system: only with --chat")
     if options.token_ids is not None:
@@ -226,7 +255,7 @@ def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptio
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     assert prompt is not None
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ConfigError("the prompt is not UTF-8 text")
+        raise ConfigError("PROMPT: is not UTF-8 text")
     if not options.chat:
         request.text = prompt
         return

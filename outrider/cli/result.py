@@ -1,4 +1,4 @@
-"""The end of a generation: a JSON object for programs, a few lines for people. Sends nothing."""
+"""Result of a generation: as a JSON object for programs, as summary lines for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outrider.v1 import orchestrator_pb2, sampling_pb2
 
 
 def to_dict(output: Output) -> dict[str, Any]:
-    """The whole result with plain names; what does not apply is None."""
+    """The result as plain values; None for fields that do not apply."""
     result = output.result
     matched = result.WhichOneof("stop")
     return {
@@ -41,15 +41,15 @@ def _verification(result: orchestrator_pb2.GenerateResult) -> str:
 
 
 def summary(output: Output) -> list[tuple[str, str]]:
-    """What a person wants to know: (name, value)."""
+    """Summary lines for people: (name, value)."""
     result, stats = output.result, output.result.speculation
     num_tokens = result.usage.completion_tokens
     rows = [("finish", _finish(result)), ("tokens", _tokens(result.usage))]
     speed = f"{stats.tokens_per_s:.1f} tokens/s, " if stats.HasField("tokens_per_s") else ""
     rows.append(("speed", f"{speed}first token after {stats.time_to_first_token_s * 1e3:.0f} ms"))
     if stats.HasField("acceptance_rate"):
-        alpha = f"α {stats.acceptance_rate:.2f} of those judged"
-        tau = f"τ {stats.mean_acceptance_length:.2f} tokens a drafted round"
+        alpha = f"α {stats.acceptance_rate:.2f} accepted"
+        tau = f"τ {stats.mean_acceptance_length:.2f} tokens per round with drafts"
         how = f"γ {_gamma(stats)}, {_verification(result)}"
         rows.append(("drafts", f"{alpha}, {tau}, {how}"))
         drafted = f"{stats.num_drafts} with drafts, {stats.num_lookahead_hits} drafted ahead"
@@ -61,10 +61,10 @@ def summary(output: Output) -> list[tuple[str, str]]:
             f"{num_bytes / num_tokens:.0f}"
             for num_bytes in (stats.draft_wire_bytes, stats.target_wire_bytes)
         )
-        rows.append(("wire", f"{draft} + {target} bytes a token (draft + target)"))
+        rows.append(("wire", f"{draft} + {target} bytes per token (draft + target)"))
     rows.append(("seed", str(result.seed)))
     if not result.recorded:
-        rows.append(("WARNING", "Redis is away: the session lacks tokens of this answer"))
+        rows.append(("WARNING", "Redis is down: the session lacks tokens of this output"))
     return rows
 
 
@@ -73,7 +73,7 @@ def _gamma(stats: orchestrator_pb2.SpeculationStats) -> str:
         return str(stats.gamma)
     by_gamma = stats.num_rounds_per_gamma
     mean = sum(gamma * num for gamma, num in enumerate(by_gamma)) / max(1, sum(by_gamma))
-    return f"{mean:.1f} chosen"
+    return f"{mean:.1f} adaptive"
 
 
 def _finish(result: orchestrator_pb2.GenerateResult) -> str:
@@ -85,5 +85,5 @@ def _finish(result: orchestrator_pb2.GenerateResult) -> str:
 
 
 def _tokens(usage: orchestrator_pb2.Usage) -> str:
-    cached = f", {usage.cached_tokens} of it cached" if usage.cached_tokens else ""
+    cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
     return f"{usage.completion_tokens} after a prompt of {usage.prompt_tokens}{cached}"

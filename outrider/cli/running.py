@@ -1,4 +1,4 @@
-"""One event loop for one command, ended by signals. Knows no command."""
+"""Event loop of a command; signals cancel it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from outrider.cli.failures import Signalled
 Result = TypeVar("Result")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Signals that the command has received, in this event loop.
+# Signals received by the command in this event loop.
 _RECEIVED: ContextVar[list[signal.Signals]] = ContextVar("received")
 
 
 def survive_signal() -> Signalled:
-    """In an `except CancelledError`: lets the command report the results so far.
+    """For use in `except CancelledError`: lets the command report its results so far.
 
-    Returns what the command must raise after the report, for its exit status. Raises CancelledError
-    again where it is not this task's only cancellation: a second signal, or a failure elsewhere.
+    Returns the exception that the command must raise afterwards, for its exit status. Raises
+    CancelledError again if the signal is not the only cancellation of this task: a second signal,
+    or a failure elsewhere.
     """
     task, received = asyncio.current_task(), _RECEIVED.get([])
     if task is None or not received or not task.cancelling() or task.uncancel():
@@ -30,9 +31,9 @@ def survive_signal() -> Signalled:
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """Runs it to its end. A signal cancels it, a second one also what it does on its way out.
+    """Runs the coroutine to its end, and returns its result.
 
-    Raises Signalled then.
+    A signal cancels it, and Signalled is raised; a second signal also cancels its cleanup.
     """
     received: list[signal.Signals] = []
 

@@ -1,4 +1,4 @@
-"""`outrider session list | get | delete` and `outrider model`: what the orchestrator knows."""
+"""`outrider session list | get | delete`; `send` and `show` for other short commands."""
 
 from __future__ import annotations
 
@@ -16,46 +16,51 @@ from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption
 if TYPE_CHECKING:
     from outrider.client.client import Client
 
-sessions = typer.Typer(help="List, look at or delete your sessions.", no_args_is_help=True)
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+sessions = typer.Typer(help="List, show or delete your sessions.", no_args_is_help=True)
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskOptions(AccessOptions):
-    """Of every command here."""
+class EndpointOptions(AccessOptions):
+    """Options of every command that connects to one orchestrator."""
 
     endpoint: EndpointOption = DEFAULT_ENDPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(AskOptions):
+class JsonOptions(EndpointOptions):
+    """Options of a command that prints a message as a table or as JSON."""
+
     json: JsonOption = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeleteOptions(AskOptions):
-    name: Annotated[str, typer.Argument()]
+class DeleteOptions(EndpointOptions):
+    name: Annotated[str, typer.Argument(help="Name of the session.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GetOptions(ModelOptions):
-    name: Annotated[str, typer.Argument()]
+class GetOptions(JsonOptions):
+    name: Annotated[str, typer.Argument(help="Name of the session.")]
 
 
 @sessions.command("list")
-@takes(ModelOptions)
-def list_sessions(options: ModelOptions) -> None:
-    """Show all your sessions, by name; those of one-off generations while they run."""
+@takes(JsonOptions)
+def list_sessions(options: JsonOptions) -> None:
+    """List your sessions, sorted by name.
+
+    Running generations that were given no session are listed under temporary names.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from outrider.cli.plain import plain
 
-    found, num_unreadable = _ask(options, lambda client: client.sessions())
+    found, num_unreadable = send(options, lambda client: client.list_sessions())
     if num_unreadable:
         typer.echo(
-            f"warning: {num_unreadable} not shown: Redis holds no readable session under these "
-            "keys; the orchestrator's log names the first of them (unreadable_sessions)",
+            f"warning: {num_unreadable} sessions not shown: their records in Redis cannot be read; "
+            "the orchestrator's log names the first of them (unreadable_sessions)",
             err=True,
         )
     if options.json:
@@ -76,36 +81,32 @@ def list_sessions(options: ModelOptions) -> None:
 @sessions.command()
 @takes(GetOptions)
 def get(options: GetOptions) -> None:
-    """Show a session: its tokens, its drafts, where its keys and values lie."""
-    session = _ask(options, lambda client: client.get_session(options.name))
-    _show(session, as_json=options.json)
+    """Show a session: its tokens, its draft statistics, the replicas that cache its KV."""
+    session = send(options, lambda client: client.get_session(options.name))
+    show(session, as_json=options.json)
 
 
 @sessions.command()
 @takes(DeleteOptions)
 def delete(options: DeleteOptions) -> None:
-    """Delete a session and free what both tiers keep of it."""
-    _ask(options, lambda client: client.delete_session(options.name))
+    """Delete a session, and free its KV cache on both tiers."""
+    send(options, lambda client: client.delete_session(options.name))
 
 
-@takes(ModelOptions)
-def model(options: ModelOptions) -> None:
-    """Show which models are served."""
-    _show(_ask(options, lambda client: client.model_info()), as_json=options.json)
-
-
-def _ask(options: AskOptions, question: Callable[[Client], Awaitable[Any]]) -> Any:
+def send(options: EndpointOptions, request: Callable[[Client], Awaitable[Any]]) -> Any:
+    """Connects to the orchestrator, awaits `request` and returns its result."""
     from outrider.cli.running import run
     from outrider.client.client import connected
 
     async def body() -> Any:
         async with connected(options.endpoint, options.access) as client:
-            return await question(client)
+            return await request(client)
 
     return run(body())
 
 
-def _show(message: Any, *, as_json: bool) -> None:
+def show(message: Any, *, as_json: bool) -> None:
+    """Prints a protobuf message, as a table or as one line of JSON."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

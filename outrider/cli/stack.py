@@ -1,7 +1,6 @@
-"""The whole system as child processes on this machine: which programs, with which flags.
+"""The whole system as child processes on this machine: which programs, flags and start order.
 
-Owns the translation of the operator's choices to the programs' flags, and the order of starting.
-Knows nothing of terminals.
+`supervisor` runs the processes, `view` shows their progress.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from outrider.cli.failures import ProgramFailed, require_engine
 from outrider.cli.stack_options import NO_DRAFT, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
 from outrider.errors import ConfigError
+from outrider.settings.addresses import require_host
 from outrider.settings.loader import load
 from outrider.settings.redis_address import has_password
 from outrider.settings.services import OrchestratorConfig
@@ -24,11 +24,12 @@ from outrider.settings.simulation import Simulation
 if TYPE_CHECKING:
     from outrider.cli.relay import Relay
 
+# Addresses that mean all interfaces.
 _ANY_HOST = ("0.0.0.0", "::", "")
 
 
 def target_arguments(options: StackOptions) -> list[str]:
-    """Of `python -m`."""
+    """Arguments of `python -m` for the target."""
     if options.simulate_target is not None:
         return simulated_arguments(options, "target_service", options.simulate_target)
     num_cores = len(options.cpus("target")) or _num_cores() - 1
@@ -41,6 +42,7 @@ def target_arguments(options: StackOptions) -> list[str]:
 
 
 def simulated_arguments(options: StackOptions, service: str, simulation: str) -> list[str]:
+    """Arguments of `python -m` for a simulated target or draft."""
     return [
         service,
         *_flag("simulate", simulation),
@@ -57,6 +59,7 @@ def _num_cores() -> int:
 
 
 def draft_arguments(options: StackOptions, model: str) -> list[str]:
+    """Arguments of `python -m` for the draft."""
     device = options.draft_device or options.device
     return ["draft_service", *_model_flags(options, model, device, options.draft_threads or 1)]
 
@@ -65,25 +68,28 @@ def _model_flags(options: StackOptions, model: str, device: str, num_threads: in
     return [
         *_flag("model", model),
         *_flag("port", 0),
-        # What is left to the program may come from its own environment variables.
+        # "auto" is not passed on: the program may have an environment variable.
         *_flag("dtype", None if options.dtype == "auto" else options.dtype),
         *_flag("device", None if device == "auto" else device),
         *_flag("num-threads", num_threads),
         *_flag("kv-cache-tokens", options.kv_cache_tokens),
-        *_flag("max-gamma", options.max_gamma or None),  # 0 means no drafts, not a tiny row
+        *_flag(
+            "max-gamma", options.max_gamma or None
+        ),  # 0 (no drafts) is not allowed for a model service
     ]
 
 
 def orchestrator_arguments(
     options: StackOptions, target: str, draft: str | None, redis_url: str
 ) -> list[str]:
+    """Arguments of `python -m` for the orchestrator; `target`, `draft`: host:port."""
     return [
         "orchestrator",
         *_flag("target-endpoint", target),
         *_flag("draft-endpoint", draft or ""),
         *_flag("tokenizer", options.target_model if options.has_tokenizer else None),
         *(["--assume-same-vocabulary"] if options.has_same_vocabulary else []),
-        # A secret is for the environment, which the program has from us.
+        # A password is not passed as a flag: the program inherits our environment.
         *_flag("redis-url", None if has_password(redis_url) else redis_url),
         *_flag("host", options.host),
         *_flag("port", options.port),
@@ -98,7 +104,7 @@ def orchestrator_arguments(
 
 
 def _check_orchestrator(options: StackOptions) -> None:
-    """Finds what is wrong with its settings before minutes are spent on loading models."""
+    """Checks the orchestrator's settings before the models are loaded, which may take minutes."""
     anywhere = "127.0.0.1:1"
     flags = orchestrator_arguments(options, anywhere, anywhere, options.redis_url or "redis://x")
     config = load(OrchestratorConfig, "orchestrator", flags[1:])
@@ -107,7 +113,7 @@ def _check_orchestrator(options: StackOptions) -> None:
 
 
 def _check_simulation(options: StackOptions) -> None:
-    """Both tiers or the target alone: a draft that guesses at random says nothing of drafts."""
+    """Allows two simulated tiers or a target alone; a real draft could only guess at random."""
     target, draft = options.simulate_target, options.simulate_draft
     if target is None:
         if draft is not None:
@@ -117,11 +123,11 @@ def _check_simulation(options: StackOptions) -> None:
         raise ConfigError("--simulate-target: not together with --target")
     if options.draft not in (None, NO_DRAFT) or (options.draft and draft is not None):
         raise ConfigError("--simulate-target: not together with --draft")
-    truth = Simulation.parse(target, is_draft=False)
+    target_simulation = Simulation.parse(target, is_draft=False)
     if draft is not None:
-        guess = Simulation.parse(draft)
+        draft_simulation = Simulation.parse(draft)
         for name in ("vocab_size", "seed"):
-            if getattr(truth, name) != getattr(guess, name):
+            if getattr(target_simulation, name) != getattr(draft_simulation, name):
                 raise ConfigError(f"--simulate-draft: its {name} must be the target's")
 
 
@@ -130,23 +136,23 @@ def _flag(name: str, value: object | None) -> list[str]:
 
 
 class Stack:
-    """A running system. `stop` must be called, whatever became of `start`."""
+    """A running system. `stop` must be called, even if `start` has failed."""
 
     def __init__(self, options: StackOptions, report: Report, target: str | None = None) -> None:
-        """`target`: host:port of a target that runs already, for one more orchestrator on it."""
+        """`target`: host:port of a running target to use instead of starting one."""
         self._options = options
         self._report = report
         self._target = target
         self._supervisor = Supervisor(options.log_dir, report)
         self._resources = contextlib.AsyncExitStack()
         self.endpoint = ""
-        # host:port of the model services, by name.
+        # host:port of each model service, by name.
         self.addresses: dict[str, str] = {}
-        # Where the draft's link is delayed.
+        # Delays the draft's link, with --draft-delay-ms.
         self.relay: Relay | None = None
 
     async def start(self) -> None:
-        """Returns when it serves. Raises ConfigError or ProgramFailed."""
+        """Starts all programs; returns when they serve. Raises ConfigError or ProgramFailed."""
         options = self._options
         require_engine()
         _check_port(options)
@@ -171,7 +177,7 @@ class Stack:
         self.endpoint = _reachable(address)
 
     async def _delayed(self, draft: str | None) -> str | None:
-        """The draft's address, or one behind which it is farther away."""
+        """The draft's address, or that of a relay which delays its link."""
         delay_ms = self._options.draft_delay_ms
         if draft is None or delay_ms is None:
             return draft
@@ -189,12 +195,12 @@ class Stack:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """host:port of each program's /metrics, of those that have any."""
-        told = self._supervisor.metrics()
-        return {name: _reachable(address) for name, address in told.items()}
+        """host:port of each program's /metrics endpoint, by name; empty without --metrics."""
+        addresses = self._supervisor.metrics()
+        return {name: _reachable(address) for name, address in addresses.items()}
 
     def pid(self, name: str) -> int:
-        """Of a program that runs."""
+        """Process id of a running program."""
         return self._supervisor.pid(name)
 
     async def _start_all(self, models: dict[str, list[str]]) -> dict[str, str]:
@@ -209,11 +215,12 @@ class Stack:
         return {name: task.result() for name, task in started.items()}
 
     async def next_death(self) -> tuple[Death, bool]:
-        """The next program that ends by itself, and whether the system can go on without it."""
+        """Waits for a program to end by itself; also returns whether the system still serves."""
         death = await self._supervisor.next_death()
         return death, death.name == "draft"
 
     async def stop(self) -> None:
+        """Stops all programs. Leaves no process."""
         try:
             await self._supervisor.stop()
         finally:
@@ -221,20 +228,22 @@ class Stack:
 
 
 def _reachable(address: str) -> str:
-    """Where a client on this machine finds a server that listens on `address`."""
+    """The address at which clients on this machine reach a server listening on `address`."""
     host, _, port = address.rpartition(":")
     return f"127.0.0.1:{port}" if host.strip("[]") in _ANY_HOST else address
 
 
 def _reason(error: OSError) -> str:
-    """Of a call that failed, without Python's words around it."""
+    """The system's own message for a failed call."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _check_port(options: StackOptions) -> None:
-    """Says so before models are loaded for minutes; the orchestrator has the last word."""
+    """Checks host and port before the models are loaded; the orchestrator checks them again."""
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"port: {options.port} is not in [0, 65535]")
+    if options.host:
+        require_host(options.host, "host")
     host = options.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

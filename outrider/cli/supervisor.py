@@ -1,8 +1,8 @@
-"""Child processes: started, awaited until they serve, watched, stopped in reverse order.
+"""Supervisor of child processes: starts, watches and stops them in reverse order.
 
-Owns processes and their log files. Knows neither which programs make up the system nor how
-progress is shown. Everything here is for the event loop of the main thread: Linux ends a child
-with the thread that started it (`outrider.runtime.child_process`).
+Owns the processes and their log files. `stack` chooses the programs, `view` shows progress.
+Everything here must run on the event loop of the main thread: Linux ends a child with the thread
+that started it (`outrider.runtime.child_process`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from outrider.redis.embedded import RedisServer
 from outrider.runtime.child_process import tied_to_this_process
 from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
 
-# Longer than any program's own grace (a model service finishes its streams within 5 s).
+# Longer than the grace period of any program (5 s for the streams of a model service).
 STOP_GRACE_S = 10.0
 REDIS_NAME = "redis"
-# The embedded server is watched by asking: it has no pipe to us whose end would tell.
+# The embedded server is polled: there is no pipe to it that would close at its end.
 REDIS_POLL_INTERVAL_S = 0.25
 _NUM_LINES_SHOWN = 15
 
 
 class State(Enum):
+    """State of a program."""
+
     WAITING = "waiting"
     LOADING = "loading"
     READY = "ready"
@@ -42,7 +44,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a program, `after_s` since it was started."""
+    """New state of a program, `after_s` seconds after its start."""
 
     name: str
     state: State
@@ -55,18 +57,19 @@ Report = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Death:
-    """A program ended that nobody had stopped."""
+    """The end of a program that was not stopped by us; `status` as of a child process."""
 
     name: str
     status: int
     log_path: Path | None
 
     def __str__(self) -> str:
-        log = f"; its log: {self.log_path}" if self.log_path else ""
+        log = f"; log: {self.log_path}" if self.log_path else ""
         return f"{self.name} died ({describe_status(self.status)}){log}"
 
 
 def describe_status(status: int) -> str:
+    """The exit status in words: exit code or signal."""
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-status).name}"
@@ -74,7 +77,7 @@ def describe_status(status: int) -> str:
 
 
 class Program:
-    """One child process that says on standard output where it listens; the rest is its log."""
+    """One child process. It prints its address to standard output, its log to standard error."""
 
     def __init__(
         self, name: str, process: asyncio.subprocess.Process, log_path: Path, log_start: int
@@ -83,14 +86,14 @@ class Program:
         self.process = process
         self._log_path = log_path
         self._log_start = log_start
-        # host:port of its /metrics, where it has any; known once it serves.
+        # host:port of /metrics, once the program serves; None: it exposes none.
         self.metrics: str | None = None
 
     @classmethod
     async def start(
         cls, name: str, arguments: list[str], log_dir: Path, cpus: Collection[int] = ()
     ) -> Program:
-        """`python -m` with the arguments, on these cores (none: any); its log is appended to."""
+        """Starts `python -m` with the arguments, on these CPUs (none: any); appends to its log."""
         log_path = log_dir / f"{name}.log"
         with log_path.open("ab") as log:
             log_start = log.tell()
@@ -99,12 +102,12 @@ class Program:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for us, who stop the programs in order
+                start_new_session=True,  # Ctrl-C must reach only us: we stop programs in order
             )
         return cls(name, process, log_path, log_start)
 
     async def listening(self) -> str:
-        """host:port, once it serves. Raises ProgramFailed if it ends before that."""
+        """Waits until it serves; returns host:port. Raises ProgramFailed if it ends before."""
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             text = line.decode(errors="replace").strip()
@@ -115,20 +118,20 @@ class Program:
         status = (await self.death()).status
         raise ProgramFailed(
             f"{self.name} did not start ({describe_status(status)})",
-            exit_code=max(1, status),  # a signal's is negative, and 0 was no success
-            said=await asyncio.to_thread(self._last_words),
+            exit_code=max(1, status),  # negative for a signal; 0 is a failure here as well
+            log_lines=await asyncio.to_thread(self._last_log_lines),
             log_path=self._log_path,
         )
 
     async def death(self) -> Death:
-        """Returns when it has ended."""
+        """Waits for its end."""
         assert self.process.stdout is not None
         while await self.process.stdout.read(1 << 16):
             pass
         return Death(self.name, await self.process.wait(), self._log_path)
 
     async def stop(self) -> None:
-        """SIGTERM, then after a grace SIGKILL; returns when it is gone."""
+        """Sends SIGTERM, and SIGKILL after a grace period; returns when it has ended."""
         self._send(signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_GRACE_S):
@@ -138,24 +141,26 @@ class Program:
             await self.process.wait()
 
     def kill(self) -> None:
+        """Sends SIGKILL."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
-    def _last_words(self) -> list[str]:
+    def _last_log_lines(self) -> list[str]:
+        """The last lines of this run's log; from the settings error on, if there is one."""
         with self._log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
         errors = [i for i, line in enumerate(lines) if line.startswith(f"{self.name}: ")]
-        if errors:  # from `outrider.runtime.main`: all that is wrong with the settings
+        if errors:  # the errors that `outrider.runtime.main` prints
             return lines[errors[0] :][:_NUM_LINES_SHOWN]
         return lines[-_NUM_LINES_SHOWN:]
 
 
 class Supervisor:
-    """Programs in the order of their start. `stop` must be called, whatever became of them."""
+    """Runs programs in the order of their start. `stop` must be called in any case."""
 
     def __init__(self, log_dir: Path, report: Report) -> None:
         self._log_dir = log_dir
@@ -165,7 +170,7 @@ class Supervisor:
         self._watches: dict[asyncio.Task[Death], str] = {}
 
     def start_redis(self) -> str:
-        """The URL of an embedded server of our own; blocks for some tens of ms."""
+        """Starts an embedded Redis and returns its URL; blocks for some tens of ms."""
         started_at = time.monotonic()
         self._report(Event(REDIS_NAME, State.LOADING))
         self._redis = RedisServer()
@@ -175,7 +180,7 @@ class Supervisor:
         return self._redis.url
 
     async def start(self, name: str, arguments: list[str], cpus: Collection[int] = ()) -> str:
-        """host:port of the program, once it serves. Raises ProgramFailed if it ends before."""
+        """Starts a program; returns host:port once it serves. Raises ProgramFailed, ConfigError."""
         started_at = time.monotonic()
         self._report(Event(name, State.LOADING))
         try:
@@ -194,25 +199,25 @@ class Supervisor:
         return address
 
     def pid(self, name: str) -> int:
-        """Of a program that was started, by its name."""
+        """Process id of a started program."""
         return next(p.process.pid for p in self._programs if p.name == name)
 
     def metrics(self) -> dict[str, str]:
-        """host:port of each program's /metrics, of those that have any."""
+        """host:port of each program's /metrics endpoint, by name; programs without one left out."""
         return {p.name: p.metrics for p in self._programs if p.metrics is not None}
 
     def _watch(self, name: str, death: asyncio.Task[Death]) -> None:
         self._watches[death] = name
 
     async def next_death(self) -> Death:
-        """Waits for the next program that ends; each is told once. One caller at a time."""
+        """Waits for the next program to end; reports each once. One task at a time may wait."""
         done, _ = await asyncio.wait(self._watches, return_when=asyncio.FIRST_COMPLETED)
         first = min(done, key=list(self._watches).index)
         self._report(Event(self._watches.pop(first), State.FAILED))
         return first.result()
 
     async def stop(self) -> None:
-        """Stops the programs, the last started first. Cancelled, it kills them. Leaves none."""
+        """Stops the programs in reverse order; if cancelled, kills them. Leaves no process."""
         try:
             await self._stop_watches()
             for program in reversed(self._programs):
@@ -236,6 +241,6 @@ class Supervisor:
 
 
 async def _redis_death(server: RedisServer) -> Death:
-    while (status := server.exit_status()) is None:  # noqa: ASYNC110 (a process, not ours to set)
+    while (status := server.exit_status()) is None:  # noqa: ASYNC110 (no event: another process)
         await asyncio.sleep(REDIS_POLL_INTERVAL_S)
     return Death(REDIS_NAME, status, None)

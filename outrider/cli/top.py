@@ -1,4 +1,4 @@
-"""`outrider top`: what the programs do right now, from their `/metrics`. Changes nothing."""
+"""`outrider top`: live view of the programs' metrics, scraped from their `/metrics`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ if TYPE_CHECKING:
     from outrider.telemetry.scraping import Change, Scrape
 
 
+# Width of the output where it is not a terminal.
 _PLAIN_WIDTH = 160
 
 
 @dataclass(frozen=True)
 class TopOptions:
+    """Flags of `outrider top`."""
+
     addresses: Annotated[
         list[str],
         typer.Argument(
             metavar="HOST:PORT...",
-            help="The metrics_port of each program to watch; `outrider up --metrics` prints them.",
+            help="Address of each program's metrics_port; `outrider up --metrics` prints them.",
         ),
     ]
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0
+    interval: Annotated[float, typer.Option(help="Seconds between two scrapes.")] = 1.0
     window: Annotated[
-        float, typer.Option(help="Rates and quantiles are of the last so many seconds.")
+        float, typer.Option(help="Seconds over which rates and quantiles are computed.")
     ] = 10.0
-    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False
 
 
 @takes(TopOptions)
@@ -42,7 +45,7 @@ def top(options: TopOptions) -> None:
     from rich.console import Console
 
     from outrider.cli.running import run
-    from outrider.settings.fields import require_address
+    from outrider.settings.addresses import require_address
 
     for address in options.addresses:
         require_address(address, "HOST:PORT")
@@ -51,28 +54,28 @@ def top(options: TopOptions) -> None:
     if options.window < options.interval:
         raise ConfigError("--window: must be --interval or more")
     console = Console()
-    # Where nobody's window is to be fitted, nothing is cut off.
+    # A pipe or file has no width: nothing is cut off.
     run(_top(options, console if console.is_terminal else Console(width=_PLAIN_WIDTH)))
 
 
 class Watched:
-    """One program: its scrapes of the last `window_s`, or why there is none."""
+    """One program: its scrapes of the last `window_s` seconds, or the error of the last scrape."""
 
     def __init__(self, address: str, window_s: float) -> None:
         self.address = address
-        self.trouble = ""
+        self.error = ""
         self._window_s = window_s
         self._scrapes: list[Scrape] = []
 
-    async def look(self) -> None:
-        """Within the scrape's own time-out."""
+    async def scrape(self) -> None:
+        """Scrapes the metrics; takes at most the timeout of `Scrape.of`."""
         from outrider.telemetry.scraping import Scrape
 
         try:
             self._scrapes.append(await asyncio.to_thread(Scrape.of, self.address))
-            self.trouble = ""
+            self.error = ""
         except Unavailable as error:
-            self._scrapes, self.trouble = [], str(error)
+            self._scrapes, self.error = [], str(error)
             return
         oldest = self._scrapes[-1].taken_at - self._window_s
         while len(self._scrapes) > 2 and self._scrapes[1].taken_at <= oldest:
@@ -80,7 +83,7 @@ class Watched:
 
     @property
     def change(self) -> Change | None:
-        """None while it does not answer. At first it is of the program's whole life."""
+        """Change over the window; after one scrape, since the program's start. None: no scrape."""
         from outrider.telemetry.scraping import Change
 
         if not self._scrapes:
@@ -97,19 +100,19 @@ async def _top(options: TopOptions, console: Console) -> None:
 
     watched = [Watched(address, options.window) for address in options.addresses]
 
-    async def look() -> None:
+    async def scrape_all() -> None:
         async with asyncio.TaskGroup() as tasks:
             for program in watched:
-                tasks.create_task(program.look())
+                tasks.create_task(program.scrape())
 
-    await look()
+    await scrape_all()
     if options.once:
         console.print(view(watched))
-        if all(program.trouble for program in watched):
-            raise Unavailable("; ".join(program.trouble for program in watched))
+        if all(program.error for program in watched):
+            raise Unavailable("; ".join(program.error for program in watched))
         return
     with Live(view(watched), console=console, screen=console.is_terminal) as live:
         while True:
             await asyncio.sleep(options.interval)
-            await look()
+            await scrape_all()
             live.update(view(watched))

@@ -1,4 +1,4 @@
-"""How `outrider top` looks: a table each of requests, speculation and replicas. Asks nobody."""
+"""Layout of `outrider top`: tables of requests, speculation and replicas."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ _BAD = "bold red"
 
 
 def view(watched: Sequence[Watched]) -> RenderableType:
-    """All programs, by what they are; those that do not answer by name."""
-    told = [change for program in watched if (change := program.change) is not None]
-    orchestrators = [c for c in told if c.after.has("outrider_num_requests_running")]
-    replicas = [c for c in told if c.after.has("outrider_replica_state")]
+    """All programs: orchestrators, replicas, then programs without metrics by address."""
+    changes = [change for program in watched if (change := program.change) is not None]
+    orchestrators = [c for c in changes if c.after.has("outrider_num_requests_running")]
+    replicas = [c for c in changes if c.after.has("outrider_replica_state")]
     parts: list[RenderableType] = []
     for change in orchestrators:
         title = f"orchestrator {change.after.address}"
-        tables = Group(_requests(change), _speculation(change), _seen(change))
+        tables = Group(_requests(change), _speculation(change), _dependencies(change))
         parts.append(Panel(tables, title=title, title_align="left"))
     if replicas:
         parts.append(Panel(_replicas(replicas), title="replicas", title_align="left"))
     known = {change.after.address for change in (*orchestrators, *replicas)}
     for program in watched:
-        if program.trouble:
-            parts.append(Text(program.trouble, _BAD))
+        if program.error:
+            parts.append(Text(program.error, _BAD))
         elif program.address not in known:
-            parts.append(Text(f"{program.address} is still starting, or no Outrider", "yellow"))
+            parts.append(
+                Text(
+                    f"{program.address} is still starting, or is not an Outrider program", "yellow"
+                )
+            )
     return Group(*parts)
 
 
@@ -56,7 +60,7 @@ def _requests(change: Change) -> Group:
     )
     counts = [
         ("streams", _number(now.total("outrider_num_requests_running"))),
-        ("waiting", _number(now.total("outrider_num_requests_waiting"))),
+        ("queued", _number(now.total("outrider_num_requests_waiting"))),
         ("tokens/s", _number(change.rate("outrider_generation_tokens_total"))),
         ("requests/s", _number(change.rate("outrider_requests_total"))),
         ("failed", _number(failed)),
@@ -70,7 +74,7 @@ def _requests(change: Change) -> Group:
             ("first token p50/p99", "time_to_first_token"),
             ("between chunks", "inter_token_latency"),
             ("queue", "request_queue_time"),
-            ("whole", "e2e_request_latency"),
+            ("total", "e2e_request_latency"),
         )
     ]
     return Group(_row(counts), _row(latencies))
@@ -78,18 +82,18 @@ def _requests(change: Change) -> Group:
 
 def _speculation(change: Change) -> Group:
     accepted = change.increase("outrider_spec_decode_num_accepted_tokens_total")
-    judged = accepted + change.increase("outrider_spec_decode_num_rejected_tokens_total")
+    verified = accepted + change.increase("outrider_spec_decode_num_rejected_tokens_total")
     drafts = change.increase("outrider_spec_decode_num_drafts_total")
-    wanted = change.increase("outrider_lookahead_rounds_total")
+    lookups = change.increase("outrider_lookahead_rounds_total")
     hits = change.increase("outrider_lookahead_rounds_total", outcome="hit")
     tokens = change.increase("outrider_tokens_total")
     speculation = [
-        ("acceptance", _share(accepted, judged)),
-        ("tokens a draft", f"{1 + accepted / drafts:.2f}" if drafts else "–"),
+        ("acceptance", _share(accepted, verified)),
+        ("tokens/draft", f"{1 + accepted / drafts:.2f}" if drafts else "–"),
         ("γ", _number(change.after.total("outrider_gamma"))),
-        ("look-ahead hits", _share(hits, wanted)),
+        ("look-ahead hits", _share(hits, lookups)),
         ("draft wait p50", _time(change.quantile("outrider_draft_round_trip_seconds", 0.5))),
-        ("verdict p50", _time(change.quantile("outrider_verify_round_trip_seconds", 0.5))),
+        ("verify p50", _time(change.quantile("outrider_verify_round_trip_seconds", 0.5))),
     ]
     origins = [
         (origin, _share(change.increase("outrider_tokens_total", origin=origin), tokens))
@@ -98,20 +102,20 @@ def _speculation(change: Change) -> Group:
     return Group(_row(speculation), _row(origins))
 
 
-def _seen(change: Change) -> Text:
-    """What it depends on, as it sees it."""
+def _dependencies(change: Change) -> Text:
+    """State of the replicas and of Redis, as the orchestrator sees them."""
     text = Text()
     for labels, value in change.after.find("outrider_replicas"):
         if value:
             style = "green" if labels["state"] == "ready" else _BAD
             text.append(f"{labels['tier']} {labels['state']} {value:.0f}   ", style)
     is_up = change.after.total("outrider_redis_up") > 0
-    text.append("redis up" if is_up else "redis away", "green" if is_up else _BAD)
+    text.append("redis up" if is_up else "redis down", "green" if is_up else _BAD)
     return text
 
 
 _COLUMNS = (
-    "tier", "address", "state", "open", "kept", "KV", "queue", "passes/s", "rows", "tokens",
+    "tier", "address", "state", "open", "idle", "KV", "queue", "passes/s", "rows", "tokens",
     "pass p50", "prefix hits",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`outrider up`: the whole system on this machine until Ctrl-C."""
+"""`outrider up`: runs the whole system on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from outrider.cli.stack import Stack
     from outrider.cli.view import StackView
 
-# Between two looks for a draft that is slow to come.
-_LOOK_S = 0.5
+# Between two requests for the pairing of a draft that has not connected yet.
+_POLL_INTERVAL_S = 0.5
 
 
 @takes(StackOptions)
 def up(options: StackOptions) -> None:
-    """Start draft, target, orchestrator and Redis here, and keep them until Ctrl-C.
+    """Run draft, target, orchestrator and Redis on this machine until Ctrl-C.
 
-    Without options: the quickstart pair that comes with Outrider.
+    Without options it serves the quickstart pair, a small target and draft included in Outrider.
     """
     from rich.console import Console
 
@@ -34,7 +34,7 @@ def up(options: StackOptions) -> None:
     from outrider.cli.view import StackView
 
     view = StackView(Console(), models=described_models(options), shows_end=True)
-    served: list[str] = []  # not empty once it came so far: a stop is then no failure
+    served: list[str] = []  # not empty once it has served: a stop is then a success
     try:
         status = run(_up(options, view, served))
     except Signalled as error:
@@ -45,22 +45,22 @@ def up(options: StackOptions) -> None:
 async def _up(options: StackOptions, view: StackView, served: list[str]) -> int:
     async with shown_stack(options, view) as stack:
         served.append(stack.endpoint)
-        _welcome(stack, options, view)
+        _print_hints(stack, options, view)
         async with asyncio.TaskGroup() as tasks:
-            telling = tasks.create_task(_tell_pairing(stack, view))
+            warning = tasks.create_task(_warn_of_pairing(stack, view))
             try:
                 return await _until_death(stack, view)
             finally:
-                telling.cancel()
+                warning.cancel()
 
 
 @contextlib.asynccontextmanager
 async def shown_stack(
     options: StackOptions, view: StackView, target: str | None = None
 ) -> AsyncIterator[Stack]:
-    """Serves on entering, which the view shows; leaves no process. `target` as of Stack.
+    """Context manager: a running system whose start the view shows; leaves no process.
 
-    Raises ConfigError or ProgramFailed.
+    `target` as for Stack. Raises ConfigError or ProgramFailed.
     """
     from outrider.cli.stack import Stack
 
@@ -73,40 +73,41 @@ async def shown_stack(
         await stack.stop()
 
 
-async def _tell_pairing(stack: Stack, view: StackView) -> None:
-    """Warns once the draft is refused, or means something else by some token ids."""
+async def _warn_of_pairing(stack: Stack, view: StackView) -> None:
+    """Prints a warning if the draft is refused or some of its token ids differ."""
     from outrider.client.client import connected
     from outrider.errors import CallFailed
 
     if "draft" not in stack.addresses:
         return
-    with contextlib.suppress(CallFailed):  # TLS or keys, set in our environment
+    with contextlib.suppress(CallFailed):  # our environment may require TLS or keys
         async with connected(stack.endpoint) as client:
             while not (info := await client.model_info()).HasField("draft_pairing"):  # noqa: ASYNC110 (another process)
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_POLL_INTERVAL_S)
         pairing = info.draft_pairing
         if pairing.refused:
             warning = f"the draft is not used: {pairing.refused}"
         elif pairing.num_differing_ids:
             num = pairing.num_differing_ids
-            warning = f"draft and target differ in {num} token ids; outputs are the same, slower"
+            warning = f"draft and target differ in {num} token ids: same output, slower"
         else:
             return
         view.console.print(f"! {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 async def _until_death(stack: Stack, view: StackView) -> int:
+    """Returns the exit status once the system no longer serves."""
     while True:
-        death, can_go_on = await stack.next_death()
+        death, still_serves = await stack.next_death()
         view.console.print(f"✘ {death}", style="bold red", highlight=False, soft_wrap=True)
-        if not can_go_on:
+        if not still_serves:
             return 1
         view.console.print(
-            "  Generation goes on without a draft: the same output, slower.", style="red"
+            "  Generations continue without a draft: same output, slower.", style="red"
         )
 
 
-def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
+def _print_hints(stack: Stack, options: StackOptions, view: StackView) -> None:
     from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
 
     console = view.console
@@ -128,17 +129,19 @@ def _welcome(stack: Stack, options: StackOptions, view: StackView) -> None:
 
 
 def described_models(options: StackOptions) -> dict[str, str]:
-    """For people: what each model service holds."""
-    told = {}
+    """What to show beside each model service, by its name."""
+    descriptions = {}
     for name, simulation in (
         ("target", options.simulate_target),
         ("draft", options.simulate_draft),
     ):
         if simulation is not None:
-            told[name] = f"simulated: {simulation}"
+            descriptions[name] = f"simulated: {simulation}"
     for name, model in (("target", options.target_model), ("draft", options.draft_model)):
-        if model is not None and name not in told:
-            told[name] = "quickstart pair" if model.startswith(str(PAIR_PATH)) else model
+        if model is not None and name not in descriptions:
+            descriptions[name] = "quickstart pair" if model.startswith(str(PAIR_PATH)) else model
     if options.inflate_parameters and options.simulate_target is None:
-        told["target"] += f", at the cost of {options.inflate_parameters / 1e6:.0f} M parameters"
-    return told
+        descriptions["target"] += (
+            f", at the cost of {options.inflate_parameters / 1e6:.0f} M parameters"
+        )
+    return descriptions

@@ -1,7 +1,4 @@
-"""How a system's start, life and end look: a live table on a terminal, lines elsewhere.
-
-Knows the supervisor's events, and nothing of how programs are run.
-"""
+"""View of a system's start and end: a live table on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from rich.text import Text
 
 from outrider.cli.supervisor import Event, State
 
-_NOTES = {"orchestrator": "waits for the models"}
+_NOTES = {"orchestrator": "waiting for the models"}
 _MARKS = {
     State.WAITING: Text("·", "dim"),
     State.READY: Text("✔", "green"),
@@ -26,7 +23,7 @@ _MARKS = {
 
 
 class StackView:
-    """A context manager: live while programs start. `report` may be called before and after."""
+    """Context manager: live while programs start. `report` may be called before and after."""
 
     def __init__(
         self,
@@ -36,9 +33,10 @@ class StackView:
         stays: bool = True,
         shows_end: bool = False,
     ) -> None:
-        """`models`: what to show beside a program's name. `stays`: on the screen when all is up.
+        """`models`: description to show beside a program's name.
 
-        `shows_end`: say what has stopped.
+        `stays`: leave the table on the screen once all programs run. `shows_end`: show stopped
+        programs too.
         """
         self.console = console
         self._models = models or {}
@@ -66,7 +64,7 @@ class StackView:
             self._live = None
 
     def report(self, event: Event) -> None:
-        """Of the supervisor."""
+        """Takes an event of the supervisor."""
         if event.state is State.LOADING:
             self._since[event.name] = time.monotonic()
         self._events[event.name] = event
@@ -75,21 +73,23 @@ class StackView:
 
     def _print(self, event: Event) -> None:
         if event.state in (State.LOADING, State.READY, State.STOPPED):
-            self.console.print(f"{event.name}: {_words(event)}", style="dim", highlight=False)
+            self.console.print(f"{event.name}: {_description(event)}", style="dim", highlight=False)
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for name, event in self._events.items():
             mark = self._spinner if event.state is State.LOADING else _MARKS[event.state]
             seconds = time.monotonic() - self._since.get(name, time.monotonic())
-            words = f"loading, {seconds:.0f} s" if event.state is State.LOADING else _words(event)
+            text = (
+                f"loading, {seconds:.0f} s" if event.state is State.LOADING else _description(event)
+            )
             style = "dim" if event.state is State.WAITING else ""
             model = Text(self._models.get(name, ""), "dim", no_wrap=True, overflow="ellipsis")
-            table.add_row(mark, Text(name, "bold"), Text(words, style), model)
+            table.add_row(mark, Text(name, "bold"), Text(text, style), model)
         return table
 
 
-def _words(event: Event) -> str:
+def _description(event: Event) -> str:
     if event.state is State.READY:
         return f"ready in {event.after_s:.1f} s"
     if event.state is State.WAITING:

@@ -1,1 +1,1 @@
-"""Python client of an orchestrator: channels with TLS and API key, calls, resume."""
+"""Python client of an orchestrator: channels with TLS and API key, requests, resume."""

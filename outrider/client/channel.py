@@ -1,6 +1,6 @@
-"""How a client opens a channel: in plain text or with TLS, with a certificate, with a key.
+"""gRPC channels: without TLS or with TLS, with a client certificate, with an API key.
 
-The one place where channels are made. Knows no service.
+The only module that opens channels; the orchestrator opens its channels to the replicas here too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outrider.security.pem import Pem, watched_pem
 OpenChannel = Callable[[str], grpc.aio.Channel]
 Options = Sequence[tuple[str, Any]]
 
-# Channels to one address share a connection otherwise.
+# By default gRPC shares one connection between all channels to an address.
 _SPREAD: Options = (
     ("grpc.lb_policy_name", "round_robin"),
     ("grpc.use_local_subchannel_pool", 1),
@@ -31,12 +31,12 @@ KEY_HEADER = "authorization"
 
 
 def open_plain(endpoint: str) -> grpc.aio.Channel:
-    """To a model service, without TLS: for this machine, and for networks that are trusted."""
+    """A channel to a model service, without TLS: for one machine and for trusted networks."""
     return grpc.aio.insecure_channel(endpoint, options=TIER_CHANNEL_OPTIONS)
 
 
 class TlsChannels:
-    """Opens channels with what the files hold at that moment."""
+    """Opens channels with TLS. Each channel uses the present contents of the PEM files."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TlsChannels:
         self._options = options
 
     def open(self, endpoint: str, api_key: str | None = None) -> grpc.aio.Channel:
-        """`api_key` goes with each call."""
+        """A channel that sends `api_key` with each request."""
         pem = self.files.current
         options: list[tuple[str, Any]] = list(self._options)
         if self._server_name is not None:
@@ -65,7 +65,7 @@ class TlsChannels:
 
 @dataclass(frozen=True)
 class Access:
-    """How a caller reaches an orchestrator: paths of PEM files, and the key itself."""
+    """Credentials for an orchestrator: paths of PEM files, and the API key itself."""
 
     tls_ca: str | None = None
     tls_cert: str | None = None
@@ -76,10 +76,10 @@ class Access:
 def open_channel(
     endpoint: str, access: Access | None = None, *, is_spread: bool = False
 ) -> grpc.aio.Channel:
-    """To an orchestrator, as a caller. To be used as a context manager, or closed.
+    """A channel to an orchestrator. Use it as a context manager, or close it.
 
-    `is_spread`: connections of its own, to all addresses of the endpoint's name in turn.
-    Raises ConfigError for files that cannot be used, and where a key would travel in plain text.
+    `is_spread`: opens its own connections, to all addresses of the endpoint's name (round robin).
+    Raises ConfigError for unusable files, and if the key would be sent in plain text.
     """
     access = access or Access()
     options = (*CALLER_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
@@ -88,7 +88,7 @@ def open_channel(
         interceptors = None if access.api_key is None else _with_key(access.api_key)
         return grpc.aio.insecure_channel(endpoint, options=options, interceptors=interceptors)
     if (access.tls_cert is None) != (access.tls_key is None):
-        raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
+        raise ConfigError("--tls-cert, --tls-key: give both or neither")
     files = watched_pem(
         ca=access.tls_ca,
         cert=access.tls_cert,
@@ -100,7 +100,7 @@ def open_channel(
 
 
 def read_key(path: str) -> str:
-    """A caller's own key, in a file of its own. Raises ConfigError."""
+    """The API key in a file. Raises ConfigError."""
     return check_key(read_secret(path, "--api-key-file"), "--api-key-file")
 
 
@@ -108,9 +108,11 @@ def _check_plain(endpoint: str, access: Access) -> None:
     if access.tls_cert is not None or access.tls_key is not None:
         raise ConfigError("--tls-cert, --tls-key: need --tls-ca")
     host = endpoint.removeprefix("dns:///").rpartition(":")[0]
-    is_here = endpoint.startswith("unix:") or is_loopback(host)
-    if access.api_key is not None and not is_here:
-        raise ConfigError(f"--tls-ca: is required: the key would go to {endpoint} in plain text")
+    is_local = endpoint.startswith("unix:") or is_loopback(host)
+    if access.api_key is not None and not is_local:
+        raise ConfigError(
+            f"--tls-ca: is required: the key would be sent to {endpoint} in plain text"
+        )
 
 
 def _with_key(api_key: str) -> list[Any]:
@@ -119,7 +121,7 @@ def _with_key(api_key: str) -> list[Any]:
 
 
 class _UnaryKey(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
-    """gRPC's own call credentials want TLS; this is for servers on the same machine."""
+    """Adds the API key. gRPC's own call credentials require TLS; this serves local endpoints."""
 
     def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata
@@ -129,6 +131,8 @@ class _UnaryKey(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
 
 
 class _StreamKey(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    """Adds the API key to streaming requests."""
+
     def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata
 

@@ -1,4 +1,4 @@
-"""Calls of the orchestrator, and what their failures mean to a person. Prints nothing."""
+"""Requests to the orchestrator; their failures with an explanation for people."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 import grpc
 
 from outrider.client.channel import Access, open_channel
-from outrider.client.diagnosis import check_endpoint, unconnected
+from outrider.client.diagnosis import connection_fault
 from outrider.errors import CallFailed, ConfigError, InternalError, Unavailable
 from outrider.runtime.heartbeat import CALLER_HEARTBEAT_MS, listening
+from outrider.settings.addresses import require_endpoint
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
-# The short calls read a few rows of Redis.
+# Deadline of all requests but Generate.
 SHORT_TIMEOUT_S = 10.0
-# How gRPC itself begins to report that it has no connection, in lower case.
+# Starts of gRPC's own messages for a connection that could not be made, in lower case.
 _NO_CONNECTION = (
     "failed to connect to all addresses",
     "connections to all backends failing",
@@ -29,9 +30,9 @@ _NO_CONNECTION = (
     "errors resolving",
     "empty address list",
 )
-# Its whole report of a connection that broke under a call. A proxy may quote the same words, of its
-# own connection to an orchestrator: they are then only a part of what it says.
-_BROKE = re.compile(
+# gRPC's own messages for a connection that broke during a request, matched as a whole: a proxy may
+# quote the same words about its own connection to an orchestrator.
+_BROKEN = re.compile(
     r"stream removed \(.*\)|socket closed|transport closed|endpoint closing|broken pipe|"
     r"connection (reset( by peer)?|aborted)|(recvmsg|sendmsg):.*|(read|write) failed \(.*\)|"
     r"keepalive watchdog timeout|ping timeout|cancelling all calls|channel closed.*|"
@@ -39,13 +40,13 @@ _BROKE = re.compile(
 )
 _TIMED_OUT = ("deadline exceeded", "stream removed (deadline exceeded)")
 _HTTP_STATUS = re.compile(r"received http2 header with status: (\d+)")
-# In the trailers of every error that one of our servers has raised (outrider.runtime.grpc_status).
+# In the trailers of every error of an Outrider server (outrider.runtime.grpc_status).
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass
 class Output:
-    """All that one Generate call sent."""
+    """Everything received in response to one Generate request."""
 
     session_id: str = ""
     text: str = ""
@@ -55,6 +56,7 @@ class Output:
     result: orchestrator_pb2.GenerateResult = field(default_factory=orchestrator_pb2.GenerateResult)
 
     def add(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
+        """Appends a message of the stream."""
         self.session_id = chunk.session_id
         self.text += chunk.text
         self.token_ids += chunk.token_ids
@@ -68,7 +70,7 @@ Show = Callable[[orchestrator_pb2.GenerateResponse], None]
 
 
 class Client:
-    """Made by `connected`."""
+    """Client of one orchestrator. `connected` makes it."""
 
     def __init__(
         self, channel: grpc.aio.Channel, endpoint: str, access: Access | None = None
@@ -88,12 +90,16 @@ class Client:
         show: Show | None = None,
         timeout_s: float | None = None,
     ) -> Output:
-        """Hands every message to `show` as it comes. Raises CallFailed; cancelled, it cancels."""
+        """Runs a generation; passes each message to `show` on arrival.
+
+        Cancelling this coroutine cancels the generation. Raises CallFailed, and InternalError for a
+        stream without a result.
+        """
         output = Output()
-        asked = orchestrator_pb2.GenerateRequest()
-        asked.CopyFrom(request)
-        asked.heartbeat_ms = CALLER_HEARTBEAT_MS
-        call: Any = self._stub.Generate(asked, timeout=timeout_s)
+        with_heartbeat = orchestrator_pb2.GenerateRequest()
+        with_heartbeat.CopyFrom(request)
+        with_heartbeat.heartbeat_ms = CALLER_HEARTBEAT_MS
+        call: Any = self._stub.Generate(with_heartbeat, timeout=timeout_s)
         try:
             async with contextlib.aclosing(listening(call)) as chunks:
                 async for chunk in chunks:
@@ -105,7 +111,7 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise await call_failed(error, self._endpoint, self._access) from error
         finally:
-            call.cancel()  # leaving the loop does not cancel it: the server would go on
+            call.cancel()  # leaving the loop does not cancel the request on the server
         if not output.result.finish_reason:
             raise InternalError("the orchestrator ended the stream without a result")
         return output
@@ -113,21 +119,23 @@ class Client:
     async def get_session(self, session_id: str) -> orchestrator_pb2.GetSessionResponse:
         """Raises CallFailed."""
         request = orchestrator_pb2.GetSessionRequest(session_id=session_id)
-        answer: orchestrator_pb2.GetSessionResponse = await self._ask(
+        response: orchestrator_pb2.GetSessionResponse = await self._send(
             self._stub.GetSession, request
         )
-        return answer
+        return response
 
-    async def sessions(self) -> tuple[list[orchestrator_pb2.SessionSummary], int]:
-        """All sessions of the client by name, and the number of unreadable ones that are left out.
+    async def list_sessions(self) -> tuple[list[orchestrator_pb2.SessionSummary], int]:
+        """All sessions of the API key, sorted by name, and the number of unreadable ones left out.
 
         Raises CallFailed.
         """
-        found: dict[str, orchestrator_pb2.SessionSummary] = {}  # Redis may name one twice
+        found: dict[
+            str, orchestrator_pb2.SessionSummary
+        ] = {}  # a scan of Redis may return one twice
         num_unreadable = 0
         request = orchestrator_pb2.ListSessionsRequest()
         while True:
-            page = await self._ask(self._stub.ListSessions, request)
+            page = await self._send(self._stub.ListSessions, request)
             found |= {session.session_id: session for session in page.sessions}
             num_unreadable += page.num_unreadable
             if not page.next_page_token:
@@ -137,16 +145,16 @@ class Client:
     async def delete_session(self, session_id: str) -> None:
         """Raises CallFailed."""
         request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
-        await self._ask(self._stub.DeleteSession, request)
+        await self._send(self._stub.DeleteSession, request)
 
     async def model_info(self) -> orchestrator_pb2.GetModelInfoResponse:
         """Raises CallFailed."""
-        answer: orchestrator_pb2.GetModelInfoResponse = await self._ask(
+        response: orchestrator_pb2.GetModelInfoResponse = await self._send(
             self._stub.GetModelInfo, orchestrator_pb2.GetModelInfoRequest()
         )
-        return answer
+        return response
 
-    async def _ask(self, method: Any, request: Any) -> Any:
+    async def _send(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, timeout=SHORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
@@ -156,37 +164,41 @@ class Client:
 async def call_failed(
     error: grpc.aio.AioRpcError, endpoint: str, access: Access | None = None
 ) -> CallFailed:
-    """What the server or a proxy said; where nobody said anything, what is wrong and what to do."""
-    code, said = error.code().name, " ".join((error.details() or "").split())
+    """The failure of a request, explained.
+
+    Shows the message of the server or proxy. Without one, `connection_fault` finds what is wrong.
+    """
+    code, details = error.code().name, " ".join((error.details() or "").split())
     trailers: Any = error.trailing_metadata() or ()
     if any(key == _STATUS_DETAILS for key, _ in trailers):
-        return CallFailed(f"{code}: {said}")
-    words = said.lower()
-    if words in _TIMED_OUT:  # also of a stream that gRPC has removed for it
-        return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} has not answered in time")
+        return CallFailed(f"{code}: {details}")
+    words = details.lower()
+    if words in _TIMED_OUT:  # gRPC reports it with several status codes
+        return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} did not respond in time")
     if status := _HTTP_STATUS.search(words):
-        return CallFailed(f"{code}: {_answered_by_http(endpoint, status[1])}")
+        return CallFailed(f"{code}: {_http_response(endpoint, status[1])}")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return CallFailed(
-            f"{code}: {endpoint} is no orchestrator of this version (a model service?): {said}"
+            f"{code}: {endpoint} is not an orchestrator of this version (a model service?): "
+            f"{details}"
         )
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
-        return CallFailed(f"{code}: {said}")
+        return CallFailed(f"{code}: {details}")
     if words.startswith(_NO_CONNECTION):
-        why = await asyncio.to_thread(unconnected, endpoint, access)
-        why = why or f"{endpoint} was not there a moment ago and is now: try again"
+        why = await asyncio.to_thread(connection_fault, endpoint, access)
+        why = why or f"{endpoint} could not be reached a moment ago, but can be now: try again"
         return CallFailed(f"{code}: {why}", was_heard=False)
-    if words and not _BROKE.fullmatch(words):
+    if words and not _BROKEN.fullmatch(words):
         return CallFailed(
-            f"{code}: {endpoint} answered: {said} (not an orchestrator's words: check the proxy or "
-            "gateway there, and that the orchestrator behind it runs; then try again)"
+            f"{code}: {endpoint} answered: {details} (not an orchestrator's message: check the "
+            "proxy or gateway there, and that the orchestrator behind it runs; then try again)"
         )
-    why = await asyncio.to_thread(unconnected, endpoint, access)
-    why = why or "it answers again: try again"
+    why = await asyncio.to_thread(connection_fault, endpoint, access)
+    why = why or "it responds again: try again"
     return CallFailed(f"{code}: the connection to {endpoint} broke; {why}")
 
 
-def _answered_by_http(endpoint: str, status: str) -> str:
+def _http_response(endpoint: str, status: str) -> str:
     return (
         f"{endpoint} answered with HTTP status {status}: a proxy or gateway, not an orchestrator; "
         "check that it forwards gRPC (HTTP/2), and that the orchestrator behind it runs"
@@ -195,9 +207,14 @@ def _answered_by_http(endpoint: str, status: str) -> str:
 
 @contextlib.asynccontextmanager
 async def connected(endpoint: str, access: Access | None = None) -> AsyncIterator[Client]:
-    """Connects with the first call. Raises ConfigError for files that cannot be used."""
+    """A client, which connects with its first request.
+
+    Raises ConfigError for a malformed endpoint and for unusable files.
+    """
     if "," in endpoint:
-        raise ConfigError(f"--endpoint: {endpoint!r} is several; only `generate` follows them")
-    check_endpoint(endpoint)
+        raise ConfigError(
+            f"--endpoint: {endpoint!r} is a list; only `outrider generate` takes several endpoints"
+        )
+    require_endpoint(endpoint, "--endpoint")
     async with open_channel(endpoint, access) as channel:
         yield Client(channel, endpoint, access)

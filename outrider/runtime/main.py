@@ -10,12 +10,15 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
+import structlog
 import uvloop
 
 from outrider.errors import ConfigError
 from outrider.runtime.grpc_server import Server, stop_signal
 from outrider.settings.loader import load
 from outrider.telemetry.logs import configure_logs
+
+log = structlog.get_logger()
 
 LISTENING_PREFIX = "listening on "
 METRICS_PREFIX = "metrics on "
@@ -60,9 +63,14 @@ def run_until_signalled(
             print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
             await stopped.wait()
 
+    renamed: list[tuple[str, str]] = []
     try:
-        config = load(kind, name, sys.argv[1:])
+        config = load(
+            kind, name, sys.argv[1:], on_renamed=lambda old, new: renamed.append((old, new))
+        )
         configure_logs(name, level=config.log_level, json=config.log_json)
+        for old, new in renamed:
+            log.warning("renamed_setting", old=old, new=new)
         uvloop.run(body(config))
     except ConfigError as error:
         return _refuse(name, error)

@@ -1,4 +1,4 @@
-"""Validated settings of all programs; `loader` is the only reader of flags and environment.
+"""Validated settings of all programs; only `loader` reads flags and environment variables.
 
-`services` has one dataclass for each service; `fields` has the checks they share.
+`services` has one dataclass per service; `fields` and `addresses` have the checks that they share.
 """

@@ -1,6 +1,6 @@
-"""What settings are made of: a field with its help, and the checks that name it.
+"""Settings fields with help texts, and checks whose errors name the setting.
 
-Knows no setting; `outrider.settings.services` has them.
+`outrider.settings.services` declares the settings, `outrider.settings.addresses` checks addresses.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from dataclasses import field
 from typing import Any
 
 from outrider.errors import ConfigError
-from outrider.replica import split_address
 
 
-def setting(default: Any, help: str, env: str | None = None, *, may_be_secret: bool = False) -> Any:
-    """A field with its help text and, where users know one, a further variable's name.
+def setting(
+    default: Any,
+    help: str,
+    env: str | None = None,
+    *,
+    renamed_from: str | None = None,
+    may_be_secret: bool = False,
+) -> Any:
+    """A dataclass field with its help text.
 
-    One that may hold a secret is not shown with its settings.
+    `env`: another environment variable that also sets it. `renamed_from`: the setting's former
+    name, which still works, with a warning. `may_be_secret`: leave the value out of the `repr`.
     """
-    return field(default=default, metadata={"help": help, "env": env}, repr=not may_be_secret)
+    metadata = {"help": help, "env": env, "renamed_from": renamed_from}
+    return field(default=default, metadata=metadata, repr=not may_be_secret)
 
 
 def require(holds: bool, name: str, why: str) -> None:
-    """Raises ConfigError that names the setting unless `holds`."""
+    """Raises ConfigError `name: why` unless `holds`."""
     if not holds:
         raise ConfigError(f"{name}: {why}")
-
-
-def require_address(address: str, name: str) -> None:
-    """Raises ConfigError that names the setting unless it is host:port."""
-    try:
-        split_address(address)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def require_port(port: int, name: str = "port") -> None:

@@ -1,4 +1,4 @@
-"""Where Redis is and how one logs in there, as plain data. Connects to nothing."""
+"""Redis address and login as plain data; `outrider.redis.connection` connects."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from outrider.errors import ConfigError
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """`url`: redis://, rediss:// (TLS) or unix://. The rest are files' paths and a user's name.
+    """Redis URL with login.
 
-    The password file is read at each connection: a new password needs no restart.
+    `url`: redis://, rediss:// (TLS) or unix://. `ca`, `cert`, `key`: paths of PEM files.
+    `password_file`: read at each connection, so that a new password needs no restart.
     """
 
     url: str
@@ -23,7 +24,7 @@ class RedisAddress:
     password_file: str | None = None
 
     def __str__(self) -> str:
-        """As it may be shown: without user and password."""
+        """The URL without user and password."""
         return shown(self.url)
 
     def __repr__(self) -> str:
@@ -31,21 +32,21 @@ class RedisAddress:
 
 
 def shown(url: str) -> str:
-    """A URL without user and password, wherever they stand in it."""
+    """The URL without user and password, wherever these are in it."""
     parts = _parts(url)
     if parts.scheme == "unix":
         return f"unix://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    # A password with a slash in it ends what a URL's parts call the host.
+    # urlsplit ends the host at the slash of an unencoded password.
     return f"{parts.scheme}://{url.partition('://')[2].rpartition('@')[2].partition('?')[0]}"
 
 
 def has_password(url: str) -> bool:
-    """Whether the URL carries a secret: it is then not for a command line."""
+    """Whether the URL contains a password: such a URL must not be on a command line."""
     return bool(_parts(url).password) or has_stray_login(url)
 
 
 def has_stray_login(url: str) -> bool:
-    """Whether a user or password stands where none is looked for, and would be told."""
+    """Whether a user or password is in an unusual place of the URL, where it would be logged."""
     parts = _parts(url)
     if parse_qs(parts.query).keys() & {"username", "password"}:
         return True
@@ -53,8 +54,8 @@ def has_stray_login(url: str) -> bool:
 
 
 def _parts(url: str) -> SplitResult:
-    """Raises ConfigError, which does not say the URL: nobody knows what is what in it."""
+    """Raises ConfigError without the URL, any part of which may be the password."""
     try:
         return urlsplit(url)
     except ValueError:
-        raise ConfigError("redis_url: no URL such as redis://HOST:6379/0") from None
+        raise ConfigError("redis_url: not a URL such as redis://HOST:6379/0") from None

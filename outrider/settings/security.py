@@ -1,6 +1,7 @@
-"""The settings of who may talk to whom, for `outrider.settings.services` to take in. Reads no file.
+"""Security settings: TLS, API keys and the login at Redis; base classes for `services`.
 
-Secrets are never settings: a setting names the file that holds one.
+No setting holds a secret, apart from the password in a Redis URL: settings name the files of
+secrets. No file is read here (`outrider.security` does that).
 """
 
 from __future__ import annotations
@@ -8,31 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from outrider.settings.addresses import require_url_host
 from outrider.settings.fields import require, require_port, setting
 from outrider.settings.redis_address import RedisAddress, has_password, has_stray_login
 
 
 @dataclass(frozen=True)
 class RedisSettings:
-    """How a program logs in at Redis; its address is the program's own setting."""
+    """Login at Redis. Each program has a `redis_url` of its own."""
 
     redis_ca: str | None = setting(
-        None, "PEM file: who signs Redis' certificate (rediss://); unset: the system's"
+        None, "PEM file: CA of Redis' certificate (rediss://); unset: the system's CAs"
     )
-    redis_cert: str | None = setting(None, "PEM file: the certificate shown to Redis, if it asks")
-    redis_key: str | None = setting(None, "PEM file: its key")
-    redis_user: str | None = setting(None, "user of Redis' ACL; unset: the default user")
+    redis_cert: str | None = setting(
+        None, "PEM file: client certificate for Redis, if it requires one"
+    )
+    redis_key: str | None = setting(None, "PEM file: private key of redis_cert")
+    redis_user: str | None = setting(None, "Redis ACL user; unset: the default user")
     redis_password_file: str | None = setting(
-        None, "file that holds Redis' password; read at each connection"
+        None, "file with Redis' password; read at each connection"
     )
 
     def redis_at(self, url: str) -> RedisAddress:
-        """Raises ConfigError for settings that do not fit the URL."""
+        """The address with the login. Raises ConfigError for settings that do not fit the URL."""
         require(
             not has_stray_login(url), "redis_url",
-            "user and password stand before the host, percent-encoded (%2F for a /), or in "
+            "put user and password before the host, percent-encoded (%2F for a /), or in "
             "redis_user and redis_password_file",
         )  # fmt: skip
+        require_url_host(url, "redis_url")
         parts = urlsplit(url)
         for name in ("redis_ca", "redis_cert", "redis_key"):
             has_use = getattr(self, name) is None or parts.scheme == "rediss"
@@ -56,19 +61,21 @@ class RedisSettings:
 
 @dataclass(frozen=True)
 class ServerSettings(RedisSettings):
-    """How callers reach a program."""
+    """How clients reach a program: TLS, and a separate port for health checks."""
 
     tls_cert: str | None = setting(None, "PEM file: the server's certificate chain; unset: no TLS")
-    tls_key: str | None = setting(None, "PEM file: its key; both are read anew when they change")
+    tls_key: str | None = setting(
+        None, "PEM file: private key of tls_cert; both are reloaded when they change"
+    )
     tls_client_ca: str | None = setting(
-        None, "PEM file: callers must show a certificate signed by this"
+        None, "PEM file: CA that must have signed the clients' certificates; unset: none required"
     )
     health_port: int | None = setting(
-        None, "a second port, without TLS, with nothing but health; unset: none; 0: a free one"
+        None, "second port, without TLS, for health checks only; 0 picks a free one; unset: none"
     )
 
     def check_server(self) -> None:
-        """Raises ConfigError."""
+        """Checks these settings. Raises ConfigError."""
         _require_both(self, "tls_cert", "tls_key")
         has_use = self.tls_client_ca is None or self.tls_cert is not None
         require(has_use, "tls_client_ca", "needs tls_cert and tls_key")
@@ -81,16 +88,16 @@ DEFAULT_CLIENT_NAMES = "orchestrator"
 
 @dataclass(frozen=True)
 class TierSettings(ServerSettings):
-    """How orchestrators reach a model service."""
+    """How orchestrators reach a model service: which client certificates are accepted."""
 
     tls_client_names: str = setting(
         DEFAULT_CLIENT_NAMES,
-        "DNS names, with commas between; the caller's certificate must have one (tls_client_ca)",
+        "comma-separated DNS names; the client's certificate must have one (with tls_client_ca)",
     )
 
     def check_server(self) -> None:
         super().check_server()
-        require(bool(self.client_names), "tls_client_names", "names nobody")
+        require(bool(self.client_names), "tls_client_names", "is empty; give at least one DNS name")
         has_use = self.tls_client_names == DEFAULT_CLIENT_NAMES or self.tls_client_ca is not None
         require(has_use, "tls_client_names", "needs tls_client_ca")
 
@@ -101,18 +108,18 @@ class TierSettings(ServerSettings):
 
 @dataclass(frozen=True)
 class OrchestratorSettings(ServerSettings):
-    """How callers reach the orchestrator, and how it reaches the tiers."""
+    """How clients reach the orchestrator, and how it reaches the target and draft tiers."""
 
     api_keys_file: str | None = setting(
-        None, "file of callers' keys, as digests (outrider keys new); unset: anyone may call"
+        None, "file of API keys, as digests (outrider keys new); unset: no key is required"
     )
     tier_tls_ca: str | None = setting(
-        None, "PEM file: who signs the tiers' certificates; unset: no TLS to the tiers"
+        None, "PEM file: CA of the replicas' certificates; unset: no TLS to the replicas"
     )
-    tier_tls_cert: str | None = setting(None, "PEM file: the certificate shown to the tiers")
-    tier_tls_key: str | None = setting(None, "PEM file: its key")
+    tier_tls_cert: str | None = setting(None, "PEM file: client certificate for the replicas")
+    tier_tls_key: str | None = setting(None, "PEM file: private key of tier_tls_cert")
     tier_tls_name: str | None = setting(
-        None, "DNS name in the tiers' certificates; unset: the host of their endpoint"
+        None, "DNS name in the replicas' certificates; unset: the host of their endpoint"
     )
 
     def check_server(self) -> None:

@@ -1,6 +1,6 @@
-"""The operator's settings of every program: frozen dataclasses, which check themselves.
+"""Settings of the three programs: frozen dataclasses that validate themselves.
 
-Knows neither where values come from (`outrider.settings.loader`) nor what the settings do.
+`outrider.settings.loader` fills them from flags and environment variables.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
-from outrider.settings.fields import require, require_address, require_port, setting
+from outrider.settings.addresses import require_address, require_endpoint, require_host
+from outrider.settings.fields import require, require_port, setting
 from outrider.settings.redis_address import RedisAddress
 from outrider.settings.security import OrchestratorSettings, TierSettings
 from outrider.settings.simulation import Simulation
@@ -17,7 +18,8 @@ from outrider.settings.telemetry import TelemetrySettings
 Config = TypeVar("Config")
 
 
-_OF_MODELS = (
+# Settings that a simulated tier does not take.
+_MODEL_SETTINGS = (
     "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack", "forbid_kernels",
     "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
     "tokenizer_eos",
@@ -26,67 +28,83 @@ _OF_MODELS = (
 
 @dataclass(frozen=True)
 class ModelServiceConfig(TierSettings, TelemetrySettings):
-    """What the two model services share."""
+    """Settings that the target service and the draft service share."""
 
-    model: str = setting("", "directory or hub name of a causal language model")
+    model: str = setting("", "local directory or Hugging Face Hub name of a causal language model")
     simulate: str | None = setting(
-        None, "no model: passes of given cost and acceptance, as in step_ms=25,row_ms=0.5"
+        None,
+        "simulate a model with forward passes of given cost, for instance step_ms=25,row_ms=0.5",
     )
-    host: str = setting("127.0.0.1", "address to listen on")
+    host: str = setting("127.0.0.1", "host name or IP address to listen on")
     port: int = setting(0, "port to listen on; 0 picks a free one")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    device_map: str | None = setting(None, "for instance auto: spread the layers over devices")
-    kv_cache_tokens: int | None = setting(None, "tokens of KV cache; unset: from free memory")
+    device_map: str | None = setting(
+        None, "how to spread the layers over devices, for instance auto; unset: one device"
+    )
+    kv_cache_tokens: int | None = setting(
+        None, "size of the KV cache in tokens; unset: from free memory"
+    )
     max_model_len: int | None = setting(
-        None, "longest prompt and output together; unset: the model's context"
+        None, "most tokens of prompt and output together; unset: the model's context length"
     )
-    num_threads: int | None = setting(None, "CPU threads of the forward pass")
-    prepack: bool = setting(True, "prepack linear layers for oneDNN on CPU")
+    num_threads: int | None = setting(None, "CPU threads of a forward pass; unset: torch's default")
+    prepack: bool = setting(True, "prepack the weights of linear layers for oneDNN on CPU")
     forbid_kernels: str = setting(
-        "", "CPU kernels not to use, separated by commas: onednn_float32, onednn_bfloat16"
+        "", "CPU kernels not to use, comma-separated: onednn_float32, onednn_bfloat16"
     )
-    attention_backend: str = setting("auto", "auto, torch or flashinfer")
-    cuda_graphs: bool = setting(True, "replay single-token steps from CUDA graphs where faster")
+    attention_backend: str = setting("auto", "attention kernels: auto, torch or flashinfer")
+    cuda_graphs: bool = setting(
+        True, "replay single-token steps from CUDA graphs where that is faster"
+    )
     inflate_parameters: int | None = setting(
-        None, "pad the quickstart target to the cost of so many parameters"
+        None, "pad the quickstart target to the cost of a model with this many parameters"
     )
     generation_config: str = setting(
-        "auto", "auto: defaults of requests from generation_config.json, as vLLM; none: without"
+        "auto",
+        "auto: take sampling defaults from generation_config.json, as vLLM does; none: do not",
     )
-    tokenizer_eos: bool = setting(True, "the tokenizer's own end token ends outputs, as in vLLM")
-    max_gamma: int = setting(16, "most draft tokens of a round")
-    max_step_tokens: int = setting(512, "tokens per forward pass that prompts may fill up to")
-    idle_session_ttl_s: float = setting(600.0, "how long KV of an ended turn is kept")
-    prefix_cache: bool = setting(True, "re-use keys and values of prompts that begin alike")
-    calibration_s: float = setting(3.0, "how long to measure what passes cost, at the start")
+    tokenizer_eos: bool = setting(
+        True, "end outputs at the tokenizer's own end-of-sequence token, as vLLM does"
+    )
+    max_gamma: int = setting(16, "most draft tokens per round")
+    max_step_tokens: int = setting(
+        512, "prompts are prefilled in chunks that fill a forward pass up to this many tokens"
+    )
+    idle_session_ttl_s: float = setting(600.0, "seconds to cache the KV of an idle session")
+    prefix_cache: bool = setting(True, "reuse the KV of prompts with a common prefix")
+    calibration_s: float = setting(3.0, "seconds spent at start measuring forward passes")
     redis_url: str | None = setting(
-        None, "where the replica announces itself; unset: nowhere", may_be_secret=True
+        None, "Redis in which the replica registers itself; unset: no registry", may_be_secret=True
     )
     advertise: str | None = setting(
-        None, "host:port that others reach it at; unset: where it listens"
+        None, "host:port at which orchestrators reach this replica; unset: where it listens"
     )
     stuck_after_s: float = setting(
-        3.0, "a pass that takes so long, and ten times what is usual, makes the replica not ready"
+        3.0,
+        "a pass this many seconds longer than ten times the usual makes the replica not ready",
     )
-    stuck_exit_s: float = setting(300.0, "stuck for so long, the program ends")
-    stop_grace_s: float = setting(5.0, "how long open generations may go on at a stop")
+    stuck_exit_s: float = setting(
+        300.0, "the program exits when a pass is stuck for this many seconds"
+    )
+    stop_grace_s: float = setting(5.0, "seconds that running generations may take at shutdown")
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
         if self.simulate is None:
-            require(bool(self.model), "model", "is required: a directory or a hub name")
+            require(bool(self.model), "model", "is required: a directory or a Hub name")
         else:
             require(not self.model, "simulate", "not together with a model")
             Simulation.parse(self.simulate, is_draft=isinstance(self, DraftConfig))
             for entry in fields(self):
                 is_default = getattr(self, entry.name) == entry.default
                 require(
-                    is_default or entry.name not in _OF_MODELS,
+                    is_default or entry.name not in _MODEL_SETTINGS,
                     entry.name,
-                    "not together with simulate: there is no model",
+                    "not together with simulate, which loads no model",
                 )
+        _require_listen_host(self.host)
         require_port(self.port)
         is_known = self.generation_config in ("auto", "none")
         require(is_known, "generation_config", "must be auto or none")
@@ -109,7 +127,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
 
     @property
     def redis(self) -> RedisAddress | None:
-        """The registry's; None: there is none."""
+        """Address of the registry's Redis; None: no registry."""
         return self.redis_at(self.redis_url) if self.redis_url is not None else None
 
 
@@ -125,7 +143,7 @@ class DraftConfig(ModelServiceConfig):
     """`python -m draft_service`."""
 
     port: int = setting(50053, "port to listen on; 0 picks a free one")
-    max_branches: int = setting(64, "most branches drafted ahead of verdicts at a time")
+    max_branches: int = setting(64, "most branches drafted ahead of verification at a time")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,64 +155,88 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     """`python -m orchestrator`."""
 
     target_endpoint: str = setting(
-        "127.0.0.1:50052", "host:port of each target replica, with commas between; or: registry"
+        "127.0.0.1:50052",
+        "host:port of each target replica, comma-separated; or registry, to find them in Redis",
     )
     draft_endpoint: str | None = setting(
-        "127.0.0.1:50053", "likewise of the draft replicas; empty: no draft"
+        "127.0.0.1:50053",
+        "host:port of each draft replica, comma-separated; or registry; empty: no drafts",
     )
-    tokenizer: str | None = setting(None, "directory or hub name; unset: token ids only")
+    tokenizer: str | None = setting(
+        None, "local directory or Hub name of the tokenizer; unset: token ids only"
+    )
     assume_same_vocabulary: bool = setting(
         False,
-        "pair models of which one has no tokenizer: the operator knows that ids mean the same",
+        "pair models although one has no tokenizer to compare; their token ids must match",
     )
     redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", "where sessions are kept", env="REDIS_URL", may_be_secret=True
+        "redis://127.0.0.1:6379/0",
+        "Redis that stores the sessions; also read from REDIS_URL",
+        env="REDIS_URL",
+        may_be_secret=True,
     )
-    host: str = setting("127.0.0.1", "address to listen on")
+    host: str = setting("127.0.0.1", "host name or IP address to listen on")
     port: int = setting(50051, "port to listen on; 0 picks a free one")
     gamma: int | None = setting(
-        None, "draft tokens per round where a request does not say; unset: by what they are worth"
+        None, "draft tokens per round (γ) of requests that set none; unset: adaptive"
     )
-    max_gamma: int = setting(16, "most draft tokens per round a request may ask for")
-    lookahead: int = setting(4, "most rounds drafted ahead of the one under verification")
-    fan_out: int = setting(32, "most outcomes of one round that are drafted ahead")
-    default_max_tokens: int = setting(256, "max_tokens where a request does not say")
-    max_generations: int = setting(256, "generations at a time")
-    max_waiting: int = setting(64, "requests that may wait for their turn; more are refused")
+    max_gamma: int = setting(16, "most draft tokens per round that a request may set")
+    lookahead: int = setting(4, "most rounds drafted ahead of the one being verified")
+    fan_out: int = setting(32, "most outcomes of one round to draft ahead for")
+    default_max_tokens: int = setting(256, "max_tokens of requests that set none")
+    max_generations: int = setting(256, "most generations that run at a time")
+    max_waiting: int = setting(64, "most queued requests; further ones are rejected")
     draft_wait: str = setting(
-        "adaptive", "rounds wait for draft tokens: adaptive, as long as it is worth; or always"
+        "adaptive",
+        "how long a round waits for draft tokens: adaptive (while it pays) or always",
     )
     draft_wait_ms: float | None = setting(
-        None, "longest wait for a proposal; unset: as long as it is worth (always: 10 s)"
+        None,
+        "longest wait for draft tokens in milliseconds; unset: adaptive (draft_wait always: 10 s)",
     )
-    verdict_timeout_s: float = setting(120.0, "longest wait for a target's reply to a row")
-    target_wait_s: float = setting(15.0, "longest wait for a target replica when none is there")
-    write_timeout_s: float = setting(30.0, "a stream that its client has not read for so long ends")
+    verify_timeout_s: float = setting(
+        120.0,
+        "longest wait in seconds for the result of a verify request",
+        renamed_from="verdict_timeout_s",
+    )
+    target_wait_s: float = setting(
+        15.0, "longest wait in seconds for a target replica while none is available"
+    )
+    write_timeout_s: float = setting(
+        30.0, "seconds after which a stream is ended whose client does not read"
+    )
     connection_age_s: float = setting(
         300.0,
-        "a caller's connection of this age takes no new calls, so that it makes another; 0: never",
+        "age in seconds at which a client connection is asked to reconnect; 0: never",
     )
     connection_age_grace_s: float = setting(
-        3600.0, "how long the calls of such a connection may still run"
+        3600.0, "seconds that the requests of such a connection may still run"
     )
     durability: str = setting(
-        "durable", "durable: tokens are in Redis before they are sent; fast: as soon as can be"
+        "durable",
+        "durable: write tokens to Redis before they are sent; fast: write them afterwards",
     )
     without_redis: str = setting(
-        "refuse", "new one-off generations while Redis is away: refuse, or unrecorded"
+        "refuse",
+        "new generations without a session while Redis is down: refuse, or run them unrecorded",
     )
-    stop_grace_s: float = setting(2.0, "how long running outputs may go on at a stop")
-    redis_wait_s: float = setting(0.0, "how long a start waits for a Redis that is away")
-    session_ttl_s: float = setting(3600.0, "sessions unused for so long expire")
+    stop_grace_s: float = setting(2.0, "seconds that running generations may take at shutdown")
+    redis_wait_s: float = setting(0.0, "seconds to wait at start for a Redis that is down")
+    session_ttl_s: float = setting(3600.0, "seconds after its last use at which a session expires")
     max_sessions_per_key: int = setting(
-        10_000, "sessions of an API key that has no limit of its own (api_keys_file)"
+        10_000, "most sessions of an API key that sets no limit (api_keys_file)"
     )
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
+        _require_listen_host(self.host)
         require_port(self.port)
         require(bool(self.target_endpoint), "target_endpoint", "is required: host:port")
+        for endpoint in self.target_endpoints:
+            require_endpoint(endpoint, "target_endpoint")
+        for endpoint in self.draft_endpoints:
+            require_endpoint(endpoint, "draft_endpoint")
         require(self.max_gamma >= 0, "max_gamma", "must be 0 or more")
         require(
             self.gamma is None or 0 <= self.gamma <= self.max_gamma,
@@ -213,7 +255,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.max_waiting >= 0, "max_waiting", "must be 0 or more")
         require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
         require(self.max_sessions_per_key >= 1, "max_sessions_per_key", "must be 1 or more")
-        require(self.verdict_timeout_s > 0, "verdict_timeout_s", "must be more than 0")
+        require(self.verify_timeout_s > 0, "verify_timeout_s", "must be more than 0")
         require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
         require(self.write_timeout_s > 0, "write_timeout_s", "must be more than 0")
         for name in ("connection_age_s", "connection_age_grace_s"):
@@ -233,16 +275,16 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
 
     @property
     def target_endpoints(self) -> tuple[str, ...]:
-        """Empty where the registry tells."""
+        """Empty: the registry lists the target replicas."""
         return _endpoints(self.target_endpoint)
 
     @property
     def draft_endpoints(self) -> tuple[str, ...]:
-        """Likewise."""
+        """Empty: the registry lists the draft replicas, or there are none."""
         return _endpoints(self.draft_endpoint or "")
 
 
-# Of a connection: gRPC counts milliseconds in 32 bits.
+# Longest age of a connection: gRPC counts milliseconds in 32 bits.
 MAX_AGE_S = 2_000_000.0
 _CHOICES = (
     ("durability", ("durable", "fast")),
@@ -250,6 +292,11 @@ _CHOICES = (
     ("draft_wait", ("adaptive", "always")),
 )
 REGISTRY = "registry"
+
+
+def _require_listen_host(host: str) -> None:
+    if host:  # empty: all interfaces
+        require_host(host, "host")
 
 
 def _endpoints(text: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""What a simulated tier is told: what its passes cost and how often draft and target agree.
+"""Specification of a simulated model: cost of its forward passes, acceptance of its drafts.
 
-Plain settings, read from one line: `step_ms=25,row_ms=0.5,survival=0.8/0.75`. Knows no torch and
-no service; `outrider.engine.simulated` carries it out.
+Parsed from one line: `step_ms=25,row_ms=0.5,survival=0.8/0.75`. `outrider.engine.simulated` runs
+it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from outrider.replica import CostReport
 _DRAFT_ONLY = ("survival", "ranks")
 _MAX_TIME_MS = 60_000
 _MAX_SURVIVAL = 64
-# With the draft token itself, as many as a draw tells of (`outrider.engine.interface`).
+# With the draft token itself: the candidates per sample (`outrider.engine.interface`).
 _MAX_RANKS = 7
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """`step_ms`: milliseconds of a pass by its tokens, rising points, or one for any number.
+    """Simulated model.
 
-    `row_ms` is added by each sequence beyond the first. `vocab_size` and `seed` make the truth, the
-    same on both tiers. `survival`: chance that draft token k is what the target emits, if those
-    before it were; the last goes on. `ranks`: where it is not, the chance that the draft's second,
-    third … choice is. `fails_after_s`: every pass raises
-    from then on, as those of a broken device do; seconds since the start.
+    `step_ms`: (tokens, milliseconds of a pass) points with rising tokens; one point holds for any
+    number of tokens. `row_ms`: milliseconds added by each sequence beyond the first. `vocab_size`
+    and `seed` determine the target's output; both tiers must have the same. `survival`: probability
+    that draft token k is accepted if those before it were; the last value holds for later tokens.
+    `ranks`: where it is rejected, the probability that the target emits the draft's second, third …
+    candidate. `fails_after_s`: seconds since the start after which every pass raises, as on a
+    broken device.
     """
 
     step_ms: tuple[tuple[int, float], ...] = ((1, 10.0),)
@@ -44,7 +46,7 @@ class Simulation:
 
     @classmethod
     def parse(cls, text: str, *, is_draft: bool = True) -> Simulation:
-        """Raises ConfigError that names the key, and what is allowed."""
+        """Parses KEY=VALUE pairs. Raises ConfigError with the key and the allowed values."""
         names = [f.name for f in fields(cls) if is_draft or f.name not in _DRAFT_ONLY]
         values: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
@@ -52,24 +54,32 @@ class Simulation:
             if name not in names or not separator:
                 raise ConfigError(f"simulate: {part!r}; expected KEY=VALUE of {', '.join(names)}")
             if name in values:
-                raise ConfigError(f"simulate: {name}: stands twice")
+                raise ConfigError(f"simulate: {name}: is given twice")
             parse, allowed = _VALUES[name]
             try:
                 values[name] = parse(value)
             except ValueError:
-                raise ConfigError(f"simulate: {name}: {value!r} is not {allowed}") from None
+                raise ConfigError(
+                    f"simulate: {name}: {value!r} is invalid; must be {allowed}"
+                ) from None
         return cls(**values)
 
     def __str__(self) -> str:
-        """What `parse` reads as the same; of the defaults only the step time is said."""
-        told = {name: getattr(self, name) for name in _VALUES}
+        """The line that `parse` reads as this value; keys with their default are left out.
+
+        `step_ms` is always there.
+        """
+        values = {name: getattr(self, name) for name in _VALUES}
         changed = (
-            name for name in told if name == "step_ms" or told[name] != getattr(Simulation, name)
+            name
+            for name, value in values.items()
+            if name == "step_ms" or value != getattr(Simulation, name)
         )
-        return ",".join(f"{name}={_written(told[name])}" for name in changed)
+        return ",".join(f"{name}={_written(values[name])}" for name in changed)
 
     @property
     def costs(self) -> CostReport:
+        """The costs as a replica reports them, in seconds."""
         tokens, times_ms = zip(*self.step_ms, strict=True)
         return CostReport(tokens, tuple(ms / 1000 for ms in times_ms), self.row_ms / 1000)
 
@@ -89,7 +99,7 @@ def _steps(text: str) -> tuple[tuple[int, float], ...]:
         tokens, _, ms = part.partition(":")
         points.append((_at_least(1, tokens), _time_ms(ms)))
     if any(a[0] >= b[0] for a, b in pairwise(points)):
-        raise ValueError("numbers of tokens must rise")
+        raise ValueError("the numbers of tokens must rise")
     return tuple(points)
 
 
@@ -113,11 +123,11 @@ def _vocab_size(text: str) -> int:
     return int(text)
 
 
-def _chances(text: str) -> tuple[float, ...]:
-    chances = tuple(float(part) for part in text.split("/"))
-    if len(chances) > _MAX_SURVIVAL or not all(0 <= chance <= 1 for chance in chances):
+def _probabilities(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split("/"))
+    if len(values) > _MAX_SURVIVAL or not all(0 <= value <= 1 for value in values):
         raise ValueError(text)
-    return chances
+    return values
 
 
 def _seconds(text: str) -> float:
@@ -128,14 +138,14 @@ def _seconds(text: str) -> float:
 
 
 def _ranks(text: str) -> tuple[float, ...]:
-    chances = _chances(text)
-    if len(chances) > _MAX_RANKS or sum(chances) > 1 + 1e-9:
+    values = _probabilities(text)
+    if len(values) > _MAX_RANKS or sum(values) > 1 + 1e-9:
         raise ValueError(text)
-    return chances
+    return values
 
 
 class _Value(NamedTuple):
-    """`parse` raises ValueError for what is not `allowed`."""
+    """Parser of a key's value; it raises ValueError for what is not `allowed`."""
 
     parse: Callable[[str], Any]
     allowed: str
@@ -144,13 +154,17 @@ class _Value(NamedTuple):
 _VALUES: dict[str, _Value] = {
     "step_ms": _Value(
         _steps,
-        f"0 to {_MAX_TIME_MS} milliseconds, nor TOKENS:MS/TOKENS:MS with rising numbers of tokens",
+        f"0 to {_MAX_TIME_MS} milliseconds, or TOKENS:MS/TOKENS:MS with rising numbers of tokens",
     ),
     "row_ms": _Value(_time_ms, f"0 to {_MAX_TIME_MS} milliseconds"),
     "vocab_size": _Value(_vocab_size, f"16 to {1 << 24}"),
     "context_len": _Value(lambda text: _at_least(16, text), "16 or more"),
     "seed": _Value(int, "an integer"),
-    "survival": _Value(_chances, f"1 to {_MAX_SURVIVAL} chances in [0, 1], as in 0.8/0.75"),
+    "survival": _Value(
+        _probabilities, f"1 to {_MAX_SURVIVAL} probabilities in [0, 1], as in 0.8/0.75"
+    ),
     "fails_after_s": _Value(_seconds, "0 or more seconds"),
-    "ranks": _Value(_ranks, f"1 to {_MAX_RANKS} chances, at most 1 in sum, as in 0.5/0.2/0.1"),
+    "ranks": _Value(
+        _ranks, f"1 to {_MAX_RANKS} probabilities, at most 1 in sum, as in 0.5/0.2/0.1"
+    ),
 }

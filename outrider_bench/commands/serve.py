@@ -172,12 +172,14 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
     import grpc
 
     from outrider.client.client import call_failed
-    from outrider.client.diagnosis import check_endpoint
+    from outrider.settings.addresses import require_endpoint
     from outrider_bench.loadtest.stretches import Passes
     from outrider_bench.measuring.tiers import target_info
 
     parts = (part.strip() for part in options.target_endpoint.split(","))
-    addresses = [check_endpoint(part, "--target-endpoint") for part in parts if part]
+    addresses = [part for part in parts if part]
+    for address in addresses:
+        require_endpoint(address, "--target-endpoint")
 
     async def load(address: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Tiny models with a tokenizer, and one running system for all tests that only talk to it."""
+"""Tiny models with a tokenizer, and one running system shared by tests that send requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{%
 
 
 def write_tokenizer(directory: Path, corpus: list[str]) -> None:
-    """A byte-level BPE; another corpus gives another vocabulary."""
+    """Writes a byte-level BPE tokenizer; another corpus gives another vocabulary."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""`outrider` as users run it: real processes, and what is left of them according to /proc."""
+"""`outrider` as a process, and its child processes according to /proc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import grpc
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
-# Generous: torch is loaded in every model service, and the machine may be busy.
+# Long: every model service loads torch, and the machine may be busy.
 TIMEOUT_S = 300.0
 
 
@@ -26,10 +26,10 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without what would change the programs' settings or colours.
+    """Environment without variables that change settings or colours.
 
-    One thread for each of them: two on models this small wait for each other, for ever so long
-    where other tests run beside.
+    One thread per program: with models this small, two threads wait for each other, and for long
+    while other tests run.
     """
     hidden = ("OUTRIDER_", "REDIS_URL", "FORCE_COLOR", "NO_COLOR")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Waits for its end; stdout and stderr are pipes."""
+    """Runs a command to its end; stdout and stderr are pipes."""
     return subprocess.run(
         command(*arguments),
         input=stdin,
@@ -52,9 +52,9 @@ def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProces
 
 
 def interrupted(*arguments: str, at: str) -> subprocess.CompletedProcess[str]:
-    """A command that gets Ctrl-C's signal once a line of its output begins with `at`.
+    """Runs a command that gets SIGINT once a line of its output starts with `at`.
 
-    `stdout` is all it said, on both streams.
+    `stdout` has the output of both streams.
     """
     with subprocess.Popen(
         command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -62,23 +62,23 @@ def interrupted(*arguments: str, at: str) -> subprocess.CompletedProcess[str]:
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
-            said = []
+            output = []
             for line in process.stdout:
-                said.append(line)
+                output.append(line)
                 if line.startswith(at):
                     break
             else:
-                raise AssertionError(f"ended before {at!r}: {''.join(said)}")
+                raise AssertionError(f"ended before {at!r}: {''.join(output)}")
             process.send_signal(signal.SIGINT)
-            said.append(process.stdout.read())
+            output.append(process.stdout.read())
             status = process.wait(TIMEOUT_S)
         finally:
             process.kill()
-    return subprocess.CompletedProcess(arguments, status, "".join(said))
+    return subprocess.CompletedProcess(arguments, status, "".join(output))
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie that nobody reaps (its parent was killed) is dead."""
+    """Whether the process runs; a zombie whose parent was killed does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -87,7 +87,7 @@ def is_alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """The living processes below it, with their command lines."""
+    """Running descendants of a process: command line by process id."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -106,7 +106,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_for_draft(endpoint: str) -> None:
-    """An orchestrator serves without a draft that is slow to answer; it joins when it does."""
+    """Waits until the draft has connected: the orchestrator serves without it before."""
     with grpc.insecure_channel(endpoint) as channel:
         stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         deadline = time.monotonic() + 60
@@ -116,7 +116,7 @@ def wait_for_draft(endpoint: str) -> None:
 
 
 def wait_until_dead(pids: dict[int, str], timeout_s: float = 60.0) -> None:
-    """By default for so long as says that they never will; a service has its grace of seconds."""
+    """Waits until the processes have ended."""
     deadline = time.monotonic() + timeout_s
     while alive := {pid: line for pid, line in pids.items() if is_alive(pid)}:
         assert time.monotonic() < deadline, f"still there: {alive}"
@@ -135,7 +135,7 @@ class Up:
         return self.lines[-1].removeprefix("listening on ")
 
     def read_until(self, words: str) -> str:
-        """The line that has them."""
+        """Reads lines until one contains `words`; returns it."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.strip())
@@ -149,16 +149,16 @@ class Up:
         return next(iter(found))
 
     def signal(self, number: signal.Signals) -> int:
-        """Its exit status after that."""
+        """Sends the signal, waits for the end and returns the exit status."""
         self.process.send_signal(number)
         return self.process.wait(TIMEOUT_S)
 
 
 @contextlib.contextmanager
 def up(*arguments: str, serving: bool = True) -> Iterator[Up]:
-    """On a free port; awaited until it serves; killed at the end if it is still there."""
+    """Runs `outrider up` on a free port and waits until it serves; kills it at the end."""
     with subprocess.Popen(
-        # Patient: on a busy machine the orchestrator would often not wait for so small a draft.
+        # Long draft wait: on a busy machine such a small draft would often be late.
         command("up", "--port=0", "--kv-cache-tokens=8192", "--draft-wait-ms=20000", *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

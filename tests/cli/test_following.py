@@ -1,9 +1,8 @@
-"""`outrider generate` cut off in mid-output: by its user, or because the one that writes goes.
+"""`outrider generate` interrupted by its user or by the end of its orchestrator.
 
-With several orchestrators nobody sees the latter.
-
-Real processes where one is killed; elsewhere everything is in this one. The first orchestrator's
-link to the target is slow, so that there is something left to write when it goes.
+With several orchestrators the output continues at the next one. Tests that kill an orchestrator
+run it as a process; in the others everything is in this process. The first orchestrator's link to
+the target is slow, so that it fails in the middle of the output.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from tests.stack import eventually
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
 redis_server = redis_fixture.redis_server
 
-# Of the slow link, each way: an output takes 24 seconds at the least, more than anybody is late.
+# Delay of the slow link in each direction: an output takes at least 24 seconds.
 DELAY_S = 0.05
 NUM_TOKENS = 240
-NOBODY = "127.0.0.1:1"
+UNUSED = "127.0.0.1:1"
 ASKED = GenerateOptions(
     prompt="the quick", max_tokens=NUM_TOKENS, seed=5, verification=Method.coupled,
     ignore_eos=True, gamma=0,
@@ -54,7 +53,7 @@ FLAGS = ("the quick", f"--max-tokens={NUM_TOKENS}", "--seed=5", "--verification=
 
 @dataclass
 class Place:
-    """What orchestrators are started with, and where one is that stays."""
+    """Arguments for orchestrators, and the address of one that stays up."""
 
     target: str
     tokenizer: Path
@@ -70,7 +69,7 @@ class Place:
 
     @contextlib.asynccontextmanager
     async def serving(self, target: str) -> AsyncIterator[str]:
-        """An orchestrator in this process, which stops without grace."""
+        """An orchestrator in this process that stops without a grace period."""
         config = OrchestratorConfig(
             target_endpoint=target,
             redis_url=self.redis_url,
@@ -82,7 +81,7 @@ class Place:
             yield f"127.0.0.1:{server.port}"
 
     async def start(self, target: str) -> tuple[str, Program]:
-        """One in a process of its own."""
+        """An orchestrator in a process of its own."""
         arguments = ["orchestrator", f"--target-endpoint={target}", f"--redis-url={self.redis_url}"]
         arguments += ["--port=0", f"--tokenizer={self.tokenizer}"]
         program = await Program.start("orchestrator", arguments, self.log_dir)
@@ -104,11 +103,11 @@ async def place(
 
 @dataclass
 class Following:
-    """A follower in this process. `begun` is set at its first text."""
+    """A follower in this process. `started` is set at its first text."""
 
     text: str = ""
-    said: list[str] = field(default_factory=list)
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    messages: list[str] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(
         self,
@@ -120,7 +119,7 @@ class Following:
     ) -> Output:
         def show(chunk: object) -> None:
             self.text += getattr(chunk, "text", "")
-            self.begun.set()
+            self.started.set()
 
         request = build_request(asked)
         request.session_id, request.create_session = session_id, True
@@ -128,40 +127,40 @@ class Following:
             clients = [await stack.enter_async_context(connected(e)) for e in endpoints]
             follower = StreamFollower(
                 clients, request, ResumeLimits(resume_for_s), has_turns=True, show=show,
-                say=self.said.append,
+                report=self.messages.append,
             )  # fmt: skip
             return await follower.run()
 
 
 def check(output: Output, following: Following, place: Place) -> None:
-    """It is what an undisturbed one would have been."""
+    """The output equals that of an uninterrupted generation."""
     assert len(output.logprobs) in (0, NUM_TOKENS)
     assert output.token_ids == place.whole.token_ids
     assert output.text == following.text == place.whole.text
     assert output.result.usage.completion_tokens == NUM_TOKENS
-    broke, going = following.said
-    assert re.match(r"the stream broke after \d+ tokens: UNAVAILABLE: ", broke)
-    assert going == f"going on at {place.steady}"
+    broken, resumed = following.messages
+    assert re.match(r"the stream broke after \d+ tokens: UNAVAILABLE: ", broken)
+    assert resumed == f"resumed at {place.steady}"
 
 
-async def test_killed(place: Place) -> None:
-    """Processes: standard output is the text alone, the session made for this is gone."""
+async def test_orchestrator_killed(place: Place) -> None:
+    """Standard output has the text alone; the temporary session is deleted."""
     num_before = num_sessions(place)
     async with place.slow_target() as slow:
         endpoint, program = await place.start(slow)
-        process, begun = await begin(f"{endpoint},{place.steady}")
+        process, started = await begin(f"{endpoint},{place.steady}")
         program.kill()
-        ended = await end(process, begun)
-    assert ended.status == 0, ended.said
+        ended = await end(process, started)
+    assert ended.status == 0, ended.stderr
     assert ended.text == place.whole.text
-    assert "outrider: the stream broke after " in ended.said
-    assert f"outrider: going on at {place.steady}\n" in ended.said
-    assert f"{NUM_TOKENS} after a prompt of" in ended.said
+    assert "outrider: the stream broke after " in ended.stderr
+    assert f"outrider: resumed at {place.steady}\n" in ended.stderr
+    assert f"{NUM_TOKENS} after a prompt of" in ended.stderr
     assert num_sessions(place) == num_before
 
 
-async def test_frozen(place: Place) -> None:
-    """The connection stands and nothing comes, no heartbeat either."""
+async def test_orchestrator_frozen(place: Place) -> None:
+    """The connection stays open, but nothing arrives, not even heartbeats."""
     async with (
         place.slow_target() as slow,
         place.serving(slow) as first,
@@ -169,25 +168,27 @@ async def test_frozen(place: Place) -> None:
     ):
         following = Following()
         running = asyncio.create_task(following.run([relay.address, place.steady], "frozen"))
-        await following.begun.wait()
+        await following.started.wait()
         relay.hold()
         check(await running, following, place)
 
 
-async def test_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends its outputs after their rounds: half a character may be what it says last."""
-    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # none breaks off before
+async def test_orchestrator_stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its outputs after their rounds: the last text may be an incomplete character."""
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # no stream is broken before
     following = Following()
     async with place.slow_target() as slow:
         async with place.serving(slow) as first:
             running = asyncio.create_task(following.run([first, place.steady], "stopped"))
-            await following.begun.wait()
+            await following.started.wait()
         check(await running, following, place)
 
 
-async def test_stopped_with_logprobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the first orchestrator's tokens are kept, and the second goes on behind them."""
-    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # none breaks off before
+async def test_orchestrator_stopped_with_logprobs(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities of the first orchestrator are kept; the second continues after them."""
+    monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # no stream is broken before
     following = Following()
     async with connected(place.steady) as client:
         whole = await client.generate(build_request(WITH_LOGPROBS))
@@ -196,7 +197,7 @@ async def test_stopped_with_logprobs(place: Place, monkeypatch: pytest.MonkeyPat
             running = asyncio.create_task(
                 following.run([first, place.steady], "stopped-l", asked=WITH_LOGPROBS)
             )
-            await following.begun.wait()
+            await following.started.wait()
         output = await running
     check(output, following, place)
     for had, should in zip(output.logprobs, whole.logprobs, strict=True):
@@ -204,8 +205,8 @@ async def test_stopped_with_logprobs(place: Place, monkeypatch: pytest.MonkeyPat
         assert had.top_ids == should.top_ids
 
 
-async def test_killed_with_logprobs(place: Place) -> None:
-    """Tokens that were recorded and did not arrive have none any more: that is said, and where."""
+async def test_orchestrator_killed_with_logprobs(place: Place) -> None:
+    """Tokens recorded but not received have no log-probabilities: the error shows the session."""
     async with (
         place.slow_target() as slow,
         place.serving(slow) as first,
@@ -213,8 +214,8 @@ async def test_killed_with_logprobs(place: Place) -> None:
         connected(place.steady) as client,
     ):
         endpoints = f"{relay.address},{place.steady}"
-        process, begun = await begin(endpoints, "--session=killed-l", "--logprobs=2")
-        relay.hold()  # so the next tokens are recorded, and do not arrive
+        process, started = await begin(endpoints, "--session=killed-l", "--logprobs=2")
+        relay.hold()  # the next tokens are recorded and not received
         num_held = len((await client.get_session("killed-l")).token_ids)
 
         async def has_more() -> bool:
@@ -223,26 +224,26 @@ async def test_killed_with_logprobs(place: Place) -> None:
         await eventually(has_more)
         relay.refuses = True
         relay.reset()
-        ended = await end(process, begun)
+        ended = await end(process, started)
         assert ended.status == 1
-        assert "log-probabilities of tokens" in ended.said
-        assert "outrider session get killed-l" in ended.said
+        assert "log-probabilities of tokens" in ended.stderr
+        assert "outrider session get killed-l" in ended.stderr
         assert (await client.get_session("killed-l")).token_ids
 
 
 def hide(place: Place, name: str) -> None:
-    """The session is not known any more, to nobody: as while Redis fails over."""
+    """Hides the session from all orchestrators, as while Redis fails over."""
     words = ("RENAME", f"outrider:session:{{{name}}}", f"hidden:{{{name}}}")
     assert redis_fixture.redis_command(place.redis_url, *words) == b"+OK"
 
 
-def bring_back(place: Place, name: str) -> None:
+def unhide(place: Place, name: str) -> None:
     words = ("RENAME", f"hidden:{{{name}}}", f"outrider:session:{{{name}}}")
     assert redis_fixture.redis_command(place.redis_url, *words) == b"+OK"
 
 
-async def test_the_session_is_unknown_for_a_while(place: Place) -> None:
-    """It is asked for again: who took over from a Redis that died may not have it yet."""
+async def test_session_missing_for_a_while(place: Place) -> None:
+    """The follower retries: after a failover Redis may not have the session yet."""
     following = Following()
     async with (
         place.slow_target() as slow,
@@ -250,25 +251,25 @@ async def test_the_session_is_unknown_for_a_while(place: Place) -> None:
         Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
     ):
         running = asyncio.create_task(following.run([relay.address, place.steady], "unknown"))
-        await following.begun.wait()
+        await following.started.wait()
         relay.refuses = True
         relay.reset()
         hide(place, "unknown")
 
-        async def is_said() -> bool:
-            return any("NOT_FOUND" in said for said in following.said)
+        async def is_reported() -> bool:
+            return any("NOT_FOUND" in message for message in following.messages)
 
-        await eventually(is_said)
-        bring_back(place, "unknown")
+        await eventually(is_reported)
+        unhide(place, "unknown")
         output = await running
     assert output.token_ids == place.whole.token_ids
     assert output.text == following.text == place.whole.text
-    assert sum("NOT_FOUND" in said for said in following.said) == 1, "once"
+    assert sum("NOT_FOUND" in message for message in following.messages) == 1, "once"
 
 
-async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not looked for as long as an orchestrator: what there is is told, with the way on."""
-    monkeypatch.setattr(outrider.client.resume, "UNKNOWN_FOR_S", 0.5)
+async def test_session_missing_for_good(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The follower gives up before `resume_for_s`; the error has what resuming needs."""
+    monkeypatch.setattr(outrider.client.resume, "UNKNOWN_SESSION_TIMEOUT_S", 0.5)
     following = Following()
     async with (
         place.slow_target() as slow,
@@ -278,7 +279,7 @@ async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.Monke
         running = asyncio.create_task(
             following.run([relay.address, place.steady], "lost", resume_for_s=600.0)
         )
-        await following.begun.wait()
+        await following.started.wait()
         relay.refuses = True
         relay.reset()
         hide(place, "lost")
@@ -286,12 +287,12 @@ async def test_the_session_stays_unknown(place: Place, monkeypatch: pytest.Monke
             await asyncio.wait_for(running, TIMEOUT_S)
         assert caught.value.session_id == "lost"
         assert caught.value.can_resume
-        assert 0 < caught.value.num_held < NUM_TOKENS
-        assert f"{caught.value.num_held} tokens have come" in str(caught.value)
+        assert 0 < caught.value.num_received < NUM_TOKENS
+        assert f"{caught.value.num_received} tokens were received" in str(caught.value)
 
 
-async def test_a_second_turn(place: Place) -> None:
-    """Cut off before its first token it is not asked twice, nor is the turn before told again."""
+async def test_second_turn_interrupted_before_its_first_token(place: Place) -> None:
+    """The turn is not sent twice, and the first turn is not repeated."""
     async with connected(place.steady) as client:
         request = build_request(ASKED)
         request.session_id, request.create_session, request.sampling.max_tokens = "two", True, 3
@@ -305,10 +306,10 @@ async def test_a_second_turn(place: Place) -> None:
             endpoints = [relay.address, place.steady]
             running = asyncio.create_task(Following().run(endpoints, "two"))
 
-            async def is_asked() -> bool:
+            async def is_in_use() -> bool:
                 return (await client.get_session("two")).in_use
 
-            await eventually(is_asked)
+            await eventually(is_in_use)
             relay.refuses = True
             relay.reset()
             output = await running
@@ -316,37 +317,36 @@ async def test_a_second_turn(place: Place) -> None:
         assert (await client.get_session("two")).num_turns == 2
 
 
-async def test_gives_up(place: Place) -> None:
-    """With the command that writes the rest."""
+async def test_failure_prints_the_command_that_resumes(place: Place) -> None:
     async with (
         place.slow_target() as slow,
         place.serving(slow) as first,
         Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
     ):
-        endpoints = f"{relay.address},{NOBODY}"
-        process, begun = await begin(endpoints, "--resume-for=1")
+        endpoints = f"{relay.address},{UNUSED}"
+        process, started = await begin(endpoints, "--resume-for=1")
         relay.refuses = True
         relay.reset()
-        ended = await end(process, begun)
+        ended = await end(process, started)
     assert ended.status == 1
-    assert "nobody went on with it for" in ended.said
-    by_hand = shlex.split(ended.said.rpartition("Go on with: ")[2])
+    assert "no orchestrator resumed the stream within" in ended.stderr
+    by_hand = shlex.split(ended.stderr.rpartition("Resume with: ")[2])
     assert by_hand[:3] == ["outrider", "generate", f"--endpoint={endpoints}"]
     rest = await end(await start(*by_hand[1:], f"--endpoint={place.steady}"))
-    assert rest.status == 0, rest.said
+    assert rest.status == 0, rest.stderr
     assert ended.text + rest.text == place.whole.text
 
 
 async def test_ctrl_c(place: Place) -> None:
-    """Exit 130; the call is cancelled, and the server lets go of the session."""
+    """Exit status 130; the request is cancelled, and the session is free again."""
     async with (
         place.slow_target() as slow,
         place.serving(slow) as only,
         connected(only) as client,
     ):
-        process, begun = await begin(only, "--session=c")
+        process, started = await begin(only, "--session=c")
         process.send_signal(signal.SIGINT)
-        assert (await end(process, begun)).status == 130
+        assert (await end(process, started)).status == 130
 
         async def is_free() -> bool:
             return not (await client.get_session("c")).in_use
@@ -355,50 +355,49 @@ async def test_ctrl_c(place: Place) -> None:
         assert (await client.get_session("c")).num_emitted_tokens < NUM_TOKENS
 
 
-async def test_the_first_is_away(place: Place) -> None:
-    """The next is asked, at once."""
+async def test_first_endpoint_unreachable(place: Place) -> None:
+    """The next one is tried at once."""
     following = Following()
-    output = await following.run([NOBODY, place.steady], "away")
+    output = await following.run([UNUSED, place.steady], "away")
     assert output.token_ids == place.whole.token_ids
-    (said,) = following.said
-    assert f"nothing answers at {NOBODY}" in said
+    (message,) = following.messages
+    assert f"nothing answers at {UNUSED}" in message
 
 
-async def test_nobody_is_there() -> None:
-    """One pass, no waiting."""
+async def test_all_endpoints_unreachable() -> None:
+    """Each is tried once, without waiting."""
     with pytest.raises(CallFailed, match=r"^UNAVAILABLE: nothing answers at") as caught:
-        await Following().run([NOBODY, "127.0.0.1:2"], "nobody")
+        await Following().run([UNUSED, "127.0.0.1:2"], "nobody")
     assert not isinstance(caught.value, ResumeFailed)
 
 
-async def test_a_refusal_is_told_at_once(place: Place) -> None:
-    """What is wrong here is wrong everywhere."""
+async def test_invalid_request_is_not_retried(place: Place) -> None:
     following = Following()
     with pytest.raises(CallFailed, match=r"^INVALID_ARGUMENT: session_id: "):
         await following.run([place.steady, place.steady], "x" * 200)
-    assert following.said == []
+    assert following.messages == []
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (GenerateOptions(prompt="x", session="s", resume_from=1), "not with PROMPT"),
         (GenerateOptions(token_ids="1", session="s", resume_from=1), "not with --token-ids"),
         (GenerateOptions(session="s", resume_from=1, chat=True), "not with --chat"),
-        (GenerateOptions(resume_from=1), "needs the --session"),
+        (GenerateOptions(resume_from=1), "needs --session"),
     ],
 )
-async def test_resumption_by_hand(options: GenerateOptions, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--resume-from: {said}"):
+async def test_resume_from_excludes_a_prompt(options: GenerateOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--resume-from: {message}"):
         build_request(options)
 
 
 async def test_lists_of_endpoints() -> None:
-    """Only `generate` takes them."""
+    """Only `outrider generate` takes several endpoints."""
     assert endpoints_of("a:1, b:1") == ["a:1", "b:1"]
     with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,,b:1'"):
         endpoints_of("a:1,,b:1")
-    with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,b:1' is several"):
+    with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,b:1' is a list"):
         async with connected("a:1,b:1"):
             pass
 
@@ -409,7 +408,7 @@ class Ended:
 
     status: int | None
     text: str
-    said: str
+    stderr: str
 
 
 async def start(*arguments: str) -> asyncio.subprocess.Process:
@@ -420,17 +419,17 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
 
 
 async def begin(endpoints: str, *more: str) -> tuple[asyncio.subprocess.Process, bytes]:
-    """A command that has written something, and far from all."""
+    """A command that has written its first byte."""
     process = await start("generate", *FLAGS, "--endpoint", endpoints, *more)
     assert process.stdout is not None
     async with asyncio.timeout(TIMEOUT_S):
         return process, await process.stdout.read(1)
 
 
-async def end(process: asyncio.subprocess.Process, begun: bytes = b"") -> Ended:
+async def end(process: asyncio.subprocess.Process, started: bytes = b"") -> Ended:
     async with asyncio.timeout(TIMEOUT_S):
         out, err = await process.communicate()
-    return Ended(process.returncode, (begun + out).decode(), err.decode())
+    return Ended(process.returncode, (started + out).decode(), err.decode())
 
 
 def num_sessions(place: Place) -> int:

@@ -1,4 +1,4 @@
-"""`outrider generate` and the short commands against a running system, as real processes."""
+"""`outrider generate` and the short commands against a running system, as processes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def result(*arguments: str) -> dict[str, Any]:
 
 
 def test_json_is_the_whole_result(endpoint: str) -> None:
-    """One line with everything; nothing else on standard output."""
-    # A γ of its own: the server's choice for so small a pair may be none.
+    """One line; nothing else on standard output."""
+    # A fixed γ: the adaptive one may be 0 for such a small pair.
     how = ("--gamma=3", "--logprobs=2", "--seed=5")
-    said = result("generate", *PROMPT, "--endpoint", endpoint, *how)
-    assert len(said["token_ids"]) == len(said["origins"]) == len(said["logprobs"]) == 24
-    assert set(said["origins"]) <= {"accepted", "recovered", "bonus", "plain"}
-    assert len(said["logprobs"][0]["top_ids"]) == 2
-    assert (said["finish_reason"], said["stopped_by"]) == ("length", None)
-    assert said["usage"]["completion_tokens"] == 24
-    assert said["seed"] == 5
-    assert said["verification"] == "rejection"
-    stats = said["speculation"]
-    assert stats["num_accepted_tokens"] == said["origins"].count("accepted")
+    values = result("generate", *PROMPT, "--endpoint", endpoint, *how)
+    assert len(values["token_ids"]) == len(values["origins"]) == len(values["logprobs"]) == 24
+    assert set(values["origins"]) <= {"accepted", "recovered", "bonus", "plain"}
+    assert len(values["logprobs"][0]["top_ids"]) == 2
+    assert (values["finish_reason"], values["stopped_by"]) == ("length", None)
+    assert values["usage"]["completion_tokens"] == 24
+    assert values["seed"] == 5
+    assert values["verification"] == "rejection"
+    stats = values["speculation"]
+    assert stats["num_accepted_tokens"] == values["origins"].count("accepted")
     assert stats["draft_wire_bytes"] > 0
 
 
@@ -60,7 +60,7 @@ def test_plain_output_is_the_text_alone(endpoint: str) -> None:
 
 
 def test_colours_on_a_terminal(endpoint: str) -> None:
-    """The same text with colours taken away, a legend and the summary."""
+    """The same text apart from colours, a legend and the summary."""
     text = result("generate", *PROMPT, "--endpoint", endpoint)["text"]
     shown = _on_a_terminal("generate", *PROMPT, "--gamma=3", "--endpoint", endpoint)
     assert "\x1b[32m" in shown  # an accepted token
@@ -81,7 +81,7 @@ def _on_a_terminal(*arguments: str) -> str:
         try:
             while block := os.read(leader, 1 << 16):
                 data += block
-        except OSError:  # how a terminal ends
+        except OSError:  # a closed terminal
             pass
     os.close(leader)
     return data.decode()
@@ -97,7 +97,7 @@ def _on_a_terminal(*arguments: str) -> str:
     ],
 )
 def test_bad_values_are_named(endpoint: str, flag: str, field: str) -> None:
-    """Exit 1, one line with status and field, nothing on standard output."""
+    """Exit status 1, one line with status and field, nothing on standard output."""
     ended = run("generate", "x", flag, "--endpoint", endpoint)
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"error: INVALID_ARGUMENT: {field}: ")
@@ -105,8 +105,8 @@ def test_bad_values_are_named(endpoint: str, flag: str, field: str) -> None:
     assert ended.stdout == ""
 
 
-def test_nobody_there() -> None:
-    """Exit 1; the endpoint and what to do."""
+def test_unreachable_endpoint() -> None:
+    """Exit status 1; the message has the endpoint and what to do."""
     ended = run("generate", "x", "--endpoint=127.0.0.1:1")
     assert ended.returncode == 1
     assert ended.stderr == (
@@ -115,7 +115,7 @@ def test_nobody_there() -> None:
 
 
 def test_sessions(endpoint: str) -> None:
-    """Begun, continued, looked at, deleted, gone."""
+    """Created, continued, shown, deleted."""
     first = result("generate", *PROMPT, "--session=s", "--endpoint", endpoint)
     result("generate", *PROMPT, "--session=s", "--endpoint", endpoint)
     session = result("session", "get", "s", "--endpoint", endpoint)
@@ -130,7 +130,7 @@ def test_sessions(endpoint: str) -> None:
 
 
 def test_chat_and_token_ids(endpoint: str) -> None:
-    """The other two kinds of prompt."""
+    """Prompts as chat and as token ids."""
     limits = ("--max-tokens=4", "--ignore-eos", "--endpoint", endpoint)
     chat = result("generate", "hello", "--chat", "--system=be brief", *limits)
     assert chat["usage"]["prompt_tokens"] > 10
@@ -138,10 +138,10 @@ def test_chat_and_token_ids(endpoint: str) -> None:
 
 
 def test_model(endpoint: str, target: Path) -> None:
-    """Both tiers' models."""
-    said = result("model", "--endpoint", endpoint)
-    assert said["target"]["name"] == str(target)
-    assert said["draft"]["vocab_size"] == said["target"]["vocab_size"]
+    """Models of both tiers."""
+    values = result("model", "--endpoint", endpoint)
+    assert values["target"]["name"] == str(target)
+    assert values["draft"]["vocab_size"] == values["target"]["vocab_size"]
 
 
 def test_wire_bytes(endpoint: str) -> None:
@@ -156,7 +156,7 @@ def test_wire_bytes(endpoint: str) -> None:
 
 
 def test_every_flag_becomes_its_field() -> None:
-    """All of them at once."""
+    """All flags at once."""
     options = GenerateOptions(
         prompt="p", session="s", max_tokens=1, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125,
         seed=7, gamma=2, verification=Method.block, lookahead=0, stop=["a", "b"],
@@ -190,14 +190,14 @@ def test_every_flag_becomes_its_field() -> None:
         GenerateOptions(prompt="p", logit_bias=["5"]),
     ],
 )
-def test_flags_that_make_no_sense(options: GenerateOptions) -> None:
-    """The operator's mistake, before anything is sent."""
+def test_wrong_combinations_of_flags(options: GenerateOptions) -> None:
+    """ConfigError before anything is sent."""
     with pytest.raises(ConfigError):
         build_request(options)
 
 
-def test_numbers_that_a_field_cannot_hold() -> None:
-    """Named like the server would."""
+def test_numbers_out_of_a_fields_range() -> None:
+    """The error names the field as the server does."""
     with pytest.raises(InvalidRequest, match=r"^sampling\.seed: -1"):
         build_request(GenerateOptions(prompt="p", seed=-1))
     with pytest.raises(InvalidRequest, match=r"^token_ids: "):
@@ -205,7 +205,7 @@ def test_numbers_that_a_field_cannot_hold() -> None:
 
 
 def test_text_is_split_by_token() -> None:
-    """Tokens without text of their own are skipped; text past the last end is the last token's."""
+    """Tokens without text are skipped; text after the last end belongs to the last token."""
     accepted, bonus = (
         orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
         orchestrator_pb2.TOKEN_ORIGIN_BONUS,

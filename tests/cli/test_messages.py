@@ -1,4 +1,4 @@
-"""What a newcomer is told where an address is not an orchestrator's: what is wrong, what to do."""
+"""Errors of a client whose address is not an orchestrator's: what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from tests.cli.processes import run
 from tests.security.parts import Authority
 from tests.services.replicas import tier
 
-# gRPC's parts and their addresses.
+# Words of gRPC's own messages, which users must not see.
 INTERNAL = ("ipv4:", "handshake", "subchannel", "last error", "Stream removed", "Errno", "UNKNOWN")
 NOTHING = grpc.aio.Metadata()
 
 
-async def told(endpoint: str, access: Access | None = None) -> str:
+async def failure(endpoint: str, access: Access | None = None) -> str:
+    """The message of a request that fails."""
     with pytest.raises(CallFailed) as caught:
         async with connected(endpoint, access) as client:
             await client.model_info()
-    said = str(caught.value)
-    assert not any(word in said for word in INTERNAL), said
-    return said
+    message = str(caught.value)
+    assert not any(word in message for word in INTERNAL), message
+    return message
 
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -80,7 +81,7 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "said"),
+    ("endpoint", "message"),
     [
         ("http://127.0.0.1:50051", "is a URL; give host and port alone: 127.0.0.1:50051"),
         ("grpc://host:1/", "is a URL; give host and port alone: host:1"),
@@ -91,45 +92,47 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
         ("127.0.0.1:70000", "is not host:port"),
     ],
 )
-def test_an_address_that_is_none(endpoint: str, said: str) -> None:
+def test_a_malformed_endpoint_is_refused(endpoint: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         endpoints_of(endpoint)
     assert str(caught.value).startswith(f"--endpoint: {endpoint!r} ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-async def test_what_is_there_instead() -> None:
-    assert await told("127.0.0.1:1") == (
+async def test_the_error_names_what_was_found_at_the_address() -> None:
+    assert await failure("127.0.0.1:1") == (
         "UNAVAILABLE: nothing answers at 127.0.0.1:1; start it with: outrider up"
     )
-    # No address and no possible name: no name server is asked.
-    assert "no host is called '[::zz]'" in await told("[::zz]:50051")
+    # Neither an address nor a possible name: no name server is asked.
+    assert "no host is called '[::zz]'" in await failure("[::zz]:50051")
     async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as endpoint:
-        assert f"{endpoint} is an HTTP server (metrics?)" in await told(endpoint)
+        assert f"{endpoint} is an HTTP server (metrics?)" in await failure(endpoint)
     async with answering(b"\x15\x03\x03\x00\x02\x02\x46") as endpoint:  # an alert of TLS
-        assert f"{endpoint} does not answer without TLS: give --tls-ca" in await told(endpoint)
+        assert f"{endpoint} does not answer without TLS: give --tls-ca" in await failure(endpoint)
     async with tier() as target:
         endpoint = f"127.0.0.1:{target.server.port}"
-        assert f"{endpoint} is no orchestrator of this version" in await told(endpoint)
+        assert f"{endpoint} is not an orchestrator of this version" in await failure(endpoint)
 
 
-async def test_tls_where_there_is_none() -> None:
+async def test_tls_with_a_server_without_tls() -> None:
     async with tier() as target:
         endpoint = f"127.0.0.1:{target.server.port}"
         with trustme.CA().cert_pem.tempfile() as ca:
-            said = await told(endpoint, Access(tls_ca=ca))
-    assert said == f"UNAVAILABLE: {endpoint} does not use TLS: leave out --tls-ca"
+            message = await failure(endpoint, Access(tls_ca=ca))
+    assert message == f"UNAVAILABLE: {endpoint} does not use TLS: leave out --tls-ca"
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE])
-async def test_a_stream_that_was_removed_for_its_deadline(code: grpc.StatusCode) -> None:
+async def test_a_stream_removed_after_its_deadline_is_deadline_exceeded(
+    code: grpc.StatusCode,
+) -> None:
     details = "Stream removed (Deadline Exceeded)"
     error = grpc.aio.AioRpcError(code, NOTHING, NOTHING, details=details)
-    said = str(await call_failed(error, "host:1"))
-    assert said == "DEADLINE_EXCEEDED: host:1 has not answered in time"
+    message = str(await call_failed(error, "host:1"))
+    assert message == "DEADLINE_EXCEEDED: host:1 did not respond in time"
 
 
-async def test_a_connection_that_broke() -> None:
+async def test_a_broken_connection_is_diagnosed() -> None:
     code = grpc.StatusCode.UNAVAILABLE
     error = grpc.aio.AioRpcError(code, NOTHING, NOTHING, details="Socket closed")
     failed = await call_failed(error, "127.0.0.1:1")
@@ -138,18 +141,18 @@ async def test_a_connection_that_broke() -> None:
 
 
 class Gateway(orchestrator_pb2_grpc.OrchestratorServiceServicer):
-    """Fails every short call as a proxy does, in its own words; a Generate waits until it ends."""
+    """Fails every short request with its own message, as a proxy does; a Generate never ends."""
 
     def __init__(self, code: grpc.StatusCode, words: str) -> None:
         self._code = code
         self._words = words
-        self.has_begun = asyncio.Event()
+        self.has_started = asyncio.Event()
 
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
         await context.abort(self._code, self._words)
 
     async def Generate(self, request: Any, context: Any) -> Any:
-        self.has_begun.set()
+        self.has_started.set()
         yield orchestrator_pb2.GenerateResponse(text="a")
         await asyncio.Event().wait()
 
@@ -174,8 +177,8 @@ async def serving(
 
 
 @contextlib.asynccontextmanager
-async def passing_on(port: int) -> AsyncIterator[tuple[str, set[asyncio.StreamWriter]]]:
-    """Bytes of both directions, as a firewall does; and the connections, to cut."""
+async def forwarding(port: int) -> AsyncIterator[tuple[str, set[asyncio.StreamWriter]]]:
+    """Forwards bytes in both directions; yields its address and the connections to break."""
     writers: set[asyncio.StreamWriter] = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -203,18 +206,20 @@ def server_credentials(
     return grpc.ssl_server_credentials([(key, cert)], roots, client_ca is not None)
 
 
-async def broken(endpoint: str, access: Access | None, gateway: Gateway, cut: Any) -> str:
-    """What is said of a stream that `cut` breaks after its first message."""
+async def failure_of_a_broken_stream(
+    endpoint: str, access: Access | None, gateway: Gateway, cut: Any
+) -> str:
+    """The message for a stream that `cut` breaks after its first message."""
     async with connected(endpoint, access) as client:
         call = asyncio.create_task(client.generate(orchestrator_pb2.GenerateRequest()))
-        await gateway.has_begun.wait()
+        await gateway.has_started.wait()
         await cut()
         with pytest.raises(CallFailed) as caught:
             await call
     assert caught.value.was_heard
-    said = str(caught.value)
-    assert not any(word in said for word in INTERNAL), said
-    return said
+    message = str(caught.value)
+    assert not any(word in message for word in INTERNAL), message
+    return message
 
 
 async def test_a_failed_handshake_is_named(tmp_path: Path) -> None:
@@ -222,44 +227,48 @@ async def test_a_failed_handshake_is_named(tmp_path: Path) -> None:
     access = Access(tls_ca=ours.ca)
     async with serving(credentials=server_credentials(ours, "localhost")) as (port, _, _):
         endpoint = f"localhost:{port}"
-        assert await told(endpoint, Access(tls_ca=other.ca)) == (
+        assert await failure(endpoint, Access(tls_ca=other.ca)) == (
             f"UNAVAILABLE: no TLS with {endpoint}: its certificate is not signed by the authority "
             "in --tls-ca"
         )
-        assert "its certificate is for another host name" in await told(f"127.0.0.1:{port}", access)
+        assert "its certificate is for another host name" in await failure(
+            f"127.0.0.1:{port}", access
+        )
     wants = server_credentials(ours, "localhost", client_ca=ours.ca)
     async with serving(credentials=wants) as (port, _, _):
         endpoint = f"localhost:{port}"
-        said = await told(endpoint, access)
-        assert "it requires a client certificate: give --tls-cert and --tls-key" in said
+        message = await failure(endpoint, access)
+        assert "it requires a client certificate: give --tls-cert and --tls-key" in message
         cert, key = other.issue("stranger")
-        said = await told(endpoint, Access(tls_ca=ours.ca, tls_cert=cert, tls_key=key))
-        assert "it refuses the certificate in --tls-cert" in said
+        message = await failure(endpoint, Access(tls_ca=ours.ca, tls_cert=cert, tls_key=key))
+        assert "it refuses the certificate in --tls-cert" in message
     async with serving() as (port, _, _):
-        assert "does not use TLS: leave out --tls-ca" in await told(f"localhost:{port}", access)
+        assert "does not use TLS: leave out --tls-ca" in await failure(f"localhost:{port}", access)
 
 
 @pytest.mark.parametrize("has_tls", [True, False])
-async def test_a_call_that_broke_after_a_good_handshake(has_tls: bool, tmp_path: Path) -> None:
-    """Cut by what stands between, and by the end of the server. No word of certificates."""
+async def test_a_stream_broken_after_a_good_handshake(has_tls: bool, tmp_path: Path) -> None:
+    """Broken by a firewall in between, and by the server's end: certificates are not mentioned."""
     authority = Authority(tmp_path / "pki")
     access = Access(tls_ca=authority.ca) if has_tls else None
     credentials = server_credentials(authority, "localhost") if has_tls else None
     async with serving(credentials=credentials) as (port, gateway, server):
-        async with passing_on(port) as (endpoint, writers):
+        async with forwarding(port) as (endpoint, writers):
 
             async def cut() -> None:
                 for writer in writers:
                     writer.transport.abort()
 
-            said = await broken(endpoint, access, gateway, cut)
-            assert said == (
-                f"UNAVAILABLE: the connection to {endpoint} broke; it answers again: try again"
+            message = await failure_of_a_broken_stream(endpoint, access, gateway, cut)
+            assert message == (
+                f"UNAVAILABLE: the connection to {endpoint} broke; it responds again: try again"
             )
-        gateway.has_begun.clear()
+        gateway.has_started.clear()
         endpoint = f"localhost:{port}"
-        said = await broken(endpoint, access, gateway, lambda: server.stop(0))
-        assert said == (
+        message = await failure_of_a_broken_stream(
+            endpoint, access, gateway, lambda: server.stop(0)
+        )
+        assert message == (
             f"UNAVAILABLE: the connection to {endpoint} broke; nothing answers at {endpoint}; "
             "start it with: outrider up"
         )
@@ -276,7 +285,7 @@ async def test_a_call_that_broke_after_a_good_handshake(has_tls: bool, tmp_path:
         "deadline exceeded while waiting for a backend",
     ],
 )
-async def test_a_proxys_own_reason_is_shown(words: str, has_tls: bool, tmp_path: Path) -> None:
+async def test_a_proxys_own_message_is_shown(words: str, has_tls: bool, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "pki")
     access = Access(tls_ca=authority.ca) if has_tls else None
     credentials = server_credentials(authority, "localhost") if has_tls else None
@@ -284,21 +293,21 @@ async def test_a_proxys_own_reason_is_shown(words: str, has_tls: bool, tmp_path:
         with pytest.raises(CallFailed) as caught:
             async with connected(f"localhost:{port}", access) as client:
                 await client.model_info()
-    said = str(caught.value)
-    assert said.startswith(f"UNAVAILABLE: localhost:{port} answered: {words} (")
-    assert "check the proxy or gateway" in said
+    message = str(caught.value)
+    assert message.startswith(f"UNAVAILABLE: localhost:{port} answered: {words} (")
+    assert "check the proxy or gateway" in message
     assert caught.value.was_heard
 
 
-async def test_a_proxys_reason_with_another_status() -> None:
+async def test_a_proxys_message_with_another_status() -> None:
     async with serving("no route /outrider.v1", grpc.StatusCode.UNIMPLEMENTED) as (port, _, _):
-        assert "no route /outrider.v1" in await told(f"127.0.0.1:{port}")
+        assert "no route /outrider.v1" in await failure(f"127.0.0.1:{port}")
     async with serving("quota of team 7", grpc.StatusCode.RESOURCE_EXHAUSTED) as (port, _, _):
-        assert await told(f"127.0.0.1:{port}") == "RESOURCE_EXHAUSTED: quota of team 7"
+        assert await failure(f"127.0.0.1:{port}") == "RESOURCE_EXHAUSTED: quota of team 7"
 
 
 async def test_a_gateways_http_status_is_shown() -> None:
-    """It answers gRPC's request with HTTP/2 headers alone: a status and the end of the stream."""
+    """The gateway answers with HTTP/2 headers alone: a status and the end of the stream."""
     settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
     status = b"\x08\x03503"  # the name `:status` by its index, then the value
     headers = len(status).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + status
@@ -313,21 +322,20 @@ async def test_a_gateways_http_status_is_shown() -> None:
                 writer.write(headers)
 
     async with listening(serve) as endpoint:
-        said = await told(endpoint)
-    assert f"UNAVAILABLE: {endpoint} answered with HTTP status 503: a proxy or gateway" in said
+        message = await failure(endpoint)
+    assert f"UNAVAILABLE: {endpoint} answered with HTTP status 503: a proxy or gateway" in message
 
 
-async def test_a_port_that_hangs_up_is_not_taken_for_tls() -> None:
+async def test_a_server_that_closes_connections_is_not_mistaken_for_tls() -> None:
     async with answering(b"") as endpoint:
-        assert f"{endpoint} closes connections without an answer" in await told(endpoint)
+        assert f"{endpoint} closes connections without an answer" in await failure(endpoint)
 
 
 @pytest.mark.slow
-def test_of_the_commands() -> None:
-    """One line each, with status 2 where what was given is wrong."""
+def test_commands_print_one_line_and_exit_with_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for words, said in (
+        for words, message in (
             (("model", "--endpoint=http://h:1"), "--endpoint: 'http://h:1' is a URL"),
             (("bench", "serve", "--endpoint=h"), "--endpoint: 'h' is not host:port"),
             (
@@ -337,4 +345,4 @@ def test_of_the_commands() -> None:
         ):
             ended = run(*words)
             assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended
-            assert said in ended.stderr
+            assert message in ended.stderr

@@ -1,4 +1,4 @@
-"""Child processes: watched, stopped in order, killed where they do not stop; settings passed on."""
+"""Supervisor of child processes, and the flags that `outrider up` passes to them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.stack import eventually
 async def test_a_program_that_does_not_stop_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the grace; events tell all of its life."""
+    """After the grace period; events report every state."""
     monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 0.1)
     events: list[Event] = []
     supervisor = Supervisor(tmp_path, events.append)
@@ -38,10 +38,8 @@ async def test_a_program_that_does_not_stop_is_killed(
     assert states == [State.LOADING, State.READY, State.STOPPING, State.STOPPED]
 
 
-async def test_a_second_request_to_stop_kills(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Cancelled while it waits for a program, `stop` waits no longer."""
+async def test_cancelled_stop_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled while it waits for a program, `stop` kills it."""
     monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 1_000.0)
     states: list[State] = []
     supervisor = Supervisor(tmp_path, lambda event: states.append(event.state))
@@ -60,19 +58,18 @@ async def test_a_second_request_to_stop_kills(
 
 
 async def test_a_program_that_ends_at_once(tmp_path: Path) -> None:
-    """Its exit code, and the end of what it said; an earlier run's log stays and is not shown."""
+    """The error has its exit code and last log lines; an earlier run's log stays, unshown."""
     (tmp_path / "odd.log").write_text("earlier\n")
     supervisor = Supervisor(tmp_path, lambda event: None)
     with pytest.raises(ProgramFailed, match=r"odd did not start \(exit code 1\)") as caught:
         await supervisor.start("odd", ["tests.cli.no_such_module"])
     await supervisor.stop()
-    assert "no_such_module" in caught.value.said[-1]
-    assert "earlier" not in caught.value.said
+    assert "no_such_module" in caught.value.log_lines[-1]
+    assert "earlier" not in caught.value.log_lines
     assert (tmp_path / "odd.log").read_text().startswith("earlier\n")
 
 
-async def test_a_death_of_the_embedded_redis_is_told(tmp_path: Path) -> None:
-    """Whatever else runs."""
+async def test_death_of_the_embedded_redis_is_reported(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path, lambda event: None)
     earlier = descendants(os.getpid())
     supervisor.start_redis()
@@ -84,8 +81,7 @@ async def test_a_death_of_the_embedded_redis_is_told(tmp_path: Path) -> None:
     assert str(death) == "redis died (killed by SIGKILL)"
 
 
-def test_every_flag_arrives() -> None:
-    """The programs take what `up` passes them."""
+def test_every_flag_of_up_reaches_the_programs() -> None:
     options = StackOptions(
         target="t", draft="d", inflate="1.5M", dtype="bfloat16", device="cuda:0",
         draft_device="cuda:1", host="0.0.0.0", port=1234, gamma=3, max_gamma=7, lookahead=0,
@@ -107,7 +103,7 @@ def test_every_flag_arrives() -> None:
 
 
 def test_the_defaults_are_the_quickstart_pair() -> None:
-    """Inflated; another target goes without its draft, and as it is."""
+    """The quickstart target is padded; another target is not, and has no default draft."""
     from outrider import quickstart_pair as quickstart
     from outrider_bench.models import synthetic
 
@@ -122,7 +118,7 @@ def test_the_defaults_are_the_quickstart_pair() -> None:
 
 
 def test_a_made_pair_has_one_vocabulary(tmp_path: Path) -> None:
-    """Without tokenizers to compare: `bench pair` has made both; other models need the flag."""
+    """Models of one `bench pair` are paired without tokenizers; other models need the flag."""
     target, draft = str(tmp_path / "target"), str(tmp_path / "draft")
     options = StackOptions(target=target, draft=draft)
     flag = "--assume-same-vocabulary"
@@ -131,16 +127,16 @@ def test_a_made_pair_has_one_vocabulary(tmp_path: Path) -> None:
     assert flag in orchestrator_arguments(options, "h:1", "h:2", "redis://r")
     other = StackOptions(target=target, draft=str(tmp_path / "other" / "draft"))
     assert flag not in orchestrator_arguments(other, "h:1", "h:2", "redis://r")
-    told = StackOptions(target="t", draft="d", assume_same_vocabulary=True)
-    arguments = orchestrator_arguments(told, "h:1", "h:2", "redis://r")
+    assumed = StackOptions(target="t", draft="d", assume_same_vocabulary=True)
+    arguments = orchestrator_arguments(assumed, "h:1", "h:2", "redis://r")
     assert load(OrchestratorConfig, "orchestrator", arguments[1:], {}).assume_same_vocabulary
 
 
-def test_help_loads_nothing_heavy() -> None:
-    """`outrider --help` is quick: no gRPC, numpy or torch until a command runs."""
+def test_help_imports_nothing_heavy() -> None:
+    """`outrider --help` imports no gRPC, numpy, ssl or torch: commands do when they run."""
     code = "import sys; from outrider.cli.app import app; print(*sys.modules)"
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, cwd=ROOT, env=environment(),
     )  # fmt: skip
-    assert {"torch", "grpc", "numpy", "rich.live"}.isdisjoint(said.stdout.split())
+    assert {"torch", "grpc", "numpy", "rich.live"}.isdisjoint(printed.stdout.split())

@@ -1,4 +1,4 @@
-"""`outrider convert-tokenizer`: tokenizers that the orchestrator's installation cannot read."""
+"""`outrider convert-tokenizer`: tokenizers that only transformers can read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sentencepiece(directory: Path) -> Path:
 
 
 def of_the_class(directory: Path) -> Path:
-    """No tokenizer_config.json: the class, and its special tokens, are found by the model."""
+    """No tokenizer_config.json: class and special tokens follow from the model type."""
     directory.mkdir()
     source = vocabularies.MISTRAL_DATA / "tokenizer.model.v1"
     shutil.copy(source, directory / "tokenizer.model")
@@ -50,7 +50,7 @@ def two_files(directory: Path) -> Path:
 def test_ids_are_those_of_transformers_before_and_after(
     model: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read without transformers afterwards: ids, text, chat template and end token."""
+    """The result is read without transformers: ids, text, chat template and end token."""
     assert callable(model)
     source, directory = model(tmp_path / "model"), tmp_path / "new" / "converted"
     before = AutoTokenizer.from_pretrained(source)
@@ -74,13 +74,13 @@ def test_ids_are_those_of_transformers_before_and_after(
         assert (source / name).is_file() == (directory / name).is_file()
 
 
-def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path) -> None:
+def test_failed_conversion_prints_one_line(tmp_path: Path) -> None:
     broken = vocabularies.write_sentencepiece(tmp_path / "broken")
     (broken / "tokenizer.model").write_bytes(b"no vocabulary")
     (tmp_path / "empty").mkdir()
     taken = tmp_path / "file"
     taken.write_text("")
-    for source, directory, said in (
+    for source, directory, message in (
         (broken, tmp_path / "out", "cannot be converted"),
         (tmp_path / "empty", tmp_path / "out", "has no tokenizer"),
         (tmp_path / "absent" / "model", tmp_path / "out", "neither a local directory nor"),
@@ -90,6 +90,6 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path) -> None:
         assert ended.returncode == 2, ended
         line = ended.stderr.splitlines()[-1]  # transformers may have warned before
         assert line.startswith("outrider: "), ended.stderr
-        assert said in line
+        assert message in line
         assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`outrider up`: what it starts it stops, however it ends; what cannot start is named."""
+"""`outrider up`: stops what it starts however it ends; names what cannot start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIMULATED = "--simulate-target=step_ms=1"
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """Exit 0, every process gone by then, in order; the private Redis folder too."""
+    """Exit status 0; processes stopped in order, the embedded Redis' directory removed."""
     with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
         assert len(children) == 3, children
@@ -40,8 +40,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"target.log", "orchestrator.log"}
 
 
-def test_a_stop_while_loading(target: Path, tmp_path: Path) -> None:
-    """SIGTERM before it served is a failure, by its number, and leaves nothing either."""
+def test_stop_while_loading(target: Path, tmp_path: Path) -> None:
+    """SIGTERM before it serves gives exit status 128 + 15, and leaves nothing."""
     with up(f"--target={target}", f"--log-dir={tmp_path}", serving=False) as started:
         started.read_until("target: loading")
         children = descendants(started.process.pid)
@@ -53,11 +53,11 @@ def test_a_stop_while_loading(target: Path, tmp_path: Path) -> None:
 def test_a_dead_draft_costs_only_speed_and_a_killed_parent_leaves_nothing(
     target: Path, draft: Path, tmp_path: Path
 ) -> None:
-    """The same output without the draft; SIGKILL of `up` ends all of its processes."""
+    """Same output without the draft; SIGKILL of `up` ends all of its processes."""
     with up(f"--target={target}", f"--draft={draft}", f"--log-dir={tmp_path}") as started:
         wait_for_draft(started.endpoint)
         question = ["the quick", "--endpoint", started.endpoint, "--temperature=0", "--json"]
-        # A γ of its own: the server's choice for so small a pair may be none, for good.
+        # A fixed γ: the adaptive one may stay 0 for such a small pair.
         question += ["--max-tokens=16", "--gamma=3"]
         before = _answer_with_drafts(question)
         subprocess.run(["kill", "-9", str(started.pid_of("draft_service"))], check=True)
@@ -73,7 +73,7 @@ def test_a_dead_draft_costs_only_speed_and_a_killed_parent_leaves_nothing(
 
 
 def _answer_with_drafts(question: list[str]) -> dict[str, Any]:
-    """On a busy machine drafts may come too late for short outputs: asked till some are taken."""
+    """On a busy machine drafts may be late for short outputs: repeats until some are used."""
     while True:
         answer: dict[str, Any] = json.loads(run("generate", *question).stdout)
         if answer["speculation"]["num_draft_tokens"]:
@@ -82,7 +82,7 @@ def _answer_with_drafts(question: list[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_dead_target_ends_it(tmp_path: Path) -> None:
-    """Exit 1, by name, and nothing is left."""
+    """Exit status 1 and the target's name; nothing is left."""
     with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
         subprocess.run(["kill", "-9", str(started.pid_of("target_service"))], check=True)
@@ -94,7 +94,7 @@ def test_a_dead_target_ends_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_missing_model(tmp_path: Path) -> None:
-    """Exit 2; the program, the directory and the log are named: as with any that is refused."""
+    """Exit status 2; program, directory and log are named, as for any model refused."""
     missing = tmp_path / "nowhere"
     ended = run("up", f"--target={missing}", "--port=0", f"--log-dir={tmp_path / 'logs'}")
     assert ended.returncode == 2
@@ -106,7 +106,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mismatched_tokenizers(target: Path, draft: Path, tmp_path: Path) -> None:
-    """It serves without the draft, and says why."""
+    """It serves without the draft and prints the reason."""
     other = shutil.copytree(draft, tmp_path / "other")
     write_tokenizer(other, ["entirely another text"] * 5)
     logs = f"--log-dir={tmp_path / 'logs'}"
@@ -116,12 +116,12 @@ def test_mismatched_tokenizers(target: Path, draft: Path, tmp_path: Path) -> Non
         assert f"draft {other} and target do not share a vocabulary" in line
         ended = run("generate", "the quick", f"--endpoint={endpoint}", "--max-tokens=4", "--json")
         assert ended.returncode == 0
-        told = run("model", f"--endpoint={endpoint}")
-        assert "draft pairing refused" in told.stdout
+        shown = run("model", f"--endpoint={endpoint}")
+        assert "draft pairing refused" in shown.stdout
 
 
 def test_a_port_in_use() -> None:
-    """Exit 2 before any model is loaded."""
+    """Exit status 2 before any model is loaded."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run("up", f"--port={port}")
@@ -132,7 +132,7 @@ def test_a_port_in_use() -> None:
 
 @pytest.mark.slow
 def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
-    """No model is loaded; drafts come from afar, and change no token."""
+    """No model is loaded; drafts over a slow link do not change the output."""
     flags = ("--simulate-target=step_ms=5", "--simulate-draft=step_ms=0.5,survival=0.9")
     with up(*flags, "--draft-delay-ms=20", f"--log-dir={tmp_path}") as started:
         children = descendants(started.process.pid)
@@ -150,7 +150,7 @@ def test_simulated_tiers_behind_a_delayed_link(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_simulated_target_alone(tmp_path: Path) -> None:
-    """Without a draft of any kind: the quickstart one would guess at random."""
+    """No draft is started: the quickstart draft could only guess at random."""
     with up(SIMULATED, f"--log-dir={tmp_path}") as started:
         assert len(descendants(started.process.pid)) == 3
         question = ["--token-ids=1,2,3", "--endpoint", started.endpoint, "--json"]
@@ -165,11 +165,14 @@ def test_a_simulated_target_alone(tmp_path: Path) -> None:
         ("--inflate=lots", "--inflate: 'lots'"),
         ("--port=70000", "port: 70000 is not in"),
         ("--simulate-draft=step_ms=1", "--simulate-draft: needs --simulate-target"),
-        ("--simulate-target=step_ms=-1", "simulate: step_ms: '-1' is not 0 to 60000 milliseconds"),
+        (
+            "--simulate-target=step_ms=-1",
+            "simulate: step_ms: '-1' is invalid; must be 0 to 60000 milliseconds",
+        ),
     ],
 )
 def test_wrong_flags(flag: str, words: str) -> None:
-    """Exit 2 and the flag's name, before anything is started."""
+    """Exit status 2 and the flag's name, before anything is started."""
     ended = run("up", flag)
     assert ended.returncode == 2
     assert words in ended.stderr

@@ -258,7 +258,7 @@ CALLS: dict[str, tuple[str, str, orchestrator_pb2.GenerateRequest]] = {
     "logprobs": ("sampling.logprobs", "0 to 20", sampled(logprobs=21)),
     "token_ids": ("token_ids", f"1 to {CONTEXT_LEN}", request([1] * HUGE)),
     "session_id": ("session_id", "1 to 128", request([1], session_id="x" * HUGE)),
-    "long answer": ("chat", "the chat template refuses it", chat(("user", "x" * 12_000))),
+    "long answer": ("chat", "the chat template rejects it", chat(("user", "x" * 12_000))),
 }
 
 

@@ -157,7 +157,7 @@ async def test_progress_starts_the_count_anew(redis_url: str) -> None:
 @pytest.mark.slow
 async def test_a_request_that_no_replica_answers_ends(redis_url: str) -> None:
     """The replica is there, and sends heartbeats: each time it is asked again."""
-    async with placed(redis_url, verdict_timeout_s=2.0) as place:
+    async with placed(redis_url, verify_timeout_s=2.0) as place:
         how = {"sampling": {**GREEDY, "max_tokens": 1}, "gamma": 0}
         place.hold.move(1)
         refused = await refusal(asyncio.wait_for(place.system.generate(PROMPT, **how), TIMEOUT_S))

@@ -106,7 +106,7 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
         {"max_generations": 0},
         {"session_ttl_s": 0.0},
         {"session_ttl_s": float("nan")},
-        {"verdict_timeout_s": 0.0},
+        {"verify_timeout_s": 0.0},
         {"target_wait_s": -1.0},
         {"stop_grace_s": -1.0},
         {"durability": "sometimes"},

@@ -31,7 +31,7 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
         servers = (system.orchestrator, system.target, system.draft)
         watched = [Watched(f"127.0.0.1:{server.metrics_port}", 10.0) for server in servers]
         for program in watched:
-            await program.look()
+            await program.scrape()
         assert "tokens/s 0 " in shown(watched)
         num_tokens = 0
         async for chunk in system.client.Generate(request(prompt(1), LONG), timeout=150):
@@ -45,16 +45,16 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
         for server in servers:
             await at_rest(server)
         for program in watched:
-            await program.look()
+            await program.scrape()
         change = watched[0].change
         assert change is not None
         assert change.increase("outrider_generation_tokens_total") == num_tokens == 60
         text = shown(watched)
     assert "still starting" not in text
-    for words in ("streams 0", "waiting 0", "failed 0", "redis up", "target ready 1"):
+    for words in ("streams 0", "queued 0", "failed 0", "redis up", "target ready 1"):
         assert words in text
     assert re.search(r"acceptance \d+%", text)
-    assert re.search(r"tokens a draft \d\.\d\d", text)
+    assert re.search(r"tokens/draft \d\.\d\d", text)
     assert re.search(r"target 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
     assert re.search(r"draft 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
 
@@ -66,7 +66,7 @@ async def test_who_does_not_answer_is_named(redis_url: str) -> None:
             ports = (port, system.target.metrics_port)
             watched = [Watched(f"127.0.0.1:{p}", 10.0) for p in ports]
             for program in watched:
-                await program.look()
+                await program.scrape()
             text = shown(watched)
     assert f"no metrics at 127.0.0.1:{port}" in text
     assert "target 127.0.0.1" in text
