@@ -95,9 +95,14 @@ MISTAKES: list[Mistake] = [
         "listens on the loopback interface only",
     ),
     (
-        pods.ports_are_the_settings,
+        pods.settings_load,
         lambda m: put(named(container(m)["env"], "POD_IP"), "name", "POD_ADDRESS"),
-        "advertises $(POD_IP):50052",
+        "advertise: host '$(POD_IP)' has the character '$'",
+    ),
+    (
+        pods.ports_are_the_settings,
+        lambda m: put(named(container(m)["env"], "OUTRIDER_TARGET_ADVERTISE"), "value", "a:1"),
+        "advertises a:1",
     ),
     (
         pods.probes_match_services,
