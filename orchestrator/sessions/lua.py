@@ -18,13 +18,13 @@ uint32 little-endian. Both keys share a hash slot.
 A reply is an array; its first item is the status. Each script may run twice: when a reply is lost,
 the same command is sent again.
 
-**Malformed records.** Scripts compute with the fields in NUMBERS. If one of them is not an integer
-below 2^53 (which a Lua number holds exactly), they write nothing and return `malformed` with its
-name. DELETE and a deleting RELEASE delete the session all the same.
+**Malformed records.** A field in NUMBERS that is not an integer below 2^53 (the limit of exact Lua
+numbers) makes the session unreadable: scripts that read the session or begin a turn return
+`malformed` and its name, and write nothing. The other writes of a holder check `num_tokens` only.
+DELETE and a deleting RELEASE delete the session all the same.
 
-**Epochs** are fencing tokens: a later lease has a higher epoch, also after the session was deleted
-or expired or Redis lost its data. Hence the clock: microseconds since 1970 stay below 2^53 until
-2255.
+**Epochs** are fencing tokens: a later lease has a higher epoch, even if the session was deleted or
+Redis lost its data. Hence the clock: microseconds since 1970 stay below 2^53 until 2255.
 
 **Orphans.** A holder may run while Redis is away and lose its lease before its turn is begun here.
 It may still begin the turn while nobody holds the session, as long as no later holder has begun

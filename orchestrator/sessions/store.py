@@ -1,11 +1,10 @@
 """Session store: one method per transition of a session, each of them one script in Redis.
 
-Why repeated writes are safe takes three parts. A write whose reply was lost may have been applied,
-and only Redis knows: so the scripts detect a repeated write and apply it once (`lua`). To do this
-they need the offset at which the write began, also when it is sent again together with later
-rounds: the lease's `Cursor` has the confirmed length, and refuses a record that skips one without
-a reply. While Redis is away somebody must keep the rounds themselves: `generation.recorder` joins
-them into one record.
+A write whose reply was lost may have been applied; the caller sends it again. Three parts make this
+safe, and each is needed. The scripts apply a repeated write once, since only Redis knows whether it
+arrived (`lua`). The lease's `Cursor` has the confirmed length, which is the offset of the next
+write; it also refuses a round that would leave out an unconfirmed one. The recorder
+(`orchestrator.generation.recorder`) has the rounds themselves until they are confirmed.
 """
 
 from __future__ import annotations

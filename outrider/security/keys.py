@@ -86,10 +86,6 @@ class KeyRing:
                 found = key
         return found
 
-    def limits_of(self, name: str) -> KeyLimits | None:
-        """Limits of the client `name`; None: it has no key (any more)."""
-        return next((key.limits for key in self._keys if key.name == name), None)
-
 
 def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
     """Creates a key: the secret for the client, and its line for the file. Raises ConfigError."""
