@@ -30,9 +30,9 @@ _MANY_BEATS = int(1000 * _LONG_S) // orchestrator.replicas.replica_stream.HEARTB
 def patient() -> Iterator[None]:
     """Raises limits of Redis, links, heartbeats, the draft at start and forward passes to 60 s."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orchestrator.replicas.replica_stream, "MAX_QUIET_BEATS", _MANY_BEATS)
-        patch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", _MANY_BEATS)
-        patch.setattr(outrider.runtime.heartbeat, "_CALLER_MAX_QUIET", _MANY_BEATS)
+        patch.setattr(orchestrator.replicas.replica_stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
+        patch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
+        patch.setattr(outrider.runtime.heartbeat, "_CALLER_MAX_MISSED", _MANY_BEATS)
         patch.setattr(orchestrator.replicas.draft_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.replicas.target_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.app, "DRAFT_START_TIMEOUT_S", _LONG_S)

@@ -31,7 +31,7 @@ log = structlog.get_logger()
 MODEL_INFO_TIMEOUT_S = 5.0
 # A replica that sends nothing for 2.5 s is frozen or cut off.
 HEARTBEAT_MS = 500
-MAX_QUIET_BEATS = 5
+MAX_MISSED_HEARTBEATS = 5
 # Between attempts; the channel's own backoff (outrider.runtime.grpc_status) is of the same size.
 RECONNECT_DELAY_S = 0.2
 MAX_FRAME_ITEMS = 256
@@ -195,7 +195,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
         """Raises Unavailable where the replica has fallen silent."""
-        heartbeat = Heartbeat(outbox, MAX_QUIET_BEATS)
+        heartbeat = Heartbeat(outbox, MAX_MISSED_HEARTBEATS)
         heartbeat.begin(HEARTBEAT_MS)
         async with heartbeat:
             sending = asyncio.create_task(self._send(call, outbox))
@@ -203,7 +203,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             sending.add_done_callback(lambda _: call.cancel())
             try:
                 async for frame in call:
-                    heartbeat.heard()
+                    heartbeat.received()
                     if self._is_silent:
                         self._is_silent = False
                         self._on_change()

@@ -1,4 +1,4 @@
-"""What the two model services share around an engine: their life, continuous batching, sessions.
+"""Code shared by the two model services: lifecycle, continuous batching, session KV, streams.
 
-Knows neither rows nor chains; `draft_service` and `target_service` build on it.
+`draft_service` and `target_service` build their workers and gRPC servicers on it.
 """

@@ -1,7 +1,7 @@
-"""What the registry is told of this replica, from the first moment it listens.
+"""Registry announcement of this replica, from the moment its server listens.
 
-Owns the replica's name and the address it gives. Knows nothing of Redis, nor of what the replica
-does. Lives on the event loop.
+Owns the replica's id and its advertised address. The Redis side is in `outrider.redis.registry`.
+Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from outrider.settings.services import ModelServiceConfig
 from outrider.v1 import model_pb2
 
 _ANY_HOST = ("0.0.0.0", "::", "[::]", "")
-# Of networks that exist in documents only (RFC 5737, RFC 3849): asking the system which of its own
-# addresses would lead there sends nothing.
-_ANYWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+# Documentation networks (RFC 5737, RFC 3849). Connecting a UDP socket to one sends nothing; it only
+# makes the system choose a source address.
+_ROUTE_PROBES = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
 class Announcement:
-    """The replica as it is to be known; what the model says is empty until it is loaded."""
+    """The replica's record in the registry; model fields are empty until the model is loaded."""
 
     def __init__(self, tier: str, address: str, status: ReplicaStatus) -> None:
         self._status = status
         self._statistics: Callable[[], ServiceStatistics] = ServiceStatistics
         self._announcer: Announcer | None = None
-        # A process, not an address: one that comes after it at the same place is another.
+        # The id names a process, not an address: a restarted replica is a new one.
         replica_id = secrets.token_hex(6)
         self._replica = Replica(tier, replica_id, address, status.state)
 
@@ -51,12 +51,12 @@ class Announcement:
         self.renew()
 
     def renew(self) -> None:
-        """The state has changed: whoever is told of it is told now."""
+        """Announces the current state at once, without waiting for the next interval."""
         if self._announcer is not None:
             self._announcer.renew()
 
     def replica(self) -> Replica:
-        """Of this moment."""
+        """The record as of now."""
         load = self._statistics()
         return replace(
             self._replica,
@@ -67,7 +67,10 @@ class Announcement:
 
     @contextlib.asynccontextmanager
     async def announced(self, redis: RedisAddress | None) -> AsyncIterator[None]:
-        """For the time of a block; None: to nobody. Raises ConfigError for the address."""
+        """Announces the replica for the time of a block; does nothing where `redis` is None.
+
+        Raises ConfigError if the address is invalid.
+        """
         if redis is None:
             yield
             return
@@ -81,7 +84,7 @@ class Announcement:
 
 
 def advertised_address(config: ModelServiceConfig, port: int) -> str:
-    """host:port as others reach the replica that listens on `port`."""
+    """host:port under which other hosts reach the replica that listens on `port`."""
     if config.advertise is not None:
         return config.advertise
     host = _own_host() if config.host in _ANY_HOST else config.host
@@ -89,10 +92,10 @@ def advertised_address(config: ModelServiceConfig, port: int) -> str:
 
 
 def _own_host() -> str:
-    """The machine's address on its way to others; without any way its name."""
-    for family, anywhere in _ANYWHERE:
+    """The address this machine uses towards other hosts; its host name where it has no route."""
+    for family, probe_address in _ROUTE_PROBES:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((anywhere, 9))
+            probe.connect((probe_address, 9))
             host = str(probe.getsockname()[0])
             return f"[{host}]" if family is socket.AF_INET6 else host
     return socket.gethostname()

@@ -1,6 +1,7 @@
-"""The life of a model service, for both tiers: listen, load, serve, drain, stop.
+"""Lifecycle of a model service, for both tiers: listen, load, serve, drain, stop.
 
-Announced all the while, where there is a registry; watched while it serves.
+The replica is announced from listening to stopping, where there is a registry. A watchdog and the
+failure policy run while it serves.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from outrider.v1 import model_pb2
 log = structlog.get_logger()
 
 STOP_POLL_S = 0.05
-# Streams stay so long at least when the replica drains: who opens something just then is refused
-# by name, and those who listen have heard.
-TELLING_S = 0.2
-# A pass under way may end before the thread is left to itself. With the default stop_grace_s (5)
-# less than supervisors wait (`outrider up`: 10).
+# Minimum time for which streams stay open while the replica drains. Orchestrators receive the new
+# state, and a generation opened in the meantime is rejected with a reason.
+NOTICE_S = 0.2
+# Time for the running pass to end before the device thread is abandoned. Together with the default
+# stop_grace_s (5) it is below the stop timeout of supervisors (`outrider up`: 10).
 DEVICE_END_TIMEOUT_S = 3.0
 
 
 class RunnableService(Protocol):
-    """A mounted service: `prepare` before it serves, then `run` is its only task."""
+    """A mounted service: `prepare` is awaited before it serves, then `run` is its only task."""
 
     async def prepare(self, budget_s: float) -> None: ...
 
@@ -56,7 +57,7 @@ class RunnableService(Protocol):
 
 @dataclass(frozen=True)
 class MountedService:
-    """A service around an engine. `statistics` and `costs` may be called on any thread."""
+    """A service and its engine. `statistics` and `costs` may be called on any thread."""
 
     service: RunnableService
     statistics: Callable[[], ServiceStatistics]
@@ -64,7 +65,7 @@ class MountedService:
     health: PassHealth
 
 
-# Builds the service around the loaded engine and adds its servicer to the server.
+# Builds the service for the loaded engine and adds its servicer to the server.
 Mount = Callable[
     [ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus, ReplicaTelemetry],
     MountedService,
@@ -75,10 +76,11 @@ Mount = Callable[
 async def model_serving(
     config: ModelServiceConfig, tier: str, service_name: str, mount: Mount
 ) -> AsyncIterator[Server]:
-    """Listens at once, serves (health) when the model is loaded; drains and stops on leaving.
+    """Serves a model for the time of a block.
 
-    Raises ConfigError if the port cannot be had, ModelError if the model cannot be loaded,
-    InternalError where the device was stuck or failed for too long; alone or in an ExceptionGroup.
+    Listens at once and is healthy once the model is loaded. Drains and stops when the block is
+    left. Raises ConfigError if the port is not available, ModelError if the model cannot be loaded,
+    InternalError if the device was stuck or failing for too long; alone or in an ExceptionGroup.
     """
     protection = tier_protection(config, config.host)
     server = Server([service_name], protection)
@@ -86,72 +88,103 @@ async def model_serving(
     status = ReplicaStatus()
     try:
         await server.start(config.host, config.port)
-        card = Announcement(tier, advertised_address(config, server.port), status)
-        async with telemetry(tier, config.host, config) as told, card.announced(config.redis):
-            watch = ReplicaTelemetry(_meter(told, tier, status, protection), told.tracing)
-            server.metrics_port = told.exposition.port
+        announcement = Announcement(tier, advertised_address(config, server.port), status)
+        async with (
+            telemetry(tier, config.host, config) as exporters,
+            announcement.announced(config.redis),
+        ):
+            meter = _meter(exporters, tier, status, protection)
+            watch = ReplicaTelemetry(meter, exporters.tracing)
+            server.metrics_port = exporters.exposition.port
             engine, model = await device.run(load_served_engine, config)
             watched = WatchedEngine(engine, device)
             mounted = mount(watched, model, device, server, status, watch)
-            card.loaded(model, mounted.statistics)
-            if watch.meter is not None:
-                told.exposition.model_name = model.name
-                watch.meter.loaded(mounted.statistics, model.kv_capacity_tokens)
+            announcement.loaded(model, mounted.statistics)
+            if meter is not None:
+                exporters.exposition.model_name = model.name
+                meter.loaded(mounted.statistics, model.kv_capacity_tokens)
             await mounted.service.prepare(config.calibration_s)
-            watchdog = Watchdog(
-                device,
-                status,
-                mounted.costs,
-                stuck_after_s=config.stuck_after_s,
-                exit_after_s=config.stuck_exit_s,
-            )
-            recovery = Recovery(device, status, mounted.health, partial(self_test, watched))
-            async with asyncio.TaskGroup() as tasks:
-                running = [
-                    tasks.create_task(mounted.service.run(), name=service_name),
-                    tasks.create_task(_tell(server, card, status), name="state"),
-                    tasks.create_task(_alive(server, watchdog.run()), name="watchdog"),
-                    tasks.create_task(_alive(server, recovery.run()), name="recovery"),
-                ]
+            monitors = _monitors(config, device, status, mounted, watched)
+            async with _running(service_name, server, mounted, announcement, status, monitors):
                 status.serve()
-                await server.set_serving(True)  # before anybody is told where it listens
+                await server.set_serving(True)  # before the program prints where it listens
                 _log_serving(server, model)
                 try:
                     yield server
                 finally:
                     await _stop(server, mounted.service, status, config.stop_grace_s)
-                    for task in running:
-                        task.cancel()
     finally:
         await server.stop(0)
         if not await asyncio.to_thread(device.close, DEVICE_END_TIMEOUT_S):
             log.error("device_left_busy", stack=device.stack())
 
 
+def _monitors(
+    config: ModelServiceConfig,
+    device: DeviceThread,
+    status: ReplicaStatus,
+    mounted: MountedService,
+    engine: ServedEngine,
+) -> tuple[Watchdog, Recovery]:
+    watchdog = Watchdog(
+        device,
+        status,
+        mounted.costs,
+        stuck_after_s=config.stuck_after_s,
+        exit_after_s=config.stuck_exit_s,
+    )
+    return watchdog, Recovery(device, status, mounted.health, partial(self_test, engine))
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    name: str,
+    server: Server,
+    mounted: MountedService,
+    announcement: Announcement,
+    status: ReplicaStatus,
+    monitors: tuple[Watchdog, Recovery],
+) -> AsyncIterator[None]:
+    """Runs the service, the publishing of its state and its monitors for the time of a block."""
+    watchdog, recovery = monitors
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(mounted.service.run(), name=name),
+            tasks.create_task(_publish_state(server, announcement, status), name="state"),
+            tasks.create_task(_watch_device(server, watchdog.run()), name="watchdog"),
+            tasks.create_task(_watch_device(server, recovery.run()), name="recovery"),
+        ]
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+
+
 def _meter(
-    told: Telemetry, tier: str, status: ReplicaStatus, protection: ServerProtection
+    exporters: Telemetry, tier: str, status: ReplicaStatus, protection: ServerProtection
 ) -> ModelServerMetrics | None:
-    if not told.is_metered:
+    if not exporters.is_metered:
         return None
     meter = ModelServerMetrics(tier, status)
-    told.exposition.source = lambda: chain(meter.readings(), protection.readings())
+    exporters.exposition.source = lambda: chain(meter.readings(), protection.readings())
     return meter
 
 
-async def _tell(server: Server, card: Announcement, status: ReplicaStatus) -> None:
-    """Keeps health and registry at what the replica is."""
+async def _publish_state(server: Server, announcement: Announcement, status: ReplicaStatus) -> None:
+    """Publishes each state change to health and the registry."""
     while True:
-        told = status.state
-        card.renew()
-        await server.set_serving(told is ReplicaState.READY)
-        while status.state is told:
-            await status.change()
+        published = status.state
+        announcement.renew()
+        await server.set_serving(published is ReplicaState.READY)
+        while status.state is published:
+            await status.changed()
 
 
-async def _alive(server: Server, watching: Coroutine[None, None, None]) -> None:
-    """Where what watches the device gives it up, probes are told at once."""
+async def _watch_device(server: Server, monitor: Coroutine[None, None, None]) -> None:
+    """Runs a device monitor; liveness is cleared at once when it gives the device up."""
     try:
-        await watching
+        await monitor
     except InternalError:
         await server.set_alive(False)
         raise
@@ -160,13 +193,13 @@ async def _alive(server: Server, watching: Coroutine[None, None, None]) -> None:
 async def _stop(
     server: Server, service: RunnableService, status: ReplicaStatus, grace_s: float
 ) -> None:
-    """Open generations may end or be moved; without any there is no need for grace."""
+    """Drains: waits up to `grace_s` for open generations to end or be moved; none, no wait."""
     status.drain()
     loop = asyncio.get_running_loop()
-    told_at = loop.time() + TELLING_S
+    notice_until = loop.time() + NOTICE_S
 
     def is_needed() -> bool:
-        return not service.is_idle or (status.has_followers and loop.time() < told_at)
+        return not service.is_idle or (status.has_listeners and loop.time() < notice_until)
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):

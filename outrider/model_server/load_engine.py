@@ -1,4 +1,4 @@
-"""From a service's settings to a loaded engine and what the wire says about it."""
+"""Builds the engine and its ModelInfo from a model service's settings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from outrider.v1 import model_pb2, sampling_pb2
 def load_served_engine(
     config: ModelServiceConfig,
 ) -> tuple[ServedEngine, model_pb2.ModelInfo]:
-    """Loads the model and its tokenizer's fingerprint; on the device thread. Raises ConfigError."""
+    """Loads the model and its tokenizer. Called on the device thread. Raises ConfigError."""
     if config.simulate is not None:
         simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
         simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
         model = _model_info(simulated.info, None, config.max_gamma)
-        # Ids of equal simulations mean the same by construction.
+        # Equal simulations have the same vocabulary by construction.
         model.tokenizer_fingerprint = model.model_fingerprint
         return simulated, model
     tokenizer = Tokenizer.load(config.model)
@@ -53,24 +53,28 @@ def load_served_engine(
 
 
 def sampling_defaults(model: str, vocab_size: int) -> sampling_pb2.SamplingParams:
-    """From generation_config.json, the fields that vLLM takes. Raises ConfigError."""
+    """Sampling defaults from generation_config.json, for the same fields as vLLM's.
+
+    Raises ConfigError if the file cannot be read or a value is not allowed.
+    """
     path = TokenizerFiles(model).find("generation_config.json")
     if path is None:
         return sampling_pb2.SamplingParams()
     try:
-        told = json.loads(path.read_text("utf-8"))
-        given = {name: told[key] for key, name in _DEFAULTS.items() if told.get(key) is not None}
+        settings = json.loads(path.read_text("utf-8"))
+        given = {name: settings.get(key) for key, name in _DEFAULTS.items()}
+        given = {name: value for name, value in given.items() if value is not None}
         defaults = sampling_pb2.SamplingParams(**given)
         params = sampling_from_proto(defaults, default_max_tokens=1, default_seed=0)
         params.validate(vocab_size)
     except (ValueError, TypeError, AttributeError, InvalidRequest) as error:
         raise ConfigError(
-            f"{path}: {error}; --generation-config none serves the model without it"
+            f"{path}: {error}; use --generation-config none to ignore this file"
         ) from error
     return defaults
 
 
-# Fields of generation_config.json, and ours.
+# Field names in generation_config.json and in SamplingParams.
 _DEFAULTS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -82,17 +86,17 @@ _DEFAULTS = {
 
 
 def _names(listed: str) -> frozenset[str]:
-    """Names in a list separated by commas."""
+    """The names in a comma-separated list."""
     return frozenset(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _model_info(
     info: EngineInfo, tokenizer: Tokenizer | None, max_gamma: int
 ) -> model_pb2.ModelInfo:
-    said = asdict(info)
+    fields = asdict(info)
     names = model_pb2.ModelInfo.DESCRIPTOR.fields_by_name
     return model_pb2.ModelInfo(
-        **{name: value for name, value in said.items() if name in names},
+        **{name: value for name, value in fields.items() if name in names},
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else "",
         token_hashes=tokenizer.vocabulary.to_bytes() if tokenizer else b"",
         max_gamma=max_gamma,

@@ -1,4 +1,4 @@
-"""What both tiers are told alike, as plain values, and what both say of their load."""
+"""Commands, failures and load statistics that both tiers share, as plain values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outrider.model_server.scheduler import GenerationKey
 
 @dataclass(frozen=True)
 class Close:
-    """Ends a generation; `keep` leaves its KV for the session's next turn."""
+    """Ends a generation; `keep` caches its KV for the session's next turn."""
 
     key: GenerationKey
     keep: bool
@@ -18,27 +18,27 @@ class Close:
 
 @dataclass(frozen=True)
 class Forget:
-    """Of a session that is not live, the kept KV may go. `key` names the stream alone."""
+    """Frees the cached KV of a session that is not live. `key` names only the stream."""
 
     key: GenerationKey
     session_id: str
 
 
 class FailureReason(Enum):
-    """Why a generation failed here; the tiers' protocols have a number for each they use."""
+    """Why a generation failed. Each tier's protocol has a number for every reason it uses."""
 
-    # Send the context again; the only one after which the generation is still open.
+    # Send the context again. The only reason after which the generation is still open.
     KV_LOST = "kv_lost"
-    # No room now; or its room went to a more urgent one, or to one that began earlier.
+    # No room now, or preempted by a generation that is more urgent or began earlier.
     KV_FULL = "kv_full"
-    # It is longer than all of the KV budget.
+    # Longer than the whole KV budget.
     KV_NEVER = "kv_never"
     BAD_MESSAGE = "bad_message"
     DISPLACED = "displaced"
     INTERNAL = "internal"
-    # As internal: the model's logits were NaN or infinite.
+    # Like INTERNAL: the model's logits were NaN or infinite.
     NON_FINITE = "non_finite"
-    # The replica takes no new generations now; nothing was opened.
+    # The replica accepts no new generations; nothing was opened.
     DRAINING = "draining"
 
 
@@ -51,7 +51,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ServiceStatistics:
-    """Counters since the start and gauges of now; names as in the tiers' Load messages."""
+    """Counters since the start and current gauges; names as in the tiers' Load messages."""
 
     num_open_generations: int = 0
     num_idle_sessions: int = 0

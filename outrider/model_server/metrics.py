@@ -1,8 +1,7 @@
-"""What a replica of either model tier counts, and how it reads as metrics.
+"""Metrics of a replica, for both model tiers.
 
-Passes are told by the worker, on the device thread; failures by the streams, on the event loop; the
-rest is what the service says of itself anyway. Read on the scraper's thread. Knows no model, no
-stream and nothing of how metrics are served.
+The worker reports passes on the device thread, the streams report failures on the event loop. All
+other values come from the service's statistics. `readings` is called on the scraper's thread.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.distribution import Distribution
 from outrider.telemetry.exposition import Reading
 
-# Of both tiers, or of the one whose statistics have the field.
+# Metrics of both tiers, or of the one tier whose statistics have the field.
 _STATISTICS = {
     metrics.OPEN_GENERATIONS: "num_open_generations",
     metrics.IDLE_SESSIONS: "num_idle_sessions",
@@ -31,7 +30,7 @@ _STATISTICS = {
 
 
 class ModelServerMetrics:
-    """Of one replica. Before its model is loaded it has little to tell."""
+    """Counters and histograms of one replica. Few have values before the model is loaded."""
 
     def __init__(self, tier: str, status: ReplicaStatus) -> None:
         self._tier = tier
@@ -48,21 +47,21 @@ class ModelServerMetrics:
         self._statistics, self._kv_capacity_tokens = statistics, kv_capacity_tokens
 
     def observe_pass(self, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """A forward pass with what was drawn from it; the device thread's."""
+        """Records a forward pass and the sampling after it. Called on the device thread."""
         self._rows.observe(num_rows)
         self._tokens.observe(num_tokens)
         self._steps.observe(seconds)
 
     def observe_failure(self, reason: FailureReason) -> None:
-        """A generation failed here, and was told so; the event loop's."""
+        """Counts a generation that failed here. Called on the event loop."""
         self._failures[reason.value] += 1
 
     def readings(self) -> Iterator[Reading]:
-        """All that the replica has to tell; on any thread."""
-        tier, told = self._tier, self._status.state
+        """All metrics of the replica; may be called on any thread."""
+        tier, current = self._tier, self._status.state
         yield Reading(
             metrics.REPLICA_STATE,
-            {(tier, state.value): float(state is told) for state in ReplicaState},
+            {(tier, state.value): float(state is current) for state in ReplicaState},
         )
         failures = dict(self._failures)
         yield Reading(metrics.FAILURES, {(tier, name): num for name, num in failures.items()})
@@ -70,14 +69,14 @@ class ModelServerMetrics:
         yield Reading.by(metrics.BATCH_TOKENS, {tier: self._tokens})
         yield Reading.by(metrics.STEP_SECONDS, {tier: self._steps})
         if self._statistics is not None:
-            yield from self._of_statistics(self._statistics())
+            yield from self._load_readings(self._statistics())
 
-    def _of_statistics(self, said: ServiceStatistics) -> Iterator[Reading]:
+    def _load_readings(self, statistics: ServiceStatistics) -> Iterator[Reading]:
         capacity = self._kv_capacity_tokens
-        usage = said.kv_used_tokens / capacity if capacity else 0.0
+        usage = statistics.kv_used_tokens / capacity if capacity else 0.0
         yield Reading.by(metrics.KV_CACHE_USAGE, {self._tier: usage})
         yield Reading.by(metrics.KV_CACHE_CAPACITY_TOKENS, {self._tier: capacity})
         for metric, field in _STATISTICS.items():
-            if (value := getattr(said, field, None)) is not None:
+            if (value := getattr(statistics, field, None)) is not None:
                 labels = (self._tier,) if metric.labels else ()
                 yield Reading(metric, {labels: value})

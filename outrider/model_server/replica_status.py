@@ -1,6 +1,6 @@
-"""The one owner of a replica's state: what probes, the registry and every stream are told.
+"""State of a replica: the single source for health probes, the registry and every stream.
 
-Knows nothing of how it is told. Lives on the event loop.
+Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 
 from outrider.replica import ReplicaState
 
-# Is called on the event loop, must neither block nor raise.
-Follower = Callable[[ReplicaState], None]
+# Called on the event loop; must neither block nor raise.
+StateListener = Callable[[ReplicaState], None]
 
 
 class ReplicaStatus:
-    """starting → ready → draining; stuck or failing while the device is, whatever else holds."""
+    """starting → ready → draining. Stuck and failing take precedence over these."""
 
     def __init__(self) -> None:
         self._is_serving = self._is_draining = self._is_stuck = self._is_failing = False
-        self._told = ReplicaState.STARTING
-        self._followers: list[Follower] = []
-        self._changed = asyncio.Event()
+        self._published = ReplicaState.STARTING
+        self._listeners: list[StateListener] = []
+        self._change = asyncio.Event()
 
     @property
     def state(self) -> ReplicaState:
@@ -35,46 +35,46 @@ class ReplicaStatus:
         return ReplicaState.READY if self._is_serving else ReplicaState.STARTING
 
     def serve(self) -> None:
-        """From now on generations are taken."""
+        """Accepts generations from now on."""
         self._is_serving = True
-        self._tell()
+        self._publish()
 
     def drain(self) -> None:
-        """From now on no new ones; for ever."""
+        """Accepts no new generations from now on. Cannot be undone."""
         self._is_draining = True
-        self._tell()
+        self._publish()
 
     def set_stuck(self, is_stuck: bool) -> None:
         self._is_stuck = is_stuck
-        self._tell()
+        self._publish()
 
     def set_failing(self, is_failing: bool) -> None:
         self._is_failing = is_failing
-        self._tell()
+        self._publish()
 
-    async def change(self) -> None:
-        """Returns after the next change; who has awaited something else looks at `state` first."""
-        self._changed.clear()
-        await self._changed.wait()
+    async def changed(self) -> None:
+        """Returns after the next change. Check `state` first if anything else was awaited."""
+        self._change.clear()
+        await self._change.wait()
 
     @property
-    def has_followers(self) -> bool:
-        return bool(self._followers)
+    def has_listeners(self) -> bool:
+        return bool(self._listeners)
 
     @contextlib.contextmanager
-    def followed_by(self, follower: Follower) -> Iterator[None]:
-        """Told the state at once, then each change in the instant it happens."""
-        self._followers.append(follower)
+    def listened_by(self, listener: StateListener) -> Iterator[None]:
+        """Calls the listener with the state at once, then immediately at each change."""
+        self._listeners.append(listener)
         try:
-            follower(self.state)
+            listener(self.state)
             yield
         finally:
-            self._followers.remove(follower)
+            self._listeners.remove(listener)
 
-    def _tell(self) -> None:
-        if self.state is self._told:
+    def _publish(self) -> None:
+        if self.state is self._published:
             return
-        self._told = self.state
-        self._changed.set()
-        for follower in tuple(self._followers):
-            follower(self._told)
+        self._published = self.state
+        self._change.set()
+        for listener in tuple(self._listeners):
+            listener(self._published)

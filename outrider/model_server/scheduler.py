@@ -1,8 +1,8 @@
-"""Continuous batching, for both tiers: commands gather while a step runs; the next takes them all.
+"""Continuous batching for both tiers: commands queue while a step runs; the next step takes all.
 
-The batch is whatever has gathered; a service may wait a moment for those it has just answered. Owns
-the hand-over between event loop and device thread and the routing of results to the streams they
-belong to. Knows neither protobuf nor what a step does; lives on the event loop.
+Owns the hand-over between event loop and device thread, and routes results to their streams. A
+service may wait briefly for the generations it has just answered. What a step does is up to the
+`Worker`. Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Generic, Protocol, TypeVar
 from outrider.engine.device_thread import DeviceThread
 from outrider.errors import CapacityExceeded
 
-# How often an idle service looks for what it kept too long.
+# How often an idle service frees expired sessions.
 TIDY_INTERVAL_S = 5.0
-# However long a step: those who wait for their draft do not come back at once.
+# Upper bound, however long a step takes: generations that wait for a draft do not return at once.
 MAX_REJOIN_S = 0.005
-# A stream that has more than this waiting is not read further: gRPC's flow control takes over.
+# At this many queued commands no stream is read further; gRPC's flow control takes over.
 MAX_PENDING_COMMANDS = 16_384
-# One for each orchestrator that uses the replica, and those that are coming and going.
+# One for each orchestrator that uses the replica, plus those that connect and disconnect.
 MAX_STREAMS = 1_024
 
 
 @dataclass(frozen=True)
 class GenerationKey:
-    """`peer_id`: one stream of one orchestrator. `generation_id`: its name on that stream."""
+    """`peer_id`: one stream of one orchestrator. `generation_id`: its id on that stream."""
 
     peer_id: int
     generation_id: int
@@ -48,47 +48,49 @@ ResultIn = TypeVar("ResultIn", bound=Keyed, contravariant=True)
 
 
 class Worker(Protocol[CommandIn, ResultOut]):
-    """The device thread's half of a service."""
+    """The part of a service that runs on the device thread."""
 
     @property
     def has_work(self) -> bool:
-        """Whether a step without commands would do something."""
+        """Whether a step without commands would have work to do."""
 
     @property
     def num_open(self) -> int:
-        """Generations that are open."""
+        """Number of open generations."""
 
     def prepare(self, budget_s: float) -> None:
-        """Before the first step; takes about so long."""
+        """Runs before the first step; takes about `budget_s`."""
 
     def step(
         self, commands: Sequence[CommandIn], is_interrupted: Callable[[], bool]
     ) -> Sequence[ResultOut]:
-        """Applies the commands in order, works until there are results. Raises for none of them.
+        """Applies the commands in order, then works until there are results.
 
-        Returns after the batch under way once `is_interrupted`, which any thread may call.
+        Returns after the running batch once `is_interrupted`, which any thread may call. Never
+        raises because of a single command.
         """
 
     def tidy(self) -> None:
-        """For idle moments."""
+        """Periodic cleanup; called while the service is idle."""
 
 
 class Peer(Protocol[ResultIn]):
-    """Who gets a stream's results; called on the event loop, must not block."""
+    """Receives a stream's results. Called on the event loop; must not block."""
 
     def deliver(self, results: Sequence[ResultIn]) -> None: ...
 
 
 class Scheduler(Generic[Command, Result]):
-    """One per service; `run` is its only task."""
+    """One per service. `run` is its only task."""
 
     def __init__(
         self, worker: Worker[Command, Result], device: DeviceThread, *, rejoin_share: float = 0.0
     ) -> None:
-        """`rejoin_share` of a step is waited at most for those it answered to be back.
+        """Waits at most `rejoin_share` of a step for the answered generations' next requests.
 
-        For a service whose generations ask again at once. A step that left without them would take
-        the others alone, and they the next: two cohorts for ever, and twice the steps.
+        For a service whose generations ask again at once. A step that left without them would
+        serve only the others. The sessions would settle into two alternating batches and need twice
+        the steps.
         """
         self._worker = worker
         self._rejoin_share = rejoin_share
@@ -99,19 +101,19 @@ class Scheduler(Generic[Command, Result]):
         self._taken = asyncio.Event()
 
     def attach(self, peer_id: int, peer: Peer[Result]) -> None:
-        """Raises CapacityExceeded."""
+        """Registers a stream. Raises CapacityExceeded at MAX_STREAMS."""
         if len(self._peers) >= MAX_STREAMS:
-            raise CapacityExceeded(f"{MAX_STREAMS} streams are open, the most allowed")
+            raise CapacityExceeded(f"{MAX_STREAMS} streams are open, the maximum")
         self._peers[peer_id] = peer
 
     def detach(self, peer_id: int, last_commands: Iterable[Command]) -> None:
-        """The stream has ended: its results go nowhere; `last_commands` free what it held."""
+        """Removes an ended stream: drops its results; `last_commands` free its resources."""
         self._peers.pop(peer_id, None)
         self._pending.extend(last_commands)
         self._wake.set()
 
     async def submit(self, commands: Iterable[Command]) -> None:
-        """Queues commands for the next step, once there is room."""
+        """Queues commands for the next step; waits while the queue is full."""
         while len(self._pending) >= MAX_PENDING_COMMANDS:
             self._taken.clear()
             await self._taken.wait()
@@ -120,15 +122,15 @@ class Scheduler(Generic[Command, Result]):
 
     @property
     def is_idle(self) -> bool:
-        """Nothing waits, and no generation is open."""
+        """Whether no command is queued and no generation is open."""
         return not (self._pending or self._worker.has_work or self._worker.num_open)
 
     async def prepare(self, budget_s: float) -> None:
-        """To be awaited before `run`; takes about so long."""
+        """Must be awaited before `run`; takes about `budget_s`."""
         await self._device.run(self._worker.prepare, budget_s)
 
     async def run(self) -> None:
-        """Steps while there is work; ends by cancellation."""
+        """Runs steps while there is work, until cancelled."""
         while True:
             if not self._pending and not self._worker.has_work:
                 await self._idle()
@@ -136,21 +138,21 @@ class Scheduler(Generic[Command, Result]):
             self._wake.clear()
             self._taken.set()
             started_at = time.monotonic()
-            results = await self._device.run(self._worker.step, commands, self._has_news)
+            results = await self._device.run(self._worker.step, commands, self._has_commands)
             self._deliver(results)
             if results and self._rejoin_share:
                 step_s = time.monotonic() - started_at
-                await self._rejoined({result.key for result in results}, step_s)
+                await self._wait_for_rejoin({result.key for result in results}, step_s)
 
-    async def _rejoined(self, answered: set[GenerationKey], step_s: float) -> None:
-        """Returns when all of them have asked again or ended, or it would cost too much."""
+    async def _wait_for_rejoin(self, answered: set[GenerationKey], step_s: float) -> None:
+        """Returns when each has sent a command, or when the longest useful wait is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(self._rejoin_share * step_s, MAX_REJOIN_S)):
                 while not answered <= {command.key for command in self._pending}:
                     self._wake.clear()
                     await self._wake.wait()
 
-    def _has_news(self) -> bool:
+    def _has_commands(self) -> bool:
         return bool(self._pending)
 
     async def _idle(self) -> None:
@@ -165,6 +167,6 @@ class Scheduler(Generic[Command, Result]):
         by_peer: dict[int, list[Result]] = {}
         for result in results:
             by_peer.setdefault(result.key.peer_id, []).append(result)
-        for peer_id, theirs in by_peer.items():
-            if peer := self._peers.get(peer_id):  # else its stream has ended
-                peer.deliver(theirs)
+        for peer_id, stream_results in by_peer.items():
+            if peer := self._peers.get(peer_id):  # otherwise its stream has ended
+                peer.deliver(stream_results)

@@ -1,14 +1,15 @@
-"""Which session owns which keys and values, on either tier: live generations and kept ones.
+"""KV ownership by session, for both tiers: live generations and idle sessions.
 
-A generation is live between open and close, and reserves pages as it grows. A session's KV may be
-kept for its next turn and is then evicted, least recently used first, when a live one needs room.
-Fencing: a later epoch
-of a session displaces an earlier one, never the reverse; the same epoch is its owner come again
-over a new stream. Knows nothing of rows, drafts or the wire.
+A generation is live between open and close and reserves pages as it grows. A closed session's KV
+may stay cached for its next turn. Such idle sessions are evicted, least recently used first, when
+a live generation needs pages.
 
-What is kept has a name and is exact to the token, so that a row can speak of it by length alone;
-the prefix cache has full pages for anybody with the same tokens. Both hold the same pages: what is
-kept and then evicted or expired is found again by its tokens, as long as its room is not wanted.
+Fencing: a later epoch of a session displaces an earlier one, never the reverse. The same epoch is
+its owner that has reconnected over a new stream.
+
+An idle session's KV is found by session id and is exact to the token, so a request can refer to it
+by its length. The prefix cache holds full pages and serves any generation with the same tokens.
+Both share pages: an evicted session is still found by its tokens until its pages are needed.
 Lives on the device thread.
 """
 
@@ -33,10 +34,10 @@ Urgency = tuple[int, float, int]
 
 @dataclass(eq=False)
 class LiveGeneration(Generic[State]):
-    """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is held.
+    """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is in the pages.
 
-    `urgency`: priority, start, number; of two that lack room the greater one gives way. `has_room`:
-    it has reserved pages, so it has something to give.
+    `urgency`: priority, start time, number. When pages run out, the generation with the greatest
+    urgency tuple is preempted. `has_room`: it has reserved pages, so preempting it frees some.
     """
 
     session_id: str
@@ -57,17 +58,17 @@ class _CachedSession:
 
 
 class SessionTable(Generic[State]):
-    """All sessions of one replica; `state` is what the service hangs on a live generation."""
+    """All sessions of one replica. `state` is the service's own data for a live generation."""
 
     def __init__(self, store: KVStore, idle_ttl_s: float, *, prefix_cache: bool = True) -> None:
         self._store = store
         self._idle_ttl_s = idle_ttl_s
         self._prefix_cache = prefix_cache
         self._live: dict[str, LiveGeneration[State]] = {}
-        self._kept: OrderedDict[str, _CachedSession] = OrderedDict()
+        self._idle: OrderedDict[str, _CachedSession] = OrderedDict()
         self.num_opened = 0
         self.num_closed = 0
-        # Context tokens that the prefix cache was asked for, and those it had.
+        # Context tokens looked up in the prefix cache, and those found.
         self.num_prefix_queried = 0
         self.num_prefix_hits = 0
 
@@ -76,8 +77,8 @@ class SessionTable(Generic[State]):
         return len(self._live)
 
     @property
-    def num_kept(self) -> int:
-        return len(self._kept)
+    def num_idle(self) -> int:
+        return len(self._idle)
 
     def live_sessions(self) -> Iterable[LiveGeneration[State]]:
         return self._live.values()
@@ -94,33 +95,35 @@ class SessionTable(Generic[State]):
         started: tuple[int, float],
         state: State,
     ) -> LiveGeneration[State]:
-        """Begins with kept KV of epoch `kept_epoch` (None: of any); reserves nothing yet.
+        """Opens a generation on the idle session's KV if its epoch is `kept_epoch` (None: any).
 
-        It can become `max_len` tokens long. `started`: its priority, and when it was begun. The
-        caller closes a live generation of the session first (`find`). Raises LeaseLost if that one
-        is of a later epoch.
+        Reserves no pages yet; the sequence can grow to `max_len` tokens. `started`: priority and
+        start time. A live generation of the session must be closed first (`find`). Raises LeaseLost
+        if that one has a later epoch.
         """
         self.expire()
         live = self._live.get(session_id)
         if live is not None:
             if live.epoch > epoch:
-                raise LeaseLost(f"session {session_id} is held by epoch {live.epoch}, not {epoch}")
+                raise LeaseLost(
+                    f"session {session_id} belongs to epoch {live.epoch}, later than {epoch}"
+                )
             self.close(live, keep=False)
-        kept = self._kept.pop(session_id, None)
-        if kept is not None and kept_epoch not in (None, kept.epoch):
-            self._store.free(kept.sequence)
-            kept = None
+        idle = self._idle.pop(session_id, None)
+        if idle is not None and kept_epoch not in (None, idle.epoch):
+            self._store.free(idle.sequence)
+            idle = None
         token_ids = np.zeros(max_len, np.int64)
-        if kept is None:
+        if idle is None:
             sequence = self._store.open(0, max_len)
         else:
-            sequence = kept.sequence
+            sequence = idle.sequence
             self._store.unpark(sequence, max_len)
-            num_kept = min(sequence.length, max_len)
-            token_ids[:num_kept] = kept.token_ids[:num_kept]
+            cached_len = min(sequence.length, max_len)
+            token_ids[:cached_len] = idle.token_ids[:cached_len]
         urgency = (*started, self.num_opened)
         opened = LiveGeneration(session_id, epoch, urgency, sequence, token_ids, state)
-        opened.has_room = kept is not None
+        opened.has_room = idle is not None
         if sequence.length > max_len:
             self.cut(opened, max_len)
         self._live[session_id] = opened
@@ -128,9 +131,9 @@ class SessionTable(Generic[State]):
         return opened
 
     def cut(self, live: LiveGeneration[State], length: int) -> None:
-        """Forgets the tokens from `length` on; all of them where that would take pages.
+        """Drops the tokens from `length` on; all tokens if truncating needs pages and none is free.
 
-        It takes pages where others share those that would be written again.
+        A page that is shared with others must be replaced before it can be written again.
         """
         if length == live.sequence.length:
             return
@@ -144,19 +147,19 @@ class SessionTable(Generic[State]):
     def reserve(
         self, live: LiveGeneration[State], num_tokens: int, *, context_len: int = 0, margin: int = 0
     ) -> int:
-        """Room for the first `num_tokens` tokens; then `margin` pages are left to be had.
+        """Reserves pages for the first `num_tokens` tokens and leaves `margin` pages available.
 
-        With a `context_len`, which the buffer has, it begins with what is cached of so many tokens
-        but the last one, whose logits are wanted; how many were found. Pages that it shares with
-        others need no room. To be called before they are run. Raises KVFull where there is no room
-        even without all that is kept.
+        `context_len` > 0: the sequence starts with the cached prefix of its first `context_len`
+        tokens, without the last one, whose logits are needed. Returns the number of tokens found.
+        Shared pages need no room. Must be called before the tokens are run. Evicts idle sessions;
+        raises KVFull if there is no room without them either.
         """
         sequence, store = live.sequence, self._store
-        held = sequence.length
-        is_asked = self._prefix_cache and context_len > 0
+        length = sequence.length
+        uses_prefix = self._prefix_cache and context_len > 0
         while True:
             try:
-                if is_asked:
+                if uses_prefix:
                     ids = live.token_ids[: context_len - 1]
                     num_found = store.extend_with_prefix(sequence, num_tokens, ids, margin=margin)
                 else:
@@ -164,56 +167,56 @@ class SessionTable(Generic[State]):
                     store.extend(sequence, num_tokens, margin=margin)
                 break
             except KVFull as error:
-                if not self._kept or store.to_free((), error) is None:
+                if not self._idle or store.to_free((), error) is None:
                     raise
                 self._evict()
         live.has_room = True
-        if is_asked:
-            self.num_prefix_queried += context_len - held
+        if uses_prefix:
+            self.num_prefix_queried += context_len - length
             self.num_prefix_hits += num_found
         return num_found
 
     def _evict(self) -> None:
-        _, kept = self._kept.popitem(last=False)
-        self._store.free(kept.sequence)
+        _, idle = self._idle.popitem(last=False)
+        self._store.free(idle.sequence)
 
     def touch_prefix(self, token_ids: npt.NDArray[Any]) -> None:
-        """To be called before room is reserved for these tokens: it is not made at their cost."""
+        """Marks these tokens' cached pages as recently used, so that a reservation spares them."""
         self._store.touch_prefix(token_ids)
 
     def cache_prefix(self, live: LiveGeneration[State], committed_len: int) -> None:
-        """Lets others re-use what is held of the first `committed_len` tokens.
+        """Adds the KV of the first `committed_len` tokens to the prefix cache.
 
-        Committed ones only: what may still be rolled back is not worth a place.
+        Committed tokens only: tokens that may be rolled back are not worth caching.
         """
         if self._prefix_cache:
             self._store.cache_prefix(live.sequence, live.token_ids[:committed_len])
 
     def forget_prefix(self, live: LiveGeneration[State]) -> None:
-        """What is cached of its tokens may be wrong: it is run anew by whoever has them next."""
+        """Removes its tokens from the prefix cache, because their KV may be wrong."""
         self._store.forget_prefix(live.token_ids)
 
     def close(self, live: LiveGeneration[State], *, keep: bool) -> None:
-        """Ends the generation; its KV is freed, or kept for a later turn. Once only."""
+        """Ends the generation and frees its KV, or caches it for a later turn. Idempotent."""
         if self._live.get(live.session_id) is not live:
             return
         del self._live[live.session_id]
         self.num_closed += 1
-        if keep and live.sequence.length:  # what was reserved for more tokens is not kept
+        if keep and live.sequence.length:  # pages reserved for more tokens are freed
             self._store.shrink(live.sequence, live.sequence.length)
             self._store.park(live.sequence)
-            self._kept[live.session_id] = _CachedSession(live.epoch, live.sequence, live.token_ids)
+            self._idle[live.session_id] = _CachedSession(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)
 
     def forget(self, session_id: str) -> None:
-        """Frees what is kept of the session, if anything is."""
-        kept = self._kept.pop(session_id, None)
-        if kept is not None:
-            self._store.free(kept.sequence)
+        """Frees the cached KV of an idle session, if there is any."""
+        idle = self._idle.pop(session_id, None)
+        if idle is not None:
+            self._store.free(idle.sequence)
 
     def expire(self) -> None:
-        """Frees what has been kept for longer than the time to live."""
+        """Frees idle sessions older than the time to live."""
         now = time.monotonic()
-        while self._kept and now - next(iter(self._kept.values())).since > self._idle_ttl_s:
+        while self._idle and now - next(iter(self._idle.values())).since > self._idle_ttl_s:
             self._evict()

@@ -1,8 +1,8 @@
-"""What this replica's forward passes cost: measured once at its start, corrected as it works.
+"""Cost model of this replica's forward passes: calibrated at start, corrected at every pass.
 
-A pass over n tokens of r sequences takes curve(n) + (r - 1) * row_s, times a scale that follows
-what passes really take (longer contexts, a shared machine). Orchestrators choose γ by it. Knows
-nothing of γ; lives on the device thread, `report` may be read on any.
+A pass over n tokens of r sequences takes curve(n) + (r - 1) * row_s, times a scale. The scale
+follows the measured durations (longer contexts, a shared machine). Orchestrators use the report to
+choose γ. Lives on the device thread; `report` may be read on any thread.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from outrider.engine import Append, ServedEngine
 from outrider.errors import KVFull
 from outrider.replica import CostReport, interpolated
 
-# In the order in which they are measured. The far ones first: where time is short a few points must
-# say what many tokens cost, or passes of many sessions seem as cheap as those of one.
+# In the order of measurement. Large sizes come early: if time is short, the few measured points
+# must cover many tokens. Otherwise passes of many sessions would seem as cheap as those of one.
 _CURVE_TOKENS = (1, 16, 64, 4, 256, 8, 32, 2, 128, 6, 24, 12, 48, 3, 96, 192)
 _NUM_ROWS = 8
 _CONTEXT_LEN = 32
 _NUM_REPEATS = 3
-# Points that are measured however long they take.
+# Points that are always measured, however long they take.
 _MIN_POINTS = 3
-# Of the whole time: a size that takes longer is not measured again.
+# Share of the time budget. A size that takes longer is measured only once.
 _REPEAT_SHARE = 0.1
 _SMOOTHING = 0.05
-# How much of a surprise is put down to the size of the pass rather than to the machine.
-_BENDING = 0.02
-# What must have changed for orchestrators to be told.
-_NEWS_RATIO = 0.03
-_NEWS_INTERVAL_S = 0.25
+# Share of a deviation that is attributed to the size of the pass instead of the machine.
+_CURVE_SMOOTHING = 0.02
+# Relative change that is reported to orchestrators.
+_MIN_CHANGE = 0.03
+_REPORT_INTERVAL_S = 0.25
 
 
 class StepCosts:
-    """`calibrate` once, `observe` every pass.
+    """Step costs. Call `calibrate` once, then `observe` for every pass.
 
-    `counts_rows`: the mean number of rows is one over rows, what each finds itself among; else one
-    over passes. The first where a row is a generation, the second where one may have many.
+    `counts_rows`: the reported mean number of rows is weighted by rows: the batch size that a row
+    sees. Otherwise it is a mean over passes. Use the former where a row is a generation, the latter
+    where a generation may have several rows.
     """
 
     def __init__(self, *, counts_rows: bool = False) -> None:
@@ -48,21 +49,21 @@ class StepCosts:
         self._seconds = [0.0]
         self._row_s = 0.0
         self._scale = 1.0
-        # Of all rows, and of their squares.
+        # Means of the number of rows and of its square.
         self._mean_num_rows = self._mean_square_rows = 1.0
         self._reported_at = 0.0
         self.report = self._make_report()
 
     def calibrate(self, engine: ServedEngine, max_tokens: int, budget_s: float = 3.0) -> None:
-        """Times passes of 1 ... max_tokens tokens; leaves the engine's memory as it was.
+        """Measures passes of 1 to max_tokens tokens; leaves the engine's memory unchanged.
 
-        No further size is begun after `budget_s`: a slow model has few points, and is the steadier.
+        Starts no further size after `budget_s`, so a slow model gets few points.
         """
-        give_up_at = time.monotonic() + budget_s
+        deadline = time.monotonic() + budget_s
         repeat_s = budget_s * _REPEAT_SHARE
         points: dict[int, float] = {}
         for num_tokens in _CURVE_TOKENS:
-            if time.monotonic() > give_up_at and len(points) >= _MIN_POINTS:
+            if time.monotonic() > deadline and len(points) >= _MIN_POINTS:
                 break
             if num_tokens <= max_tokens:
                 seconds = _time_pass(engine, [num_tokens], repeat_s)
@@ -70,7 +71,7 @@ class StepCosts:
                     points[num_tokens] = seconds
         if not points:
             return
-        # A shorter pass never takes more: what seems so was disturbed, and noise only adds.
+        # A smaller pass never takes longer. Noise only adds time, so the minimum is right.
         sizes = sorted(points)
         self._tokens = [float(n) for n in sizes]
         self._seconds = np.minimum.accumulate([points[n] for n in sizes[::-1]])[::-1].tolist()
@@ -80,32 +81,32 @@ class StepCosts:
         self.report = self._make_report()
 
     def step_s(self, num_tokens: float, num_rows: float) -> float:
-        """What a pass is expected to take now."""
+        """Expected duration of a pass now, in seconds."""
         return self._scale * (self._curve(num_tokens) + max(0.0, num_rows - 1) * self._row_s)
 
     def _curve(self, num_tokens: float) -> float:
         return interpolated(num_tokens, self._tokens, self._seconds)
 
     def observe(self, num_tokens: int, num_rows: int, seconds: float) -> None:
-        """A pass that was made; `num_rows` sequences."""
+        """Records a pass over `num_rows` sequences."""
         self._mean_num_rows += _SMOOTHING * (num_rows - self._mean_num_rows)
         self._mean_square_rows += _SMOOTHING * (num_rows**2 - self._mean_square_rows)
         expected = self.step_s(num_tokens, num_rows)
-        if expected > 0:  # a single stall must not look like a slower machine
+        if expected > 0:  # clamped: a single stall must not look like a slower machine
             ratio = min(max(seconds / expected, 0.5), 2.0)
             self._scale *= 1 + _SMOOTHING * (ratio - 1)
-            self._bend(num_tokens, 1 + _BENDING * (ratio - 1))
+            self._adjust_curve(num_tokens, 1 + _CURVE_SMOOTHING * (ratio - 1))
         now = time.monotonic()
-        if now - self._reported_at > _NEWS_INTERVAL_S:
+        if now - self._reported_at > _REPORT_INTERVAL_S:
             self._reported_at = now
-            fresh = self._make_report()
-            if _differs(fresh, self.report):
-                self.report = fresh
+            report = self._make_report()
+            if _differs(report, self.report):
+                self.report = report
 
-    def _bend(self, num_tokens: int, ratio: float) -> None:
-        """Passes of about this size take `ratio` of what the curve says; others stay.
+    def _adjust_curve(self, num_tokens: int, ratio: float) -> None:
+        """Scales the two curve points next to `num_tokens` by `ratio`.
 
-        But a longer pass never takes less: what is seen now is believed, not what was seen before.
+        The curve stays monotonic: other points are moved to fit the new measurement.
         """
         seconds = self._seconds
         right = min(bisect_left(self._tokens, num_tokens), len(seconds) - 1)
@@ -128,16 +129,16 @@ class StepCosts:
         )
 
 
-def _differs(fresh: CostReport, former: CostReport) -> bool:
-    pairs = [*zip(fresh.step_s, former.step_s, strict=False)]
-    pairs.append((fresh.mean_num_rows, former.mean_num_rows))
-    return any(abs(new - old) > _NEWS_RATIO * max(old, 1e-9) for new, old in pairs)
+def _differs(current: CostReport, previous: CostReport) -> bool:
+    pairs = [*zip(current.step_s, previous.step_s, strict=False)]
+    pairs.append((current.mean_num_rows, previous.mean_num_rows))
+    return any(abs(new - old) > _MIN_CHANGE * max(old, 1e-9) for new, old in pairs)
 
 
 def _time_pass(engine: ServedEngine, counts: list[int], repeat_s: float) -> float | None:
-    """Least seconds of a pass with so many tokens of each sequence; None without room for it.
+    """Minimum seconds of a pass with `counts[i]` tokens of sequence i; None without KV room.
 
-    Not made again once it has taken `repeat_s`.
+    Repeated only while all repetitions together take less than `repeat_s`.
     """
     context_len = min(_CONTEXT_LEN, engine.info.max_context_len // 2)
     if context_len + max(counts) > engine.info.max_context_len:

@@ -1,7 +1,7 @@
-"""One orchestrator's stream at a model service: frames in, results out, and what it leaves behind.
+"""An orchestrator's stream at a model service: frames in, results out, cleanup at the end.
 
-Knows of either tier's frames what both have: opens, closes, names to forget. Their items are read
-by subclasses. Lives on the event loop.
+Handles the parts of a frame that both tiers share: opens, closes, sessions to forget. Subclasses
+read the items. Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Command = TypeVar("Command", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
 Frame = Any
 
-# Opens, rows, commits, closes and names together. An orchestrator sends at most 256.
+# Opens, requests, commits, closes and session ids together. An orchestrator sends at most 256.
 MAX_FRAME_ITEMS = 16_384
-# Open, or refused and not closed. A replica has fewer KV pages, and takes no more than those.
+# Open, or rejected and not closed. A replica has fewer KV pages and rejects more than those.
 MAX_OPEN_GENERATIONS = 65_536
-# Heartbeats that an orchestrator may miss before its stream is ended: 10 s of its 0.5. A frame with
-# a long context may hold the others up, and what a dead orchestrator leaves is in nobody's way.
-MAX_QUIET_BEATS = 20
+# Heartbeats that an orchestrator may miss before its stream ends: 10 s at its 0.5 s interval. A
+# frame with a long context may delay heartbeats, and a dead orchestrator's KV blocks nobody.
+MAX_MISSED_HEARTBEATS = 20
 
 
 class StreamPeer(ABC, Generic[Command, Result]):
-    """`open_keys` are the generations to close when the stream ends.
+    """Server side of one stream. `open_keys` are the generations to close when the stream ends.
 
-    Closes, Forgets and Failures are among either tier's commands and results.
+    Commands of both tiers include Close and Forget; their results include Failure.
     """
 
     def __init__(self, peer_id: int) -> None:
         self.id = peer_id
-        # The replica's state goes the way of the results, so that it is told in their order.
+        # State changes go through the same queue as results, so the order is preserved.
         self.outbox: Outbox[Result | ReplicaState] = Outbox()
         self.open_keys: set[GenerationKey] = set()
         self._state = ReplicaState.READY
@@ -55,38 +55,39 @@ class StreamPeer(ABC, Generic[Command, Result]):
             self.watch.answered(results)
         self.outbox.put(results)
 
-    def tell(self, state: ReplicaState) -> None:
-        """What the replica has become."""
+    def send_state(self, state: ReplicaState) -> None:
+        """Sends a new state of the replica."""
         self._state = state
         self.outbox.put([state])
 
     def admit(self, key: GenerationKey) -> None:
-        """Notes that the generation is to be closed with the stream.
+        """Adds the generation to those that are closed with the stream.
 
-        Raises InvalidRequest, and Unavailable where the replica takes no new ones now.
+        Raises InvalidRequest if too many are open, Unavailable if the replica accepts no new ones.
         """
         if self._state in (ReplicaState.DRAINING, ReplicaState.STUCK, ReplicaState.FAILING):
-            raise Unavailable(f"the replica is {self._state.value}: it takes no generations")
+            raise Unavailable(f"the replica is {self._state.value} and accepts no generations")
         if len(self.open_keys) >= MAX_OPEN_GENERATIONS and key not in self.open_keys:
             raise InvalidRequest(
-                "generation_id", f"{len(self.open_keys)} are open on this stream, the most allowed"
+                "generation_id",
+                f"{len(self.open_keys)} generations are open on this stream, the maximum",
             )
         self.open_keys.add(key)
 
     @abstractmethod
     def opening(self, key: GenerationKey, item: Any) -> Command:
-        """Of one of the frame's opens. Raises InvalidRequest."""
+        """The command for one of the frame's opens. Raises InvalidRequest."""
 
     @abstractmethod
     def requests(self, frame: Frame) -> Iterable[Any]:
-        """What the frame asks of generations that are open."""
+        """The frame's requests to open generations."""
 
     @abstractmethod
     def request(self, key: GenerationKey, item: Any) -> Command:
-        """Of one of them. Raises InvalidRequest."""
+        """The command for one of these requests. Raises InvalidRequest."""
 
     def commands(self, frame: Frame) -> list[Command]:
-        """The frame's commands in order; what cannot be read fails its generation alone."""
+        """The frame's commands in order. An item that cannot be read fails only its generation."""
         commands: list[Any] = []
         for item in frame.opens:
             commands += self._read(self._admitted, item)
@@ -96,11 +97,11 @@ class StreamPeer(ABC, Generic[Command, Result]):
             key = GenerationKey(self.id, item.generation_id)
             self.open_keys.discard(key)
             commands.append(Close(key, keep=item.keep))
-        nobody = GenerationKey(self.id, 0)
-        return commands + [Forget(nobody, name) for name in frame.forget_session_ids]
+        no_generation = GenerationKey(self.id, 0)
+        return commands + [Forget(no_generation, name) for name in frame.forget_session_ids]
 
     def closing(self) -> list[Command]:
-        """Of all that is open, for the end of the stream."""
+        """Commands that close every open generation, for the end of the stream."""
         commands: list[Any] = [Close(key, keep=False) for key in self.open_keys]
         return commands
 
@@ -114,7 +115,7 @@ class StreamPeer(ABC, Generic[Command, Result]):
             return [parse(key, item)]
         except InvalidRequest as error:
             self._fail(Failure(key, FailureReason.BAD_MESSAGE, str(error)))
-            return [Close(key, keep=False)]  # should the id be in use
+            return [Close(key, keep=False)]  # the id may be in use
         except Unavailable as error:
             self._fail(Failure(key, FailureReason.DRAINING, str(error)))
             return []
@@ -133,33 +134,33 @@ async def serve_stream(
     status: ReplicaStatus,
     watch: StreamTelemetry,
 ) -> None:
-    """Reads and writes independently: reading a frame never waits for a step.
+    """Serves one stream; reading and writing are independent, so reading never waits for a step.
 
-    `costs` are told with the frame after each change, the state at the start and at each change.
+    Sends `costs` after each change, and the state at the start and at each change.
     """
 
     async def read(frame: Frame) -> None:
         if frame.heartbeat_ms:
             heartbeat.begin(frame.heartbeat_ms)
         with heartbeat.busy():
-            await peer.outbox.room()  # who asks and does not listen waits
+            await peer.outbox.room()  # backpressure for a peer that does not read its answers
             _check_size(frame)
             watch.read(frame)
             await scheduler.submit(peer.commands(frame))
 
     writer = StreamWriter(context)
-    heartbeat = Heartbeat(peer.outbox, MAX_QUIET_BEATS)
-    told = costs()  # with the model's description, before the stream
+    heartbeat = Heartbeat(peer.outbox, MAX_MISSED_HEARTBEATS)
+    reported = costs()  # the first report was sent with ModelInfo, before the stream
     async with translated(context):
         scheduler.attach(peer.id, peer)
         peer.watch = watch
         try:
-            with status.followed_by(peer.tell):
+            with status.listened_by(peer.send_state):
                 async with heartbeat, StreamCall(frames, read, peer.outbox):
                     async for items in peer.outbox.batches():
-                        frame = _answer(items, to_frame)
-                        if (report := costs()) is not told:
-                            told = report
+                        frame = _response_frame(items, to_frame)
+                        if (report := costs()) is not reported:
+                            reported = report
                             frame.costs.CopyFrom(costs_to_proto(report))
                         await writer.write(frame)
         finally:
@@ -167,7 +168,7 @@ async def serve_stream(
             watch.closed()
 
 
-def _answer(
+def _response_frame(
     items: Sequence[Result | ReplicaState], to_frame: Callable[[Sequence[Result]], Frame]
 ) -> Frame:
     frame = to_frame([item for item in items if not isinstance(item, ReplicaState)])
@@ -178,7 +179,7 @@ def _answer(
 
 
 def _check_size(frame: Frame) -> None:
-    """Raises InvalidRequest, which ends the stream: whose item is one too many nobody can say."""
+    """Raises InvalidRequest, which ends the stream: no single generation is at fault."""
     counts = {field.name: len(items) for field, items in frame.ListFields() if field.is_repeated}
     if sum(counts.values()) > MAX_FRAME_ITEMS:
         most = max(counts, key=lambda name: counts[name])

@@ -1,7 +1,7 @@
-"""What a model service's streams carry, as operators see it: failures counted, requests traced.
+"""Telemetry of a model service's streams: counts failures and traces requests.
 
-Told of frames and results as they pass; does nothing to them. Reads of frames only what both tiers'
-have alike: opens, what is asked for, closes. Lives on the event loop.
+Observes frames and results without changing them. Reads only the fields that both tiers' frames
+share: opens, requests, closes. Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from outrider.telemetry.tracing import NO_TRACING, Span, Tracing
 
 Frame = Any
 Item = Any
-# Whatever a stranger sends.
+# Session ids in traces are cut: they come from the peer.
 _MAX_ID_CHARS = 128
-# The items of a frame that want an answer, each with its number of draft tokens.
+# A frame's items that expect an answer, each with its number of draft tokens.
 Asks = Callable[[Frame], Iterable[tuple[Item, int]]]
 
 
 @dataclass(frozen=True)
 class ReplicaTelemetry:
-    """Of one replica. `meter` None: nothing is counted."""
+    """Telemetry of one replica. `meter` None: no metrics are collected."""
 
     meter: ModelServerMetrics | None = None
     tracing: Tracing = NO_TRACING
 
     def stream(self, part: str, asks: Asks) -> StreamTelemetry:
-        """Of a new stream; `part` is what the tier does for a request, as its spans are named.
+        """Telemetry of a new stream. `part`: name prefix of the tier's spans.
 
-        `asks`: the items of a frame that want an answer, each with its number of draft tokens.
+        `asks`: a frame's items that expect an answer, each with its number of draft tokens.
         """
         return StreamTelemetry(self, part, asks)
 
 
 class StreamTelemetry:
-    """Of one stream: told in the order of what it tells."""
+    """Telemetry of one stream. Must be called in the order of frames and results."""
 
     def __init__(self, watch: ReplicaTelemetry, part: str, asks: Asks) -> None:
         self._watch = watch
         self._part = part
         self._asks = asks
-        # Of the generations that are traced, and since when they wait for an answer, with what γ.
+        # Spans of the traced generations; start time and γ of their pending requests.
         self._spans: dict[int, Span] = {}
         self._asked: dict[int, tuple[float, int]] = {}
 
     def read(self, frame: Frame) -> None:
-        """Came in."""
+        """Records a received frame."""
         for item in frame.opens:
             if item.traceparent:
                 self._opened(item)
@@ -71,7 +71,7 @@ class StreamTelemetry:
             span.set("session.id", item.session_id[:_MAX_ID_CHARS])
 
     def answered(self, results: Sequence[Any]) -> None:
-        """Goes out."""
+        """Records results before they are sent."""
         for result in results:
             number = result.key.generation_id
             if isinstance(result, Failure):
@@ -83,14 +83,14 @@ class StreamTelemetry:
                 self._spans[number].round(f"{self._part} round", asked_at, gamma=gamma)
 
     def _failed(self, number: int, reason: FailureReason) -> None:
-        if reason is FailureReason.KV_LOST:  # it is still open, and is asked again
+        if reason is FailureReason.KV_LOST:  # still open: its orchestrator sends the context again
             if number in self._spans:
                 self._spans[number].event(reason.value)
         else:
             self._end(number, reason.value)
 
     def closed(self) -> None:
-        """The stream has ended."""
+        """Ends all spans at the end of the stream."""
         for number in list(self._spans):
             self._end(number, "stream ended")
 

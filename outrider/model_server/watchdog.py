@@ -1,7 +1,7 @@
-"""Whether the device moves: an engine that says what it is at, and who watches that it goes on.
+"""Watchdog of the device thread, and an engine wrapper that reports what the device is doing.
 
-A pass that takes far longer than its like makes the replica stuck: traffic goes elsewhere until it
-ends. What nothing cures but a new process ends this one. Knows neither streams nor probes.
+A pass that takes far longer than expected makes the replica *stuck*: it gets no traffic until the
+pass ends. If it stays stuck too long, the process exits, because only a restart can help.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from outrider.sampling.params import SamplingParams
 
 log = structlog.get_logger()
 
-LOOK_INTERVAL_S = 0.1
-# However busy the machine: passes of ten times their usual time are seen, of a hundred not.
+CHECK_INTERVAL_S = 0.1
+# On a busy machine passes of ten times their usual duration occur, of a hundred times never.
 SLOWEST_RATIO = 10.0
 
 
 class WatchedEngine:
-    """The engine, telling the device thread of each pass and of what is drawn from it.
+    """Engine wrapper that notes each pass and each sampling step at the device thread.
 
-    What a pass takes may show only where its logits are read: on CUDA `forward` just asks for it.
+    On CUDA `forward` only enqueues the pass; a slow pass shows where its logits are read.
     """
 
     def __init__(self, engine: ServedEngine, device: DeviceThread) -> None:
@@ -72,9 +72,9 @@ class WatchedEngine:
 
 
 class Watchdog:
-    """Looks at the device thread; `run` is its only task, on the event loop.
+    """Watches the device thread. `run` is its only task, on the event loop.
 
-    Begun when the model is loaded and its passes are measured: neither has a time to be held to.
+    Start it after loading and calibration: neither has a time limit.
     """
 
     def __init__(
@@ -86,56 +86,58 @@ class Watchdog:
         stuck_after_s: float,
         exit_after_s: float,
     ) -> None:
-        """Stuck is what lasts `stuck_after_s` and ten times what `costs` expect of such a pass."""
+        """Stuck: longer than `stuck_after_s` plus ten times the duration expected by `costs`."""
         self._device = device
         self._status = status
         self._costs = costs
         self._stuck_after_s = stuck_after_s
         self._exit_after_s = exit_after_s
         self._seen: Activity | None = None
-        # How long the thread has been at what was seen last; and since when, where that is stuck.
-        self._still_s = 0.0
-        self._stuck_s: float | None = None
+        # Time spent in the last seen activity, and since it was found stuck.
+        self._activity_s = 0.0
+        self._stuck_for_s: float | None = None
 
     async def run(self) -> None:
-        """Ends by cancellation. Raises InternalError where it was stuck for `exit_after_s`."""
-        looked_at = time.monotonic()
+        """Runs until cancelled. Raises InternalError after `exit_after_s` of being stuck."""
+        checked_at = time.monotonic()
         while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             now = time.monotonic()
-            # A process that was stopped as a whole (SIGSTOP, a suspended machine) is not stuck.
-            self._look(min(now - looked_at, 5 * LOOK_INTERVAL_S))
-            looked_at = now
+            # Clamped: a process stopped as a whole (SIGSTOP, suspended machine) is not stuck.
+            self._check(min(now - checked_at, 5 * CHECK_INTERVAL_S))
+            checked_at = now
 
-    def _look(self, passed_s: float) -> None:
+    def _check(self, elapsed_s: float) -> None:
         activity = self._device.activity
         if activity is None or activity is not self._seen:
-            self._moved()
-            self._seen, self._still_s = activity, 0.0
+            self._clear_stuck()
+            self._seen, self._activity_s = activity, 0.0
             return
-        self._still_s += passed_s
-        if self._stuck_s is not None:
-            self._stuck_s += passed_s
-            if self._stuck_s > self._exit_after_s:
+        self._activity_s += elapsed_s
+        if self._stuck_for_s is not None:
+            self._stuck_for_s += elapsed_s
+            if self._stuck_for_s > self._exit_after_s:
                 raise InternalError(
                     f"the device is stuck: {activity.call} ({activity.part}) has not ended for "
-                    f"{self._still_s:.1f} s"
+                    f"{self._activity_s:.1f} s"
                 )
-        elif self._still_s > self._limit_s(activity):
-            self._got_stuck(activity)
+        elif self._activity_s > self._limit_s(activity):
+            self._set_stuck(activity)
 
     def _limit_s(self, activity: Activity) -> float:
         if not activity.num_rows:
             return self._stuck_after_s
         costs, num_tokens = self._costs(), activity.num_tokens
-        # Beyond what was measured the curve may be steeper than its end: a slow model has been
-        # timed with a few tokens, which cost it no more than one, and then reads a long prompt.
-        most = costs.num_tokens[-1]
-        pass_s = costs.pass_s(min(num_tokens, most), activity.num_rows) * max(1, num_tokens / most)
+        # Scaled linearly beyond the last measured point. A slow model was measured with few tokens,
+        # which cost no more than one, and may then read a long prompt.
+        max_measured = costs.num_tokens[-1]
+        pass_s = costs.pass_s(min(num_tokens, max_measured), activity.num_rows) * max(
+            1, num_tokens / max_measured
+        )
         return self._stuck_after_s + SLOWEST_RATIO * pass_s
 
-    def _got_stuck(self, activity: Activity) -> None:
-        self._stuck_s = 0.0
+    def _set_stuck(self, activity: Activity) -> None:
+        self._stuck_for_s = 0.0
         log.error(
             "replica_stuck",
             call=activity.call,
@@ -147,9 +149,9 @@ class Watchdog:
         )
         self._status.set_stuck(True)
 
-    def _moved(self) -> None:
-        if self._stuck_s is None:
+    def _clear_stuck(self) -> None:
+        if self._stuck_for_s is None:
             return
-        log.warning("replica_moves_again", stuck_s=round(self._stuck_s, 3))
-        self._stuck_s = None
+        log.warning("replica_moves_again", stuck_s=round(self._stuck_for_s, 3))
+        self._stuck_for_s = None
         self._status.set_stuck(False)

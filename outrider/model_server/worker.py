@@ -1,8 +1,7 @@
-"""The device thread's half of a model service, as far as both tiers are alike.
+"""Base class of both tiers' workers: the part of a model service that runs on the device thread.
 
-A step applies what has come in, then does one batch of work; whatever goes wrong for one generation
-fails that one by name, and the service lives. Owns the sessions' KV. Knows neither rows nor chains,
-no streams and no protobuf; every method is called on the device thread.
+A step applies the queued commands, then runs one batch. An error fails only the generations that it
+concerns, with a reason. Owns the sessions' KV. Every method is called on the device thread.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from outrider.model_server.step_costs import StepCosts
 
 log = structlog.get_logger()
 
-# One page in so many is left free when a generation begins, for those that run to grow into.
+# When a generation begins, 1/100 of the pages stays free, for running generations to grow into.
 _MARGIN_SHARE = 100
 
 _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
@@ -49,13 +48,13 @@ _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
     (InvalidRequest, FailureReason.BAD_MESSAGE),
     (NonFiniteLogits, FailureReason.NON_FINITE),
 )
-# The device's or ours: what such a generation left in the prefix cache may be wrong.
+# Our defects or the device's: what the generation left in the prefix cache may be wrong.
 _DEFECTS = (FailureReason.INTERNAL, FailureReason.NON_FINITE)
 
 
 @dataclass(frozen=True)
 class Reclaimable:
-    """KV that may be given up for another generation: `give_up` frees the sequences."""
+    """KV that can be freed for another generation: `give_up` frees the sequences."""
 
     sequences: Collection[KVSequence]
     give_up: Callable[[], None]
@@ -68,7 +67,7 @@ Work = TypeVar("Work", bound=Keyed)
 
 
 class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
-    """`State` is what the service hangs on a generation, `Work` a generation's part of a batch."""
+    """`State`: the service's data of a generation. `Work`: a generation's part of a batch."""
 
     def __init__(
         self,
@@ -86,15 +85,15 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self._max_step_tokens = max_step_tokens
         self._num_prefill_tokens = 0
         self._num_preempted = 0
-        # Of generations that lost their room since the last results.
+        # Failures of generations preempted since the last results.
         self._failures: list[Failure] = []
         self.costs = costs
         self.health = PassHealth()
-        # Told of every pass, where somebody counts.
+        # None if no metrics are collected.
         self.meter: ModelServerMetrics | None = None
 
     def prepare(self, budget_s: float) -> None:
-        """Measures what passes cost, before anything is served."""
+        """Calibrates the step costs, before the service starts."""
         self.costs.calibrate(self._engine, self._max_step_tokens, budget_s)
 
     def _observe(self, appends: Sequence[Append], seconds: float) -> None:
@@ -110,9 +109,9 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def step(
         self, commands: Sequence[CommandType], is_interrupted: Callable[[], bool]
     ) -> list[Result | Failure]:
-        """Applies the commands in order, then works until there is something to tell.
+        """Applies the commands in order, then runs batches until there are results.
 
-        Ends after the batch under way when `is_interrupted`: new commands have come.
+        Returns after the running batch if `is_interrupted`: new commands have arrived.
         """
         results: list[Result | Failure] = []
         for command in commands:
@@ -149,21 +148,21 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     @property
     @abstractmethod
     def has_work(self) -> bool:
-        """Whether a batch would do something."""
+        """Whether a batch would have work to do."""
 
     def tidy(self) -> None:
-        """Frees what was kept too long and checks the KV accounting; for idle moments."""
+        """Frees expired sessions and checks the KV accounting; called while idle."""
         self._table.expire()
         self._engine.store.check_integrity()
 
     def statistics(self) -> ServiceStatistics:
-        """May be called on any thread: numbers of some recent moment."""
+        """Recent statistics; may be called on any thread."""
         return ServiceStatistics(**self._counts())
 
     def _counts(self) -> dict[str, Any]:
         return {
             "num_open_generations": self._table.num_live,
-            "num_idle_sessions": self._table.num_kept,
+            "num_idle_sessions": self._table.num_idle,
             "num_opened_total": self._table.num_opened,
             "num_closed_total": self._table.num_closed,
             "kv_used_tokens": self._engine.store.used_tokens,
@@ -173,12 +172,12 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         }
 
     def _take_over(self, session_id: str, epoch: int) -> list[Failure]:
-        """Ends the session's live generation, unless it is a later one; it is told why."""
-        former = self._table.find(session_id)
-        if former is None or former.epoch > epoch:
+        """Displaces the session's live generation unless its epoch is later."""
+        live = self._table.find(session_id)
+        if live is None or live.epoch > epoch:
             return []
-        why = f"epoch {epoch} took over session {session_id}"
-        return [self._fail(former.state.key, FailureReason.DISPLACED, why)]
+        why = f"session {session_id} was taken over by epoch {epoch}"
+        return [self._fail(live.state.key, FailureReason.DISPLACED, why)]
 
     def _opened(
         self,
@@ -189,14 +188,16 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         started: tuple[int, float],
         state: State,
     ) -> LiveGeneration[State]:
-        """As SessionTable.open; a live generation of the session ends, and is told.
+        """Like SessionTable.open, but displaces a live generation of the session.
 
-        Raises KVFull where as many are open as there are pages: each will want one at least.
+        Raises KVFull if as many generations are open as there are pages: each needs at least one.
         """
         self._failures += self._take_over(session_id, epoch)
         num_pages = self._engine.store.num_pages
         if self._table.num_live >= num_pages:
-            raise KVFull(f"{num_pages} generations are open, one for each KV page", num_pages + 1)
+            raise KVFull(
+                f"{num_pages} generations are open, as many as there are KV pages", num_pages + 1
+            )
         return self._table.open(session_id, epoch, kept_epoch, max_len, started, state)
 
     def _reserve(
@@ -207,15 +208,15 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         context_len: int = 0,
         preempts: bool = True,
     ) -> int | None:
-        """As SessionTable.reserve, for a row that is to be in the next pass.
+        """Like SessionTable.reserve, for a request of the next pass.
 
-        Where there is no room, generations of greater urgency values lose theirs; one that begins
-        does so only if it `preempts`, and leaves room for those that run to grow into. None: there
-        is no room all the same, and this one has failed.
+        Preempts less urgent generations if there is no room. A generation without pages does so
+        only if it `preempts`, and leaves room for the running ones to grow. None: there is still no
+        room, and this generation has failed.
         """
         if num_tokens <= live.sequence.max_len and not context_len:
             return 0
-        # All of the last page: most rows then have their room already.
+        # Rounded up to whole pages: most later requests then need no reservation.
         num_tokens = min(pages_for(num_tokens) * PAGE_SIZE, len(live.token_ids))
         margin = 0 if live.has_room else self._margin(live, preempts=preempts)
         while True:
@@ -228,9 +229,9 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
                     return None
 
     def _margin(self, live: LiveGeneration[State], *, preempts: bool) -> int:
-        """Pages: one for each generation that runs, and one in a hundred.
+        """Pages to leave free: one for each running generation, at least 1/100 of all pages.
 
-        Those that it may preempt do not count: reserving room for them could block it indefinitely.
+        Those it may preempt do not count: reserving room for them could block it indefinitely.
         """
         num_running = sum(
             other.has_room and not (preempts and other.urgency > live.urgency)
@@ -241,7 +242,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return max(num_running, self._engine.store.num_pages // _MARGIN_SHARE)
 
     def _make_room(self, live: LiveGeneration[State], error: KVFull, *, preempts: bool) -> bool:
-        """Gives up no more than is needed, and nothing where all of it is not enough."""
+        """Frees no more than is needed, and nothing if all of it is not enough."""
         reclaims = self._reclaims(live, preempts=preempts)
         chosen = self._engine.store.to_free([each.sequences for each in reclaims], error)
         for index in chosen or ():
@@ -249,10 +250,10 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return bool(chosen)
 
     def _reclaims(self, live: LiveGeneration[State], *, preempts: bool) -> list[Reclaimable]:
-        """What may be given up for a generation, in that order: less urgent ones, the latest first.
+        """What can be freed for a generation, in this order: less urgent ones, the latest first.
 
-        Nothing is lost with them but time: their orchestrators open them again when there is room.
-        The order is total, so the first in it always goes on, and every one gets its turn.
+        A preempted generation is recomputed: its orchestrator opens it again when there is room.
+        The order is total, so the first one always continues and every one is served eventually.
         """
         if not (live.has_room or preempts):
             return []
@@ -266,7 +267,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     def _preempt(self, victim: LiveGeneration[State]) -> None:
         self._num_preempted += 1
-        why = "its room went to a generation that is more urgent or began earlier"
+        why = "preempted by a generation that is more urgent or began earlier"
         self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
 
     def _sequences_of(self, live: LiveGeneration[State]) -> Collection[KVSequence]:
@@ -274,7 +275,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return (live.sequence,)
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
-        """Fails the generation by this error; where KV is lost it stays open, to be sent again."""
+        """Fails the generation with this error. After KV_LOST it stays open for a new context."""
         reasons = (reason for kind, reason in _REASONS if isinstance(error, kind))
         reason = next(reasons, FailureReason.INTERNAL)
         if reason is FailureReason.KV_LOST:
@@ -290,7 +291,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return failure
 
     def _live_of(self, key: GenerationKey) -> LiveGeneration[State] | None:
-        """Looked for only when something failed."""
+        """Linear search; used only after a failure."""
         live = self._table.live_sessions()
         return next((each for each in live if each.state.key == key), None)
 
@@ -300,20 +301,20 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     @abstractmethod
     def _context_of(self, command: CommandType) -> npt.NDArray[Any] | None:
-        """The tokens that a generation begins with, if the command says them."""
+        """The tokens a generation begins with, if the command contains them."""
 
     @abstractmethod
     def _execute(self, command: CommandType) -> Sequence[Result | Failure]:
-        """Applies one command; failures of other generations are returned, its own raised."""
+        """Applies one command. Returns other generations' failures; raises its own error."""
 
     @abstractmethod
     def _gather(self) -> Sequence[Work]:
-        """What the next batch would be made of."""
+        """The work of the next batch."""
 
     @abstractmethod
     def _advance(self, work: Sequence[Work]) -> list[Result | Failure]:
-        """One forward pass."""
+        """Runs one forward pass."""
 
     @abstractmethod
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
-        """Ends the generation, if it is open."""
+        """Ends the generation if it is open."""

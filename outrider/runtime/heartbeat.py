@@ -1,7 +1,7 @@
-"""Heartbeats of a bidirectional stream: each side sends a frame at least once an interval.
+"""Heartbeats of a bidirectional stream: each side sends a frame at least once per interval.
 
-A frame without items will do. HTTP/2 pings will not: servers and proxies of default settings close
-connections that send more than a few of them without data. Lives on the event loop.
+An empty frame is enough. HTTP/2 pings do not work: by default, servers and proxies close
+connections that send more than a few pings without data. Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -19,82 +19,82 @@ MAX_INTERVAL_MS = 60_000
 # A client leaves an orchestrator that sends nothing for 10 s: it is frozen or cut off. One that
 # starts 1,000 streams on a busy machine was seen to need more than 5 s for its first message.
 CALLER_HEARTBEAT_MS = 1_000
-_CALLER_MAX_QUIET = 10
+_CALLER_MAX_MISSED = 10
 
 
 class Heartbeat:
-    """One side of one stream: sends heartbeats, and notices a peer that sends none.
+    """One side of a stream: sends heartbeats and detects a peer that sends none.
 
-    Counts intervals and not time: while this process was itself stopped or busy, nothing could be
-    heard. Frames that wait to be read show a living peer, so it counts only while it listens.
+    Counts intervals, not time: while this process was stopped or busy it could not receive. Frames
+    waiting to be read show that the peer is alive, so only intervals of listening count.
 
-    Runs for the time of an `async with`, which is cancelled once the peer is gone, and raises
-    Unavailable then.
+    Runs for the time of an `async with`. When the peer is gone, the block is cancelled and raises
+    Unavailable.
     """
 
-    def __init__(self, outbox: Outbox[Any] | None, max_quiet: int) -> None:
-        """`max_quiet`: intervals without a frame after which the peer is gone.
+    def __init__(self, outbox: Outbox[Any] | None, max_missed: int) -> None:
+        """`max_missed`: number of intervals without a frame after which the peer is gone.
 
-        `outbox` None: only listens.
+        `outbox` None: sends no heartbeats.
         """
         self._outbox = outbox
-        self._max_quiet = max_quiet
-        self._num_quiet = 0
+        self._max_missed = max_missed
+        self._num_missed = 0
         self._interval_s = 0.0
-        self._is_busy = self._is_gone = self._is_over = False
+        self._is_busy = self._is_gone = self._is_closed = False
         self._begun = asyncio.Event()
 
     def begin(self, interval_ms: int) -> None:
-        """From now on both sides send frames at least this often. Raises InvalidRequest."""
+        """Starts heartbeats at this interval. Raises InvalidRequest if it is out of range."""
         check_interval(interval_ms)
         self._interval_s = interval_ms / 1000
         self._begun.set()
 
-    def heard(self) -> None:
-        """A frame came."""
-        self._num_quiet = 0
+    def received(self) -> None:
+        """Resets the count: a frame was received."""
+        self._num_missed = 0
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """For the time of a block nobody listens to the peer."""
+        """While the block runs, intervals are not counted: nothing is being received."""
         self._is_busy = True
         try:
             yield
         finally:
             self._is_busy = False
-            self.heard()
+            self.received()
 
     async def _run(self) -> None:
-        """Until the peer is gone."""
+        """Sends heartbeats and counts intervals until the peer is gone."""
         await self._begun.wait()
-        while self._num_quiet < self._max_quiet:
+        while self._num_missed < self._max_missed:
             if self._outbox is not None:
                 self._outbox.beat()
             await asyncio.sleep(self._interval_s)
-            self._num_quiet += not self._is_busy
+            self._num_missed += not self._is_busy
 
     async def __aenter__(self) -> None:
         owner = asyncio.current_task()
         assert owner is not None, "streams are served in tasks"
         self._owner, self._num_cancelled = owner, owner.cancelling()
         self._task = asyncio.create_task(self._run(), name="heartbeat")
-        self._task.add_done_callback(self._give_up)
+        self._task.add_done_callback(self._on_gone)
 
-    def _give_up(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and not self._is_over:
+    def _on_gone(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self._is_closed:
             self._is_gone = True
             self._owner.cancel()
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._is_over = True
+        self._is_closed = True
         self._task.cancel()
         if self._is_gone and self._owner.uncancel() <= self._num_cancelled:
-            quiet_s = self._num_quiet * self._interval_s
-            raise Unavailable(f"nothing was heard for {quiet_s:g} s") from None
+            missed_s = self._num_missed * self._interval_s
+            raise Unavailable(f"no frame was received for {missed_s:g} s") from None
 
 
 def check_interval(interval_ms: int) -> None:
-    """Raises InvalidRequest."""
+    """Raises InvalidRequest if the interval is out of range."""
     if not MIN_INTERVAL_MS <= interval_ms <= MAX_INTERVAL_MS:
         raise InvalidRequest(
             "heartbeat_ms", f"{interval_ms} is not in [{MIN_INTERVAL_MS}, {MAX_INTERVAL_MS}]"
@@ -102,11 +102,11 @@ def check_interval(interval_ms: int) -> None:
 
 
 async def listening(call: Any) -> AsyncGenerator[Any, None]:
-    """A caller's messages of a call that asked for CALLER_HEARTBEAT_MS; not the heartbeats.
+    """A client's view of a call with CALLER_HEARTBEAT_MS: its messages without the heartbeats.
 
-    Raises Unavailable once the server is gone. To be closed where it is left.
+    Raises Unavailable when the server is gone. Must be closed if it is left before its end.
     """
-    heartbeat = Heartbeat(None, _CALLER_MAX_QUIET)
+    heartbeat = Heartbeat(None, _CALLER_MAX_MISSED)
     heartbeat.begin(CALLER_HEARTBEAT_MS)
     async with heartbeat:
         async for message in call:

@@ -57,7 +57,7 @@ async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, ga
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's own limit for a replica."""
-    monkeypatch.setattr(orchestrator.replicas.replica_stream, "MAX_QUIET_BEATS", 5)
+    monkeypatch.setattr(orchestrator.replicas.replica_stream, "MAX_MISSED_HEARTBEATS", 5)
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ async def test_the_stream_of_a_frozen_orchestrator_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What it had open is free again; the status says why."""
-    monkeypatch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", 5)
+    monkeypatch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", 5)
     async with tier() as target:
         call = target.stub().Verify()
         await call.write(BEATS)
@@ -152,7 +152,7 @@ async def test_the_stream_of_a_frozen_orchestrator_is_ended(
         frames: list[Any] = []
         ended = await _ended(call, frames)
         assert ended.code() is grpc.StatusCode.UNAVAILABLE
-        assert ended.details() == "nothing was heard for 0.5 s"
+        assert ended.details() == "no frame was received for 0.5 s"
         assert len(frames) > 2, "the service's own heartbeats"
 
         async def is_free() -> bool:
@@ -164,11 +164,11 @@ async def test_the_stream_of_a_frozen_orchestrator_is_ended(
 async def test_without_heartbeats_a_stream_may_be_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outrider.model_server.stream, "MAX_QUIET_BEATS", 1)
+    monkeypatch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", 1)
     async with tier() as target, target.verify() as silent:
         call = target.stub().Verify()
         await call.write(BEATS)
-        assert "nothing was heard" in ((await _ended(call)).details() or "")
+        assert "no frame was received" in ((await _ended(call)).details() or "")
         await silent.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
         assert isinstance(await silent.answer(1), target_pb2.VerifyResult)
 
@@ -185,7 +185,7 @@ async def test_an_interval_out_of_range_is_refused(interval_ms: int) -> None:
 
 async def test_a_stall_of_our_own_does_not_count() -> None:
     """Nor does a time in which nobody listens."""
-    heartbeat = Heartbeat(Outbox(), max_quiet=3)
+    heartbeat = Heartbeat(Outbox(), max_missed=3)
     heartbeat.begin(100)
     outlived: list[str] = []
 
@@ -193,7 +193,7 @@ async def test_a_stall_of_our_own_does_not_count() -> None:
         async with heartbeat:
             await asyncio.sleep(0)
             time.sleep(0.5)  # noqa: ASYNC251 (the stall)
-            heartbeat.heard()
+            heartbeat.received()
             await asyncio.sleep(0.15)
             outlived.append("a stall")
             with heartbeat.busy():
@@ -201,7 +201,7 @@ async def test_a_stall_of_our_own_does_not_count() -> None:
             outlived.append("not listening")
             await asyncio.Event().wait()
 
-    with pytest.raises(Unavailable, match=r"nothing was heard for 0\.3 s"):
+    with pytest.raises(Unavailable, match=r"no frame was received for 0\.3 s"):
         await listen()
     assert outlived == ["a stall", "not listening"]
     with pytest.raises(InvalidRequest, match="heartbeat_ms"):
@@ -210,7 +210,7 @@ async def test_a_stall_of_our_own_does_not_count() -> None:
 
 async def test_a_cancellation_from_elsewhere_stays_one() -> None:
     """Also where the peer falls silent at the same time."""
-    heartbeat = Heartbeat(Outbox(), max_quiet=1)
+    heartbeat = Heartbeat(Outbox(), max_missed=1)
     heartbeat.begin(100)
 
     async def listen() -> None:

@@ -124,11 +124,11 @@ async def test_a_process_that_was_suspended_is_not_stuck(monkeypatch: pytest.Mon
             watching = tasks.create_task(watchdog.run())
             working = tasks.create_task(device.run(gate.wait, TIMEOUT_S))
             for _ in range(3):
-                await asyncio.sleep(2 * progress.LOOK_INTERVAL_S)
+                await asyncio.sleep(2 * progress.CHECK_INTERVAL_S)
                 clock.now += 1_000
             assert status.state is ReplicaState.READY
             while status.state is ReplicaState.READY:
-                await asyncio.sleep(progress.LOOK_INTERVAL_S)
+                await asyncio.sleep(progress.CHECK_INTERVAL_S)
                 clock.now += 0.4
             gate.set()
             await working
