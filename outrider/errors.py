@@ -1,25 +1,25 @@
-"""The one tree of errors. `outrider.runtime.grpc_status` maps it to gRPC status.
+"""Error hierarchy. `outrider.runtime.grpc_status` maps it to gRPC status codes.
 
 OutriderError
- ├─ InvalidRequest       a request's field is wrong; names the field
- ├─ ConfigError          a flag, variable or file of the operator is wrong
+ ├─ InvalidRequest       a field of the request is invalid; names the field
+ ├─ ConfigError          a flag, environment variable or file of the operator is invalid
  │   ├─ ModelError       a model cannot be loaded or served correctly
- │   └─ IncompatiblePair replicas whose models or vocabularies do not fit together
- ├─ Unauthenticated      a caller has not shown a key that is known
- ├─ PermissionDenied     a caller is known, and may not do this
+ │   └─ IncompatiblePair models or vocabularies of replicas do not match
+ ├─ Unauthenticated      API key missing or unknown
+ ├─ PermissionDenied     the client is authenticated but not allowed to do this
  ├─ SessionNotFound
- ├─ SessionInUse         another call holds the session's lease
- ├─ UnreadableRecord     what Redis holds of a session is not for this version to read
- ├─ LeaseLost            a later owner has taken the session: this writer is stale
- ├─ CapacityExceeded     no room now; may be retried later
- │   └─ KVFull           the KV budget has no room for it now
- ├─ KVNeverFits          it is longer than the whole KV budget
- ├─ ClientStalled        a client has not read its stream for too long
- ├─ KVLost               keys and values that a caller relied on are gone
+ ├─ SessionInUse         another request holds the session's lease
+ ├─ UnreadableRecord     a session's record in Redis cannot be used by this version
+ ├─ LeaseLost            the session has a later owner; this writer is fenced off
+ ├─ CapacityExceeded     no capacity now; may be retried later
+ │   └─ KVFull           no KV pages for it now
+ ├─ KVNeverFits          longer than the whole KV budget
+ ├─ ClientStalled        the client has not read its stream for too long
+ ├─ KVLost               KV that the request refers to is gone
  ├─ Unavailable          a tier or the store cannot be reached
- │   └─ ReplicaLost      a replica was lost while it had a request
- ├─ CallFailed           for clients: the status and message that a call ended with
- └─ InternalError        a defect on our side, by name
+ │   └─ ReplicaLost      a replica was lost while it processed the request
+ ├─ CallFailed           for clients: status and message of a failed call
+ └─ InternalError        a defect of Outrider, with a description
      └─ NonFiniteLogits  the model computed NaN or infinity
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 
 def installs(extra: str) -> str:
-    """The command that installs an optional part. Outrider is on no package index."""
+    """The command that installs an optional extra. Outrider is not on any package index."""
     return f"in a clone of Outrider, run: pip install '.[{extra}]'"
 
 
@@ -37,9 +37,9 @@ NO_ENGINE = f"models need torch, which is not installed; {installs('engine')}"
 
 
 class OutriderError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors raised on purpose.
 
-    `shown` is what any client may be told. `str` of an error is for operators, and for logs.
+    `shown` is safe to send to any client. `str(error)` is for operators and logs.
     """
 
     @property
@@ -48,7 +48,7 @@ class OutriderError(Exception):
 
 
 class _Detailed(OutriderError):
-    """With a detail that is for operators alone: addresses, answers of Redis, causes."""
+    """Error with a detail for operators only: addresses, Redis replies, causes."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message, detail)
@@ -64,7 +64,7 @@ class _Detailed(OutriderError):
 
 
 class InvalidRequest(OutriderError):
-    """A request's field is wrong. `field` is its path in the request."""
+    """A field of the request is invalid. `field` is its path in the request."""
 
     def __init__(self, field: str, why: str) -> None:
         super().__init__(f"{field}: {why}")
@@ -73,43 +73,43 @@ class InvalidRequest(OutriderError):
 
 
 class ConfigError(OutriderError):
-    """Something the operator gave is wrong; programs print it and exit with status 2."""
+    """The operator's configuration is invalid. Programs print the error and exit with status 2."""
 
 
 class ModelError(ConfigError):
-    """A model cannot be loaded, or not served correctly by this engine."""
+    """A model cannot be loaded, or cannot be served correctly by this engine."""
 
 
 class IncompatiblePair(ConfigError):
-    """A replica's model or vocabulary does not fit those of the others."""
+    """A replica's model or vocabulary does not match the other replicas."""
 
 
 class Unauthenticated(OutriderError):
-    """The caller has shown no key, or none that is known."""
+    """The client's API key is missing or unknown."""
 
 
 class PermissionDenied(OutriderError):
-    """The caller is not one of those who may ask this."""
+    """The client is not allowed to call this method."""
 
 
 class SessionNotFound(OutriderError):
-    """No such session, or it has expired."""
+    """The session does not exist or has expired."""
 
 
 class SessionInUse(OutriderError):
-    """Another call holds the session."""
+    """Another request holds the session's lease."""
 
 
 class UnreadableRecord(OutriderError):
-    """What Redis holds under a session's name cannot be read or written by this version."""
+    """The session's record in Redis cannot be read or written by this version."""
 
 
 class LeaseLost(OutriderError):
-    """A later owner has taken the session; nothing this writer sends is kept."""
+    """The session has a later owner; this writer's data is discarded."""
 
 
 class CapacityExceeded(OutriderError):
-    """No room now; the same request may pass later, in `retry_after_s` by what is known."""
+    """No capacity now. The same request may succeed after about `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -119,7 +119,7 @@ class CapacityExceeded(OutriderError):
 class KVFull(CapacityExceeded):
     """The KV budget has no room for the sequence now.
 
-    `num_pages` are needed, where it is known, beside `shared_pages`, which it would share.
+    `num_pages`: pages needed, if known, in addition to `shared_pages`, which it would share.
     """
 
     def __init__(self, message: str, num_pages: int = 0) -> None:
@@ -129,33 +129,33 @@ class KVFull(CapacityExceeded):
 
 
 class KVNeverFits(OutriderError):
-    """The sequence is longer than all of a replica's KV budget: it never has room there."""
+    """The sequence is longer than a replica's whole KV budget."""
 
 
 class ClientStalled(OutriderError):
-    """The client has not read its stream for too long; a named session can be resumed."""
+    """The client has not read its stream for too long. A named session can be resumed."""
 
 
 class KVLost(OutriderError):
-    """Keys and values that the caller relied on are gone; send the context again."""
+    """The KV that the request refers to is gone; send the context again."""
 
 
 class Unavailable(_Detailed):
-    """A tier or the store cannot be reached; it may be again in `retry_after_s`."""
+    """A tier or the store cannot be reached. Retry after `retry_after_s`."""
 
     retry_after_s = 1.0
 
 
 class ReplicaLost(Unavailable):
-    """The replica died, was cut off or did not answer in time while it had the request."""
+    """The replica died, was cut off or did not answer in time while it processed the request."""
 
 
 class InternalError(_Detailed):
-    """A defect on our side."""
+    """A defect of Outrider."""
 
 
 class NonFiniteLogits(InternalError):
-    """The model's logits are NaN or infinite: no token can be sampled from them."""
+    """The model's logits are NaN or infinite, so no token can be sampled."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -164,9 +164,9 @@ class NonFiniteLogits(InternalError):
 
 
 class CallFailed(OutriderError):
-    """The server refused or failed: its status, then what it said.
+    """A call failed: status code, then the server's message.
 
-    `was_heard`: false where nobody can have got the call.
+    `was_heard`: False if no server can have received the call.
     """
 
     def __init__(self, message: str, *, was_heard: bool = True) -> None:
@@ -175,5 +175,5 @@ class CallFailed(OutriderError):
 
     @property
     def code(self) -> str:
-        """The status' name, for instance UNAVAILABLE."""
+        """Name of the status code, for example UNAVAILABLE."""
         return str(self).partition(":")[0]

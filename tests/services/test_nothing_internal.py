@@ -84,7 +84,7 @@ async def test_redis_is_away_or_refuses(pair: Pair) -> None:
             redis_command(redis.url, "SET", "outrider:session:{s}", "x")
             named = await named_refusals(system)
             for refused in named:
-                says = "session s: its key in Redis holds something else"
+                says = "session s: its key in Redis has another type"
                 assert_is_plain(refused, grpc.StatusCode.FAILED_PRECONDITION, says)
             page = await system.client.ListSessions(
                 orchestrator_pb2.ListSessionsRequest(), timeout=60
@@ -161,7 +161,7 @@ async def test_a_start_says_what_it_waits_for(
     awaited: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "redis://127.0.0.1:1" if awaited == "Redis" else redis_url
-    says = f"the service is starting: it waits for {awaited}"
+    says = f"the service is starting: waiting for {awaited}"
     async with (
         starting(url, monkeypatch) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
