@@ -109,7 +109,7 @@ class ApiKeyInterceptor(AccessInterceptor):
         if key is None:
             reason = Reason.UNKNOWN_KEY if presented else Reason.NO_KEY
             why = "unknown API key" if presented else "no API key"
-            self.refusals.say(context, method, reason, why)
+            self.refusals.record(context, method, reason, why)
             raise Unauthenticated(
                 f"{why}: send a key as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
             )

@@ -62,11 +62,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         request = await resources.encoding.check(parse) if is_long(message) else parse()
         writer = StreamWriter(context)
         async with (
-            writer.beating(orchestrator_pb2.GenerateResponse(), message.heartbeat_ms),
+            writer.heartbeats(orchestrator_pb2.GenerateResponse(), message.heartbeat_ms),
             self._use_case.generate(
                 request, current_client(), events, time_left_s=context.time_remaining()
             ) as chunks,
-            writer.watched(self._write_timeout_s),
+            writer.write_timeout(self._write_timeout_s),
         ):
             async for chunk in chunks:
                 ready_at = time.monotonic()

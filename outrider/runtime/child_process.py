@@ -1,6 +1,6 @@
-"""Child processes that do not outlive the process that started them, however it ends.
+"""Launcher for child processes that end with the process that started them.
 
-Owns the launcher alone: who starts, watches and stops a child is its owner's business.
+Starting, watching and stopping the child is up to its owner.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 
-# Runs in the new process before it becomes the program. Not a preexec_fn: that would fork the
-# parent, with its threads and whatever locks they hold.
+# Runs in the new process before the program replaces it. A preexec_fn would run in a fork of the
+# parent, with the parent's threads and locks.
 _LAUNCH = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -28,15 +28,15 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def tied_to_this_process(command: Sequence[str], cpus: Collection[int] = ()) -> list[str]:
-    """The command, made to get SIGTERM when this process ends. `command[0]` is a path.
+    """Wraps the command so that it gets SIGTERM when this process ends. `command[0]` is a path.
 
-    `cpus`: the cores it may use, from before its first instruction (libraries size their thread
-    pools by them); none: this process's own. Cores that are not there end it with a word on
-    standard error.
+    `cpus`: the cores it may use, set before its first instruction, because libraries size their
+    thread pools by them. Empty: the cores of this process. The child exits with a message on
+    standard error if a core does not exist.
 
-    Linux sends it when the *thread* that started the child ends: hence start it from the main
-    thread. Elsewhere a killed parent leaves the child behind; any other end is its owner's work.
+    Linux sends the signal when the *thread* that started the child ends, so start it from the main
+    thread. On other systems the child survives a killed parent; any other end is its owner's task.
     """
-    # -I -S: 10 ms to start, and nothing of the user's is imported.
+    # -I -S: starts in 10 ms and imports none of the user's packages.
     cores = ",".join(str(cpu) for cpu in sorted(cpus))
     return [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), cores, *command]

@@ -1,6 +1,7 @@
-"""Lets in callers whose certificate has one of some names; that its authority is ours, TLS knows.
+"""Interceptor that accepts clients by the DNS names in their certificate.
 
-For the tiers: whoever has a certificate of the same authority is not yet the orchestrator.
+Used by the tiers: a valid certificate of the same authority does not make a client an orchestrator.
+TLS has verified the authority already.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 from outrider.errors import PermissionDenied
 from outrider.runtime.interceptors import AccessInterceptor, Context, Reason
 
-# gRPC's name for the DNS names among a certificate's subject alternative names.
+# gRPC's key for the DNS names among a certificate's subject alternative names.
 _DNS_NAMES = "peer_dns"
 
 
 class IdentityInterceptor(AccessInterceptor):
-    """Asked once per call; a stream's messages cost nothing."""
+    """Checks the names once per call, not per message of a stream."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -29,16 +30,16 @@ class IdentityInterceptor(AccessInterceptor):
         yield
 
     def _check(self, context: Context, method: str) -> None:
-        shown = {name.decode(errors="replace") for name in dns_names(context)}
-        if not shown & self._names:
-            self.refusals.say(context, method, Reason.IDENTITY, f"names {sorted(shown)}")
+        names = {name.decode(errors="replace") for name in dns_names(context)}
+        if not names & self._names:
+            self.refusals.record(context, method, Reason.IDENTITY, f"names {sorted(names)}")
             raise PermissionDenied(
-                "the certificate's names are not among those that may call: "
-                f"{', '.join(sorted(shown)) or 'it has none'}"
+                "no DNS name of the client certificate is allowed: "
+                f"{', '.join(sorted(names)) or 'it has none'}"
             )
 
 
 def dns_names(context: Context) -> list[bytes]:
-    """Of the caller's certificate, which TLS has verified."""
-    said: Any = context.auth_context()
-    return list(said.get(_DNS_NAMES, ()))
+    """The DNS names of the client's certificate, which TLS has verified."""
+    auth: Any = context.auth_context()
+    return list(auth.get(_DNS_NAMES, ()))

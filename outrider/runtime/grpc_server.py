@@ -1,7 +1,4 @@
-"""A gRPC server's life: port, health, reflection, services that come when they are ready, signals.
-
-Knows no service's logic.
-"""
+"""gRPC server: port, health, reflection, services added after start, stop signals."""
 
 from __future__ import annotations
 
@@ -21,40 +18,40 @@ from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES, translated
 from outrider.runtime.message_limits import bounded
 from outrider.runtime.server_security import UNPROTECTED, ServerProtection
 
-# More than an orchestrator's generations: who is one too many is refused by name, not kept waiting.
+# More than an orchestrator's generations: excess requests are rejected with a reason, not queued.
 MAX_CONCURRENT_CALLS = 4_096
-# Calls of all connections that the event loop has not taken yet. gRPC drops those beyond it, as
-# CANCELLED and counted nowhere: so it is far more than a busy moment brings.
+# Calls of all connections that the event loop has not accepted yet. gRPC cancels those beyond it
+# without counting them, so it is far above any normal burst.
 MAX_PENDING_CALLS = 65_536
 
-# The health name for liveness probes; "" and the services' names are for readiness.
+# Health service name of liveness probes. Readiness probes use "" and the services' names.
 LIVENESS = "liveness"
-# The orchestrator's, for monitors: whether sessions can be recorded now (docs/adr/0014).
+# The orchestrator's health name for whether sessions can be recorded now (docs/adr/0014).
 REDIS = "redis"
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Of one connection; those beyond it wait at the client, within their deadlines.
+    # Per connection. Calls beyond it wait at the client, within their deadlines.
     ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
     ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-    ("grpc.so_reuseport", 0),  # else two servers silently share a port
-    # Callers may ping oftener than gRPC allows by default, which ours do not.
+    ("grpc.so_reuseport", 0),  # otherwise two servers silently share a port
+    # Clients may ping more often than gRPC allows by default. Ours do not.
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
 
 class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """Methods that may be added to a server that listens already; UNAVAILABLE until then.
+    """Methods that can be added after the server has started; UNAVAILABLE until then.
 
-    gRPC itself would say UNIMPLEMENTED, which tells callers never to ask again.
+    gRPC itself would answer UNIMPLEMENTED, after which clients do not retry.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
-        # What the start waits for.
+        # What the service waits for while it starts; named in the error message.
         self.awaited = ""
         self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._bounded: dict[str, Any] = {}
@@ -62,29 +59,29 @@ class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def add_generic_rpc_handlers(
         self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]
     ) -> None:
-        """As grpc.aio.Server's."""
+        """Same interface as grpc.aio.Server."""
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """As grpc.aio.Server's: the same methods once more, for a faster look-up."""
+        """Same interface as grpc.aio.Server: the same methods again, for a faster look-up."""
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         found = (handler.service(details) for handler in self._handlers)
         handler = next((method for method in found if method is not None), None)
         if handler is None and not self._handlers and details.method.split("/")[1] in self._names:
-            return grpc.stream_stream_rpc_method_handler(self._not_yet)
+            return grpc.stream_stream_rpc_method_handler(self._starting)
         if handler is not None and details.method not in self._bounded:
             self._bounded[details.method] = bounded(handler, details.method)
         return self._bounded.get(details.method)
 
-    async def _not_yet(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        why = f": it waits for {self.awaited}" if self.awaited else ""
+    async def _starting(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        reason = f": waiting for {self.awaited}" if self.awaited else ""
         async with translated(context):
-            raise errors.Unavailable(f"the service is starting{why}")
+            raise errors.Unavailable(f"the service is starting{reason}")
 
 
 class Server:
-    """A gRPC server with health and reflection. Lives on one event loop.
+    """gRPC server with health and reflection. Lives on one event loop.
 
     Servicers are added to `services`, before or after `start`.
     """
@@ -97,9 +94,11 @@ class Server:
         connection_age_s: float = 0.0,
         connection_age_grace_s: float = 0.0,
     ) -> None:
-        """A connection of `connection_age_s` takes no new calls, and ends with its last call or
-        `connection_age_grace_s` later: clients that balance their connections find new servers.
-        0: it may stay for ever."""
+        """`connection_age_s`: a connection of this age accepts no new calls; 0: no limit.
+
+        It closes with its last call, or `connection_age_grace_s` later. This lets clients that
+        balance over connections find new servers.
+        """
         age = _age_options(connection_age_s, connection_age_grace_s)
         self.grpc_server = grpc.aio.server(
             options=(*SERVER_OPTIONS, *age), interceptors=protection.gates
@@ -117,47 +116,47 @@ class Server:
         self.services = _Services(self._service_names)
         self.grpc_server.add_generic_rpc_handlers((common, self.services))
         self.port = 0
-        # For probes that speak no TLS: the same health, and nothing else.
-        self._probed: grpc.aio.Server | None = None
+        # Plain-text port for probes without TLS; serves health only.
+        self._health_server: grpc.aio.Server | None = None
         self.health_port: int | None = None
-        # Of HTTP /metrics, where there is one (outrider.telemetry).
+        # Port of HTTP /metrics, if there is one (outrider.telemetry).
         self.metrics_port: int | None = None
 
     async def start(self, host: str, port: int) -> None:
-        """Listens, not yet serving (health). Raises ConfigError if the port cannot be had."""
+        """Listens, not serving yet (health). Raises ConfigError if the port is not available."""
         credentials = self._protection.credentials
         self.port = _listen(self.grpc_server, host, port, credentials)
         if self._protection.health_port is not None:
-            self._probed = grpc.aio.server(options=SERVER_OPTIONS)
-            probed = _Services(())
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
-            self._probed.add_generic_rpc_handlers((probed,))
+            self._health_server = grpc.aio.server(options=SERVER_OPTIONS)
+            services = _Services(())
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, services)
+            self._health_server.add_generic_rpc_handlers((services,))
             health_port = self._protection.health_port
-            self.health_port = _listen(self._probed, host, health_port, None, "health_port")
+            self.health_port = _listen(self._health_server, host, health_port, None, "health_port")
         await self.set_serving(False)
         await self.set_alive(True)
         await self.grpc_server.start()
-        if self._probed is not None:
-            await self._probed.start()
+        if self._health_server is not None:
+            await self._health_server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What readiness probes of each service's name and of "" are told."""
+        """Sets the readiness of each service and of the whole server ("")."""
         for name in ("", *self._service_names):
             await self.set_health(name, serving)
 
     async def set_alive(self, alive: bool) -> None:
-        """What liveness probes are told: not alive is what only a new process can cure."""
+        """Sets liveness. False means that only a restart can help."""
         await self.set_health(LIVENESS, alive)
 
-    async def set_health(self, name: str, is_well: bool) -> None:
+    async def set_health(self, name: str, is_healthy: bool) -> None:
         status = health_pb2.HealthCheckResponse
-        await self._health.set(name, status.SERVING if is_well else status.NOT_SERVING)
+        await self._health.set(name, status.SERVING if is_healthy else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         await self.set_serving(False)
         await self.grpc_server.stop(grace_s)
-        if self._probed is not None:  # to the last: probes are told that it stops
-            await self._probed.stop(0)
+        if self._health_server is not None:  # last, so that probes see the shutdown
+            await self._health_server.stop(0)
 
 
 def _age_options(age_s: float, grace_s: float) -> tuple[tuple[str, int], ...]:
@@ -176,7 +175,7 @@ def _listen(
     credentials: grpc.ServerCredentials | None,
     name: str = "port",
 ) -> int:
-    """The port it is now. Raises ConfigError naming the setting."""
+    """Binds the port and returns its number. Raises ConfigError naming the setting."""
     _check_port(host, port, name)
     address = f"{host}:{port}"
     try:
@@ -188,7 +187,7 @@ def _listen(
 
 
 def _check_port(host: str, port: int, name: str) -> None:
-    """The system says why a port cannot be had; gRPC says that to standard error only."""
+    """Binds the port once to get the system's error; gRPC only prints it to standard error."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host.strip("[]"), port), family=family).close()
@@ -198,7 +197,7 @@ def _check_port(host: str, port: int, name: str) -> None:
 
 
 def stop_signal() -> asyncio.Event:
-    """Set at SIGTERM or SIGINT, which from now on do nothing else."""
+    """An event set at SIGTERM or SIGINT. From now on the signals have no other effect."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

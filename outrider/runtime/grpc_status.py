@@ -1,6 +1,6 @@
-"""gRPC's edges shared by the three servers: status of errors, channel settings.
+"""gRPC status of errors, message writer and channel options, shared by the three servers.
 
-The only place where an error of `outrider.errors` becomes a gRPC status. Knows no service's logic.
+The only module that maps errors of `outrider.errors` to gRPC status codes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from outrider import errors
 log = structlog.get_logger()
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-# A status travels in HTTP/2 headers, of which peers take 8 KiB: with more the code is lost, too.
+# A status travels in HTTP/2 headers. Peers accept 8 KiB; with more even the code is lost.
 MAX_STATUS_CHARS = 1_000
-# A status that cannot be sent for so long is left to gRPC.
+# After this time gRPC sends the status on its own, and the handler ends.
 _STATUS_WAIT_S = 2.0
-_LOOKS_PER_TIMEOUT = 10
+_CHECKS_PER_TIMEOUT = 10
 
 _MESSAGE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -35,13 +35,13 @@ _MESSAGE_OPTIONS: tuple[tuple[str, int], ...] = (
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *_MESSAGE_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
-    # Also the least time that gRPC gives a connection to be made, handshake included.
+    # Also gRPC's minimum time for a connection attempt, handshake included.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-# Between the tiers: streams with heartbeats (outrider.runtime.heartbeat), and calls with deadlines.
+# Between the tiers: streams with heartbeats (outrider.runtime.heartbeat) and calls with deadlines.
 TIER_CHANNEL_OPTIONS = _CHANNEL_OPTIONS
-# Of callers: what servers and proxies of default settings take for ever, a ping in five minutes.
+# For clients: a ping every five minutes, which servers and proxies accept by default.
 CALLER_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *_CHANNEL_OPTIONS,
     ("grpc.keepalive_time_ms", 305_000),
@@ -66,7 +66,7 @@ _STATUS: tuple[tuple[type[errors.OutriderError], int], ...] = (
 )
 
 
-# Every status that one of our calls ends with.
+# Names of all status codes that a call can end with.
 STATUS_NAMES: tuple[str, ...] = (
     "OK",
     "CANCELLED",
@@ -78,7 +78,7 @@ STATUS_NAMES: tuple[str, ...] = (
 
 
 def status_of(error: errors.OutriderError) -> status_pb2.Status:
-    """The rich status of an error: a field violation or a retry hint where there is one."""
+    """Rich status of an error, with a field violation or a retry hint where it applies."""
     code = next((c for kind, c in _STATUS if isinstance(error, kind)), code_pb2.INTERNAL)
     status = status_pb2.Status(code=code, message=_short(error.shown))
     detail = any_pb2.Any()
@@ -97,26 +97,26 @@ def status_of(error: errors.OutriderError) -> status_pb2.Status:
 
 
 def status_name(error: BaseException | None) -> str:
-    """Of the status that a call ends with by this error; None: it ended well."""
+    """Name of the status that a call ends with after this error; None: success."""
     if error is None:
         return "OK"
     known = known_error(error) if isinstance(error, BaseExceptionGroup) else error
     if isinstance(known, errors.OutriderError):
         return str(code_pb2.Code.Name(status_of(known).code))
-    if _has_gone(error):
+    if _is_client_gone(error):
         return "CANCELLED"
     return "INTERNAL" if _is_defect(error) else "UNKNOWN"
 
 
-def _has_gone(error: BaseException) -> bool:
-    """A write to a caller that has gone fails before the call is cancelled, in groups of groups."""
+def _is_client_gone(error: BaseException) -> bool:
+    """Whether the client has gone: then a write fails, possibly before the call is cancelled."""
     if isinstance(error, BaseExceptionGroup):
-        return all(map(_has_gone, error.exceptions))
+        return all(map(_is_client_gone, error.exceptions))
     return isinstance(error, (asyncio.CancelledError, grpc.aio.InternalError))
 
 
 def _is_defect(error: BaseException) -> bool:
-    """Of ours, and not of gRPC's."""
+    """Whether it is a defect of Outrider, not an error of gRPC."""
     if isinstance(error, BaseExceptionGroup):
         return any(map(_is_defect, error.exceptions))
     return isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError)
@@ -130,10 +130,10 @@ def _short(text: str) -> str:
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Ends the call with the status of an OutriderError raised inside, alone or by a TaskGroup.
 
-    Ends it as CANCELLED where a write failed: the client has gone; as INTERNAL by whatever else was
-    raised, of which the client is told nothing. Drops the traceback of an
-    error that ends here: from Python 3.12 on it is part of a reference cycle through the frames of
-    this context manager, and keeps a refused message of megabytes until the collector runs.
+    A failed write means that the client has gone: CANCELLED. Any other exception is a defect:
+    INTERNAL, without details for the client. The error's traceback is dropped: from Python 3.12 on
+    it is part of a reference cycle through this context manager's frames, which would keep a
+    rejected message of megabytes until the garbage collector runs.
     """
     try:
         yield
@@ -160,18 +160,18 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
 
 
 def _defect(error: Exception) -> errors.InternalError:
-    """gRPC would send the exception's own text."""
-    defect = errors.InternalError("a defect of this service; its log has more", repr(error))
+    """Wraps the exception; gRPC itself would send the exception's text to the client."""
+    defect = errors.InternalError("an internal error of the service; see its log", repr(error))
     defect.__cause__ = error
     return defect
 
 
 class StreamWriter:
-    """Writes the messages of a call, which can be ended by a status whenever a write is cancelled.
+    """Writes a call's messages so that the call can be ended with a status at any time.
 
-    gRPC sends the call's metadata with the first message. Where that write is cancelled on its way,
-    gRPC counts the metadata as unsent and sends it again with the status; its core refuses both,
-    and the client hears nothing before its deadline. So the metadata goes first, uncancelled.
+    gRPC sends the call's metadata with the first message. If that write is cancelled, gRPC sends
+    the metadata again with the status; its core rejects both, and the client gets no answer before
+    its deadline. So the metadata is sent first and is not cancelled.
     """
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -179,13 +179,13 @@ class StreamWriter:
         self._has_begun = False
         self._is_writing = False
         self._num_written = 0
-        # Seconds of the event loop's clock; before the first message those of this object's start.
+        # Time of the last message (event loop's clock); at first, of this object's creation.
         self._written_at = asyncio.get_running_loop().time()
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def write(self, message: Any) -> None:
-        """Raises grpc.aio.InternalError where the client has gone."""
-        async with self._turn:
+        """Sends a message. Raises grpc.aio.InternalError if the client has gone."""
+        async with self._lock:
             self._is_writing = True
             if not self._has_begun:
                 self._has_begun = True
@@ -196,19 +196,19 @@ class StreamWriter:
             self._written_at = asyncio.get_running_loop().time()
 
     @contextlib.asynccontextmanager
-    async def beating(self, heartbeat: Any, interval_ms: int) -> AsyncIterator[None]:
-        """Writes `heartbeat` whenever nothing was written for the interval; 0: never.
+    async def heartbeats(self, heartbeat: Any, interval_ms: int) -> AsyncIterator[None]:
+        """Sends `heartbeat` whenever nothing was sent for `interval_ms`; 0: never.
 
-        Messages serve as heartbeats, too: with 1,000 streams the rest would cost CPU time.
+        Messages serve as heartbeats, too. This saves CPU time with 1,000 streams.
         """
-        beating = asyncio.create_task(self._beat(heartbeat, interval_ms))
+        sending = asyncio.create_task(self._send_heartbeats(heartbeat, interval_ms))
         try:
             yield
         finally:
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
-    async def _beat(self, heartbeat: Any, interval_ms: int) -> None:
+    async def _send_heartbeats(self, heartbeat: Any, interval_ms: int) -> None:
         loop, interval_s = asyncio.get_running_loop(), interval_ms / 1000
         while interval_s:
             wait_s = self._written_at + interval_s - loop.time()
@@ -220,25 +220,25 @@ class StreamWriter:
                 await self.write(heartbeat)
 
     @contextlib.asynccontextmanager
-    async def watched(self, timeout_s: float) -> AsyncIterator[None]:
-        """Cancels the block once a write has waited for `timeout_s`: the client does not read.
+    async def write_timeout(self, timeout_s: float) -> AsyncIterator[None]:
+        """Cancels the block when a write has been blocked for `timeout_s`.
 
-        Raises ClientStalled, in a group.
+        Then the client does not read its stream. Raises ClientStalled, in a group.
         """
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._watch(timeout_s), name="writes")
+            checking = tasks.create_task(self._check_writes(timeout_s), name="writes")
             try:
                 yield
             finally:
-                watching.cancel()
+                checking.cancel()
 
-    async def _watch(self, timeout_s: float) -> None:
-        """Counts looks, not seconds: that a busy loop comes late is not the client's fault."""
-        num_looks, num_written = 0, -1
-        while num_looks < _LOOKS_PER_TIMEOUT:
-            await asyncio.sleep(timeout_s / _LOOKS_PER_TIMEOUT)
-            is_same = self._is_writing and num_written == self._num_written
-            num_looks, num_written = num_looks + 1 if is_same else 0, self._num_written
+    async def _check_writes(self, timeout_s: float) -> None:
+        """Counts checks instead of time: a busy event loop is not the client's fault."""
+        num_checks, num_written = 0, -1
+        while num_checks < _CHECKS_PER_TIMEOUT:
+            await asyncio.sleep(timeout_s / _CHECKS_PER_TIMEOUT)
+            is_blocked = self._is_writing and num_written == self._num_written
+            num_checks, num_written = num_checks + 1 if is_blocked else 0, self._num_written
         raise errors.ClientStalled(
             f"the client has not read its stream for {timeout_s:g} s (write_timeout_s); "
             "a named session can be resumed"
@@ -246,9 +246,9 @@ class StreamWriter:
 
 
 async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
-    """For what ends by itself and soon: a cancellation is raised after it."""
+    """Awaits short work to its end; a cancellation is raised afterwards."""
     task = asyncio.ensure_future(work)
-    # Where the client has gone it fails, which nobody hears who has been cancelled meanwhile.
+    # Retrieves the exception if the client has gone while this task was cancelled.
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         await asyncio.shield(task)
@@ -258,7 +258,7 @@ async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
 
 
 def known_error(error: BaseException | None) -> errors.OutriderError | None:
-    """The error itself, or the first in a group, that is an OutriderError."""
+    """The error itself, or the first OutriderError of a group; otherwise None."""
     if isinstance(error, BaseExceptionGroup):
         found = (known_error(part) for part in error.exceptions)
         return next((part for part in found if part is not None), None)
@@ -278,12 +278,12 @@ _CLIENT_GONE = status_pb2.Status(code=code_pb2.CANCELLED, message="a message cou
 
 
 async def _end(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> None:
-    """Returns: gRPC itself remembers that the call is over.
+    """Ends the call and returns; gRPC remembers that the call is over.
 
-    A status is sent behind all that was written. Where the client does not read, gRPC keeps it
-    until the client does or has gone, and nothing of ours waits for that.
-    It keeps what `abort` raises, and that every frame it came through. What those hold, a refused
-    message of megabytes for instance, would wait for the collector.
+    The status is sent after all written messages. If the client does not read, gRPC keeps it until
+    the client reads or disconnects; this function does not wait for that. gRPC also keeps the error
+    that `abort` raises, with every frame in its traceback. The traceback is dropped, because these
+    frames may hold a rejected message of megabytes.
     """
     try:
         async with asyncio.timeout(_STATUS_WAIT_S):
@@ -292,5 +292,5 @@ async def _end(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.S
         pass
     except grpc.aio.AbortError as aborted:
         aborted.__traceback__ = aborted.__context__ = None
-    except grpc.aio.InternalError:  # the caller has gone
+    except grpc.aio.InternalError:  # the client has gone
         pass

@@ -1,6 +1,6 @@
-"""Both halves of a bidirectional stream: what is to be sent, and the reading beside it.
+"""The two halves of a bidirectional stream: an outbox to send from, and a reader task.
 
-Knows no message; lives on the event loop.
+Independent of message types. Lives on the event loop.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 
 
-# Far more than an orchestrator's generations have under way together.
+# Far more than an orchestrator's generations have in flight together.
 MAX_PENDING = 65_536
 
 
 class Outbox(Generic[Item]):
-    """What a stream still has to send: `put` never waits, the stream takes all that is pending.
+    """Queue of items to send: `put` never waits, and a batch contains everything pending.
 
-    Bounded by its users: a generation has at most one request and one answer under way, and gives
-    up a peer that does not answer. Who puts as much as a stranger asks for awaits `room` before.
+    Its users bound it: a generation has at most one request and one answer in flight, and gives up
+    a peer that does not answer. A sender whose peer decides how much to send awaits `room` first.
     """
 
     def __init__(self) -> None:
@@ -35,26 +35,26 @@ class Outbox(Generic[Item]):
         self._ready.set()
 
     async def room(self) -> None:
-        """Returns when fewer than MAX_PENDING items are pending; one waiter."""
+        """Waits until fewer than MAX_PENDING items are pending. For one waiter."""
         while len(self._items) >= MAX_PENDING:
             self._taken.clear()
             await self._taken.wait()
 
     def beat(self) -> None:
-        """The next batch comes at once, even if it is empty."""
+        """Makes the next batch come at once, even if it is empty."""
         self._is_due = True
         self._ready.set()
 
     def close(self) -> None:
-        """Ends `batches` once all is taken."""
+        """Ends `batches` once all items are taken."""
         self._closed = True
         self._ready.set()
 
     async def batches(self) -> AsyncIterator[list[Item]]:
-        """Everything pending, again and again; one consumer."""
+        """Yields everything pending, repeatedly. For one consumer."""
         while True:
             await self._ready.wait()
-            if not self._closed:  # once closed it stays ready: the end must not be slept through
+            if not self._closed:  # stays set after `close`, so that the end is noticed
                 self._ready.clear()
             items, self._items = self._items, []
             is_due, self._is_due = self._is_due, False
@@ -66,10 +66,11 @@ class Outbox(Generic[Item]):
 
 
 class StreamCall(Generic[Item]):
-    """The reading half of a bidirectional stream, beside the handler that writes.
+    """Reads a bidirectional stream in a task, while the handler writes.
 
-    `read` gets each frame and may wait: the peer is then held by flow control. At the stream's end
-    the outbox is closed, so that the writing half ends too. Raises on exit what `read` raised.
+    `read` gets each frame and may wait; flow control then stops the peer. At the end of the stream
+    the outbox is closed, which ends the writing half, too. Leaving the block raises what `read`
+    raised.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class StreamCall(Generic[Item]):
                 await self._read(frame)
         finally:
             self._outbox.close()
-            if isinstance(frames, AsyncGenerator):  # gRPC's, which else keeps the last frame
+            if isinstance(frames, AsyncGenerator):  # otherwise gRPC's keeps the last frame
                 await frames.aclose()
 
     async def __aenter__(self) -> None:
@@ -103,5 +104,5 @@ class StreamCall(Generic[Item]):
         try:
             if error is None and isinstance(result, Exception):
                 raise result
-        finally:  # else it would hold this frame, which holds it, and the frame that was refused
+        finally:  # breaks a reference cycle that would keep the rejected frame in memory
             del result, task

@@ -1,7 +1,7 @@
-"""A door before a server's methods: something that is asked, or kept, around each call.
+"""Base class of access interceptors: checks each call before its method runs.
 
-gRPC's interceptors hand out handlers, not calls; this makes of the one the other. Knows neither who
-is let in nor why.
+gRPC's interceptors get handlers, not calls; `guarded` wraps a handler so that each call is checked.
+The checks are in `client_identity` and `orchestrator.admission.api_keys`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from outrider.runtime.grpc_status import translated
 
 log = structlog.get_logger()
 
-_SAY_INTERVAL_S = 1.0
+_LOG_INTERVAL_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Entered before the method, left when the call has ended. What it raises ends the call.
+# Entered before the method and left when the call has ended. An exception inside ends the call.
 Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
 _MAKERS = {
@@ -43,7 +43,7 @@ _NAMES = {
 
 
 class Reason(Enum):
-    """Why a call was refused by who it is of; a label of a metric."""
+    """Why a client's call was rejected; a label of a metric."""
 
     NO_KEY = "no_key"
     UNKNOWN_KEY = "unknown_key"
@@ -53,40 +53,40 @@ class Reason(Enum):
 
 
 class Refusals:
-    """Counts them, and says in the log who it was: once a second at most, or strangers fill it.
+    """Counts rejected calls and logs at most one per second, so that clients cannot flood the log.
 
     Lives on the event loop; `by_reason` may be read on any thread.
     """
 
     def __init__(self) -> None:
         self.by_reason = {reason.value: 0 for reason in Reason}
-        self._said_at = 0.0
-        self._num_unsaid = 0
+        self._logged_at = 0.0
+        self._num_unlogged = 0
 
     def count(self, reason: Reason) -> None:
         self.by_reason[reason.value] += 1
 
-    def say(self, context: Context, method: str, reason: Reason, why: str) -> None:
-        """Counted, too. `why` must hold nothing that the caller has sent in secret."""
+    def record(self, context: Context, method: str, reason: Reason, why: str) -> None:
+        """Counts the rejection and may log it. `why` must not contain a client's secrets."""
         self.count(reason)
         now = time.monotonic()
-        if now - self._said_at < _SAY_INTERVAL_S:
-            self._num_unsaid += 1
+        if now - self._logged_at < _LOG_INTERVAL_S:
+            self._num_unlogged += 1
             return
-        peer, num_unsaid = context.peer(), self._num_unsaid
-        self._said_at, self._num_unsaid = now, 0
-        log.warning("caller_refused", method=method, peer=peer, why=why, num_unsaid=num_unsaid)
+        peer, num_unlogged = context.peer(), self._num_unlogged
+        self._logged_at, self._num_unlogged = now, 0
+        log.warning("caller_refused", method=method, peer=peer, why=why, num_unlogged=num_unlogged)
 
 
 class AccessInterceptor(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Stands before every method but health: probes have neither names nor keys."""
+    """Checks every method except health: probes have neither names nor keys."""
 
     def __init__(self) -> None:
         self.refusals = Refusals()
 
     @abstractmethod
     def around(self, context: Context, method: str) -> AbstractAsyncContextManager[None]:
-        """Entered before each call of the method, in its task; what it raises ends the call."""
+        """Entered before each call of the method, in its task. An exception ends the call."""
 
     async def intercept_service(
         self,
@@ -94,28 +94,28 @@ class AccessInterceptor(ABC, grpc.aio.ServerInterceptor):  # type: ignore[type-a
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or is_open_to_all(details.method):
+        if handler is None or is_unprotected(details.method):
             return handler
         return guarded(handler, lambda context: self.around(context, details.method))
 
 
-def is_open_to_all(method: str) -> bool:
-    """Health: its callers learn only whether it serves."""
+def is_unprotected(method: str) -> bool:
+    """Whether it is a health method, which reveals only whether the server is serving."""
     return method.startswith(f"/{health.SERVICE_NAME}/")
 
 
 def guarded(handler: Any, around: Around) -> Any:
-    """The same method behind a door. No message is parsed for whom the door stays shut."""
+    """The same method with `around` entered first. Messages are parsed only after that."""
     kind = (handler.request_streaming, handler.response_streaming)
     behaviour = getattr(handler, _NAMES[kind])
-    # A lone request comes as bytes, and is parsed here; a stream's messages when they are read.
+    # A single request arrives as bytes and is parsed here; a stream's messages are parsed by gRPC.
     parse = handler.request_deserializer or bytes
-    opened = (lambda request: request) if handler.request_streaming else parse
+    parsed = (lambda request: request) if handler.request_streaming else parse
     if inspect.isasyncgenfunction(behaviour):
 
         async def yielding(request: Any, context: Context) -> AsyncIterator[Any]:
             async with translated(context), around(context):
-                async for response in behaviour(opened(request), context):
+                async for response in behaviour(parsed(request), context):
                     yield response
 
         method: Any = yielding
@@ -123,7 +123,7 @@ def guarded(handler: Any, around: Around) -> Any:
 
         async def answering(request: Any, context: Context) -> Any:
             async with translated(context), around(context):
-                return await behaviour(opened(request), context)
+                return await behaviour(parsed(request), context)
 
         method = answering
     deserializer = handler.request_deserializer if handler.request_streaming else None

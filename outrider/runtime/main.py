@@ -1,4 +1,4 @@
-"""The main of each service program: settings, logs, event loop, exit status. Knows no service."""
+"""Main function of each service program: settings, logs, event loop, exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS_PREFIX = "metrics on "
 
 
 class ServiceConfig(Protocol):
-    """What every program's settings have."""
+    """Settings that every program has."""
 
     @property
     def host(self) -> str: ...
@@ -35,7 +35,7 @@ class ServiceConfig(Protocol):
     def log_json(self) -> bool: ...
 
 
-# Messages and tasks die by reference count; cycles are few.
+# Messages and tasks are freed by reference counting; reference cycles are few.
 _GC_THRESHOLD = 20_000
 
 Config = TypeVar("Config", bound=ServiceConfig)
@@ -44,20 +44,20 @@ Config = TypeVar("Config", bound=ServiceConfig)
 def run_until_signalled(
     name: str, kind: type[Config], serving: Callable[[Config], AbstractAsyncContextManager[Server]]
 ) -> int:
-    """Serves with the settings of flags and environment until SIGTERM or SIGINT; the exit status.
+    """Serves with the settings of flags and environment until SIGTERM or SIGINT.
 
-    Says on standard output where it listens, once it serves. 2 if a setting is wrong, named on
-    standard error; 143 at a SIGTERM before it serves.
+    Prints its address on standard output once it serves. Returns the exit status: 2 if a setting is
+    invalid, with a message on standard error; 143 after SIGTERM before it serves.
     """
-    # A container's first process, which a service is, ignores signals that nobody has asked for.
+    # As a container's first process it would otherwise ignore SIGTERM.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
-    # From the start: loading torch would otherwise collect in full several times, 0.6 s in all.
+    # Set early: loading torch would otherwise run several full collections, 0.6 s in all.
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 
     async def body(config: Config) -> None:
         async with serving(config) as server:
-            stopped = stop_signal()  # whoever reads the line may send SIGTERM at once
-            _calm_collector()
+            stopped = stop_signal()  # first: a reader of the lines below may send SIGTERM at once
+            _freeze_loaded_objects()
             if server.metrics_port is not None:
                 print(f"{METRICS_PREFIX}{config.host}:{server.metrics_port}", flush=True)
             print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
@@ -73,17 +73,17 @@ def run_until_signalled(
             log.warning("renamed_setting", old=old, new=new)
         uvloop.run(body(config))
     except ConfigError as error:
-        return _refuse(name, error)
-    except BaseExceptionGroup as group:  # from a TaskGroup
+        return _print_errors(name, error)
+    except BaseExceptionGroup as group:  # raised by a TaskGroup
         wrong, rest = group.split(ConfigError)
         if wrong is None or rest is not None:
             raise
-        return _refuse(name, *_leaves(wrong))
+        return _print_errors(name, *_leaves(wrong))
     return 0
 
 
-def _calm_collector() -> None:
-    """What was loaded stays; a full collection of it would only hold rounds up."""
+def _freeze_loaded_objects() -> None:
+    """Excludes everything loaded so far from garbage collection, which would delay rounds."""
     gc.collect()
     gc.freeze()
 
@@ -96,7 +96,7 @@ def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[BaseException]:
     ]
 
 
-def _refuse(name: str, *errors: BaseException) -> int:
+def _print_errors(name: str, *errors: BaseException) -> int:
     for error in errors:
         print(f"{name}: {error}", file=sys.stderr)
     return 2

@@ -1,6 +1,6 @@
-"""Between generated protobuf types and plain values: arrays as little-endian bytes, parameters.
+"""Conversions between generated protobuf types and plain values.
 
-Used at the edges only (servers, clients, CLI). Knows no service's logic.
+Arrays travel as little-endian bytes. Used in servers, clients and the CLI only.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ UINT16 = np.dtype("<u2")
 UINT32 = np.dtype("<u4")
 FLOAT32 = np.dtype("<f4")
 
-# docs/reference/limits.md has all limits, and what the callers' ones are for.
-# A caller's name of 63, a slash, and its session's of 128 (orchestrator/sessions/records.py).
+# docs/reference/limits.md lists all limits.
+# A key's name of 63 characters, a slash and a session id of 128 (orchestrator/sessions/records.py).
 MAX_SESSION_ID_CHARS = 192
-# Of one draft position. Ours have 32 at most (`outrider.sampling.support`).
+# Per draft position. Ours have at most 32 (`outrider.sampling.support`).
 MAX_SUPPORT_IDS = 4096
 
-# Entries of a message's list that are copied in about half a millisecond.
+# Number of entries of a message's list that are copied in about half a millisecond.
 LONG_LIST = 16_384
 
 _OPTIONAL_FIELDS = (
@@ -67,7 +67,7 @@ _STATES = {
 def pack(values: Iterable[int] | Iterable[float] | npt.NDArray[Any], dtype: np.dtype[Any]) -> bytes:
     """The values as little-endian bytes of `dtype`."""
     if dtype == UINT32 and isinstance(values, list | tuple):
-        values = np.asarray(array("I", values))  # a third of the time that numpy takes for a list
+        values = np.asarray(array("I", values))  # takes a third of numpy's time for a list
     packed = values if isinstance(values, np.ndarray) else np.array(list(values))
     return packed.astype(dtype, copy=False).tobytes()
 
@@ -75,24 +75,24 @@ def pack(values: Iterable[int] | Iterable[float] | npt.NDArray[Any], dtype: np.d
 def unpack(
     data: bytes, dtype: np.dtype[Any], field: str, most: int | None = None
 ) -> npt.NDArray[Any]:
-    """The array behind `data` (a read-only view), of `most` values at most.
+    """A read-only array view of `data`, with at most `most` values.
 
     Raises InvalidRequest naming `field`.
     """
     if len(data) % dtype.itemsize:
-        raise InvalidRequest(field, f"{len(data)} bytes are no multiple of {dtype.itemsize}")
+        raise InvalidRequest(field, f"{len(data)} bytes; must be a multiple of {dtype.itemsize}")
     if most is not None and len(data) > most * dtype.itemsize:
         raise InvalidRequest(field, f"{len(data) // dtype.itemsize} values; at most {most}")
     return np.frombuffer(data, dtype=dtype)
 
 
 def unpack_supports(sizes: bytes, ids: bytes, probs: bytes) -> tuple[Support, ...]:
-    """As in draft.proto's Proposal. Raises InvalidRequest where they contradict each other."""
+    """Supports of draft.proto's Proposal. Raises InvalidRequest if the fields are inconsistent."""
     counts = unpack(sizes, UINT16, "support_sizes").astype(np.int64)
     token_ids = unpack(ids, UINT32, "support_ids").astype(np.int64)
     weights = unpack(probs, FLOAT32, "support_probs")
     if not len(token_ids) == len(weights) == counts.sum() or not counts.all():
-        raise InvalidRequest("support_sizes", "do not fit support_ids and support_probs")
+        raise InvalidRequest("support_sizes", "must match support_ids and support_probs")
     if not (np.isfinite(weights).all() and (weights > 0).all()):
         raise InvalidRequest("support_probs", "must be finite and positive")
     ends = np.cumsum(counts)[:-1]
@@ -101,7 +101,7 @@ def unpack_supports(sizes: bytes, ids: bytes, probs: bytes) -> tuple[Support, ..
 
 
 def session_id_from_proto(session_id: str) -> str:
-    """The id itself, as a tier keeps it. Raises InvalidRequest."""
+    """The session id, checked. Raises InvalidRequest."""
     if not 1 <= len(session_id) <= MAX_SESSION_ID_CHARS:
         raise InvalidRequest(
             "session_id", f"{len(session_id)} characters; 1 to {MAX_SESSION_ID_CHARS} are allowed"
@@ -110,13 +110,15 @@ def session_id_from_proto(session_id: str) -> str:
 
 
 def verification_from_proto(value: sampling_pb2.Verification) -> Verification:
-    """Unset is rejection, the default. Raises InvalidRequest for an unknown number."""
+    """Unset means rejection, the default. Raises InvalidRequest for an unknown number."""
     if value == sampling_pb2.VERIFICATION_UNSPECIFIED:
         return Verification.REJECTION
     for method, number in _VERIFICATIONS.items():
         if number == value:
             return method
-    raise InvalidRequest("verification", f"{value} is none of rejection, coupled, block")
+    raise InvalidRequest(
+        "verification", f"unknown value {value}; allowed: rejection, coupled, block"
+    )
 
 
 def verification_to_proto(value: Verification) -> sampling_pb2.Verification:
@@ -126,9 +128,9 @@ def verification_to_proto(value: Verification) -> sampling_pb2.Verification:
 def sampling_from_proto(
     message: sampling_pb2.SamplingParams, *, default_max_tokens: int, default_seed: int
 ) -> SamplingParams:
-    """Unset fields take their defaults. float32 fields become the decimal number that was meant.
+    """Unset fields take their defaults. float32 fields become the shortest decimal number.
 
-    Raises InvalidRequest for lists that are too long; the rest is for `SamplingParams.validate`.
+    Raises InvalidRequest for lists that are too long; `SamplingParams.validate` checks the rest.
     """
     check_entries(message)
     given: dict[str, Any] = {
@@ -148,9 +150,9 @@ def sampling_from_proto(
 
 
 def copied(values: Sequence[int]) -> tuple[int, ...]:
-    """A message's list as a tuple, slice by slice.
+    """A message's list as a tuple, copied in slices.
 
-    A copy in one call would hold the GIL, and so the event loop, for 40 ms per million entries.
+    A copy in one call would hold the GIL and block the event loop, 40 ms per million entries.
     """
     copy: list[int] = []
     for start in range(0, len(values), LONG_LIST):
@@ -159,12 +161,12 @@ def copied(values: Sequence[int]) -> tuple[int, ...]:
 
 
 def _shortest(value: Any) -> Any:
-    """0.7 sent as float32 arrives as 0.699999988: the shortest decimal of that float32 is 0.7."""
+    """0.7 sent as float32 arrives as 0.699999988; its shortest float32 decimal is 0.7."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
-    """Every field written out, so that both tiers act on the same values."""
+    """Writes every field, so that both tiers use the same values."""
     given = {name: getattr(params, name) for name in _OPTIONAL_FIELDS}
     return sampling_pb2.SamplingParams(
         **{name: value for name, value in given.items() if value is not None},
@@ -176,7 +178,7 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
 
 
 def model_answer(model: model_pb2.ModelInfo, *, with_token_hashes: bool) -> model_pb2.ModelInfo:
-    """The model, without its hundreds of kilobytes of hashes unless they are asked for."""
+    """The model info; its token hashes (hundreds of kilobytes) are included only on request."""
     if with_token_hashes or not model.token_hashes:
         return model
     answer = model_pb2.ModelInfo()
@@ -199,7 +201,7 @@ def costs_to_proto(report: CostReport) -> model_pb2.StepCosts:
 
 
 def costs_from_proto(message: model_pb2.StepCosts) -> CostReport:
-    """A replica that says nothing of use costs nothing known."""
+    """The cost report, or an empty one if the message is inconsistent."""
     sizes, seconds = tuple(message.num_tokens), tuple(message.step_s)
     rising = all(a < b for a, b in itertools.pairwise(sizes))
     numbers = (*seconds, message.row_s, message.mean_num_rows)

@@ -1,7 +1,7 @@
-"""What protects a gRPC server: its credentials, who is let in, the probes' own port.
+"""Security of a gRPC server: TLS credentials, access interceptors, the health port.
 
-Certificates are looked at for each connection that begins, so that new ones need no restart and
-streams that are open go on. Knows no service.
+Certificate files are checked at each new connection. A new certificate needs no restart, and open
+streams continue.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class ServerProtection:
-    """`credentials` None: no TLS. `health_port` None: none; 0: a free one.
+    """`credentials` None: no TLS. `health_port` None: no health port; 0: any free port.
 
-    `certificates`: the files in use, by what for.
+    `certificates`: the certificate files in use, by purpose.
     """
 
     credentials: grpc.ServerCredentials | None = None
@@ -41,41 +41,44 @@ class ServerProtection:
     def readings(
         self, behind: Mapping[str, int] | None = None, redis_certificate: float | None = None
     ) -> Iterator[Reading]:
-        """Calls refused at the gates, and `behind` them by the method; ends of certificates.
+        """Metrics: rejected calls by reason, and expiry of certificates. May run on any thread.
 
-        `redis_certificate`: end of the one that Redis shows. On any thread.
+        `behind`: calls rejected after the interceptors, by the method. `redis_certificate`: expiry
+        of Redis' certificate.
         """
         counts = [gate.refusals.by_reason for gate in self.gates]
-        at_gates = {reason.value: sum(count[reason.value] for count in counts) for reason in Reason}
-        yield Reading.by(metrics.CALLS_REFUSED, {**at_gates, **(behind or {})})
-        ends: dict[str, float] = {}
+        at_interceptors = {
+            reason.value: sum(count[reason.value] for count in counts) for reason in Reason
+        }
+        yield Reading.by(metrics.CALLS_REFUSED, {**at_interceptors, **(behind or {})})
+        expiries: dict[str, float] = {}
         if redis_certificate is not None:
-            ends["redis"] = redis_certificate
+            expiries["redis"] = redis_certificate
         for use, path in self.certificates.items():
-            with contextlib.suppress(OSError, ValueError, LookupError):  # in the midst of a change
-                ends[use] = expires_at(Path(path).read_bytes())
-        yield Reading.by(metrics.CERTIFICATE_EXPIRES_AT, ends)
+            with contextlib.suppress(OSError, ValueError, LookupError):  # file is being replaced
+                expiries[use] = expires_at(Path(path).read_bytes())
+        yield Reading.by(metrics.CERTIFICATE_EXPIRES_AT, expiries)
 
 
 UNPROTECTED = ServerProtection()
 
 
 def tier_protection(settings: TierSettings, host: str) -> ServerProtection:
-    """Of a model service: only callers with one of the names. Raises ConfigError."""
+    """For a model service: accepts only clients with one of the names. Raises ConfigError."""
     gates = []
     if settings.tls_client_ca is not None:
         gates.append(IdentityInterceptor(settings.client_names))
     elif not is_loopback(host):
-        log.warning("open_to_all", host=host, why="tls_client_ca is unset: anyone may connect")
+        log.warning("open_to_all", host=host, why="tls_client_ca is not set: anyone may connect")
     return _protection(settings, gates, None)
 
 
 def server_protection(
     settings: ServerSettings, gates: Sequence[AccessInterceptor], client_cert: str | None = None
 ) -> ServerProtection:
-    """Of a server that asks its callers for something else than a name. Raises ConfigError.
+    """For a server with other access checks than client names. Raises ConfigError.
 
-    `client_cert`: the file of the certificate that it shows to others itself.
+    `client_cert`: the certificate file that it presents to other servers.
     """
     return _protection(settings, gates, client_cert)
 
@@ -89,12 +92,12 @@ def _protection(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name, which may lead anywhere
+    except ValueError:  # a host name, which may resolve to any address
         return False
 
 
@@ -110,12 +113,12 @@ def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
     )
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC's threads at each handshake: three looks at the file system."""
+        """Called on gRPC's threads at each handshake; costs three stat calls."""
         return _configuration(files) if files.refresh() else None
 
     return grpc.dynamic_ssl_server_credentials(
         _configuration(files),
-        renewed,  # type: ignore[arg-type]  # None: as they were
+        renewed,  # type: ignore[arg-type]  # None: unchanged
         require_client_authentication=settings.tls_client_ca is not None,
     )
 

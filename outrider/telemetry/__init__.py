@@ -1,6 +1,5 @@
-"""What the three programs say of themselves to others: metrics, traces, logs. Knows no service.
+"""Telemetry of the three programs: metrics, traces, logs.
 
 Reading order: settings, catalogue, distribution, exposition, scrapes; tracing; telemetry; logs.
-What each program has to tell is put together in the program: `orchestrator.api.metrics`,
-`outrider.model_server.metrics`.
+Each program collects its own metrics: `orchestrator.api.metrics`, `outrider.model_server.metrics`.
 """

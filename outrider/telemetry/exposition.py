@@ -1,7 +1,7 @@
-"""`/metrics`: readings put into Prometheus' form at each scrape, on a thread and port of their own.
+"""`/metrics`: converts readings to Prometheus' format at each scrape, on its own thread and port.
 
-Programs keep plain numbers and give a source that reads them, so that counting costs them next to
-nothing and no scrape holds up the event loop. Knows no number's meaning.
+Programs keep plain numbers and provide a source that reads them. Counting is cheap, and a scrape
+never blocks the event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 PATH = "/metrics"
 
 Value = float | Distribution
-# By the values of the metric's labels, in their order.
+# Values by label values, in the order of the metric's labels.
 Values = Mapping[tuple[str, ...], Value]
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -45,23 +45,23 @@ _FAMILIES: dict[MetricKind, Callable[..., Family]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What a metric is now."""
+    """Current values of a metric."""
 
     metric: Metric
     values: Values
 
     @classmethod
     def one(cls, metric: Metric, value: Value) -> Reading:
-        """Of a metric without labels."""
+        """Reading of a metric without labels."""
         return cls(metric, {(): value})
 
     @classmethod
     def by(cls, metric: Metric, values: Mapping[str, Value]) -> Reading:
-        """Of a metric with one label."""
+        """Reading of a metric with one label."""
         return cls(metric, {(label,): value for label, value in values.items()})
 
 
-# Called on the scraper's thread: must only read what may be read on any.
+# Called on the scraper's thread: may only read data that any thread may read.
 Source = Callable[[], Iterable[Reading]]
 
 
@@ -69,14 +69,14 @@ _VLLM_LABELS = ("model_name", "engine")
 
 
 class _Readings(Collector):
-    """A source as the client library wants it; `vllm_values` are of vLLM's labels."""
+    """Adapter from a source to prometheus-client. `vllm_values`: values of vLLM's labels."""
 
     def __init__(self, source: Source, vllm_values: Callable[[], tuple[str, ...] | None]) -> None:
         self._source = source
         self._vllm_values = vllm_values
 
     def describe(self) -> Iterable[Family]:
-        return ()  # nothing is read before the first scrape
+        return ()  # prometheus-client would otherwise read the source before the first scrape
 
     def collect(self) -> Iterator[Family]:
         values = self._vllm_values()
@@ -87,42 +87,44 @@ class _Readings(Collector):
                 yield _family(VLLM_PREFIX + metric.vllm, reading, _VLLM_LABELS, values)
 
 
-def _family(name: str, reading: Reading, more: Sequence[str], more_values: Sequence[str]) -> Family:
+def _family(
+    name: str, reading: Reading, extra_labels: Sequence[str], extra_values: Sequence[str]
+) -> Family:
     metric = reading.metric
-    family = _FAMILIES[metric.kind](name, metric.help, labels=[*more, *metric.labels])
+    family = _FAMILIES[metric.kind](name, metric.help, labels=[*extra_labels, *metric.labels])
     for labels, value in reading.values.items():
-        shown = [*more_values, *labels]
+        label_values = [*extra_values, *labels]
         if isinstance(family, HistogramMetricFamily):
             assert isinstance(value, Distribution), f"{name} is a histogram"
-            family.add_metric(shown, buckets=value.cumulative(), sum_value=value.sum)
+            family.add_metric(label_values, buckets=value.cumulative(), sum_value=value.sum)
         else:
-            assert not isinstance(value, Distribution), f"{name} is no histogram"
-            family.add_metric(shown, value)
+            assert not isinstance(value, Distribution), f"{name} is not a histogram"
+            family.add_metric(label_values, value)
     return family
 
 
 class Exposition:
-    """`/metrics` of one program. `source` may come later: nothing is told till then.
+    """`/metrics` of one program. There are no values until `source` is set.
 
-    `model_name` is what vLLM's dashboards choose by.
+    `model_name` is the label by which vLLM's dashboards select.
     """
 
     def __init__(self, host: str, settings: TelemetrySettings) -> None:
         self._host = host
-        self._wanted_port = settings.metrics_port
+        self._configured_port = settings.metrics_port
         self._has_vllm_names = settings.metrics_vllm_names
         self.source: Source = tuple
         self.model_name = ""
-        # What it listens on; None: there is none, and nobody reads what would be counted.
+        # The port it listens on; None: no /metrics, so nothing needs to be counted.
         self.port: int | None = None
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Listens for the time of a block. Raises ConfigError if the port cannot be had."""
-        if self._wanted_port is None:
+        """Listens for the time of a block. Raises ConfigError if the port is not available."""
+        if self._configured_port is None:
             yield
             return
-        server = self._listening(self._wanted_port)
+        server = self._listening(self._configured_port)
         log.info("metrics", port=self.port)
         try:
             yield
@@ -150,5 +152,5 @@ class Exposition:
         return self.source()
 
     def _vllm_values(self) -> tuple[str, ...] | None:
-        # A dashboard chooses by the name: without one there is nothing to show yet.
+        # vLLM's dashboards select by model name, so there is nothing to show without it.
         return (self.model_name, "0") if self._has_vllm_names and self.model_name else None

@@ -1,8 +1,8 @@
-"""Logs: one line an event, JSON or for a person. Knows no service.
+"""Logs: one line per event, as JSON or for reading on a terminal.
 
-What belongs to a request carries its `request_id`, `session_id` and `trace_id`: whoever takes a
-call binds them (`structlog.contextvars`) in the call's own task. Events are counts, times and
-names: never what a caller says or is told, never a secret.
+Events of a request carry its `request_id`, `session_id` and `trace_id`, which the handler binds
+(`structlog.contextvars`) in the request's own task. Events contain counts, times and names, never
+prompts, generated text or secrets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import structlog
 
 from outrider.errors import ConfigError
 
-# Should one of these ever be logged, its value is not.
+# Values under these names are hidden, should one ever be logged.
 _SECRETS = frozenset(
     ("api_key", "authorization", "content", "key", "messages", "password", "prompt", "secret",
      "stop", "text", "token", "token_ids")
@@ -24,13 +24,13 @@ HIDDEN = "(hidden)"
 
 
 def configure_logs(program: str, *, level: str = "info", json: bool = False) -> None:
-    """Sends events to standard error, those of libraries too; called once, by a program's main.
+    """Sends events, those of libraries included, to standard error. Called once, by main.
 
-    Raises ConfigError.
+    Raises ConfigError if the level is unknown.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
-        raise ConfigError(f"log_level: {level!r} is none of debug, info, warning, error")
+        raise ConfigError(f"log_level: {level!r}; allowed: debug, info, warning, error")
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if json
@@ -56,7 +56,7 @@ def configure_logs(program: str, *, level: str = "info", json: bool = False) -> 
 def _configure_libraries(
     level: int, shared: list[structlog.typing.Processor], renderer: structlog.typing.Processor
 ) -> None:
-    """Their lines look like ours, so that whoever reads JSON reads nothing else."""
+    """Formats the log lines of libraries in the same way, so that all lines are JSON or none."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -70,7 +70,7 @@ def _configure_libraries(
 def without_secrets(
     logger: Any, method: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """A processor: values that must not be seen are not."""
+    """Processor that replaces secret values."""
     for name in _SECRETS.intersection(event):
         event[name] = HIDDEN
     return event

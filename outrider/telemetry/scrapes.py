@@ -1,7 +1,7 @@
-"""HTTP for scrapers: GET of one path, on a thread and an event loop of its own.
+"""HTTP server for scrapers: GET of one path, on a thread and event loop of its own.
 
-A connection costs no thread, and one that asks nothing is in nobody's way: of too many the oldest
-are closed. Knows nothing of metrics.
+A connection needs no thread, so idle connections are harmless. Above the maximum the oldest are
+closed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import structlog
 
 log = structlog.get_logger()
 
-# A scraper that connects and says nothing, or does not read, keeps its connection no longer.
+# Time for a scraper to send its request and to read the answer.
 _REQUEST_TIMEOUT_S = 10.0
 _MAX_CONNECTIONS = 256
 _MAX_HEAD_BYTES = 16_384
 _BACKLOG = 512
-# What a refused request may still send, so that its answer is not lost in a reset.
+# A rejected request's remaining bytes are read, so that a TCP reset does not discard the answer.
 _LINGER_S, _LINGER_BYTES = 1.0, 65_536
 
-# From the Accept header to the body and its content type; called on the server's thread.
+# From the Accept header to body and content type. Called on the server's thread.
 Answer = Callable[[str], tuple[bytes, str]]
 
 
 class ScrapeServer:
-    """`start`, then `stop`; both on any thread."""
+    """Call `start`, then `stop`; both on any thread."""
 
     def __init__(self, path: str, answer: Answer) -> None:
         self._path = path
         self._answer = answer
-        # In the order in which they came.
+        # In order of arrival.
         self._connections: dict[asyncio.Task[None], None] = {}
 
     def start(self, host: str, port: int) -> int:
-        """The port it listens on. Raises OSError."""
+        """Starts listening and returns the port. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host.strip("[]"), port), family=family, backlog=_BACKLOG)
         self._loop = asyncio.new_event_loop()
@@ -79,9 +79,9 @@ class ScrapeServer:
             ):
                 async with asyncio.timeout(_REQUEST_TIMEOUT_S):
                     head = await reader.readuntil(b"\r\n\r\n")
-                    is_answered = self._respond(head, writer)
+                    is_served = self._respond(head, writer)
                     await writer.drain()
-                if not is_answered:
+                if not is_served:
                     async with asyncio.timeout(_LINGER_S):
                         await reader.read(_LINGER_BYTES)
         except asyncio.CancelledError:
@@ -91,7 +91,7 @@ class ScrapeServer:
             writer.close()
 
     def _respond(self, head: bytes, writer: asyncio.StreamWriter) -> bool:
-        """Whether it was what is served here."""
+        """Answers the request. Returns whether it was a GET of the path."""
         words, *lines = head.decode("latin-1").split("\r\n")
         method, _, rest = words.partition(" ")
         path = urlsplit(rest.partition(" ")[0]).path
@@ -102,7 +102,7 @@ class ScrapeServer:
         headers = {name.lower(): value for name, _, value in (x.partition(":") for x in lines)}
         try:
             body, kind = self._answer(headers.get("accept", "").strip())
-        except Exception as error:  # a defect of ours: this scrape fails, and not the next
+        except Exception as error:  # a defect in a source: only this scrape fails
             log.error("scrape_failed", exc_info=error)
             return _write(writer, HTTPStatus.INTERNAL_SERVER_ERROR)
         _write(writer, HTTPStatus.OK, body, kind)

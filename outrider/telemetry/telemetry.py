@@ -1,4 +1,4 @@
-"""What a program tells with: its metrics' exposition and its tracing. Knows no program."""
+"""Telemetry of one program: the metrics exposition and tracing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Telemetry:
 
     @property
     def is_metered(self) -> bool:
-        """Whether anybody can read what is counted."""
+        """Whether metrics are exposed, so that counting is useful."""
         return self.exposition.port is not None
 
 
@@ -26,7 +26,10 @@ class Telemetry:
 async def telemetry(
     service: str, host: str, settings: TelemetrySettings
 ) -> AsyncIterator[Telemetry]:
-    """For the time of a block. Raises ConfigError for a port, or an SDK that is not there."""
+    """Telemetry for the time of a block.
+
+    Raises ConfigError if the port is in use or the OpenTelemetry SDK is not installed.
+    """
     exposition = Exposition(host, settings)
-    async with tracing(service, settings) as made, exposition.serving():
-        yield Telemetry(exposition, made)
+    async with tracing(service, settings) as spans, exposition.serving():
+        yield Telemetry(exposition, spans)

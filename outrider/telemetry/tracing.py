@@ -1,8 +1,8 @@
-"""Traces of requests over OpenTelemetry, if somebody collects them. Knows no service.
+"""Tracing of requests with OpenTelemetry, if an endpoint is configured.
 
-A request's span is made where it arrives; its context (W3C `traceparent`) goes with it to the
-tiers, whose spans join the same trace. Spans hold counts, times and names, never text or tokens.
-The SDK is an extra (`otel`) and is imported only where an endpoint is set.
+A request's span starts where the request arrives. Its context (W3C `traceparent`) is sent to the
+tiers, whose spans join the trace. Spans contain counts, times and names, never text or tokens. The
+SDK is an extra (`otel`) and is imported only if an endpoint is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span as OtelSpan
     from opentelemetry.trace import Tracer
 
-# Of a request's rounds the first so many have spans, then one in so many.
+# The first FIRST_ROUNDS rounds of a request have spans, then one in ROUND_INTERVAL.
 FIRST_ROUNDS = 8
 ROUND_INTERVAL = 16
 _EXPORT_TIMEOUT_S = 2.0
@@ -36,12 +36,12 @@ _current: ContextVar[Span | None] = ContextVar("outrider_span", default=None)
 
 
 def current_span() -> Span | None:
-    """Of the request that this task works for; None: it is not traced."""
+    """Span of the request that this task works for; None if it is not traced."""
     return _current.get()
 
 
 class Span:
-    """One sampled span. Used by one task or thread at a time."""
+    """A sampled span. May be used by one task or thread at a time."""
 
     def __init__(self, tracer: Tracer, span: OtelSpan) -> None:
         self._tracer = tracer
@@ -54,12 +54,12 @@ class Span:
 
     @property
     def traceparent(self) -> str:
-        """Its context for whoever works for it elsewhere."""
+        """The span's context, to be sent to other services."""
         context = self._span.get_span_context()
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
 
     def make_current(self) -> None:
-        """For this task from now on, and for those it starts."""
+        """Makes it the current span of this task and of those started by it."""
         _current.set(self)
 
     def set(self, name: str, value: Value) -> None:
@@ -69,7 +69,7 @@ class Span:
         self._span.add_event(name)
 
     def round(self, name: str, started_at: float, **attributes: Value) -> None:
-        """A part that ends now and began at `started_at` (time.monotonic); some are left out."""
+        """Adds a child span from `started_at` (time.monotonic) until now; some are left out."""
         self._num_rounds += 1
         if self._num_rounds > FIRST_ROUNDS and self._num_rounds % ROUND_INTERVAL:
             return
@@ -84,7 +84,7 @@ class Span:
         part.end(now)
 
     def end(self, failed: str | None = None) -> None:
-        """`failed`: the status, where it did not end well."""
+        """Ends the span. `failed`: the error status, if it failed."""
         if failed is not None:
             from opentelemetry.trace import Status, StatusCode
 
@@ -93,13 +93,13 @@ class Span:
 
 
 class Tracing:
-    """Makes the spans of a program. Without a tracer it makes none."""
+    """Creates a program's spans. Without a tracer it creates none."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self._tracer = tracer
 
     def request(self, name: str, traceparent: str) -> Span | None:
-        """Of a request that arrives here. Sampled as its caller's trace is, else by chance."""
+        """Span of an incoming request; sampled like its parent trace, otherwise at random."""
         if self._tracer is None:
             return None
         from opentelemetry.trace import SpanKind
@@ -109,7 +109,7 @@ class Tracing:
         return Span(self._tracer, span) if span.is_recording() else None
 
     def part(self, name: str, traceparent: str) -> Span | None:
-        """Of what is done here for a request that is traced elsewhere; None without one."""
+        """Span of work for a request that is traced elsewhere; None without `traceparent`."""
         if self._tracer is None or _parent(traceparent) is None:
             return None
         return self.request(name, traceparent)
@@ -119,7 +119,7 @@ NO_TRACING = Tracing()
 
 
 def _parent(traceparent: str) -> Context | None:
-    """None where there is none or it cannot be read: then, says W3C, a trace begins anew."""
+    """None if it is missing or malformed: by W3C's rules a new trace starts then."""
     from opentelemetry.trace import (
         NonRecordingSpan,
         SpanContext,
@@ -137,9 +137,9 @@ def _parent(traceparent: str) -> Context | None:
 
 @contextlib.asynccontextmanager
 async def tracing(service: str, settings: TelemetrySettings) -> AsyncIterator[Tracing]:
-    """For the time of a block; what is pending at its end is sent, within seconds.
+    """Tracing for the time of a block. Pending spans are exported at its end, within seconds.
 
-    Raises ConfigError where the SDK is not installed.
+    Raises ConfigError if the SDK is not installed.
     """
     if settings.otlp_endpoint is None:
         yield NO_TRACING
@@ -170,6 +170,6 @@ def _provider(service: str, endpoint: str, ratio: float | None) -> TracerProvide
     exporter = OTLPSpanExporter(
         endpoint, insecure=endpoint.startswith("http://"), timeout=_EXPORT_TIMEOUT_S
     )
-    # A queue of its own size, a thread of its own: spans too many are dropped, not waited for.
+    # Has its own queue and thread. Spans beyond the queue's size are dropped.
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider

@@ -27,7 +27,7 @@ def test_top_shows_the_programs_that_up_prints(running: Up) -> None:
     for words in wanted:
         assert words in done.stdout
     wrong_port = run("top", "--once", running.endpoint)
-    assert "not HTTP; is it metrics_port?" in wrong_port.stdout
+    assert "not an HTTP server; use the program's metrics_port" in wrong_port.stdout
     assert "Traceback" not in wrong_port.stderr
     for name in ("target", "draft"):
         (line,) = [line for line in done.stdout.splitlines() if addresses[name] in line]
