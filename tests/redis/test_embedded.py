@@ -1,4 +1,4 @@
-"""The embedded server: up when start returns, gone however its parent ends, clear if it cannot."""
+"""Embedded Redis: up when start returns, ends with its parent, clear errors if it cannot start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def socket_path(server: RedisServer) -> Path:
 
 
 def is_up(path: Path) -> bool:
-    """However slow the machine is."""
+    """Whether it answers, on a slow machine too."""
     return answers(path, timeout_s=60.0)
 
 
-def test_up_when_start_returns_and_gone_when_stop_does() -> None:
+def test_it_runs_from_start_to_stop() -> None:
     with RedisServer() as server:
         path, pid = socket_path(server), server.pid
         assert pid is not None
@@ -41,7 +41,7 @@ def test_up_when_start_returns_and_gone_when_stop_does() -> None:
     server.stop()
 
 
-def test_it_writes_nothing_and_listens_nowhere_else(redis_url: str) -> None:
+def test_it_writes_no_files_and_opens_no_port(redis_url: str) -> None:
     folder = Path(redis_url.removeprefix("unix://")).parent
     assert redis_command(redis_url, "SET", "a", "b") == b"+OK"
     assert {p.name for p in folder.iterdir()} == {"redis.sock", "log"}
@@ -100,13 +100,13 @@ def test_no_process_outlives_its_parent(end: str) -> None:
             parent.stdin.close()
         parent.wait()
         wait_until_dead({int(pid): "redis"})
-    if end == "killed":  # with none to clean up after it
+    if end == "killed":  # then nothing removes its folder
         (folder / "log").unlink()
         folder.rmdir()
     assert not folder.exists()
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_the_error_of_a_server_that_does_not_start_has_its_output(tmp_path: Path) -> None:
     broken = tmp_path / "redis-server"
     broken.write_text("#!/bin/sh\necho 'bad directive' >&2\nexit 7\n")
     broken.chmod(0o755)
@@ -117,7 +117,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert not socket_path(server).parent.exists()
 
 
-def test_one_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_on_path_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "valkey-server"
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
@@ -125,7 +125,7 @@ def test_one_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_server() == own
 
 
-def test_no_server_anywhere_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_any_server_has_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("platform.machine", lambda: "abacus")
     with pytest.raises(ConfigError, match=r"linux-abacus.*--redis-url"):
@@ -142,7 +142,7 @@ def test_a_temporary_folder_too_deep_for_a_socket(
         assert is_up(socket_path(server))
 
 
-def test_refuses_a_thread_with_which_the_server_would_end() -> None:
+def test_start_on_another_thread_is_an_error() -> None:
     server, errors = RedisServer(), []
 
     def start() -> None:

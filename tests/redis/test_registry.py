@@ -1,4 +1,4 @@
-"""Replicas announce themselves in a real Redis, orchestrators watch; either side may fail."""
+"""Registry with a real Redis: replicas announce themselves, watchers follow, either may fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ redis_url = redis_fixture.redis_url
 ROOT = Path(__file__).parents[2]
 INDEX = b"outrider:replicas:target"
 BAD = b"outrider:replica:target:bad"
-# Far more than anything here takes: the machine may be busy.
+# Far more than needed: the machine may be busy.
 TIMEOUT_S = 60.0
 
 REPLICA = Replica(
@@ -50,7 +50,7 @@ REPLICA = Replica(
 
 @contextlib.asynccontextmanager
 async def in_background(run: Callable[[], Any]) -> AsyncIterator[None]:
-    """For the time of a block."""
+    """Runs the task for the time of a block."""
     task = asyncio.create_task(run())
     try:
         yield
@@ -61,27 +61,27 @@ async def in_background(run: Callable[[], Any]) -> AsyncIterator[None]:
 
 
 class Watched:
-    """A watcher and all the lists that it told."""
+    """A watcher and all the lists it has reported."""
 
     def __init__(self, url: str, tier: str = "target") -> None:
         self.lists: list[list[Replica]] = []
-        self._told = asyncio.Event()
-        self.watcher = Watcher(url, tier, self._tell)
+        self._reported = asyncio.Event()
+        self.watcher = Watcher(url, tier, self._on_change)
 
-    def _tell(self, replicas: list[Replica]) -> None:
+    def _on_change(self, replicas: list[Replica]) -> None:
         self.lists.append(replicas)
-        self._told.set()
+        self._reported.set()
 
     @property
     def now(self) -> list[Replica] | None:
         return self.lists[-1] if self.lists else None
 
     async def sees(self, *replicas: Replica) -> None:
-        """Returns when exactly these are there."""
+        """Returns when exactly these replicas are listed."""
         async with asyncio.timeout(TIMEOUT_S):
             while self.now != list(replicas):
-                self._told.clear()
-                await self._told.wait()
+                self._reported.clear()
+                await self._reported.wait()
 
 
 @contextlib.asynccontextmanager
@@ -95,11 +95,11 @@ async def watching(url: str, tier: str = "target") -> AsyncIterator[Watched]:
 async def announcing(
     url: str, replica: Replica = REPLICA
 ) -> AsyncIterator[tuple[Announcer, list[Replica]]]:
-    """The announcer, and a list whose only item is what it says of the replica."""
-    said = [replica]
-    announcer = Announcer(url, lambda: said[0])
+    """The announcer, and a list whose only item is the record it announces."""
+    current = [replica]
+    announcer = Announcer(url, lambda: current[0])
     async with in_background(announcer.run):
-        yield announcer, said
+        yield announcer, current
 
 
 async def write(url: str, *commands: tuple[bytes, ...]) -> None:
@@ -111,32 +111,32 @@ async def write(url: str, *commands: tuple[bytes, ...]) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 (Redis and logs do not tell)
+        while not condition():  # noqa: ASYNC110 (Redis and logs send no event)
             await asyncio.sleep(0.02)
 
 
-async def test_announced_as_it_is_and_gone_without_a_trace(redis_url: str) -> None:
+async def test_a_replica_is_announced_and_leaves_no_keys(redis_url: str) -> None:
     async with watching(redis_url) as watched:
         await watched.sees()
         async with announcing(redis_url):
             await watched.sees(REPLICA)
         await watched.sees()
         assert redis_command(redis_url, "DBSIZE") == b":0"
-    assert watched.lists == [[], [REPLICA], []], "told once each"
+    assert watched.lists == [[], [REPLICA], []], "each change is reported once"
 
 
-async def test_changes_are_told_at_once_and_load_in_time(redis_url: str) -> None:
-    async with watching(redis_url) as watched, announcing(redis_url) as (announcer, said):
+async def test_state_changes_are_announced_at_once_and_load_soon(redis_url: str) -> None:
+    async with watching(redis_url) as watched, announcing(redis_url) as (announcer, current):
         await watched.sees(REPLICA)
         for state in (ReplicaState.STUCK, ReplicaState.READY, ReplicaState.DRAINING):
-            said[0] = replace(REPLICA, state=state)
+            current[0] = replace(REPLICA, state=state)
             announcer.renew()
-            await watched.sees(said[0])
-        said[0] = replace(REPLICA, num_open_generations=7)
-        await watched.sees(said[0])
+            await watched.sees(current[0])
+        current[0] = replace(REPLICA, num_open_generations=7)
+        await watched.sees(current[0])
 
 
-async def test_several_replicas_and_each_tier_for_itself(redis_url: str) -> None:
+async def test_several_replicas_and_separate_tiers(redis_url: str) -> None:
     second = replace(REPLICA, id="b2", address="10.0.0.2:50052")
     draft = replace(REPLICA, tier="draft", id="a1")
     async with (
@@ -163,7 +163,7 @@ asyncio.run(announcer.run())
 
 @contextlib.asynccontextmanager
 async def announcing_process(url: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Of the replica; killed at the end, if it is still there."""
+    """A process that announces the replica; killed at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", ANNOUNCE, url, REPLICA.to_json().decode(), cwd=ROOT
     )
@@ -177,8 +177,8 @@ async def announcing_process(url: str) -> AsyncIterator[asyncio.subprocess.Proce
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Signals) -> None:
-    """A process killed, or frozen for good; the index forgets it too."""
+async def test_a_record_that_is_not_renewed_expires(redis_url: str, number: signal.Signals) -> None:
+    """The process is killed or frozen. The record is removed from the index, too."""
     other = replace(REPLICA, id="b2")
     async with (
         announcing_process(redis_url) as process,
@@ -192,7 +192,7 @@ async def test_one_that_renews_no_more_expires(redis_url: str, number: signal.Si
 
 
 @pytest.mark.slow
-async def test_without_a_watcher_nothing_stays_either(redis_url: str) -> None:
+async def test_records_and_index_expire_without_a_watcher(redis_url: str) -> None:
     async with announcing_process(redis_url):
         await until(lambda: redis_command(redis_url, "DBSIZE") == b":2")
     await until(lambda: redis_command(redis_url, "DBSIZE") == b":0")
@@ -200,10 +200,10 @@ async def test_without_a_watcher_nothing_stays_either(redis_url: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["restarted", "frozen"])
-async def test_redis_away_and_back(way: str) -> None:
-    """The last list holds meanwhile; both sides say so once, and go on by themselves."""
+async def test_redis_is_lost_and_comes_back(way: str) -> None:
+    """The last list stays valid. Both sides log it once and recover on their own."""
 
-    def said(event: str, logs: list[Any]) -> int:
+    def num_logged(event: str, logs: list[Any]) -> int:
         return sum(entry["event"] == event for entry in logs)
 
     with RedisServer() as server, capture_logs() as logs:
@@ -215,22 +215,22 @@ async def test_redis_away_and_back(way: str) -> None:
                 server.stop()
             else:
                 os.kill(pid, signal.SIGSTOP)
-            await until(lambda: said("registry_away", logs) >= 2)
+            await until(lambda: num_logged("registry_away", logs) >= 2)
             announcer.renew()
             await asyncio.sleep(1.5)  # more attempts, of both
             assert watched.lists == [[REPLICA]] or watched.lists == [[], [REPLICA]]
-            assert said("registry_away", logs) == 2
+            assert num_logged("registry_away", logs) == 2
             if way == "restarted":
                 server.start()
             else:
                 os.kill(pid, signal.SIGCONT)
-            await until(lambda: said("registry_back", logs) >= 2)
+            await until(lambda: num_logged("registry_back", logs) >= 2)
             await watched.sees(REPLICA)
         assert redis_command(server.url, "DBSIZE") == b":0"
 
 
 @pytest.mark.slow
-async def test_leaving_without_redis_takes_no_long_time() -> None:
+async def test_stopping_without_redis_is_fast() -> None:
     with RedisServer() as server:
         async with watching(server.url) as watched, announcing(server.url):
             await watched.sees(REPLICA)
@@ -265,7 +265,7 @@ MALFORMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
 async def test_malformed_records_are_skipped(kind: str, redis_url: str) -> None:
-    """Said once, however often they are read; the others are seen."""
+    """Logged once, however often they are read. Other records are seen."""
     with capture_logs() as logs:
         async with announcing(redis_url), watching(redis_url) as watched:
             await write(
@@ -277,14 +277,14 @@ async def test_malformed_records_are_skipped(kind: str, redis_url: str) -> None:
             good = record(id="bad", unknown="field")
             await until(lambda: "replica_record_malformed" in [entry["event"] for entry in logs])
             await asyncio.sleep(0.7)  # read again meanwhile
-            # In the index once more: that lapses where nobody announces anything for long.
+            # Added to the index again, which expires if nothing is announced for a while.
             await write(redis_url, (b"SET", BAD, good), (b"ZADD", INDEX, b"0", b"bad"))
             await watched.sees(REPLICA, replace(REPLICA, id="bad"))
     assert [e["event"] for e in logs].count("replica_record_malformed") == 1
 
 
-async def test_keys_of_another_kind_do_no_harm(redis_url: str) -> None:
-    """A record that is a list counts as none; an index that is a text as Redis away."""
+async def test_keys_of_another_type_are_harmless(redis_url: str) -> None:
+    """A record of type list is ignored. An index of type string counts as Redis unavailable."""
     with capture_logs() as logs:
         async with watching(redis_url) as watched:
             await write(redis_url, (b"RPUSH", BAD, b"x"), (b"ZADD", INDEX, b"0", b"bad"))
@@ -298,7 +298,7 @@ async def test_keys_of_another_kind_do_no_harm(redis_url: str) -> None:
                 await watched.sees(REPLICA)
 
 
-def test_a_url_that_is_none_is_refused() -> None:
+def test_an_invalid_url_is_an_error() -> None:
     with pytest.raises(ConfigError):
         Announcer("http://x", lambda: REPLICA)
     with pytest.raises(ConfigError):
@@ -313,8 +313,8 @@ FIELDS = st.sampled_from(sorted(REPLICA.__dataclass_fields__))
 
 
 @given(st.dictionaries(FIELDS, JSON))
-def test_a_record_is_read_or_refused(fields: dict[str, Any]) -> None:
-    """Whatever stands in it: a replica that reads back as itself, or ValueError."""
+def test_a_record_is_parsed_or_rejected(fields: dict[str, Any]) -> None:
+    """For any content: a replica that round-trips, or ValueError."""
     with contextlib.suppress(ValueError):
         replica = Replica.from_json(record(**fields))
         assert Replica.from_json(replica.to_json()) == replica

@@ -1,4 +1,4 @@
-"""How a call ends whose handler fails: on a real server, with a real client."""
+"""Status of a call whose handler fails, on a real server with a real client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
 @contextlib.asynccontextmanager
 async def calling(handler: Handler) -> AsyncIterator[Any]:
-    """A call of a server with this handler."""
+    """A call to a server with this handler."""
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((Service(handler),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -44,8 +44,8 @@ async def calling(handler: Handler) -> AsyncIterator[Any]:
     await server.stop(0)
 
 
-def told_by_grpc(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Its errors; other tests' closed loops may have asyncio log more."""
+def logged_by_grpc(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """gRPC's errors; asyncio may log more because of other tests' closed loops."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("grpc")]
 
 
@@ -58,7 +58,7 @@ async def failed_in_a_group(context: Any) -> None:
 
 
 async def cancelled_write(writer: Any, num_turns: int) -> None:
-    """Cancels the first write after so many turns of the event loop."""
+    """Cancels the first write after `num_turns` iterations of the event loop."""
     writing = asyncio.create_task(writer.write(b"text"))
     for _ in range(num_turns):
         await asyncio.sleep(0)
@@ -68,7 +68,7 @@ async def cancelled_write(writer: Any, num_turns: int) -> None:
 
 
 async def status_of(handler: Handler) -> grpc.StatusCode:
-    """The status that the call of a client that listens ends with."""
+    """The final status of the call of a client that reads."""
     async with calling(handler) as call:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in call:
@@ -80,13 +80,13 @@ async def status_of(handler: Handler) -> grpc.StatusCode:
 async def test_a_failed_write_ends_the_call(
     handler: Handler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """CANCELLED for a client that still listens, and no traceback in the log."""
+    """CANCELLED for a client that still reads, and no traceback in the log."""
     with caplog.at_level(logging.ERROR):
         assert await status_of(handler) is grpc.StatusCode.CANCELLED
-    assert told_by_grpc(caplog) == []
+    assert logged_by_grpc(caplog) == []
 
 
-async def test_a_client_that_goes_at_the_first_write_is_no_error(
+async def test_a_client_that_disconnects_at_the_first_write_is_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     over = asyncio.Event()
@@ -102,14 +102,14 @@ async def test_a_client_that_goes_at_the_first_write_is_no_error(
             await anext(aiter(call), None)
             call.cancel()
             await over.wait()
-    assert told_by_grpc(caplog) == []
+    assert logged_by_grpc(caplog) == []
 
 
 @pytest.mark.parametrize("num_turns", range(6))
-async def test_the_status_comes_though_the_first_write_was_cancelled(
+async def test_the_status_is_sent_after_a_cancelled_first_write(
     num_turns: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A write on the context itself would leave the client without one until its deadline."""
+    """With a write on the context itself the client would get no status before its deadline."""
 
     async def handler(context: Any) -> None:
         await cancelled_write(StreamWriter(context), num_turns)
@@ -117,11 +117,11 @@ async def test_the_status_comes_though_the_first_write_was_cancelled(
 
     with caplog.at_level(logging.ERROR):
         assert await status_of(handler) is grpc.StatusCode.NOT_FOUND
-    assert told_by_grpc(caplog) == []
+    assert logged_by_grpc(caplog) == []
 
 
-async def test_a_write_that_is_cancelled_and_fails_is_quiet() -> None:
-    """The client goes while the write is cancelled: nobody is left to hear that it failed."""
+async def test_a_cancelled_write_that_fails_logs_nothing() -> None:
+    """The client disconnects while the write is cancelled; the failure must not be logged."""
     has_gone = asyncio.Event()
 
     class Context:
@@ -129,8 +129,8 @@ async def test_a_write_that_is_cancelled_and_fails_is_quiet() -> None:
             await has_gone.wait()
             raise grpc.aio.InternalError("gone")
 
-    unheard: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, told: unheard.append(told))
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     writing = asyncio.create_task(StreamWriter(Context()).write(b"text"))  # type: ignore[arg-type]
     for _ in range(3):
         await asyncio.sleep(0)
@@ -141,9 +141,9 @@ async def test_a_write_that_is_cancelled_and_fails_is_quiet() -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await writing
     del writing
-    await asyncio.sleep(0)  # the loop lets go of it, too
+    await asyncio.sleep(0)  # the loop drops its reference, too
     gc.collect()
-    assert unheard == []
+    assert unhandled == []
 
 
 def virtual_loop() -> asyncio.AbstractEventLoop:
@@ -161,7 +161,7 @@ def virtual_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def test_heartbeats_fill_silences_only() -> None:
+def test_heartbeats_are_sent_only_when_nothing_else_is() -> None:
     sent: list[tuple[float, bytes]] = []
 
     class Context:
@@ -173,7 +173,7 @@ def test_heartbeats_fill_silences_only() -> None:
 
     async def stream() -> None:
         writer = StreamWriter(Context())  # type: ignore[arg-type]
-        async with writer.beating(b"", 1_000):
+        async with writer.heartbeats(b"", 1_000):
             for _ in range(10):
                 await asyncio.sleep(0.7)
                 await writer.write(b"text")

@@ -1,4 +1,4 @@
-"""Outbox: nothing pending is lost, and its end is never slept through."""
+"""Outbox: no item is lost, and its end is always noticed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 from outrider.runtime.grpc_streams import Outbox
 
 
-async def test_what_is_pending_at_the_close_comes_before_the_end() -> None:
-    """The bug: with items pending at the close, the end was waited for for ever."""
+async def test_items_pending_at_close_are_delivered_before_the_end() -> None:
+    """Regression: with items pending at close, `batches` never ended."""
     outbox: Outbox[int] = Outbox()
     outbox.put([1, 2])
     outbox.close()

@@ -1,4 +1,4 @@
-"""Between protobuf and plain values: nothing is lost, nothing is made up."""
+"""Conversions between protobuf and plain values are lossless."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from outrider.v1 import sampling_pb2
 @pytest.mark.parametrize(("dtype", "limit"), [(UINT16, 2**16), (UINT32, 2**32)])
 @given(data=st.data())
 def test_integers_round_trip(dtype: np.dtype[Any], limit: int, data: st.DataObject) -> None:
-    """Lists and arrays, empty ones too."""
+    """Lists and arrays, including empty ones."""
     values = data.draw(st.lists(st.integers(0, limit - 1), max_size=20))
     packed = pack(values, dtype)
     assert len(packed) == dtype.itemsize * len(values)
@@ -52,7 +52,7 @@ def test_bytes_are_little_endian() -> None:
 
 
 def test_slices_and_other_types_are_packed_by_value() -> None:
-    """Strides and source types do not show in the bytes."""
+    """Strides and source types do not affect the bytes."""
     array = np.arange(10, dtype=np.int16)
     assert unpack(pack(array[::3], UINT32), UINT32, "f").tolist() == [0, 3, 6, 9]
 
@@ -65,8 +65,8 @@ def test_unpacked_arrays_are_read_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [UINT16, UINT32, FLOAT32])
-def test_torn_bytes_are_refused_by_name(dtype: np.dtype[Any]) -> None:
-    """A length that is no multiple of the item's size names the field."""
+def test_a_length_that_is_not_a_multiple_is_an_error_naming_the_field(dtype: np.dtype[Any]) -> None:
+    """The length must be a multiple of the item size."""
     with pytest.raises(InvalidRequest) as caught:
         unpack(b"\0" * (dtype.itemsize + 1), dtype, "rows.draft_token_ids")
     assert caught.value.field == "rows.draft_token_ids"
@@ -74,12 +74,12 @@ def test_torn_bytes_are_refused_by_name(dtype: np.dtype[Any]) -> None:
 
 @pytest.mark.parametrize("method", Verification)
 def test_verification_round_trips(method: Verification) -> None:
-    """Every method has its number."""
+    """Every method has a number."""
     assert verification_from_proto(verification_to_proto(method)) is method
 
 
 def test_verification_unset_and_unknown() -> None:
-    """Unset is rejection; a number of a later version is refused, not guessed."""
+    """Unset means rejection. An unknown number of a later version is an error."""
     unset = sampling_pb2.VERIFICATION_UNSPECIFIED
     assert verification_from_proto(unset) is Verification.REJECTION
     with pytest.raises(InvalidRequest) as caught:
@@ -97,7 +97,7 @@ def test_unset_fields_take_their_defaults() -> None:
 
 
 def test_zero_is_not_unset() -> None:
-    """A field that is present is honoured, also where its value is the type's zero."""
+    """A field that is present is used, even if its value is zero."""
     params = _from_proto(
         sampling_pb2.SamplingParams(temperature=0, seed=0, max_tokens=0, logprobs=0, top_p=0)
     )
@@ -106,16 +106,16 @@ def test_zero_is_not_unset() -> None:
 
 
 @pytest.mark.parametrize("value", [0.7, 0.1, 0.95, 1e-3, 1.05, 0.333333, 1e-30, -1.5, 100.0])
-def test_floats_become_the_decimals_that_were_meant(value: float) -> None:
-    """0.7 arrives as 0.7 and not as 0.699999988, so that both tiers and the client agree."""
+def test_floats_become_their_shortest_decimals(value: float) -> None:
+    """0.7 arrives as 0.7, not as 0.699999988, so both tiers and the client agree."""
     params = _from_proto(sampling_pb2.SamplingParams(temperature=value, logit_bias={3: value}))
     assert params.temperature == value
     assert params.logit_bias == {3: value}
 
 
 @given(st.floats(width=32, allow_nan=False))
-def test_any_float32_stays_itself(value: float) -> None:
-    """The shortest decimal names the same float32, infinities included."""
+def test_any_float32_round_trips(value: float) -> None:
+    """The shortest decimal is the same float32, infinities included."""
     params = _from_proto(sampling_pb2.SamplingParams(top_p=value))
     assert np.float32(params.top_p) == np.float32(value)
 
@@ -147,13 +147,13 @@ _params = st.builds(
 @given(_params)
 @settings(deadline=None)
 def test_sampling_parameters_round_trip(params: SamplingParams) -> None:
-    """To the wire, through bytes and back: equal, whatever the receiver's own defaults."""
+    """Equal after serialisation, whatever the receiver's defaults."""
     message = sampling_to_proto(params)
     parsed = sampling_pb2.SamplingParams.FromString(message.SerializeToString())
     assert _from_proto(parsed) == params
 
 
-def test_every_field_is_carried() -> None:
-    """The message and the dataclass have the same fields: none can be forgotten on the way."""
+def test_message_and_dataclass_have_the_same_fields() -> None:
+    """So no field can be missing in a conversion."""
     in_message = set(sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
     assert in_message == set(SamplingParams.__dataclass_fields__)

@@ -114,18 +114,18 @@ async def tier(
 
 @dataclass
 class Registered:
-    """What the registry says of a tier's only replica: all it ever said, and now."""
+    """All registry records of a tier's only replica, in order."""
 
-    said: list[Replica | None] = field(default_factory=list)
+    records: list[Replica | None] = field(default_factory=list)
 
-    def tell(self, replicas: list[Replica]) -> None:
+    def on_change(self, replicas: list[Replica]) -> None:
         assert len(replicas) <= 1
-        self.said.append(replicas[0] if replicas else None)
+        self.records.append(replicas[0] if replicas else None)
 
     @property
     def states(self) -> list[ReplicaState | None]:
-        """Each once in a row."""
-        states = [replica.state if replica else None for replica in self.said]
+        """The states, without repetitions."""
+        states = [replica.state if replica else None for replica in self.records]
         return [s for i, s in enumerate(states) if not i or s is not states[i - 1]]
 
     async def becomes(self, state: ReplicaState | None) -> Replica | None:
@@ -133,13 +133,13 @@ class Registered:
             return bool(self.states) and self.states[-1] is state
 
         await eventually(has, TIMEOUT_S)
-        return self.said[-1]
+        return self.records[-1]
 
 
 @contextlib.asynccontextmanager
 async def registered(url: str, name: str = "target") -> AsyncIterator[Registered]:
     registry = Registered()
-    watching = asyncio.create_task(Watcher(url, name, registry.tell).run())
+    watching = asyncio.create_task(Watcher(url, name, registry.on_change).run())
     try:
         yield registry
     finally:
@@ -148,8 +148,8 @@ async def registered(url: str, name: str = "target") -> AsyncIterator[Registered
             await watching
 
 
-async def told(stream: Stream, *states: int) -> None:
-    """Returns when these were told on the stream, and nothing else."""
+async def has_states(stream: Stream, *states: int) -> None:
+    """Returns when exactly these states were received on the stream."""
 
     async def has() -> bool:
         return len(stream.states) >= len(states)
@@ -159,7 +159,7 @@ async def told(stream: Stream, *states: int) -> None:
 
 
 class Gate:
-    """Passes wait while it is shut."""
+    """Blocks passes while it is shut."""
 
     def __init__(self) -> None:
         self._open, self._is_at_it = threading.Event(), threading.Event()
@@ -186,7 +186,7 @@ class Gate:
 
 
 class Fault:
-    """Passes raise while it is on, or the next so many, as on a device with an error."""
+    """Makes passes raise while it is on, or the next `num_to_fail`, like a broken device."""
 
     def __init__(self) -> None:
         self.is_on = False

@@ -1,4 +1,4 @@
-"""A replica whose passes fail: out of service after three, back after a self-test, or ended.
+"""A replica whose passes fail: out of service after three, then back after a self-test, or ended.
 
 The tiers are simulated: what is tested is the service around an engine, which is the same.
 """
@@ -27,9 +27,9 @@ from tests.services.replicas import (
     TIMEOUT_S,
     Fault,
     Frame,
+    has_states,
     registered,
     tier,
-    told,
 )
 from tests.services.streams import Stream, draft_commit, draft_open, raw, row, target_open
 from tests.stack import eventually
@@ -39,7 +39,7 @@ Reason = target_pb2.RowError
 
 
 async def failed(stream: Stream, *numbers: int) -> None:
-    """Each of them in a pass of its own, which fails."""
+    """Sends each request in a pass of its own, which fails."""
     for number in numbers:
         await stream.write(Frame(opens=[target_open(number)], rows=[row(number, 0, PROMPT)]))
         answer = await stream.answer(number)
@@ -55,18 +55,18 @@ async def succeeded(stream: Stream, number: int) -> None:
 async def test_out_of_service_and_back(
     redis_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not ready, and alive; what failed is named; the first self-test that succeeds ends it."""
+    """Not ready but alive; the log has the error. The first successful self-test ends it."""
     monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     async with (
         registered(redis_url) as registry,
         tier(redis_url=redis_url, metrics_port=0) as target,
         target.verify() as stream,
     ):
-        await told(stream, READY)
+        await has_states(stream, READY)
         with capture_logs() as logs:
             fault.is_on = True
             await failed(stream, 1, 2, 3)
-            await told(stream, READY, FAILING)
+            await has_states(stream, READY, FAILING)
             await registry.becomes(ReplicaState.FAILING)
             assert not await target.is_healthy()
             assert await target.health(target_service.app.SERVICE_NAME) == NOT_SERVING
@@ -78,9 +78,9 @@ async def test_out_of_service_and_back(
             assert (await stream.answer(4)).reason == Reason.REASON_DRAINING
 
             fault.is_on = False
-            await told(stream, READY, FAILING, READY)
-        (said,) = [entry for entry in logs if entry["event"] == "replica_failing"]
-        assert "CUDA error" in said["why"]
+            await has_states(stream, READY, FAILING, READY)
+        (entry,) = [entry for entry in logs if entry["event"] == "replica_failing"]
+        assert "CUDA error" in entry["why"]
         assert [entry for entry in logs if entry["event"] == "replica_works_again"]
         await registry.becomes(ReplicaState.READY)
         await eventually(target.is_healthy, TIMEOUT_S)
@@ -88,10 +88,10 @@ async def test_out_of_service_and_back(
         await succeeded(stream, 5)
 
 
-async def test_passes_that_succeed_in_between(fault: Fault) -> None:
-    """Only failures in a row are the device's."""
+async def test_a_successful_pass_resets_the_count(fault: Fault) -> None:
+    """Only consecutive failures count."""
     async with tier() as target, target.verify() as stream:
-        await told(stream, READY)
+        await has_states(stream, READY)
         for number in range(0, 40, 4):
             fault.is_on = True
             await failed(stream, number + 1, number + 2)
@@ -103,7 +103,7 @@ async def test_passes_that_succeed_in_between(fault: Fault) -> None:
 async def test_a_self_test_that_never_succeeds_ends_it(
     fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not alive any more, and the program ends with a failure that says why."""
+    """Liveness is false, and the program ends with an error that has the reason."""
     monkeypatch.setattr(recovery, "SELF_TEST_INTERVAL_S", 0.05)
     async with tier(stop_grace_s=TIMEOUT_S) as target, target.verify() as stream:
         stub = health_pb2_grpc.HealthStub(target.channel)
@@ -128,14 +128,14 @@ def _leaf(error: Any) -> BaseException:
     return error
 
 
-async def test_a_draft_fails_and_is_back(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same worker: the same rules."""
+async def test_a_draft_fails_and_recovers(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same rules as for the target."""
     monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     kind: type[ModelServiceConfig] = DraftConfig
     async with tier(kind) as draft:
         stub = draft_pb2_grpc.DraftServiceStub(draft.channel)
         async with raw(stub.Propose()) as stream:
-            await told(stream, READY)
+            await has_states(stream, READY)
             fault.is_on = True
             for number in (1, 2, 3):
                 opening = draft_open(number, PROMPT)
@@ -143,19 +143,19 @@ async def test_a_draft_fails_and_is_back(fault: Fault, monkeypatch: pytest.Monke
                 await stream.write(draft_pb2.ProposeRequest(opens=[opening], commits=[commit]))
                 answer = await stream.answer(number)
                 assert answer.reason == draft_pb2.DraftLost.REASON_INTERNAL
-            await told(stream, READY, FAILING)
+            await has_states(stream, READY, FAILING)
             fault.is_on = False
-            await told(stream, READY, FAILING, READY)
+            await has_states(stream, READY, FAILING, READY)
 
 
-async def test_a_self_test_without_room_decides_nothing(
+async def test_a_self_test_without_kv_room_is_repeated(
     fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The replica neither returns by it nor ends, however often; with room it is back."""
+    """The replica neither returns nor ends, however often; it returns once there is room."""
     monkeypatch.setattr(recovery, "SELF_TEST_INTERVAL_S", 0.05)
     with capture_logs() as logs:
         async with tier(kv_cache_tokens=64) as target, target.verify() as stream:
-            await told(stream, READY)
+            await has_states(stream, READY)
 
             async def ask(number: int) -> Any:
                 opening = target_open(number, max_len=32)
@@ -174,4 +174,4 @@ async def test_a_self_test_without_room_decides_nothing(
             await eventually(was_repeated, TIMEOUT_S)
             assert stream.states == [READY, FAILING]
             await stream.write(Frame(closes=[{"generation_id": 1}]))
-            await told(stream, READY, FAILING, READY)
+            await has_states(stream, READY, FAILING, READY)

@@ -1,4 +1,4 @@
-"""What probes and tools are told: health, reflection, and calls that come too early."""
+"""Health, reflection, and calls that arrive before the service is ready."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def health(channel: grpc.aio.Channel, service: str = "") -> int:
 async def still_loading(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[int, threading.Event, asyncio.Event]]:
-    """A target whose model waits to be loaded: its port, what lets it go on, when it serves."""
+    """A target whose model is loading: its port, an event to continue, its task."""
     go_on, serves, stop = threading.Event(), asyncio.Event(), asyncio.Event()
     ports: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -51,12 +51,12 @@ async def still_loading(
         assert go_on.wait(120)
         return load(config)
 
-    async def telling_start(server: Any, host: str, port: int) -> None:
+    async def recording_start(server: Any, host: str, port: int) -> None:
         await start(server, host, port)
         loop.call_soon(ports.put_nowait, server.port)
 
     monkeypatch.setattr(outrider.model_server.lifecycle, "load_served_engine", slow_load)
-    monkeypatch.setattr(outrider.runtime.grpc_server.Server, "start", telling_start)
+    monkeypatch.setattr(outrider.runtime.grpc_server.Server, "start", recording_start)
 
     async def serve() -> None:
         config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=1024)
@@ -82,7 +82,7 @@ async def test_health_while_loading_and_after(pair: Pair, monkeypatch: pytest.Mo
             assert await health(channel, service) == Status.NOT_SERVING
         stub = target_pb2_grpc.TargetServiceStub(channel)
         early = await refusal(stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest()))
-        # UNIMPLEMENTED would tell callers never to try again.
+        # After UNIMPLEMENTED clients would not retry.
         assert early.code is grpc.StatusCode.UNAVAILABLE
         go_on.set()
         await serves.wait()
@@ -94,14 +94,14 @@ async def test_health_while_loading_and_after(pair: Pair, monkeypatch: pytest.Mo
 
 
 async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) -> None:
-    """It waits for the target, and says so to probes; calls meanwhile are told to come again."""
+    """It waits for the target and is not ready; calls get a retry hint meanwhile."""
     import orchestrator.app as service
     from outrider.settings.services import OrchestratorConfig
 
     ports: asyncio.Queue[int] = asyncio.Queue()
     start = outrider.runtime.grpc_server.Server.start
 
-    async def telling_start(server: Any, host: str, port: int) -> None:
+    async def recording_start(server: Any, host: str, port: int) -> None:
         await start(server, host, port)
         ports.put_nowait(server.port)
 
@@ -113,7 +113,7 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
             raise AssertionError("it serves without a target")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outrider.runtime.grpc_server.Server, "start", telling_start)
+        patch.setattr(outrider.runtime.grpc_server.Server, "start", recording_start)
         serving = asyncio.create_task(serve())
         port = await ports.get()
     try:
@@ -133,9 +133,9 @@ async def test_an_orchestrator_without_its_target(pair: Pair, redis_url: str) ->
 async def test_an_orchestrator_without_redis(
     without_redis: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stays ready, so that its clients are told what is wrong; `redis` is for monitors.
+    """It stays ready, so that clients get a clear error; the health name `redis` is for monitors.
 
-    Also where Redis answers and takes no writes; nobody has to call for it to be known.
+    Also if Redis answers but rejects writes; it is noticed without any call.
     """
     monkeypatch.setattr(orchestrator.app, "REDIS_CHECK_S", 0.05)
     with RedisServer(keeps_data=True) as redis:
@@ -145,7 +145,7 @@ async def test_an_orchestrator_without_redis(
             grpc.aio.insecure_channel(stack.endpoint) as channel,
         ):
 
-            async def is_told(status: int) -> bool:
+            async def has_redis_health(status: int) -> bool:
                 return await health(channel, "redis") == status
 
             async def is_ready_and_serves() -> None:
@@ -163,17 +163,17 @@ async def test_an_orchestrator_without_redis(
                 assert refused.retry_after_s is not None
                 assert "Redis" in refused.message
 
-            await eventually(lambda: is_told(Status.SERVING))
+            await eventually(lambda: has_redis_health(Status.SERVING))
             assert redis_command(redis.url, "CONFIG SET min-replicas-to-write 1") == b"+OK"
-            await eventually(lambda: is_told(Status.NOT_SERVING))
+            await eventually(lambda: has_redis_health(Status.NOT_SERVING))
             await is_ready_and_serves()
             assert redis_command(redis.url, "CONFIG SET min-replicas-to-write 0") == b"+OK"
-            await eventually(lambda: is_told(Status.SERVING))
+            await eventually(lambda: has_redis_health(Status.SERVING))
             redis.kill()
-            await eventually(lambda: is_told(Status.NOT_SERVING))
+            await eventually(lambda: has_redis_health(Status.NOT_SERVING))
             await is_ready_and_serves()
             redis.start()
-            await eventually(lambda: is_told(Status.SERVING))
+            await eventually(lambda: has_redis_health(Status.SERVING))
             output = await stack.generate([1, 2], sampling={**GREEDY, "max_tokens": 4})
             assert output.result is not None
             assert output.result.recorded
@@ -181,7 +181,7 @@ async def test_an_orchestrator_without_redis(
 
 
 async def test_health_answers_while_a_pass_runs(redis_url: str, gate: Gate) -> None:
-    """The event loop never computes: probes do not wait for a pass, however long it takes."""
+    """Probes do not wait for a pass: the event loop never runs one."""
     async with (
         tier() as target,
         orchestrating(Tiers(target.server, None), redis_url) as stack,

@@ -1,4 +1,4 @@
-"""Silence on a stream: long passes behind strict proxies, frozen replicas, frozen orchestrators."""
+"""Heartbeats: long passes behind strict proxies, frozen replicas, frozen orchestrators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_CALLS = 40
 
 @pytest.mark.slow
 async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, gate: Gate) -> None:
-    """A silence of 9 s, in which no ping may be sent: on the caller's link and the target's."""
+    """9 s without data, in which no ping may be sent: on the client's link and the target's."""
     async with (
         tier() as target,
         strict_proxy(f"127.0.0.1:{target.server.port}") as (to_target, link),
@@ -56,13 +56,15 @@ async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, ga
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product's own limit for a replica."""
+    """Sets the product's own limit for replicas."""
     monkeypatch.setattr(orchestrator.replicas.replica_stream, "MAX_MISSED_HEARTBEATS", 5)
 
 
 @pytest.mark.slow
-async def test_a_frozen_target_is_left(redis_url: str, impatient: None, brake: Brake) -> None:
-    """SIGSTOP: its connection stands and nothing comes; the stream goes on elsewhere."""
+async def test_generations_leave_a_frozen_target(
+    redis_url: str, impatient: None, brake: Brake
+) -> None:
+    """SIGSTOP: the connection stays open without data. The stream continues at another target."""
     async with (
         program("target_service", *SIMULATED) as process,
         tier() as other,
@@ -76,7 +78,7 @@ async def test_a_frozen_target_is_left(redis_url: str, impatient: None, brake: B
             grpc.aio.insecure_channel(address) as channel,
             orchestrating(Tiers(other.server, None), redis_url, target_endpoint=both) as system,
         ):
-            calls = await _held_calls(target_pb2_grpc.TargetServiceStub(channel), system, brake)
+            calls = await _paused_calls(target_pb2_grpc.TargetServiceStub(channel), system, brake)
             process.send_signal(signal.SIGSTOP)
             try:
                 brake.release()
@@ -87,8 +89,8 @@ async def test_a_frozen_target_is_left(redis_url: str, impatient: None, brake: B
     assert len({tuple(output.token_ids) for output in outputs}) == 1
 
 
-async def _held_calls(process: Any, system: System, brake: Brake) -> list[asyncio.Task[Output]]:
-    """Streams held at their tenth token, the last of them at the process."""
+async def _paused_calls(process: Any, system: System, brake: Brake) -> list[asyncio.Task[Output]]:
+    """Streams paused at their tenth token; the last one is at the process."""
     brake.set(10)
     calls: list[asyncio.Task[Output]] = []
     sampling = {**GREEDY, "max_tokens": NUM_TOKENS}
@@ -105,7 +107,7 @@ async def _held_calls(process: Any, system: System, brake: Brake) -> list[asynci
 
 
 async def _ended(call: Any, frames: list[Any] | None = None) -> grpc.aio.AioRpcError:
-    """Reads all frames; the error that ends the stream."""
+    """Reads all frames and returns the error that ends the stream."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
             async for frame in call:
@@ -116,8 +118,8 @@ async def _ended(call: Any, frames: list[Any] | None = None) -> grpc.aio.AioRpcE
     raise AssertionError("the stream ended well")
 
 
-async def test_a_caller_hears_while_it_waits(redis_url: str, gate: Gate) -> None:
-    """Empty responses, from before its first token on; by themselves they are no output."""
+async def test_a_waiting_client_gets_heartbeats(redis_url: str, gate: Gate) -> None:
+    """Empty responses, starting before the first token. They are not output."""
     async with (
         tier() as target,
         orchestrating(Tiers(target.server, None), redis_url) as system,
@@ -143,7 +145,7 @@ async def test_a_caller_hears_while_it_waits(redis_url: str, gate: Gate) -> None
 async def test_the_stream_of_a_frozen_orchestrator_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it had open is free again; the status says why."""
+    """Its generations are freed; the status gives the reason."""
     monkeypatch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", 5)
     async with tier() as target:
         call = target.stub().Verify()
@@ -183,8 +185,8 @@ async def test_an_interval_out_of_range_is_refused(interval_ms: int) -> None:
     assert (ended.details() or "").startswith("heartbeat_ms: ")
 
 
-async def test_a_stall_of_our_own_does_not_count() -> None:
-    """Nor does a time in which nobody listens."""
+async def test_a_stall_of_this_process_does_not_count() -> None:
+    """Nor does time in which no frame is read."""
     heartbeat = Heartbeat(Outbox(), max_missed=3)
     heartbeat.begin(100)
     outlived: list[str] = []
@@ -208,8 +210,8 @@ async def test_a_stall_of_our_own_does_not_count() -> None:
         heartbeat.begin(0)
 
 
-async def test_a_cancellation_from_elsewhere_stays_one() -> None:
-    """Also where the peer falls silent at the same time."""
+async def test_another_cancellation_is_preserved() -> None:
+    """Also if the peer is lost at the same time."""
     heartbeat = Heartbeat(Outbox(), max_missed=1)
     heartbeat.begin(100)
 

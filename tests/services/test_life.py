@@ -1,4 +1,4 @@
-"""A replica's life: what probes, streams and the registry are told as it begins and drains.
+"""Lifecycle of a replica: probes, streams and registry while it starts and drains.
 
 Most tiers are simulated: what is tested is the service around an engine, which is the same.
 """
@@ -29,10 +29,10 @@ from tests.services.replicas import (
     SERVING,
     TIMEOUT_S,
     Frame,
+    has_states,
     process_target,
     registered,
     tier,
-    told,
 )
 from tests.services.streams import draft_commit, draft_open, raw, row, target_open
 from tests.stack import eventually
@@ -73,7 +73,7 @@ async def test_announced_while_it_loads_and_serves(
     monkeypatch.setattr(outrider.model_server.lifecycle, "load_served_engine", slow_load)
     async with registered(redis_url) as registry:
 
-        async def let_go() -> None:
+        async def finish_loading() -> None:
             try:
                 starting = await registry.becomes(ReplicaState.STARTING)
                 assert starting is not None
@@ -81,9 +81,9 @@ async def test_announced_while_it_loads_and_serves(
             finally:
                 go_on.set()
 
-        letting = asyncio.create_task(let_go())
+        loading = asyncio.create_task(finish_loading())
         async with tier(redis_url=redis_url) as target:
-            await letting
+            await loading
             ready = await registry.becomes(ReplicaState.READY)
             model = (await target.info()).model
             assert ready is not None
@@ -96,7 +96,7 @@ async def test_announced_while_it_loads_and_serves(
                 await stream.answer(1)
 
                 async def is_counted() -> bool:
-                    last = registry.said[-1]
+                    last = registry.records[-1]
                     return last is not None and (
                         last.num_open_generations == 1 and last.kv_used_tokens > 0
                     )
@@ -109,10 +109,10 @@ async def test_announced_while_it_loads_and_serves(
     ("settings", "address"),
     [({"advertise": "far.example:7"}, "far.example:7"), ({"host": "0.0.0.0"}, None)],
 )
-async def test_the_address_it_gives(
+async def test_the_advertised_address(
     settings: dict[str, Any], address: str | None, redis_url: str
 ) -> None:
-    """What it was told; or where it listens everywhere, a place that others can reach."""
+    """The configured one; or, if it listens on all interfaces, one that others can reach."""
     async with registered(redis_url) as registry, tier(redis_url=redis_url, **settings) as target:
         ready = await registry.becomes(ReplicaState.READY)
         assert ready is not None
@@ -124,7 +124,7 @@ async def test_the_address_it_gives(
             assert int(port) == target.server.port
 
 
-async def test_draining_ends_what_is_open_and_takes_nothing_new(redis_url: str) -> None:
+async def test_draining_finishes_open_generations_and_accepts_no_new_ones(redis_url: str) -> None:
     async with (
         registered(redis_url) as registry,
         tier(redis_url=redis_url, stop_grace_s=TIMEOUT_S) as target,
@@ -132,10 +132,10 @@ async def test_draining_ends_what_is_open_and_takes_nothing_new(redis_url: str) 
     ):
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
-        await told(stream, READY)
+        await has_states(stream, READY)
 
         target.stop()
-        await told(stream, READY, DRAINING)
+        await has_states(stream, READY, DRAINING)
         await registry.becomes(ReplicaState.DRAINING)
         assert not await target.is_healthy()
         assert await target.health(LIVENESS) == SERVING
@@ -147,7 +147,7 @@ async def test_draining_ends_what_is_open_and_takes_nothing_new(redis_url: str) 
         async with target.verify() as other:
             await other.write(Frame(opens=[target_open(1)]))
             assert (await other.answer(1)).reason == target_pb2.RowError.REASON_DRAINING
-            await told(other, DRAINING)
+            await has_states(other, DRAINING)
 
         await stream.write(Frame(rows=[row(1, 4, [5], [6, 7])]))
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
@@ -158,23 +158,23 @@ async def test_draining_ends_what_is_open_and_takes_nothing_new(redis_url: str) 
     assert ReplicaState.STUCK not in registry.states
 
 
-async def test_a_draft_drains_likewise(redis_url: str) -> None:
+async def test_a_draft_drains(redis_url: str) -> None:
     async with (
         registered(redis_url, "draft") as registry,
         tier(DraftConfig, redis_url=redis_url, stop_grace_s=TIMEOUT_S) as draft,
         raw(draft_pb2_grpc.DraftServiceStub(draft.channel).Propose()) as stream,
     ):
         await stream.write(draft_pb2.ProposeRequest(opens=[draft_open(1, PROMPT)]))
-        await told(stream, READY)
+        await has_states(stream, READY)
         await registry.becomes(ReplicaState.READY)
 
         async def is_open() -> bool:
-            last = registry.said[-1]
+            last = registry.records[-1]
             return last is not None and last.num_open_generations == 1
 
         await eventually(is_open, TIMEOUT_S)
         draft.stop()
-        await told(stream, READY, DRAINING)
+        await has_states(stream, READY, DRAINING)
         await registry.becomes(ReplicaState.DRAINING)
         await stream.write(draft_pb2.ProposeRequest(opens=[draft_open(2, PROMPT)]))
         assert (await stream.answer(2)).reason == draft_pb2.DraftLost.REASON_DRAINING
@@ -184,7 +184,7 @@ async def test_a_draft_drains_likewise(redis_url: str) -> None:
         await draft.has_ended()
 
 
-async def test_a_generation_that_does_not_end_does_not_hold_it() -> None:
+async def test_draining_ends_after_its_grace_despite_an_open_generation() -> None:
     async with tier(stop_grace_s=0.3) as target, target.verify() as stream:
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
         await stream.answer(1)
@@ -204,7 +204,7 @@ async def test_sigterm_drains_and_exits_with_0(redis_url: str) -> None:
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
         await stream.answer(1)
         process.send_signal(signal.SIGTERM)
-        await told(stream, READY, DRAINING)
+        await has_states(stream, READY, DRAINING)
         await stream.write(Frame(opens=[target_open(2)], rows=[row(1, 4, [5])]))
         assert (await stream.answer(2)).reason == target_pb2.RowError.REASON_DRAINING
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)

@@ -30,7 +30,7 @@ from tests.services.parts import (
     orchestrating,
     refusal,
 )
-from tests.services.replicas import FAILING, READY, told
+from tests.services.replicas import FAILING, READY, has_states
 from tests.services.streams import ids, raw, row, sizes, target_open
 from tests.stack import Output, Stack, request
 from tests.telemetry.parts import scrape
@@ -241,7 +241,7 @@ async def test_repeated_it_takes_the_replica_out_of_service(bad_pair: Pair, gree
             opening = target_open(n, prompt_len=len(POISONED))
             await stream.write(Frame(opens=[opening], rows=[row(n, 0, POISONED)]))
             assert NAMED in (await stream.answer(n)).detail
-        await told(stream, READY, FAILING, READY)
+        await has_states(stream, READY, FAILING, READY)
         opening = target_open(4, prompt_len=len(PROMPT))
         await stream.write(Frame(opens=[opening], rows=[row(4, 0, PROMPT)]))
         assert (await stream.answer(4)).sample_ids == ids(greedy(PROMPT, 1))

@@ -1,4 +1,4 @@
-"""Programs that cannot start say why in one line, with status 2; those that can, stop clean."""
+"""Programs that cannot start print one line and exit with status 2; others stop cleanly."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PATIENT = "tests.services.patient_orchestrator"
 
 
 async def refused(*words: str, **environ: str) -> str:
-    """The one line that a program which does not start leaves."""
+    """The only line of output of a program that does not start."""
     async with program(*words, **environ) as process:
         end = await ended(process)
     assert end.status == 2, end
-    assert end.stdout == "", "it never says that it listens"
+    assert end.stdout == "", "it must not print that it listens"
     assert len(end.said) == 1, end.stderr
     return end.said[0]
 
@@ -42,9 +42,9 @@ def taken_port() -> Iterator[str]:
         yield str(listener.getsockname()[1])
 
 
-async def test_settings_that_are_wrong() -> None:
-    """Named by flag or variable; no model is looked at."""
-    for words, environ, said in (
+async def test_invalid_settings() -> None:
+    """The flag or variable is named; no model is read."""
+    for words, environ, message in (
         (("orchestrator", "--gama", "3"), {}, "--gama"),
         (("orchestrator", "--gamma", "three"), {}, "gamma"),
         (("orchestrator", "--gamma", "17"), {}, "gamma"),
@@ -55,20 +55,20 @@ async def test_settings_that_are_wrong() -> None:
     ):
         line = await refused(*words, **environ)
         assert line.startswith("orchestrator: "), line
-        assert said in line.lower() or said in line, line
+        assert message in line.lower() or message in line, line
 
 
-async def test_settings_of_the_tiers_that_are_wrong(tmp_path: Path) -> None:
-    """Told before torch is imported: here that would be an error of its own."""
+async def test_invalid_settings_of_the_tiers(tmp_path: Path) -> None:
+    """Reported before torch is imported; importing it would fail here."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')\n")
-    for words, environ, said in (
+    for words, environ, message in (
         (("target_service",), {}, "target: model"),
         (("target_service", "--model", "x", "--port", "65536"), {}, "target: port"),
         (("draft_service", "--modle", "x"), {}, "--modle"),
         (("draft_service",), {"OUTRIDER_DRAFT_PREPACK": "maybe"}, "OUTRIDER_DRAFT_PREPACK"),
     ):
         line = await refused(*words, PYTHONPATH=str(tmp_path), **environ)
-        assert said in line
+        assert message in line
 
 
 @pytest.mark.parametrize("way", ["absent", "broken weights"])
@@ -94,7 +94,7 @@ async def test_a_port_in_use(pair: Pair, taken_port: str, redis_url: str) -> Non
 
 
 async def test_tokenizers_that_differ(chat_pair: Pair, tmp_path: Path, redis_url: str) -> None:
-    """The orchestrator's own is refused with both fingerprints; a draft's is for test_pairing."""
+    """The orchestrator's tokenizer is rejected with both fingerprints; drafts: test_pairing."""
     other = tmp_path / "other"
     other.mkdir()
     write_tokenizer(other, corpus="zebras quiz quotes")
@@ -107,8 +107,8 @@ async def test_tokenizers_that_differ(chat_pair: Pair, tmp_path: Path, redis_url
         assert "no tokenizer.json" in await refused(*words, "--tokenizer", str(tmp_path))
 
 
-async def test_redis_that_is_not_there(pair: Pair) -> None:
-    """Not a setting that is wrong for certain, but the same manners: one line, no traceback."""
+async def test_no_redis(pair: Pair) -> None:
+    """Not necessarily an invalid setting, but also one line without a traceback."""
     async with both_tiers(pair, draft_kv=None) as tiers:
         words = ("orchestrator", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0")
         words += ("--target-endpoint", tiers.endpoints[0], "--draft-endpoint", "")
@@ -119,8 +119,8 @@ async def test_redis_that_is_not_there(pair: Pair) -> None:
     assert "redis" in end.said[0]
 
 
-async def test_redis_that_comes_later(pair: Pair) -> None:
-    """Where it is waited for. Meanwhile SIGTERM ends the program, be it a container's first."""
+async def test_redis_that_starts_later(pair: Pair) -> None:
+    """The program waits for it. SIGTERM ends it meanwhile, even as a container's first process."""
     with RedisServer() as redis:
         redis.stop()
         async with contextlib.AsyncExitStack() as stack:
@@ -141,8 +141,8 @@ async def test_redis_that_comes_later(pair: Pair) -> None:
             await _port(served)
 
 
-async def test_programs_stop_clean(pair: Pair, redis_url: str) -> None:
-    """SIGTERM: status 0, nothing on standard error but logs."""
+async def test_programs_stop_cleanly(pair: Pair, redis_url: str) -> None:
+    """SIGTERM: status 0, only logs on standard error."""
     async with contextlib.AsyncExitStack() as stack:
         target = await stack.enter_async_context(
             program("target_service", "--model", str(pair.target), "--port", "0",

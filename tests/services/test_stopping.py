@@ -1,4 +1,4 @@
-"""An orchestrator that stops while calls run: what they held is given back before it ends."""
+"""An orchestrator that stops while calls run releases their leases before it ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG_S = 60.0
 
 @pytest.fixture
 def failures(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
-    """Set once a lease could not be given back, and is tried again."""
+    """Set once a lease could not be released and is retried."""
     failed, release = asyncio.Event(), Recorder._try_release
 
     async def noted(
@@ -44,10 +44,10 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return failed
 
 
-async def test_leases_are_given_back_when_redis_is_back(
+async def test_leases_are_released_when_redis_is_back(
     pair: Pair, brake: Brake, failures: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By calls that were cut off; with what they had shown."""
+    """For calls that were cut off, with the tokens they had sent."""
     monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", LONG_S)
     monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", LONG_S)
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
@@ -62,7 +62,7 @@ async def test_leases_are_given_back_when_redis_is_back(
                     output.add(await call.read())
                 redis.kill()
                 call.cancel()
-                await failures.wait()  # it is giving its lease back when the stop cancels it again
+                await failures.wait()  # it is releasing its lease when the stop cancels it again
                 failures.clear()
                 starting = asyncio.create_task(_start_after(failures, redis))
             await starting
@@ -85,10 +85,10 @@ async def _start_after(failures: asyncio.Event, redis: RedisServer) -> None:
     redis.start()
 
 
-async def test_a_stop_does_not_wait_for_ever(
+async def test_a_stop_without_redis_ends(
     pair: Pair, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Redis stays away the leases lapse."""
+    """If Redis stays unavailable the leases expire."""
     monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", 0.2)
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
     with RedisServer() as redis:
@@ -102,7 +102,7 @@ async def test_a_stop_does_not_wait_for_ever(
 
 
 async def _called(system: System, stack: contextlib.AsyncExitStack, **fields: Any) -> Any:
-    """Through a channel that outlives the orchestrator."""
+    """A call through a channel that outlives the orchestrator."""
     channel = await stack.enter_async_context(grpc.aio.insecure_channel(system.endpoint))
     asked = request(PROMPT, {**GREEDY, "max_tokens": 60}, **fields)
     return orchestrator_pb2_grpc.OrchestratorServiceStub(channel).Generate(asked, timeout=200)

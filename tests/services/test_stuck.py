@@ -1,6 +1,6 @@
-"""A replica whose device is stuck: seen, named, out of service, and back; or ended.
+"""A replica whose device is stuck: detected, logged, out of service, then back or ended.
 
-The tiers are simulated: what is tested is the service around an engine, which is the same.
+The engine is simulated; the tested service around it is the real one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tests.services.replicas import (
     TIMEOUT_S,
     Frame,
     Gate,
+    has_states,
     process_target,
     registered,
     tier,
-    told,
 )
 from tests.services.streams import raw, row, target_open
 from tests.services.stuck_target import NUM_TOKENS
@@ -46,22 +46,22 @@ from tests.stack import eventually
 
 pytestmark = pytest.mark.slow
 
-# A pass that is not held takes a millisecond: no machine is so busy that it would count as stuck.
+# A pass that is not blocked takes a millisecond: it never counts as stuck, even on a busy machine.
 STUCK_AFTER_S = 2.0
 
 
 async def test_stuck_and_back(redis_url: str, gate: Gate) -> None:
-    """Not ready, and alive; what was stuck is named; then the pass ends and all is as before."""
+    """Not ready but alive; the log names the pass. When it ends, the replica is ready again."""
     async with (
         registered(redis_url) as registry,
         tier(redis_url=redis_url, stuck_after_s=STUCK_AFTER_S) as target,
         target.verify() as stream,
     ):
-        await told(stream, READY)
+        await has_states(stream, READY)
         with capture_logs() as logs:
             gate.shut()
             await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
-            await told(stream, READY, STUCK)
+            await has_states(stream, READY, STUCK)
             await registry.becomes(ReplicaState.STUCK)
             assert not await target.is_healthy()
             assert await target.health(target_service.app.SERVICE_NAME) == NOT_SERVING
@@ -69,37 +69,37 @@ async def test_stuck_and_back(redis_url: str, gate: Gate) -> None:
             assert (await target.info()).state == STUCK
             await stream.write(Frame(opens=[target_open(2)]))
             assert (await stream.answer(2)).reason == target_pb2.RowError.REASON_DRAINING
-        (said,) = [entry for entry in logs if entry["event"] == "replica_stuck"]
-        assert (said["part"], said["num_rows"], said["num_tokens"]) == ("forward", 1, 4)
-        assert "step" in said["call"]
-        assert said["for_s"] >= STUCK_AFTER_S
-        assert "gate.wait" in said["stack"], "the line where it is"
+        (entry,) = [entry for entry in logs if entry["event"] == "replica_stuck"]
+        assert (entry["part"], entry["num_rows"], entry["num_tokens"]) == ("forward", 1, 4)
+        assert "step" in entry["call"]
+        assert entry["for_s"] >= STUCK_AFTER_S
+        assert "gate.wait" in entry["stack"], "the line it is at"
 
         gate.open()
-        await told(stream, READY, STUCK, READY)
+        await has_states(stream, READY, STUCK, READY)
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
         await registry.becomes(ReplicaState.READY)
         await eventually(target.is_healthy, TIMEOUT_S)
         await stream.write(Frame(opens=[target_open(3)], rows=[row(3, 0, PROMPT)]))
         assert isinstance(await stream.answer(3), target_pb2.VerifyResult)
-        await registry.becomes(ReplicaState.READY)  # and still is, but for a record that came late
+        await registry.becomes(ReplicaState.READY)  # the last record may arrive late
         assert stream.states == [READY, STUCK, READY]
 
 
-async def test_a_stream_that_begins_while_it_is_stuck_is_told(gate: Gate) -> None:
+async def test_a_stream_opened_while_stuck_gets_the_state(gate: Gate) -> None:
     async with tier(stuck_after_s=0.6) as target, target.verify() as stream:
         gate.shut()
         await stream.write(Frame(opens=[target_open(1)], rows=[row(1, 0, PROMPT)]))
-        await told(stream, READY, STUCK)
+        await has_states(stream, READY, STUCK)
         async with target.verify() as late:
-            await told(late, STUCK)
+            await has_states(late, STUCK)
             gate.open()
-            await told(late, STUCK, READY)
+            await has_states(late, STUCK, READY)
 
 
-async def test_passes_may_take_what_they_are_expected_to_take() -> None:
-    """Measured at the start as 1.5 s: more than `stuck_after_s`, and no reason to leave."""
-    # Of 64 tokens, so that measuring takes no longer. What is not a pass has a second.
+async def test_a_pass_of_the_expected_duration_is_not_stuck() -> None:
+    """Calibrated at 1.5 s, which is more than `stuck_after_s`."""
+    # At most 64 tokens, so that calibration is short. Anything but a pass may take a second.
     steps = "1:1/63:1/64:1500/65:1500"
     async with (
         tier(simulate=f"step_ms={steps},vocab_size=256", stuck_after_s=1.0) as target,
@@ -113,7 +113,7 @@ async def test_passes_may_take_what_they_are_expected_to_take() -> None:
 
 
 async def test_a_process_that_was_suspended_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time that passed between two looks alone was not the device's: all of the process stood."""
+    """The time between two checks does not count: the whole process was stopped."""
     clock, status, gate = Clock(), ReplicaStatus(), threading.Event()
     monkeypatch.setattr(progress, "time", clock)
     device = DeviceThread()
@@ -132,7 +132,7 @@ async def test_a_process_that_was_suspended_is_not_stuck(monkeypatch: pytest.Mon
                 clock.now += 0.4
             gate.set()
             await working
-            while status.state is ReplicaState.STUCK:  # noqa: ASYNC110 (it looks now and then)
+            while status.state is ReplicaState.STUCK:  # noqa: ASYNC110 (it checks periodically)
                 await asyncio.sleep(0.01)
             watching.cancel()
     finally:
@@ -142,9 +142,9 @@ async def test_a_process_that_was_suspended_is_not_stuck(monkeypatch: pytest.Mon
 
 
 async def test_stuck_for_too_long_ends_it(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not alive any more, as probes see while what is open has its grace."""
+    """Liveness is false while open generations have their grace."""
     has_heard = False
-    # Nothing is run for it any more, so that what is open would have all of its grace.
+    # Nothing runs any more, so open generations would use all of the grace.
     monkeypatch.setattr(Scheduler, "is_idle", property(lambda _: has_heard))
     settings = {"stuck_after_s": 0.6, "stuck_exit_s": 0.3, "stop_grace_s": TIMEOUT_S}
     async with tier(**settings) as target, target.verify() as stream:
@@ -174,9 +174,9 @@ def _leaf(error: Any) -> BaseException:
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("way", ["by itself", "by SIGTERM"])
-async def test_a_process_ends_though_its_device_never_does(way: str) -> None:
-    """Once stuck for too long, as a failure; or told to, cleanly."""
-    # Not sooner: that it is stuck is told on a stream that ends with it.
+async def test_a_process_ends_although_its_device_is_stuck(way: str) -> None:
+    """With a failure after being stuck for too long; cleanly after SIGTERM."""
+    # Late enough: the stream on which the state is reported ends with the process.
     exit_s = "3" if way == "by itself" else "300"
     words = ("--stuck-after-s", "0.6", "--stuck-exit-s", exit_s, "--stop-grace-s", "0.2")
     async with (
@@ -188,7 +188,7 @@ async def test_a_process_ends_though_its_device_never_does(way: str) -> None:
     ):
         opening = target_open(1, prompt_len=NUM_TOKENS, max_len=NUM_TOKENS + 10)
         await stream.write(Frame(opens=[opening], rows=[row(1, 0, [7] * NUM_TOKENS)]))
-        await told(stream, READY, STUCK)
+        await has_states(stream, READY, STUCK)
         if way == "by SIGTERM":
             process.send_signal(signal.SIGTERM)
         end = await ended(process)

@@ -1,4 +1,4 @@
-"""The real Redis of these tests, and time enough for what they are not about."""
+"""Real Redis for these tests, and long timeouts for everything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ redis_url = redis_fixture.redis_url
 
 @pytest.fixture(scope="module", autouse=True)
 def _patience() -> Iterator[None]:
-    """Also with a program's metrics: whoever is slow to tell them is not away."""
+    """Also for scrapes: a slow answer must not count as unavailable."""
     with patient(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(outrider.telemetry.scraping, "TIMEOUT_S", 60.0)
         yield

@@ -30,7 +30,7 @@ class ReceivedSpan:
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]
     endpoint: str = ""
     spans: list[ReceivedSpan] = field(default_factory=list)
-    # As they came, for what must not be anywhere in them.
+    # The raw requests, to search them for text that must not appear.
     raw: list[bytes] = field(default_factory=list)
 
     async def Export(self, request: Any, context: Any) -> Any:
@@ -64,7 +64,7 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def receiving() -> AsyncIterator[Receiver]:
-    """The services of this process wait for it as long as it takes: no span is dropped."""
+    """Services in this process export without a time limit, so no span is dropped."""
     receiver = Receiver()
     server = grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)

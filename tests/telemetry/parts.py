@@ -1,4 +1,4 @@
-"""Three services with telemetry on, and what they say to a scraper."""
+"""Three services with telemetry enabled, and scrapes of their metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KV_TOKENS = 65_536
 
 
 class Services(NamedTuple):
-    """`draft` None: there is none."""
+    """`draft` None: no draft service."""
 
     target: Server
     draft: Server | None
@@ -81,12 +81,12 @@ async def services(
 
 
 def prompt(number: int, length: int = 12) -> list[int]:
-    """No two alike."""
+    """A different prompt for each number."""
     return [int(i) for i in np.random.default_rng(number).integers(0, VOCAB_SIZE, length)]
 
 
 class Scrape:
-    """What `/metrics` said at one moment."""
+    """What `/metrics` exposed at one moment."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -100,15 +100,15 @@ class Scrape:
 
     @property
     def names(self) -> set[str]:
-        """Of all samples."""
+        """The names of all samples."""
         return set(self._values)
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The sample with just these labels; 0 where there is none, as for a scraper."""
+        """The sample with exactly these labels; 0 if there is none."""
         return self._values.get(name, {}).get(frozenset(labels.items()), 0.0)
 
     def values(self, name: str) -> list[float]:
-        """Of all samples of the name."""
+        """The values of all samples with this name."""
         return list(self._values.get(name, {}).values())
 
     def by(self, name: str, label: str) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _get(port: int | None, path: str, accept: str, body: bytes | None) -> str:
 async def get(
     port: int | None, path: str = "/metrics", accept: str = "", body: bytes | None = None
 ) -> str:
-    """What is answered there; `body` makes it a POST. Raises HTTPError."""
+    """The response body; with a `body` the request is a POST. Raises HTTPError."""
     return await asyncio.to_thread(_get, port, path, accept, body)
 
 
@@ -145,27 +145,27 @@ async def scrape(server: Server) -> Scrape:
 
 
 async def at_rest(server: Server) -> Scrape:
-    """What it says once nothing runs there and nothing is held of what ran.
+    """A scrape after all generations have ended and their KV is free.
 
-    A tier hears of a call's end a moment after its caller.
+    A tier learns of a call's end slightly later than the client.
     """
-    said: list[Scrape] = []
+    exposed: list[Scrape] = []
 
-    async def rests() -> bool:
-        said[:] = [await scrape(server)]
-        held = [
-            *said[0].by("outrider_open_generations", "tier").values(),
-            *said[0].by("outrider_kv_cache_usage_perc", "tier").values(),
+    async def is_at_rest() -> bool:
+        exposed[:] = [await scrape(server)]
+        in_use = [
+            *exposed[0].by("outrider_open_generations", "tier").values(),
+            *exposed[0].by("outrider_kv_cache_usage_perc", "tier").values(),
         ]
-        return said[0]("outrider_num_requests_running") == 0 and not any(held)
+        return exposed[0]("outrider_num_requests_running") == 0 and not any(in_use)
 
-    await eventually(rests)
-    return said[0]
+    await eventually(is_at_rest)
+    return exposed[0]
 
 
 @contextlib.contextmanager
-def nobody_there() -> Iterator[int]:
-    """A port that nobody listens on, nor can: it is taken."""
+def unused_port() -> Iterator[int]:
+    """A port that is bound but not listening, so that nobody else can listen on it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]

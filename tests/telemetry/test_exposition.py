@@ -1,4 +1,4 @@
-"""`/metrics` as a scraper finds it: the whole catalogue, both sets of names, and nothing else."""
+"""`/metrics` over HTTP: the whole catalogue, both sets of names, and nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.telemetry.parts import (
     services,
 )
 
-# Labels that are numbers: none of them is an error.
+# Metrics whose label is a number, so their series cannot exist beforehand.
 _OPEN_ENDED = (ROUNDS, NUM_ACCEPTED_PER_POS)
 METERED = {"metrics_port": 0}
 VLLM_LABELS = {"model_name": "simulated", "engine": "0"}
@@ -48,11 +48,11 @@ async def generate(system: Services, num_tokens: int = 40) -> None:
 
 
 async def scrapes(system: Services) -> list[Scrape]:
-    """Of the three services, once the call's end is counted, and the tiers know of it."""
+    """Scrapes of the three services after the call's end is counted everywhere."""
 
     async def is_over() -> bool:
-        said = await scrape(system.orchestrator)
-        return said("outrider_requests_total", status="OK") >= 1
+        exposed = await scrape(system.orchestrator)
+        return exposed("outrider_requests_total", status="OK") >= 1
 
     await eventually(is_over)
     assert system.draft is not None
@@ -60,34 +60,36 @@ async def scrapes(system: Services) -> list[Scrape]:
     return [await at_rest(server) for server in servers]
 
 
-async def test_every_metric_of_the_catalogue_is_told_by_some_service(redis_url: str) -> None:
-    """Under its name, as what it is; and no service tells one that is not in it."""
+async def test_every_metric_of_the_catalogue_is_exposed_by_some_service(redis_url: str) -> None:
+    """Under its name and kind; no service exposes a metric outside the catalogue."""
     async with services(redis_url, METERED) as system:
         await generate(system)
-        told = await scrapes(system)
+        scraped = await scrapes(system)
     kinds: dict[str, str] = {}
-    for said in told:
-        kinds |= {name: kind for name, kind in said.kinds.items() if name.startswith("outrider_")}
+    for exposed in scraped:
+        kinds |= {
+            name: kind for name, kind in exposed.kinds.items() if name.startswith("outrider_")
+        }
     assert kinds == {f"outrider_{metric.name}": metric.kind.value for metric in CATALOGUE}
-    samples = set().union(*(said.names for said in told))
+    samples = set().union(*(exposed.names for exposed in scraped))
     for metric in CATALOGUE:
         if metric is CERTIFICATE_EXPIRES_AT:  # tests/telemetry/test_refused.py
             continue
         suffix = "_count" if metric.kind is MetricKind.HISTOGRAM else ""
         assert metric.exported_name + suffix in samples
-    assert not any(name.startswith("vllm:") for said in told for name in said.names)
+    assert not any(name.startswith("vllm:") for exposed in scraped for name in exposed.names)
 
 
-async def test_errors_are_told_before_the_first(redis_url: str) -> None:
-    """A series that begins with 1 has no rate: the first error would be seen by nobody."""
+async def test_error_series_exist_before_the_first_error(redis_url: str) -> None:
+    """A series that starts at 1 has no rate: the first error would be missed."""
     async with services(redis_url, METERED, has_draft=False, gamma=0) as system:
-        told = [await scrape(system.orchestrator), await scrape(system.target)]
+        scraped = [await scrape(system.orchestrator), await scrape(system.target)]
     for metric in CATALOGUE:
         if metric.kind is not MetricKind.COUNTER or not metric.labels or metric in _OPEN_ENDED:
             continue
-        values = [value for said in told for value in said.values(metric.exported_name)]
+        values = [value for exposed in scraped for value in exposed.values(metric.exported_name)]
         assert values, metric.name
-    statuses = told[0].by("outrider_requests_total", "status")
+    statuses = scraped[0].by("outrider_requests_total", "status")
     assert statuses == dict.fromkeys(STATUS_NAMES, 0)
     assert {str(code.name) for code in grpc.StatusCode} - statuses.keys() == {
         "ALREADY_EXISTS", "OUT_OF_RANGE", "UNIMPLEMENTED", "DATA_LOSS",
@@ -95,15 +97,15 @@ async def test_errors_are_told_before_the_first(redis_url: str) -> None:
 
 
 async def test_vllm_names_have_the_same_values(redis_url: str) -> None:
-    """Each metric that has a vLLM name is told under it too, by model and engine."""
+    """Each metric with a vLLM name is also exposed under it, by model and engine."""
     async with services(redis_url, METERED | {"metrics_vllm_names": True}) as system:
         await generate(system)
-        orchestrator_said, target_said, draft_said = await scrapes(system)
+        orchestrator_metrics, target_metrics, draft_metrics = await scrapes(system)
     for metric in CATALOGUE:
         if metric.vllm is None:
             continue
         of_tier = metric.labels == ("tier",) or metric.name == "num_preemptions"
-        said = target_said if of_tier else orchestrator_said
+        exposed = target_metrics if of_tier else orchestrator_metrics
         name = f"vllm:{metric.vllm}"
         if metric.kind is MetricKind.HISTOGRAM:
             ours, name = f"outrider_{metric.name}_count", f"{name}_count"
@@ -112,37 +114,37 @@ async def test_vllm_names_have_the_same_values(redis_url: str) -> None:
             name += "_total" if metric.kind is MetricKind.COUNTER else ""
         if metric.labels in ((), ("tier",)):
             labels = {"tier": "target"} if metric.labels else {}
-            assert said(name, **VLLM_LABELS, **labels) == said(ours, **labels)
-            assert name in said.names
+            assert exposed(name, **VLLM_LABELS, **labels) == exposed(ours, **labels)
+            assert name in exposed.names
             continue
         (label,) = metric.labels
-        assert said.by(name, label) == said.by(ours, label) != {}
-    assert orchestrator_said("vllm:generation_tokens_total", **VLLM_LABELS) == 40
-    assert draft_said("vllm:kv_cache_usage_perc", **VLLM_LABELS, tier="draft") == 0
+        assert exposed.by(name, label) == exposed.by(ours, label) != {}
+    assert orchestrator_metrics("vllm:generation_tokens_total", **VLLM_LABELS) == 40
+    assert draft_metrics("vllm:kv_cache_usage_perc", **VLLM_LABELS, tier="draft") == 0
 
 
 async def test_a_model_service_counts_its_passes(redis_url: str) -> None:
-    """As GetModelInfo has them; and its state, room and failures."""
+    """The same counts as GetModelInfo; and its state, KV capacity and failures."""
     async with services(redis_url, METERED) as system:
         await generate(system, 200)
         _, target, draft = await scrapes(system)
-        for said, tier in ((target, "target"), (draft, "draft")):
-            assert said("outrider_replica_state", tier=tier, state="ready") == 1
-            assert said("outrider_replica_state", tier=tier, state="draining") == 0
-            assert said("outrider_kv_cache_capacity_tokens", tier=tier) > 0
-            assert said("outrider_step_seconds_count", tier=tier) > 0
-            assert said("outrider_batch_rows_count", tier=tier) == said(
+        for exposed, tier in ((target, "target"), (draft, "draft")):
+            assert exposed("outrider_replica_state", tier=tier, state="ready") == 1
+            assert exposed("outrider_replica_state", tier=tier, state="draining") == 0
+            assert exposed("outrider_kv_cache_capacity_tokens", tier=tier) > 0
+            assert exposed("outrider_step_seconds_count", tier=tier) > 0
+            assert exposed("outrider_batch_rows_count", tier=tier) == exposed(
                 "outrider_batch_tokens_count", tier=tier
             )
-            assert said("outrider_batch_tokens_sum", tier=tier) >= 200
-            assert set(said.by("outrider_failures_total", "reason").values()) == {0.0}
-    # Twelve tokens of prompt, of which the first row needs one anyway.
+            assert exposed("outrider_batch_tokens_sum", tier=tier) >= 200
+            assert set(exposed.by("outrider_failures_total", "reason").values()) == {0.0}
+    # Twelve tokens of prompt; the first verify request runs one of them.
     assert target("outrider_prefill_tokens_total", tier="target") == 11
     assert target("outrider_waiting_rows") == draft("outrider_draft_queue") == 0
 
 
 async def test_nothing_but_metrics_is_served(redis_url: str) -> None:
-    """Other paths and methods are refused; Prometheus' newer format is spoken where asked for."""
+    """Other paths and methods are rejected. OpenMetrics is sent if requested."""
     async with services(redis_url, METERED, has_draft=False, gamma=0) as system:
         port = system.target.metrics_port
         for path in ("/", "/metrics/", "/debug"):
@@ -159,8 +161,8 @@ async def test_nothing_but_metrics_is_served(redis_url: str) -> None:
         assert newer.endswith("# EOF\n")
 
 
-async def test_connections_that_ask_nothing_blind_nobody(redis_url: str) -> None:
-    """300 of them, half of which have begun to ask."""
+async def test_idle_connections_do_not_block_scrapes(redis_url: str) -> None:
+    """300 connections; half of them have sent part of a request."""
     async with services(redis_url, METERED, has_draft=False, gamma=0) as system:
         port = system.target.metrics_port
         assert port is not None
@@ -173,12 +175,12 @@ async def test_connections_that_ask_nothing_blind_nobody(redis_url: str) -> None
                 assert "outrider_waiting_rows" in await get(port)
 
 
-async def test_without_a_port_there_is_none(redis_url: str) -> None:
+async def test_no_metrics_without_a_metrics_port(redis_url: str) -> None:
     async with services(redis_url, {}, has_draft=False, gamma=0) as system:
         assert system.target.metrics_port is system.orchestrator.metrics_port is None
 
 
-async def test_a_port_that_is_taken_is_refused_by_name(redis_url: str) -> None:
+async def test_a_port_in_use_is_an_error_naming_the_setting(redis_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         target = TargetConfig(simulate=TARGET, port=0, metrics_port=port)
@@ -196,10 +198,10 @@ async def test_a_port_that_is_taken_is_refused_by_name(redis_url: str) -> None:
 @pytest.mark.parametrize(
     ("value", "at_most"), [(0.5, 1), (1.0, 1), (1.5, 2), (2.0, 2), (9.0, None), (-1.0, 1)]
 )
-def test_a_value_belongs_to_the_first_bound_that_is_not_below_it(
+def test_a_value_is_counted_in_the_first_bucket_with_bound_not_below_it(
     value: float, at_most: float | None
 ) -> None:
-    """As Prometheus defines `le`."""
+    """Prometheus' definition of `le`."""
     distribution = Distribution((1, 2))
     distribution.observe(value)
     counts = dict(distribution.cumulative())

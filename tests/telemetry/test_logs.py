@@ -1,4 +1,4 @@
-"""Logs as operators read them: JSON with the request's ids on every line, and nobody's words."""
+"""Logs: JSON lines with the request's ids, without prompts or generated text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METADATA = (
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """With a tokenizer, so that there are words that could be told."""
+    """A pair with a tokenizer, so that there is text that could be logged."""
     root = tmp_path_factory.mktemp("pair")
     target = make_tiny_model("llama", root / "target", vocab_size=300)
     made = Pair(target, make_tiny_draft(target, root / "draft"))
@@ -46,8 +46,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @contextlib.asynccontextmanager
-async def orchestrator_process(said: list[str], *flags: str) -> AsyncIterator[str]:
-    """host:port; what it has written to standard error is in `said` at the end."""
+async def orchestrator_process(lines: list[str], *flags: str) -> AsyncIterator[str]:
+    """host:port; the lines of its standard error are in `lines` at the end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orchestrator", "--port=0", "--log-json", "--log-level=debug"),
         *flags,
@@ -67,11 +67,11 @@ async def orchestrator_process(said: list[str], *flags: str) -> AsyncIterator[st
     finally:
         if process.returncode is None:
             process.kill()
-        said += (await reading).decode().splitlines()
+        lines += (await reading).decode().splitlines()
 
 
 async def talk(endpoint: str) -> list[Output]:
-    """One call each that ends well, is refused for its stop, and is a chat; with drafts."""
+    """With drafts: a call that succeeds, one with an invalid stop, and a chat."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
         client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
 
@@ -97,43 +97,43 @@ async def talk(endpoint: str) -> list[Output]:
         return outputs
 
 
-def assert_silent(told: bytes, outputs: list[Output]) -> None:
-    """Neither what was asked, nor what was answered, nor who could ask."""
+def assert_silent(text: bytes, outputs: list[Output]) -> None:
+    """Asserts that it contains no prompt, no output and no API key."""
     for words in (KEY, PROMPT, STOP, CHAT):
-        assert words.encode() not in told
+        assert words.encode() not in text
     for output in outputs:
         assert len(output.text) > 6
-        assert json.dumps(output.text).strip('"').encode() not in told
-        assert output.text.encode() not in told
+        assert json.dumps(output.text).strip('"').encode() not in text
+        assert output.text.encode() not in text
 
 
 async def test_lines_are_json_with_ids_and_without_words(
     pair: Pair, redis_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the orchestrator as a process; the tiers' logs and all spans are silent, too."""
-    said: list[str] = []
+    """For an orchestrator process; the tiers' logs and all spans contain no text either."""
+    lines: list[str] = []
     async with receiving() as receiver:
-        outputs = await _served(pair, redis_url, receiver, said)
-    lines = [json.loads(line) for line in said]
-    assert all(line["program"] == "orchestrator" and line["timestamp"] for line in lines)
-    calls = [line for line in lines if line["event"] == "generate"]
+        outputs = await _served(pair, redis_url, receiver, lines)
+    events = [json.loads(line) for line in lines]
+    assert all(event["program"] == "orchestrator" and event["timestamp"] for event in events)
+    calls = [event for event in events if event["event"] == "generate"]
     assert [line["status"] for line in calls] == ["OK", "OK", "INVALID_ARGUMENT"]
     assert {line["request_id"] for line in calls} == {"request-7"}
     assert {line["trace_id"] for line in calls} == {SAMPLED.split("-")[1]}
     (refused,) = (line for line in calls if line["status"] == "INVALID_ARGUMENT")
     assert (refused["reason"], refused["field"]) == ("InvalidRequest", "sampling.stop")
     assert refused["why"]
-    told = [line.get("session_id") for line in calls]
-    assert told == [*(output.session_id for output in outputs), None]
+    session_ids = [call.get("session_id") for call in calls]
+    assert session_ids == [*(output.session_id for output in outputs), None]
     assert [line["num_tokens"] for line in calls] == [24, 24, 0]
     written = capfd.readouterr()
-    assert_silent("\n".join(said).encode(), outputs)
+    assert_silent("\n".join(lines).encode(), outputs)
     assert_silent((written.out + written.err).encode(), outputs)
     assert {span.service for span in receiver.spans} == {"orchestrator", "target", "draft"}
     assert_silent(b"".join(receiver.raw), outputs)
 
 
-async def _served(pair: Pair, redis_url: str, receiver: Receiver, said: list[str]) -> list[Output]:
+async def _served(pair: Pair, redis_url: str, receiver: Receiver, lines: list[str]) -> list[Output]:
     common: dict[str, Any] = {"port": 0, "kv_cache_tokens": 4_096, "calibration_s": 0.0}
     common["stuck_after_s"] = 60.0
     common["otlp_endpoint"] = receiver.endpoint
@@ -152,18 +152,18 @@ async def _served(pair: Pair, redis_url: str, receiver: Receiver, said: list[str
             "gamma": "3",
         }
         arguments = [f"--{name}={value}" for name, value in flags.items()]
-        async with orchestrator_process(said, *arguments) as endpoint:
+        async with orchestrator_process(lines, *arguments) as endpoint:
             return await talk(endpoint)
 
 
 async def test_grpc_writes_no_lines_of_its_own(pair: Pair, redis_url: str) -> None:
-    """As it does where a replica goes away, in the midst of JSON."""
-    said: list[str] = []
+    """gRPC would write plain text between the JSON lines when a replica disconnects."""
+    lines: list[str] = []
     config = TargetConfig(model=str(pair.target), port=0, kv_cache_tokens=4_096, calibration_s=0.0)
     async with target_service.app.serving(config) as target:
         flags = (f"--target-endpoint=127.0.0.1:{target.port}", f"--redis-url={redis_url}")
         async with (
-            orchestrator_process(said, *flags) as endpoint,
+            orchestrator_process(lines, *flags) as endpoint,
             grpc.aio.insecure_channel(endpoint) as channel,
         ):
             health = health_pb2_grpc.HealthStub(channel)
@@ -174,12 +174,12 @@ async def test_grpc_writes_no_lines_of_its_own(pair: Pair, redis_url: str) -> No
                 return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
             await eventually(has_noticed)
-    events = [json.loads(line)["event"] for line in said]
+    events = [json.loads(line)["event"] for line in lines]
     assert "replica_lost" in events
 
 
 def test_values_of_secret_names_are_hidden() -> None:
-    """Should somebody log them after all."""
+    """If they are logged by mistake."""
     event = {"event": "x", "password": "p", "token": "t", "num_tokens": 3}
     shown = without_secrets(None, "info", event)
     assert shown == {"event": "x", "password": HIDDEN, "token": HIDDEN, "num_tokens": 3}

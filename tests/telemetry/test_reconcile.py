@@ -1,7 +1,7 @@
-"""What is counted is what clients were sent, to the token: under load, a dead draft, callers gone.
+"""Counters equal what clients received, to the token: under load, dead draft, clients gone.
 
-Of a call that was cut off nobody but the server knows what left it last; between what its caller
-has and what Redis has there is no other place for it.
+For a call that was cut off only the server knows what it sent last. The count must lie between
+the tokens its client received and the tokens recorded in Redis.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def to_its_end(system: Services, number: int, **fields: Any) -> Output:
 
 
 async def cut_off(system: Services, session_id: str) -> int:
-    """How many tokens its caller has when it leaves."""
+    """Number of tokens its client has received when it disconnects."""
     sampling = {"ignore_eos": True, "max_tokens": 20_000, "temperature": 0}
     asked = request(prompt(1), sampling, session_id=session_id, create_session=True)
     call, num = system.client.Generate(asked, timeout=150), 0
@@ -59,7 +59,7 @@ async def cut_off(system: Services, session_id: str) -> int:
 
 
 async def num_recorded(system: Services, session_id: str) -> int:
-    """Once its call has let go of it."""
+    """Recorded tokens after the call has released the session."""
     asked = orchestrator_pb2.GetSessionRequest(session_id=session_id)
 
     async def is_free() -> bool:
@@ -74,18 +74,20 @@ def origins(outputs: Sequence[Output]) -> dict[str, float]:
     return {name: float(counted[origin]) for origin, name in ORIGINS.items()}
 
 
-def tokens(said: Scrape) -> dict[str, float]:
-    return said.by("outrider_tokens_total", "origin")
+def tokens(exposed: Scrape) -> dict[str, float]:
+    return exposed.by("outrider_tokens_total", "origin")
 
 
-def assert_sent(said: Scrape, outputs: Sequence[Output]) -> None:
-    """All that clients know of their finished calls."""
+def assert_sent(exposed: Scrape, outputs: Sequence[Output]) -> None:
+    """Compares the counters with the results that the clients received."""
     results = [output.result for output in outputs if output.result is not None]
     speculations = [result.speculation for result in results]
     num_tokens = sum(len(output.token_ids) for output in outputs)
-    assert tokens(said) == origins(outputs)
-    assert said("outrider_generation_tokens_total") == num_tokens == sum(tokens(said).values())
-    assert said("outrider_prompt_tokens_total") == sum(r.usage.prompt_tokens for r in results)
+    assert tokens(exposed) == origins(outputs)
+    assert (
+        exposed("outrider_generation_tokens_total") == num_tokens == sum(tokens(exposed).values())
+    )
+    assert exposed("outrider_prompt_tokens_total") == sum(r.usage.prompt_tokens for r in results)
     for metric, field in (
         ("spec_decode_num_drafts", "num_drafts"),
         ("spec_decode_num_draft_tokens", "num_draft_tokens"),
@@ -93,38 +95,38 @@ def assert_sent(said: Scrape, outputs: Sequence[Output]) -> None:
         ("spec_decode_num_rejected_tokens", "num_rejected_tokens"),
     ):
         total = sum(getattr(speculation, field) for speculation in speculations)
-        assert said(f"outrider_{metric}_total") == total, metric
-    assert said.by("outrider_spec_decode_num_accepted_tokens_per_pos_total", "position") == (
+        assert exposed(f"outrider_{metric}_total") == total, metric
+    assert exposed.by("outrider_spec_decode_num_accepted_tokens_per_pos_total", "position") == (
         positions([speculation.num_accepted_tokens_per_pos for speculation in speculations])
     )
-    by_gamma = said.by("outrider_rounds_total", "gamma")
+    by_gamma = exposed.by("outrider_rounds_total", "gamma")
     assert sum(by_gamma.values()) == sum(s.num_rounds for s in speculations)
-    assert said("outrider_spec_decode_num_accepted_tokens_total") == tokens(said)["accepted"]
+    assert exposed("outrider_spec_decode_num_accepted_tokens_total") == tokens(exposed)["accepted"]
     hits = sum(speculation.num_lookahead_hits for speculation in speculations)
-    assert said("outrider_lookahead_rounds_total", outcome="hit") == hits
+    assert exposed("outrider_lookahead_rounds_total", outcome="hit") == hits
 
 
-def assert_timed(said: Scrape, outputs: Sequence[Output]) -> None:
+def assert_timed(exposed: Scrape, outputs: Sequence[Output]) -> None:
     num, num_chunks = len(outputs), sum(len(output.texts) for output in outputs)
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
-        assert said(f"outrider_{name}_seconds_count") == num, name
-        assert said(f"outrider_{name}_seconds_bucket", le="+Inf") == num, name
-        assert said(f"outrider_{name}_seconds_sum") > 0, name
-    assert said("outrider_inter_token_latency_seconds_count") == num_chunks - num
+        assert exposed(f"outrider_{name}_seconds_count") == num, name
+        assert exposed(f"outrider_{name}_seconds_bucket", le="+Inf") == num, name
+        assert exposed(f"outrider_{name}_seconds_sum") > 0, name
+    assert exposed("outrider_inter_token_latency_seconds_count") == num_chunks - num
     sent = sum(len(output.token_ids) for output in outputs)
-    assert said("outrider_request_generation_tokens_sum") == sent
-    assert said("outrider_requests_total", status="OK") == num
-    assert said("outrider_request_success_total", finished_reason="length") == num
-    assert said("outrider_num_requests_running") == said("outrider_num_requests_waiting") == 0
+    assert exposed("outrider_request_generation_tokens_sum") == sent
+    assert exposed("outrider_requests_total", status="OK") == num
+    assert exposed("outrider_request_success_total", finished_reason="length") == num
+    assert exposed("outrider_num_requests_running") == exposed("outrider_num_requests_waiting") == 0
 
 
 async def ended(system: Services, num: int) -> Scrape:
-    """A call's client has its last chunk a moment before the call's end is counted."""
+    """A scrape after `num` calls are counted; the client sees the last chunk slightly earlier."""
 
     async def has_counted() -> bool:
-        said = await scrape(system.orchestrator)
-        is_idle = said("outrider_num_requests_running") == 0
-        return is_idle and sum(said.by("outrider_requests_total", "status").values()) == num
+        exposed = await scrape(system.orchestrator)
+        is_idle = exposed("outrider_num_requests_running") == 0
+        return is_idle and sum(exposed.by("outrider_requests_total", "status").values()) == num
 
     await eventually(has_counted)
     return await scrape(system.orchestrator)
@@ -132,7 +134,7 @@ async def ended(system: Services, num: int) -> Scrape:
 
 @pytest.mark.slow
 async def test_finished_calls_reconcile_to_the_token(redis_url: str) -> None:
-    """The draft dies while they run: accepted ones before, plain ones after."""
+    """The draft dies while they run: accepted tokens before, plain tokens after."""
     async with services(redis_url, {"metrics_port": 0}) as system:
         assert system.draft is not None
         running = [asyncio.create_task(to_its_end(system, number)) for number in range(NUM_CLIENTS)]
@@ -140,34 +142,36 @@ async def test_finished_calls_reconcile_to_the_token(redis_url: str) -> None:
         await system.draft.grpc_server.stop(None)
         outputs += [await task for task in running]
         outputs += await asyncio.gather(*(to_its_end(system, n) for n in range(3)))
-        said = await ended(system, len(outputs))
-        assert_sent(said, outputs)
-        assert_timed(said, outputs)
-        assert tokens(said)["plain"] > 0
-        assert tokens(said)["accepted"] > 0
-        assert tokens(said)["bonus"] > 0
-        assert tokens(said)["recovered"] > 0
+        exposed = await ended(system, len(outputs))
+        assert_sent(exposed, outputs)
+        assert_timed(exposed, outputs)
+        assert tokens(exposed)["plain"] > 0
+        assert tokens(exposed)["accepted"] > 0
+        assert tokens(exposed)["bonus"] > 0
+        assert tokens(exposed)["recovered"] > 0
 
 
 async def test_calls_that_are_cut_off_count_what_was_sent(redis_url: str) -> None:
-    """What is held is at most what is counted, and that at most what is recorded."""
+    """Received tokens <= counted tokens <= recorded tokens."""
     names = [f"session-{number}" for number in range(4)]
     async with services(redis_url, {"metrics_port": 0}) as system:
         beside = asyncio.gather(*(to_its_end(system, number) for number in range(3)))
-        held = await asyncio.gather(*(cut_off(system, name) for name in names))
+        received = await asyncio.gather(*(cut_off(system, name) for name in names))
         recorded = [await num_recorded(system, name) for name in names]
         outputs = await beside
-        said = await ended(system, len(names) + len(outputs))
-        num_sent = said("outrider_generation_tokens_total")
+        exposed = await ended(system, len(names) + len(outputs))
+        num_sent = exposed("outrider_generation_tokens_total")
         num_sent -= sum(len(output.token_ids) for output in outputs)
-        assert sum(held) <= num_sent <= sum(recorded)
-        assert sum(tokens(said).values()) == said("outrider_generation_tokens_total")
-        assert said("outrider_spec_decode_num_accepted_tokens_total") == tokens(said)["accepted"]
-        assert said.counted("outrider_requests_total", "status") == {
+        assert sum(received) <= num_sent <= sum(recorded)
+        assert sum(tokens(exposed).values()) == exposed("outrider_generation_tokens_total")
+        assert (
+            exposed("outrider_spec_decode_num_accepted_tokens_total") == tokens(exposed)["accepted"]
+        )
+        assert exposed.counted("outrider_requests_total", "status") == {
             "OK": len(outputs),
             "CANCELLED": len(names),
         }
-        assert said.by("outrider_request_success_total", "finished_reason") == {
+        assert exposed.by("outrider_request_success_total", "finished_reason") == {
             "length": len(outputs),
             "abort": len(names),
             "stop": 0,
@@ -176,7 +180,7 @@ async def test_calls_that_are_cut_off_count_what_was_sent(redis_url: str) -> Non
 
 @pytest.mark.slow
 async def test_a_resumed_call_counts_only_what_it_generates(redis_url: str) -> None:
-    """What it is sent from the record was counted where it was generated."""
+    """Recorded tokens that are sent again were counted where they were generated."""
     asked = request(
         prompt(5),
         {"temperature": 0, "ignore_eos": True, "max_tokens": 400},
@@ -209,7 +213,7 @@ async def test_a_resumed_call_counts_only_what_it_generates(redis_url: str) -> N
 
 
 async def test_refused_calls_are_counted_by_their_status(redis_url: str) -> None:
-    """And are neither in progress nor finished."""
+    """They count neither as running nor as finished."""
     async with services(redis_url, {"metrics_port": 0}, has_draft=False, gamma=0) as system:
         for asked, status in (
             (request(prompt(0), {"temperature": -1}), "INVALID_ARGUMENT"),
@@ -217,13 +221,13 @@ async def test_refused_calls_are_counted_by_their_status(redis_url: str) -> None
         ):
             code = await _code(system.client.Generate(asked, timeout=150))
             assert code.name == status
-        said = await ended(system, 2)
-    assert said.counted("outrider_requests_total", "status") == {
+        exposed = await ended(system, 2)
+    assert exposed.counted("outrider_requests_total", "status") == {
         "INVALID_ARGUMENT": 1,
         "NOT_FOUND": 1,
     }
-    assert sum(said.by("outrider_request_success_total", "finished_reason").values()) == 0
-    assert said("outrider_time_to_first_token_seconds_count") == 0
+    assert sum(exposed.by("outrider_request_success_total", "finished_reason").values()) == 0
+    assert exposed("outrider_time_to_first_token_seconds_count") == 0
 
 
 async def _code(call: Any) -> grpc.StatusCode:

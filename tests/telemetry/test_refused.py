@@ -1,4 +1,4 @@
-"""Calls that come no further than the door are counted: by why, and in no other metric."""
+"""Calls rejected by an interceptor are counted by reason, and in no other metric."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "pki")
 
 
-async def test_callers_without_a_good_key(tmp_path: Path, redis_url: str) -> None:
-    """Also one that has used up what its key allows. What the method refuses is not among them."""
+async def test_clients_without_a_valid_key(tmp_path: Path, redis_url: str) -> None:
+    """Includes a key over its limit. Calls rejected by the method are not counted here."""
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(), bob=KeyLimits(tokens_per_minute=1))
     settings = {"api_keys_file": str(tmp_path / "keys"), **METERED}
     async with tiers() as servers, orchestrated(servers, redis_url, **settings) as system:
@@ -54,14 +54,14 @@ async def test_callers_without_a_good_key(tmp_path: Path, redis_url: str) -> Non
         async with client(system.endpoint, Access(api_key=keys["ada"])) as stub:
             refused = await refusal(generated(stub, prompt=[]))
             assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
-        said = await scrape(system.orchestrator)
+        exposed = await scrape(system.orchestrator)
     counted = {"no_key": 1, "unknown_key": 2, "over_limit": 3}
-    assert said.by(NAME, "reason") == NONE | BY_ADMISSION | counted
-    assert said.counted("outrider_requests_total", "status") == {"OK": 1, "INVALID_ARGUMENT": 1}
+    assert exposed.by(NAME, "reason") == NONE | BY_ADMISSION | counted
+    assert exposed.counted("outrider_requests_total", "status") == {"OK": 1, "INVALID_ARGUMENT": 1}
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "mallory"])
-async def test_callers_of_a_tier_by_their_certificate(authority: Authority, name: str) -> None:
+async def test_clients_of_a_tier_by_certificate(authority: Authority, name: str) -> None:
     tier = authority.tier("tier", tls_client_names="orchestrator", **METERED)
     async with tiers(tier, tier) as (target, _):
         async with channels(authority, name).open(f"127.0.0.1:{target.port}") as channel:
@@ -70,12 +70,12 @@ async def test_callers_of_a_tier_by_their_certificate(authority: Authority, name
             else:
                 refused = await refusal(asked_target(channel))
                 assert refused.code is grpc.StatusCode.PERMISSION_DENIED
-        said = await scrape(target)
-    assert said.by(NAME, "reason") == NONE | {"identity": int(name == "mallory")}
+        exposed = await scrape(target)
+    assert exposed.by(NAME, "reason") == NONE | {"identity": int(name == "mallory")}
 
 
-async def test_ends_of_certificates(authority: Authority) -> None:
-    """Of the file, as soon as it is renewed: no connection need begin for that."""
+async def test_certificate_expiry(authority: Authority) -> None:
+    """Follows the file as soon as it is renewed, without a new connection."""
     async with tiers(authority.tier("tier", **METERED)) as (target, _):
         first = (await scrape(target)).by(ENDS, "use")
         assert first == {"server": as_openssl_has_it(authority, "tier")}

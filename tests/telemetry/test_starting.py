@@ -1,4 +1,4 @@
-"""What an orchestrator tells while it still waits for what it needs: alerts are made of it."""
+"""Metrics and logs of an orchestrator that waits for Redis or a target; used by alerts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.stack import eventually
 
 
 class Starting:
-    """An orchestrator that never comes so far as to serve. `logs`: what it has said."""
+    """An orchestrator that never becomes ready. `logs`: its log events."""
 
     def __init__(self, logs: list[Any]) -> None:
         self.logs = logs
@@ -26,17 +26,17 @@ class Starting:
     def has_logged(self, event: str) -> bool:
         return any(entry["event"] == event for entry in self.logs)
 
-    async def told(self, holds: Callable[[Scrape], bool]) -> Scrape:
-        """The first of its scrapes of which that holds."""
+    async def scrape_where(self, holds: Callable[[Scrape], bool]) -> Scrape:
+        """The first scrape for which `holds` is true."""
         found: list[Scrape] = []
 
-        async def is_told() -> bool:
+        async def is_exposed() -> bool:
             for port in [e["port"] for e in self.logs if e["event"] == "metrics"]:
                 with contextlib.suppress(Unavailable):
                     found[:] = [await asyncio.to_thread(Scrape.of, f"127.0.0.1:{port}")]
             return bool(found) and holds(found[0])
 
-        await eventually(is_told)
+        await eventually(is_exposed)
         return found[0]
 
 
@@ -62,7 +62,7 @@ async def starting(**settings: Any) -> AsyncIterator[Starting]:
 
 
 async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No replica is ready, Redis is there; and the log says what is missing, again and again."""
+    """No replica is ready, Redis is up. The log repeats what is missing."""
     monkeypatch.setattr(orchestrator.app, "TARGET_TOLD_S", 0.1)
     async with starting(redis_url=redis_url) as started:
 
@@ -70,7 +70,9 @@ async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch)
             return started.has_logged("waiting_for_target")
 
         await eventually(is_logged)
-        scrape = await started.told(lambda s: s.total("outrider_replicas", tier="target") == 1)
+        scrape = await started.scrape_where(
+            lambda s: s.total("outrider_replicas", tier="target") == 1
+        )
     assert scrape.has("outrider_num_requests_running")
     assert scrape.total("outrider_replicas", tier="target", state="ready") == 0
     assert scrape.total("outrider_redis_up") == 1
@@ -79,7 +81,7 @@ async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch)
 async def test_without_redis() -> None:
     nowhere = "redis://127.0.0.1:1"
     async with starting(redis_url=nowhere, redis_wait_s=600.0) as started:
-        scrape = await started.told(
+        scrape = await started.scrape_where(
             lambda s: s.has("outrider_redis_up") and s.total("outrider_redis_up") == 0
         )
     assert scrape.has("outrider_num_requests_running")

@@ -1,4 +1,4 @@
-"""`outrider top`: what it shows is what the programs say, and it says who does not answer."""
+"""`outrider top` shows the programs' metrics, and names those that do not answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outrider.errors import Unavailable
 from outrider.telemetry.scraping import Change, Scrape
 from tests.cli.processes import run
 from tests.stack import eventually, request
-from tests.telemetry.parts import at_rest, nobody_there, prompt, scrape, services
+from tests.telemetry.parts import at_rest, prompt, scrape, services, unused_port
 
 LONG = {"temperature": 0, "ignore_eos": True, "max_tokens": 60}
 
@@ -38,8 +38,8 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
             num_tokens += len(chunk.token_ids)
 
         async def is_over() -> bool:
-            said = await scrape(system.orchestrator)
-            return said("outrider_requests_total", status="OK") == 1
+            exposed = await scrape(system.orchestrator)
+            return exposed("outrider_requests_total", status="OK") == 1
 
         await eventually(is_over)
         for server in servers:
@@ -59,9 +59,9 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
     assert re.search(r"draft 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
 
 
-async def test_who_does_not_answer_is_named(redis_url: str) -> None:
+async def test_an_address_that_does_not_answer_is_named(redis_url: str) -> None:
     telemetry = {"metrics_port": 0}
-    with nobody_there() as port:
+    with unused_port() as port:
         async with services(redis_url, telemetry, has_draft=False, gamma=0) as system:
             ports = (port, system.target.metrics_port)
             watched = [Watched(f"127.0.0.1:{p}", 10.0) for p in ports]
@@ -72,8 +72,8 @@ async def test_who_does_not_answer_is_named(redis_url: str) -> None:
     assert "target 127.0.0.1" in text
 
 
-def test_nothing_there_is_an_error() -> None:
-    with nobody_there() as port:
+def test_no_answer_at_all_is_an_error() -> None:
+    with unused_port() as port:
         with pytest.raises(Unavailable, match=f"no metrics at 127.0.0.1:{port}"):
             Scrape.of(f"127.0.0.1:{port}")
         done = run("top", "--once", f"127.0.0.1:{port}")
@@ -87,8 +87,8 @@ def _scrape(at: float, counts: dict[str, float]) -> Scrape:
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.25, 0.5), (0.5, 1.0), (0.75, 1.5), (0.99, 2)])
-def test_quantiles_are_as_prometheus_has_them(share: float, expected: float) -> None:
-    """Of what came between the two: ten values up to 1, ten up to 2."""
+def test_quantiles_equal_prometheus(share: float, expected: float) -> None:
+    """Observations between two scrapes: ten up to 1, ten up to 2."""
     before = _scrape(0.0, {"1.0": 5.0, "2.0": 5.0, "+Inf": 5.0})
     after = _scrape(2.0, {"1.0": 15.0, "2.0": 25.0, "+Inf": 25.0})
     change = Change(before, after)
@@ -96,6 +96,6 @@ def test_quantiles_are_as_prometheus_has_them(share: float, expected: float) -> 
     assert change.rate("n_total") == 10.0
 
 
-def test_a_counter_that_fell_has_begun_anew() -> None:
+def test_a_counter_that_fell_was_restarted() -> None:
     before, after = _scrape(0.0, {"+Inf": 50.0}), _scrape(1.0, {"+Inf": 3.0})
     assert Change(before, after).increase("n_total") == 3.0

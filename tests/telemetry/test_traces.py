@@ -1,4 +1,4 @@
-"""One trace of a request across the three services, as a real OTLP collector gets it."""
+"""One trace per request across the three services, received by a real OTLP collector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_TOKENS = 120
 
 
 async def generate(system: Services, *metadata: tuple[str, str]) -> int:
-    """How many tokens came."""
+    """Number of received tokens."""
     num = 0
     sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": NUM_TOKENS}
     asked = request(prompt(3), sampling, draft_wait=orchestrator_pb2.DRAFT_WAIT_ALWAYS)
@@ -37,7 +37,7 @@ def settings(receiver: Receiver, ratio: float) -> dict[str, Any]:
 
 
 async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
-    """One trace id, the tiers' spans below the request's, rounds below theirs; some are left out.
+    """One trace id; the tiers' spans are children of the request's, rounds are theirs.
 
     Spans are sent when the services stop, at the latest.
     """
@@ -58,7 +58,7 @@ async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
         assert {span.parent_id for span in asked} == {whole.span_id}
         assert {span.parent_id for span in rounds} == {target.span_id}
         assert len(asked) == len(rounds) >= FIRST_ROUNDS
-        # γ is 4: so many tokens take at least so many rounds, and not all of them have spans.
+        # γ is 4, which gives a minimum of rounds. Not all of them have spans.
         assert len(rounds) < NUM_TOKENS // 5
         assert all(0 < span.duration_ns <= whole.duration_ns for span in rounds)
         gammas = {span.attributes["outrider.round"]: span.attributes["gamma"] for span in rounds}
@@ -66,8 +66,8 @@ async def test_a_trace_has_spans_of_all_three_services(redis_url: str) -> None:
         assert first == [0] + [4] * (FIRST_ROUNDS - 1), "the prompt's round has no draft tokens"
 
 
-async def test_a_callers_trace_goes_on(redis_url: str) -> None:
-    """Its sampling decision holds, whatever the share of those without one."""
+async def test_the_clients_trace_is_continued(redis_url: str) -> None:
+    """Its sampling decision is used, whatever the configured ratio."""
     async with receiving() as receiver:
         async with services(redis_url, settings(receiver, 0.0)) as system:
             await generate(system, ("traceparent", SAMPLED), ("x-request-id", "of-the-caller"))
@@ -82,15 +82,15 @@ async def test_a_callers_trace_goes_on(redis_url: str) -> None:
 
 
 @pytest.mark.slow
-async def test_a_collector_that_is_away_costs_no_request(redis_url: str) -> None:
-    """Spans are dropped, and the services stop all the same."""
-    nobody = {"otlp_endpoint": "http://127.0.0.1:1", "trace_sample_ratio": 1.0}
-    async with services(redis_url, nobody, has_draft=False, gamma=0) as system:
+async def test_requests_succeed_without_a_collector(redis_url: str) -> None:
+    """Spans are dropped, and the services can still stop."""
+    unreachable = {"otlp_endpoint": "http://127.0.0.1:1", "trace_sample_ratio": 1.0}
+    async with services(redis_url, unreachable, has_draft=False, gamma=0) as system:
         assert await generate(system) == NUM_TOKENS
 
 
 async def test_without_the_sdk_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, with what to install."""
+    """The error names the setting and what to install."""
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     asked = TelemetrySettings(otlp_endpoint="http://127.0.0.1:4317")
     with pytest.raises(ConfigError, match=r"otlp_endpoint: .*'\.\[otel\]'"):
@@ -108,6 +108,6 @@ async def test_without_the_sdk_an_endpoint_is_refused(monkeypatch: pytest.Monkey
         ({"metrics_vllm_names": True}, "metrics_vllm_names"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], named: str) -> None:
+def test_inconsistent_settings_are_rejected(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named}:"):
         OrchestratorConfig(**fields)
