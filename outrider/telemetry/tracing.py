@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 FIRST_ROUNDS = 8
 ROUND_INTERVAL = 16
 _EXPORT_TIMEOUT_S = 2.0
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+# OpenTelemetry logs a warning for a longer one, so longer ones are cut.
+_MAX_TRACEPARENT_CHARS = 512
 
 Value = str | int | float | bool
 
@@ -55,8 +55,12 @@ class Span:
     @property
     def traceparent(self) -> str:
         """The span's context, to be sent to other services."""
-        context = self._span.get_span_context()
-        return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+        from opentelemetry.trace import set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        headers: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(headers, set_span_in_context(self._span))
+        return headers["traceparent"]
 
     def make_current(self) -> None:
         """Makes it the current span of this task and of those started by it."""
@@ -100,39 +104,32 @@ class Tracing:
 
     def request(self, name: str, traceparent: str) -> Span | None:
         """Span of an incoming request; sampled like its parent trace, otherwise at random."""
-        if self._tracer is None:
-            return None
-        from opentelemetry.trace import SpanKind
-
-        context = _parent(traceparent)
-        span = self._tracer.start_span(name, context, kind=SpanKind.SERVER)
-        return Span(self._tracer, span) if span.is_recording() else None
+        return _started(self._tracer, name, _parent(traceparent)) if self._tracer else None
 
     def part(self, name: str, traceparent: str) -> Span | None:
         """Span of work for a request that is traced elsewhere; None without `traceparent`."""
-        if self._tracer is None or _parent(traceparent) is None:
+        if self._tracer is None:
             return None
-        return self.request(name, traceparent)
+        parent = _parent(traceparent)
+        return _started(self._tracer, name, parent) if parent else None
 
 
 NO_TRACING = Tracing()
 
 
-def _parent(traceparent: str) -> Context | None:
-    """None if it is missing or malformed: by W3C's rules a new trace starts then."""
-    from opentelemetry.trace import (
-        NonRecordingSpan,
-        SpanContext,
-        TraceFlags,
-        set_span_in_context,
-    )
+def _started(tracer: Tracer, name: str, parent: Context) -> Span | None:
+    from opentelemetry.trace import SpanKind
 
-    match = _TRACEPARENT.fullmatch(traceparent)
-    if match is None:
-        return None
-    trace_id, span_id, flags = (int(part, 16) for part in match.groups())
-    parent = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags & 1))
-    return set_span_in_context(NonRecordingSpan(parent)) if parent.is_valid else None
+    span = tracer.start_span(name, parent, kind=SpanKind.SERVER)
+    return Span(tracer, span) if span.is_recording() else None
+
+
+def _parent(traceparent: str) -> Context:
+    """Empty if `traceparent` is missing or malformed: by W3C's rules a new trace starts then."""
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    headers = {"traceparent": traceparent[:_MAX_TRACEPARENT_CHARS]}
+    return TraceContextTextMapPropagator().extract(headers)
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""What a large message may become: the walk before the parser agrees with it, and stops in time."""
+"""Message limits: the check agrees with the parser, and rejects hostile messages."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def parser(kind: type[Message]) -> BoundedParser:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs(name: str) -> None:
-    """None of these is a megabyte; the largest would be a hundred of them."""
+def test_messages_with_too_many_fields_are_rejected(name: str) -> None:
+    """None of these has a megabyte; parsed, the largest would take a hundred."""
     kind, bomb = BOMBS[name]
     data = bombs(kind)[bomb](SMALL_BYTES * 3)
     with pytest.raises(InvalidRequest, match=r"^frame: more than 131072 fields .* in ") as caught:
@@ -45,8 +45,8 @@ def test_bombs(name: str) -> None:
     assert bomb.split(".")[0] in str(caught.value)
 
 
-def test_numbers() -> None:
-    """One byte each, and eight once parsed."""
+def test_too_many_packed_numbers_are_rejected() -> None:
+    """Each has one byte, and up to eight once parsed."""
     read = parser(orchestrator_pb2.GenerateRequest)
     most = nested(b"\1" * MAX_PACKED_BYTES, 2, 1)
     assert len(read.parse(most).token_ids.ids) == MAX_PACKED_BYTES
@@ -58,7 +58,7 @@ def test_numbers() -> None:
 
 
 async def test_other_tasks_run_while_a_large_request_is_checked() -> None:
-    """As many fields as are allowed, and one more."""
+    """With the maximum number of fields, and with more."""
     call = orchestrator_pb2.GenerateRequest()
     for _ in range(MAX_FIELDS // 3):
         call.chat.messages.add(role="user", content="x")
@@ -76,8 +76,8 @@ async def test_other_tasks_run_while_a_large_request_is_checked() -> None:
     assert num_turns >= 2 * MAX_FIELDS // 4_096
 
 
-def test_what_is_honest_and_large() -> None:
-    """As much of everything as a caller may send, and opens with whole contexts."""
+def test_the_largest_valid_messages_are_accepted() -> None:
+    """Requests at the limit of every list, and frames with whole contexts."""
     call = orchestrator_pb2.GenerateRequest()
     for number in range(4_096):
         call.chat.messages.add(role="user", content=f"{number} " * 150)
@@ -96,11 +96,12 @@ def test_what_is_honest_and_large() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_walk_follows_the_parser(kind: type[Message], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the parser reads the walk reads, and what it does not follow the parser refuses."""
+def test_the_check_agrees_with_the_parser(
+    kind: type[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check accepts what the parser accepts; what it cannot follow the parser rejects."""
     monkeypatch.setattr(frames, "SMALL_BYTES", 0)
-    chance = random.Random(5)
-    mutator, read, num_refused = Mutator(chance), parser(kind), 0
+    mutator, read, num_refused = Mutator(random.Random(5)), parser(kind), 0
     for number in range(600):
         data = mutator.generate(kind).SerializeToString()
         if number % 2:
@@ -130,17 +131,17 @@ MALFORMED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_cannot_be_followed(name: str) -> None:
-    """Nobody hides items behind it: the whole of it is refused."""
+def test_malformed_messages_are_rejected(name: str) -> None:
+    """The whole message is rejected, so no items can be hidden behind the malformed field."""
     data = of_length(9, bytes(SMALL_BYTES)) + MALFORMED[name]
     with pytest.raises(InvalidRequest, match=r"^frame: cannot be read"):
         parser(target_pb2.VerifyRequest).parse(data)
 
 
-def test_items_behind_a_group() -> None:
-    """In an unknown group a number means nothing: what looks like an item there is none."""
+def test_items_after_a_group_are_counted() -> None:
+    """Field numbers inside an unknown group are not those of the message."""
     read: Any = parser(target_pb2.VerifyRequest)
-    torn = of_length(2, b"\xff\xff\xff")  # as a row it could not be read
+    torn = of_length(2, b"\xff\xff\xff")  # not a valid VerifyRow
     data = b"\x7b" + torn * 60_000 + b"\x7c"
     assert read.parse(data).ByteSize() == len(data)
     after = data + of_length(2, b"") * MAX_FIELDS
