@@ -1,7 +1,11 @@
-"""Counts of values by bucket: a histogram as cheap as what it measures.
+"""Histogram for hot paths: counts of values by bucket.
 
-One thread writes, any may read. (The client library's own takes a lock and a walk through the
-buckets, 1.5 us; this 0.2. A round is some tens.)
+One thread writes, any thread may read; so it needs no lock. `observe` takes 0.09 us.
+prometheus-client's `Histogram.observe` takes 0.53 us for a label set looked up before, 1.24 us with
+`labels(...)`; `Counter.inc` 0.23 and 0.90 us, an integer attribute 0.02. A round makes three
+observations and some six increments per stream, so the library would add 3 to 9 us to it. (timeit,
+minimum of 7 x 100,000 calls, bounds of inter_token_latency_seconds, prometheus-client 0.26, one
+core of an AMD EPYC.)
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from itertools import accumulate
 
 
 class Distribution:
-    """`bounds` are rising; a value equal to one belongs to it (Prometheus' `le`)."""
+    """`bounds` are rising. A value equal to a bound is counted in its bucket (Prometheus' `le`)."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -30,11 +34,11 @@ class Distribution:
         return self._sum
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Each bound as text, and how many values are not above it; the last is +Inf."""
+        """Each bound as text, with the number of values not above it; the last one is +Inf."""
         counts = accumulate(self._counts.copy())
-        return list(zip([*map(_written, self._bounds), "+Inf"], counts, strict=True))
+        return list(zip([*map(_format_bound, self._bounds), "+Inf"], counts, strict=True))
 
 
-def _written(bound: float) -> str:
-    """As the client library writes it: 1.0, 0.25."""
+def _format_bound(bound: float) -> str:
+    """The format of prometheus-client: 1.0, 0.25."""
     return repr(float(bound))
