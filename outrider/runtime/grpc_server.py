@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from outrider import errors
-from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES, translated
+from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, translated
 from outrider.runtime.message_limits import bounded
 from outrider.runtime.server_security import UNPROTECTED, ServerProtection
 
@@ -30,7 +30,7 @@ LIVENESS = "liveness"
 REDIS = "redis"
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Per connection. Calls beyond it wait at the client, within their deadlines.
     ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),

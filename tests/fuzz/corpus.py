@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES
+from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.fuzz.values import GENERATION_IDS, SESSION_IDS, tokens
 from tests.services.streams import draft_commit, draft_open, ids, row, sizes, target_open
@@ -217,7 +217,7 @@ def _absurd_call(chance: random.Random) -> orchestrator_pb2.GenerateRequest:
 
 def oversize() -> bytes:
     """A message that no server takes."""
-    return b"\x0a" + bytes(MAX_MESSAGE_BYTES)
+    return b"\x0a" + bytes(MAX_REQUEST_BYTES)
 
 
 TARGET = Dialect(

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 
 from outrider.errors import InvalidRequest
 from outrider.runtime import message_limits as frames
+from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
 from outrider.runtime.message_limits import (
     MAX_FIELDS,
     MAX_PACKED_BYTES,
@@ -18,7 +19,7 @@ from outrider.runtime.message_limits import (
     BoundedParser,
     UnparsedRequest,
 )
-from outrider.v1 import draft_pb2, orchestrator_pb2, target_pb2
+from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.fuzz.bombs import bombs, nested, of_length
 from tests.fuzz.mutation import Mutator
 
@@ -89,10 +90,29 @@ def test_the_largest_valid_messages_are_accepted() -> None:
     opening = draft_pb2.DraftOpen(token_ids=bytes(4 * 131_072), sampling=call.sampling)
     frame = draft_pb2.ProposeRequest(opens=[opening], closes=[draft_pb2.DraftClose()] * 16_000)
     row = target_pb2.VerifyRow(context_token_ids=bytes(4 << 20), draft_token_ids=bytes(64))
-    for message in (call, text, frame, target_pb2.VerifyRequest(rows=[row] * 8)):
+    for message in (call, text, frame, target_pb2.VerifyRequest(rows=[row] * 4)):
         data = message.SerializeToString()
-        assert len(data) > SMALL_BYTES
+        assert SMALL_BYTES < len(data) <= MAX_REQUEST_BYTES
         assert parser(type(message)).parse(data) == message
+
+
+def test_a_request_at_every_limit_of_size_is_accepted() -> None:
+    """The size limit of servers leaves room for every list and text of docs/reference/limits.md."""
+    wide = "\N{GOTHIC LETTER AHSA}"  # four bytes
+    sampling = sampling_pb2.SamplingParams(
+        stop=[wide * 1_024] * 64,
+        logit_bias=dict.fromkeys(range(1 << 20, (1 << 20) + 1_024), 0.5),
+        stop_token_ids=range(1 << 20, (1 << 20) + 4_096),
+        allowed_token_ids=range(1 << 20),
+    )
+    messages = [orchestrator_pb2.ChatMessage(role="r" * 64, content="x")] * 4_095
+    last = orchestrator_pb2.ChatMessage(role="r" * 64, content=wide * (4_000_000 - 4_095))
+    chat = orchestrator_pb2.ChatMessages(messages=[*messages, last])
+    text = orchestrator_pb2.GenerateRequest(text=wide * 4_000_000, sampling=sampling)
+    for request in (text, orchestrator_pb2.GenerateRequest(chat=chat, sampling=sampling)):
+        data = request.SerializeToString()
+        assert len(data) <= MAX_REQUEST_BYTES
+        assert parser(orchestrator_pb2.GenerateRequest).parse(data) == request
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ import pytest_asyncio
 from outrider.model_server import scheduler
 from outrider.model_server import stream as peers
 from outrider.redis.embedded import RedisServer
+from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
 from outrider.runtime.grpc_streams import MAX_PENDING, Outbox
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.services.parts import (
@@ -335,7 +336,7 @@ async def test_messages_that_are_too_large(chatty: System, chat_greedy: Greedy) 
     options = [("grpc.max_send_message_length", -1)]
     async with grpc.aio.insecure_channel(chatty.endpoint, options=options) as channel:
         generate: Any = channel.unary_stream("/outrider.v1.OrchestratorService/Generate")
-        refused = await refusal(anext(aiter(generate(bytes(65 << 20), timeout=200))))
+        refused = await refusal(anext(aiter(generate(bytes(MAX_REQUEST_BYTES + 1), timeout=200))))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     output = await chatty.generate([1, 2], sampling={**GREEDY, "max_tokens": 5})
     assert output.token_ids == chat_greedy([1, 2], 5)
