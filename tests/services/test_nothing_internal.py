@@ -79,7 +79,7 @@ async def test_redis_is_away_or_refuses(pair: Pair) -> None:
             redis_command(redis.url, "ACL", "SETUSER", "default", "-hset")
             generate, create, *_ = await every_refusal(system)
             for refused in (generate, create):
-                assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, "Redis cannot do what")
+                assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, "Redis cannot execute")
             redis_command(redis.url, "ACL", "SETUSER", "default", "+@all")
             redis_command(redis.url, "SET", "outrider:session:{s}", "x")
             named = await named_refusals(system)
@@ -120,7 +120,7 @@ async def test_a_defect(pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(SessionStore, "get", broken)
         monkeypatch.setattr(SessionStore, "delete", broken)
         for refused in await every_refusal(system):
-            assert_is_plain(refused, grpc.StatusCode.INTERNAL, "a defect")
+            assert_is_plain(refused, grpc.StatusCode.INTERNAL, "an internal error")
 
 
 @contextlib.asynccontextmanager
