@@ -164,7 +164,10 @@ async def test_open_generations_of_a_stream(tiers: System, monkeypatch: pytest.M
     async with raw(tiers.target.Verify()) as stream:
         opens = [target_open(n, max_len=16) for n in range(1, 5)]
         await stream.write(target_pb2.VerifyRequest(opens=opens))
-        assert "generation_id: 3 generations are open on this stream" in (await stream.answer(4)).detail
+        assert (
+            "generation_id: 3 generations are open on this stream"
+            in (await stream.answer(4)).detail
+        )
         close = target_pb2.TargetClose(generation_id=1)
         await stream.write(target_pb2.VerifyRequest(closes=[close]))
         opening = target_open(5, max_len=16)
