@@ -21,9 +21,9 @@ from outrider import errors
 
 log = structlog.get_logger()
 
-# Received by servers. A request at every limit of docs/reference/limits.md has 18.8 MiB; 4,000,000 characters
-# of four bytes are 15.3 of them. Copying, parsing and rejecting a text of 64 MiB blocks the event
-# loop for 80 to 110 ms; one of 20 MiB, for 5 to 17 ms.
+# Received by servers. A request at every limit of docs/reference/limits.md has 18.8 MiB, of which
+# 15.3 are 4,000,000 characters of four bytes. Copying, parsing and rejecting a text of 64 MiB blocks
+# the event loop for 80 to 110 ms; one of 20 MiB, for 5 to 17 ms.
 MAX_REQUEST_BYTES = 20 << 20
 MAX_MESSAGE_BYTES = 64 << 20
 # A status travels in HTTP/2 headers. Peers accept 8 KiB; with more even the code is lost.
