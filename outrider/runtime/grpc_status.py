@@ -22,7 +22,7 @@ from outrider import errors
 log = structlog.get_logger()
 
 # Received by servers. A request at every limit of docs/reference/limits.md has 18.8 MiB, of which
-# 15.3 are 4,000,000 characters of four bytes. Copying, parsing and rejecting a text of 64 MiB blocks
+# 15.3 are 4,000,000 characters of four bytes. Copying, parsing and rejecting a 64 MiB text blocks
 # the event loop for 80 to 110 ms; one of 20 MiB, for 5 to 17 ms.
 MAX_REQUEST_BYTES = 20 << 20
 MAX_MESSAGE_BYTES = 64 << 20

@@ -63,7 +63,7 @@ async def starting(**settings: Any) -> AsyncIterator[Starting]:
 
 async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No replica is ready, Redis is up. The log repeats what is missing."""
-    monkeypatch.setattr(orchestrator.app, "TARGET_TOLD_S", 0.1)
+    monkeypatch.setattr(orchestrator.app, "TARGET_WARNING_S", 0.1)
     async with starting(redis_url=redis_url) as started:
 
         async def is_logged() -> bool:
