@@ -133,8 +133,8 @@ def _default(value: object) -> str:
 
 
 def _help(entry: Field[Any]) -> str:
-    alias = entry.metadata["env"]
-    return entry.metadata["help"] + (f" (also `{alias}`)" if alias else "")
+    text, alias = entry.metadata["help"], entry.metadata["env"]
+    return f"{text} (also `{alias}`)" if alias else str(text)
 
 
 # --- The command line ---
