@@ -41,11 +41,11 @@ def test_dockerfile_is_pinned_staged_and_not_root(path: Any) -> None:
 
 
 def test_build_context_includes_copied_files() -> None:
-    kept = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
+    included = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
     for path in DOCKERFILES:
         for source in re.findall(r"^COPY (?!--from)(.+) \S+$", path.read_text(), re.MULTILINE):
             for name in source.split():
-                assert any(name == each or name.startswith(f"{each}/") for each in kept), name
+                assert any(name == each or name.startswith(f"{each}/") for each in included), name
 
 
 def compose() -> dict[str, Any]:

@@ -123,7 +123,7 @@ def scalers_have_targets(found: Manifests) -> Iterator[str]:
         if not found.has(*target):
             yield f"{title(scaler)}: there is no {'/'.join(target)}"
         elif "replicas" in found.get(*target)["spec"]:
-            yield f"{title(scaler)}: {'/'.join(target)} sets replicas, anew at each apply"
+            yield f"{title(scaler)}: {'/'.join(target)} sets replicas, which each apply would reset"
         if target in scaled:
             yield f"{title(scaler)}: {'/'.join(target)} has {scaled[target]} already"
         scaled[target] = title(scaler)
@@ -136,8 +136,8 @@ def fallbacks_do_not_scale_down(found: Manifests) -> Iterator[str]:
     """Without metrics a scaler does not scale down, as KEDA would by default."""
     for scaler in found.of("ScaledObject"):
         fallback = scaler["spec"].get("fallback")
-        kept = ("currentReplicas", "currentReplicasIfHigher")
-        if fallback is not None and fallback.get("behavior") not in kept:
+        unchanged = ("currentReplicas", "currentReplicasIfHigher")
+        if fallback is not None and fallback.get("behavior") not in unchanged:
             most = scaler["spec"].get("maxReplicaCount", 100)
             yield f"{title(scaler)}: without Prometheus {most} become {fallback['replicas']}"
 

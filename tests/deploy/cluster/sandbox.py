@@ -117,7 +117,7 @@ class Sandbox:
         return root
 
     def _show(self, root: Path, path: Path) -> None:
-        """Also where it is a mount of its own, or in a home that is nobody else's."""
+        """Makes a path visible in the root, also a mount of its own or one in a private home."""
         inside = root / path.relative_to("/")
         inside.mkdir(parents=True, exist_ok=True)
         for parent in (*inside.parents,):

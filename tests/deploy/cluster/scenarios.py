@@ -30,11 +30,11 @@ async def num_opened(pod: RunningPod, component: str) -> int:
     async with grpc.aio.insecure_channel(f"{pod.address}:{port}") as channel:
         if component == "target":
             target = target_pb2_grpc.TargetServiceStub(channel)
-            said: Any = await target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+            response: Any = await target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
         else:
             draft = draft_pb2_grpc.DraftServiceStub(channel)
-            said = await draft.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest())
-    return int(said.load.num_opened_total)
+            response = await draft.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest())
+    return int(response.load.num_opened_total)
 
 
 async def has_traffic(pod: RunningPod, component: str) -> int:
