@@ -38,7 +38,9 @@ from outrider.runtime.server_security import ServerProtection
 from outrider.settings.redis_address import RedisAddress
 from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry import catalogue as metrics
+from outrider.telemetry.exposition import Exposition
 from outrider.telemetry.telemetry import Telemetry, telemetry
+from outrider.telemetry.tracing import Tracing
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -50,7 +52,7 @@ GENERATE = f"/{SERVICE_NAME}/Generate"
 STOP_GRACE_S = 2.0
 # Longest wait for the cleanup of cancelled calls while Redis stalls. After it, their leases remain
 # until they expire.
-ENDINGS_WAIT_S = 5.0
+CLEANUP_WAIT_S = 5.0
 # Longest wait for a draft at the start. After it, serve without one; a draft may join later.
 DRAFT_START_TIMEOUT_S = 5.0
 # Interval of the warning that no target is connected.
@@ -75,76 +77,75 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         connection_age_s=config.connection_age_s,
         connection_age_grace_s=config.connection_age_grace_s,
     )
-    tokenizer = None
-    if config.tokenizer:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
-        if tokenizer is None:
-            raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
-    store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
-    pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
-    targets, drafts = _pools(config, pairing, security.open_channel)
-    tiers = _tiers(config, targets, drafts, pairing, store, tokenizer)
+    resources = await _resources(config, security.open_channel)
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
-    admission.rooms = targets.rooms
+    admission.rooms = resources.targets.rooms
+    pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
     try:
         await server.start(config.host, config.port)
         await server.set_health(REDIS, False)
         async with telemetry("orchestrator", config.host, config) as exporters:
             # Metrics are exposed during the start, too.
-            meter = _meter(exporters, admission, tiers, security.protection)
+            meter = _meter(exporters, admission, resources, security.protection)
             server.metrics_port = exporters.exposition.port
             server.services.awaited = "Redis"
-            await _start(store, config.redis_wait_s)
+            await _start(resources.store, config.redis_wait_s)
             server.services.awaited = "a target replica"
             async with (
-                security.reloading(lambda: _renew(targets, drafts)),
-                _discovering(config.redis, (targets, drafts)),
-                targets.running(),
+                security.reloading(lambda: _renew(pools)),
+                _discovering(config.redis, pools),
+                _connected(resources, exporters.exposition),
+                _checking_redis(resources.store, server),
+                _answering(config, server, resources, admission, meter, exporters.tracing),
             ):
-                await _settle_target(targets)
-                exporters.exposition.model_name = targets.model.name if targets.model else ""
-                async with drafts.running() if drafts is not None else contextlib.nullcontext():
-                    await _settle_draft(drafts)
-                    calls = RequestTelemetry(meter, exporters.tracing)
-                    needs_redis = config.without_redis == "refuse"
-                    current_limits = functools.partial(limits, config, targets, drafts)
-                    use_case = Generate(tiers, current_limits, admission, needs_redis=needs_redis)
-                    servicer = OrchestratorServicer(
-                        use_case,
-                        tiers,
-                        current_limits,
-                        calls,
-                        write_timeout_s=config.write_timeout_s,
-                    )
-                    log.info("serving", port=server.port)
-                    async with (
-                        _checking_redis(store, server),
-                        _answering(server, servicer, use_case, tiers, config.stop_grace_s),
-                    ):
-                        yield server
+                yield server
     finally:
         await server.stop(0)
-        await asyncio.to_thread(tiers.encoding.close)
-        await store.close()
+        await asyncio.to_thread(resources.encoding.close)
+        await resources.store.close()
+
+
+@contextlib.asynccontextmanager
+async def _connected(resources: GenerationContext, exposition: Exposition) -> AsyncIterator[None]:
+    """Connects to a target, and to a draft if one answers in time, for the block."""
+    targets, drafts = resources.targets, resources.drafts
+    async with targets.running():
+        await _settle_target(targets)
+        exposition.model_name = targets.model.name if targets.model else ""
+        async with drafts.running() if drafts is not None else contextlib.nullcontext():
+            await _settle_draft(drafts)
+            yield
 
 
 @contextlib.asynccontextmanager
 async def _answering(
+    config: OrchestratorConfig,
     server: Server,
-    servicer: OrchestratorServicer,
-    use_case: Generate,
-    tiers: GenerationContext,
-    stop_grace_s: float,
+    resources: GenerationContext,
+    admission: AdmissionQueue,
+    meter: OrchestratorMetrics | None,
+    tracing: Tracing,
 ) -> AsyncIterator[None]:
     """Answers requests for the block, then ends the running ones within `stop_grace_s`."""
+    current_limits = functools.partial(limits, config, resources.targets, resources.drafts)
+    needs_redis = config.without_redis == "refuse"
+    use_case = Generate(resources, current_limits, admission, needs_redis=needs_redis)
+    servicer = OrchestratorServicer(
+        use_case,
+        resources,
+        current_limits,
+        RequestTelemetry(meter, tracing),
+        write_timeout_s=config.write_timeout_s,
+    )
+    log.info("serving", port=server.port)
     orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
     async with asyncio.TaskGroup() as tasks:
-        updating = tasks.create_task(_update_health(tiers.targets, server), name="health")
+        updating = tasks.create_task(_update_health(resources.targets, server), name="health")
         try:
             yield
         finally:
             updating.cancel()
-            await _stop(server, use_case, tiers.cleanup, stop_grace_s)
+            await _stop(server, use_case, resources.cleanup, config.stop_grace_s)
 
 
 def _pools(
@@ -172,14 +173,16 @@ def _pools(
     return targets, drafts
 
 
-def _tiers(
-    config: OrchestratorConfig,
-    targets: ReplicaPool[TargetLink],
-    drafts: ReplicaPool[DraftLink] | None,
-    pairing: Pairing,
-    store: SessionStore,
-    tokenizer: Tokenizer | None,
-) -> GenerationContext:
+async def _resources(config: OrchestratorConfig, open_channel: OpenChannel) -> GenerationContext:
+    """Resources of all generations, not connected yet. Raises ConfigError for `tokenizer`."""
+    tokenizer = None
+    if config.tokenizer:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
+        if tokenizer is None:
+            raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
+    pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
+    targets, drafts = _pools(config, pairing, open_channel)
+    store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
     timeouts = Timeouts(
         verify_timeout_s=config.verify_timeout_s,
         target_wait_s=config.target_wait_s,
@@ -197,31 +200,30 @@ def _tiers(
 def _meter(
     exporters: Telemetry,
     admission: AdmissionQueue,
-    tiers: GenerationContext,
+    resources: GenerationContext,
     protection: ServerProtection,
 ) -> OrchestratorMetrics | None:
-    """Metrics of the orchestrator; None if they are not exporters."""
+    """Metrics of the orchestrator; None if they are not exported."""
     if not exporters.is_metered:
         return None
     meter = OrchestratorMetrics()
-    tiers.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
-    tiers.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
+    resources.costs.shared.verify_round_trip = meter.distributions[metrics.VERIFY_ROUND_TRIP]
+    resources.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     exporters.exposition.source = lambda: chain(
-        readings(meter, admission, tiers),
-        protection.readings(admission.rejected, tiers.store.certificate_expires_at),
+        readings(meter, admission, resources),
+        protection.readings(admission.rejected, resources.store.certificate_expires_at),
     )
     return meter
 
 
-def _renew(targets: ReplicaPool[TargetLink], drafts: ReplicaPool[DraftLink] | None) -> None:
-    targets.renew()
-    if drafts is not None:
-        drafts.renew()
+def _renew(pools: Sequence[ReplicaPool[Any]]) -> None:
+    for pool in pools:
+        pool.renew()
 
 
 @contextlib.asynccontextmanager
 async def _discovering(
-    redis: RedisAddress, pools: Sequence[ReplicaPool[Any] | None]
+    redis: RedisAddress, pools: Sequence[ReplicaPool[Any]]
 ) -> AsyncIterator[None]:
     """Offers the registry's replicas to pools without a list of their own, for the block."""
 
@@ -235,7 +237,7 @@ async def _discovering(
         watching = [
             tasks.create_task(watcher(pool).run(), name=f"{pool.tier} registry")
             for pool in pools
-            if pool is not None and pool.is_discovered
+            if pool.is_discovered
         ]
         try:
             yield
@@ -314,4 +316,4 @@ async def _stop(server: Server, use_case: Generate, cleanup: Cleanup, grace_s: f
     await asyncio.wait([stopping], timeout=grace_s)
     use_case.stop()
     await stopping
-    await cleanup.wait(ENDINGS_WAIT_S)
+    await cleanup.wait(CLEANUP_WAIT_S)

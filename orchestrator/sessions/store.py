@@ -70,8 +70,9 @@ class SessionStore:
         self._writer = PipelineWriter(
             RedisConnection(redis, timeout_s=options.socket_timeout_s, preamble=preamble)
         )
-        self._lease_us = b"%d" % round(options.lease_ttl_s * 1e6)
         self._session_ttl_ms = b"%d" % round(options.session_ttl_s * 1e3)
+        # Arguments lease_us and session_ttl_ms of the scripts that renew a lease.
+        self._ttls = (b"%d" % round(options.lease_ttl_s * 1e6), self._session_ttl_ms)
         self._name = secrets.token_hex(6)
         self._acquisitions = itertools.count()
 
@@ -129,19 +130,8 @@ class SessionStore:
         cancelled here, the lease may remain until lease_ttl_s have passed.
         """
         owner = f"{self._name}:{next(self._acquisitions)}"
-        status, *rest = await self._run(
-            lua.ACQUIRE,
-            session_id,
-            client,
-            (
-                owner.encode(),
-                b"1" if create else b"0",
-                b"1" if takeover else b"0",
-                model.encode(),
-                self._lease_us,
-                self._session_ttl_ms,
-            ),
-        )
+        args = (owner.encode(), _flag(create), _flag(takeover), model.encode(), *self._ttls)
+        status, *rest = await self._run(lua.ACQUIRE, session_id, client, args)
         if status != b"ok":
             refuse(status, rest, session_id)
         epoch, created, snapshot = rest
@@ -149,12 +139,8 @@ class SessionStore:
         try:
             record = unpack_snapshot(session_id, snapshot)
         except UnreadableRecord:
-            await self._run(
-                lua.RELEASE,
-                session_id,
-                client,
-                (epoch, b"", b"", b"", b"0", self._session_ttl_ms),
-            )
+            args = (epoch, b"", b"", b"", b"0", self._session_ttl_ms)
+            await self._run(lua.RELEASE, session_id, client, args)
             raise
         cursor = Cursor(committed_len=len(record.token_ids), counters=record.counters)
         return Lease(session_id, int(epoch), record, bool(created), client=client, cursor=cursor)
@@ -188,8 +174,7 @@ class SessionStore:
                 tokens,
                 pack_messages(messages),
                 turn_json.encode(),
-                self._lease_us,
-                self._session_ttl_ms,
+                *self._ttls,
             )
             cursor.turn_owed = False
             cursor.committed_len = keep_len + len(tokens) // BYTES_PER_TOKEN
@@ -222,8 +207,7 @@ class SessionStore:
                 b"%d" % counters.num_emitted_tokens,
                 pack_kv(round.target_kv),
                 pack_kv(round.draft_kv),
-                self._lease_us,
-                self._session_ttl_ms,
+                *self._ttls,
             )
             cursor.owed = b""
             cursor.committed_len += len(tokens) // BYTES_PER_TOKEN
@@ -231,7 +215,7 @@ class SessionStore:
 
     async def renew(self, lease: Lease) -> None:
         """Extends the lease during a round that takes longer than it. Raises LeaseLost."""
-        await self._write(lua.RENEW, lease, self._lease_us, self._session_ttl_ms)
+        await self._write(lua.RENEW, lease, *self._ttls)
 
     async def release(
         self,
@@ -254,7 +238,7 @@ class SessionStore:
                 pack_kv(target_kv),
                 pack_kv(draft_kv),
                 b"" if messages is None else pack_messages(messages),
-                b"1" if delete else b"0",
+                _flag(delete),
                 self._session_ttl_ms,
             )
 
@@ -308,6 +292,10 @@ class SessionStore:
     def _keys(self, session_id: str, client: str) -> Command:
         key = session_key(validate_session_id(session_id), client, self._options.prefix)
         return key.encode(), f"{key}:tokens".encode()
+
+
+def _flag(value: bool) -> bytes:
+    return b"1" if value else b"0"
 
 
 def _bytes_of(num_tokens: int) -> bytes:
