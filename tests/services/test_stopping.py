@@ -49,7 +49,7 @@ async def test_leases_are_released_when_redis_is_back(
 ) -> None:
     """For calls that were cut off, with the tokens they had sent."""
     monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", LONG_S)
-    monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", LONG_S)
+    monkeypatch.setattr(orchestrator.app, "CLEANUP_WAIT_S", LONG_S)
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
     output = Output()
     with RedisServer(keeps_data=True) as redis:
@@ -89,7 +89,7 @@ async def test_a_stop_without_redis_ends(
     pair: Pair, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If Redis stays unavailable the leases expire."""
-    monkeypatch.setattr(orchestrator.app, "ENDINGS_WAIT_S", 0.2)
+    monkeypatch.setattr(orchestrator.app, "CLEANUP_WAIT_S", 0.2)
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.0)
     with RedisServer() as redis:
         async with both_tiers(pair, draft_kv=None) as tiers, contextlib.AsyncExitStack() as stack:
