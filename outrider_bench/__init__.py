@@ -1,5 +1,5 @@
-"""Tools around Outrider: benchmarks, load tests, chaos, synthetic pairs, quickstart training.
+"""Benchmarks, load tests, chaos tests, synthetic model pairs and training of the quickstart pair.
 
-A distribution of its own; its commands join the `outrider` command line by entry points. No service
-needs it.
+A separate distribution. Its commands join the `outrider` command line through entry points. No
+service imports it.
 """

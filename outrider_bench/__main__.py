@@ -1,4 +1,4 @@
-"""`python -m outrider_bench COMMAND`: as `outrider bench COMMAND`, also where not installed."""
+"""`python -m outrider_bench COMMAND`: runs `outrider bench COMMAND` without an installation."""
 
 from outrider.cli import main
 from outrider_bench.commands import bench

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from outrider.cli.relay import Relay
 from outrider.redis.embedded import RedisServer
-from outrider_bench.measuring.cores import CoreUse, apart
+from outrider_bench.measuring.cores import CoreUse, core_per_tier
 
 if TYPE_CHECKING:
     from outrider.v1 import orchestrator_pb2
@@ -66,7 +66,7 @@ async def attacked_system(options: AttackOptions, attack: Attack) -> AsyncIterat
     changes: dict[str, Any] = {"inflate": "0"} if attack.has_text else {}
     if attack.has_text:
         options = replace(options, simulate_target=None, simulate_draft=None)
-    stack = options.stack_options(apart(CoreUse.shared), target_threads=1, **changes)
+    stack = options.stack_options(core_per_tier(CoreUse.shared), target_threads=1, **changes)
     size = Size(num_replicas=attack.num_targets, num_orchestrators=1)
     log_dir = options.out / "logs" / attack.name
     async with System(stack, size, log_dir, lambda why: None) as system:
@@ -176,7 +176,7 @@ async def _failing(options: AttackOptions, system: System, until: AsyncExitStack
     from outrider_bench.chaos.system import Place
 
     statuses: Statuses = Counter()
-    stack = options.stack_options(apart(CoreUse.shared))
+    stack = options.stack_options(core_per_tier(CoreUse.shared))
     simulation = f"{options.simulate_target},fails_after_s={_BREAKS_AFTER_S}"
     links = system.links_to(Place(Tier.TARGET, 0))
 

@@ -101,7 +101,7 @@ def attacks(options: AttackOptions) -> None:
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
-    options = options.quickened(seconds=2.0, clients=50)
+    options = options.with_quick_defaults(seconds=2.0, clients=50)
     names = list(ATTACKS) if options.attacks == "all" else options.attacks.split(",")
     for name in names:
         if name not in ATTACKS:

@@ -61,7 +61,7 @@ def concurrency(options: ConcurrencyOptions) -> None:
     from outrider_bench.measuring.plots import draw, require_matplotlib
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
-    options = options.quickened(streams="1,2", requests=1)
+    options = options.with_quick_defaults(streams="1,2", requests=1)
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     blocks = run(_measure(options, console, document))
@@ -103,7 +103,7 @@ async def measure_blocks(
     document: Document,
 ) -> list[Block]:
     """Every number of streams each way, in turn, the order turned round every time."""
-    from outrider_bench.measuring.load import Work, in_turn, run_block
+    from outrider_bench.measuring.load import Work, interleaved, run_block
     from outrider_bench.measuring.show import progress
 
     def works(variant: Variant, num_streams: int, num: int, max_tokens: int) -> list[Work]:
@@ -119,7 +119,7 @@ async def measure_blocks(
             step(f"warm-up: {variant.name}")
             num = max(streams)
             await run_block(system, works(variant, num, num, _NUM_WARM_UP_TOKENS), num)
-        for repetition, (num_streams, variant) in in_turn(work, options.repetitions):
+        for repetition, (num_streams, variant) in interleaved(work, options.repetitions):
             step(f"{variant.name}, {num_streams} at a time")
             num = num_streams * options.requests
             given = works(variant, num_streams, num, options.max_tokens)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider.cli.options import parse_list, takes
-from outrider_bench.measuring.system import BenchOptions, System, measured_system, until_draft
+from outrider_bench.measuring.system import BenchOptions, System, measured_system, wait_for_draft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def delay(options: DelayOptions) -> None:
     from outrider_bench.measuring.plots import draw, require_matplotlib
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
-    options = options.quickened(delays="0,5", ahead="1x1")
+    options = options.with_quick_defaults(delays="0,5", ahead="1x1")
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     measured = run(_measure(options, console, document))
@@ -91,7 +91,7 @@ def variants(options: DelayOptions) -> list[Variant]:
 async def _measure(
     options: DelayOptions, console: Console, document: Document
 ) -> list[tuple[float, Sample]]:
-    from outrider_bench.measuring.load import in_turn, one_output, run
+    from outrider_bench.measuring.load import interleaved, one_output, run
     from outrider_bench.measuring.show import progress
 
     delays = parse_list(options.delays, "--delays", float)
@@ -102,7 +102,7 @@ async def _measure(
         document.about(system)
         num_steps = options.repetitions * len(delays) * len(ways)
         with progress(console, num_steps, document, measured) as step:
-            for repetition, delay_ms in in_turn(delays, options.repetitions):
+            for repetition, delay_ms in interleaved(delays, options.repetitions):
                 await _set_delay(system, delay_ms)
                 for variant in ways if repetition % 2 == 0 else reversed(ways):
                     step(f"{delay_ms:g} ms: {variant.name}")
@@ -121,7 +121,7 @@ async def _set_delay(system: System, delay_ms: float) -> None:
     relay.reset()
     async with asyncio.timeout(_CONNECTED_S):
         for has_draft in (False, True):
-            await until_draft(system.client, has_draft)
+            await wait_for_draft(system.client, has_draft)
 
 
 def _summarised(measured: list[tuple[float, Sample]]) -> list[Delayed]:

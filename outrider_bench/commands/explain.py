@@ -30,7 +30,7 @@ def explain_gamma(options: BenchOptions) -> None:
     from outrider_bench.measuring.show import bench_console
 
     console, explanation = bench_console(), Explanation()
-    run(_measure(options.quickened(), console, explanation))
+    run(_measure(options.with_quick_defaults(), console, explanation))
     show_decision(console, explanation.measured[-1])
     if explanation.stopped is not None:
         console.print("this is the warm-up's choice", style="yellow")

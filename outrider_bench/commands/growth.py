@@ -100,7 +100,7 @@ def growth(options: GrowthOptions) -> None:
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
     over = options.over
-    options = options.quickened(points=_QUICK_POINTS[over], pair_size="tiny")
+    options = options.with_quick_defaults(points=_QUICK_POINTS[over], pair_size="tiny")
     require_matplotlib()
     console, document = bench_console(), Document(f"growth-{over}", options)
     blocks = run(_measure(options, console, document))
@@ -183,14 +183,14 @@ async def _measure_in(
     blocks: list[tuple[int, Block]],
 ) -> None:
     """Adds to `blocks`."""
-    from outrider_bench.measuring.load import in_turn, run_block
+    from outrider_bench.measuring.load import interleaved, run_block
 
     work = [(value, way) for value in values for way in _ways(options)]
     for value, way in work:
         step(f"warm-up: {way.name}, {value}")
         warm_up = _works(system, options, value, way)[:1]
         await run_block(system, [replace(w, max_tokens=_NUM_WARM_UP_TOKENS) for w in warm_up], 1)
-    for repetition, (value, way) in in_turn(work, options.repetitions):
+    for repetition, (value, way) in interleaved(work, options.repetitions):
         step(f"{way.name}, {value}")
         works = [replace(w, repetition=repetition) for w in _works(system, options, value, way)]
         num_streams = value if options.over is Over.sessions else 1

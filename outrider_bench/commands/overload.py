@@ -88,7 +88,9 @@ def _resolved(options: OverloadOptions) -> OverloadOptions:
 
     from outrider_bench.loadtest.lengths import Lengths
 
-    options = options.quickened(seconds=3.0, settle=1.0, generations=4, output_len="uniform:8:24")
+    options = options.with_quick_defaults(
+        seconds=3.0, settle=1.0, generations=4, output_len="uniform:8:24"
+    )
     if options.settle >= options.seconds:
         raise ConfigError("--settle: must be less than --seconds")
     Lengths.parse(options.output_len, "--output-len")

@@ -118,7 +118,7 @@ async def _shown(options: PairOptions, console: Console, search: Search) -> dict
             return await made_pair(options, hear)
         except asyncio.CancelledError:
             if not search.measured:
-                console.print("[yellow]stopped: nothing was measured by then[/]")
+                console.print("[yellow]stopped: nothing has been measured[/]")
                 raise
             search.stopped = survive_signal()
     return None
@@ -130,7 +130,7 @@ def _announcement(options: PairOptions) -> str:
         return takes
     return (
         f"{takes}; 4 to {_MOST_SEARCHES} measurements of α, the first shows how long they take; "
-        "Ctrl-C reports what there is by then"
+        "Ctrl-C reports the results so far"
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.options import parse_list, takes
-from outrider_bench.measuring.cores import orchestrator_apart
+from outrider_bench.measuring.cores import core_for_orchestrator
 from outrider_bench.measuring.process import cpu_seconds, memory_bytes
 from outrider_bench.measuring.system import BenchOptions, System, measured_system
 
@@ -89,7 +89,7 @@ def rounds(options: RoundsOptions) -> None:
     from outrider_bench.measuring.plots import Line, Panel, draw, require_matplotlib
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
-    options = options.quickened(streams="1,4")
+    options = options.with_quick_defaults(streams="1,4")
     if options.target is None and not options.is_simulated:
         simulated: dict[str, Any] = {**SIMULATED}
         options = replace(options, **simulated)
@@ -116,7 +116,7 @@ async def _measure(options: RoundsOptions, console: Console, document: Document)
     streams = parse_list(options.streams, "--streams", int)
     costs: list[RoundCost] = []
     async with measured_system(
-        options, console, orchestrator_apart, max_generations=max(256, *streams)
+        options, console, core_for_orchestrator, max_generations=max(256, *streams)
     ) as system:
         document.about(system)
         num_steps = len(streams) * (1 + options.repetitions)

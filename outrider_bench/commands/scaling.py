@@ -28,7 +28,7 @@ from outrider_bench.commands.trials import (
     summarised,
     table,
 )
-from outrider_bench.measuring.cores import CoreUse, apart
+from outrider_bench.measuring.cores import CoreUse, core_per_tier
 from outrider_bench.measuring.system import BenchOptions, System
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def scaling(options: ScalingOptions) -> None:
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
     _check(options)
-    options = options.quickened(ratios="0.1", alphas="0.8", round_trips="0", sessions="1,2")
+    options = options.with_quick_defaults(
+        ratios="0.1", alphas="0.8", round_trips="0", sessions="1,2"
+    )
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     outcomes = run(_measure(options, console, document))
@@ -152,7 +154,7 @@ async def _lanes(
     from outrider_bench.measuring.workload import Prompts
 
     target, draft = simulated_tiers(options.pass_ms, *pair)
-    layout = apart(options.cores)
+    layout = core_per_tier(options.cores)
     lanes: list[System] = []
     async with contextlib.AsyncExitStack() as resources:
         resources.enter_context(layout.pins_this_process())
@@ -186,11 +188,11 @@ async def _measure_pair(
 ) -> None:
     """Adds to `measured`."""
     from outrider_bench.commands.busy import BusyWatch
-    from outrider_bench.measuring.load import in_turn
+    from outrider_bench.measuring.load import interleaved
 
     pids = {f"draft {number}": lane.stack.pid("draft") for number, lane in enumerate(lanes)}
     async with BusyWatch(pids | {"target": lanes[0].stack.pid("target")}) as watch:
-        for repetition, trial in in_turn(trials(options, *pair), options.repetitions):
+        for repetition, trial in interleaved(trials(options, *pair), options.repetitions):
             step(trial.name)
             one = await _run(options, trial, lanes, watch, repetition)
             measured.setdefault(trial, []).append(one)

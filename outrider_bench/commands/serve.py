@@ -89,7 +89,7 @@ async def _measure(
                 await _run(options, campaign, asked, slo, manner(options), console)
             except asyncio.CancelledError:
                 if not any(stretch.records for stretch in campaign.all_stretches):
-                    console.print("[yellow]stopped: nothing was measured by then[/]")
+                    console.print("[yellow]stopped: nothing has been measured[/]")
                     raise
                 return campaign, survive_signal()
     return campaign, None
@@ -132,8 +132,8 @@ async def _run(
     _say(
         console,
         f"a search with {len(ways)} x {num} requests at each rate, the first about "
-        f"{duration(num / how.rate)} long; the number of rates is not known; Ctrl-C reports what "
-        "there is by then",
+        f"{duration(num / how.rate)} long; the number of rates is not known; Ctrl-C reports the "
+        "results so far",
     )
 
     def attains(records: Sequence[Record]) -> float:
@@ -158,7 +158,7 @@ def _announcement(num_ways: int, asked: Sequence[Visit], how: Manner, seconds: f
     else:
         source = "the trace's times" if how.rate is None else f"{how.rate:g} requests/s"
         until += f" are sent in about {duration(seconds)}, by {source}"
-    return f"{until}; Ctrl-C reports what there is by then"
+    return f"{until}; Ctrl-C reports the results so far"
 
 
 def _say(console: Console, words: str) -> None:

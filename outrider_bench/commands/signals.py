@@ -62,7 +62,7 @@ def signals(options: SignalsOptions) -> None:
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
     _check(options)
-    options = options.quickened(seconds=2.0, settle=0.5, replicas=2, output_len="16")
+    options = options.with_quick_defaults(seconds=2.0, settle=0.5, replicas=2, output_len="16")
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
     points = run(_measure(options, console, document))
@@ -91,12 +91,12 @@ def _check(options: SignalsOptions) -> None:
 
 async def _measure(options: SignalsOptions, console: Console, document: Document) -> list[Point]:
     from outrider_bench.commands.fleet import running_fleet
-    from outrider_bench.measuring.cores import apart
+    from outrider_bench.measuring.cores import core_per_tier
     from outrider_bench.measuring.show import progress
 
     points: list[Point] = []
     given = replace(options, kv_cache_tokens=options.kv_cache_tokens or _KV_TOKENS)
-    stack_options = given.stack_options(apart(options.cores))
+    stack_options = given.stack_options(core_per_tier(options.cores))
     num, ways = options.replicas, sizes(options.replicas)
     num_steps = len(REGIMES) * len(ways)
     expected_s = num_steps * options.seconds

@@ -86,7 +86,7 @@ def speed(options: SpeedOptions) -> None:
     from outrider_bench.measuring.plots import require_matplotlib
     from outrider_bench.measuring.show import bench_console, reporting
 
-    options = options.quickened(gammas="2", peer_threads="1")
+    options = options.with_quick_defaults(gammas="2", peer_threads="1")
     if options.peer is not None:
         check_peer(options)
     require_matplotlib()
@@ -100,7 +100,7 @@ def speed(options: SpeedOptions) -> None:
 async def _measure(
     options: SpeedOptions, console: Console, document: Document
 ) -> list[tuple[Way, Sample]]:
-    from outrider_bench.measuring.load import in_turn
+    from outrider_bench.measuring.load import interleaved
     from outrider_bench.measuring.show import progress
 
     measured: list[tuple[Way, Sample]] = []
@@ -119,7 +119,7 @@ async def _measure(
             for way in ways:
                 step(f"warm-up: {way.name}")
                 await way.run(0, _NUM_WARM_UP_TOKENS, -1)
-            for repetition, (prompt, way) in in_turn(work, options.repetitions):
+            for repetition, (prompt, way) in interleaved(work, options.repetitions):
                 step(way.name)
                 measured.append((way, await way.run(prompt, options.max_tokens, repetition)))
     return measured

@@ -69,7 +69,7 @@ def twin(options: TwinOptions) -> None:
 
     if options.is_simulated or options.simulate_draft:
         raise ConfigError("--simulate-target, --simulate-draft: this command finds them itself")
-    options = options.quickened(streams="1")
+    options = options.with_quick_defaults(streams="1")
     console, document = bench_console(), Document(options.name, options)
     rows = run(_measure(options, console, document))
     with reporting(console, document):

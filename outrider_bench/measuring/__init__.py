@@ -1,1 +1,1 @@
-"""What every benchmark shares: the measured system, workload, load, report, plots."""
+"""Code shared by all benchmarks: measured system, workload, load generator, report and plots."""

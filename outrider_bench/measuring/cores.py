@@ -1,4 +1,4 @@
-"""Which core belongs to which program while something is measured. Starts nothing."""
+"""CPU layouts: the cores each program is pinned to during a measurement."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from outrider.errors import ConfigError
 
 
 class CoreUse(StrEnum):
+    """Values of `--cores`."""
+
     pinned = "pinned"
     shared = "shared"
 
 
 @dataclass(frozen=True)
 class CoreLayout:
-    """Cores as `StackOptions` takes them; None: any. `bench`: Redis and this process."""
+    """Cores of each program, in the format of `StackOptions`. None: any core.
+
+    `bench` is for Redis and this process.
+    """
 
     target: str | None = None
     draft: str | None = None
@@ -27,7 +32,10 @@ class CoreLayout:
 
     @contextlib.contextmanager
     def pins_this_process(self) -> Iterator[None]:
-        """And all that it starts meanwhile without cores of its own."""
+        """Pins this process to `bench` inside the block; restores the previous cores after it.
+
+        Child processes started inside the block inherit the pinning unless they have own cores.
+        """
         if self.bench is None:
             yield
             return
@@ -39,10 +47,11 @@ class CoreLayout:
             os.sched_setaffinity(0, before)
 
 
-def apart(use: CoreUse) -> CoreLayout:
-    """A core for the target and one for the draft, two machines in miniature; the rest share.
+def core_per_tier(use: CoreUse) -> CoreLayout:
+    """Layout with one core for the target and one for the draft; all other programs share the rest.
 
-    The rest have the draft's core where there are only two: it has time to spare.
+    With only two cores, the other programs share the draft's core, which is idle most of the time.
+    Raises ConfigError.
     """
     if use is CoreUse.shared:
         return CoreLayout()
@@ -51,8 +60,11 @@ def apart(use: CoreUse) -> CoreLayout:
     return CoreLayout(cores[0], cores[1], third, cores[3] if len(cores) > 3 else third)
 
 
-def orchestrator_apart(use: CoreUse) -> CoreLayout:
-    """A core for the orchestrator alone, where it is what is measured."""
+def core_for_orchestrator(use: CoreUse) -> CoreLayout:
+    """Layout with one core for the orchestrator alone, for benchmarks that measure it.
+
+    Raises ConfigError.
+    """
     if use is CoreUse.shared:
         return CoreLayout()
     cores = _own_cores()
@@ -61,10 +73,10 @@ def orchestrator_apart(use: CoreUse) -> CoreLayout:
 
 
 def _own_cores() -> list[str]:
-    """At least two. Raises ConfigError."""
+    """Cores of this process. Raises ConfigError if there are fewer than two."""
     if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError("--cores: this system cannot pin a process; use --cores shared")
+        raise ConfigError("--cores: this system cannot pin processes to cores; use --cores shared")
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     if len(cores) < 2:
-        raise ConfigError("--cores: pinned takes two cores, here is one; use --cores shared")
+        raise ConfigError("--cores: pinned needs two cores, here is one; use --cores shared")
     return cores

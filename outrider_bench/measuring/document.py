@@ -1,6 +1,6 @@
-"""The JSON beside every table: what was run, where, with which versions, and every raw sample.
+"""JSON document of a benchmark: command, machine, versions, options, results and raw samples.
 
-Owns the document's frame; results and samples are the benchmarks'.
+Owns the common keys. Each benchmark defines its own results and samples.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "redis",
 
 @dataclass(frozen=True)
 class Goal:
-    """What was asked for and what came of it. `got` None: nothing was measured that would say."""
+    """A goal (`asked`) and the measured value (`got`; None: not measured).
+
+    `is_most`: `asked` is an upper bound; otherwise it is a lower bound.
+    """
 
     text: str
     asked: float
     got: float | None
     is_most: bool = False
-    # The size of the `bench pair` that it was set for; empty: any.
+    # Size of the `bench pair` that the goal applies to; empty: any pair.
     pair: str = ""
 
     @property
@@ -50,15 +53,18 @@ class Goal:
 
 
 class Document:
-    """Filled while measuring, written at the end."""
+    """JSON document: filled during the measurement, written at its end."""
 
     def __init__(self, name: str, options: BenchOptions) -> None:
-        """`name`: the benchmark's, and of its files. Raises ConfigError if `out` cannot be had."""
+        """`name`: of the benchmark and its files.
+
+        Raises ConfigError if the folder `out` cannot be created.
+        """
         self.name = name
         self.results: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.goals: list[Goal] = []
-        # Set where a signal has ended the measuring; the command raises it after its report.
+        # Set if a signal ended the measurement; the command raises it after its report.
         self.stopped: Signalled | None = None
         self._options = options
         self._about: dict[str, Any] = {}
@@ -82,22 +88,23 @@ class Document:
 
     @property
     def goals_here(self) -> list[Goal]:
-        """Those that were set for this pair; none of a smoke test or of a part."""
+        """Goals that apply to this pair; none with `--quick` or after a signal."""
         if self._options.quick or self.is_cut:
             return []
-        size = _made_size(self._options.target)
+        size = _pair_size(self._options.target)
         return [goal for goal in self.goals if goal.pair in ("", size)]
 
     def judge(self, goals: Callable[[], Iterable[Goal]]) -> None:
-        """Adds goals; of a part of the measurements none can be judged."""
+        """Adds goals; none after a signal, because the measurement is incomplete."""
         if not self.is_cut:
             self.goals += goals()
 
     def about(self, system: System) -> None:
-        """Notes the models and the cores."""
+        """Records the models and the cores."""
         self._about = {"models": plain(system.info), "cores": _cores(system.layout)}
 
     def write(self) -> None:
+        """Writes the document to `path`."""
         head = {
             "benchmark": self.name,
             "command": shlex.join(["outrider", *sys.argv[1:]]),
@@ -113,13 +120,13 @@ class Document:
             "results": self.results,
         }
         text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-        # One line each: there are hundreds.
+        # One line per sample: there are hundreds.
         lines = ",\n    ".join(json.dumps(sample, ensure_ascii=False) for sample in self.samples)
         self.path.write_text(f'{text},\n  "samples": [\n    {lines}\n  ]\n}}\n', "utf-8")
 
 
-def _made_size(target: str | None) -> str | None:
-    """Of a pair that `bench pair` has made."""
+def _pair_size(target: str | None) -> str | None:
+    """Size of a pair that `bench pair` made; None for other models."""
     if target is None:
         return None
     try:
@@ -140,7 +147,7 @@ def _cores(layout: CoreLayout) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what it runs on."""
+    """Versions of Python and of the main dependencies."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -151,7 +158,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Of the source this runs from, with a mark if it was changed; None if it is no checkout."""
+    """Commit of this checkout, with `-dirty` after local changes; None outside a checkout."""
     root = Path(outrider.__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -169,7 +176,7 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """This one, for JSON."""
+    """Description of this machine for JSON."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
         "num_cores": os.cpu_count(),
@@ -180,7 +187,7 @@ def machine() -> dict[str, Any]:
 
 
 def _field(path: Path, name: str) -> str | None:
-    """The first `name: value` of a file of /proc."""
+    """Value of the first line `name: value` in a file of /proc."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""The load generator: requests run one after the other or many at once, each a sample.
+"""Load generator: runs requests one after another or concurrently and returns a sample of each.
 
-Owns the order of runs and the clock; what samples mean is for `summary`. One event loop drives
-thousands of streams.
+Owns the order of runs and the time measurement; `summary` computes statistics. One event loop
+drives thousands of streams.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sample:
-    """One output. `tokens_per_s` is from the first message on; times in seconds, of this process.
+    """Measurement of one output. Times are in seconds, measured in this process.
 
-    `stats` is the orchestrator's word; None for a peer, who says nothing.
+    `tokens_per_s` counts from the first message on. `stats` is reported by the orchestrator; None
+    for a peer.
     """
 
     variant: str
@@ -38,12 +39,12 @@ class Sample:
     stats: orchestrator_pb2.SpeculationStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For the JSON document; outputs as a digest, to be compared."""
+        """Entry of the JSON document. The output is a digest: enough to compare outputs."""
         digest = hashlib.sha256(",".join(map(str, self.token_ids)).encode()).hexdigest()[:16]
-        told = None
+        speculation = None
         if self.stats is not None:
-            told = plain(self.stats)
-            del told["decision"]  # as long as all the rest; `bench explain-gamma` shows it
+            speculation = plain(self.stats)
+            del speculation["decision"]  # long; `bench explain-gamma` shows it
         return {
             "variant": self.variant,
             "prompt": self.prompt,
@@ -53,13 +54,16 @@ class Sample:
             "tokens_per_s": self.tokens_per_s,
             "first_s": self.first_s,
             "wall_s": self.wall_s,
-            "speculation": told,
+            "speculation": speculation,
         }
 
 
 @dataclass(frozen=True)
 class Block:
-    """Outputs of many streams at once. `tokens_per_s`: of all, while every stream was busy."""
+    """Outputs of concurrent streams.
+
+    `tokens_per_s` is the total over all streams, in the window in which every stream was busy.
+    """
 
     variant: str
     num_streams: int
@@ -69,12 +73,14 @@ class Block:
     samples: list[Sample]
 
     def to_dict(self) -> dict[str, Any]:
-        told = dict(vars(self))
-        return told | {"samples": [sample.to_dict() for sample in self.samples]}
+        return dict(vars(self)) | {"samples": [sample.to_dict() for sample in self.samples]}
 
 
-def in_turn(items: Sequence[Item], repetitions: int) -> Iterator[tuple[int, Item]]:
-    """All items in every repetition, backwards in every other: what drifts hurts all alike."""
+def interleaved(items: Sequence[Item], repetitions: int) -> Iterator[tuple[int, Item]]:
+    """(repetition, item) for all items in every repetition, in reverse order in every second one.
+
+    Reversing makes a slow drift of the machine affect all items equally.
+    """
     for repetition in range(repetitions):
         for item in items if repetition % 2 == 0 else reversed(items):
             yield repetition, item
@@ -82,7 +88,7 @@ def in_turn(items: Sequence[Item], repetitions: int) -> Iterator[tuple[int, Item
 
 @dataclass(frozen=True)
 class Work:
-    """One output to be had."""
+    """One output to generate."""
 
     variant: Variant
     prompt: int
@@ -95,13 +101,16 @@ class Work:
 def one_output(
     system: System, variant: Variant, prompt: int, max_tokens: int, repetition: int = 0
 ) -> Work:
-    """Of one of the system's prompts, which is its sample's seed too."""
+    """Work for the system's prompt number `prompt`, which is also the sampling seed."""
     ids = system.prompts.ids(prompt)
     return Work(variant, prompt, ids, max_tokens, repetition, seed=prompt)
 
 
 class _Arrivals:
-    """Tokens of all streams by time, and when each stream was busy first and idle first."""
+    """Token arrivals of all streams, and the window in which every stream was busy.
+
+    The window begins when the last stream has its first tokens and ends when the first stream ends.
+    """
 
     def __init__(self, num_streams: int) -> None:
         self._times: list[tuple[float, int]] = []
@@ -120,9 +129,9 @@ class _Arrivals:
         self._end = self._end or time.monotonic()
 
     def rate(self) -> tuple[float, float]:
-        """Tokens per second and the seconds that it is of.
+        """Tokens per second in the window, and the window in seconds.
 
-        Where streams ended before the last had begun: of all the time there was.
+        If a stream ended before the last one began: from the first to the last message.
         """
         begin, end = self._begin, self._end
         if not begin < end:
@@ -132,7 +141,7 @@ class _Arrivals:
 
 
 async def run(system: System, work: Work) -> Sample:
-    """One output alone. Raises CallFailed."""
+    """Generates one output alone. Raises CallFailed."""
     return await _run(system, work, None, is_first=True)
 
 
@@ -163,7 +172,7 @@ async def _run(system: System, work: Work, arrivals: _Arrivals | None, is_first:
 
 
 async def run_block(system: System, works: Sequence[Work], num_streams: int) -> Block:
-    """A closed loop: every stream takes the next output when it has finished one.
+    """Runs a closed loop: every stream starts the next output when it has finished one.
 
     Raises CallFailed.
     """
@@ -175,7 +184,7 @@ async def run_block(system: System, works: Sequence[Work], num_streams: int) -> 
 
     async def stream() -> None:
         is_first = True
-        for work in waiting:  # one iterator for all: nobody waits for the slowest stream's share
+        for work in waiting:  # shared by all streams, so that none idles while work is left
             samples.append(await _run(system, work, arrivals, is_first))
             is_first = False
         arrivals.end()

@@ -1,4 +1,4 @@
-"""Plots in one style, as SVG. The only place of matplotlib, which comes with the extra `bench`."""
+"""SVG plots in one style. The only module that imports matplotlib (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from outrider.errors import ConfigError, installs
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#8c8c8c")
-# So many places along an axis are each named.
+# An axis with at most this many different values labels each of them.
 _FEW_TICKS = 4
 _STYLE: Any = {
     "figure.figsize": (7.2, 4.2),
@@ -24,7 +24,7 @@ _STYLE: Any = {
     "grid.color": "#e5e5e5",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    # Text as text: small files that can be searched. Fixed ids: the same data, the same file.
+    # Text stays text: files are small and searchable. Fixed ids: equal data gives equal files.
     "svg.fonttype": "none",
     "svg.hashsalt": "outrider",
 }
@@ -32,7 +32,10 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """Points by x; `ranges`: (least, most) of each, shown as a band. `has_marks`: at each point."""
+    """A line of a plot. `ranges`: (least, most) at each point, drawn as a band.
+
+    `has_marks`: draws a mark at each point.
+    """
 
     name: str
     xs: Sequence[float]
@@ -43,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `level`: a dashed line to compare with."""
+    """One pair of axes. `level`: y of a dashed reference line."""
 
     x: str
     y: str
@@ -54,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """A median and its range. `is_peer`: in another colour."""
+    """A median and its range. `is_peer`: drawn in another colour."""
 
     name: str
     value: float
@@ -64,7 +67,10 @@ class Bar:
 
 
 def require_matplotlib() -> None:
-    """Before minutes are spent on measuring. Raises ConfigError."""
+    """Raises ConfigError without matplotlib.
+
+    Commands call it before the measurement, which takes minutes.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -74,12 +80,12 @@ def require_matplotlib() -> None:
 
 
 def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Panels side by side. Raises ConfigError without matplotlib."""
+    """Writes the panels, side by side, to an SVG file. Raises ConfigError without matplotlib."""
     path.write_text(svg(title, panels), "utf-8")
 
 
 def svg(title: str, panels: Sequence[Panel]) -> str:
-    """The same as text. Raises ConfigError without matplotlib."""
+    """The panels, side by side, as SVG text. Raises ConfigError without matplotlib."""
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -89,7 +95,7 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
         scale = 1 if len(panels) == 1 else 0.72
         figure = Figure(figsize=(width * scale * len(panels), height), layout="constrained")
         figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
-        # A line of one name has one colour in all panels.
+        # A line has the same colour in all panels.
         names = dict.fromkeys(line.name for panel in panels for line in panel.lines)
         colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
         for place, panel in enumerate(panels):
@@ -100,7 +106,7 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
 
 
 def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar]) -> None:
-    """One below the other. Raises ConfigError without matplotlib."""
+    """Writes a horizontal bar chart to an SVG file. Raises ConfigError without matplotlib."""
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -111,10 +117,10 @@ def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar]) -> None:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
         axes: Any = figure.add_subplot()
         places, values = range(len(bars)), [bar.value for bar in bars]
-        reach = [[b.value - b.least for b in bars], [b.most - b.value for b in bars]]
+        errors = [[b.value - b.least for b in bars], [b.most - b.value for b in bars]]
         colours = [_COLOURS[1 if bar.is_peer else 0] for bar in bars]
         axes.barh(places, values, color=colours, height=0.62)
-        axes.errorbar(values, places, xerr=reach, fmt="none", ecolor="#333333", capsize=2, lw=1)
+        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#333333", capsize=2, lw=1)
         axes.set_yticks(places, [bar.name for bar in bars])
         axes.invert_yaxis()
         axes.set_xlabel(unit)

@@ -1,4 +1,4 @@
-"""What another process has used, as Linux counts it. Starts nothing."""
+"""CPU time and memory of another process, as counted by Linux."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _CPUCLOCK_SCHED = 2
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of all its threads, to the nanosecond: the clock that clock_getcpuclockid(3) names.
+    """CPU seconds of all threads of a process, from the clock of clock_getcpuclockid(3).
 
-    /proc/PID/stat counts in ticks of 10 ms, too coarse for windows of 100. Raises ConfigError
-    where there is no such clock.
+    Resolution is a nanosecond. /proc/PID/stat counts in ticks of 10 ms, too coarse for windows of
+    100 ms. Raises ConfigError if the process or the clock does not exist.
     """
     try:
         return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
     except OSError as error:
-        raise ConfigError(f"process {pid}: its CPU time cannot be read: {error}") from error
+        raise ConfigError(f"process {pid}: cannot read its CPU time: {error}") from error
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """Resident now, and at most so far. Raises ConfigError without /proc."""
+    """Resident memory now, and its peak so far. Raises ConfigError if /proc/PID is missing."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError as error:
-        raise ConfigError(f"process {pid}: its memory cannot be read: {error}") from error
+        raise ConfigError(f"process {pid}: cannot read its memory: {error}") from error
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return _bytes(fields["VmRSS"]), _bytes(fields["VmHWM"])
 

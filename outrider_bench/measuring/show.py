@@ -1,6 +1,6 @@
-"""What a person sees of a benchmark: progress while it runs, a table and the goals at its end.
+"""Terminal output of a benchmark: progress while it runs, then tables and goals.
 
-Owns what a signal does to one: it ends the measuring, and the report is of what there is.
+Also owns signal handling: after a signal the command reports the results so far.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from outrider.cli.running import survive_signal
 if TYPE_CHECKING:
     from outrider_bench.measuring.document import Document
 
-# Of a table in a file or a pipe, which have no width.
+# Width of a table in a file or a pipe, which have none.
 _FILE_WIDTH = 160
 
+# Begins a step of this name.
 Step = Callable[[str], None]
 
 
 def bench_console() -> Console:
-    """Standard output, wide enough for a table."""
+    """Console for standard output, wide enough for a table."""
     console = Console()
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 class Report(Protocol):
-    """What a command reports. `stopped` is set where a signal has ended the measuring."""
+    """Report of a command. `stopped` is set if a signal ended the measurement."""
 
     stopped: Signalled | None
 
@@ -56,12 +57,12 @@ def progress(
     warm_up: tuple[int, float] = (1, 1.0),
     expected_s: float | None = None,
 ) -> Iterator[Step]:
-    """Announces how long `num_steps` take and shows progress. Yields what to call before each step.
+    """Announces the expected duration of `num_steps` and shows progress.
 
-    A signal ends the block and not the command, once something is `measured`: the command then
-    reports that much (`reporting`). `expected_s`: duration of all steps, where it is known.
-    Otherwise it is estimated after the first steps: `warm_up` is their number, and how many times
-    as long each of the others takes.
+    Yields the function to call at the begin of each step. Once `measured` is not empty, a signal
+    ends only the block: the command then reports these results (`reporting`). `expected_s` is the
+    duration of all steps, if known. Otherwise it is estimated after the warm-up: `warm_up` is the
+    number of warm-up steps, and the duration of each later step relative to one of them.
     """
     steps = _Steps(console, num_steps, warm_up, expected_s)
     try:
@@ -69,14 +70,14 @@ def progress(
             yield steps.begin
     except asyncio.CancelledError:
         if not measured:
-            _warn(console, f"stopped in {steps.place}: nothing was measured by then")
+            _warn(console, f"stopped in {steps.place}: nothing has been measured")
             raise
         report.stopped = survive_signal()
-        _warn(console, f"stopped in {steps.place}: figures are of what was measured before")
+        _warn(console, f"stopped in {steps.place}: reports the results so far")
 
 
 class _Steps:
-    """The steps of a command: a bar on a terminal, lines elsewhere; both with the time left."""
+    """Progress of a command, with the time left: a bar on a terminal, lines otherwise."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class _Steps:
         self._num_first, self._factor = warm_up
         self._num_begun = 0
         self._began_at = self._measured_from = time.monotonic()
-        # Of all steps that are not done yet.
+        # Expected duration of the remaining steps.
         self._left_s = expected_s
         columns = (
             TextColumn("[dim]measuring[/]"),
@@ -111,16 +112,20 @@ class _Steps:
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         known = self._left_s is not None
-        words = f"about {duration(self._left_s or 0)}" if known else "the first shows for how long"
-        _say(
+        text = (
+            f"about {duration(self._left_s or 0)}"
+            if known
+            else "duration estimated after the first steps"
+        )
+        _note(
             self._console,
-            f"{self._num_steps} steps, {words}; Ctrl-C reports what there is by then",
+            f"{self._num_steps} steps, {text}; Ctrl-C reports the results so far",
         )
         with self._bar:
             yield
 
     def begin(self, name: str) -> None:
-        if not self._num_begun:  # what is started before that is started once
+        if not self._num_begun:  # excludes the start of the system, which happens once
             self._began_at = time.monotonic()
         self._estimate()
         left = self._left()
@@ -137,7 +142,7 @@ class _Steps:
         self._console.print(f"{self._num_begun}/{self._num_steps} {text}", highlight=False)
 
     def _estimate(self) -> None:
-        """After the first steps, and from then on by all of those that are measured."""
+        """Estimates the time left: first from the warm-up steps, later from the measured steps."""
         num_done = self._num_begun
         if num_done < self._num_first or not num_done:
             return
@@ -146,7 +151,7 @@ class _Steps:
             each_s = (now - self._began_at) / num_done * self._factor
             if self._left_s is None:
                 total_s = each_s * (self._num_steps - num_done)
-                _say(self._console, f"all will take about {duration(total_s)}")
+                _note(self._console, f"the remaining steps take about {duration(total_s)}")
             self._measured_from = now
         else:
             each_s = (now - self._measured_from) / (num_done - self._num_first)
@@ -156,16 +161,16 @@ class _Steps:
         return None if self._left_s is None else duration(self._left_s)
 
 
-def _say(console: Console, words: str) -> None:
-    console.print(f"[dim]{words}[/]", highlight=False)
+def _note(console: Console, text: str) -> None:
+    console.print(f"[dim]{text}[/]", highlight=False)
 
 
-def _warn(console: Console, words: str) -> None:
-    console.print(f"[yellow]{words}[/]", highlight=False)
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]{text}[/]", highlight=False)
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """A duration as text, in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -173,9 +178,10 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def reporting(console: Console, document: Document) -> Iterator[None]:
-    """Around the tables of what was measured, which may be too little for them after a signal.
+    """Wraps the report of a command.
 
-    Raises Signalled at its end if a signal has ended the measuring.
+    After a signal there may be too few results for a table; then only the JSON document is written.
+    Raises Signalled at the end of the block if a signal ended the measurement.
     """
     try:
         yield
@@ -183,14 +189,14 @@ def reporting(console: Console, document: Document) -> Iterator[None]:
         if not document.is_cut:
             raise
         document.write()
-        console.print("too little for a table; what was measured:")
+        console.print("too few results for a table; the samples are in:")
         console.print(f"[dim]{document.path}[/]", soft_wrap=True, highlight=False)
     if document.stopped is not None:
         raise document.stopped
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
-    """Numbers to the right; the first column is a name."""
+    """Table whose first column is a left-aligned name; numbers are right-aligned."""
     made = Table(title=title, title_justify="left", show_edge=False, header_style="bold")
     for place, name in enumerate(columns):
         made.add_column(name, justify="right" if place else "left")
@@ -198,16 +204,17 @@ def table(title: str, columns: Sequence[str]) -> Table:
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """Nothing for what does not apply."""
+    """The number as text; empty for None."""
     return "" if value is None else f"{value:.{digits}f}{unit}"
 
 
 def share(value: float | None) -> str:
+    """The share in percent as text; empty for None."""
     return "" if value is None else f"{100 * value:.0f} %"
 
 
 def times(value: float | None, *, is_goal: bool = False) -> str:
-    """A ratio; in colour where it says who has won."""
+    """The ratio as text, empty for None. `is_goal`: green from 1 on, red below."""
     if value is None:
         return ""
     if not is_goal:
@@ -217,7 +224,7 @@ def times(value: float | None, *, is_goal: bool = False) -> str:
 
 
 def finish(console: Console, document: Document, shown: Sequence[Table]) -> None:
-    """The tables, each goal beside what was got, and where the files are."""
+    """Prints the tables, each goal with the measured value, and the paths of the files."""
     for one in shown:
         console.print(one)
         console.print()
@@ -225,7 +232,7 @@ def finish(console: Console, document: Document, shown: Sequence[Table]) -> None
         sign = "≤" if goal.is_most else "≥"
         got = "not measured" if goal.got is None else f"{goal.got:.3g}"
         mark = {True: "[green]✔[/]", False: "[red]✘[/]", None: "·"}[goal.is_met]
-        console.print(f"{mark} {goal.text}: {sign} {goal.asked:g}, got [bold]{got}[/]")
+        console.print(f"{mark} {goal.text}: {sign} {goal.asked:g}, measured [bold]{got}[/]")
     console.print(f"[dim]{document.path}[/]", soft_wrap=True, highlight=False)
     if document.plot_path.exists():
         console.print(f"[dim]{document.plot_path}[/]", soft_wrap=True, highlight=False)

@@ -1,7 +1,7 @@
-"""What samples mean: medians, acceptance, where the time went. Pure.
+"""Statistics over samples: medians, acceptance, shares of time. Pure functions.
 
-Names as in the field: α, the share of judged draft tokens that were accepted; τ, tokens of a
-drafted round.
+α is the acceptance rate: accepted draft tokens over accepted and rejected ones. τ is the number of
+tokens per round with a draft.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from outrider_bench.measuring.load import Sample
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one output, over samples."""
+    """Tokens per second: median, minimum and maximum over outputs."""
 
     median: float
     least: float
@@ -29,11 +29,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Sums over the rounds after the prompts', as shares and means; None: there were none such.
+    """Shares and means over all rounds except the first of each output; None: no such rounds.
 
-    `limit_tokens_per_s` is what one stream would have if its target never paused: the tokens of a
-    round over its pass (τ / T_target where all rounds have drafts). `limit_share` is how much of it
-    was reached, which is the share of time that the target worked.
+    `limit_tokens_per_s` is the rate of one stream if the target were never idle: tokens per round
+    over the duration of a pass (τ / T_target if all rounds have drafts). `limit_share` is the
+    achieved fraction of it, which is the share of time in which the target was busy.
     """
 
     alpha: float | None
@@ -49,26 +49,26 @@ class Rounds:
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Rounds | None:
-        """None where nothing was told, as of peers."""
-        told = [(sample, sample.stats) for sample in samples if sample.stats is not None]
-        if not told:
+        """None without statistics (peers report none)."""
+        known = [(sample, sample.stats) for sample in samples if sample.stats is not None]
+        if not known:
             return None
-        stats = [entry for _, entry in told]
-        num_tokens = sum(len(sample.token_ids) - 1 for sample, _ in told)
+        stats = [entry for _, entry in known]
+        num_tokens = sum(len(sample.token_ids) - 1 for sample, _ in known)
         after_first_s = sum(
             (len(sample.token_ids) - 1) / sample.tokens_per_s
-            for sample, _ in told
+            for sample, _ in known
             if sample.tokens_per_s > 0
         )
         num_rounds = sum(s.num_rounds - 1 for s in stats)
         num_drafts = sum(s.num_drafts for s in stats)
         accepted = sum(s.num_accepted_tokens for s in stats)
-        judged = accepted + sum(s.num_rejected_tokens for s in stats)
+        compared = accepted + sum(s.num_rejected_tokens for s in stats)
         step_s = sum(s.target_step_s for s in stats)
         verify_s = sum(s.verify_s for s in stats)
         wait_s = sum(s.draft_wait_s for s in stats)
         return cls(
-            alpha=_ratio(accepted, judged),
+            alpha=_ratio(accepted, compared),
             tau=None if num_drafts == 0 else 1 + accepted / num_drafts,
             hit_rate=_ratio(sum(s.num_lookahead_hits for s in stats), num_drafts),
             mean_gamma=mean_gamma(stats),
@@ -82,7 +82,7 @@ class Rounds:
 
 
 def mean_gamma(stats: Sequence[orchestrator_pb2.SpeculationStats]) -> float:
-    """Draft tokens of a round, rounds without any included."""
+    """Mean number of draft tokens per round, including rounds without any."""
     num_rounds = sum(sum(s.num_rounds_per_gamma) for s in stats)
     num_tokens = sum(g * num for s in stats for g, num in enumerate(s.num_rounds_per_gamma))
     return num_tokens / max(1, num_rounds)

@@ -1,6 +1,6 @@
-"""The system that is measured: the flags that every benchmark has, and its start.
+"""Measured system: the flags common to all benchmarks, and the start of the system.
 
-Owns the translation of those flags to `StackOptions`. Knows no benchmark.
+Owns the translation of these flags to `StackOptions`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 
 from outrider.cli.stack_options import StackOptions, kept_to_itself
 from outrider.errors import ConfigError
-from outrider_bench.measuring.cores import CoreLayout, CoreUse, apart
+from outrider_bench.measuring.cores import CoreLayout, CoreUse, core_per_tier
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,70 +26,80 @@ if TYPE_CHECKING:
     from outrider.v1.orchestrator_pb2 import GetModelInfoResponse
     from outrider_bench.measuring.workload import Prompts
 
-# In the quickstart pair's own size its target is no dearer than its draft.
+# With --quick the quickstart target keeps its own size: it then costs no more than its draft.
 _QUICK_INFLATE = "0"
-# An orchestrator serves without a draft that is slow to answer; it joins when it does.
-_DRAFT_JOINS_S = 60.0
-_LOOK_S = 0.02
+# The orchestrator serves without a draft until the draft service answers.
+_DRAFT_TIMEOUT_S = 60.0
+_POLL_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What all benchmarks share."""
+    """Flags common to all benchmarks."""
 
     target: Annotated[
-        str | None, typer.Option(help="Directory or hub name. Default: the quickstart target.")
+        str | None,
+        typer.Option(
+            help="Directory or name on the Hugging Face Hub. Default: the quickstart target."
+        ),
     ] = None
-    draft: Annotated[str | None, typer.Option(help="Likewise.")] = None
+    draft: Annotated[
+        str | None, typer.Option(help="Same for the draft. Default: the quickstart draft.")
+    ] = None
     inflate: Annotated[
-        str | None, typer.Option(help="As in `outrider up`: of the quickstart target.")
+        str | None,
+        typer.Option(help="Cost of the quickstart target in parameters; as in `outrider up`."),
     ] = None
     simulate_target: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="As in `outrider up`: no model, its times.")
+        str | None,
+        typer.Option(metavar="SPEC", help="Simulate the target; as in `outrider up`."),
     ] = None
-    simulate_draft: Annotated[str | None, typer.Option(metavar="SPEC", help="Likewise.")] = None
+    simulate_draft: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Simulate the draft; as in `outrider up`.")
+    ] = None
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    draft_device: Annotated[str | None, typer.Option(help="The draft's, where it is another.")] = (
-        None
-    )
-    cores: Annotated[CoreUse, typer.Option(help="pinned: target and draft have one core each.")] = (
-        CoreUse.pinned
-    )
+    draft_device: Annotated[
+        str | None, typer.Option(help="Device of the draft. Default: --device.")
+    ] = None
+    cores: Annotated[
+        CoreUse,
+        typer.Option(help="pinned: one core each for target and draft; shared: no pinning."),
+    ] = CoreUse.pinned
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="Tokens of KV cache in each model service.")
     ] = None
-    prompts: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 4
+    prompts: Annotated[int, typer.Option(min=1, help="Number of different prompts.")] = 4
     prompt_len: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt, without a tokenizer.")
+        int, typer.Option(min=1, help="Tokens per prompt, for models without a tokenizer.")
     ] = 32
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 128
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all is measured.")] = 3
-    seed: Annotated[int, typer.Option(help="Of prompts and samples.")] = 0
-    out: Annotated[Path, typer.Option(help="Where the JSON and the plot go.")] = Path(
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 128
+    repetitions: Annotated[int, typer.Option(min=1, help="Repetitions of every measurement.")] = 3
+    seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = Path(
         "bench-results"
     )
     quick: Annotated[
-        bool, typer.Option("--quick", help="A smoke test in seconds; its figures mean nothing.")
+        bool, typer.Option("--quick", help="Smoke test in seconds; its results are meaningless.")
     ] = False
 
     @property
     def is_simulated(self) -> bool:
         return self.simulate_target is not None
 
-    def quickened(self, **least: Any) -> Self:
-        """With `--quick`: as little as says that it works, of all that was not given otherwise."""
+    def with_quick_defaults(self, **small: Any) -> Self:
+        """With `--quick`: `small` values for all options that still have their defaults."""
         if not self.quick:
             return self
-        least |= {"prompts": 1, "max_tokens": 16, "repetitions": 1}
+        small |= {"prompts": 1, "max_tokens": 16, "repetitions": 1}
         if self.target is None:
-            least["inflate"] = _QUICK_INFLATE
+            small["inflate"] = _QUICK_INFLATE
         defaults = {field.name: field.default for field in fields(self)}
-        changes = {k: v for k, v in least.items() if getattr(self, k) == defaults[k]}
+        changes = {k: v for k, v in small.items() if getattr(self, k) == defaults[k]}
         return replace(self, **changes)
 
     def stack_options(self, layout: CoreLayout, **changes: Any) -> StackOptions:
-        """A system of its own on free ports."""
+        """StackOptions of a separate system on free ports. `changes` override options."""
         given: dict[str, Any] = {
             "target_cpus": layout.target,
             "draft_cpus": layout.draft,
@@ -105,7 +115,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class System:
-    """Running, and idle but for what the benchmark asks of it."""
+    """Running system with no other clients than the benchmark."""
 
     client: Client
     stack: Stack
@@ -114,27 +124,31 @@ class System:
     layout: CoreLayout
 
     def require_draft(self) -> None:
+        """Raises ConfigError unless a draft is connected and paired."""
         if self.info.draft_pairing.refused:
             raise ConfigError(f"--draft: {self.info.draft_pairing.refused}")
         if not self.info.HasField("draft"):
-            raise ConfigError("--draft: is required; without one there is nothing to compare")
+            raise ConfigError("--draft: no draft is connected; this benchmark needs one")
 
 
-async def until_draft(client: Client, has_draft: bool) -> GetModelInfoResponse:
-    """Returns once the orchestrator has a draft, or has none; what it reports then."""
+async def wait_for_draft(client: Client, has_draft: bool) -> GetModelInfoResponse:
+    """Waits until the orchestrator has a draft, or until it has none; returns its model info."""
     while True:
         info = await client.model_info()
         if info.HasField("draft") == has_draft:
             return info
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_INTERVAL_S)
 
 
 async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
-    """What the system reports once its draft, if it has one, has joined; at last without it."""
+    """Model info after the draft has joined.
+
+    After a time-out, or if the system has no draft, the info is without one.
+    """
     if "draft" in stack.addresses:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAFT_JOINS_S):
-                return await until_draft(client, True)
+            async with asyncio.timeout(_DRAFT_TIMEOUT_S):
+                return await wait_for_draft(client, True)
     return await client.model_info()
 
 
@@ -142,10 +156,10 @@ async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
 async def measured_system(
     options: BenchOptions,
     console: Console,
-    layout: Callable[[CoreUse], CoreLayout] = apart,
+    layout: Callable[[CoreUse], CoreLayout] = core_per_tier,
     **changes: Any,
 ) -> AsyncIterator[System]:
-    """Serves on entering; leaves no process. `changes`: of the StackOptions.
+    """Starts a system and stops all its processes at the end. `changes` override StackOptions.
 
     Raises ConfigError or ProgramFailed.
     """

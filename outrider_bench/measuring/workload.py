@@ -1,7 +1,4 @@
-"""What is asked for: prompts that are the same in every run, and the ways to run them.
-
-Sends nothing.
-"""
+"""Workload: reproducible prompts, and variants (request settings to compare)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from outrider.sampling.params import Verification
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2
 
-# For models that read text: Python source, which the quickstart pair was trained on.
+# For models with a tokenizer: Python source, which the quickstart pair was trained on.
 _TEXTS = (
     'def fibonacci(n):\n    """Return',
     "import os\n\nclass Cache:\n    def __init__(self, size):\n",
@@ -29,10 +26,13 @@ _TEXTS = (
 
 
 class Prompts:
-    """As many as are asked for, each a function of the seed and its index alone."""
+    """Unlimited prompts; each depends only on the seed and its index."""
 
     def __init__(self, vocab_size: int, *, tokenizer: str | None, seed: int, length: int) -> None:
-        """`tokenizer`: the model whose text prompts to use first; without one ids are random."""
+        """`tokenizer`: model whose tokenizer encodes the text prompts; None: random token ids.
+
+        `vocab_size` and `length` are for random ids.
+        """
         self._vocab_size = vocab_size
         self._seed = seed
         self._length = length
@@ -40,24 +40,24 @@ class Prompts:
         self._texts = [loaded.encode(text) for text in _TEXTS] if loaded else []
 
     def ids(self, index: int) -> list[int]:
-        """Of the prompt's tokens, never empty."""
+        """Token ids of a prompt; never empty."""
         if not self._texts:
             return self.random_ids(index, self._length)
         text = self._texts[index % len(self._texts)]
-        # Beyond the texts, a few words more tell prompts apart.
+        # Indices beyond the texts prepend another text, so that prompts differ.
         return [*self._texts[index // len(self._texts) % len(self._texts)], *text][-64:]
 
     def random_ids(self, index: int, length: int) -> list[int]:
-        """[length], from all of the vocabulary but its last entry (a synthetic pair's EOS)."""
+        """[length] random ids, without the last of the vocabulary (EOS of a synthetic pair)."""
         generator = np.random.default_rng((self._seed, index))
         return [int(i) for i in generator.integers(0, self._vocab_size - 1, length)]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a prompt. None: the server's default.
+    """Request settings to compare. None: the server's default.
 
-    `waits`: each round has all of `gamma`, whatever the draft's timing.
+    `waits`: every round waits for all `gamma` draft tokens, however late the draft is.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Variant:
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> orchestrator_pb2.GenerateRequest:
-        """Outputs are all of one length: EOS does not end them."""
+        """GenerateRequest that ignores EOS: all outputs have `max_tokens` tokens."""
         request = orchestrator_pb2.GenerateRequest(
             gamma=self.gamma, lookahead=self.lookahead, fan_out=self.fan_out
         )
@@ -90,14 +90,15 @@ class Variant:
 
 
 def plain(temperature: float = 0.0) -> Variant:
-    """Without drafts: what all others are compared with."""
+    """Variant without drafts: the baseline."""
     return Variant("plain", gamma=0, temperature=temperature)
 
 
 def adaptive(temperature: float = 0.0, verification: Method = Method.rejection) -> Variant:
-    """What a caller gets who asks for nothing."""
+    """Variant with the server's defaults: adaptive γ."""
     return Variant("full", temperature=temperature, verification=verification)
 
 
 def fixed(gamma: int, temperature: float = 0.0) -> Variant:
+    """Variant that waits for `gamma` draft tokens in every round."""
     return Variant(f"γ {gamma}", gamma=gamma, temperature=temperature, waits=True)

@@ -129,8 +129,8 @@ def test_ctrl_c_reports_what_there_is(
     ended = interrupted("bench", *words, *flags, *SIMULATED, at=until)
     said = ended.stdout
     assert ended.returncode == 128 + signal.SIGINT, said
-    assert "Ctrl-C reports what there is" in said
-    assert "all will take about" in said
+    assert "Ctrl-C reports the results so far" in said
+    assert "the remaining steps take about" in said
     assert " left)" in said
     assert f"stopped in step {until.rstrip('/')} of" in said
     assert title in said
@@ -146,7 +146,7 @@ def test_ctrl_c_before_the_first_result_says_so(tmp_path: Path) -> None:
     ended = interrupted("bench", "speed", f"--out={tmp_path}", *SIMULATED, at="1/")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "stopped in step 1 of" in ended.stdout
-    assert "nothing was measured by then" in ended.stdout
+    assert "nothing has been measured" in ended.stdout
 
 
 def test_ctrl_c_in_attacks_keeps_the_phases_before(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_ctrl_c_in_explain_gamma_explains_the_warm_up() -> None:
     ended = interrupted("bench", "explain-gamma", "--max-tokens=2000", *simulated, at="2/2 ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "2 steps, " in ended.stdout
-    assert "all will take about" in ended.stdout
+    assert "the remaining steps take about" in ended.stdout
     assert "◀ chosen" in ended.stdout
     assert "this is the warm-up's choice" in ended.stdout
 
@@ -173,7 +173,7 @@ def test_ctrl_c_in_wire_reports_what_there_is() -> None:
     ended = interrupted("bench", "wire", "--runs=1", "--max-tokens=8", "--json", at="3/6 ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "6 steps, " in ended.stdout
-    assert "all will take about" in ended.stdout
+    assert "the remaining steps take about" in ended.stdout
     assert "stopped in step 3 of 6" in ended.stdout
     told = json.loads(ended.stdout.splitlines()[-1])
     assert told["is_cut"]

@@ -19,9 +19,9 @@ from outrider.runtime.child_process import tied_to_this_process
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from outrider_bench.commands.explain import decision_table
 from outrider_bench.commands.twin import survival
-from outrider_bench.measuring.cores import CoreUse, apart, orchestrator_apart
+from outrider_bench.measuring.cores import CoreUse, core_for_orchestrator, core_per_tier
 from outrider_bench.measuring.document import Document, Goal
-from outrider_bench.measuring.load import Block, Sample, in_turn
+from outrider_bench.measuring.load import Block, Sample, interleaved
 from outrider_bench.measuring.plots import Bar, Line, Panel, draw, draw_bars
 from outrider_bench.measuring.process import cpu_seconds, memory_bytes
 from outrider_bench.measuring.summary import Rounds, Speed
@@ -86,25 +86,32 @@ def test_cores_that_are_not_there_end_the_child_with_a_word() -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two cores")
 def test_target_and_draft_have_a_core_each() -> None:
-    layout = apart(CoreUse.pinned)
+    layout = core_per_tier(CoreUse.pinned)
     assert layout.target != layout.draft
     assert layout.target not in (layout.orchestrator, layout.bench)
-    alone = orchestrator_apart(CoreUse.pinned)
+    alone = core_for_orchestrator(CoreUse.pinned)
     assert alone.orchestrator not in (alone.target, alone.draft, alone.bench)
 
 
 def test_this_process_gets_its_cores_back() -> None:
     before = os.sched_getaffinity(0)
     if len(before) > 1:
-        with apart(CoreUse.pinned).pins_this_process():
+        with core_per_tier(CoreUse.pinned).pins_this_process():
             assert len(os.sched_getaffinity(0)) == 1
-    with apart(CoreUse.shared).pins_this_process():
+    with core_per_tier(CoreUse.shared).pins_this_process():
         assert os.sched_getaffinity(0) == before
     assert os.sched_getaffinity(0) == before
 
 
 def test_the_order_turns_round_with_every_repetition() -> None:
-    assert list(in_turn("abc", 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
+    assert list(interleaved("abc", 2)) == [
+        (0, "a"),
+        (0, "b"),
+        (0, "c"),
+        (1, "c"),
+        (1, "b"),
+        (1, "a"),
+    ]
 
 
 def test_sums_over_rounds() -> None:

@@ -156,7 +156,7 @@ async def test_how_long_a_load_takes_is_said_first(redis_url: str, tmp_path: Pat
     assert "2 x 3 requests are sent in about 6 s, by the trace's times" in by_trace
     assert "2 x 16 requests are sent in about 4 s, by 8 requests/s" in by_rate
     assert "2 x 16 requests take about " in by_loop
-    assert ", by the warm-up; Ctrl-C reports what there is by then" in by_loop
+    assert ", by the warm-up; Ctrl-C reports the results so far" in by_loop
     assert "queue" not in by_trace + by_rate + by_loop
 
 
