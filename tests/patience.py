@@ -32,7 +32,7 @@ def patient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orchestrator.replicas.replica_stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
         patch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
-        patch.setattr(outrider.runtime.heartbeat, "_CALLER_MAX_MISSED", _MANY_BEATS)
+        patch.setattr(outrider.runtime.heartbeat, "_CLIENT_MAX_MISSED", _MANY_BEATS)
         patch.setattr(orchestrator.replicas.draft_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.replicas.target_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.app, "DRAFT_START_TIMEOUT_S", _LONG_S)

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from outrider.errors import ConfigError
-from outrider.runtime.grpc_status import CALLER_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
+from outrider.runtime.grpc_status import CLIENT_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
 from outrider.runtime.server_security import is_loopback
 from outrider.security.files import WatchedFiles, read_secret
 from outrider.security.keys import check_key
@@ -82,7 +82,7 @@ def open_channel(
     Raises ConfigError for unusable files, and if the key would be sent in plain text.
     """
     access = access or Access()
-    options = (*CALLER_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
+    options = (*CLIENT_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
     if access.tls_ca is None:
         _check_plain(endpoint, access)
         interceptors = None if access.api_key is None else _with_key(access.api_key)

@@ -14,7 +14,7 @@ import grpc
 from outrider.client.channel import Access, open_channel
 from outrider.client.diagnosis import connection_fault
 from outrider.errors import CallFailed, ConfigError, InternalError, Unavailable
-from outrider.runtime.heartbeat import CALLER_HEARTBEAT_MS, listening
+from outrider.runtime.heartbeat import CLIENT_HEARTBEAT_MS, listening
 from outrider.settings.addresses import require_endpoint
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -98,7 +98,7 @@ class Client:
         output = Output()
         with_heartbeat = orchestrator_pb2.GenerateRequest()
         with_heartbeat.CopyFrom(request)
-        with_heartbeat.heartbeat_ms = CALLER_HEARTBEAT_MS
+        with_heartbeat.heartbeat_ms = CLIENT_HEARTBEAT_MS
         call: Any = self._stub.Generate(with_heartbeat, timeout=timeout_s)
         try:
             async with contextlib.aclosing(listening(call)) as chunks:

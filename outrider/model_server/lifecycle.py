@@ -193,7 +193,7 @@ async def _watch_device(server: Server, monitor: Coroutine[None, None, None]) ->
 async def _stop(
     server: Server, service: RunnableService, status: ReplicaStatus, grace_s: float
 ) -> None:
-    """Drains: waits up to `grace_s` for open generations to end or be moved; none, no wait."""
+    """Drains: waits for open generations to end or move, at most `grace_s`."""
     status.drain()
     loop = asyncio.get_running_loop()
     notice_until = loop.time() + NOTICE_S

@@ -37,7 +37,7 @@ class LiveGeneration(Generic[State]):
     """One open generation. `token_ids[:sequence.length]` are the tokens whose KV is in the pages.
 
     `urgency`: priority, start time, number. When pages run out, the generation with the greatest
-    urgency tuple is preempted. `has_room`: it has reserved pages, so preempting it frees some.
+    urgency tuple is preempted. `has_pages`: it has reserved pages, so preempting it frees some.
     """
 
     session_id: str
@@ -46,7 +46,7 @@ class LiveGeneration(Generic[State]):
     sequence: Sequence
     token_ids: npt.NDArray[np.int64]
     state: State
-    has_room: bool = False
+    has_pages: bool = False
 
 
 @dataclass
@@ -123,7 +123,7 @@ class SessionTable(Generic[State]):
             token_ids[:cached_len] = idle.token_ids[:cached_len]
         urgency = (*started, self.num_opened)
         opened = LiveGeneration(session_id, epoch, urgency, sequence, token_ids, state)
-        opened.has_room = idle is not None
+        opened.has_pages = idle is not None
         if sequence.length > max_len:
             self.cut(opened, max_len)
         self._live[session_id] = opened
@@ -170,7 +170,7 @@ class SessionTable(Generic[State]):
                 if not self._idle or store.to_free((), error) is None:
                     raise
                 self._evict()
-        live.has_room = True
+        live.has_pages = True
         if uses_prefix:
             self.num_prefix_queried += context_len - length
             self.num_prefix_hits += num_found

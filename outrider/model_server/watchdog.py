@@ -31,7 +31,7 @@ from outrider.sampling.params import SamplingParams
 log = structlog.get_logger()
 
 CHECK_INTERVAL_S = 0.1
-# On a busy machine passes of ten times their usual duration occur, of a hundred times never.
+# On a busy machine passes of ten times their usual duration were seen, of a hundred times never.
 SLOWEST_RATIO = 10.0
 
 

@@ -218,13 +218,13 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             return 0
         # Rounded up to whole pages: most later requests then need no reservation.
         num_tokens = min(pages_for(num_tokens) * PAGE_SIZE, len(live.token_ids))
-        margin = 0 if live.has_room else self._margin(live, preempts=preempts)
+        margin = 0 if live.has_pages else self._margin(live, preempts=preempts)
         while True:
             try:
                 return self._table.reserve(live, num_tokens, context_len=context_len, margin=margin)
             except KVFull as error:
                 if not self._make_room(live, error, preempts=preempts):
-                    self._num_preempted += live.has_room
+                    self._num_preempted += live.has_pages
                     self._failures.append(self._failed(live.state.key, error))
                     return None
 
@@ -234,7 +234,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         Those it may preempt do not count: reserving room for them could block it indefinitely.
         """
         num_running = sum(
-            other.has_room and not (preempts and other.urgency > live.urgency)
+            other.has_pages and not (preempts and other.urgency > live.urgency)
             for other in self._table.live_sessions()
         )
         if not num_running:
@@ -255,12 +255,12 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         A preempted generation is recomputed: its orchestrator opens it again when there is room.
         The order is total, so the first one always continues and every one is served eventually.
         """
-        if not (live.has_room or preempts):
+        if not (live.has_pages or preempts):
             return []
         others = [
             other
             for other in self._table.live_sessions()
-            if other.has_room and other.urgency > live.urgency and other is not live
+            if other.has_pages and other.urgency > live.urgency and other is not live
         ]
         others.sort(key=lambda other: other.urgency, reverse=True)
         return [Reclaimable(self._sequences_of(o), partial(self._preempt, o)) for o in others]

@@ -101,7 +101,7 @@ class Server:
         """
         age = _age_options(connection_age_s, connection_age_grace_s)
         self.grpc_server = grpc.aio.server(
-            options=(*SERVER_OPTIONS, *age), interceptors=protection.gates
+            options=(*SERVER_OPTIONS, *age), interceptors=protection.interceptors
         )
         self._protection = protection
         self._service_names = tuple(service_names)

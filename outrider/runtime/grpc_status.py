@@ -46,7 +46,7 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 # Between the tiers: streams with heartbeats (outrider.runtime.heartbeat) and calls with deadlines.
 TIER_CHANNEL_OPTIONS = _CHANNEL_OPTIONS
 # For clients: a ping every five minutes, which servers and proxies accept by default.
-CALLER_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+CLIENT_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *_CHANNEL_OPTIONS,
     ("grpc.keepalive_time_ms", 305_000),
     ("grpc.keepalive_timeout_ms", 20_000),

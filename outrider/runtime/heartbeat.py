@@ -18,8 +18,8 @@ MIN_INTERVAL_MS = 100
 MAX_INTERVAL_MS = 60_000
 # A client leaves an orchestrator that sends nothing for 10 s: it is frozen or cut off. One that
 # starts 1,000 streams on a busy machine was seen to need more than 5 s for its first message.
-CALLER_HEARTBEAT_MS = 1_000
-_CALLER_MAX_MISSED = 10
+CLIENT_HEARTBEAT_MS = 1_000
+_CLIENT_MAX_MISSED = 10
 
 
 class Heartbeat:
@@ -102,12 +102,12 @@ def check_interval(interval_ms: int) -> None:
 
 
 async def listening(call: Any) -> AsyncGenerator[Any, None]:
-    """A client's view of a call with CALLER_HEARTBEAT_MS: its messages without the heartbeats.
+    """A client's view of a call with CLIENT_HEARTBEAT_MS: its messages without the heartbeats.
 
     Raises Unavailable when the server is gone. Must be closed if it is left before its end.
     """
-    heartbeat = Heartbeat(None, _CALLER_MAX_MISSED)
-    heartbeat.begin(CALLER_HEARTBEAT_MS)
+    heartbeat = Heartbeat(None, _CLIENT_MAX_MISSED)
+    heartbeat.begin(CLIENT_HEARTBEAT_MS)
     async with heartbeat:
         async for message in call:
             with heartbeat.busy():

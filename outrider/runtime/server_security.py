@@ -34,7 +34,7 @@ class ServerProtection:
     """
 
     credentials: grpc.ServerCredentials | None = None
-    gates: Sequence[AccessInterceptor] = ()
+    interceptors: Sequence[AccessInterceptor] = ()
     health_port: int | None = None
     certificates: Mapping[str, str] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class ServerProtection:
         `behind`: calls rejected after the interceptors, by the method. `redis_certificate`: expiry
         of Redis' certificate.
         """
-        counts = [gate.refusals.by_reason for gate in self.gates]
+        counts = [interceptor.refusals.by_reason for interceptor in self.interceptors]
         at_interceptors = {
             reason.value: sum(count[reason.value] for count in counts) for reason in Reason
         }
@@ -65,30 +65,34 @@ UNPROTECTED = ServerProtection()
 
 def tier_protection(settings: TierSettings, host: str) -> ServerProtection:
     """For a model service: accepts only clients with one of the names. Raises ConfigError."""
-    gates = []
+    interceptors = []
     if settings.tls_client_ca is not None:
-        gates.append(IdentityInterceptor(settings.client_names))
+        interceptors.append(IdentityInterceptor(settings.client_names))
     elif not is_loopback(host):
         log.warning("open_to_all", host=host, why="tls_client_ca is not set: anyone may connect")
-    return _protection(settings, gates, None)
+    return _protection(settings, interceptors, None)
 
 
 def server_protection(
-    settings: ServerSettings, gates: Sequence[AccessInterceptor], client_cert: str | None = None
+    settings: ServerSettings,
+    interceptors: Sequence[AccessInterceptor],
+    client_cert: str | None = None,
 ) -> ServerProtection:
     """For a server with other access checks than client names. Raises ConfigError.
 
     `client_cert`: the certificate file that it presents to other servers.
     """
-    return _protection(settings, gates, client_cert)
+    return _protection(settings, interceptors, client_cert)
 
 
 def _protection(
-    settings: ServerSettings, gates: Sequence[AccessInterceptor], client_cert: str | None
+    settings: ServerSettings, interceptors: Sequence[AccessInterceptor], client_cert: str | None
 ) -> ServerProtection:
     files = {"server": settings.tls_cert, "client": client_cert}
     certificates = {use: path for use, path in files.items() if path is not None}
-    return ServerProtection(_credentials(settings), gates, settings.health_port, certificates)
+    return ServerProtection(
+        _credentials(settings), interceptors, settings.health_port, certificates
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from outrider.errors import Unavailable
-from outrider.runtime.heartbeat import CALLER_HEARTBEAT_MS, listening
+from outrider.runtime.heartbeat import CLIENT_HEARTBEAT_MS, listening
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # Longer than it takes to move to another target (detection 3 s, one prefill, busy machine).
@@ -79,7 +79,7 @@ class Orchestrators:
 
         Raises nothing, but is cancelled.
         """
-        request.heartbeat_ms = CALLER_HEARTBEAT_MS
+        request.heartbeat_ms = CLIENT_HEARTBEAT_MS
         call = self[attempt.orchestrator].Generate(request, timeout=GIVE_UP_S)
         chunks = listening(call)
         try:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import grpc
 
 from outrider.errors import Unavailable
-from outrider.runtime.grpc_status import CALLER_CHANNEL_OPTIONS
+from outrider.runtime.grpc_status import CLIENT_CHANNEL_OPTIONS
 from outrider.v1 import orchestrator_pb2
 from outrider_bench.chaos.audit import Audit
 from outrider_bench.chaos.calls import Orchestrators
@@ -208,7 +208,7 @@ class Run:
         async with contextlib.AsyncExitStack() as stack:
             channels = [
                 await stack.enter_async_context(
-                    grpc.aio.insecure_channel(endpoint, options=CALLER_CHANNEL_OPTIONS)
+                    grpc.aio.insecure_channel(endpoint, options=CLIENT_CHANNEL_OPTIONS)
                 )
                 for endpoint in self._endpoints
             ]

@@ -1,6 +1,6 @@
-"""Messages that are small on the wire and large in memory, over real gRPC; what is left of them.
+"""Messages that are small on the wire and large in memory, over real gRPC.
 
-The walk through them by itself is in tests/runtime/test_message_limits.py.
+The check alone is tested in tests/runtime/test_message_limits.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIMULATION: Any = {
     "port": 0,
     "calibration_s": 0.0,
 }
-# 900 MiB once parsed, and what this process, which also sends it, may need instead.
+# 900 MiB once parsed. MOST_MIB: allowed peak of this process, which also sends the message.
 LARGE_BYTES = 16 << 20
 MOST_MIB = 300
 VERIFY = "/outrider.v1.TargetService/Verify"
@@ -51,8 +51,8 @@ ORCHESTRATOR = "/outrider.v1.OrchestratorService"
 
 
 @dataclass
-class Doors:
-    """Channels to all three."""
+class Channels:
+    """Channels to the three services."""
 
     target: grpc.aio.Channel
     draft: grpc.aio.Channel
@@ -64,7 +64,7 @@ class Doors:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def doors(redis_server: RedisServer) -> AsyncIterator[Doors]:
+async def channels(redis_server: RedisServer) -> AsyncIterator[Channels]:
     async with (
         target_service.app.serving(TargetConfig(**SIMULATION)) as target,
         draft_service.app.serving(DraftConfig(**SIMULATION)) as draft,
@@ -75,15 +75,15 @@ async def doors(redis_server: RedisServer) -> AsyncIterator[Doors]:
         )
         async with orchestrator.app.serving(config) as server, contextlib.AsyncExitStack() as s:
             endpoints = [*tiers, f"127.0.0.1:{server.port}"]
-            channels = [
+            opened = [
                 await s.enter_async_context(grpc.aio.insecure_channel(endpoint))
                 for endpoint in endpoints
             ]
-            yield Doors(*channels)
+            yield Channels(*opened)
 
 
 async def stream_end(channel: Any, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
-    """How a stream ends after a frame."""
+    """Final status of a stream after this frame."""
     call = channel.stream_stream(method)()
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         await call.write(data)
@@ -95,8 +95,8 @@ async def stream_end(channel: Any, method: str, data: bytes) -> tuple[grpc.Statu
 
 @contextlib.contextmanager
 def peak_mib() -> Iterator[list[int]]:
-    """How much more memory this process had at its most than at the beginning."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    """Peak memory of this process in the block, minus the memory at its start."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
     peak: list[int] = []
     before = _status_kib("VmRSS")
     yield peak
@@ -111,38 +111,40 @@ def _status_kib(name: str) -> int:
 REFUSAL = "frame: more than 131072 fields in one message, the last of them in opens"
 
 
-async def test_a_frame_for_the_target(doors: Doors) -> None:
-    """It ends its stream alone: another's generation goes on. Memory stays."""
+async def test_a_hostile_frame_at_the_target(channels: Channels) -> None:
+    """Only its own stream ends: another stream's generation continues. Memory stays bounded."""
     bomb = bombs(target_pb2.VerifyRequest)["opens"](LARGE_BYTES)
-    async with raw(target_pb2_grpc.TargetServiceStub(doors.target).Verify()) as stream:
+    async with raw(target_pb2_grpc.TargetServiceStub(channels.target).Verify()) as stream:
         first = target_pb2.VerifyRequest(opens=[target_open(1)], rows=[row(1, 0, [5])])
         await stream.write(first)
         await stream.answer(1)
         with peak_mib() as peak:
-            code, said = await stream_end(doors.target, VERIFY, bomb)
-        assert (code, said) == (grpc.StatusCode.INVALID_ARGUMENT, REFUSAL)
+            code, details = await stream_end(channels.target, VERIFY, bomb)
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, REFUSAL)
         assert peak[0] < MOST_MIB
         await stream.write(target_pb2.VerifyRequest(rows=[row(1, 1, [6])]))
         assert isinstance(await stream.answer(1), target_pb2.VerifyResult)
-    await eventually(lambda: nothing_held(doors.stack))
+    await eventually(lambda: nothing_held(channels.stack))
 
 
-async def test_a_frame_for_the_draft(doors: Doors) -> None:
+async def test_a_hostile_frame_at_the_draft(channels: Channels) -> None:
     bomb = bombs(draft_pb2.ProposeRequest)["opens.sampling.logit_bias"](LARGE_BYTES)
-    async with raw(draft_pb2_grpc.DraftServiceStub(doors.draft).Propose()) as stream:
-        code, said = await stream_end(doors.draft, PROPOSE, bomb)
+    async with raw(draft_pb2_grpc.DraftServiceStub(channels.draft).Propose()) as stream:
+        code, details = await stream_end(channels.draft, PROPOSE, bomb)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert said.startswith("frame: more than 131072 fields in one message, the last of them in")
+        assert details.startswith(
+            "frame: more than 131072 fields in one message, the last of them in"
+        )
         opening = draft_open(1, [5], gamma=2)
         await stream.write(draft_pb2.ProposeRequest(opens=[opening]))
         assert isinstance(await stream.answer(1), draft_pb2.Proposal)
-    await eventually(lambda: nothing_held(doors.stack))
+    await eventually(lambda: nothing_held(channels.stack))
 
 
 @pytest.mark.parametrize("name", bombs(orchestrator_pb2.GenerateRequest))
-async def test_calls(name: str, doors: Doors) -> None:
+async def test_hostile_requests(name: str, channels: Channels) -> None:
     bomb = bombs(orchestrator_pb2.GenerateRequest)[name](2 * SMALL_BYTES + 4_096)
-    call: Any = doors.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(bomb, timeout=60)
+    call: Any = channels.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(bomb, timeout=60)
     refused = await refusal(call.read())
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refused.fields == ["frame"]
@@ -153,11 +155,11 @@ NAMES = ("Generate", "GetSession", "ListSessions", "DeleteSession", "GetModelInf
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_what_is_no_message(name: str, doors: Doors) -> None:
-    """Not UNKNOWN, with the name of a Python exception."""
-    kind: Any = doors.orchestrator.unary_unary
+async def test_malformed_requests(name: str, channels: Channels) -> None:
+    """INVALID_ARGUMENT, not UNKNOWN with the name of a Python exception."""
+    kind: Any = channels.orchestrator.unary_unary
     if name == "Generate":
-        kind = doors.orchestrator.unary_stream
+        kind = channels.orchestrator.unary_stream
     call = kind(f"{ORCHESTRATOR}/{name}")(b"\x0a\x05abc")
     refused = await refusal(call.read() if name == "Generate" else call)
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -165,9 +167,9 @@ async def test_what_is_no_message(name: str, doors: Doors) -> None:
     assert "cannot be read" in refused.message
 
 
-async def test_health(doors: Doors) -> None:
-    """Nobody needs a name to ask it, so it is bounded, too."""
-    for channel in (doors.target, doors.draft, doors.orchestrator):
+async def test_hostile_health_checks(channels: Channels) -> None:
+    """Health needs no credentials, so its messages are checked, too."""
+    for channel in (channels.target, channels.draft, channels.orchestrator):
         call = channel.unary_unary("/grpc.health.v1.Health/Check")
         refused = await refusal(call(b"\x0a\x00\x1a\x00" * (2 * SMALL_BYTES)))
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -175,27 +177,26 @@ async def test_health(doors: Doors) -> None:
         assert await call(b"") == b"\x08\x01", "SERVING"
 
 
-async def test_nothing_is_left_of_what_was_refused(doors: Doors) -> None:
-    """The bug: what a stream raised held the frame that it was about, in a circle which only the
-    collector opens, and that comes late: each took ten megabytes away. gRPC's `abort` does the
-    same for calls."""
+async def test_rejected_messages_are_freed(channels: Channels) -> None:
+    """Regression: an error and its frame were in a reference cycle, so each stream kept 10 MB until
+    the garbage collector ran. gRPC's `abort` does the same for calls."""
     small = bombs(target_pb2.VerifyRequest)["opens"](SMALL_BYTES - 64)
     large = bombs(target_pb2.VerifyRequest)["opens"](4 * SMALL_BYTES)
     text = orchestrator_pb2.GenerateRequest(text="x" * 4_000_001).SerializeToString()
     gc.collect()
-    before = _refused()  # other tests' own
+    before = _refused()  # of other tests
     gc.disable()
     try:
         for data in (small, large):
-            await stream_end(doors.target, VERIFY, data)
+            await stream_end(channels.target, VERIFY, data)
         for data in (text, bombs(orchestrator_pb2.GenerateRequest)["chat.messages"](len(large))):
-            call = doors.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(data)
+            call = channels.orchestrator.unary_stream(f"{ORCHESTRATOR}/Generate")(data)
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
-        async def nothing_is_left() -> bool:
+        async def is_freed() -> bool:
             return _refused() <= before
 
-        await eventually(nothing_is_left)
+        await eventually(is_freed)
     finally:
         gc.enable()
 
@@ -207,5 +208,5 @@ def _refused() -> set[int]:
 
 
 def _is_heartbeat(thing: Any) -> bool:
-    """The frame that a healthy stream sent or read last."""
+    """Whether it is the last frame of a healthy stream."""
     return isinstance(thing, target_pb2.VerifyRequest) and not thing.opens
