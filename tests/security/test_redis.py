@@ -213,5 +213,5 @@ def test_an_at_sign_in_a_socket_path_is_not_a_password() -> None:
 
 
 def test_an_invalid_url_is_refused() -> None:
-    with pytest.raises(ConfigError, match="redis_url: no URL"):
+    with pytest.raises(ConfigError, match="redis_url: not a URL"):
         load(OrchestratorConfig, "orchestrator", [], {"REDIS_URL": "redis://[ada:secret"})
