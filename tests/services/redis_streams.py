@@ -1,4 +1,4 @@
-"""Streams beside a Redis of their own, which tests make unusable; and what it has recorded."""
+"""Helpers: a stream that is paused while a test disturbs its Redis, and its recorded session."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def tiers(pair: Pair) -> AsyncIterator[Tiers]:
 
 @pytest.fixture
 def redis() -> Iterator[RedisServer]:
-    """Its own: the tests here make it unusable."""
+    """A Redis of the test's own, which it makes unusable."""
     with RedisServer(keeps_data=True) as server:
         yield server
 
@@ -48,10 +48,10 @@ def send(redis: RedisServer, *commands: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def held_at(
+async def paused_at(
     system: System, brake: Brake, output: Output, num_tokens: int, **fields: Any
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """A call whose generation waits behind that many tokens, all of which were sent."""
+    """Pauses a generation after `num_tokens`; the block begins when all of them are sent."""
     brake.set(num_tokens)
     asked = request(PROMPT, {**GREEDY, "max_tokens": NUM_TOKENS}, gamma=0, **fields)
 
@@ -78,8 +78,8 @@ async def has_sent(listening: asyncio.Task[None], output: Output, num_tokens: in
     await eventually(sent)
 
 
-def goes_on(brake: Brake, num_tokens: int) -> None:
-    """Up to that many tokens."""
+def continue_to(brake: Brake, num_tokens: int) -> None:
+    """Continues a paused generation up to `num_tokens`."""
     brake.release()
     brake.set(num_tokens)
 
@@ -90,7 +90,7 @@ async def recorded(system: System) -> orchestrator_pb2.GetSessionResponse:
 
 
 async def serves(system: System) -> bool:
-    """Whether the store has Redis again: it pauses for a moment after each failure."""
+    """Whether the store reaches Redis again: it pauses after each failure."""
     with contextlib.suppress(grpc.aio.AioRpcError):
         return bool((await recorded(system)).session_id)
     return False

@@ -1,6 +1,6 @@
-"""Redis that answers with errors, or leaves, in the midst of an output.
+"""Redis that replies with errors, or is away, during an output.
 
-The stream goes on as while Redis is away, and everything is recorded once Redis serves again.
+The stream continues, and all tokens are recorded when Redis works again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tests.services.redis_streams import (
     KEY,
     NUM_TOKENS,
     PROMPT,
-    goes_on,
+    continue_to,
     has_sent,
-    held_at,
+    paused_at,
     recorded,
     send,
     serves,
@@ -59,7 +59,7 @@ def _between(
 
 @contextlib.contextmanager
 def _connected(redis: RedisServer, *commands: str) -> Iterator[socket.socket]:
-    """One connection for several commands."""
+    """Sends several commands on one connection."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)
         client.connect(redis.url.removeprefix("unix://"))
@@ -71,7 +71,7 @@ def _connected(redis: RedisServer, *commands: str) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _busy(redis: RedisServer) -> Iterator[None]:
-    """A script of somebody else's never ends."""
+    """Another client's script never ends."""
     with _connected(redis, "CONFIG SET busy-reply-threshold 1") as client:
         client.sendall(b'EVAL "while true do end" 0\r\n')
         while not redis_command(redis.url, "PING").startswith(b"-BUSY"):
@@ -82,7 +82,7 @@ def _busy(redis: RedisServer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _crowded(redis: RedisServer) -> Iterator[None]:
-    """Others have all of its connections."""
+    """Another client has the only connection."""
     with _connected(redis, "CONFIG SET maxclients 1", "CLIENT KILL TYPE normal") as client:
         yield
         client.sendall(b"CONFIG SET maxclients 1000\r\n")
@@ -101,7 +101,7 @@ def _setting(name: str, bad: str, good: str) -> Callable[[RedisServer], Any]:
     )
 
 
-TROUBLES: dict[str, Callable[[RedisServer], Any]] = {
+ERRORS: dict[str, Callable[[RedisServer], Any]] = {
     "NOPERM: scripts": _rights("-evalsha -eval"),
     "NOPERM: a command of a script": _rights("-hset"),
     "NOPERM: keys": _rights("resetkeys ~other:*"),
@@ -119,15 +119,15 @@ TROUBLES: dict[str, Callable[[RedisServer], Any]] = {
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-async def test_a_stream_survives_every_refusal_of_redis(
-    trouble: str, tiers: Tiers, redis: RedisServer, greedy: Greedy, brake: Brake
+@pytest.mark.parametrize("error", ERRORS)
+async def test_a_stream_continues_after_every_error_of_redis(
+    error: str, tiers: Tiers, redis: RedisServer, greedy: Greedy, brake: Brake
 ) -> None:
     output = Output()
     async with orchestrating_at(tiers, redis.url) as system:
-        async with held_at(system, brake, output, 20, **FIRST) as listening:
-            with TROUBLES[trouble](redis):
-                goes_on(brake, 40)
+        async with paused_at(system, brake, output, 20, **FIRST) as listening:
+            with ERRORS[error](redis):
+                continue_to(brake, 40)
                 await has_sent(listening, output, 40)
             await eventually(lambda: serves(system))
             brake.release()
@@ -140,23 +140,23 @@ async def test_a_stream_survives_every_refusal_of_redis(
     assert not session.in_use
 
 
-@pytest.mark.parametrize("trouble", ["NOAUTH", "WRONGTYPE"])
-async def test_a_stream_survives_what_stays_so(
-    trouble: str,
+@pytest.mark.parametrize("error", ["NOAUTH", "WRONGTYPE"])
+async def test_a_stream_continues_while_an_error_of_redis_persists(
+    error: str,
     tiers: Tiers,
     redis: RedisServer,
     greedy: Greedy,
     brake: Brake,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The result says that not all of it is recorded."""
+    """The result's `recorded` is false."""
     monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 0.5)
     output = Output()
     async with (
         orchestrating_at(tiers, redis.url) as system,
-        held_at(system, brake, output, 20, **FIRST) as listening,
+        paused_at(system, brake, output, 20, **FIRST) as listening,
     ):
-        if trouble == "WRONGTYPE":
+        if error == "WRONGTYPE":
             send(redis, f"SET {KEY} foreign")
         else:
             lock = ("ACL SETUSER default resetpass >secret", "CLIENT KILL TYPE normal")
@@ -169,21 +169,21 @@ async def test_a_stream_survives_what_stays_so(
     assert not output.result.recorded
 
 
-async def test_a_call_ends_with_its_last_token_though_redis_is_away(
+async def test_a_call_ends_with_its_last_token_while_redis_is_away(
     tiers: Tiers,
     redis: RedisServer,
     greedy: Greedy,
     brake: Brake,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is owed is written behind it, when Redis is back."""
+    """Its tokens are recorded later, when Redis is back."""
     monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 200.0)
     output = Output()
     async with orchestrating_at(tiers, redis.url) as system:
-        async with held_at(system, brake, output, 20, **FIRST) as listening:
+        async with paused_at(system, brake, output, 20, **FIRST) as listening:
             redis.kill()
             brake.release()
-            await listening  # while nobody starts it again
+            await listening  # while Redis is down
         assert output.result is not None
         assert not output.result.recorded
         redis.start()
@@ -197,14 +197,14 @@ async def test_a_call_ends_with_its_last_token_though_redis_is_away(
     assert list(session.token_ids) == PROMPT + output.token_ids
 
 
-async def test_a_generation_begun_without_redis_goes_on_when_it_comes_back(
+async def test_a_generation_begun_without_redis_stays_unrecorded(
     tiers: Tiers,
     redis: RedisServer,
     greedy: Greedy,
     brake: Brake,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing of it is ever written, and the result says so."""
+    """Also when Redis comes back; the result's `recorded` is false."""
     renewals: list[Lease] = []
     renew = SessionStore.renew
 
@@ -217,11 +217,11 @@ async def test_a_generation_begun_without_redis_goes_on_when_it_comes_back(
     output, later = Output(), Output()
     async with orchestrating_at(tiers, redis.url, without_redis="unrecorded") as system:
         redis.kill()
-        async with held_at(system, brake, output, 20) as listening:
+        async with paused_at(system, brake, output, 20) as listening:
             redis.start()
             await eventually(lambda: can_create(system))
-            async with held_at(system, brake, later, 20, **FIRST) as other:
-                # A lease of a recorded one is renewed: so would have been the first one's.
+            async with paused_at(system, brake, later, 20, **FIRST) as other:
+                # The lease of the recorded one is renewed by now; the other has none.
                 await eventually(lambda: _is_true(any(r.session_id == "s" for r in renewals)))
                 brake.release()
                 await asyncio.gather(listening, other)

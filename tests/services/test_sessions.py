@@ -1,4 +1,4 @@
-"""Conversations over several calls: what is continued, re-used, recorded, refused and forgotten."""
+"""Sessions over several calls: turns, re-used KV, records, refusals, deletion, expiry."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def chat(stack: Stack, content: str, **fields: Any) -> Output:
 
 
 async def test_turns_continue_one_conversation(pair: Pair, redis_url: str, greedy: Greedy) -> None:
-    """Three turns equal greedy runs over all that was said before; no token of KV is run twice."""
+    """Three turns equal greedy runs over the whole conversation; no token is computed twice."""
     async with whole(pair, redis_url) as stack:
         context: list[int] = []
         for number, prompt in enumerate((FIRST, SECOND, SECOND[::-1])):
@@ -74,7 +74,7 @@ async def test_turns_continue_one_conversation(pair: Pair, redis_url: str, greed
             assert output.result is not None
             usage = output.result.usage
             assert (usage.prompt_tokens, usage.completion_tokens) == (len(context), 24)
-            # The last token of a turn was never run: it is the next turn's first.
+            # The last token of a turn was not run. It is the first one of the next turn.
             assert usage.cached_tokens == max(0, num_held - 1)
             context += output.token_ids
             target, draft = await stack.target_load(), await stack.draft_load()
@@ -85,7 +85,7 @@ async def test_turns_continue_one_conversation(pair: Pair, redis_url: str, greed
             assert done <= num_new + GAMMA + 1, "the draft also, but for its last block"
 
 
-async def test_get_session_shows_the_record(pair: Pair, redis_url: str) -> None:
+async def test_get_session_returns_the_record(pair: Pair, redis_url: str) -> None:
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url) as stack:
         first = await turn(stack, FIRST, create_session=True)
         second = await turn(stack, SECOND)
@@ -118,12 +118,12 @@ async def test_delete_session_frees_both_tiers(pair: Pair, redis_url: str) -> No
             assert (await refusal(call)).code is grpc.StatusCode.NOT_FOUND
         again = await turn(stack, FIRST, create_session=True)
         assert again.result is not None
-        # By its tokens alone, like anybody's prompt: full pages.
+        # Full pages, by the prefix cache.
         assert again.result.usage.cached_tokens == len(FIRST) // 16 * 16
 
 
 async def _one_is_kept(stack: Stack) -> bool:
-    """It takes no room that others could not have."""
+    """Idle at both tiers, and evictable."""
     loads: list[Any] = [await stack.target_load(), await stack.draft_load()]
     return all(
         (load.num_open_generations, load.num_idle_sessions, load.kv_used_tokens) == (0, 1, 0)
@@ -140,14 +140,14 @@ async def test_unknown_sessions_are_not_found(pair: Pair, redis_url: str) -> Non
         assert redis_command(redis_url, "DBSIZE") == b":0"
 
 
-async def test_a_session_in_use_is_refused_and_goes_on(
+async def test_a_session_in_use_is_refused_and_not_disturbed(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
     async with whole(pair, redis_url) as stack:
         asked = request(
             FIRST, {**GREEDY, "max_tokens": 300}, session_id="s", create_session=True, gamma=2
         )
-        brake.set(1)  # it is in use as long as that is looked at
+        brake.set(1)  # in use until the brake is released
         running = aiter(stack.client.Generate(asked, timeout=200))
         output = Output()
         output.add(await anext(running))
@@ -166,7 +166,7 @@ async def test_a_session_in_use_is_refused_and_goes_on(
 
 
 async def test_chat_over_two_turns(chat_pair: Pair, redis_url: str, chat_greedy: Greedy) -> None:
-    """The template is rendered over all messages, the answers between them included."""
+    """The template is rendered over all messages, including the answers."""
     tokenizer = Tokenizer.load(str(chat_pair.target))
     assert tokenizer is not None
     async with whole(chat_pair, redis_url, tokenizer=str(chat_pair.target)) as stack:
@@ -202,12 +202,12 @@ async def test_chat_and_text_do_not_mix(chat_pair: Pair, redis_url: str) -> None
         assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refused.fields == ["session_id"]
         assert (await get(stack)).num_turns == 1
-        await turn(stack, " fox")  # and text goes on
+        await turn(stack, " fox")  # text can be continued
 
 
 @pytest.mark.slow
 async def test_sessions_expire(pair: Pair, redis_url: str) -> None:
-    """So long after the last turn, not after the first. Redis is told that most of it is over."""
+    """session_ttl_s after the last turn. The test shortens the expiry in Redis."""
 
     def expire_in(seconds: int) -> None:
         for key in KEYS:
@@ -232,7 +232,7 @@ async def test_sessions_expire(pair: Pair, redis_url: str) -> None:
         assert (await refusal(turn(stack, SECOND))).code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_one_off_calls_leave_nothing(pair: Pair, redis_url: str) -> None:
+async def test_one_off_calls_leave_no_session(pair: Pair, redis_url: str) -> None:
     async with whole(pair, redis_url) as stack:
         outputs = await asyncio.gather(
             *(turn(stack, FIRST, session_id="", num_tokens=8 + i) for i in range(8))
@@ -259,7 +259,9 @@ async def test_a_session_of_another_model_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["evicted", "forgotten", "another replica"])
-async def test_lost_kv_is_made_again(way: str, pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_lost_kv_is_computed_again(
+    way: str, pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
     """KV that is gone between two turns costs a prefill and changes no token."""
     async with both_tiers(pair, target_kv=640, draft_kv=640) as tiers:
         async with orchestrating(tiers, redis_url) as stack:
@@ -281,7 +283,7 @@ async def test_lost_kv_is_made_again(way: str, pair: Pair, redis_url: str, greed
                 context = FIRST + first.token_ids + SECOND
                 assert second.token_ids == greedy(context, 24)
                 assert second.result is not None
-                # Where it was only forgotten, its full pages are found by their tokens.
+                # If it was only forgotten, the prefix cache has its full pages.
                 num_held = (len(FIRST) + 24 - 1) // 16 * 16
                 found = second.result.usage.cached_tokens
                 assert found == (num_held if way == "forgotten" else 0)
@@ -296,17 +298,17 @@ async def _idle_sessions_are(stack: Stack, count: int) -> bool:
     return (await stack.target_load()).num_idle_sessions == count
 
 
-async def test_a_turn_without_room_leaves_the_session_as_it_was(
+async def test_a_turn_without_room_leaves_the_session_unchanged(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """RESOURCE_EXHAUSTED says "retry": the retried turn must not find its own prompt there."""
+    """A retry after RESOURCE_EXHAUSTED must not find its own prompt in the session."""
     async with (
         both_tiers(pair, target_kv=256, draft_kv=None) as tiers,
         orchestrating(tiers, redis_url, max_waiting=0) as stack,
     ):
         first = await turn(stack, FIRST, create_session=True)
         held = FIRST + first.token_ids
-        await eventually(lambda: _num_open_is(stack, 0))  # else there is no room for the blocker
+        await eventually(lambda: _num_open_is(stack, 0))  # makes room for the blocker
         async with raw(stack.target.Verify()) as blocker:
             opening = target_open(1, prompt_len=230, max_len=244)
             row_of_it = row(1, 0, list(range(230)))
