@@ -201,14 +201,14 @@ class Generation:
     async def _timed_result(self) -> VerifyResult:
         target, costs = self._target, self._policy.costs
         result = await target.reply()
-        costs.target_side = self._context.costs.target(target.replica)
+        costs.target = self._context.costs.target(target.replica)
         if self._state.counts.num_rounds:
             self._verify_s += target.latency_s
             self._target_step_s += result.step_s
         # The time of a prompt, or of the whole context after a move, does not predict a round's.
         if target.num_context_sent == 1:
-            left_at_once = not self._drafting.has_waited
-            costs.observe_result(target.latency_s, result.step_s, left_at_once=left_at_once)
+            has_waited = self._drafting.has_waited
+            costs.observe_result(target.latency_s, result.step_s, has_waited=has_waited)
         return result
 
     def _commit(self, result: VerifyResult) -> Commitment:

@@ -1,7 +1,7 @@
-"""Circuit breaker of one replica: after consecutive failures, new generations go elsewhere.
+"""Circuit breaker of one replica: after consecutive failures, new generations avoid it.
 
-After a time one generation tries it again: a success closes the circuit, a failure keeps it open
-for longer. Chooses no replica: the pool asks. Lives on the event loop.
+After a delay one generation tries the replica. A success closes the circuit, a failure doubles the
+delay. The pool chooses the replicas. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import structlog
 
 log = structlog.get_logger()
 
+# Consecutive failures that open the circuit.
 MAX_FAILURES = 3
+# Delay before a generation may try the replica; doubled up to the maximum.
 FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 
 
 class CircuitBreaker:
-    """Closed; open; or half-open, when one generation may try the replica."""
+    """Closed, open, or half-open: one generation may try the replica."""
 
     def __init__(
         self,
@@ -28,38 +30,38 @@ class CircuitBreaker:
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_change` is called when the circuit opens or closes. `clock`: seconds."""
+        """`on_change` is called when the circuit opens or closes. `clock` returns seconds."""
         self._log = log.bind(tier=tier, endpoint=endpoint)
         self._on_change = on_change
         self._clock = clock
         self.reset()
 
     def reset(self) -> None:
-        """Closed: the replica is another process now."""
+        """Close the circuit: the replica is a new process."""
         self._num_failures = 0
         self._open_s = FIRST_OPEN_S
-        # When a generation may try it; None while the circuit is closed.
+        # When a generation may try the replica; None while the circuit is closed.
         self._try_at: float | None = None
         self._is_tried = False
 
     @property
     def is_open(self) -> bool:
-        """Open or half-open."""
+        """Whether the circuit is open or half-open."""
         return self._try_at is not None
 
     @property
     def allows(self) -> bool:
-        """Whether a generation should go there now."""
+        """Whether a new generation may use the replica now."""
         return self._try_at is None or self._clock() >= self._try_at
 
     def tried(self) -> None:
-        """A generation goes there. While the circuit is open, the next waits for its outcome."""
+        """A generation was opened there. If the circuit is open, others wait for its outcome."""
         if self._try_at is not None:
             self._is_tried = True
             self._try_at = self._clock() + self._open_s
 
     def succeeded(self) -> None:
-        """The replica has answered a generation."""
+        """The replica sent a valid result or proposal."""
         was_open = self.is_open
         if self._num_failures:
             self.reset()
@@ -68,7 +70,7 @@ class CircuitBreaker:
             self._on_change()
 
     def failed(self, why: str) -> None:
-        """The replica has failed a generation through no fault of the generation's."""
+        """The replica failed a generation, by an error of its own."""
         self._num_failures += 1
         if self._try_at is None and self._num_failures >= MAX_FAILURES:
             self._try_at = self._clock() + self._open_s

@@ -1,4 +1,7 @@
-"""The draft's client: outcomes out, proposals in. The only place here that knows draft.proto."""
+"""Draft client: sends commits to a draft replica and receives its proposals.
+
+Only this module and `proposal_message` use draft.proto here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
-import numpy as np
 import structlog
 
+from orchestrator.replicas.proposal_message import proposal_from_proto
 from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ReplicaLink
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
@@ -21,8 +24,6 @@ from outrider.runtime.protobuf import (
     costs_from_proto,
     pack,
     sampling_to_proto,
-    unpack,
-    unpack_supports,
     verification_to_proto,
 )
 from outrider.telemetry.tracing import current_span
@@ -30,24 +31,29 @@ from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
 log = structlog.get_logger()
 
-# A replica that was lost or had no room is asked again after so long.
+# Delay before a replica that was lost or had no room is used again.
 RETRY_S = 1.0
-# One that takes so many commits and proposes nothing for so long is given up, and asked again
-# later. Long prompts may keep a draft busy for seconds before its first proposal.
+# A replica that proposes nothing for this many commits and this long is left, and used again later.
+# Long prompts may keep a draft busy for seconds before its first proposal.
 MAX_UNANSWERED = 32
-SILENT_AFTER_S = 20.0
-SILENT_RETRY_S = 40.0
-# From here on a hop costs more than the bytes that it takes to save it: 2 ms of rounds of some 30.
+UNRESPONSIVE_AFTER_S = 20.0
+UNRESPONSIVE_RETRY_S = 40.0
+# From this round trip on, replicas send unlikely proposals too: their bytes cost less than a hop
+# of 2 ms in rounds of about 30 ms.
 _LONG_ROUND_TRIP_S = 0.004
+# Measurements of the round trip per connection; the shortest counts.
 _NUM_ROUND_TRIPS = 4
+
+# The replica has no room now, or takes no generations now.
+_TEMPORARY = (draft_pb2.DraftLost.REASON_KV_FULL, draft_pb2.DraftLost.REASON_DRAINING)
 
 Item = draft_pb2.DraftOpen | draft_pb2.DraftCommit | draft_pb2.DraftClose | str
 
 
 class DraftHandle:
-    """One generation at the draft. Used by its generation's task only.
+    """One generation at a draft replica. Used by the generation's task only.
 
-    `context` is the generation's own list of committed tokens, which grows; it is only read here.
+    `context`: the generation's own list of committed tokens, which grows; only read here.
     """
 
     def __init__(
@@ -67,169 +73,143 @@ class DraftHandle:
         self._vocab_size = vocab_size
         self._has_supports = has_supports
         self._num_unanswered = 0
-        self._heard_at = time.monotonic()
+        self._last_proposal_at = time.monotonic()
         self._proposals: list[Proposal] = []
-        self._num_told = len(context)
+        # Committed tokens that the replica has been sent.
+        self._num_sent = len(context)
         self._has_committed = False
-        self._news = asyncio.Event()
+        # Set when a proposal arrives, and when the replica is lost.
+        self._changed = asyncio.Event()
         self.replica = link.endpoint
+        # Why the replica makes no more proposals; None while it does.
         self.lost: str | None = None
-        # Whether, and after how long, the session may be opened at the replica again.
+        # Whether the loss may be due to this generation, not to a lack of room or to draining.
+        self.has_failed = False
+        # Delay before the session may be opened at the replica again; None: never.
         self.retry_after_s: float | None = RETRY_S
         self.wire_bytes = 0
-        # What its proposals have proved the replica to hold.
+        # Tokens that the replica must have processed, given its proposals.
         self.cached_len = 0
-        # Of the request, where it is traced.
+        # Span of the request; None if it is not traced.
         self.span = current_span()
         self._request_context = contextvars.copy_context()
 
     @property
     def num_behind(self) -> int:
-        """Committed tokens that it has not been sent; of a handle just opened, all of them."""
-        return len(self._context) - (self._num_told if self._has_committed else 0)
+        """Committed tokens that the replica has not been sent; all of them before a commit."""
+        return len(self._context) - (self._num_sent if self._has_committed else 0)
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
-        """Tells what was committed since; wants `gamma` draft tokens now, and blocks ahead.
-
-        At most what the replica makes. Drops every proposal that assumed something else.
-        """
+        """As DraftSource.commit. Caps both γ at the replica's maximum."""
         context = self._context
         gamma, ahead_gamma = min(gamma, self._max_gamma), min(ahead_gamma, self._max_gamma)
         self._proposals = [p for p in self._proposals if p.agrees(context)]
-        if len(context) == self._num_told:
+        if len(context) == self._num_sent:
             return
         commit = draft_pb2.DraftCommit(
             generation_id=self._id,
-            token_ids=pack(context[self._num_told :], UINT32),
+            token_ids=pack(context[self._num_sent :], UINT32),
             committed_len=len(context),
             gamma=gamma,
             ahead_gamma=ahead_gamma,
         )
-        self._num_told, self._has_committed = len(context), True
+        self._num_sent, self._has_committed = len(context), True
         self._count(commit)
         self._link.send(commit)
         if gamma == 0 and ahead_gamma == 0:
             return
         self._num_unanswered += 1
-        silent_s = time.monotonic() - self._heard_at
-        if self._num_unanswered > MAX_UNANSWERED and silent_s > SILENT_AFTER_S:
-            self.retry_after_s = SILENT_RETRY_S
-            self.link_lost(f"no proposal for {self._num_unanswered} rounds and {silent_s:.0f} s")
+        idle_s = time.monotonic() - self._last_proposal_at
+        if self._num_unanswered > MAX_UNANSWERED and idle_s > UNRESPONSIVE_AFTER_S:
+            self.retry_after_s = UNRESPONSIVE_RETRY_S
+            self.link_lost(f"no proposal for {self._num_unanswered} commits and {idle_s:.0f} s")
 
-    def proposal(self, least: int = 1) -> Proposal | None:
-        """The longest that fits what is committed, of `least` tokens or all the replica makes."""
-        here = [p for p in self._proposals if p.agrees(self._context)]
-        rests = [rest for p in here if (rest := p.continuing(len(self._context))) is not None]
+    @property
+    def has_proposals(self) -> bool:
+        """Whether a proposal continues the committed tokens, or may continue them later."""
+        return any(proposal.agrees(self._context) for proposal in self._proposals)
+
+    def proposal(self, min_tokens: int = 1) -> Proposal | None:
+        """The longest proposal that continues the committed tokens, if it is long enough.
+
+        Long enough: `min_tokens`, or the replica's maximum if that is less. A replica that was lost
+        makes no more, so any length is.
+        """
+        fitting = [p for p in self._proposals if p.agrees(self._context)]
+        rests = [rest for p in fitting if (rest := p.continuing(len(self._context))) is not None]
         best = max(rests, key=lambda rest: len(rest.token_ids), default=None)
-        is_enough = best is not None and len(best.token_ids) >= min(least, self._max_gamma)
-        return best if is_enough else None
+        required = min(min_tokens, self._max_gamma) if self.lost is None else 1
+        return best if best is not None and len(best.token_ids) >= required else None
 
-    async def wait(self, timeout_s: float, least: int = 1) -> Proposal | None:
-        """As `proposal`, waiting so long for it; None if it did not come or the draft is lost."""
+    async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
+        """As `proposal`, but waits for it until the timeout or the loss of the replica."""
         try:
             async with asyncio.timeout(timeout_s):
-                while (proposal := self.proposal(least)) is None and self.lost is None:
-                    self._news.clear()
-                    await self._news.wait()
+                while (proposal := self.proposal(min_tokens)) is None and self.lost is None:
+                    self._changed.clear()
+                    await self._changed.wait()
                 return proposal
         except TimeoutError:
             return None
 
     def close(self, *, keep: bool) -> None:
-        """Ends the generation at the draft; `keep` leaves its KV for the session's next turn."""
+        """End the generation at the replica; `keep`: its KV stays for the session's next turn."""
         self._link.detach(self._id)
         closing = draft_pb2.DraftClose(generation_id=self._id, keep=keep)
         self._count(closing)
         self._link.send(closing)
 
-    def proposed(self, message: draft_pb2.Proposal) -> None:
+    def received(self, message: draft_pb2.Proposal) -> None:
+        """A proposal arrived. One that breaks the contract ends the use of this replica."""
         self._count(message)
         if self.lost is not None:
             return
-        self._num_unanswered, self._heard_at = 0, time.monotonic()
+        self._num_unanswered, self._last_proposal_at = 0, time.monotonic()
         try:
-            proposal = self._parse(message)
+            proposal = proposal_from_proto(
+                message, len(self._context), self._max_gamma, self._vocab_size, self._has_supports
+            )
         except InvalidRequest as error:
-            # A wrong draft costs speed, never an answer: nothing of it is used any more.
             self._log(log.warning, "bad_proposal", str(error))
             self._link.breaker.failed(str(error))
             self.retry_after_s = None
-            self.link_lost(f"it sent a bad proposal: {error}")
+            self._proposals.clear()  # its proposals cannot be trusted
+            self.link_lost(f"the draft sent a bad proposal: {error}")
             return
         self._link.breaker.succeeded()
-        proven_len = proposal.base_len - len(proposal.assumed_token_ids)
+        processed_len = proposal.base_len - len(proposal.assumed_token_ids)
         if proposal.agrees(self._context):
-            proven_len = min(proposal.base_len, len(self._context) + 1)
+            processed_len = min(proposal.base_len, len(self._context) + 1)
             self._proposals.append(proposal)
-            self._news.set()
-        self.cached_len = max(self.cached_len, proven_len - 1)
-
-    def _parse(self, message: draft_pb2.Proposal) -> Proposal:
-        assumed = tuple(unpack(message.assumed_token_ids, UINT32, "assumed_token_ids").tolist())
-        start = message.base_len - len(assumed)
-        if not 0 < start <= len(self._context):
-            raise InvalidRequest("base_len", f"{message.base_len} does not fit {len(assumed)} more")
-        return _parse(message, assumed, self._max_gamma, self._vocab_size, self._has_supports)
+            self._changed.set()
+        self.cached_len = max(self.cached_len, processed_len - 1)
 
     def failed(self, lost: draft_pb2.DraftLost) -> None:
+        """The replica ended the generation."""
         if lost.reason == draft_pb2.DraftLost.REASON_INTERNAL:
             self._link.breaker.failed(lost.detail)
-        if lost.reason not in (
-            draft_pb2.DraftLost.REASON_KV_FULL,
-            draft_pb2.DraftLost.REASON_INTERNAL,
-            draft_pb2.DraftLost.REASON_DRAINING,
-        ):
+        if lost.reason not in (*_TEMPORARY, draft_pb2.DraftLost.REASON_INTERNAL):
             self.retry_after_s = None
         self._log(log.info, "draft_lost", lost.detail)
         self.link_lost(lost.detail)
+        self.has_failed = lost.reason not in _TEMPORARY
 
-    def _log(self, say: Callable[..., object], event: str, why: str) -> None:
-        """With the ids of the request, though it is the link's task that has heard of it."""
-        self._request_context.run(say, event, replica=self.replica, why=why)
+    def _log(self, write: Callable[..., object], event: str, why: str) -> None:
+        """Logs with the ids of the request, although the link's task calls this."""
+        self._request_context.run(write, event, replica=self.replica, why=why)
 
     def link_lost(self, why: str) -> None:
+        """No more proposals come. Those that have arrived can still be used."""
         self.lost = why
-        self._proposals.clear()
-        self._news.set()
+        self.has_failed = True
+        self._changed.set()
 
     def _count(self, item: Any) -> None:
         self.wire_bytes += item.ByteSize()
 
 
-def _parse(
-    message: draft_pb2.Proposal,
-    assumed: tuple[int, ...],
-    max_gamma: int,
-    vocab_size: int,
-    has_supports: bool,
-) -> Proposal:
-    """Raises InvalidRequest where the message contradicts itself or what was asked for."""
-    token_ids = tuple(unpack(message.token_ids, UINT32, "token_ids").tolist())
-    if not 1 <= len(token_ids) <= max_gamma:
-        raise InvalidRequest("token_ids", f"{len(token_ids)} draft tokens; 1 to {max_gamma} may be")
-    if max(token_ids) >= vocab_size:
-        raise InvalidRequest("token_ids", f"{max(token_ids)} is not in [0, {vocab_size})")
-    if has_supports != bool(message.support_sizes):
-        raise InvalidRequest("support_sizes", "supports belong to sampled, uncoupled drafts only")
-    supports = None
-    if has_supports:
-        supports = unpack_supports(
-            message.support_sizes, message.support_ids, message.support_probs
-        )
-        if len(supports) != len(token_ids):
-            raise InvalidRequest("support_sizes", f"{len(supports)} for {len(token_ids)} tokens")
-        for token_id, support in zip(token_ids, supports, strict=True):
-            if support.index_of(token_id) < 0:
-                raise InvalidRequest("support_ids", f"token {token_id} is not in its own support")
-            if support.token_ids.max() >= vocab_size:
-                raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
-            if len(np.unique(support.token_ids)) != len(support.token_ids):
-                raise InvalidRequest("support_ids", "a token stands twice in a support")
-    return Proposal(message.base_len, token_ids, supports, assumed)
-
-
 class DraftLink(ReplicaLink[Item, DraftHandle]):
-    """All generations of this orchestrator at one draft replica."""
+    """Link to one draft replica, shared by all generations of this orchestrator."""
 
     tier = "draft"
     open_type = draft_pb2.DraftOpen
@@ -237,7 +217,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     _round_trip_s = 0.0
 
     def open(self, request: DraftRequest, gamma: int, lookahead: int) -> DraftHandle:
-        """Open a generation; `gamma`: draft tokens wanted for its second round and later.
+        """Open a generation. `gamma`: draft tokens per round from its second round on.
 
         Raises Unavailable.
         """
@@ -264,7 +244,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
             max_len=request.max_len,
             sampling=sampling_to_proto(params),
             verification=verification_to_proto(verification),
-            # The prompt's round is under way without draft tokens.
+            # The first round verifies the prompt, without draft tokens.
             gamma=0,
             ahead_gamma=min(gamma, max_gamma),
             lookahead=lookahead,
@@ -279,10 +259,10 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
 
     async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
         round_trips_s = []
-        for _ in range(_NUM_ROUND_TRIPS):  # the first finds the connection
-            asked_at = time.monotonic()
+        for _ in range(_NUM_ROUND_TRIPS):  # the first one includes connecting
+            started_at = time.monotonic()
             found = await super()._get_model(channel)
-            round_trips_s.append(time.monotonic() - asked_at)
+            round_trips_s.append(time.monotonic() - started_at)
         self._round_trip_s = min(round_trips_s)
         return found
 
@@ -307,7 +287,7 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
             self.costs = costs_from_proto(frame.costs)
         for proposal in frame.proposals:
             if handle := self._handles.get(proposal.generation_id):
-                handle.proposed(proposal)
+                handle.received(proposal)
         for error in frame.errors:
             if handle := self._handles.get(error.generation_id):
                 handle.failed(error)

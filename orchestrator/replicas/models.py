@@ -1,7 +1,7 @@
-"""What the replicas of a tier serve together: settings that must be equal, and requests' limits.
+"""Common properties of the connected replicas: limits of requests, and settings that must agree.
 
-A replica may differ from the others in what bounds a request (draft tokens, context, memory):
-limits follow the replicas that are connected. It may not differ in what outputs depend on.
+Replicas may differ in max_gamma, context length and memory; limits follow the connected ones. They
+must agree in everything that outputs depend on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from outrider.errors import IncompatiblePair
 from outrider.settings.services import OrchestratorConfig
 from outrider.v1 import model_pb2, sampling_pb2
 
-# What outputs depend on beside weights and tokenizer, and what must be the same for it.
+# Outputs depend on these besides weights and tokenizer. Values: what to set alike.
 _SHARED = {
     "vocab_size": "the same model",
     "eos_token_ids": "the same model and --tokenizer-eos",
@@ -26,7 +26,7 @@ _SHARED = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are measured against."""
+    """Limits and defaults of requests."""
 
     vocab_size: int
     max_context_len: int
@@ -36,18 +36,18 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
-    # The model's own defaults; what a request sets goes before.
+    # The model's own defaults; fields of a request override them.
     sampling_defaults: sampling_pb2.SamplingParams = field(
         default_factory=sampling_pb2.SamplingParams
     )
     is_durable: bool = True
     waits_for_draft: bool = False
-    # `max_context_len` is what the KV cache of a target holds, and less than the model's context.
+    # Whether `max_context_len` is the size of a target's KV cache, not the model's context.
     is_kv_bound: bool = False
 
     @property
     def bound(self) -> str:
-        """What prompt and output together have to fit into, for error messages."""
+        """Bound of prompt and output together, for error messages."""
         what = "the target's KV cache" if self.is_kv_bound else "the model's context"
         return f"{what} of {self.max_context_len} tokens"
 
@@ -57,7 +57,7 @@ def limits(
     targets: ReplicaPool[TargetLink],
     drafts: ReplicaPool[DraftLink] | None,
 ) -> Limits:
-    """Of a request that comes now: the fewest draft tokens, the longest context of any replica."""
+    """Limits of a new request: smallest max_gamma, longest context of the connected replicas."""
     model = targets.model
     assert model is not None, "a target was connected"
     max_gamma = min(config.max_gamma, model.max_gamma)
@@ -80,11 +80,11 @@ def limits(
 
 
 def check_shared(model: model_pb2.ModelInfo, others: Sequence[model_pb2.ModelInfo]) -> None:
-    """`others`: of the targets that are connected. Raises IncompatiblePair."""
+    """`others`: models of the connected targets. Raises IncompatiblePair if `model` differs."""
     for other in others:
         for name, needed in _SHARED.items():
             if getattr(model, name) != getattr(other, name):
                 raise IncompatiblePair(
-                    f"the target's {name} differ from those of the other targets: all of them "
-                    f"need {needed}"
+                    f"the target's {name} differ from those of the other targets: set up all "
+                    f"targets with {needed}"
                 )

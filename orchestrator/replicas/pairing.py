@@ -1,7 +1,7 @@
-"""Which replicas fit together: one model in the target tier, the same token ids in all tiers.
+"""Pairing: checks that all targets serve one model, and that all tiers use the same token ids.
 
-A target that does not fit is refused. A draft that does not is refused as well, and generations run
-without it: the target judges every draft token, so a draft can cost speed, never an answer.
+Replicas that do not fit are refused. Without a draft that fits, generations run without draft
+tokens.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from outrider.vocabulary import Difference, Vocabulary
 
 log = structlog.get_logger()
 
-_ASSUME = "where they have the same vocabulary, say so: --assume-same-vocabulary"
+_ASSUME = "if they have the same vocabulary, set --assume-same-vocabulary"
 
 
 @dataclass(frozen=True)
 class DraftMatch:
-    """Of the draft that connected last, as in DraftPairing (orchestrator.proto)."""
+    """Match of the draft that connected last. Mirrors orchestrator.proto's DraftPairing."""
 
     num_differing_ids: int = 0
     is_assumed: bool = False
 
 
 class Pairing:
-    """The checks that links make at each connection. Lives on the event loop."""
+    """Checks that links make at each connection. Runs on the event loop."""
 
     def __init__(self, tokenizer: Tokenizer | None, *, assume_same_vocabulary: bool) -> None:
-        """`tokenizer`: the orchestrator's own. `assume_same_vocabulary`: where one has none."""
+        """`tokenizer`: the orchestrator's own. `assume_same_vocabulary`: if a tier has none."""
         self.draft: DraftMatch | None = None
         self._tokenizer = tokenizer
-        self._assumes_same = assume_same_vocabulary
+        self._assume_same = assume_same_vocabulary
         self._served: model_pb2.ModelInfo | None = None
-        self._fingerprint = ""  # of the target's tokenizer
+        self._fingerprint = ""  # the target tokenizer's
         self._vocabulary: Vocabulary | None = None
-        self._differences: dict[str, Difference] = {}  # to the target, by the draft's fingerprint
+        self._differences: dict[str, Difference] = {}  # by the draft tokenizer's fingerprint
 
     async def token_hashes(self) -> bytes:
-        """Of the target's vocabulary; empty where it has no tokenizer."""
+        """Token hashes of the target's vocabulary; empty if the target has no tokenizer."""
         vocabulary = self._vocabulary
         return await asyncio.to_thread(vocabulary.to_bytes) if vocabulary is not None else b""
 
     async def check_target(
         self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes
     ) -> None:
-        """Raises IncompatiblePair."""
+        """Raises IncompatiblePair if the target does not fit the other targets or the tokenizer."""
         self._check_same_model(model)
         fingerprint = model.tokenizer_fingerprint
         if self._vocabulary is None or fingerprint != self._fingerprint:
@@ -66,44 +66,44 @@ class Pairing:
             return
         if model.model_fingerprint != served.model_fingerprint:
             raise IncompatiblePair(
-                f"the target is {model.name} {_short(model.model_fingerprint)} now, and was "
-                f"{served.name} {_short(served.model_fingerprint)}: restart the orchestrator"
+                f"the target now serves {model.name} {_short(model.model_fingerprint)}, before it "
+                f"was {served.name} {_short(served.model_fingerprint)}: restart the orchestrator"
             )
 
     async def _check_own_tokenizer(
         self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes
     ) -> Vocabulary | None:
-        """The target's vocabulary; None where it has no tokenizer."""
+        """The target's vocabulary; None if it has no tokenizer."""
         own, fingerprint = self._tokenizer, model.tokenizer_fingerprint
         if own is not None and fingerprint == own.fingerprint:
             return await asyncio.to_thread(lambda: own.vocabulary)
         if not fingerprint:
-            if own is not None and not self._assumes_same:
+            if own is not None and not self._assume_same:
                 raise IncompatiblePair(
                     f"the target {model.name} has no tokenizer to compare with this "
                     f"orchestrator's; {_ASSUME}"
                 )
             return None
-        theirs = await _received(model, token_hashes)
+        vocabulary = await _fetched(model, token_hashes)
         if own is not None:
-            vocabulary = await asyncio.to_thread(lambda: own.vocabulary)
-            difference = vocabulary.difference(theirs)
+            own_vocabulary = await asyncio.to_thread(lambda: own.vocabulary)
+            difference = own_vocabulary.difference(vocabulary)
             if difference.num_renamed or not difference.is_related:
                 raise IncompatiblePair(
                     f"the target {model.name} has tokenizer {_short(fingerprint)}, this "
                     f"orchestrator {_short(own.fingerprint)}: {difference.num_ids} token ids differ"
                 )
             log.warning("target_vocabulary_differs", model=model.name, num_ids=difference.num_ids)
-        return theirs
+        return vocabulary
 
     async def check_draft(self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes) -> None:
-        """Raises IncompatiblePair."""
+        """Raises IncompatiblePair if the draft's token ids are not the target's."""
         fingerprint = model.tokenizer_fingerprint
         if not fingerprint or not self._fingerprint:
-            if not self._assumes_same:
-                who = "the target" if fingerprint else f"the draft {model.name}"
+            if not self._assume_same:
+                missing = "the target" if fingerprint else f"the draft {model.name}"
                 raise IncompatiblePair(
-                    f"draft and target cannot be compared: {who} has no tokenizer; {_ASSUME}"
+                    f"draft and target cannot be compared: {missing} has no tokenizer; {_ASSUME}"
                 )
             self.draft = DraftMatch(is_assumed=True)
             return
@@ -126,12 +126,12 @@ class Pairing:
         fingerprint = model.tokenizer_fingerprint
         if fingerprint not in self._differences:
             assert self._vocabulary is not None, "the target has a tokenizer"
-            theirs = await _received(model, token_hashes)
-            self._differences[fingerprint] = self._vocabulary.difference(theirs)
+            vocabulary = await _fetched(model, token_hashes)
+            self._differences[fingerprint] = self._vocabulary.difference(vocabulary)
         return self._differences[fingerprint]
 
 
-async def _received(model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes) -> Vocabulary:
+async def _fetched(model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes) -> Vocabulary:
     try:
         return Vocabulary.from_bytes(await token_hashes())
     except InvalidRequest as error:

@@ -1,7 +1,7 @@
-"""The replicas of one tier: a link to each, kept up, and which of them a generation goes to.
+"""Replica pool of one tier: a link to each replica, and routing of generations.
 
-Sticky to where its keys and values lie, else to the least loaded. Replicas come and go while it
-runs: a list that never changes, or whatever a registry tells. Knows neither tier's messages.
+A generation goes to the replica that has its keys and values, otherwise to the least loaded one.
+The replicas are a fixed list, or those in the registry, which may change at any time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from outrider.v1 import model_pb2
 
 Link = TypeVar("Link", bound=ReplicaLink[Any, Any])
 
-# A link that gives way stays so long after its last generation: what it still had to send is sent.
+# A replaced link stays open this long after its last generation, to send pending messages.
 LINGER_S = 1.0
 
 
 class ReplicaPool(Generic[Link]):
-    """`make_link` gets an endpoint and what to call at each change. Lives on the event loop."""
+    """Pool of one tier. Runs on the event loop.
+
+    `make_link` takes an endpoint and a function to call at each change.
+    """
 
     def __init__(
         self,
@@ -35,25 +38,25 @@ class ReplicaPool(Generic[Link]):
     ) -> None:
         self.tier = tier
         self.links: dict[str, Link] = {}
-        # What the replicas that are connected serve together; without any, what they last did.
+        # Common model of the connected replicas; the last one if none is connected.
         self.model: model_pb2.ModelInfo | None = None
         self.max_len = 0
         self._make_link = make_link
         self._static = frozenset(endpoints)
         self._wanted = self._static
-        # Endpoints whose link is to be made anew, and the links that are to take their places.
+        # Endpoints whose link must be replaced, and links that will replace theirs when connected.
         self._outdated: set[str] = set()
         self._successors: dict[str, Link] = {}
-        # Every link that runs, former ones included, and since when each has had no use.
+        # All running links, including replaced ones, and since when those have been unused.
         self._tasks: dict[Link, asyncio.Task[None]] = {}
         self._unused_since: dict[Link, float] = {}
         self._changed = asyncio.Event()
 
     def offer(self, num_open: Mapping[str, int]) -> None:
-        """The endpoints that the registry names, and how many generations each of them has.
+        """Set the endpoints in the registry, with the number of open generations of each.
 
-        One that is named no more stays as long as its stream is up: it is the registry that may be
-        away.
+        An endpoint that is missing now stays while its stream is connected: the registry may be
+        wrong.
         """
         self._wanted = self._static | frozenset(num_open)
         for endpoint, num in num_open.items():
@@ -62,17 +65,17 @@ class ReplicaPool(Generic[Link]):
         self._notify()
 
     def renew(self) -> None:
-        """Every link is made anew: there are other credentials.
+        """Replace every link, because the credentials have changed.
 
-        The former one takes no more generations once the new one is connected, and ends with the
-        last it has. While the new one cannot connect all goes on with the former.
+        The old link takes no more generations once the new one is connected, and ends after its
+        last generation. Until then the old one stays in use.
         """
         self._outdated |= self.links.keys()
         self._notify()
 
     @property
     def is_discovered(self) -> bool:
-        """It has no list of its own: the registry tells."""
+        """Whether the registry lists the replicas, not the settings."""
         return not self._static
 
     @property
@@ -86,12 +89,12 @@ class ReplicaPool(Generic[Link]):
 
     @property
     def models(self) -> list[model_pb2.ModelInfo]:
-        """Of each replica that is connected."""
+        """Models of the connected replicas."""
         links = (link for link in self.links.values() if link.is_connected)
         return [link.model for link in links if link.model is not None]
 
     def costs_of(self, endpoint: str | None) -> CostReport:
-        """What the replica there has last reported; of one that takes generations if it is gone."""
+        """Last cost report of the replica at `endpoint`; of any other one if it is gone."""
         link = self.links.get(endpoint or "")
         if link is None:
             link = next((link for link in self.links.values() if link.takes_generations), None)
@@ -100,10 +103,11 @@ class ReplicaPool(Generic[Link]):
     def pick(
         self, preferred: str | None = None, avoid: Collection[str] = (), max_len: int = 0
     ) -> Link | None:
-        """Where a new generation of at most `max_len` tokens goes.
+        """The replica for a new generation of at most `max_len` tokens.
 
-        To the least loaded, of several any. One whose circuit is open only where no other is there.
-        None where it fits no replica but those to `avoid`.
+        `preferred` if it takes generations, otherwise the least loaded one, of several a random
+        one. A replica with an open circuit is used only without any other. None if the generation
+        fits no replica outside `avoid`.
         """
         open_links = [
             link
@@ -115,14 +119,14 @@ class ReplicaPool(Generic[Link]):
             for link in open_links:
                 if link.endpoint == preferred:
                     return link
-        # Of equals any, or all who know of no load would choose the same one.
+        # Random among equals. Otherwise all orchestrators would choose the same replica.
         random.shuffle(open_links)
         return min(open_links, key=lambda link: link.load, default=None)
 
     def rooms(self, max_len: int = 0) -> frozenset[str]:
-        """The replicas that take generations and could hold one of `max_len` tokens.
+        """Replicas that take generations and have memory for one of `max_len` tokens.
 
-        Those whose circuit is open only where no other is there.
+        Those with an open circuit only if there are no others.
         """
         links = [
             link
@@ -135,18 +139,18 @@ class ReplicaPool(Generic[Link]):
     async def acquire(
         self, timeout_s: float, preferred: str | None = None, max_len: int = 0
     ) -> Link:
-        """As `pick`, waiting for a replica. Raises Unavailable."""
+        """As `pick`, but waits for a replica. Raises Unavailable after `timeout_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while (link := self.pick(preferred, max_len=max_len)) is None:
                     await self.change()
                 return link
-        known = ", ".join(sorted(self._wanted)) or "no address is known"
+        known = ", ".join(sorted(self._wanted)) or "no address known"
         size = f" of {max_len} tokens" if max_len and self.has_any else ""
         raise Unavailable(f"no {self.tier} replica takes generations{size}", known)
 
     async def settled(self) -> None:
-        """Returns once a replica is connected; raises ConfigError where all were refused."""
+        """Wait until a replica is connected. Raises ConfigError if all of the list are refused."""
         while not self.num_connected:
             refused = [link.refusal.error for link in self.links.values()]
             reason = refused[0] if refused and all(refused) else None
@@ -155,18 +159,18 @@ class ReplicaPool(Generic[Link]):
             await self.change()
 
     async def change(self) -> None:
-        """Returns at the next change of any replica."""
+        """Wait for the next change of any replica."""
         self._changed.clear()
         await self._changed.wait()
 
     def forget(self, session_id: str) -> None:
-        """The session is deleted: what replicas keep of it may go."""
+        """Tell all replicas that a session was deleted, so that they release its KV."""
         for link in self.links.values():
             link.send(session_id)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keeps the links up for the time of a block."""
+        """Run the links inside a `with` block."""
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(self._run(), name=f"{self.tier} replicas")
             try:
@@ -205,7 +209,7 @@ class ReplicaPool(Generic[Link]):
                 self.links[endpoint] = self._successors.pop(endpoint)
 
     def _end_former(self) -> bool:
-        """Ends those that nothing needs any more; whether there are others, to be seen to later."""
+        """Ends replaced links that are unused. Returns whether others are still in use."""
         needed = {*self.links.values(), *self._successors.values()}
         former = [link for link in self._tasks if link not in needed]
         now = time.monotonic()
@@ -225,9 +229,10 @@ class ReplicaPool(Generic[Link]):
 
 
 def _pooled(models: Sequence[model_pb2.ModelInfo]) -> model_pb2.ModelInfo:
-    """One description of all: the fewest draft tokens, which every replica takes.
+    """One description of several replicas.
 
-    The longest context and the most memory, since a request goes to a replica that it fits.
+    The smallest max_gamma, because every replica must accept it. The longest context and the most
+    memory, because a generation goes to a replica that it fits.
     """
     pooled = model_pb2.ModelInfo()
     pooled.CopyFrom(models[0])

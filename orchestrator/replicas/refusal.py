@@ -1,8 +1,7 @@
-"""Why a replica is not used though it answers, and when it is asked again.
+"""Refusal of a replica that answers but cannot be used, and the delay before the next attempt.
 
-Either its model does not fit here, or it refuses the question itself: it is no service of this
-tier, or of another version, or takes no calls of ours. Owns the backoff; the checks are `pairing`'s
-and `models`'.
+Either its model does not fit, or it rejects GetModelInfo: it is a service of another tier or
+version, or it does not accept our credentials. The checks are in `pairing` and `models`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from outrider.errors import ConfigError
 
 log = structlog.get_logger()
 
-# Between two questions, doubled with each refusal for the same reason. A replica of another model
-# stays what it is; only what it is compared with may change.
+# Delay between attempts, doubled with each refusal for the same reason. It stays short, because the
+# replicas that it is compared with may change.
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 5.0
-# Answers of a server that will say the same the next time.
+# Status codes that a retry would get again.
 _REFUSALS = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -31,7 +30,7 @@ _REFUSALS = (
 
 
 class ReplicaRefusal:
-    """Of one link. `on_change` is called when a replica is refused, or for another reason."""
+    """Refusal state of one link. `on_change` is called at each refusal."""
 
     def __init__(self, tier: str, endpoint: str, on_change: Callable[[], None]) -> None:
         self._log = log.bind(tier=tier, endpoint=endpoint)
@@ -39,19 +38,19 @@ class ReplicaRefusal:
         self.clear()
 
     def clear(self) -> None:
-        """The replica is used."""
-        # Of a replica whose model does not fit; None also where it is the replica that refuses.
+        """The replica is in use: forget the refusal."""
+        # Why its model does not fit; None also if the replica itself rejects requests.
         self.error: ConfigError | None = None
-        # Empty: it is not refused, as far as is known.
+        # Reason of the refusal; empty: none.
         self.why = ""
-        # How long the next question waits, if the last answer was a refusal.
+        # Delay before the next attempt after a refusal.
         self.retry_s = FIRST_RETRY_S
 
     @contextlib.asynccontextmanager
     async def backing_off(self, channel: grpc.aio.Channel) -> AsyncIterator[None]:
-        """Around the questions: what refuses is raised again once it is worth asking anew.
+        """Context of an attempt: a refusal is raised again when the next attempt makes sense.
 
-        After a while; or at once when the connection breaks: the replica may be another process.
+        That is after the delay, or when the connection breaks: then it may be another process.
         """
         try:
             yield
@@ -67,7 +66,7 @@ class ReplicaRefusal:
             raise
 
     def note(self, error: ConfigError) -> None:
-        """Logs it, where it is another than before."""
+        """Record the refusal; log it if the reason is new."""
         self._note(str(error), error)
 
     def _note(self, why: str, error: ConfigError | None) -> None:

@@ -1,7 +1,8 @@
-"""One long-lived stream to one replica, kept up: connect, check the model, send, dispatch.
+"""Replica link: one long-lived stream to one replica, for all generations there.
 
-Whatever is pending is sent in one frame. When the stream breaks, every open handle is told, and the
-link connects anew. Lives on the event loop; knows neither tier's messages (its subclasses do).
+Connects, checks the replica's model, sends pending messages as one frame, dispatches what arrives,
+and reconnects when the stream breaks. Runs on the event loop. The messages of each tier are in its
+subclasses: `draft_client`, `target_client`.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from outrider.v1 import model_pb2
 log = structlog.get_logger()
 
 MODEL_INFO_TIMEOUT_S = 5.0
-# A replica that sends nothing for 2.5 s is frozen or cut off.
+# A replica that sends nothing for 5 heartbeats (2.5 s) is considered lost.
 HEARTBEAT_MS = 500
 MAX_MISSED_HEARTBEATS = 5
-# Between attempts; the channel's own backoff (outrider.runtime.grpc_status) is of the same size.
+# Between attempts. About as long as the channel's own backoff (outrider.runtime.grpc_status).
 RECONNECT_DELAY_S = 0.2
 MAX_FRAME_ITEMS = 256
-# An open with a whole context may be larger, and is a frame of its own then. So a frame stays far
-# from the limit of a message, and what is smaller is not looked through by the other side.
+# Only an open with a long context may be larger; it is then a frame of its own. So frames stay far
+# below the message size limit, and replicas need not check frames for their size.
 MAX_FRAME_BYTES = SMALL_BYTES
-# Of an item in its frame: one byte of tag, and a length of at most five.
+# Bytes per item in a frame besides the item: one of tag, at most five of length.
 _MAX_ITEM_HEADER_BYTES = 6
 
 
 class StreamHandle(Protocol):
-    """One generation's end of the link."""
+    """One generation at the replica."""
 
     def link_lost(self, why: str) -> None: ...
 
 
-# The replica's ModelInfo.token_hashes, asked for when they are needed.
+# Fetches the replica's ModelInfo.token_hashes.
 FetchTokenHashes = Callable[[], Awaitable[bytes]]
-# Raises ConfigError where the replica's model does not fit.
+# Raises ConfigError if the replica's model does not fit.
 ModelCheck = Callable[[model_pb2.ModelInfo, FetchTokenHashes], Awaitable[None]]
 
 _OPEN_STATES = (model_pb2.REPLICA_STATE_UNSPECIFIED, model_pb2.REPLICA_STATE_READY)
@@ -61,9 +62,10 @@ Frame = Any
 
 
 class ReplicaLink(ABC, Generic[Item, HandleType]):
-    """`check_model` is asked about the replica's model at each connection.
+    """Link to one replica.
 
-    `on_change` is called whenever the connection, a refusal or the replica's state has changed.
+    `check_model` is called at each connection. `on_change` is called when the connection, a refusal
+    or the replica's state has changed.
     """
 
     tier: str
@@ -79,14 +81,14 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     ) -> None:
         self.endpoint = endpoint
         self.model: model_pb2.ModelInfo | None = None
-        # What the replica's passes cost, as it last said.
+        # Costs of passes, as last reported by the replica.
         self.costs = CostReport()
         self.refusal = ReplicaRefusal(self.tier, endpoint, on_change)
-        # Generations of other orchestrators there, as last announced.
+        # Generations of other orchestrators there, according to the registry.
         self.num_others = 0
         self.breaker = CircuitBreaker(self.tier, endpoint, on_change)
         self._state: int = model_pb2.REPLICA_STATE_UNSPECIFIED
-        self._is_silent = False
+        self._is_unresponsive = False
         self._check_model = check_model
         self._on_change = on_change
         self._open_channel = open_channel
@@ -100,46 +102,46 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     @property
     def is_idle(self) -> bool:
-        """No generation of this orchestrator is there."""
+        """Whether no generation of this orchestrator is there."""
         return not self._handles
 
     @property
     def takes_generations(self) -> bool:
-        """Connected, and neither stopping, stuck, failing nor silent when it should answer."""
-        return self.is_connected and not self._is_silent and self._state in _OPEN_STATES
+        """Whether it accepts generations: connected, ready, and responsive."""
+        return self.is_connected and not self._is_unresponsive and self._state in _OPEN_STATES
 
     @property
     def condition(self) -> str:
-        """For operators: the replica's state, or what keeps it from having one here."""
+        """State for metrics and logs: the replica's own, or why it is not used."""
         if not self.is_connected:
             return "refused" if self.refusal.why else "away"
-        if self._is_silent:
+        if self._is_unresponsive:
             return "silent"
         return "failing" if self.breaker.is_open else _state_name(self._state)
 
     @property
     def num_open(self) -> int:
-        """Generations of this orchestrator there."""
+        """Open generations of this orchestrator there."""
         return len(self._handles)
 
     @property
     def max_len(self) -> int:
-        """Tokens of the longest generation that fits the replica, as it last said."""
+        """Tokens of the longest generation that fits the replica; 0 before it is connected."""
         model = self.model
         return min(model.max_context_len, model.kv_capacity_tokens) if model is not None else 0
 
     @property
     def load(self) -> int:
-        """Generations there, as far as is known here."""
+        """Open generations there, including those of other orchestrators."""
         return len(self._handles) + self.num_others
 
     def mark_unresponsive(self) -> None:
-        """It has not answered in time: nothing new goes there until it says something."""
-        self._is_silent = True
+        """A request timed out: no new generations go there until it sends something."""
+        self._is_unresponsive = True
         self._on_change()
 
     async def run(self) -> None:
-        """Keeps the stream up; ends by cancellation."""
+        """Connects again whenever the stream ends; ends by cancellation."""
         while True:
             try:
                 await self._connect()
@@ -151,14 +153,14 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             except ConfigError as error:
                 why = str(error)
                 self.refusal.note(error)
-            except asyncio.InvalidStateError:  # grpc.aio: a write after the stream broke
+            except asyncio.InvalidStateError:  # grpc.aio raises it for a write to a broken stream
                 why = "the stream broke"
-            except asyncio.CancelledError:  # the task is to end, or only the call was cancelled
+            except asyncio.CancelledError:  # of this task, or only of the call
                 why = "the stream was cancelled"
-            except Exception as error:  # a defect of ours: the stream anew, not the process down
+            except Exception as error:  # a defect here must not end the process
                 log.error("link_failed", tier=self.tier, exc_info=error)
-                why = f"a failure here: {error}"
-            if _is_cancelled():  # even where the stream broke at the same moment
+                why = f"internal error: {error}"
+            if _is_cancelled():  # also if the stream broke at the same moment
                 self._disconnected("the link is closed")
                 raise asyncio.CancelledError
             if self.is_connected:
@@ -177,7 +179,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             try:
                 self.model, self._outbox = model, outbox
                 self.refusal.clear()
-                self._is_silent = False
+                self._is_unresponsive = False
                 self.breaker.reset()
                 self._on_change()
                 log.info("replica_connected", tier=self.tier, endpoint=self.endpoint)
@@ -194,21 +196,21 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 await call.write(frame)
 
     async def _exchange(self, call: Any, outbox: Outbox[Item]) -> None:
-        """Raises Unavailable where the replica has fallen silent."""
+        """Sends and receives until the stream ends. Raises Unavailable without heartbeats."""
         heartbeat = Heartbeat(outbox, MAX_MISSED_HEARTBEATS)
         heartbeat.begin(HEARTBEAT_MS)
         async with heartbeat:
             sending = asyncio.create_task(self._send(call, outbox))
-            # Should it fail, the reading half must not wait for answers.
+            # If sending fails, stop reading: no more answers come.
             sending.add_done_callback(lambda _: call.cancel())
             try:
                 async for frame in call:
                     heartbeat.received()
-                    if self._is_silent:
-                        self._is_silent = False
+                    if self._is_unresponsive:
+                        self._is_unresponsive = False
                         self._on_change()
                     if frame.state:
-                        self._turned(frame.state)
+                        self._set_state(frame.state)
                     self._dispatch(frame)
             finally:
                 sending.cancel()
@@ -217,7 +219,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
                 ):
                     await sending
 
-    def _turned(self, state: int) -> None:
+    def _set_state(self, state: int) -> None:
         if state == self._state:
             return
         name = _state_name(state)
@@ -237,7 +239,7 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
             handle.link_lost(f"the {self.tier} replica {self.endpoint} {why}")
 
     def attach(self, make_handle: Callable[[int], HandleType]) -> HandleType:
-        """A new generation's handle. Raises Unavailable without a connection."""
+        """Add a generation and return its handle. Raises Unavailable without a connection."""
         if not self.is_connected:
             raise Unavailable(f"the {self.tier} replica is not connected", self.endpoint)
         self.breaker.tried()
@@ -250,12 +252,12 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
         self._handles.pop(generation_id, None)
 
     def send(self, *items: Item) -> None:
-        """Queues items for the next frame; dropped without a connection (handles know of it)."""
+        """Queue items for the next frame. Without a connection they are dropped."""
         if self._outbox is not None:
             self._outbox.put(items)
 
     async def _get_model(self, channel: grpc.aio.Channel) -> tuple[model_pb2.ModelInfo, int]:
-        """With the replica's state; its costs are kept."""
+        """The model and state of the replica. Stores its costs."""
         response = await self._ask_model(channel)
         self.costs = costs_from_proto(response.costs)
         return response.model, response.state
@@ -266,16 +268,17 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
     @abstractmethod
     async def _ask_model(self, channel: grpc.aio.Channel, **fields: bool) -> Any:
-        """The answer to GetModelInfo; `fields`: of the request."""
+        """The response of GetModelInfo; `fields`: fields of the request."""
 
     @abstractmethod
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
 
     def _in_order(self, items: list[Item]) -> list[list[Item]]:
-        """A replica applies a frame's opens first: one that follows a close starts a new frame.
+        """Splits items into frames.
 
-        So does every one beyond MAX_FRAME_ITEMS or MAX_FRAME_BYTES: a message that is too large
-        would end the stream of all.
+        An open after a close starts a new frame, because replicas apply a frame's opens first. So
+        does an item beyond MAX_FRAME_ITEMS or MAX_FRAME_BYTES: a message that is too large would
+        end the stream for all generations.
         """
         parts: list[list[Item]] = [[]]
         has_close = False
@@ -300,13 +303,13 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
 
 
 def _num_bytes(item: Any) -> int:
-    """On the wire, with its tag and length."""
+    """Bytes of an item in a frame, with tag and length."""
     size = len(item.encode()) if isinstance(item, str) else item.ByteSize()
     return int(size) + _MAX_ITEM_HEADER_BYTES
 
 
 def _state_name(state: int) -> str:
-    """A state of a later release is told as a number."""
+    """Name of a state; the number if a later release added it."""
     if state == model_pb2.REPLICA_STATE_UNSPECIFIED:
         return "ready"
     names = {number: name for name, number in model_pb2.ReplicaState.items()}
@@ -314,6 +317,6 @@ def _state_name(state: int) -> str:
 
 
 def _is_cancelled() -> bool:
-    """Whether it is this task that is to end, and not a call it waits for."""
+    """Whether this task is cancelled, not only a call that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

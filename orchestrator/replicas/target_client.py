@@ -1,4 +1,7 @@
-"""The target's client: rows out, replies in. The only place here that knows target.proto."""
+"""Target client: sends verify requests to a target replica and receives their results.
+
+Only this module uses target.proto here.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,8 @@ _ERRORS: dict[int, type[OutriderError]] = {
     target_pb2.RowError.REASON_DRAINING: Unavailable,
 }
 
-_NOTHING = np.zeros(0)
-# A generation that is older counts as no older than this: the field has 32 bits.
+_EMPTY = np.zeros(0)
+# Largest value of TargetOpen.age_ms, a field of 32 bits.
 MAX_AGE_MS = 2**32 - 1
 
 Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | str
@@ -55,7 +58,7 @@ Item = target_pb2.TargetOpen | target_pb2.VerifyRow | target_pb2.TargetClose | s
 
 @dataclass(frozen=True)
 class TargetRequest:
-    """What the target tier has to know of a generation."""
+    """Parameters of a generation for the target tier."""
 
     session_id: str
     epoch: int
@@ -66,110 +69,120 @@ class TargetRequest:
 
 
 class TargetHandle:
-    """One generation at the target. Used by its generation's task only."""
+    """One generation at a target replica. Used by the generation's task only."""
 
     def __init__(self, link: TargetLink, generation_id: int, num_logprobs: int | None) -> None:
         self._link = link
         self._id = generation_id
         self._num_logprobs = num_logprobs
-        self._answer: asyncio.Future[target_pb2.VerifyResult] | None = None
+        self._result: asyncio.Future[target_pb2.VerifyResult] | None = None
+        # Why the generation ended at the replica; later requests fail with it.
         self._failure: OutriderError | None = None
         self._sent_at = 0.0
-        # From the row sent last to its answer, however late somebody asks for it.
+        # From the last verify request to the arrival of its result.
         self.latency_s = 0.0
         self.replica = link.endpoint
         self.wire_bytes = 0
-        # Of the request, where it is traced.
+        # Span of the request; None if it is not traced.
         self.span = current_span()
         self._gamma = 0
 
     def send_verify(
         self, keep_len: int, context_token_ids: Sequence[int], proposal: Proposal | None
     ) -> None:
-        """Sends a row at once; `reply` awaits its answer. One row at a time."""
-        row = target_pb2.VerifyRow(
+        """Send a verify request; `reply` awaits its result. One request at a time.
+
+        `keep_len`: tokens of the context that the replica has and keeps; `context_token_ids`: those
+        after them.
+        """
+        request = target_pb2.VerifyRow(
             generation_id=self._id,
             keep_len=keep_len,
             context_token_ids=pack(context_token_ids, UINT32),
         )
         self._gamma = len(proposal.token_ids) if proposal is not None else 0
         if proposal is not None:
-            row.draft_token_ids = pack(proposal.token_ids, UINT32)
+            request.draft_token_ids = pack(proposal.token_ids, UINT32)
             if proposal.supports is not None:
                 ids = [support.token_ids for support in proposal.supports]
-                row.support_sizes = pack([len(part) for part in ids], UINT16)
-                row.support_ids = pack(np.concatenate(ids), UINT32)
-        self._answer = asyncio.get_running_loop().create_future()
+                request.support_sizes = pack([len(part) for part in ids], UINT16)
+                request.support_ids = pack(np.concatenate(ids), UINT32)
+        self._result = asyncio.get_running_loop().create_future()
         if self._failure is not None:
             self._fail(self._failure)
-        self._count(row)
+        self._count(request)
         self._sent_at = time.monotonic()
-        self._link.send(row)
+        self._link.send(request)
 
     async def reply(self, proposal: Proposal | None, timeout_s: float) -> VerifyResult:
-        """The answer to the row sent last.
+        """The result of the last verify request.
 
-        Raises KVLost (send the row again with the whole context), KVFull (open it again when there
-        is room), KVNeverFits, LeaseLost, InternalError, Unavailable (the replica takes no
-        generations), ReplicaLost (it was lost while the row was there, or is slow).
+        Raises KVLost (send the request again with the whole context), KVFull (open the generation
+        again when there is room), KVNeverFits, LeaseLost, InternalError, Unavailable (the replica
+        takes no generations), ReplicaLost (it was lost during the request, or timed out),
+        InvalidRequest (a sampling field that the target does not support).
         """
-        assert self._answer is not None, "a row was sent"
+        assert self._result is not None, "a verify request was sent"
         try:
             async with asyncio.timeout(timeout_s):
-                result = await self._answer
+                result = await self._result
         except TimeoutError:
             self._link.mark_unresponsive()
-            raise ReplicaLost(f"the target has not answered for {timeout_s:g} s") from None
+            raise ReplicaLost(f"no verify result from the target within {timeout_s:g} s") from None
         try:
-            reply = self._parse(result, proposal)
+            parsed = self._parse(result, proposal)
         except (InvalidRequest, ValueError) as error:
             self._link.breaker.failed(str(error))
-            raise InternalError("the target's reply does not fit its row", str(error)) from error
+            message = "the target's verify result does not fit its request"
+            raise InternalError(message, str(error)) from error
         self._link.breaker.succeeded()
-        return reply
+        return parsed
 
     def close(self, *, keep: bool) -> None:
-        """Ends the generation at the target; `keep` leaves its KV for the session's next turn."""
+        """End the generation at the replica; `keep`: its KV stays for the session's next turn."""
         self._link.detach(self._id)
         closing = target_pb2.TargetClose(generation_id=self._id, keep=keep)
         self._count(closing)
         self._link.send(closing)
 
-    def answered(self, result: target_pb2.VerifyResult) -> None:
+    def received(self, result: target_pb2.VerifyResult) -> None:
+        """The result of the last verify request arrived."""
         self._count(result)
-        if self._answer is not None and not self._answer.done():
+        if self._result is not None and not self._result.done():
             self.latency_s = time.monotonic() - self._sent_at
             if self.span is not None:
                 self.span.round("verify", self._sent_at, gamma=self._gamma, replica=self.replica)
-            self._answer.set_result(result)
+            self._result.set_result(result)
 
     def failed(self, error: target_pb2.RowError) -> None:
-        if self._failure is not None:  # of a row that was under way when the generation failed
+        """The replica failed a verify request; all but KVLost end the generation there."""
+        if self._failure is not None:  # an error of a later request
             return
         failure: OutriderError
         if (kind := _ERRORS.get(error.reason)) is not None:
             failure = kind(f"the target: {error.detail}")
         elif error.detail == str(NonFiniteLogits()):
             failure = NonFiniteLogits()
-        else:  # whatever an exception there has said
+        else:  # an unexpected exception there
             failure = InternalError("the target replica failed in this generation", error.detail)
-        if error.detail.startswith("sampling."):  # what this target does not serve, by its field
+        if error.detail.startswith("sampling."):  # a field that this target does not support
             failure = InvalidRequest(*error.detail.split(": ", 1))
         if isinstance(failure, InternalError):
             self._link.breaker.failed(error.detail)
-        if not isinstance(failure, KVLost):  # the generation is closed there
+        if not isinstance(failure, KVLost):
             self._failure = failure
         self._fail(failure)
 
     def link_lost(self, why: str) -> None:
-        message = "the target replica is lost, and no other took its place"
-        self._failure = Unavailable(message, why)  # of a row that is not there yet
+        """No more results come: the current request and later ones fail."""
+        message = "the target replica was lost, and no other one is available"
+        self._failure = Unavailable(message, why)
         self._fail(ReplicaLost(message, why))
 
     def _fail(self, failure: OutriderError) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(failure)
-            self._answer.exception()  # seen, should nobody wait for it any more
+        if self._result is not None and not self._result.done():
+            self._result.set_exception(failure)
+            self._result.exception()  # no warning if nobody awaits it
 
     def _count(self, item: Any) -> None:
         self.wire_bytes += item.ByteSize()
@@ -183,14 +196,14 @@ class TargetHandle:
         gamma = len(proposal.token_ids) if proposal is not None else 0
         if self._num_logprobs is None and (proposal is None or proposal.supports is None):
             sample_ids = unpack(result.sample_ids, UINT32, "sample_ids").tolist()
-            told = result.support_probs or result.tail_mass or result.tail_logprobs
-            if len(sample_ids) != gamma + 1 or told:
+            has_probs = result.support_probs or result.tail_mass or result.tail_logprobs
+            if len(sample_ids) != gamma + 1 or has_probs:
                 raise ValueError("wrong lengths")
             reused = result.num_reused_tokens
-            return VerifyResult(sample_ids, (), _NOTHING, _NOTHING, result.step_s, reused, left_out)
+            return VerifyResult(sample_ids, (), _EMPTY, _EMPTY, result.step_s, reused, left_out)
         supports = (proposal.supports if proposal is not None else None) or ()
         splits = np.cumsum([len(support.token_ids) for support in supports])[:-1]
-        reply = VerifyResult(
+        parsed = VerifyResult(
             sample_ids=unpack(result.sample_ids, UINT32, "sample_ids").tolist(),
             support_probs=np.split(_floats(result.support_probs).astype(np.float64), splits),
             tail_mass=_floats(result.tail_mass).astype(np.float64),
@@ -201,15 +214,15 @@ class TargetHandle:
         )
         num_rows = gamma if supports and left_out else gamma + 1
         num_support = sum(len(support.token_ids) for support in supports)
-        lengths = (len(reply.sample_ids), len(result.support_probs))
-        tails = (len(reply.tail_mass), len(reply.tail_logprobs))
+        lengths = (len(parsed.sample_ids), len(result.support_probs))
+        tails = (len(parsed.tail_mass), len(parsed.tail_logprobs))
         if lengths != (num_rows, 4 * num_support) or (supports and tails != (gamma, gamma)):
             raise ValueError("wrong lengths")
         if self._num_logprobs is None:
-            return reply
+            return parsed
         top_ids = unpack(result.top_ids, UINT32, "top_ids").astype(np.int64)
         return replace(
-            reply,
+            parsed,
             support_logprobs=np.split(_floats(result.support_logprobs), splits),
             sample_logprobs=_floats(result.sample_logprobs),
             top_ids=top_ids.reshape(num_rows, -1),
@@ -218,11 +231,11 @@ class TargetHandle:
 
 
 def _floats(data: bytes) -> Any:
-    return unpack(data, FLOAT32, "target reply")
+    return unpack(data, FLOAT32, "verify result")
 
 
 class TargetLink(ReplicaLink[Item, TargetHandle]):
-    """All generations of this orchestrator at one target replica."""
+    """Link to one target replica, shared by all generations of this orchestrator."""
 
     tier = "target"
     open_type = target_pb2.TargetOpen
@@ -233,8 +246,9 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
     ) -> TargetHandle:
         """Open a generation; its first verify request may follow at once.
 
-        `kept_epoch`: of the session's kept KV; 0: none is used. `preempts`: less urgent and later
-        generations may lose their KV to it. `age_s`: since the request arrived. Raises Unavailable.
+        `kept_epoch`: epoch of the session's KV from the turn before; 0: none is used. `preempts`:
+        it may preempt less urgent and later generations. `age_s`: seconds since the request
+        arrived. Raises Unavailable.
         """
         params = request.params
         handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
@@ -276,7 +290,7 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
             self.costs = costs_from_proto(frame.costs)
         for result in frame.results:
             if handle := self._handles.get(result.generation_id):
-                handle.answered(result)
+                handle.received(result)
         for error in frame.errors:
             if handle := self._handles.get(error.generation_id):
                 handle.failed(error)

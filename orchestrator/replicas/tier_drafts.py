@@ -1,12 +1,15 @@
-"""The draft tier as a draft source: one generation's session at a draft replica, with failover."""
+"""Draft tier as a draft source: one generation's session at a draft replica, with failover."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from math import inf
 
+import structlog
+
 from orchestrator.replicas.draft_client import (
-    SILENT_RETRY_S,
+    UNRESPONSIVE_RETRY_S,
     DraftHandle,
     DraftLink,
 )
@@ -14,24 +17,40 @@ from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 
+log = structlog.get_logger()
+
+# Delay before a generation opens any draft replica again: none after its first failure, then this,
+# doubled up to the maximum. Otherwise a request that stops every draft replica it reaches would
+# stop one after another.
+FIRST_BACKOFF_S = 1.0
+MAX_BACKOFF_S = 30.0
+
 
 class TierDrafts:
-    """A `DraftSource`. A lost replica is left for another one, and tried again after a while.
+    """`DraftSource` of the draft tier. After a loss it moves to another replica.
 
-    `preferred`: the replica that may hold the session's KV from the turn before.
+    `preferred`: the replica that may have the session's KV from the turn before. `clock`: seconds.
     """
 
     def __init__(
-        self, pool: ReplicaPool[DraftLink], request: DraftRequest, preferred: str | None = None
+        self,
+        pool: ReplicaPool[DraftLink],
+        request: DraftRequest,
+        preferred: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._request = request
         self._preferred = preferred
+        self._clock = clock
         self._link: DraftLink | None = None
         self._handle: DraftHandle | None = None
         self._opened_at = 0.0
-        # Replicas that were lost, had no room or were silent, and when they may be used again.
+        # When a replica that was lost, full or unresponsive may be used again.
         self._retry_at: dict[str, float] = {}
+        # When any replica may be used again after a failure, and the delay after the next one.
+        self._open_at = 0.0
+        self._backoff_s = 0.0
         self._former_wire_bytes = 0
 
     @property
@@ -59,42 +78,56 @@ class TierDrafts:
         return self._former_wire_bytes + (self._handle.wire_bytes if self._handle else 0)
 
     def open(self, gamma: int, lookahead: int) -> bool:
+        """As DraftSource.open. Returns False while a lost replica's proposals may still be used."""
         if self.is_open:
             return True
-        if self._handle is not None:  # it was lost
-            after_s = self._handle.retry_after_s
-            retry_at = inf if after_s is None else self._opened_at + after_s
-            self._retry_at[self._handle.replica] = retry_at
+        if self._handle is not None:
+            if self._handle.has_proposals:
+                return False
+            self._note_loss(self._handle)
             self._leave()
-        if gamma == 0:
+        now = self._clock()
+        if gamma == 0 or now < self._open_at:
             return False
-        now = time.monotonic()
-        resting = [endpoint for endpoint, at in self._retry_at.items() if now < at]
-        self._link = self._pool.pick(self._preferred, avoid=resting)
+        avoided = [endpoint for endpoint, at in self._retry_at.items() if now < at]
+        self._link = self._pool.pick(self._preferred, avoid=avoided)
         if self._link is None:
             return False
         self._opened_at = now
         self._handle = self._link.open(self._request, gamma, lookahead)
         return True
 
+    def _note_loss(self, handle: DraftHandle) -> None:
+        """Sets when this replica and, after a failure, any replica may be used again."""
+        now, after_s = self._clock(), handle.retry_after_s
+        self._retry_at[handle.replica] = inf if after_s is None else self._opened_at + after_s
+        if not handle.has_failed:
+            return
+        if now - self._opened_at > MAX_BACKOFF_S:  # it worked for a while
+            self._backoff_s = 0.0
+        if self._backoff_s == FIRST_BACKOFF_S:  # once in a row of failures
+            log.warning("drafts_back_off", replica=handle.replica, why=handle.lost)
+        self._open_at = now + self._backoff_s
+        self._backoff_s = min(max(2 * self._backoff_s, FIRST_BACKOFF_S), MAX_BACKOFF_S)
+
     def refresh(self) -> None:
         is_draining = self._link is not None and not self._link.takes_generations
         if self.is_open and is_draining and self._pool.pick() is not None:
             self._leave()
 
-    def propose(self, least: int = 1) -> Proposal | None:
-        return self._handle.proposal(least) if self._handle is not None else None
+    def propose(self, min_tokens: int = 1) -> Proposal | None:
+        return self._handle.proposal(min_tokens) if self._handle is not None else None
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         if self._handle is not None:
             self._handle.commit(gamma, ahead_gamma)
 
-    async def wait(self, timeout_s: float, least: int = 1) -> Proposal | None:
-        return await self._handle.wait(timeout_s, least) if self._handle is not None else None
+    async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
+        return await self._handle.wait(timeout_s, min_tokens) if self._handle is not None else None
 
-    def rest(self) -> None:
+    def suspend(self) -> None:
         if self._handle is not None:
-            self._retry_at[self._handle.replica] = time.monotonic() + SILENT_RETRY_S
+            self._retry_at[self._handle.replica] = self._clock() + UNRESPONSIVE_RETRY_S
             self._leave()
 
     def close(self, *, keep: bool) -> None:

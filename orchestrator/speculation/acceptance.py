@@ -1,61 +1,63 @@
-"""How far draft tokens survive: measured acceptance by position, over a prior.
+"""Acceptance model: probability that draft tokens are accepted, by position in the block. Pure.
 
-Pure. Recent rounds count more than old ones. Knows nothing of costs or γ.
+Counts of recent rounds, combined with a prior. The prior of a generation is the model of all
+generations; the prior of that one is a constant.
 """
 
 from __future__ import annotations
 
-# Of the evidence, this much is left after each round: the last fifty or so speak.
+# Factor on all counts per round. Choice: about the last 1 / (1 - 0.98) = 50 rounds count.
 _DECAY = 0.98
-# A prior counts as much as so many judged tokens.
+# Weight of the prior, in verified draft tokens. Choice: a few rounds outweigh it.
 _PRIOR_WEIGHT = 8.0
-# With nothing measured at all: a draft somebody chose to deploy.
-_FIRST_GUESS = 0.7
+# Acceptance rate before anything is measured. Choice: optimistic, so that a new pair is tried.
+_FIRST_RATE = 0.7
 
 
 class AcceptanceModel:
-    """Of one session, with the pair's as `prior`; of a pair, with none."""
+    """Acceptance of one generation, with the shared model as `prior`; the shared one has none."""
 
     def __init__(self, prior: AcceptanceModel | None = None) -> None:
         self._prior = prior
-        self._num_judged: list[float] = []
+        # By position; draft tokens after a rejection are not verified.
+        self._num_verified: list[float] = []
         self._num_accepted: list[float] = []
 
     def observe(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
-        """A round's verdict: tokens behind a rejection were not judged, and say nothing."""
-        self._num_judged = [count * _DECAY for count in self._num_judged]
+        """Counts a round. Draft tokens after the rejected one are not counted."""
+        self._num_verified = [count * _DECAY for count in self._num_verified]
         self._num_accepted = [count * _DECAY for count in self._num_accepted]
-        missing = num_draft_tokens - len(self._num_judged)
-        self._num_judged += [0.0] * missing
+        missing = num_draft_tokens - len(self._num_verified)
+        self._num_verified += [0.0] * missing
         self._num_accepted += [0.0] * missing
         for position in range(num_accepted):
-            self._num_judged[position] += 1
+            self._num_verified[position] += 1
             self._num_accepted[position] += 1
         if is_rejected:
-            self._num_judged[num_accepted] += 1
+            self._num_verified[num_accepted] += 1
         if self._prior is not None:
             self._prior.observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
-    def acceptances(self, gamma: int) -> list[float]:
-        """[k]: chance that draft token k is accepted if those before it are."""
+    def acceptance_rates(self, gamma: int) -> list[float]:
+        """[k]: probability that draft token k is accepted if those before it are."""
         if self._prior is not None:
-            priors = self._prior.acceptances(gamma)
+            priors = self._prior.acceptance_rates(gamma)
         else:
-            priors = [_FIRST_GUESS] * gamma
-        chances: list[float] = []
+            priors = [_FIRST_RATE] * gamma
+        rates: list[float] = []
         for position, prior in enumerate(priors):
-            if position >= len(self._num_judged):
-                # Where nobody has been: what was seen before goes on.
-                chances.append(0.5 * (prior + chances[-1]) if chances else prior)
+            if position >= len(self._num_verified):
+                # Not drafted yet: the mean of the prior and the position before.
+                rates.append(0.5 * (prior + rates[-1]) if rates else prior)
                 continue
-            judged, accepted = self._num_judged[position], self._num_accepted[position]
-            chances.append((accepted + _PRIOR_WEIGHT * prior) / (judged + _PRIOR_WEIGHT))
-        return chances
+            verified, accepted = self._num_verified[position], self._num_accepted[position]
+            rates.append((accepted + _PRIOR_WEIGHT * prior) / (verified + _PRIOR_WEIGHT))
+        return rates
 
-    def prefixes(self, gamma: int) -> list[float]:
-        """[k]: chance that at least k + 1 draft tokens are accepted."""
+    def survival(self, gamma: int) -> list[float]:
+        """[k]: probability that at least k + 1 draft tokens are accepted."""
         product, survival = 1.0, []
-        for chance in self.acceptances(gamma):
-            product *= chance
+        for rate in self.acceptance_rates(gamma):
+            product *= rate
             survival.append(product)
         return survival

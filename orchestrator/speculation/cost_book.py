@@ -1,4 +1,4 @@
-"""What is known of the costs of every replica, each by itself. Pure."""
+"""Cost book: the measured costs of every replica by its address. Pure."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
-from orchestrator.speculation.round_costs import DraftCosts, PairCosts, PairRates, TargetCosts
+from orchestrator.speculation.round_costs import DraftCosts, PairCosts, PairStatistics, TargetCosts
 from outrider.replica import CostReport
 
-# Replicas of a tier that something is known of.
-_MAX_SIDES = 256
+# Replicas per tier. Addresses change when replicas restart, so the least recently used go.
+_MAX_REPLICAS = 256
 
 
 class CostBook:
-    """What is known of every replica, by its endpoint; a generation's `pair` looks at two.
+    """Costs of all replicas, and the statistics of the pair of models (`shared`).
 
-    `target` and `draft` give the last report of the replica at an endpoint; None: of any.
+    `target` and `draft` return the last report of the replica at an address; None: of any replica.
     """
 
     def __init__(
@@ -27,36 +27,35 @@ class CostBook:
         self._reports = target, draft
         self._targets: OrderedDict[str | None, TargetCosts] = OrderedDict()
         self._drafts: OrderedDict[str | None, DraftCosts] = OrderedDict()
-        self.shared = PairRates()
+        self.shared = PairStatistics()
 
     def target(self, endpoint: str | None) -> TargetCosts:
-        return _side(self._targets, endpoint, TargetCosts, self._reports[0])
+        return _costs_at(self._targets, endpoint, TargetCosts, self._reports[0])
 
     def draft(self, endpoint: str | None) -> DraftCosts:
-        return _side(self._drafts, endpoint, DraftCosts, self._reports[1])
+        return _costs_at(self._drafts, endpoint, DraftCosts, self._reports[1])
 
     def pair(self) -> PairCosts:
-        """Of a new generation: as of the replicas used last, until it is at some of its own."""
-        pair = PairCosts(shared=self.shared)
-        pair.target_side = self.target(next(reversed(self._targets), None))
-        pair.draft_side = self.draft(next(reversed(self._drafts), None))
-        return pair
+        """Costs of a new generation: those of the replicas used last, until it has its own."""
+        target = self.target(next(reversed(self._targets), None))
+        draft = self.draft(next(reversed(self._drafts), None))
+        return PairCosts(target, draft, self.shared)
 
 
-Side = TypeVar("Side", TargetCosts, DraftCosts)
+Costs = TypeVar("Costs", TargetCosts, DraftCosts)
 
 
-def _side(
-    sides: OrderedDict[str | None, Side],
+def _costs_at(
+    known: OrderedDict[str | None, Costs],
     endpoint: str | None,
-    make: Callable[[Callable[[], CostReport]], Side],
+    make: Callable[[Callable[[], CostReport]], Costs],
     report: Callable[[str | None], CostReport],
-) -> Side:
-    """The side of `endpoint`, marked as used last. Keeps a bounded number: addresses change."""
-    side = sides.get(endpoint)
-    if side is None:
-        side = sides[endpoint] = make(lambda: report(endpoint))
-    sides.move_to_end(endpoint)
-    if len(sides) > _MAX_SIDES:
-        sides.popitem(last=False)
-    return side
+) -> Costs:
+    """The costs at `endpoint`, now the most recently used ones."""
+    costs = known.get(endpoint)
+    if costs is None:
+        costs = known[endpoint] = make(lambda: report(endpoint))
+    known.move_to_end(endpoint)
+    if len(known) > _MAX_REPLICAS:
+        known.popitem(last=False)
+    return costs

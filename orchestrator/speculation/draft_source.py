@@ -1,8 +1,8 @@
 """Draft sources: where the draft tokens of a generation come from.
 
-`DraftSource` is the seam for other sources. The replicas of the draft tier are one
-(`orchestrator.replicas.tier_drafts`), `NoDrafts` is another. How many draft tokens a round asks
-for, and how long it waits, is decided above a source: `drafting`.
+`DraftSource` is the interface for further sources. The draft tier is one
+(`orchestrator.replicas.tier_drafts`), `NoDrafts` is another. `drafting` decides how many draft
+tokens a round asks for and how long it waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from outrider.sampling.params import SamplingParams, Verification
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """What a draft source has to know of a generation.
+    """Parameters of a generation for its draft source.
 
     `token_ids`: the generation's own list of committed tokens, which grows.
     """
@@ -36,67 +36,67 @@ class DraftRequest:
 class DraftSource(Protocol):
     """Draft tokens of one generation. Used by the generation's task only.
 
-    A source reads the committed tokens from the generation's own list, which grows. It raises
-    nothing: without proposals the generation decodes plainly. Each round calls `refresh`, `propose`
-    and `commit`, and `wait` where there was no proposal.
+    A source reads the committed tokens from the generation's own list. It raises nothing: without
+    proposals the generation decodes plainly. Each round calls `refresh`, `propose` and `commit`,
+    and `wait` if there was no proposal.
     """
 
     @property
     def is_open(self) -> bool:
-        """Whether proposals may come."""
+        """Whether it may make proposals. After a loss `propose` may still return earlier ones."""
 
     @property
     def may_open(self) -> bool:
-        """Whether opening it can succeed at all."""
+        """Whether `open` can succeed at all."""
 
     @property
     def replica(self) -> str | None:
-        """Address of the replica in use; None: none is, or the source has no replicas."""
+        """Address of the replica in use; None if there is none."""
 
     @property
     def cached_len(self) -> int:
-        """Committed tokens whose keys and values the replica is known to hold."""
+        """Committed tokens whose keys and values the replica is known to have."""
 
     @property
     def num_behind(self) -> int:
-        """Committed tokens that the source has to process before it can propose anything."""
+        """Committed tokens that the source has to process before it can propose."""
 
     @property
     def wire_bytes(self) -> int:
         """Bytes sent and received for this generation."""
 
     def open(self, gamma: int, lookahead: int) -> bool:
-        """Start, or start again after a loss; whether it is open now.
+        """Start, or start again after a loss. Returns whether it is open now.
 
-        `gamma`: draft tokens wanted a round; 0: do not start now. `lookahead`: how many rounds
-        ahead it should work. The first proposal is for a later round than the one under way.
+        `gamma`: draft tokens per round; 0: do not start. `lookahead`: how many rounds ahead it
+        should work. The first proposal is for a later round than the current one.
         """
 
     def refresh(self) -> None:
-        """Leave a replica that is draining, where another one is there."""
+        """Leave a replica that is draining, if there is another one."""
 
-    def propose(self, least: int = 1) -> Proposal | None:
-        """The longest proposal that continues the committed tokens, of at least `least` tokens."""
+    def propose(self, min_tokens: int = 1) -> Proposal | None:
+        """The longest proposal that continues the committed tokens; None below `min_tokens`."""
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
-        """Report what was committed since the last call.
+        """Report the tokens committed since the last call.
 
-        Ask for `gamma` draft tokens for this round, and for blocks of `ahead_gamma` ahead of the
-        next ones. Drops proposals that assumed other tokens.
+        Asks for `gamma` draft tokens for this round, and for blocks of `ahead_gamma` draft tokens
+        for later rounds. Drops proposals that assumed other tokens.
         """
 
-    async def wait(self, timeout_s: float, least: int = 1) -> Proposal | None:
-        """As `propose`, after waiting at most `timeout_s` for it."""
+    async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
+        """As `propose`, but waits at most `timeout_s` for the proposal."""
 
-    def rest(self) -> None:
+    def suspend(self) -> None:
         """Leave a replica that proposes nothing; it is not used again for a while."""
 
     def close(self, *, keep: bool) -> None:
-        """End the generation at the source; `keep`: its session goes on in a later call."""
+        """End the generation at the source; `keep`: its session continues in a later call."""
 
 
 class NoDrafts:
-    """The source without drafts: every round is plain decoding."""
+    """Source without draft tokens: every round is plain decoding."""
 
     is_open = may_open = False
     replica: str | None = None
@@ -108,16 +108,16 @@ class NoDrafts:
     def refresh(self) -> None:
         pass
 
-    def propose(self, least: int = 1) -> Proposal | None:
+    def propose(self, min_tokens: int = 1) -> Proposal | None:
         return None
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         pass
 
-    async def wait(self, timeout_s: float, least: int = 1) -> Proposal | None:
+    async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
         return None
 
-    def rest(self) -> None:
+    def suspend(self) -> None:
         pass
 
     def close(self, *, keep: bool) -> None:

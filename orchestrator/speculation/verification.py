@@ -1,6 +1,7 @@
-"""A round's draft tokens, the target's answer to them, and the judgement. Pure.
+"""Proposals, verify results, and which draft tokens are accepted. Pure.
 
-The plain values between the links (which know protobuf) and the session (which knows stops).
+Plain values: `orchestrator.replicas` converts them from and to protobuf, `orchestrator.generation`
+commits them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Proposal:
-    """Draft tokens for a context of `base_len` tokens, the last of which it may only assume.
+    """Draft tokens that continue a context of `base_len` tokens.
 
-    `assumed_token_ids`: those right before base_len that were not committed when it was drafted.
-    `supports`: the distribution each token was drawn from; None for greedy and coupled.
+    `assumed_token_ids`: the last tokens of that context that were not committed when the proposal
+    was drafted. `supports`: the distribution of each draft token; None for greedy and coupled.
     """
 
     base_len: int
@@ -39,17 +40,17 @@ class Proposal:
     assumed_token_ids: tuple[int, ...] = ()
 
     def agrees(self, context: Sequence[int]) -> bool:
-        """Whether it goes on from the context, or may come to; what it has left is not empty."""
+        """Whether it continues the context, or may continue it later, with at least one token."""
         start = self.base_len - len(self.assumed_token_ids)
         num_known = len(context) - start
         path = (*self.assumed_token_ids, *self.token_ids)
         return num_known < len(path) and path[: max(0, num_known)] == tuple(context[start:])
 
     def continuing(self, context_len: int) -> Proposal | None:
-        """What it proposes after a context that it agrees with; None: nothing yet.
+        """The draft tokens that follow a context it agrees with; None if there are none yet.
 
-        The rest of a proposal whose first tokens the target has emitted by itself is drawn from
-        the same law as one drafted anew: it was drafted given just these tokens.
+        The first draft tokens may be committed by now. The rest has the distribution of a new
+        proposal, because it was drafted given these very tokens.
         """
         skipped = context_len - self.base_len
         if not 0 <= skipped < len(self.token_ids):
@@ -58,27 +59,27 @@ class Proposal:
         return Proposal(context_len, self.token_ids[skipped:], supports)
 
     def head(self, num_tokens: int) -> Proposal:
-        """The same proposal with at most so many tokens."""
+        """The proposal cut to at most `num_tokens` tokens."""
         if len(self.token_ids) <= num_tokens:
             return self
         supports = self.supports[:num_tokens] if self.supports is not None else None
         return Proposal(self.base_len, self.token_ids[:num_tokens], supports)
 
     def run_without(self, num_left_out: int) -> Proposal | None:
-        """The draft tokens that a target judges which does not run the last `num_left_out`.
+        """The draft tokens that are verified if the target does not run the last `num_left_out`.
 
-        With supports the first of those is judged, too. It must be: a draft token that is dropped
-        because of what it is makes the output's distribution differ from the target's.
+        With supports the first of those is verified too. A draft token that is dropped because of
+        its value would make the output's distribution differ from the target's.
         """
         if not num_left_out:
             return self
-        num_judged = len(self.token_ids) - num_left_out + (self.supports is not None)
-        return self.head(num_judged) if num_judged else None
+        num_verified = len(self.token_ids) - num_left_out + (self.supports is not None)
+        return self.head(num_verified) if num_verified else None
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Of one emitted token, and of the likeliest ones, best first."""
+    """Log-probability of an emitted token, and of the most likely tokens, best first."""
 
     logprob: float
     top_ids: tuple[int, ...]
@@ -87,12 +88,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """The target's answer for γ draft tokens; shapes as in target.proto's VerifyResult.
+    """The target's result for γ draft tokens; shapes as in target.proto's VerifyResult.
 
-    The support arrays are split by position. `logprobs` fields are None unless asked for.
-    `num_left_out`: draft tokens that the model cannot run, as `Proposal.run_without` takes them.
-    `step_s`: the target's own passes for it. `num_reused_tokens`: tokens of the row whose keys and
-    values were in the replica's prefix cache.
+    The support arrays are split by position. Log-probabilities are None unless requested.
+    `num_left_out`: draft tokens that the model cannot run, as in `Proposal.run_without`. `step_s`:
+    seconds of the target's passes for this request. `num_reused_tokens`: tokens of the request
+    whose keys and values were in the replica's prefix cache.
     """
 
     sample_ids: Sequence[int]
@@ -109,47 +110,50 @@ class VerifyResult:
 
     @property
     def num_run(self) -> int:
-        """Draft tokens that the model has run, so that it holds their keys and values."""
+        """Draft tokens that the model has run. The target has their keys and values."""
         return len(self.sample_ids) - 1
 
 
 def verify_proposal(
     proposal: Proposal | None,
-    reply: VerifyResult,
+    result: VerifyResult,
     params: SamplingParams,
     verification: Verification,
     committed_len: int,
 ) -> VerifyOutcome:
-    """What stands of the proposal, which continues a context of `committed_len` tokens."""
+    """Accepts or rejects draft tokens that continue a context of `committed_len` tokens."""
     if proposal is None:
-        return VerifyOutcome(0, reply.sample_ids[0])
+        return VerifyOutcome(0, result.sample_ids[0])
     if proposal.supports is None:
-        return verify_equal(proposal.token_ids, reply.sample_ids)
+        return verify_equal(proposal.token_ids, result.sample_ids)
+    target = VerifyInput(
+        result.support_probs, result.tail_mass, result.tail_logprobs, result.sample_ids
+    )
     positions = range(committed_len, committed_len + len(proposal.token_ids))
     verify = verify_block if verification is Verification.BLOCK else verify_tokens
     return verify(
         proposal.token_ids,
         proposal.supports,
-        VerifyInput(reply.support_probs, reply.tail_mass, reply.tail_logprobs, reply.sample_ids),
+        target,
         uniforms(params.seed, Purpose.ACCEPT, positions, committed_len),
         lambda i, token_ids: target_gumbels(params.seed, committed_len + i, token_ids),
     )
 
 
 def logprobs_of(
-    token_id: int, position: int, proposal: Proposal | None, reply: VerifyResult
+    token_id: int, position: int, proposal: Proposal | None, result: VerifyResult
 ) -> TokenLogprobs | None:
-    """The log-probabilities of the token emitted at a position of the block, where asked for."""
-    if reply.sample_logprobs is None or reply.top_ids is None or reply.top_logprobs is None:
+    """Log-probabilities of the token emitted at a position of the block; None unless requested."""
+    if result.sample_logprobs is None or result.top_ids is None or result.top_logprobs is None:
         return None
-    logprob = float(reply.sample_logprobs[position])
+    logprob = float(result.sample_logprobs[position])
     supports = proposal.supports if proposal is not None else None
-    if supports is not None and reply.support_logprobs is not None and position < len(supports):
+    if supports is not None and result.support_logprobs is not None and position < len(supports):
         index = supports[position].index_of(token_id)
-        if index >= 0:  # else it is the target's draw from outside the support
-            logprob = float(reply.support_logprobs[position][index])
+        if index >= 0:  # otherwise the target sampled it outside the support
+            logprob = float(result.support_logprobs[position][index])
     return TokenLogprobs(
         logprob,
-        tuple(reply.top_ids[position].tolist()),
-        tuple(reply.top_logprobs[position].tolist()),
+        tuple(result.top_ids[position].tolist()),
+        tuple(result.top_logprobs[position].tolist()),
     )

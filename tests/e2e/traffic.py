@@ -47,7 +47,7 @@ def far_target(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
     target, draft = CostReport((1, 256), (0.05, 0.051)), CostReport((1,), (0.012,))
     monkeypatch.setattr(orchestrator.replicas.target_client, "costs_from_proto", lambda _: target)
     monkeypatch.setattr(orchestrator.replicas.draft_client, "costs_from_proto", lambda _: draft)
-    for learning in ("saw_reply", "saw_proposal", "saw_no_proposal"):
+    for learning in ("observe_result", "observe_proposal", "observe_missing_proposal"):
         monkeypatch.setattr(PairCosts, learning, lambda *_, **__: None)
     reply = TargetHandle.reply
 

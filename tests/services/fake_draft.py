@@ -1,9 +1,9 @@
-"""A draft replica that misbehaves: the real contract over real gRPC, proposals made in the test."""
+"""Fake draft replica: real gRPC, with answers made by the test. For drafts that misbehave."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -11,12 +11,15 @@ import grpc
 from outrider.runtime.grpc_server import SERVER_OPTIONS
 from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 
-# What is said to an open or a commit: proposals, or nothing.
-Answer = Callable[[draft_pb2.DraftOpen | draft_pb2.DraftCommit], list[draft_pb2.Proposal]]
+# Answers to an open or a commit: proposals, or the end of the generation.
+Answer = Callable[
+    [draft_pb2.DraftOpen | draft_pb2.DraftCommit],
+    Sequence[draft_pb2.Proposal | draft_pb2.DraftLost],
+]
 
 
 class FakeDraft(draft_pb2_grpc.DraftServiceServicer):
-    """Says of itself what the target says; `num_opens` counts what it was asked."""
+    """Serves `model`. Counts the opens and commits that it receives."""
 
     def __init__(self, model: model_pb2.ModelInfo, answer: Answer) -> None:
         self._model = model
@@ -36,14 +39,16 @@ class FakeDraft(draft_pb2_grpc.DraftServiceServicer):
             self.num_opens += len(frame.opens)
             self.num_commits += len(frame.commits)
             items = [*frame.opens, *frame.commits]
-            proposals = [proposal for item in items for proposal in self._answer(item)]
-            if proposals:
-                await context.write(draft_pb2.ProposeResponse(proposals=proposals))
+            answers = [answer for item in items for answer in self._answer(item)]
+            if answers:
+                proposals = [each for each in answers if isinstance(each, draft_pb2.Proposal)]
+                errors = [each for each in answers if isinstance(each, draft_pb2.DraftLost)]
+                await context.write(draft_pb2.ProposeResponse(proposals=proposals, errors=errors))
 
 
 @contextlib.asynccontextmanager
 async def faking(fake: FakeDraft) -> AsyncIterator[str]:
-    """host:port of it."""
+    """Serves it; yields its address."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(fake, server)
     port = server.add_insecure_port("127.0.0.1:0")

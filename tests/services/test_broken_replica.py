@@ -213,11 +213,11 @@ async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
     rounds: list[float] = []
     observe_result = PairCosts.observe_result
 
-    def noted(costs: PairCosts, latency_s: float, step_s: float, *, left_at_once: bool) -> None:
+    def noted(costs: PairCosts, latency_s: float, step_s: float, *, has_waited: bool) -> None:
         rounds.append(step_s)
-        observe_result(costs, latency_s, step_s, left_at_once=left_at_once)
+        observe_result(costs, latency_s, step_s, has_waited=has_waited)
 
-    monkeypatch.setattr(PairCosts, "saw_reply", noted)
+    monkeypatch.setattr(PairCosts, "observe_result", noted)
     fault = Fault()
     async with two_targets(pair, redis_url, fault, both=True) as (system, _, _):
         rounds.clear()

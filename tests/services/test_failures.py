@@ -131,7 +131,7 @@ async def test_a_silent_draft_is_given_up(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes every commit and proposes nothing: after some rounds it is told no more."""
-    monkeypatch.setattr(draft_link, "SILENT_AFTER_S", 0.0)
+    monkeypatch.setattr(draft_link, "UNRESPONSIVE_AFTER_S", 0.0)
     drafted, plain, fake = await _with_fake(
         pair, redis_url, lambda _: [], {"temperature": 0.0}, draft_wait_ms=0.0
     )

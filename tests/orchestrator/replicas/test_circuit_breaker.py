@@ -208,7 +208,7 @@ async def test_replies_that_do_not_fit_their_requests_open_it() -> None:
         for _ in range(MAX_FAILURES):
             assert not link.breaker.is_open
             handle = opened_at(link)
-            with pytest.raises(InternalError, match="does not fit its row"):
+            with pytest.raises(InternalError, match="does not fit its request"):
                 await handle.reply(None, 60.0)
             handle.close(keep=False)
         assert link.breaker.is_open

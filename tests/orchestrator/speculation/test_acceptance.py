@@ -34,7 +34,7 @@ def test_chances_fall_along_a_block(
 ) -> None:
     pair = _told(AcceptanceModel(), of_others)
     survival = _told(AcceptanceModel(pair), rounds)
-    acceptances, prefixes = survival.acceptances(gamma), survival.prefixes(gamma)
+    acceptances, prefixes = survival.acceptance_rates(gamma), survival.survival(gamma)
     assert len(acceptances) == len(prefixes) == gamma
     assert all(0 < chance < 1 for chance in acceptances), "never certain"
     assert prefixes == sorted(prefixes, reverse=True)
@@ -53,8 +53,8 @@ def test_one_more_token_accepted_never_lowers_a_chance(
     if better < len(rounds) and rounds[better][2]:
         gamma, num_accepted, _ = rounds[better]
         improved[better] = (gamma, num_accepted + 1, False)
-    before = _told(AcceptanceModel(), rounds).prefixes(_LIMIT)
-    after = _told(AcceptanceModel(), improved).prefixes(_LIMIT)
+    before = _told(AcceptanceModel(), rounds).survival(_LIMIT)
+    after = _told(AcceptanceModel(), improved).survival(_LIMIT)
     assert all(a >= b - 1e-12 for a, b in zip(after, before, strict=True))
 
 
@@ -63,8 +63,8 @@ def test_what_is_behind_a_rejection_says_nothing(rounds: list[tuple[int, int, bo
     """A round with more draft tokens, none of them judged, teaches the same of those that were."""
     longer = [(_LIMIT, accepted, rejected) for _, accepted, rejected in rounds]
     judged = max((accepted + rejected for _, accepted, rejected in rounds), default=0)
-    short = _told(AcceptanceModel(), rounds).acceptances(judged)
-    assert _told(AcceptanceModel(), longer).acceptances(judged) == pytest.approx(short)
+    short = _told(AcceptanceModel(), rounds).acceptance_rates(judged)
+    assert _told(AcceptanceModel(), longer).acceptance_rates(judged) == pytest.approx(short)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -77,9 +77,9 @@ def test_what_is_measured_wins_over_any_prior(share: float) -> None:
     for number in range(400):
         is_accepted = number % 4 < 4 * share
         survival.observe(1, int(is_accepted), is_rejected=not is_accepted)
-    assert survival.acceptances(1)[0] == pytest.approx(share, abs=0.1)
-    assert pair.acceptances(1)[0] == pytest.approx(share, abs=0.1), "the pair has learnt it too"
-    assert AcceptanceModel(pair).acceptances(1)[0] == pytest.approx(share, abs=0.1), (
+    assert survival.acceptance_rates(1)[0] == pytest.approx(share, abs=0.1)
+    assert pair.acceptance_rates(1)[0] == pytest.approx(share, abs=0.1), "shared"
+    assert AcceptanceModel(pair).acceptance_rates(1)[0] == pytest.approx(share, abs=0.1), (
         "and passes it on"
     )
 
@@ -87,6 +87,6 @@ def test_what_is_measured_wins_over_any_prior(share: float) -> None:
 def test_the_last_rounds_speak() -> None:
     """After a hundred bad rounds, a hundred good ones are most of what is known."""
     survival = _told(AcceptanceModel(), [(4, 0, True)] * 100)
-    assert survival.prefixes(4)[0] < 0.15
+    assert survival.survival(4)[0] < 0.15
     _told(survival, [(4, 4, False)] * 100)
-    assert survival.prefixes(4)[0] > 0.75
+    assert survival.survival(4)[0] > 0.75

@@ -18,48 +18,48 @@ def report(endpoint: str | None) -> CostReport:
 def test_each_replica_has_costs_of_its_own() -> None:
     book = CostBook(report, report)
     fast, slow = book.pair(), book.pair()
-    fast.target_side, fast.draft_side = book.target("fast"), book.draft("fast")
-    slow.target_side, slow.draft_side = book.target("slow"), book.draft("slow")
-    assert fast.target_steps_s(0) == pytest.approx((0.01,))
-    assert slow.target_steps_s(0) == pytest.approx((0.5,))
-    assert (fast.draft_step_s, slow.draft_step_s) == pytest.approx((0.01, 0.5))
+    fast.target, fast.draft = book.target("fast"), book.draft("fast")
+    slow.target, slow.draft = book.target("slow"), book.draft("slow")
+    assert fast.target.steps_s(0) == pytest.approx((0.01,))
+    assert slow.target.steps_s(0) == pytest.approx((0.5,))
+    assert (fast.draft.step_s, slow.draft.step_s) == pytest.approx((0.01, 0.5))
     for _ in range(200):
-        slow.observe_result(0.9, 0.5, left_at_once=True)
+        slow.observe_result(0.9, 0.5, has_waited=False)
         slow.observe_proposal(0.7, 1)
-    assert slow.target_overhead_s == pytest.approx(0.4, rel=0.01)
-    assert slow.draft_overhead_s == pytest.approx(0.2, rel=0.01)
-    assert fast.target_overhead_s == fast.draft_overhead_s == 0.001
+    assert slow.target.overhead_s == pytest.approx(0.4, rel=0.01)
+    assert slow.draft.overhead_s == pytest.approx(0.2, rel=0.01)
+    assert fast.target.overhead_s == fast.draft.overhead_s == 0.001
 
 
 def test_a_generation_that_moves_goes_on_with_what_is_known_there() -> None:
     book = CostBook(report, report)
     pair = book.pair()
-    pair.target_side = book.target("slow")
-    pair.observe_result(0.9, 0.5, left_at_once=True)
-    known = pair.target_overhead_s
-    pair.target_side = book.target("fast")
-    assert pair.target_steps_s(0) == pytest.approx((0.01,))
-    assert pair.target_overhead_s == 0.001
-    pair.target_side = book.target("slow")
-    assert pair.target_overhead_s == known
+    pair.target = book.target("slow")
+    pair.observe_result(0.9, 0.5, has_waited=False)
+    known = pair.target.overhead_s
+    pair.target = book.target("fast")
+    assert pair.target.steps_s(0) == pytest.approx((0.01,))
+    assert pair.target.overhead_s == 0.001
+    pair.target = book.target("slow")
+    assert pair.target.overhead_s == known
 
 
 def test_what_is_known_of_the_models_is_shared() -> None:
     book = CostBook(report, report)
     one, other = book.pair(), book.pair()
     for _ in range(50):
-        one.survival.observe(4, 4, is_rejected=False)
-        one.observe_lookahead(is_hit=True)
-    assert other.survival is one.survival
-    assert other.lookahead_hit_rate == one.lookahead_hit_rate > 0.6
+        one.shared.acceptance.observe(4, 4, is_rejected=False)
+        one.shared.observe_lookahead(is_hit=True)
+    assert other.shared is one.shared is book.shared
+    assert book.shared.lookahead_hit_rate > 0.6
     assert book.shared.num_lookahead_hits == 50
 
 
 def test_a_new_generation_begins_with_the_replica_used_last() -> None:
     book = CostBook(report, report)
-    assert book.pair().target_steps_s(0) == pytest.approx((0.01,)), "any that there is"
+    assert book.pair().target.steps_s(0) == pytest.approx((0.01,)), "any that there is"
     book.target("slow")
-    assert book.pair().target_steps_s(0) == pytest.approx((0.5,))
+    assert book.pair().target.steps_s(0) == pytest.approx((0.5,))
 
 
 def test_addresses_that_come_and_go_are_forgotten() -> None:

@@ -85,7 +85,7 @@ async def test_a_source_that_is_not_open_has_nothing(make: MakeSource) -> None:
     assert source.wire_bytes == source.num_behind == source.cached_len == 0
     source.refresh()
     source.commit(GAMMA, GAMMA)
-    source.rest()
+    source.suspend()
     assert source.propose() is None
     assert await source.wait(0.01) is None
     source.close(keep=False)
@@ -154,7 +154,7 @@ async def test_a_proposal_has_the_least_length_that_is_asked_for(make: MakeSourc
 async def test_a_rested_replica_is_not_used_for_a_while(make: MakeSource) -> None:
     source = make(list(PROMPT))
     source.open(GAMMA, 1)
-    source.rest()
+    source.suspend()
     assert not source.is_open
     assert not source.open(GAMMA, 1)
     source.close(keep=False)

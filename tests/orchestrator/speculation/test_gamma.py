@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 from orchestrator.speculation.gamma import GammaDecision, GammaPolicy
-from orchestrator.speculation.round_costs import PairCosts
+from orchestrator.speculation.round_costs import DraftCosts, PairCosts, TargetCosts
 from outrider.replica import CostReport
 
 MAX_GAMMA = 16
@@ -49,7 +49,7 @@ class Tiers:
         return CostReport((1,), (self._noisy(self.draft_s),), 0.0, 1.0)
 
     def costs(self) -> PairCosts:
-        return PairCosts(target=self.target, draft=self.draft)
+        return PairCosts(TargetCosts(self.target), DraftCosts(self.draft))
 
 
 def play(
@@ -71,7 +71,7 @@ def play(
             policy.observe_lookahead(is_hit=is_hit)
         if not is_hit:
             gamma = decision.waiting_gamma
-            needed_s = OVERHEAD_S + gamma * policy.costs.draft_step_s
+            needed_s = OVERHEAD_S + gamma * policy.costs.draft.step_s
             needed_s = late_s(gamma) if late_s is not None else needed_s
             if gamma and needed_s <= decision.wait_s:
                 policy.observe_proposal(needed_s, gamma)
@@ -82,7 +82,7 @@ def play(
         while num_accepted < gamma and chance.random() < acceptance:
             num_accepted += 1
         policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
-        policy.costs.observe_result(OVERHEAD_S + PASS_S, PASS_S, left_at_once=is_hit)
+        policy.costs.observe_result(OVERHEAD_S + PASS_S, PASS_S, has_waited=not is_hit)
     return decisions
 
 
@@ -151,7 +151,8 @@ def test_more_the_more_is_accepted(token_s: float, draft_s: float, shares: list[
         costs = Tiers(token_s, draft_s).costs()
         for number in range(100):
             num_accepted = MAX_GAMMA if number % 20 < share else 0
-            costs.survival.observe(MAX_GAMMA, num_accepted, is_rejected=num_accepted < MAX_GAMMA)
+            is_rejected = num_accepted < MAX_GAMMA
+            costs.shared.acceptance.observe(MAX_GAMMA, num_accepted, is_rejected=is_rejected)
         chosen.append(GammaPolicy(costs, MAX_GAMMA).decision.gamma)
     assert chosen == sorted(chosen)
 
@@ -235,7 +236,7 @@ def test_what_a_probe_finds_counts_for_more_than_what_was_once() -> None:
     policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
     decisions = play(policy, 500, 0.9, late_s=lambda gamma: 5 * PASS_S)
     assert decisions[-1].waiting_gamma == 0
-    policy.costs.draft_overhead_s = 5 * PASS_S
+    policy.costs.draft.overhead_s = 5 * PASS_S
     assert play(policy, 3000, 0.9)[-1].waiting_gamma > 0
 
 
@@ -256,7 +257,7 @@ def test_sessions_in_cohorts_know_what_they_would_have_together() -> None:
                 policy.observe_lookahead(is_hit=True)
             policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
             num_passes = 1 if number % 50 == 0 else 2
-            policy.costs.observe_result(OVERHEAD_S + num_passes * PASS_S, PASS_S, left_at_once=True)
+            policy.costs.observe_result(OVERHEAD_S + num_passes * PASS_S, PASS_S, has_waited=False)
         assert (policy.decision.gamma == 0) == is_plain
 
 
@@ -281,7 +282,7 @@ def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
             step_s = policy.decision.target_step_s[gamma]
             is_lucky = number % 50 == 0
             latency_s = OVERHEAD_S + (1 if is_lucky else num_passes) * step_s
-            policy.costs.observe_result(latency_s, step_s, left_at_once=True)
+            policy.costs.observe_result(latency_s, step_s, has_waited=False)
         chosen.append(policy.decision.gamma)
     assert chosen[1] <= chosen[0] <= 3
 
@@ -311,11 +312,11 @@ def test_a_draft_that_is_lost_while_it_is_waited_for_teaches_nothing_of_patience
     """A wait that ended at once is no sign of a slow draft, nor of a fast one."""
     costs = Tiers().costs()
     policy = GammaPolicy(costs, MAX_GAMMA, fixed=5, fixed_wait_s=20.0)
-    before_s = costs.draft_overhead_s
+    before_s = costs.draft.overhead_s
     for _ in range(50):
         policy.observe_missing_proposal(0.0)
         policy.observe_round(0, 0, is_rejected=False)
-    assert costs.draft_overhead_s == before_s
+    assert costs.draft.overhead_s == before_s
 
 
 @given(fixed=st.integers(0, MAX_GAMMA), acceptance=st.floats(0, 1), token_s=st.floats(0, PASS_S))
@@ -374,7 +375,7 @@ def test_whatever_happens_a_decision_makes_sense(
         CostReport(tuple(4**i for i in range(len(steps_s))), tuple(steps_s), row_s, num_rows)
         for steps_s in (target, draft)
     ]
-    costs = PairCosts(target=lambda: reports[0], draft=lambda: reports[1])
+    costs = PairCosts(TargetCosts(lambda: reports[0]), DraftCosts(lambda: reports[1]))
     fixed = None if fixed is None else min(fixed, max_gamma)
     policy = GammaPolicy(costs, max_gamma, fixed=fixed)
     check(policy.decision, max_gamma)
@@ -390,7 +391,7 @@ def test_whatever_happens_a_decision_makes_sense(
         elif kind == "proposal":
             policy.observe_proposal(seconds, one)
         else:
-            costs.observe_result(seconds, one * 100.0, left_at_once=bool(other % 2))
+            costs.observe_result(seconds, one * 100.0, has_waited=not other % 2)
         check(policy.decision, max_gamma)
 
 
