@@ -175,7 +175,7 @@ class TargetHandle:
 
     def link_lost(self, why: str) -> None:
         """No more results come: the current request and later ones fail."""
-        message = "the target replica was lost, and no other one is available"
+        message = "the target replica is lost, and no other one is available"
         self._failure = Unavailable(message, why)
         self._fail(ReplicaLost(message, why))
 

@@ -1,4 +1,4 @@
-"""Requests of a greedy generation at both tiers, as the tests of links open them."""
+"""Requests of a greedy generation at both tiers, for tests of links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circuit breaker of a replica, by a clock of the test's own."""
+"""Circuit breaker of a replica, with a clock of the test."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def opened() -> tuple[CircuitBreaker, Clock]:
     return breaker, clock
 
 
-def test_failures_in_a_row_open_it() -> None:
+def test_consecutive_failures_open_the_circuit() -> None:
     breaker, _ = opened()
     assert breaker.is_open
     assert not breaker.allows
 
 
-def test_a_success_in_between_starts_the_count_anew() -> None:
+def test_a_success_resets_the_count_of_failures() -> None:
     breaker = CircuitBreaker("target", "somewhere:1", lambda: None)
     for _ in range(5):
         for _ in range(MAX_FAILURES - 1):
@@ -63,7 +63,7 @@ def test_a_success_in_between_starts_the_count_anew() -> None:
     assert not breaker.is_open
 
 
-def test_one_generation_tries_it_and_closes_it() -> None:
+def test_one_generation_tries_the_replica_and_closes_the_circuit() -> None:
     breaker, clock = opened()
     clock.now += FIRST_OPEN_S
     assert breaker.allows
@@ -74,7 +74,7 @@ def test_one_generation_tries_it_and_closes_it() -> None:
     assert not breaker.is_open
 
 
-def test_a_trial_without_an_outcome_is_followed_by_another() -> None:
+def test_a_trial_without_outcome_is_followed_by_another() -> None:
     breaker, clock = opened()
     for _ in range(3):
         clock.now += FIRST_OPEN_S
@@ -82,7 +82,7 @@ def test_a_trial_without_an_outcome_is_followed_by_another() -> None:
         breaker.tried()
 
 
-def test_failed_trials_come_less_and_less_often() -> None:
+def test_failed_trials_double_the_delay() -> None:
     breaker, clock = opened()
     open_s = FIRST_OPEN_S
     for _ in range(10):
@@ -96,7 +96,7 @@ def test_failed_trials_come_less_and_less_often() -> None:
         clock.now -= 0.99 * open_s
 
 
-def test_late_failures_of_those_that_were_there_already_change_nothing() -> None:
+def test_failures_of_generations_opened_before_the_trial_do_not_extend_the_delay() -> None:
     breaker, clock = opened()
     for _ in range(20):
         breaker.failed("why")
@@ -104,7 +104,7 @@ def test_late_failures_of_those_that_were_there_already_change_nothing() -> None
     assert breaker.allows
 
 
-def test_changes_are_told() -> None:
+def test_changes_are_reported() -> None:
     changes: list[bool] = []
     breaker = CircuitBreaker("target", "somewhere:1", lambda: changes.append(breaker.is_open))
     for _ in range(MAX_FAILURES + 3):
@@ -115,11 +115,11 @@ def test_changes_are_told() -> None:
 
 
 async def fits(*_: object) -> None:
-    """Any replica may join."""
+    """Every model fits."""
 
 
-async def test_room_is_not_sought_at_a_broken_replica() -> None:
-    """A request waits for the room of one that works, unless all are broken."""
+async def test_generations_do_not_wait_for_memory_of_a_replica_with_an_open_circuit() -> None:
+    """Unless all circuits are open."""
     settings: dict[str, Any] = {"simulate": "step_ms=1,vocab_size=256", "port": 0}
     settings |= {"kv_cache_tokens": 1_024, "calibration_s": 0.0}
     async with (
@@ -134,10 +134,10 @@ async def test_room_is_not_sought_at_a_broken_replica() -> None:
         )
         async with pool.running():
 
-            async def both_are_there() -> bool:
+            async def both_are_connected() -> bool:
                 return pool.rooms(1_024) == set(endpoints)
 
-            await eventually(both_are_there)
+            await eventually(both_are_connected)
             assert pool.rooms(1_025) == frozenset()
             for link in pool.links.values():
                 link.breaker._clock = Clock()
@@ -147,11 +147,11 @@ async def test_room_is_not_sought_at_a_broken_replica() -> None:
                 assert pool.rooms(1_024) == left
 
 
-class Lying(target_pb2_grpc.TargetServiceServicer):
-    """Answers each row with tokens for other draft tokens than it had; then as it should."""
+class WrongResults(target_pb2_grpc.TargetServiceServicer):
+    """Answers the first `num_wrong` verify requests with too many tokens, later ones correctly."""
 
-    def __init__(self, num_lies: int) -> None:
-        self._num_lies = num_lies
+    def __init__(self, num_wrong: int) -> None:
+        self._num_wrong = num_wrong
 
     async def GetModelInfo(
         self, request: Any, context: Any
@@ -161,8 +161,8 @@ class Lying(target_pb2_grpc.TargetServiceServicer):
     async def Verify(self, request_iterator: Any, context: Any) -> None:
         async for frame in request_iterator:
             for row in frame.rows:
-                self._num_lies -= 1
-                num_tokens = 3 if self._num_lies >= 0 else 1
+                self._num_wrong -= 1
+                num_tokens = 3 if self._num_wrong >= 0 else 1
                 result = target_pb2.VerifyResult(
                     generation_id=row.generation_id, sample_ids=pack([7] * num_tokens, UINT32)
                 )
@@ -170,7 +170,7 @@ class Lying(target_pb2_grpc.TargetServiceServicer):
 
 
 def opened_at(link: TargetLink) -> TargetHandle:
-    """A generation whose first row is on its way."""
+    """A generation whose first verify request was sent."""
     request = target_request("s", prompt_len=2)
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_verify(0, [1, 2], None)
@@ -179,7 +179,7 @@ def opened_at(link: TargetLink) -> TargetHandle:
 
 @contextlib.asynccontextmanager
 async def linked(servicer: Any, link_type: Any, add: Any) -> AsyncIterator[Any]:
-    """A link to a server of that servicer, once it is connected."""
+    """A connected link to a server of that servicer."""
     server = grpc.aio.server()
     add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -199,11 +199,11 @@ async def linked(servicer: Any, link_type: Any, add: Any) -> AsyncIterator[Any]:
         await server.stop(0)
 
 
-async def test_replies_that_do_not_fit_their_requests_open_it() -> None:
-    """Three in a row; the target failed these generations as one does whose passes fail."""
-    lying = Lying(num_lies=MAX_FAILURES)
+async def test_verify_results_that_do_not_fit_open_the_circuit() -> None:
+    """Three in a row. Each fails its generation with InternalError."""
+    servicer = WrongResults(num_wrong=MAX_FAILURES)
     add = target_pb2_grpc.add_TargetServiceServicer_to_server
-    async with linked(lying, TargetLink, add) as link:
+    async with linked(servicer, TargetLink, add) as link:
         link.breaker._clock = clock = Clock()
         for _ in range(MAX_FAILURES):
             assert not link.breaker.is_open
@@ -220,13 +220,13 @@ async def test_replies_that_do_not_fit_their_requests_open_it() -> None:
         assert not link.breaker.is_open
 
 
-async def test_bad_proposals_open_it() -> None:
-    """Of a draft: other drafts are then tried first."""
-    lies = [MAX_FAILURES]
+async def test_bad_proposals_open_the_circuit() -> None:
+    """Other draft replicas are then preferred."""
+    num_wrong = [MAX_FAILURES]
 
     def answer(item: Any) -> list[draft_pb2.Proposal]:
-        lies[0] -= 1
-        token_ids = pack([300 if lies[0] >= 0 else 7], UINT32)  # of a vocabulary of 256
+        num_wrong[0] -= 1
+        token_ids = pack([300 if num_wrong[0] >= 0 else 7], UINT32)  # vocab_size is 256
         proposal = draft_pb2.Proposal(
             generation_id=item.generation_id, base_len=2, token_ids=token_ids
         )

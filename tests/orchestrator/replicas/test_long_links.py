@@ -1,4 +1,4 @@
-"""How far away a draft is decides what it sends."""
+"""The round trip to a draft replica decides whether it sends unlikely proposals."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from tests.services.fake_draft import FakeDraft, faking
 
 
 @pytest.mark.parametrize(("delay_s", "is_long"), [(0.02, True), (0.0, False)])
-async def test_a_draft_far_away_is_to_send_all_that_it_has(
+async def test_a_draft_with_a_long_round_trip_sends_unlikely_proposals(
     delay_s: float, is_long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured at each connection: 20 ms each way, or none, of which nothing is known here but
-    that it is less than ten seconds."""
+    """The round trip is measured at each connection. It is 40 ms, or less than 10 s."""
     if not is_long:
         monkeypatch.setattr(draft_link, "_LONG_ROUND_TRIP_S", 10.0)
-    asked: asyncio.Queue[Any] = asyncio.Queue(1)
+    requests: asyncio.Queue[Any] = asyncio.Queue(1)
     links: list[DraftLink] = []
 
     def note(item: draft_pb2.DraftOpen | draft_pb2.DraftCommit) -> list[draft_pb2.Proposal]:
-        asked.put_nowait(item)
+        requests.put_nowait(item)
         return []
 
     def make_link(endpoint: str, on_change: Any) -> DraftLink:
@@ -57,5 +56,5 @@ async def test_a_draft_far_away_is_to_send_all_that_it_has(
                 vocab_size=8,
             )
             links[0].open(request, gamma=3, lookahead=1)
-            opened = await asked.get()
+            opened = await requests.get()
             assert opened.tells_unlikely == is_long

@@ -1,4 +1,4 @@
-"""A replica that is refused: asked again less and less often, and at once where it may be new."""
+"""A refused replica: delays between attempts, and an immediate one after a reconnect."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.stack import eventually
 
 
 class Target(target_pb2_grpc.TargetServiceServicer):
-    """Says which model it has, and counts how often it is asked."""
+    """Serves GetModelInfo and counts its calls."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.num_asked = 0
+        self.num_calls = 0
 
     async def GetModelInfo(
         self, request: Any, context: Any
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
-        self.num_asked += 1
+        self.num_calls += 1
         model = model_pb2.ModelInfo(name=self._name)
         return target_pb2.TargetServiceGetModelInfoResponse(model=model)
 
@@ -45,7 +45,7 @@ async def right_one(model: model_pb2.ModelInfo, _: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def served(servicer: Target | None) -> AsyncIterator[int]:
-    """Its port. None: a draft, which is no target."""
+    """Yields its port. None: serves a draft instead of a target."""
     server = grpc.aio.server()
     if servicer is None:
         draft_pb2_grpc.add_DraftServiceServicer_to_server(
@@ -76,8 +76,8 @@ def refusals(logs: Any) -> list[str]:
     return [entry["why"] for entry in logs if entry["event"] == "replica_refused"]
 
 
-async def test_it_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait is twice the one before, to a limit; the log has it once."""
+async def test_the_delay_between_attempts_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a limit. The refusal is logged once."""
     monkeypatch.setattr(orchestrator.replicas.refusal, "FIRST_RETRY_S", 0.01)
     monkeypatch.setattr(orchestrator.replicas.refusal, "MAX_RETRY_S", 0.05)
     waits: list[float] = []
@@ -91,11 +91,11 @@ async def test_it_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) 
             link = TargetLink(f"127.0.0.1:{port}", noted, lambda: None)
             running = asyncio.create_task(link.run())
 
-            async def is_asked_often() -> bool:
+            async def has_retried() -> bool:
                 return len(waits) >= 6
 
             try:
-                await eventually(is_asked_often)
+                await eventually(has_retried)
             finally:
                 running.cancel()
                 await asyncio.wait([running])
@@ -104,10 +104,10 @@ async def test_it_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) 
     assert link.condition == "refused"
 
 
-async def test_another_process_at_its_address_is_asked_at_once(
+async def test_a_new_process_at_the_address_is_tried_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not when the wait is over, which here is an hour."""
+    """Not after the delay, which is an hour here."""
     monkeypatch.setattr(orchestrator.replicas.refusal, "FIRST_RETRY_S", 3600.0)
     monkeypatch.setattr(orchestrator.replicas.refusal, "MAX_RETRY_S", 3600.0)
     wrong, other, right = Target("wrong"), Target("other"), Target("right")
@@ -134,11 +134,13 @@ async def test_another_process_at_its_address_is_asked_at_once(
             await eventually(is_connected)
             assert link.condition == "ready"
     assert refusals(logs) == ["the model is wrong", "the model is other"]
-    assert (wrong.num_asked, other.num_asked, right.num_asked) == (1, 1, 1)
+    assert (wrong.num_calls, other.num_calls, right.num_calls) == (1, 1, 1)
 
 
-async def test_a_server_that_refuses_the_question_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft where a target should be: not silent, and not asked for ever at the same rate."""
+async def test_a_server_that_rejects_requests_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draft at the address of a target: the refusal is logged, and attempts are delayed."""
     monkeypatch.setattr(orchestrator.replicas.refusal, "FIRST_RETRY_S", 3600.0)
     monkeypatch.setattr(orchestrator.replicas.refusal, "MAX_RETRY_S", 3600.0)
     with capture_logs() as logs:

@@ -1,4 +1,4 @@
-"""A link ends when it is told to, whatever its stream is doing just then."""
+"""A cancelled link ends, whatever the state of its stream."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from outrider.v1 import draft_pb2, draft_pb2_grpc
 
 
 async def any_model(model: Any, token_hashes: Any) -> None:
-    """Nothing is checked."""
+    """Every model fits."""
 
 
 class _Breaking(draft_pb2_grpc.DraftServiceServicer):
-    """Ends every stream with an error when it is told to."""
+    """Ends every stream with an error once `breaks` is set."""
 
     def __init__(self) -> None:
         self.breaks = asyncio.Event()
@@ -31,11 +31,11 @@ class _Breaking(draft_pb2_grpc.DraftServiceServicer):
 
     async def Propose(self, request_iterator: Any, context: Any) -> None:
         await self.breaks.wait()
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "it dies")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the replica ends")
 
 
 class _WatchedLink(DraftLink):
-    """Says in which turn of the event loop its stream broke, before it knows of that itself."""
+    """Sets `broke` in the turn of the event loop in which its stream breaks."""
 
     broke: asyncio.Event
 
@@ -48,9 +48,10 @@ class _WatchedLink(DraftLink):
 
 @pytest.mark.parametrize("num_turns", range(8))
 async def test_a_link_ends_when_its_stream_breaks_at_the_same_moment(num_turns: int) -> None:
-    """The bug: cancelled while it waited for the sending half of a broken stream to end, a link
-    took that for the half's own end, and connected anew for ever: an orchestrator that was stopped
-    at the moment when its drafts died never ended."""
+    """A link that was cancelled while it awaited the sender of a broken stream used to reconnect.
+
+    An orchestrator that was stopped at the moment when its drafts died then never ended.
+    """
     breaking = _Breaking()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(breaking, server)

@@ -1,4 +1,4 @@
-"""A link ends when its task is cancelled, whatever else happens to it at that moment."""
+"""A link ends when its task is cancelled, whatever else fails at that moment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.orchestrator.replicas.test_replica_stream import any_model
 
 
 class Breaking(TargetLink):
-    """Its stream breaks while it is being left: the error takes the cancellation's place."""
+    """Its stream breaks during the cancellation, so that the error replaces it."""
 
     async def _connect(self) -> None:
         try:
@@ -23,8 +23,8 @@ class Breaking(TargetLink):
 
 
 @pytest.mark.timeout(30)
-async def test_a_stream_that_breaks_as_it_is_left() -> None:
-    """Once a process outlived its SIGTERM: tiers, Redis and parent had died at the same time."""
+async def test_a_stream_that_breaks_during_the_cancellation() -> None:
+    """A process survived its SIGTERM when tiers, Redis and parent died at the same time."""
     link = Breaking("127.0.0.1:1", any_model, lambda: None)
     running = asyncio.create_task(link.run())
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What is pending together leaves in frames that the other side takes, however long the prompts."""
+"""Pending messages are split into frames below the message size limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.stack import eventually
 
 PROMPT = [7] * 16_384
 NUM_SESSIONS = 40
-# Of the target: a quarter of what these prompts take together, and sixteen times one of them.
-MOST_BYTES = 1 << 20
+# Message size limit of the target: a quarter of all prompts, and 16 times one prompt.
+MAX_MESSAGE_BYTES = 1 << 20
 TARGET = TargetConfig(
     simulate="step_ms=1,vocab_size=256,context_len=32768",
     port=0,
@@ -31,12 +31,12 @@ TARGET = TargetConfig(
 @pytest.fixture(autouse=True)
 def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict(outrider.runtime.grpc_server.SERVER_OPTIONS)
-    options["grpc.max_receive_message_length"] = MOST_BYTES
+    options["grpc.max_receive_message_length"] = MAX_MESSAGE_BYTES
     monkeypatch.setattr(outrider.runtime.grpc_server, "SERVER_OPTIONS", tuple(options.items()))
 
 
 def opened(link: TargetLink, number: int) -> TargetHandle:
-    """A greedy session whose whole prompt is on its way."""
+    """A greedy generation whose prompt was sent."""
     request = target_request(f"session-{number}", len(PROMPT))
     handle = link.open(request, kept_epoch=0, preempts=False, age_s=0.0)
     handle.send_verify(0, PROMPT, None)
@@ -44,9 +44,11 @@ def opened(link: TargetLink, number: int) -> TargetHandle:
 
 
 async def test_many_long_prompts_at_once() -> None:
-    """The bug: frames were split by the number of their items alone, so that prompts of many
-    sessions together could be more than the target takes: its stream broke, for all of them."""
-    assert MAX_FRAME_BYTES + 4 * len(PROMPT) < MOST_BYTES
+    """Frames used to be split by the number of items only.
+
+    The prompts of many generations could then exceed the limit and break the stream of all.
+    """
+    assert MAX_FRAME_BYTES + 4 * len(PROMPT) < MAX_MESSAGE_BYTES
     async with target_service.app.serving(TARGET) as server:
         link = TargetLink(f"127.0.0.1:{server.port}", any_model, lambda: None)
         running = asyncio.create_task(link.run())

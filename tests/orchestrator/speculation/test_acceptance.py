@@ -1,4 +1,4 @@
-"""How far draft tokens survive, as measured: against counting by hand, and over its prior."""
+"""Acceptance model: properties of its probabilities, and the effect of its prior."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIMIT = 16
 
 
 @st.composite
-def verdicts(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
+def observations(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
     """(draft tokens, accepted, rejected): a stop may end a round after an accepted token."""
     rounds = []
     for gamma in draw(st.lists(st.integers(1, _LIMIT), max_size=60)):
@@ -22,71 +22,71 @@ def verdicts(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
     return rounds
 
 
-def _told(survival: AcceptanceModel, rounds: list[tuple[int, int, bool]]) -> AcceptanceModel:
+def _observed(model: AcceptanceModel, rounds: list[tuple[int, int, bool]]) -> AcceptanceModel:
     for gamma, num_accepted, is_rejected in rounds:
-        survival.observe(gamma, num_accepted, is_rejected=is_rejected)
-    return survival
+        model.observe(gamma, num_accepted, is_rejected=is_rejected)
+    return model
 
 
-@given(rounds=verdicts(), of_others=verdicts(), gamma=st.integers(0, 20))
-def test_chances_fall_along_a_block(
+@given(rounds=observations(), of_others=observations(), gamma=st.integers(0, 20))
+def test_survival_falls_along_a_block(
     rounds: list[tuple[int, int, bool]], of_others: list[tuple[int, int, bool]], gamma: int
 ) -> None:
-    pair = _told(AcceptanceModel(), of_others)
-    survival = _told(AcceptanceModel(pair), rounds)
-    acceptances, prefixes = survival.acceptance_rates(gamma), survival.survival(gamma)
-    assert len(acceptances) == len(prefixes) == gamma
-    assert all(0 < chance < 1 for chance in acceptances), "never certain"
-    assert prefixes == sorted(prefixes, reverse=True)
+    pair = _observed(AcceptanceModel(), of_others)
+    model = _observed(AcceptanceModel(pair), rounds)
+    rates, survival = model.acceptance_rates(gamma), model.survival(gamma)
+    assert len(rates) == len(survival) == gamma
+    assert all(0 < rate < 1 for rate in rates), "never certain"
+    assert survival == sorted(survival, reverse=True)
     product = 1.0
-    for acceptance, prefix in zip(acceptances, prefixes, strict=True):
-        product *= acceptance
-        assert prefix == pytest.approx(product)
+    for rate, prob in zip(rates, survival, strict=True):
+        product *= rate
+        assert prob == pytest.approx(product)
 
 
-@given(rounds=verdicts(), better=st.integers(0, 59))
-def test_one_more_token_accepted_never_lowers_a_chance(
+@given(rounds=observations(), better=st.integers(0, 59))
+def test_one_more_accepted_token_never_lowers_a_probability(
     rounds: list[tuple[int, int, bool]], better: int
 ) -> None:
-    """The same rounds, but that in one of them the rejected token stood and the next did not."""
+    """The same rounds, but in one of them the rejected token is accepted."""
     improved = list(rounds)
     if better < len(rounds) and rounds[better][2]:
         gamma, num_accepted, _ = rounds[better]
         improved[better] = (gamma, num_accepted + 1, False)
-    before = _told(AcceptanceModel(), rounds).survival(_LIMIT)
-    after = _told(AcceptanceModel(), improved).survival(_LIMIT)
+    before = _observed(AcceptanceModel(), rounds).survival(_LIMIT)
+    after = _observed(AcceptanceModel(), improved).survival(_LIMIT)
     assert all(a >= b - 1e-12 for a, b in zip(after, before, strict=True))
 
 
-@given(rounds=verdicts())
-def test_what_is_behind_a_rejection_says_nothing(rounds: list[tuple[int, int, bool]]) -> None:
-    """A round with more draft tokens, none of them judged, teaches the same of those that were."""
+@given(rounds=observations())
+def test_tokens_after_a_rejection_do_not_count(rounds: list[tuple[int, int, bool]]) -> None:
+    """Rounds with more draft tokens, none of them verified, give the same rates."""
     longer = [(_LIMIT, accepted, rejected) for _, accepted, rejected in rounds]
-    judged = max((accepted + rejected for _, accepted, rejected in rounds), default=0)
-    short = _told(AcceptanceModel(), rounds).acceptance_rates(judged)
-    assert _told(AcceptanceModel(), longer).acceptance_rates(judged) == pytest.approx(short)
+    verified = max((accepted + rejected for _, accepted, rejected in rounds), default=0)
+    short = _observed(AcceptanceModel(), rounds).acceptance_rates(verified)
+    assert _observed(AcceptanceModel(), longer).acceptance_rates(verified) == pytest.approx(short)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_what_is_measured_wins_over_any_prior(share: float) -> None:
-    """One token a round, in so many of four accepted; the prior has seen the opposite for long."""
+def test_measurements_outweigh_any_prior(share: float) -> None:
+    """One draft token per round, accepted at the given share. The prior has seen the opposite."""
     pair = AcceptanceModel()
     for _ in range(500):
         pair.observe(1, int(share < 0.5), is_rejected=share >= 0.5)
-    survival = AcceptanceModel(pair)
+    model = AcceptanceModel(pair)
     for number in range(400):
         is_accepted = number % 4 < 4 * share
-        survival.observe(1, int(is_accepted), is_rejected=not is_accepted)
-    assert survival.acceptance_rates(1)[0] == pytest.approx(share, abs=0.1)
+        model.observe(1, int(is_accepted), is_rejected=not is_accepted)
+    assert model.acceptance_rates(1)[0] == pytest.approx(share, abs=0.1)
     assert pair.acceptance_rates(1)[0] == pytest.approx(share, abs=0.1), "shared"
     assert AcceptanceModel(pair).acceptance_rates(1)[0] == pytest.approx(share, abs=0.1), (
-        "and passes it on"
+        "passed on to new generations"
     )
 
 
-def test_the_last_rounds_speak() -> None:
-    """After a hundred bad rounds, a hundred good ones are most of what is known."""
-    survival = _told(AcceptanceModel(), [(4, 0, True)] * 100)
-    assert survival.survival(4)[0] < 0.15
-    _told(survival, [(4, 4, False)] * 100)
-    assert survival.survival(4)[0] > 0.75
+def test_recent_rounds_count_most() -> None:
+    """A hundred good rounds outweigh the hundred bad ones before them."""
+    model = _observed(AcceptanceModel(), [(4, 0, True)] * 100)
+    assert model.survival(4)[0] < 0.15
+    _observed(model, [(4, 4, False)] * 100)
+    assert model.survival(4)[0] > 0.75

@@ -1,4 +1,4 @@
-"""Costs are each replica's own; what is known of the models is shared."""
+"""Cost book: costs by replica, statistics of the models shared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report(endpoint: str | None) -> CostReport:
     return CostReport((1, 64), (step_s, 2 * step_s))
 
 
-def test_each_replica_has_costs_of_its_own() -> None:
+def test_each_replica_has_its_own_costs() -> None:
     book = CostBook(report, report)
     fast, slow = book.pair(), book.pair()
     fast.target, fast.draft = book.target("fast"), book.draft("fast")
@@ -31,7 +31,7 @@ def test_each_replica_has_costs_of_its_own() -> None:
     assert fast.target.overhead_s == fast.draft.overhead_s == 0.001
 
 
-def test_a_generation_that_moves_goes_on_with_what_is_known_there() -> None:
+def test_a_generation_that_moves_uses_the_costs_known_of_the_new_replica() -> None:
     book = CostBook(report, report)
     pair = book.pair()
     pair.target = book.target("slow")
@@ -44,7 +44,7 @@ def test_a_generation_that_moves_goes_on_with_what_is_known_there() -> None:
     assert pair.target.overhead_s == known
 
 
-def test_what_is_known_of_the_models_is_shared() -> None:
+def test_statistics_of_the_models_are_shared() -> None:
     book = CostBook(report, report)
     one, other = book.pair(), book.pair()
     for _ in range(50):
@@ -55,14 +55,14 @@ def test_what_is_known_of_the_models_is_shared() -> None:
     assert book.shared.num_lookahead_hits == 50
 
 
-def test_a_new_generation_begins_with_the_replica_used_last() -> None:
+def test_a_new_generation_starts_with_the_costs_of_the_replica_used_last() -> None:
     book = CostBook(report, report)
-    assert book.pair().target.steps_s(0) == pytest.approx((0.01,)), "any that there is"
+    assert book.pair().target.steps_s(0) == pytest.approx((0.01,)), "of any replica"
     book.target("slow")
     assert book.pair().target.steps_s(0) == pytest.approx((0.5,))
 
 
-def test_addresses_that_come_and_go_are_forgotten() -> None:
+def test_costs_of_the_least_recently_used_addresses_are_dropped() -> None:
     book = CostBook(lambda _: CostReport(), lambda _: CostReport())
     for number in range(1_000):
         book.target(f"10.0.0.1:{number}")

@@ -1,4 +1,4 @@
-"""The contract of draft sources; every source passes it."""
+"""Contract of draft sources: every source must pass these tests."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.services.fake_draft import FakeDraft, faking
 GAMMA = 3
 PROMPT = [1, 2, 3]
 MakeSource = Callable[[list[int]], DraftSource]
-Told = draft_pb2.DraftOpen | draft_pb2.DraftCommit
+Request = draft_pb2.DraftOpen | draft_pb2.DraftCommit
 
 
 class CountingDraft:
-    """Proposes the next integers, always for the context that it was told last."""
+    """Proposes the integers after the last committed token."""
 
     def __init__(self) -> None:
         self._context: list[int] = []
         self.gammas: list[int] = []
 
-    def answer(self, told: Told) -> list[draft_pb2.Proposal]:
-        self._context += unpack(told.token_ids, UINT32, "token_ids").tolist()
-        gamma = max(told.gamma, told.ahead_gamma)
+    def answer(self, request: Request) -> list[draft_pb2.Proposal]:
+        self._context += unpack(request.token_ids, UINT32, "token_ids").tolist()
+        gamma = max(request.gamma, request.ahead_gamma)
         self.gammas.append(gamma)
         if not gamma:
             return []
@@ -42,14 +42,14 @@ class CountingDraft:
         ids = pack(range(last + 1, last + 1 + gamma), UINT32)
         return [
             draft_pb2.Proposal(
-                generation_id=told.generation_id, base_len=len(self._context), token_ids=ids
+                generation_id=request.generation_id, base_len=len(self._context), token_ids=ids
             )
         ]
 
 
 @contextlib.asynccontextmanager
 async def tier_drafts() -> AsyncIterator[MakeSource]:
-    """A draft replica over real gRPC, its proposals made by the test."""
+    """Sources at a fake draft replica over real gRPC."""
     fake = FakeDraft(model_pb2.ModelInfo(max_gamma=8), CountingDraft().answer)
 
     def make_link(endpoint: str, on_change: Any) -> DraftLink:
@@ -77,8 +77,8 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[MakeSource]:
         yield make
 
 
-async def test_a_source_that_is_not_open_has_nothing(make: MakeSource) -> None:
-    """It proposes nothing, holds nothing, and every method may be called all the same."""
+async def test_a_source_that_is_not_open_proposes_nothing(make: MakeSource) -> None:
+    """All its methods can be called."""
     source = make(list(PROMPT))
     assert not source.is_open
     assert source.replica is None
@@ -91,21 +91,21 @@ async def test_a_source_that_is_not_open_has_nothing(make: MakeSource) -> None:
     source.close(keep=False)
 
 
-async def test_with_gamma_0_it_does_not_start(make: MakeSource) -> None:
+async def test_gamma_0_does_not_open_it(make: MakeSource) -> None:
     source = make(list(PROMPT))
     assert not source.open(0, 1)
     assert not source.is_open
 
 
-async def test_whether_it_opens_is_as_it_says(make: MakeSource) -> None:
+async def test_open_succeeds_if_may_open(make: MakeSource) -> None:
     source = make(list(PROMPT))
     assert source.open(GAMMA, 1) == source.may_open == source.is_open
     assert (source.replica is not None) == source.is_open
     source.close(keep=False)
 
 
-async def test_proposals_continue_what_is_committed(make: MakeSource) -> None:
-    """Round by round, as the generation commits all draft tokens and one token of its own."""
+async def test_proposals_continue_the_committed_tokens(make: MakeSource) -> None:
+    """Each round commits all draft tokens and a bonus token."""
     context = list(PROMPT)
     source = make(context)
     source.open(GAMMA, 1)
@@ -139,7 +139,7 @@ async def test_proposals_that_assumed_other_tokens_are_dropped(make: MakeSource)
     source.close(keep=False)
 
 
-async def test_a_proposal_has_the_least_length_that_is_asked_for(make: MakeSource) -> None:
+async def test_a_shorter_proposal_than_requested_is_not_returned(make: MakeSource) -> None:
     context = list(PROMPT)
     source = make(context)
     source.open(GAMMA, 1)
@@ -151,7 +151,7 @@ async def test_a_proposal_has_the_least_length_that_is_asked_for(make: MakeSourc
     source.close(keep=False)
 
 
-async def test_a_rested_replica_is_not_used_for_a_while(make: MakeSource) -> None:
+async def test_a_suspended_replica_is_not_used_for_a_while(make: MakeSource) -> None:
     source = make(list(PROMPT))
     source.open(GAMMA, 1)
     source.suspend()

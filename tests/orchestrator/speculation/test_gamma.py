@@ -1,6 +1,6 @@
-"""γ by value: what is chosen from given costs, how it settles, and that it always comes back.
+"""γ policy: choices for given costs, how they settle, and that good drafts are found again.
 
-Rounds are played, not timed: a draft of given acceptance and slowness against costs that are told.
+Rounds are simulated: a draft of given acceptance and speed, and reported costs. No test waits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from orchestrator.speculation.round_costs import DraftCosts, PairCosts, TargetCo
 from outrider.replica import CostReport
 
 MAX_GAMMA = 16
-# Of a pass over one token; the unit of all that follows.
+# A pass over one token; the unit of all other times.
 PASS_S = 0.02
 OVERHEAD_S = 0.001
 
 
 @dataclass
 class Tiers:
-    """Costs as both tiers report them; fields may change between rounds."""
+    """Costs reported by both tiers; fields may change between rounds."""
 
-    token_s: float = 0.0  # of each further token in a target's pass
+    token_s: float = 0.0  # each further token in a pass of the target
     draft_s: float = 0.1 * PASS_S
     num_rows: float = 1.0
     noise: float = 0.0
@@ -61,7 +61,7 @@ def play(
     is_hit: bool = False,
     seed: int = 0,
 ) -> list[GammaDecision]:
-    """Rounds with the policy's own choices. `late_s(γ)`: when the draft delivers; as reported."""
+    """Rounds with the policy's choices. `late_s(γ)`: time to a proposal; None: as reported."""
     chance, decisions = random.Random(seed), []
     for _ in range(num_rounds):
         decision = policy.decision
@@ -87,40 +87,40 @@ def play(
 
 
 def settled(tiers: Tiers, acceptance: float, num_rounds: int = 300, **how: bool) -> int:
-    """The γ after so many rounds."""
+    """γ after `num_rounds` rounds."""
     policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
     play(policy, num_rounds, acceptance, **how)
     return policy.decision.gamma
 
 
-def test_cheap_passes_and_good_drafts_call_for_many() -> None:
+def test_cheap_passes_and_good_drafts_have_a_large_gamma() -> None:
     assert settled(Tiers(draft_s=0.05 * PASS_S), 0.97) >= 10
     assert settled(Tiers(draft_s=0.05 * PASS_S), 0.97, is_hit=True) == MAX_GAMMA
     assert 3 <= settled(Tiers(), 0.8) <= 9
 
 
-def test_none_where_they_cannot_pay() -> None:
-    """A pass bound by arithmetic: a draft token costs a pass. And bad drafts that are dear."""
+def test_gamma_is_0_where_drafts_cannot_pay() -> None:
+    """Compute-bound passes: a draft token costs a pass. Also slow drafts that are bad."""
     for acceptance in (0.2, 0.8):
         assert settled(Tiers(token_s=PASS_S), acceptance, is_hit=True) == 0
     assert settled(Tiers(draft_s=0.5 * PASS_S), 0.2) == 0
 
 
 def test_a_bad_draft_costs_next_to_nothing() -> None:
-    """Of 4000 rounds with α 0.2 and dear drafts, few draft; probes come rarer and rarer."""
+    """In 4000 rounds with α = 0.2 and a slow draft, few have draft tokens; probes become rarer."""
     tiers = Tiers(draft_s=0.5 * PASS_S)
     decisions = play(GammaPolicy(tiers.costs(), MAX_GAMMA), 4000, 0.2)
     drafted = [i for i, decision in enumerate(decisions) if decision.gamma]
     start, later = [i for i in drafted if i < 60], [i for i in drafted if i >= 60]
     assert len(start) < 50
-    assert 4 <= len(later) < 60, "still tried now and then"
+    assert 4 <= len(later) < 60, "probes"
     pauses = [b - a for a, b in itertools.pairwise(later) if b - a > 4]
     assert pauses == sorted(pauses)
     assert max(pauses) <= 520
 
 
 def test_what_can_never_pay_is_not_probed() -> None:
-    """Where even drafts that all stand would be slower than none, nothing is tried."""
+    """No probes where even drafts that are all accepted would be slower than none."""
     decisions = play(GammaPolicy(Tiers(draft_s=5 * PASS_S).costs(), MAX_GAMMA), 4000, 0.9)
     assert not any(decision.gamma for decision in decisions[100:])
 
@@ -130,7 +130,7 @@ def test_what_can_never_pay_is_not_probed() -> None:
     draft_s=st.floats(0, 2 * PASS_S),
     rows=st.lists(st.floats(1, 32), min_size=2, max_size=2).map(sorted),
 )
-def test_fewer_the_fuller_the_batch(token_s: float, draft_s: float, rows: list[float]) -> None:
+def test_gamma_falls_with_the_batch_size(token_s: float, draft_s: float, rows: list[float]) -> None:
     few, many = (
         GammaPolicy(Tiers(token_s, draft_s, num_rows).costs(), MAX_GAMMA).decision
         for num_rows in rows
@@ -144,8 +144,10 @@ def test_fewer_the_fuller_the_batch(token_s: float, draft_s: float, rows: list[f
     shares=st.lists(st.integers(0, 20), min_size=2, max_size=2).map(sorted),
 )
 @settings(deadline=None)
-def test_more_the_more_is_accepted(token_s: float, draft_s: float, shares: list[int]) -> None:
-    """Two histories of the same rounds; in one of them fewer draft tokens stood."""
+def test_gamma_rises_with_the_acceptance_rate(
+    token_s: float, draft_s: float, shares: list[int]
+) -> None:
+    """Two histories of the same rounds; in one of them fewer draft tokens were accepted."""
     chosen = []
     for share in shares:
         costs = Tiers(token_s, draft_s).costs()
@@ -158,8 +160,8 @@ def test_more_the_more_is_accepted(token_s: float, draft_s: float, shares: list[
 
 
 @pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.9])
-def test_noise_makes_nothing_flutter(acceptance: float) -> None:
-    """Costs that are 2 % off at each look; the history of acceptance does not change any more."""
+def test_noise_in_the_costs_does_not_change_gamma(acceptance: float) -> None:
+    """Reported costs vary by 2 %; the history of acceptance stays as it is."""
     tiers = Tiers(token_s=0.02 * PASS_S)
     policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
     play(policy, 300, acceptance, is_hit=True)
@@ -173,7 +175,7 @@ def test_noise_makes_nothing_flutter(acceptance: float) -> None:
     assert min(chosen) > 0
 
 
-def test_a_choice_follows_what_changes_for_good() -> None:
+def test_gamma_follows_lasting_changes_of_the_costs() -> None:
     tiers = Tiers()
     policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
     play(policy, 200, 0.85)
@@ -188,7 +190,7 @@ def test_a_choice_follows_what_changes_for_good() -> None:
 
 @pytest.mark.parametrize(("num_bad", "seed"), [(40, 0), (400, 1), (4000, 2)])
 def test_good_drafts_are_found_again(num_bad: int, seed: int) -> None:
-    """At the next probe if all stand: within 512 rounds and some; at the fifth or so at α 0.9."""
+    """At the next probe if all are accepted (about 512 rounds); at about the fifth with α = 0.9."""
     for acceptance, num_rounds in ((1.0, 700), (0.9, 6000)):
         policy = GammaPolicy(Tiers(draft_s=0.5 * PASS_S).costs(), MAX_GAMMA)
         assert play(policy, num_bad, 0.0, seed=seed)[-1].gamma == 0
@@ -198,13 +200,13 @@ def test_good_drafts_are_found_again(num_bad: int, seed: int) -> None:
 
 
 def test_good_drafts_are_found_again_by_short_outputs_together() -> None:
-    """Each has fewer rounds than pass between two probes; found so: none was ever tried again."""
+    """Each has fewer rounds than the probe interval. (They used to have no probe at all.)"""
     tiers = Tiers(draft_s=0.5 * PASS_S)
     costs = tiers.costs()
     for seed in range(40):
         play(GammaPolicy(costs, MAX_GAMMA), 24, 0.0, seed=seed)
     assert GammaPolicy(costs, MAX_GAMMA).decision.gamma == 0
-    # In turn, as of many streams: none is ahead of the others.
+    # Interleaved, like many streams at once.
     for _ in range(25):
         policies = [GammaPolicy(costs, MAX_GAMMA) for _ in range(8)]
         for number in range(24):
@@ -213,25 +215,25 @@ def test_good_drafts_are_found_again_by_short_outputs_together() -> None:
     assert policies[0].decision.gamma >= 1
 
 
-def test_a_probe_stands_until_something_is_known() -> None:
-    """The draft may have the session to open first, or much to catch up; but not for ever."""
+def test_a_probe_lasts_until_it_has_a_result() -> None:
+    """The draft may have to open the session first, or to catch up. The probe is bounded."""
     policy = GammaPolicy(Tiers(draft_s=0.5 * PASS_S).costs(), MAX_GAMMA)
     assert play(policy, 400, 0.0)[-1].gamma == 0
     while policy.decision.gamma == 0:
         policy.observe_round(0, 0, is_rejected=False)
     num_rounds = 0
     while policy.decision.gamma:
-        policy.observe_round(0, 0, is_rejected=False)  # no proposal, and none was waited for
+        policy.observe_round(0, 0, is_rejected=False)  # no proposal, and no wait for one
         num_rounds += 1
     assert 8 <= num_rounds <= 20
     while policy.decision.gamma == 0:
         policy.observe_round(0, 0, is_rejected=False)
     policy.observe_round(2, 0, is_rejected=True)
-    assert policy.decision.gamma == 0, "it is known"
+    assert policy.decision.gamma == 0, "the result is known"
 
 
-def test_what_a_probe_finds_counts_for_more_than_what_was_once() -> None:
-    """All draft at the start, and are late; then few do: one round in hundreds tells of it."""
+def test_results_of_probes_outweigh_old_measurements() -> None:
+    """Drafts are late at first. Later they are in time, but one round in hundreds shows it."""
     tiers = Tiers(draft_s=0.2 * PASS_S)
     policy = GammaPolicy(tiers.costs(), MAX_GAMMA)
     decisions = play(policy, 500, 0.9, late_s=lambda gamma: 5 * PASS_S)
@@ -240,10 +242,10 @@ def test_what_a_probe_finds_counts_for_more_than_what_was_once() -> None:
     assert play(policy, 3000, 0.9)[-1].waiting_gamma > 0
 
 
-def test_sessions_in_cohorts_know_what_they_would_have_together() -> None:
-    """Each waits for the other half's pass, with drafts that bring little; one pass takes all.
+def test_alternating_batches_are_left_if_plain_decoding_is_better() -> None:
+    """Each half waits for the pass of the other one, with drafts that bring little.
 
-    Found so: four streams stayed at γ = 1, with α 0.2, at 0.75 of plain decoding.
+    Four streams used to stay at γ = 1 with α = 0.2, at 0.75 of plain decoding.
     """
     tiers = Tiers(token_s=0.02 * PASS_S, draft_s=0.2 * PASS_S, num_rows=2)
     for acceptance, is_plain in ((0.2, True), (0.8, False)):
@@ -262,10 +264,10 @@ def test_sessions_in_cohorts_know_what_they_would_have_together() -> None:
 
 
 def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
-    """Rows of 64 sessions wait for one pass of others, with as many draft tokens as they choose.
+    """Verify requests of 64 generations wait for one pass of others that chose the same γ.
 
-    So γ is no more than without the queue: found so, a wait thought to be the same for every γ made
-    16 draft tokens seem cheap, at half the tokens that no draft gave.
+    So γ is not larger than without the queue. With a constant queue time 16 draft tokens seemed
+    cheap, at half the throughput of plain decoding.
     """
     chosen = []
     for num_passes in (1, 2):
@@ -280,26 +282,26 @@ def test_a_queue_is_as_long_as_the_passes_before_it() -> None:
                 policy.observe_lookahead(is_hit=True)
             policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
             step_s = policy.decision.target_step_s[gamma]
-            is_lucky = number % 50 == 0
-            latency_s = OVERHEAD_S + (1 if is_lucky else num_passes) * step_s
+            is_first = number % 50 == 0
+            latency_s = OVERHEAD_S + (1 if is_first else num_passes) * step_s
             policy.costs.observe_result(latency_s, step_s, has_waited=False)
         chosen.append(policy.decision.gamma)
     assert chosen[1] <= chosen[0] <= 3
 
 
-def test_a_draft_that_is_always_late_is_not_waited_for_again_and_again() -> None:
-    """Its share of all time goes to nothing, for a chosen γ and for a request's own."""
+def test_a_draft_that_is_always_late_is_hardly_waited_for() -> None:
+    """The share of waiting falls towards 0, for a chosen γ and for a request's own."""
     for fixed in (None, 5):
         policy = GammaPolicy(Tiers().costs(), MAX_GAMMA, fixed=fixed)
         decisions = play(policy, 3000, 0.8, late_s=lambda _: 50 * PASS_S)
         waited_s = [decision.wait_s for decision in decisions if decision.waiting_gamma]
-        assert sum(waited_s[:100]) < 60 * PASS_S, "to find out"
-        little_s = 0.11 * PASS_S if fixed else 0.0
-        assert sum(waited_s[100:]) < len(waited_s) * little_s + 60 * PASS_S
+        assert sum(waited_s[:100]) < 60 * PASS_S, "until that is known"
+        wait_s = 0.11 * PASS_S if fixed else 0.0
+        assert sum(waited_s[100:]) < len(waited_s) * wait_s + 60 * PASS_S
 
 
 @pytest.mark.parametrize("fixed", [None, 5])
-def test_and_is_waited_for_again_once_it_is_in_time(fixed: int | None) -> None:
+def test_a_draft_that_is_in_time_again_is_waited_for(fixed: int | None) -> None:
     policy = GammaPolicy(Tiers().costs(), MAX_GAMMA, fixed=fixed)
     play(policy, 1000, 0.9, late_s=lambda _: 50 * PASS_S)
     play(policy, 6000, 0.9)
@@ -308,8 +310,8 @@ def test_and_is_waited_for_again_once_it_is_in_time(fixed: int | None) -> None:
     assert decision.wait_s > OVERHEAD_S + decision.waiting_gamma * 0.1 * PASS_S
 
 
-def test_a_draft_that_is_lost_while_it_is_waited_for_teaches_nothing_of_patience() -> None:
-    """A wait that ended at once is no sign of a slow draft, nor of a fast one."""
+def test_a_draft_lost_during_a_wait_does_not_change_the_estimates() -> None:
+    """A wait that ended at once shows neither a slow draft nor a fast one."""
     costs = Tiers().costs()
     policy = GammaPolicy(costs, MAX_GAMMA, fixed=5, fixed_wait_s=20.0)
     before_s = costs.draft.overhead_s
@@ -321,7 +323,7 @@ def test_a_draft_that_is_lost_while_it_is_waited_for_teaches_nothing_of_patience
 
 @given(fixed=st.integers(0, MAX_GAMMA), acceptance=st.floats(0, 1), token_s=st.floats(0, PASS_S))
 @settings(deadline=None, max_examples=30)
-def test_a_requests_own_gamma_stands(fixed: int, acceptance: float, token_s: float) -> None:
+def test_a_requests_own_gamma_is_used(fixed: int, acceptance: float, token_s: float) -> None:
     policy = GammaPolicy(Tiers(token_s).costs(), MAX_GAMMA, fixed=fixed)
     for decision in play(policy, 100, acceptance):
         assert (decision.gamma, decision.waiting_gamma) == (fixed, fixed)
@@ -329,7 +331,7 @@ def test_a_requests_own_gamma_stands(fixed: int, acceptance: float, token_s: flo
 
 
 @given(max_gamma=st.integers(0, MAX_GAMMA), fixed=st.none() | st.integers(0, MAX_GAMMA))
-def test_before_anything_is_reported(max_gamma: int, fixed: int | None) -> None:
+def test_decision_before_costs_are_reported(max_gamma: int, fixed: int | None) -> None:
     fixed = None if fixed is None else min(fixed, max_gamma)
     decision = GammaPolicy(PairCosts(), max_gamma, fixed=fixed).decision
     assert (
@@ -342,7 +344,7 @@ def test_before_anything_is_reported(max_gamma: int, fixed: int | None) -> None:
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["round", "hit", "miss", "vain", "proposal", "reply"]),
+        st.sampled_from(["round", "hit", "miss", "missing", "proposal", "result"]),
         st.floats(0, 1e4),
         st.integers(0, MAX_GAMMA),
         st.integers(0, MAX_GAMMA),
@@ -362,7 +364,7 @@ SECONDS = st.floats(0, 1e4, allow_subnormal=False)
     fixed=st.none() | st.integers(0, MAX_GAMMA),
 )
 @settings(deadline=None, max_examples=150)
-def test_whatever_happens_a_decision_makes_sense(
+def test_decisions_are_consistent_after_any_history(
     events: list[tuple[str, float, int, int]],
     target: list[float],
     draft: list[float],
@@ -386,7 +388,7 @@ def test_whatever_happens_a_decision_makes_sense(
             policy.observe_round(gamma, num_accepted, is_rejected=num_accepted < gamma)
         elif kind in ("hit", "miss"):
             policy.observe_lookahead(is_hit=kind == "hit")
-        elif kind == "vain":
+        elif kind == "missing":
             policy.observe_missing_proposal(seconds)
         elif kind == "proposal":
             policy.observe_proposal(seconds, one)
@@ -406,15 +408,15 @@ def check(decision: GammaDecision, max_gamma: int) -> None:
     for rates in (decision.tokens_per_s, decision.waiting_tokens_per_s, decision.target_step_s):
         assert len(rates) == max_gamma + 1
         assert min(rates) > 0
-    # One that is here is worth no less than one that has to be waited for.
-    for here, waited in zip(decision.tokens_per_s, decision.waiting_tokens_per_s, strict=True):
-        assert here >= waited * (1 - 1e-9)
+    # A proposal that may be ready is worth no less than one that is waited for.
+    for ready, waited in zip(decision.tokens_per_s, decision.waiting_tokens_per_s, strict=True):
+        assert ready >= waited * (1 - 1e-9)
     round_s = decision.target_step_s[0] + max(0.0, decision.target_overhead_s)
     wait_s = decision.draft_overhead_s + decision.waiting_gamma * decision.draft_step_s
     assert decision.wait_s <= max(3 * wait_s + round_s, round_s) * (1 + 1e-9)
     is_probe = not decision.is_fixed and decision.gamma in (1, 2)
     if not decision.is_fixed and not is_probe:
-        # Plain decoding is left for a tenth more, one γ for another for 3 %.
+        # Plain decoding is left for 10 % more, one γ for another for 3 %.
         short_of = 1.03 if decision.gamma else 1.1
         best = max(decision.tokens_per_s)
         assert decision.tokens_per_s[decision.gamma] >= best / short_of * (1 - 1e-9)

@@ -1,4 +1,4 @@
-"""Which proposals go on from what is committed, and with what: against a model of plain lists."""
+"""Proposals and the committed tokens, compared with plain lists."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PATHS = st.lists(TOKENS, max_size=8)
 
 
 def support(number: int) -> Support:
-    """One of its own for each position."""
+    """A distinct support for each position."""
     return Support(np.array([number], np.int64), np.ones(1))
 
 
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[Proposal, list[int]]:
-    """With the whole context and draft tokens that it stands for."""
+    """A proposal, and the whole context with its draft tokens."""
     before = draw(st.lists(TOKENS, min_size=1, max_size=8))
     assumed, drafts = draw(PATHS), draw(st.lists(TOKENS, min_size=1, max_size=8))
     supports = None
@@ -32,33 +32,35 @@ def proposals(draw: st.DrawFn) -> tuple[Proposal, list[int]]:
 
 @st.composite
 def with_context(draw: st.DrawFn) -> tuple[Proposal, list[int], list[int]]:
-    """And a committed context, no shorter than what the draft had been told."""
+    """Also a committed context, at least as long as the one at drafting."""
     proposal, path = draw(proposals())
-    told = proposal.base_len - len(proposal.assumed_token_ids)
+    known_len = proposal.base_len - len(proposal.assumed_token_ids)
     if draw(st.booleans()):
-        return proposal, path, path[: draw(st.integers(told, len(path)))]
-    return proposal, path, [*path[:told], *draw(PATHS)]
+        return proposal, path, path[: draw(st.integers(known_len, len(path)))]
+    return proposal, path, [*path[:known_len], *draw(PATHS)]
 
 
 @given(made=with_context())
 def test_a_proposal_agrees_while_nothing_contradicts_it(
     made: tuple[Proposal, list[int], list[int]],
 ) -> None:
-    """What is committed is a beginning of its path, and not all of it."""
+    """The committed context is a proper prefix of its path."""
     proposal, path, context = made
     expected = len(context) < len(path) and path[: len(context)] == context
     assert proposal.agrees(context) == expected
 
 
 @given(made=with_context())
-def test_what_it_proposes_after_a_context(made: tuple[Proposal, list[int], list[int]]) -> None:
-    """The tokens of its path behind the context, each with the support it was drawn from."""
+def test_the_rest_of_a_proposal_after_a_context(
+    made: tuple[Proposal, list[int], list[int]],
+) -> None:
+    """The tokens of its path after the context, each with its support."""
     proposal, path, context = made
     if not proposal.agrees(context):
         return
     rest = proposal.continuing(len(context))
     if len(context) < proposal.base_len:
-        assert rest is None, "it has still to be seen whether what it assumes comes"
+        assert rest is None, "assumed tokens are not committed yet"
         return
     assert rest is not None
     assert context + list(rest.token_ids) == path
@@ -70,14 +72,14 @@ def test_what_it_proposes_after_a_context(made: tuple[Proposal, list[int], list[
         assert rest.supports is None
     else:
         assert rest.supports == proposal.supports[-len(rest.token_ids) :]
-    # In one step or token by token: the same.
+    # The same in one step and token by token.
     assert proposal.continuing(len(path)) is None
     for end in range(len(context) + 1, len(path)):
         assert rest.continuing(end) == proposal.continuing(end)
 
 
 @given(made=proposals(), num_tokens=st.integers(1, 10), skipped=st.integers(0, 7))
-def test_the_head_is_the_same_with_fewer_tokens(
+def test_the_head_has_the_first_tokens(
     made: tuple[Proposal, list[int]], num_tokens: int, skipped: int
 ) -> None:
     proposal, path = made
@@ -90,7 +92,7 @@ def test_the_head_is_the_same_with_fewer_tokens(
         assert head.supports == proposal.supports[:num_tokens]
     assert head.head(num_tokens) == head
     assert head.agrees(path[: proposal.base_len])
-    # Cut and then skipped, or skipped and then cut.
+    # The order of cutting and skipping does not matter.
     rest = proposal.continuing(proposal.base_len + skipped)
     tail = head.continuing(proposal.base_len + skipped)
     if tail is not None:
