@@ -1,1 +1,1 @@
-"""Replicas of both model tiers: discovery, one stream to each, health, routing."""
+"""Replicas of both model tiers: one stream to each, health, routing, and the draft source."""

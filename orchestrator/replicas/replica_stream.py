@@ -37,7 +37,7 @@ MAX_MISSED_HEARTBEATS = 5
 RECONNECT_DELAY_S = 0.2
 MAX_FRAME_ITEMS = 256
 # Only an open with a long context may be larger; it is then a frame of its own. So frames stay far
-# below the message size limit, and replicas need not check frames for their size.
+# below the message size limit, and replicas parse them unchecked (outrider.runtime.message_limits).
 MAX_FRAME_BYTES = SMALL_BYTES
 # Bytes per item in a frame besides the item: one of tag, at most five of length.
 _MAX_ITEM_HEADER_BYTES = 6

@@ -1,6 +1,6 @@
-"""A replica that fails whatever comes, beside one that does not: no call fails, none is attracted.
+"""A replica whose passes all fail, next to a healthy one: requests succeed and avoid it.
 
-Replicas' passes raise, as they do after a CUDA error.
+Its passes raise, as they do after a CUDA error.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ async def test_a_broken_replica_attracts_no_traffic(
     greedy: Greedy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where it does not notice by itself, or not yet: it fails fast, so it is least loaded."""
+    """Also if it does not notice its failures. It fails fast, so it would be the least loaded."""
     monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     if not leaves_service:
         monkeypatch.setattr(recovery, "MAX_FAILED_PASSES", 10_000)
@@ -114,7 +114,7 @@ async def test_a_broken_replica_attracts_no_traffic(
         for _ in range(5):
             for n, output in enumerate(await outputs(system, 8, "greedy", gamma=0)):
                 assert output.token_ids == greedy(PROMPT[n:], NUM_TOKENS)
-        # Eight may be on their way when the first fails; then now and then one tries.
+        # Eight requests may be open when the first fails. Then one tries it from time to time.
         assert (await broken.info()).load.num_opened_total - num_before < 20
 
         fault.is_on = False
@@ -131,7 +131,7 @@ async def test_a_broken_replica_attracts_no_traffic(
 async def test_one_failed_pass_ends_no_stream(
     how: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
-    """Those that were there go on elsewhere with the same tokens."""
+    """Its generations continue at the other replica with the same tokens."""
     fault = Fault()
     async with two_targets(pair, redis_url, fault) as (system, _, _):
         plain = [output.token_ids for output in await outputs(system, 8, how, gamma=0)]
@@ -149,7 +149,7 @@ async def test_one_failed_pass_ends_no_stream(
         assert fault.num_failed == 1
 
 
-async def test_without_another_replica_it_fails_by_name(pair: Pair, redis_url: str) -> None:
+async def test_without_another_replica_the_request_fails(pair: Pair, redis_url: str) -> None:
     fault = Fault()
     async with (
         faulty(pair.target, fault) as only,
@@ -162,10 +162,10 @@ async def test_without_another_replica_it_fails_by_name(pair: Pair, redis_url: s
         assert len((await system.generate(PROMPT, **HOW["greedy"])).token_ids) == NUM_TOKENS
 
 
-async def test_a_failure_at_both_is_the_requests_end(
+async def test_a_failure_at_both_replicas_fails_the_request(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is retried once: what fails everywhere does not go round."""
+    """A failed pass is retried once."""
     fault = Fault()
     async with two_targets(pair, redis_url, fault, both=True) as (system, _, _):
         fault.num_to_fail = 2
@@ -174,10 +174,10 @@ async def test_a_failure_at_both_is_the_requests_end(
         assert fault.num_failed == 2
 
 
-async def test_a_broken_draft_costs_speed_only(
+async def test_outputs_do_not_depend_on_a_broken_draft(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves service; when its passes succeed again, it drafts again."""
+    """It leaves service, and drafts again when its passes succeed."""
     monkeypatch.setattr(recovery, "MAX_FAILED_SELF_TESTS", 10_000)
     fault, good = Fault(), Fault()
     async with (
@@ -202,14 +202,14 @@ async def test_a_broken_draft_costs_speed_only(
 
 
 @pytest.mark.parametrize("num_failures", [0, 1])
-async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
+async def test_the_whole_context_at_another_replica_is_not_measured_as_a_round(
     num_failures: int,
     pair: Pair,
     redis_url: str,
     brake: Brake,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every round tells what it took, but for those that ran a prompt."""
+    """Every round is measured, except those that processed a prompt or the whole context again."""
     rounds: list[float] = []
     observe_result = PairCosts.observe_result
 
@@ -235,8 +235,8 @@ async def test_a_context_run_anew_elsewhere_is_no_cost_of_a_round(
     assert len(rounds) == NUM_TOKENS - 1 - num_failures
 
 
-async def test_rounds_are_valued_by_the_costs_of_the_replica_they_are_at(redis_url: str) -> None:
-    """A slow and a fast target: each generation's decision says which one it was at."""
+async def test_gamma_is_chosen_by_the_costs_of_the_generations_own_replica(redis_url: str) -> None:
+    """A slow and a fast target: each generation's decision has the costs of one of them."""
     slow_ms = 40
     async with (
         tier(simulate="step_ms=1,vocab_size=256") as fast,
@@ -248,7 +248,7 @@ async def test_rounds_are_valued_by_the_costs_of_the_replica_they_are_at(redis_u
             Tiers(fast.server, draft.server), redis_url, target_endpoint=endpoints
         ) as system:
 
-            async def told() -> float:
+            async def target_step_s() -> float:
                 output = await system.generate(PROMPT, **HOW["greedy"])
                 return float(output.speculation.decision.target_step_s[0])
 
@@ -259,7 +259,7 @@ async def test_rounds_are_valued_by_the_costs_of_the_replica_they_are_at(redis_u
 
             async def both_were_seen() -> bool:
                 num_before = await num_slow()
-                step_s = await told()
+                step_s = await target_step_s()
                 is_slow = await num_slow() > num_before
                 assert step_s > slow_ms / 2000 or not is_slow
                 seen.add(is_slow)

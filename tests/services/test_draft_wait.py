@@ -1,4 +1,4 @@
-"""`draft_wait` always: a request's γ is what its rounds have, whatever the draft's timing."""
+"""`draft_wait` always: every round has the request's γ, whatever the draft's timing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2
 from tests.services.parts import GREEDY, refusal
-from tests.services.test_drafting import Script, Told, scripted
+from tests.services.test_drafting import DraftMessage, Script, scripted
 from tests.stack import Output, Stack, request, running_stack
 
 ALWAYS = orchestrator_pb2.DRAFT_WAIT_ALWAYS
@@ -39,10 +39,10 @@ async def rounds(stack: Stack, way: str, **fields: Any) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("draft_ms", [0.2, 6])
 @pytest.mark.parametrize("way", WAYS)
-async def test_every_round_after_the_first_has_the_gamma_that_was_asked_for(
+async def test_every_round_after_the_first_has_the_requested_gamma(
     way: str, draft_ms: float, redis_url: str
 ) -> None:
-    """But for the last ones, where fewer tokens are left to write; also of a draft that is slow."""
+    """Except the last ones, where fewer tokens are left. Also with a slow draft."""
     async with running_stack(
         None,
         None,
@@ -54,18 +54,18 @@ async def test_every_round_after_the_first_has_the_gamma_that_was_asked_for(
         for _ in range(2):
             by_gamma = await rounds(stack, way, draft_wait=ALWAYS)
             assert len(by_gamma) == GAMMA + 1
-            assert by_gamma[0] <= 2, "the prompt's, and one with a single token left"
+            assert by_gamma[0] <= 2, "the prompt, and a last round with one token left"
             assert sum(by_gamma[1:GAMMA]) <= GAMMA
             assert by_gamma[GAMMA] >= NUM_TOKENS // (GAMMA + 1) - 2
 
 
 @pytest.mark.parametrize("way", ["setting", "field"])
-async def test_a_draft_that_never_answers_is_waited_for_once(way: str, redis_url: str) -> None:
-    """Then it is left alone for a while: each further wait would cost the answer as much."""
-    asked: list[Told] = []
+async def test_a_draft_that_never_proposes_is_waited_for_once(way: str, redis_url: str) -> None:
+    """Then it is not used for a while: each further wait would delay the output as much."""
+    received: list[DraftMessage] = []
 
-    def silent(script: Script, told: Told) -> list[draft_pb2.Proposal]:
-        asked.append(told)
+    def silent(script: Script, message: DraftMessage) -> list[draft_pb2.Proposal]:
+        received.append(message)
         return []
 
     script = Script(NUM_TOKENS, silent)
@@ -79,10 +79,10 @@ async def test_a_draft_that_never_answers_is_waited_for_once(way: str, redis_url
             output.add(chunk)
     assert output.token_ids == script.path[5 : 5 + NUM_TOKENS]
     assert output.speculation.num_drafts == 0
-    assert [told.gamma for told in asked] == [0, GAMMA], "the open, and one commit"
+    assert [message.gamma for message in received] == [0, GAMMA], "the open, and one commit"
 
 
-async def test_a_value_that_there_is_none_of(redis_url: str) -> None:
-    async with scripted(redis_url, Script(9, lambda script, told: [])) as stack:
+async def test_an_unknown_value_is_refused(redis_url: str) -> None:
+    async with scripted(redis_url, Script(9, lambda script, message: [])) as stack:
         refused = await refusal(stack.generate([1], sampling=GREEDY, draft_wait=9))
     assert refused.fields == ["draft_wait"]
