@@ -274,11 +274,9 @@ class ReplicaLink(ABC, Generic[Item, HandleType]):
     def _open_stream(self, channel: grpc.aio.Channel) -> Any: ...
 
     def _in_order(self, items: list[Item]) -> list[list[Item]]:
-        """Splits items into frames.
+        """Splits items into frames, so that none exceeds MAX_FRAME_ITEMS or MAX_FRAME_BYTES.
 
-        An open after a close starts a new frame, because replicas apply a frame's opens first. So
-        does an item beyond MAX_FRAME_ITEMS or MAX_FRAME_BYTES: a message that is too large would
-        end the stream for all generations.
+        An open after a close starts a new frame, because replicas apply a frame's opens first.
         """
         parts: list[list[Item]] = [[]]
         has_close = False
