@@ -1,8 +1,9 @@
-"""Faults on purpose, load, and the proof that nothing was lost, repeated or changed.
+"""Chaos testing: load under injected faults, and a check that no token is lost, repeated or
+changed.
 
-Reading order: faults (what may go wrong, and when), jobs (what is asked for, and how callers
-behave), nodes, system (real processes and the links between them), inject (faults into a system),
-calls, client (one generation followed to its end, whatever happens), expected (what it must have
-been), audit (what it was), run, own, shell (all of it together), report. Imports no service and no
-torch; `outrider chaos` is its only caller.
+Reading order: faults (types of faults and their schedule), jobs (requests and client behaviour),
+nodes, system (real processes and the links between them), inject (injects faults into a system),
+calls, client (one generation, followed to its end), reference (expected outputs), audit (compares),
+run, own_system, shell (put these together), report. Imports no service and no torch. `outrider
+chaos` is its only user.
 """

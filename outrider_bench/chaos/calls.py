@@ -1,6 +1,6 @@
-"""One Generate call as its caller sees it: what came, when, and how it ended.
+"""One Generate call as its client sees it: tokens, times and how it ended.
 
-Knows the wire; not why a call is made, nor whether it may end as it did.
+`client` decides whether a call may end that way.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from outrider.errors import Unavailable
 from outrider.runtime.heartbeat import CLIENT_HEARTBEAT_MS, listening
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
-# Longer than it takes to move to another target (detection 3 s, one prefill, busy machine).
-PATIENCE_S = 12.0
-# Of a whole generation, from its first call on.
-GIVE_UP_S = 120.0
-# In the trailers of every error that one of our servers has raised (outrider.runtime.grpc_status).
+# Longest wait for a chunk. Longer than a failover to another target takes (detection 3 s, one
+# prefill, busy machine).
+CHUNK_TIMEOUT_S = 12.0
+# Time limit of a generation, from its first call.
+GENERATION_TIMEOUT_S = 120.0
+# Trailer of every error raised by one of our servers (outrider.runtime.grpc_status).
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass
 class Attempt:
-    """One Generate call, and how it ended: with a result, by an error, or left by its caller."""
+    """One Generate call. Ends with a result, an error, a timeout or a client's disconnect."""
 
     orchestrator: int
     began_at: float
@@ -35,27 +36,27 @@ class Attempt:
     times: list[float] = field(default_factory=list)
     result: orchestrator_pb2.GenerateResult | None = None
     code: grpc.StatusCode | None = None
-    why: str = ""
-    # The status is an answer of the orchestrator, not the loss of the connection.
-    is_answer: bool = False
-    has_left: bool = False
-    is_silent: bool = False
+    detail: str = ""
+    # The orchestrator sent the status; the connection was not lost.
+    is_from_server: bool = False
+    has_disconnected: bool = False
+    has_timed_out: bool = False
 
     @property
     def is_finished(self) -> bool:
-        """Whole: no stream that a stopping server cut short."""
+        """Whether the output is complete: a stopping server did not cancel it."""
         cancelled = orchestrator_pb2.FINISH_REASON_CANCELLED
         return self.result is not None and self.result.finish_reason != cancelled
 
     def overlaps(self, other: Attempt) -> bool:
-        """Both were sent tokens while the other was; not one after the other."""
+        """Whether both calls received tokens during the same time."""
         if not self.times or not other.times:
             return False
         return self.times[0] < other.times[-1] and other.times[0] < self.times[-1]
 
 
-class Orchestrators:
-    """A caller's connections; one for each orchestrator, shared by all callers."""
+class OrchestratorStubs:
+    """Client stubs: one connection to each orchestrator, shared by all clients."""
 
     def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
         self._stubs = [orchestrator_pb2_grpc.OrchestratorServiceStub(c) for c in channels]
@@ -67,24 +68,25 @@ class Orchestrators:
         return self._stubs[number]
 
     def after(self, number: int) -> int:
+        """Index of the next orchestrator, round robin."""
         return (number + 1) % len(self._stubs)
 
-    async def attempt(
+    async def call(
         self,
         attempt: Attempt,
         request: orchestrator_pb2.GenerateRequest,
-        leaves_at: int | None = None,
+        disconnects_at: int | None = None,
     ) -> None:
-        """Makes the call and fills in what comes; `leaves_at`: tokens after which the caller goes.
+        """Makes the call and fills in `attempt`. Raises nothing except cancellation.
 
-        Raises nothing, but is cancelled.
+        `disconnects_at`: number of tokens after which the client disconnects; None: never.
         """
         request.heartbeat_ms = CLIENT_HEARTBEAT_MS
-        call = self[attempt.orchestrator].Generate(request, timeout=GIVE_UP_S)
+        call = self[attempt.orchestrator].Generate(request, timeout=GENERATION_TIMEOUT_S)
         chunks = listening(call)
         try:
-            while leaves_at is None or len(attempt.token_ids) < leaves_at:
-                async with asyncio.timeout(PATIENCE_S):
+            while disconnects_at is None or len(attempt.token_ids) < disconnects_at:
+                async with asyncio.timeout(CHUNK_TIMEOUT_S):
                     chunk = await anext(chunks, None)
                 if chunk is None:
                     return
@@ -94,15 +96,15 @@ class Orchestrators:
                 if chunk.HasField("result"):
                     attempt.result = chunk.result
                     return
-            attempt.has_left = True
+            attempt.has_disconnected = True
         except TimeoutError:
-            attempt.is_silent = True
+            attempt.has_timed_out = True
         except Unavailable as error:
-            attempt.code, attempt.why = grpc.StatusCode.UNAVAILABLE, str(error)
+            attempt.code, attempt.detail = grpc.StatusCode.UNAVAILABLE, str(error)
         except grpc.aio.AioRpcError as error:
-            attempt.code, attempt.why = error.code(), " ".join((error.details() or "").split())
+            attempt.code, attempt.detail = error.code(), " ".join((error.details() or "").split())
             trailers: Any = error.trailing_metadata() or ()
-            attempt.is_answer = any(key == _STATUS_DETAILS for key, _ in trailers)
+            attempt.is_from_server = any(key == _STATUS_DETAILS for key, _ in trailers)
         finally:
-            call.cancel()  # the server shall not go on for nobody
+            call.cancel()  # otherwise the server would continue
             await chunks.aclose()

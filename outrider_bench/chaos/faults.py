@@ -1,7 +1,4 @@
-"""What may go wrong with a system, and a seeded schedule of it.
-
-Pure. Knows no process and no connection: `outrider_bench.chaos.inject` carries it out.
-"""
+"""Types of faults, and a seeded schedule of them. Pure: `inject` carries the faults out."""
 
 from __future__ import annotations
 
@@ -14,99 +11,109 @@ from outrider.errors import ConfigError
 
 
 class Tier(StrEnum):
+    """Part of the system that a fault affects."""
+
     DRAFT = "draft"
     TARGET = "target"
     ORCHESTRATOR = "orchestrator"
     REDIS = "redis"
 
 
-class Kind(StrEnum):
-    """The first three befall a process, the others every connection of a link."""
+class FaultKind(StrEnum):
+    """Kind of fault. The first three affect a process, the others every connection of a link."""
 
-    # SIGKILL; started again after the fault's duration.
+    # SIGKILL; restarted after the fault's duration.
     KILL = "kill"
-    # SIGSTOP, then SIGCONT: it is there, and says nothing.
+    # SIGSTOP, then SIGCONT: the process lives but sends nothing.
     FREEZE = "freeze"
-    # SIGTERM; started again when it has ended by itself.
+    # SIGTERM; restarted after it has exited.
     STOP = "stop"
-    # Everything takes longer, both ways.
+    # Adds latency in both directions.
     SLOW = "slow"
-    # Nothing arrives; then all of it does, late.
+    # Data is held back, then delivered late.
     HOLD = "hold"
-    # Nothing arrives; then the connections break.
+    # Data is held back, then the connections break.
     DROP = "drop"
-    # One end is told that no more will come; the other goes on speaking to nobody.
+    # One end receives an end of stream; what the other sends is dropped.
     HALF_CLOSE = "half-close"
-    # The connections break (RST); new ones are possible at once.
+    # The connections break (RST); new ones are accepted at once.
     RESET = "reset"
-    # They break, and new ones are refused.
+    # The connections break and new ones are refused.
     CUT = "cut"
 
 
-PROCESS_KINDS = frozenset({Kind.KILL, Kind.FREEZE, Kind.STOP})
-# Redis at SIGTERM is Redis at SIGKILL: it has nothing to finish.
+PROCESS_KINDS = frozenset({FaultKind.KILL, FaultKind.FREEZE, FaultKind.STOP})
+# All faults. Redis has no stop: it has nothing to drain, so SIGTERM equals SIGKILL.
 FAULTS: tuple[str, ...] = tuple(
-    f"{tier}-{kind}" for tier in Tier for kind in Kind if (tier, kind) != (Tier.REDIS, Kind.STOP)
+    f"{tier}-{kind}"
+    for tier in Tier
+    for kind in FaultKind
+    if (tier, kind) != (Tier.REDIS, FaultKind.STOP)
 )
-# One of each sort: what a run of some seconds can hold.
+# Selection for a run of a few seconds.
 QUICK_FAULTS: tuple[str, ...] = (
     "draft-kill", "draft-freeze", "draft-hold", "draft-reset",
     "target-kill", "target-freeze", "target-drop", "target-half-close",
     "orchestrator-kill", "orchestrator-reset", "redis-kill", "redis-freeze", "redis-cut",
 )  # fmt: skip
 
-# Least and most seconds. A frozen or silent replica is to be noticed within 3 s: some are silent
-# for less, some for more.
-_DURATIONS_S: dict[Kind, tuple[float, float]] = {
-    Kind.KILL: (0.1, 1.5),
-    Kind.FREEZE: (0.5, 5.0),
-    Kind.STOP: (0.0, 0.5),
-    Kind.SLOW: (1.0, 4.0),
-    Kind.HOLD: (0.5, 5.0),
-    Kind.DROP: (0.5, 5.0),
-    Kind.HALF_CLOSE: (0.1, 1.0),
-    Kind.RESET: (0.0, 0.1),
-    Kind.CUT: (0.3, 2.0),
+# Shortest and longest duration of each kind, in seconds. A frozen or silent replica must be
+# detected within 3 s: some faults are shorter, some longer.
+_DURATIONS_S: dict[FaultKind, tuple[float, float]] = {
+    FaultKind.KILL: (0.1, 1.5),
+    FaultKind.FREEZE: (0.5, 5.0),
+    FaultKind.STOP: (0.0, 0.5),
+    FaultKind.SLOW: (1.0, 4.0),
+    FaultKind.HOLD: (0.5, 5.0),
+    FaultKind.DROP: (0.5, 5.0),
+    FaultKind.HALF_CLOSE: (0.1, 1.0),
+    FaultKind.RESET: (0.0, 0.1),
+    FaultKind.CUT: (0.3, 2.0),
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`at_s` from the schedule's start. `replica` of the tier; `link`: the orchestrator whose link.
+    """One planned fault.
 
-    `link` means nothing for a process, nor for an orchestrator, whose links are its callers'.
+    `at_s`: seconds since the start of the schedule. `replica`: index in the tier. `link`: index of
+    the orchestrator whose link is affected; unused for processes and for orchestrators, whose links
+    are their clients'.
     """
 
     at_s: float
     tier: Tier
-    kind: Kind
+    kind: FaultKind
     replica: int
     link: int
     duration_s: float
 
     @property
     def name(self) -> str:
-        """Its sort: `draft-kill`."""
+        """Type of the fault, such as `draft-kill`."""
         return f"{self.tier}-{self.kind}"
 
     @property
     def place(self) -> str:
-        """For people: `target 1`, `orchestrator 0 to target 1`."""
+        """Readable place: `target 1`, `orchestrator 0 to target 1`."""
         there = self.tier.value if self.tier is Tier.REDIS else f"{self.tier} {self.replica}"
         if self.kind in PROCESS_KINDS:
             return there
         if self.tier is Tier.ORCHESTRATOR:
-            return f"callers to {there}"
+            return f"clients to {there}"
         return f"orchestrator {self.link} to {there}"
 
 
 def parse_faults(text: str) -> tuple[str, ...]:
-    """draft-kill,redis-freeze; a tier or a kind alone means all of its own. Raises ConfigError."""
+    """Parses draft-kill,redis-freeze. A tier or kind alone selects all of its faults.
+
+    Raises ConfigError.
+    """
     chosen: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = [name for name in FAULTS if part in (name, *name.split("-", 1))]
         if not found:
-            raise ConfigError(f"--faults: {part!r} is none of {', '.join(FAULTS)}")
+            raise ConfigError(f"--faults: {part!r} is unknown; allowed: {', '.join(FAULTS)}")
         chosen += [name for name in found if name not in chosen]
     return tuple(chosen)
 
@@ -120,9 +127,9 @@ def schedule(
     gap_s: float,
     longest_s: float = 5.0,
 ) -> Iterator[Fault]:
-    """Without end: each of the names once, then once more in another order, and so on.
+    """Endless schedule: each of the names once, in random order, then again in another order.
 
-    `gap_s` is the mean time from one fault's beginning to the next one's.
+    `gap_s`: mean time between the starts of two faults. `longest_s`: limit of every duration.
     """
     generator = random.Random(f"outrider faults {seed}")
     at_s = 0.0
@@ -130,12 +137,12 @@ def schedule(
         for name in generator.sample(names, len(names)):
             tier, _, kind = name.partition("-")
             at_s += generator.uniform(0.5, 1.5) * gap_s
-            least_s, most_s = _DURATIONS_S[Kind(kind)]
+            least_s, most_s = _DURATIONS_S[FaultKind(kind)]
             sizes = {Tier.REDIS: 1, Tier.ORCHESTRATOR: num_orchestrators}
             yield Fault(
                 at_s=at_s,
                 tier=Tier(tier),
-                kind=Kind(kind),
+                kind=FaultKind(kind),
                 replica=generator.randrange(sizes.get(Tier(tier), num_replicas)),
                 link=generator.randrange(num_orchestrators),
                 duration_s=generator.uniform(least_s, min(most_s, longest_s)),

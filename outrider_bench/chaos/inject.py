@@ -1,7 +1,7 @@
-"""Faults carried out on a system of our own, one at a time in each part of it, and noted.
+"""Fault injection into a running system: at most one fault at a time in each part of it.
 
-What is broken is mended again; cancelled in the midst, programs may stay dead. Knows no load: who
-was hit is asked of whoever keeps the streams.
+Repairs what it breaks; if cancelled during a fault, programs may stay stopped. The caller finds the
+streams that a fault affects.
 """
 
 from __future__ import annotations
@@ -15,83 +15,86 @@ from typing import Generic, TypeVar
 
 from outrider.cli.relay import End, Relay
 from outrider.errors import OutriderError
-from outrider_bench.chaos.faults import Fault, Kind, Tier
+from outrider_bench.chaos.faults import Fault, FaultKind, Tier
 from outrider_bench.chaos.nodes import frozen
 from outrider_bench.chaos.system import LinkPlace, Place, Size, System
 
-Stream = TypeVar("Stream")
+StreamT = TypeVar("StreamT")
 
 _SLOW_S = 0.1
-# What is owed to Redis is written with a next round; callers connect when they have to.
-_SETTLE_S = 1.5
-# Faults that wait for the part of the system that another one still has.
+# Pending writes to Redis go out with a later round; clients reconnect when they must.
+_RECOVERY_S = 1.5
+# Limit of faults that wait until their part of the system is free.
 _MAX_WAITING = 8
-# Both lose what is only in memory: an orchestrator's death while Redis is away would lose tokens,
-# as it is documented.
+# Part that has the state of sessions: the orchestrators and Redis.
+_STATE = "state"
+# Parts of the system; at most one fault at a time in each. An orchestrator and Redis share one: an
+# orchestrator's death while Redis is unreachable loses tokens, as documented.
 _PARTS = {
     Tier.DRAFT: "drafts",
     Tier.TARGET: "targets",
-    Tier.ORCHESTRATOR: "record",
-    Tier.REDIS: "record",
+    Tier.ORCHESTRATOR: _STATE,
+    Tier.REDIS: _STATE,
 }
 
 
 @dataclass
-class Occurrence(Generic[Stream]):
-    """A fault that happened; times of time.monotonic(). `ended_at`: mended, and found again.
+class Occurrence(Generic[StreamT]):
+    """A fault that occurred. Times are of time.monotonic(); `ended_at`: repaired and reachable.
 
-    `streams`: those that were running on it. `fault` None: of a sort that is not ours.
+    `streams`: those running on its place when it began. `fault` None: a shell command.
     """
 
     name: str
     began_at: float
     fault: Fault | None = None
     ended_at: float | None = None
-    streams: Sequence[Stream] = field(default_factory=list)
+    streams: Sequence[StreamT] = field(default_factory=list)
 
 
-class Injector(Generic[Stream]):
-    """`find_streams` tells, before a fault, which streams run on its place.
+class FaultInjector(Generic[StreamT]):
+    """Injects scheduled faults into `system`.
 
-    `on_problem` is told what should not have happened.
+    `find_streams` returns the streams that run on a fault's place. `on_problem` receives messages
+    about what should not happen.
     """
 
     def __init__(
         self,
         system: System,
-        find_streams: Callable[[Fault], Awaitable[Sequence[Stream]]],
+        find_streams: Callable[[Fault], Awaitable[Sequence[StreamT]]],
         on_problem: Callable[[str], None],
     ) -> None:
-        self.occurrences: list[Occurrence[Stream]] = []
+        self.occurrences: list[Occurrence[StreamT]] = []
         self._system = system
         self._find_streams = find_streams
         self._on_problem = on_problem
         self._parts = {part: asyncio.Lock() for part in _PARTS.values()}
         self._waiting = asyncio.Semaphore(_MAX_WAITING)
-        self._is_ending = asyncio.Event()
+        self._is_stopping = asyncio.Event()
 
     async def run(self, faults: Iterator[Fault]) -> None:
-        """In their order, each when it is due and its part of the system is whole again.
+        """Injects the faults in order, each when it is due and its part of the system is free.
 
-        Returns when all are over, or soon after `end`.
+        Returns when all are over, or soon after `stop`.
         """
         began_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             for fault in faults:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(began_at + fault.at_s - time.monotonic()):
-                        await self._is_ending.wait()
+                        await self._is_stopping.wait()
                 await self._waiting.acquire()
-                if self._is_ending.is_set():
+                if self._is_stopping.is_set():
                     return
-                tasks.create_task(self._happen(fault), name=fault.name)
+                tasks.create_task(self._inject_when_free(fault), name=fault.name)
 
-    def end(self) -> None:
-        """No fault begins any more; those that have begun are mended when their time is over."""
-        self._is_ending.set()
+    def stop(self) -> None:
+        """Starts no further faults. Those that have begun are repaired when their time is over."""
+        self._is_stopping.set()
 
-    def happened(self, tier: Tier, replica: int, since: float) -> bool:
-        """Whether a fault befell that replica, or a link to it, that was not over at `since`."""
+    def was_faulted(self, tier: Tier, replica: int, since: float) -> bool:
+        """Whether a fault of that replica, or of a link to it, was active at or after `since`."""
         return any(
             o.fault is not None
             and (o.fault.tier, o.fault.replica) == (tier, replica)
@@ -99,66 +102,66 @@ class Injector(Generic[Stream]):
             for o in self.occurrences
         )
 
-    async def _happen(self, fault: Fault) -> None:
+    async def _inject_when_free(self, fault: Fault) -> None:
         try:
             async with self._parts[_PARTS[fault.tier]]:
-                if not self._is_ending.is_set():
-                    await self._befall(fault)
+                if not self._is_stopping.is_set():
+                    await self._inject(fault)
         finally:
             self._waiting.release()
 
-    async def _befall(self, fault: Fault) -> None:
-        fault, streams = await self._aimed(fault)
+    async def _inject(self, fault: Fault) -> None:
+        fault, streams = await self._retargeted(fault)
         occurrence = Occurrence(fault.name, time.monotonic(), fault, streams=streams)
         self.occurrences.append(occurrence)
         try:
-            async with self._broken(fault):
+            async with self._active(fault):
                 await asyncio.sleep(fault.duration_s)
-            await self._settle(fault)
+            await self._await_recovery(fault)
         except OutriderError as error:
-            self._on_problem(f"{fault.place}: does not come back: {error}")
+            self._on_problem(f"{fault.place}: does not recover: {error}")
         finally:
             occurrence.ended_at = time.monotonic()
 
-    async def _aimed(self, fault: Fault) -> tuple[Fault, Sequence[Stream]]:
-        """Where nobody is, it would prove little: then it goes to another place of its tier."""
-        for other in (fault, *_elsewhere(fault, self._system.size)):
+    async def _retargeted(self, fault: Fault) -> tuple[Fault, Sequence[StreamT]]:
+        """The fault and the streams on its place. Without streams it moves within its tier."""
+        for other in (fault, *_all_places(fault, self._system.size)):
             if streams := await self._find_streams(other):
                 return other, streams
         return fault, ()
 
-    async def _settle(self, fault: Fault) -> None:
-        """Until its part of the system is as before. Only then may the next fault come."""
-        if _PARTS[fault.tier] == "record":
-            await asyncio.sleep(_SETTLE_S)
+    async def _await_recovery(self, fault: Fault) -> None:
+        """Waits until the fault's part of the system has recovered."""
+        if _PARTS[fault.tier] == _STATE:
+            await asyncio.sleep(_RECOVERY_S)
         elif not await self._system.connected(Place(fault.tier, fault.replica)):
-            self._on_problem(f"{fault.place}: not found again after {fault.name}")
+            self._on_problem(f"{fault.place}: unreachable after {fault.name}")
 
     @contextlib.asynccontextmanager
-    async def _broken(self, fault: Fault) -> AsyncIterator[None]:
-        """For the time of a block; whole after it."""
-        if fault.kind is Kind.KILL:
-            async with self._dead(fault):
+    async def _active(self, fault: Fault) -> AsyncIterator[None]:
+        """Breaks the fault's place for the time of a block and repairs it afterwards."""
+        if fault.kind is FaultKind.KILL:
+            async with self._killed(fault):
                 yield
-        elif fault.kind is Kind.STOP:
+        elif fault.kind is FaultKind.STOP:
             async with self._stopped(fault):
                 yield
-        elif fault.kind is Kind.FREEZE:
+        elif fault.kind is FaultKind.FREEZE:
             async with self._frozen(fault):
                 yield
         else:
-            async with _disturbed(self._link(fault), fault):
+            async with _link_fault(self._link(fault), fault):
                 yield
 
     @contextlib.asynccontextmanager
-    async def _dead(self, fault: Fault) -> AsyncIterator[None]:
+    async def _killed(self, fault: Fault) -> AsyncIterator[None]:
         if fault.tier is Tier.REDIS:
             self._system.redis.kill()
             try:
                 yield
             finally:
                 self._system.redis.launch()
-                # Off the event loop, which carries the relays' pings.
+                # Blocks; the event loop runs the relays.
                 await asyncio.to_thread(self._system.redis.wait_until_up)
             return
         node = self._system.nodes[Place(fault.tier, fault.replica)]
@@ -179,7 +182,7 @@ class Injector(Generic[Stream]):
     async def _frozen(self, fault: Fault) -> AsyncIterator[None]:
         if fault.tier is Tier.REDIS:
             pid = self._system.redis.pid
-            assert pid is not None, "it runs"
+            assert pid is not None, "Redis runs"
             async with frozen(pid):
                 yield
         else:
@@ -191,30 +194,30 @@ class Injector(Generic[Stream]):
         return self._system.links[LinkPlace(fault.tier, fault.replica, link)]
 
 
-def _elsewhere(fault: Fault, size: Size) -> list[Fault]:
-    """The same, on every replica of its tier and every link of it."""
+def _all_places(fault: Fault, size: Size) -> list[Fault]:
+    """The same fault on every replica of its tier and on every link of it."""
     sizes = {Tier.REDIS: 1, Tier.ORCHESTRATOR: size.num_orchestrators}
     replicas, links = range(sizes.get(fault.tier, size.num_replicas)), range(size.num_orchestrators)
     return [replace(fault, replica=replica, link=link) for replica in replicas for link in links]
 
 
 @contextlib.asynccontextmanager
-async def _disturbed(link: Relay, fault: Fault) -> AsyncIterator[None]:
-    """For the time of a block."""
+async def _link_fault(link: Relay, fault: Fault) -> AsyncIterator[None]:
+    """Disturbs the link for the time of a block."""
     kind = fault.kind
-    if kind is Kind.SLOW:
+    if kind is FaultKind.SLOW:
         link.delay_s = _SLOW_S
-    elif kind in (Kind.HOLD, Kind.DROP):
+    elif kind in (FaultKind.HOLD, FaultKind.DROP):
         link.hold()
-    elif kind is Kind.HALF_CLOSE:
+    elif kind is FaultKind.HALF_CLOSE:
         link.end(End.FAR if fault.link else End.NEAR)
     else:
-        link.refuses = kind is Kind.CUT
+        link.refuses = kind is FaultKind.CUT
         link.reset()
     try:
         yield
     finally:
         link.delay_s, link.refuses = 0.0, False
-        if kind in (Kind.DROP, Kind.HALF_CLOSE):
+        if kind in (FaultKind.DROP, FaultKind.HALF_CLOSE):
             link.reset()
         link.release()

@@ -1,6 +1,6 @@
-"""What is asked of a system under faults: requests of all kinds, and how their callers behave.
+"""Jobs of a chaos run: requests and the behaviour of their clients.
 
-Pure functions of a seed and an index, without end. Sends nothing.
+Pure functions of a seed and an index, endless. Sends nothing.
 """
 
 from __future__ import annotations
@@ -14,62 +14,63 @@ from enum import StrEnum
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 
 
-class Method(StrEnum):
-    """How tokens are chosen. The output of the first two is a function of the request alone."""
+class SamplingMethod(StrEnum):
+    """How tokens are chosen. With the first two the output depends on the request alone."""
 
     GREEDY = "greedy"
     COUPLED = "coupled"
     REJECTION = "rejection"
 
 
-class Caller(StrEnum):
-    """What the caller does beyond listening and, where a stream breaks, resuming it."""
+class ClientBehaviour(StrEnum):
+    """What the client does besides reading and resuming broken streams."""
 
     LISTENS = "listens"
-    # Disconnects in the midst and resumes at once, on any orchestrator.
+    # Disconnects during the output and resumes at once, on any orchestrator.
     RETURNS = "returns"
-    # Disconnects in the midst and never comes back.
+    # Disconnects during the output for good.
     ABANDONS = "abandons"
-    # Sends its request to two orchestrators at once: one of them must be refused.
+    # Sends its request to two orchestrators at once; one of them must refuse.
     ASKS_TWICE = "asks twice"
     # Disconnects, then resumes on two orchestrators at once.
     RESUMES_TWICE = "resumes twice"
 
 
-_CALLERS = {
-    Caller.LISTENS: 64,
-    Caller.RETURNS: 12,
-    Caller.ABANDONS: 8,
-    Caller.ASKS_TWICE: 8,
-    Caller.RESUMES_TWICE: 8,
+_BEHAVIOUR_WEIGHTS = {
+    ClientBehaviour.LISTENS: 64,
+    ClientBehaviour.RETURNS: 12,
+    ClientBehaviour.ABANDONS: 8,
+    ClientBehaviour.ASKS_TWICE: 8,
+    ClientBehaviour.RESUMES_TWICE: 8,
 }
-# What a single orchestrator has nobody to share with.
-_OF_TWO = (Caller.ASKS_TWICE, Caller.RESUMES_TWICE)
-# Shorter outputs are over before their caller can do anything.
-_LEAST_TO_LEAVE = 8
+# Not possible with a single orchestrator.
+_NEED_TWO_ORCHESTRATORS = (ClientBehaviour.ASKS_TWICE, ClientBehaviour.RESUMES_TWICE)
+# Shorter outputs may end before their client disconnects.
+_MIN_TOKENS_TO_DISCONNECT = 8
 _MAX_PROMPT_LEN = 48
 _TEMPERATURES = (0.7, 1.0)
-# None: chosen round by round, as most callers have it.
+# None: adaptive, as for most clients.
 _GAMMAS = (None, None, None, 0, 1, 4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and how to continue it; its output of any length begins that of a greater one."""
+    """A prompt and its sampling parameters. A shorter output is a prefix of a longer one."""
 
     index: int
-    method: Method
+    method: SamplingMethod
     prompt_ids: tuple[int, ...]
     temperature: float
     seed: int
     ignores_eos: bool
 
     @property
-    def is_repeatable(self) -> bool:
-        """Its output does not depend on rounds, drafts or faults."""
-        return self.method is not Method.REJECTION
+    def is_deterministic(self) -> bool:
+        """Whether the output is independent of rounds, drafts and faults."""
+        return self.method is not SamplingMethod.REJECTION
 
     def sampling(self, max_tokens: int) -> sampling_pb2.SamplingParams:
+        """Sampling parameters of a request."""
         return sampling_pb2.SamplingParams(
             temperature=self.temperature,
             seed=self.seed,
@@ -80,49 +81,52 @@ class Case:
     def request(
         self, prompt_ids: tuple[int, ...], max_tokens: int
     ) -> orchestrator_pb2.GenerateRequest:
-        """A one-off."""
+        """Request without a session."""
         request = orchestrator_pb2.GenerateRequest(sampling=self.sampling(max_tokens))
         request.token_ids.ids.extend(prompt_ids)
-        if self.method is Method.COUPLED:
+        if self.method is SamplingMethod.COUPLED:
             request.verification = sampling_pb2.VERIFICATION_COUPLED
-        elif self.method is Method.REJECTION:
+        elif self.method is SamplingMethod.REJECTION:
             request.verification = sampling_pb2.VERIFICATION_REJECTION
         return request
 
 
 @dataclass(frozen=True)
 class Job:
-    """One generation. `leaves_at`: tokens after which its caller disconnects, if it does."""
+    """One generation. `disconnects_at`: number of tokens after which its client disconnects."""
 
     index: int
     case: Case
     session_id: str
     max_tokens: int
     gamma: int | None
-    caller: Caller
-    leaves_at: int | None
-    # The orchestrator it goes to first.
-    first: int
+    behaviour: ClientBehaviour
+    disconnects_at: int | None
+    # Index of the orchestrator called first.
+    first_orchestrator: int
 
     def __str__(self) -> str:
-        return f"{self.session_id} ({self.case.method}, {self.max_tokens} tokens, {self.caller})"
+        return f"{self.session_id} ({self.case.method}, {self.max_tokens} tokens, {self.behaviour})"
 
     def request(self) -> orchestrator_pb2.GenerateRequest:
-        """The first one, in a session of its own."""
+        """First request; creates the session."""
         request = self.case.request(self.case.prompt_ids, self.max_tokens)
         request.session_id, request.create_session = self.session_id, True
         if self.gamma is not None:
             request.gamma = self.gamma
         return request
 
-    def resumption(self, num_held: int) -> orchestrator_pb2.GenerateRequest:
-        return orchestrator_pb2.GenerateRequest(session_id=self.session_id, resume_from=num_held)
+    def resume_request(self, num_received: int) -> orchestrator_pb2.GenerateRequest:
+        """Request that resumes after the first `num_received` tokens."""
+        return orchestrator_pb2.GenerateRequest(
+            session_id=self.session_id, resume_from=num_received
+        )
 
 
 def make_cases(seed: int, num_cases: int, vocab_size: int) -> list[Case]:
-    """As many of each method, one after the other. Token ids are any of the vocabulary's."""
+    """Cases of all methods in turn. Token ids are uniform over the vocabulary."""
     cases = []
-    for index, method in zip(range(num_cases), itertools.cycle(Method), strict=False):
+    for index, method in zip(range(num_cases), itertools.cycle(SamplingMethod), strict=False):
         generator = random.Random(f"outrider case {seed} {index}")
         length = generator.randint(1, _MAX_PROMPT_LEN)
         cases.append(
@@ -130,10 +134,12 @@ def make_cases(seed: int, num_cases: int, vocab_size: int) -> list[Case]:
                 index=index,
                 method=method,
                 prompt_ids=tuple(generator.randrange(vocab_size) for _ in range(length)),
-                temperature=0.0 if method is Method.GREEDY else generator.choice(_TEMPERATURES),
+                temperature=0.0
+                if method is SamplingMethod.GREEDY
+                else generator.choice(_TEMPERATURES),
                 seed=generator.getrandbits(63),
-                # Of outputs that cannot be foreseen the length can, at least.
-                ignores_eos=method is Method.REJECTION or generator.random() < 0.5,
+                # The output of rejection sampling is not known, but its length then is.
+                ignores_eos=method is SamplingMethod.REJECTION or generator.random() < 0.5,
             )
         )
     return cases
@@ -148,17 +154,21 @@ def make_jobs(
     max_gamma: int,
     num_orchestrators: int,
 ) -> Iterator[Job]:
-    """Without end. `prefix`: of the sessions' names, not to meet those of another run."""
-    callers = {c: n for c, n in _CALLERS.items() if num_orchestrators > 1 or c not in _OF_TWO}
+    """Endless jobs. `prefix`: of the session names; must differ from those of other runs."""
+    weights = {
+        c: n
+        for c, n in _BEHAVIOUR_WEIGHTS.items()
+        if num_orchestrators > 1 or c not in _NEED_TWO_ORCHESTRATORS
+    }
     for index in itertools.count():
         generator = random.Random(f"outrider job {seed} {index}")
         length = generator.randint(1, max_tokens)
-        (caller,) = generator.choices(list(callers), list(callers.values()))
-        leaves_at = None
-        if length < _LEAST_TO_LEAVE:
-            caller = Caller.LISTENS
-        elif caller not in (Caller.LISTENS, Caller.ASKS_TWICE):
-            leaves_at = generator.randint(1, length - 2)
+        (behaviour,) = generator.choices(list(weights), list(weights.values()))
+        disconnects_at = None
+        if length < _MIN_TOKENS_TO_DISCONNECT:
+            behaviour = ClientBehaviour.LISTENS
+        elif behaviour not in (ClientBehaviour.LISTENS, ClientBehaviour.ASKS_TWICE):
+            disconnects_at = generator.randint(1, length - 2)
         gamma = generator.choice(_GAMMAS)
         yield Job(
             index=index,
@@ -166,7 +176,7 @@ def make_jobs(
             session_id=f"{prefix}-{index}",
             max_tokens=length,
             gamma=None if gamma is None else min(gamma, max_gamma),
-            caller=caller,
-            leaves_at=leaves_at,
-            first=generator.randrange(num_orchestrators),
+            behaviour=behaviour,
+            disconnects_at=disconnects_at,
+            first_orchestrator=generator.randrange(num_orchestrators),
         )

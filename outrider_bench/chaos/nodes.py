@@ -1,6 +1,6 @@
-"""One program of a system under faults: it is killed, frozen, stopped, and comes back.
+"""One program of the system under test: can be killed, frozen, stopped and restarted.
 
-Owns the process and leads its links to wherever it listens. Knows no schedule.
+Owns the process, and points the links to it at its current address.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from outrider.cli.relay import Relay
 from outrider.cli.supervisor import STOP_GRACE_S, Program
 from outrider.errors import Unavailable
 
-# Loading torch and a model on a busy machine.
+# Time limit of a start: loads torch and a model on a busy machine.
 START_TIMEOUT_S = 120.0
 
-# A frozen process cannot be told that we are gone; whoever holds it frozen is, by the end of its
-# standard input.
-_KEEP_FROZEN = """
+# Program that keeps a process frozen until its standard input ends. That happens even if this
+# process is killed.
+_FREEZER = """
 import os, signal, sys
 pid = int(sys.argv[1])
 os.kill(pid, signal.SIGSTOP)
@@ -35,9 +35,10 @@ finally:
 
 
 class Node:
-    """`links` lead to it. `on_death` is told when it ends by itself, and why.
+    """One program. `links` lead to it. `on_death` is called with the reason when it exits by
+    itself.
 
-    `start` is for the event loop of the main thread (`outrider.runtime.child_process`).
+    Call `start` on the event loop of the main thread (`outrider.runtime.child_process`).
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Node:
         links: Sequence[Relay],
         on_death: Callable[[str], None],
     ) -> None:
-        """`arguments`: of `python -m`."""
+        """`arguments`: those of `python -m`."""
         self.name = name
-        # host:port of the process itself, not of a link; while it lives.
+        # host:port of the process itself, not of a link. Valid while it runs.
         self.address = ""
         self._arguments = list(arguments)
         self._log_dir = log_dir
@@ -61,36 +62,38 @@ class Node:
 
     @property
     def pid(self) -> int:
-        """While it runs."""
+        """Process id; valid while it runs."""
         assert self._program is not None, "it runs"
         return self._program.process.pid
 
     async def start(self) -> None:
-        """Returns when it serves. Raises ProgramFailed, Unavailable."""
+        """Starts the program; returns when it serves. Raises ProgramFailed, Unavailable."""
         assert self._program is None, "it runs"
         self._program = await Program.start(self.name, self._arguments, self._log_dir)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 self.address = await self._program.listening()
         except TimeoutError:
-            why = f"{self.name} does not serve after {START_TIMEOUT_S:g} s"
-            raise Unavailable(why) from None
+            message = f"{self.name} is not serving after {START_TIMEOUT_S:g} s"
+            raise Unavailable(message) from None
         host, _, port = self.address.rpartition(":")
         for link in self._links:
             link.retarget(host, int(port))
-        self._watch = asyncio.create_task(self._watched(self._program), name=f"{self.name} watch")
+        self._watch = asyncio.create_task(
+            self._watch_exit(self._program), name=f"{self.name} watch"
+        )
 
     async def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
-        program = await self._unwatched()
+        """Sends SIGKILL; returns when the process has exited."""
+        program = await self._stop_watching()
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             program.kill()
         await program.process.wait()
         self._program = None
 
     async def stop(self) -> int:
-        """SIGTERM; its exit status, when it is gone: that of SIGKILL where it took too long."""
-        program = await self._unwatched()
+        """Sends SIGTERM; returns the exit status. It is SIGKILL's if the exit took too long."""
+        program = await self._stop_watching()
         await program.stop()
         self._program = None
         status = program.process.returncode
@@ -99,17 +102,17 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
-        """SIGSTOP for the time of a block, at most as long as this process lives."""
+        """SIGSTOP for the time of a block, and no longer than this process lives."""
         assert self._program is not None, "it runs"
         async with frozen(self._program.process.pid):
             yield
 
     async def close(self) -> None:
-        """Leaves no process, whatever state it is in."""
+        """Kills the process, whatever its state."""
         if self._program is not None:
             await self.kill()
 
-    async def _unwatched(self) -> Program:
+    async def _stop_watching(self) -> Program:
         assert self._program is not None, "it runs"
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -117,35 +120,35 @@ class Node:
             await asyncio.gather(watch, return_exceptions=True)
         return self._program
 
-    async def _watched(self, program: Program) -> None:
+    async def _watch_exit(self, program: Program) -> None:
         self._on_death(str(await program.death()))
 
 
 @contextlib.asynccontextmanager
 async def frozen(pid: int) -> AsyncIterator[None]:
-    """A process of ours is frozen for the time of a block; it goes on even if we are killed."""
-    keeper = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-S", "-c", _KEEP_FROZEN, str(pid),
+    """Freezes a child process for the time of a block. It also resumes if we are killed."""
+    freezer = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-S", "-c", _FREEZER, str(pid),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,  # the process may be gone when it is to go on
-        start_new_session=True,  # Ctrl-C is for us
+        stderr=asyncio.subprocess.DEVNULL,  # the process may have exited by SIGCONT
+        start_new_session=True,  # not reached by Ctrl-C
     )  # fmt: skip
-    to_keeper, from_keeper = keeper.stdin, keeper.stdout
-    assert to_keeper is not None, "it is a pipe"
-    assert from_keeper is not None, "it is a pipe"
+    to_freezer, from_freezer = freezer.stdin, freezer.stdout
+    assert to_freezer is not None, "it is a pipe"
+    assert from_freezer is not None, "it is a pipe"
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
-            await from_keeper.readline()
+            await from_freezer.readline()
         yield
     finally:
-        to_keeper.close()
+        to_freezer.close()
         try:
             async with asyncio.timeout(STOP_GRACE_S):
-                await keeper.wait()
+                await freezer.wait()
         except (TimeoutError, asyncio.CancelledError):
-            keeper.kill()
+            freezer.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-            await keeper.wait()
+            await freezer.wait()
             raise

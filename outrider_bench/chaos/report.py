@@ -1,4 +1,4 @@
-"""A run in numbers: as plain data for JSON, and as a page of Markdown. Runs nothing."""
+"""Results of a run: as plain data for JSON, and as a Markdown section."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from outrider_bench.chaos.client import Stream
 from outrider_bench.chaos.inject import Occurrence
-from outrider_bench.chaos.jobs import Caller, Method
+from outrider_bench.chaos.jobs import ClientBehaviour, SamplingMethod
 from outrider_bench.chaos.run import Findings
 
-# An interruption begins with its fault, but for what was under way. Later ones are other faults'.
+# A fault's interruption begins within this time. Later ones belong to other faults.
 _ONSET_S = 0.5
 BEGIN_MARK = "<!-- outrider chaos: begin -->"
 END_MARK = "<!-- outrider chaos: end -->"
@@ -21,7 +21,10 @@ END_MARK = "<!-- outrider chaos: end -->"
 
 @dataclass(frozen=True)
 class FaultSummary:
-    """Of one sort of fault. Waits in seconds, from the fault to the next token of streams on it."""
+    """Results of one type of fault.
+
+    Waits: seconds from the fault to the next token of the streams on its place.
+    """
 
     name: str
     num_times: int
@@ -32,7 +35,7 @@ class FaultSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """`resume` waits: seconds from a resuming call to its first token."""
+    """Results of a run. `resume` waits: seconds from a resuming call to its first token."""
 
     num_generations: int
     num_tokens: int
@@ -59,7 +62,8 @@ class Summary:
         return asdict(self)
 
 
-def summarised(findings: Findings) -> Summary:
+def summarise(findings: Findings) -> Summary:
+    """Summary of the findings."""
     streams = findings.streams
     resumes = [wait for stream in streams for wait in stream.resume_waits_s]
     problems = findings.all_problems
@@ -67,8 +71,8 @@ def summarised(findings: Findings) -> Summary:
         num_generations=len(streams),
         num_tokens=sum(len(stream.token_ids) for stream in streams),
         duration_s=findings.duration_s,
-        methods={m.value: sum(s.job.case.method is m for s in streams) for m in Method},
-        callers={c.value: sum(s.job.caller is c for s in streams) for c in Caller},
+        methods={m.value: sum(s.job.case.method is m for s in streams) for m in SamplingMethod},
+        callers={c.value: sum(s.job.behaviour is c for s in streams) for c in ClientBehaviour},
         num_faults=len(findings.occurrences),
         num_resumed_streams=sum(stream.num_resumed > 0 for stream in streams),
         num_resumes=sum(stream.num_resumed for stream in streams),
@@ -76,7 +80,7 @@ def summarised(findings: Findings) -> Summary:
         resume_max_s=max(resumes, default=None),
         num_refused_calls=sum(stream.num_refused for stream in streams),
         num_fenced_callers=sum(stream.num_fenced for stream in streams),
-        num_lost_to_redis=sum(stream.is_lost_to_redis for stream in streams),
+        num_lost_to_redis=sum(stream.is_not_resumable for stream in streams),
         num_unrecorded=findings.num_unrecorded,
         num_ties=findings.num_ties,
         num_problems=len(problems),
@@ -91,15 +95,15 @@ def _by_name(occurrences: Sequence[Occurrence[Stream]]) -> list[FaultSummary]:
     rows = []
     for name in sorted({occurrence.name for occurrence in occurrences}):
         own = [occurrence for occurrence in occurrences if occurrence.name == name]
-        waits = [wait for occurrence in own for wait in waits_s(occurrence)]
+        waits = [wait for occurrence in own for wait in token_waits_s(occurrence)]
         num_streams = sum(len(occurrence.streams) for occurrence in own)
         longest = max(waits, default=None)
         rows.append(FaultSummary(name, len(own), num_streams, _median(waits), longest))
     return rows
 
 
-def waits_s(occurrence: Occurrence[Stream]) -> list[float]:
-    """Of each stream that got a token after the fault: its longest wait that began with it."""
+def token_waits_s(occurrence: Occurrence[Stream]) -> list[float]:
+    """Longest wait that began with the fault, of each stream that later received a token."""
     began_at, waits = occurrence.began_at, []
     for stream in occurrence.streams:
         times = [began_at, *(at for at in stream.times if at > began_at)]
@@ -114,39 +118,39 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def markdown(summary: Summary, command: str, about: dict[str, str]) -> str:
-    """Two tables and what went wrong, between two marks that `inserted` knows."""
+    """Markdown section of two tables and the problems, between the marks of `insert_section`."""
     s = summary
-    cut = f"after {s.num_generations} generations; {s.num_audited} of them were audited"
+    cut = f"after {s.num_generations} generations; {s.num_audited} of them audited"
     rows = [
         *([("**interrupted**", cut)] if s.is_cut else []),
         ("command", f"`{command}`"),
         *about.items(),
         ("generations", f"{s.num_generations} ({_counts(s.methods)}), {s.num_tokens} tokens"),
-        ("callers", _counts(s.callers)),
-        ("took", f"{s.duration_s:.0f} s, {s.num_faults} faults"),
+        ("clients", _counts(s.callers)),
+        ("duration", f"{s.duration_s:.0f} s, {s.num_faults} faults"),
         ("**lost, repeated, different or failed**", f"**{s.num_problems}**"),
         ("resumed", f"{s.num_resumes} times, {s.num_resumed_streams} streams"),
-        ("from resuming call to token", _waits(s.resume_p50_s, s.resume_max_s)),
-        ("calls refused before they began, made again", f"{s.num_refused_calls}"),
-        ("second callers of a session sent away", f"{s.num_fenced_callers}"),
-        ("shown while Redis was away, and not recorded", f"{s.num_unrecorded}"),
-        ("not resumable, as Redis was away", f"{s.num_lost_to_redis}"),
-        ("equally likely tokens that came out the other way", f"{s.num_ties}"),
+        ("from resuming call to first token", _waits(s.resume_p50_s, s.resume_max_s)),
+        ("calls refused before they began, repeated", f"{s.num_refused_calls}"),
+        ("second clients of a session refused", f"{s.num_fenced_callers}"),
+        ("sent while Redis was unreachable, not recorded", f"{s.num_unrecorded}"),
+        ("not resumable because Redis was unreachable", f"{s.num_lost_to_redis}"),
+        ("tokens that differ by rounding only", f"{s.num_ties}"),
     ]
     lines = [BEGIN_MARK, "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
-    lines += ["", "| fault | times | streams on it | wait for the next token, p50 | longest |"]
+    lines += ["", "| fault | times | streams | wait for the next token, p50 | longest |"]
     lines += ["|---|---|---|---|---|"]
     for row in s.faults:
         waits = f"{_seconds(row.wait_p50_s)} | {_seconds(row.wait_max_s)}"
         lines.append(f"| {row.name} | {row.num_times} | {row.num_streams} | {waits} |")
     if s.problems:
-        lines += ["", "What went wrong:", "", *(f"- {what}" for what in s.problems)]
+        lines += ["", "Problems:", "", *(f"- {what}" for what in s.problems)]
     return "\n".join([*lines, END_MARK])
 
 
-def inserted(page: str, part: str) -> str:
-    """The page with `part` in place of the one between its marks, or at its end."""
+def insert_section(page: str, part: str) -> str:
+    """The page with `part` in place of the section between the marks, or appended."""
     before, begins, rest = page.partition(BEGIN_MARK)
     _, ends, after = rest.partition(END_MARK)
     if not begins or not ends:
@@ -166,8 +170,8 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} s"
 
 
-def first(problems: Iterable[str], most: int) -> list[str]:
-    """The first of them, and how many more there are."""
-    told = list(problems)
-    rest = len(told) - most
-    return told[:most] + ([f"… and {rest} more"] if rest > 0 else [])
+def first_problems(problems: Iterable[str], most: int) -> list[str]:
+    """The first `most` problems, and the number of further ones."""
+    lines = list(problems)
+    rest = len(lines) - most
+    return lines[:most] + ([f"… and {rest} more"] if rest > 0 else [])

@@ -1,4 +1,4 @@
-"""A whole run: reference, load under faults, audit. Knows no terminal and no file."""
+"""One chaos run: reference outputs, load under faults, audit."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ import grpc
 from outrider.errors import Unavailable
 from outrider.runtime.grpc_status import CLIENT_CHANNEL_OPTIONS
 from outrider.v1 import orchestrator_pb2
-from outrider_bench.chaos.audit import Audit
-from outrider_bench.chaos.calls import Orchestrators
-from outrider_bench.chaos.client import Follower, Stream
-from outrider_bench.chaos.expected import Reference
+from outrider_bench.chaos.audit import StreamAudit
+from outrider_bench.chaos.calls import OrchestratorStubs
+from outrider_bench.chaos.client import ResumingClient, Stream
 from outrider_bench.chaos.faults import Fault, Tier
 from outrider_bench.chaos.inject import Occurrence
 from outrider_bench.chaos.jobs import Job, make_cases, make_jobs
+from outrider_bench.chaos.reference import Reference
 
 _CALL_TIMEOUT_S = 10.0
-# A client's channel may still be waiting to reconnect (at most 2 s: outrider.runtime.grpc_status).
-_AFTERMATH_S = 3.0
-# With so many something is broken for good: the rest would only take time.
+# A client's channel may wait this long before it reconnects (at most 2 s:
+# outrider.runtime.grpc_status).
+_RECONNECT_S = 3.0
+# The load ends early after more problems than this: the system is broken for good.
 _MAX_PROBLEMS = 25
 
 Progress = Callable[[str, int, int], None]
-"""What is being done, how much of it is done, and of how much."""
+"""Called with the phase, the number of finished items and their total."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """`generations`: at least; more, until every sort of fault has happened. Lengths to
-    `max_tokens`.
+class LoadSettings:
+    """Load of a run.
+
+    `generations`: least number; there are more until every fault has occurred. `max_tokens`:
+    longest output. `num_cases`: distinct prompts.
     """
 
     generations: int
@@ -45,19 +48,19 @@ class Load:
     num_cases: int
 
 
-class Faults(Protocol):
-    """Where faults come from. `happened` as of `Injector`."""
+class FaultSource(Protocol):
+    """Source of faults; see `FaultInjector`."""
 
     @property
     def occurrences(self) -> Sequence[Occurrence[Stream]]: ...
     async def run(self, faults: Iterator[Fault]) -> None: ...
-    def end(self) -> None: ...
-    def happened(self, tier: Tier, replica: int, since: float) -> bool: ...
+    def stop(self) -> None: ...
+    def was_faulted(self, tier: Tier, replica: int, since: float) -> bool: ...
 
 
 @dataclass
 class Findings:
-    """What a run has shown; `problems` beside those of the streams."""
+    """Results of a run. `problems`: those that belong to no stream."""
 
     streams: list[Stream] = field(default_factory=list)
     occurrences: Sequence[Occurrence[Stream]] = ()
@@ -65,26 +68,24 @@ class Findings:
     num_ties: int = 0
     num_unrecorded: int = 0
     duration_s: float = 0.0
-    # Streams that were held against the reference and against Redis.
+    # Streams compared with the reference and with Redis.
     num_audited: int = 0
-    # The run was cancelled under load or in the audit: `streams` are those that had ended.
+    # The run was cancelled under load or during the audit: `streams` are those that had ended.
     is_cut: bool = False
 
     @property
     def all_problems(self) -> list[str]:
+        """Problems of the run and of its streams."""
         own = [f"{s.job}: {what}" for s in self.streams for what in s.problems]
         return [*self.problems, *own]
 
 
-class Run:
-    """One run against the orchestrators at `endpoints`; `findings` grow while it lasts.
-
-    Cancelled, it leaves in `findings` what there is.
-    """
+class ChaosRun:
+    """One run against the orchestrators at `endpoints`. Fills `findings`, even if cancelled."""
 
     def __init__(
         self,
-        load: Load,
+        load: LoadSettings,
         endpoints: Sequence[str],
         progress: Progress,
         findings: Findings | None = None,
@@ -93,14 +94,17 @@ class Run:
         self._load = load
         self._endpoints = endpoints
         self._progress = progress
-        self._faults: Faults | None = None
+        self._faults: FaultSource | None = None
         self._num_done = 0
-        # Set with the connections.
-        self.orchestrators: Orchestrators
+        # Set once connected.
+        self.orchestrators: OrchestratorStubs
 
-    async def run(self, faults: Faults, schedule: Iterator[Fault], num_sorts: int) -> None:
-        """Until the load is through, each of `num_sorts` sorts of faults has happened, and all is
-        judged. Raises Unavailable if the system does not serve to begin with.
+    async def run(
+        self, faults: FaultSource, schedule: Iterator[Fault], num_fault_types: int
+    ) -> None:
+        """Runs load until it is complete and `num_fault_types` types have occurred, then audits.
+
+        Raises Unavailable if the system does not serve before the load begins.
         """
         self._faults = faults
         async with self._connected() as self.orchestrators:
@@ -109,7 +113,7 @@ class Run:
             cases = make_cases(load.seed, load.num_cases, info.target.vocab_size)
             reference = Reference(self.orchestrators[0], load.max_tokens)
             self._progress("reference", 0, len(cases))
-            await reference.learn(cases)
+            await reference.prepare(cases)
             jobs = make_jobs(
                 load.seed,
                 cases,
@@ -121,7 +125,7 @@ class Run:
             began_at = time.monotonic()
             try:
                 try:
-                    await self._disturbed(faults, schedule, jobs, num_sorts)
+                    await self._run_load(faults, schedule, jobs, num_fault_types)
                 finally:
                     self.findings.duration_s = time.monotonic() - began_at
                     self.findings.occurrences = faults.occurrences
@@ -131,60 +135,65 @@ class Run:
                 self.findings.streams = [s for s in self.findings.streams if s.ended_at is not None]
                 raise
 
-    async def _disturbed(
-        self, faults: Faults, schedule: Iterator[Fault], jobs: Iterator[Job], num_sorts: int
+    async def _run_load(
+        self,
+        faults: FaultSource,
+        schedule: Iterator[Fault],
+        jobs: Iterator[Job],
+        num_fault_types: int,
     ) -> None:
-        follower = Follower(self.orchestrators, self)
+        client = ResumingClient(self.orchestrators, self)
 
-        async def call() -> None:
-            while self._wants_more(faults, num_sorts):
+        async def run_client() -> None:
+            while self._needs_more(faults, num_fault_types):
                 stream = Stream(next(jobs))
                 self.findings.streams.append(stream)
-                await follower.follow(stream)
+                await client.run(stream)
                 self._num_done += 1
                 total = max(self._load.generations, len(self.findings.streams))
                 self._progress("generations", self._num_done, total)
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(faults.run(schedule), name="faults")
-            async with asyncio.TaskGroup() as callers:
+            async with asyncio.TaskGroup() as clients:
                 for _ in range(self._load.concurrent):
-                    callers.create_task(call())
-            faults.end()
+                    clients.create_task(run_client())
+            faults.stop()
 
-    def _wants_more(self, faults: Faults, num_sorts: int) -> bool:
+    def _needs_more(self, faults: FaultSource, num_fault_types: int) -> bool:
         if len(self.findings.all_problems) > _MAX_PROBLEMS:
             return False
-        is_enough = len(self.findings.streams) >= self._load.generations
-        return not is_enough or len({o.name for o in faults.occurrences}) < num_sorts
+        has_enough = len(self.findings.streams) >= self._load.generations
+        return not has_enough or len({o.name for o in faults.occurrences}) < num_fault_types
 
     async def _audit(self, reference: Reference) -> None:
         findings = self.findings
 
-        def on_judged() -> None:
+        def on_audited() -> None:
             findings.num_audited += 1
             self._progress("audit", findings.num_audited, len(findings.streams))
 
-        audit = Audit(self.orchestrators, reference, self)
-        await audit.judge(findings.streams, on_judged)
+        audit = StreamAudit(self.orchestrators, reference, self)
+        await audit.run(findings.streams, on_audited)
         findings.num_ties, findings.num_unrecorded = reference.num_ties, audit.num_unrecorded
 
-    def orchestrator(self, number: int, since: float) -> bool:
-        """As of `Excuse`."""
-        assert self._faults is not None, "it runs"
-        return self._faults.happened(Tier.ORCHESTRATOR, number, since - _AFTERMATH_S)
+    def orchestrator_was_faulted(self, number: int, since: float) -> bool:
+        """Implements `FaultHistory`."""
+        assert self._faults is not None, "set by run"
+        return self._faults.was_faulted(Tier.ORCHESTRATOR, number, since - _RECONNECT_S)
 
-    def redis(self, since: float) -> bool:
-        """As of `Excuse`."""
-        assert self._faults is not None, "it runs"
-        return self._faults.happened(Tier.REDIS, 0, since - _AFTERMATH_S)
+    def redis_was_faulted(self, since: float) -> bool:
+        """Implements `FaultHistory`."""
+        assert self._faults is not None, "set by run"
+        return self._faults.was_faulted(Tier.REDIS, 0, since - _RECONNECT_S)
 
     @property
     def running(self) -> list[Stream]:
+        """Streams that have not ended."""
         return [stream for stream in self.findings.streams if stream.ended_at is None]
 
     async def session(self, stream: Stream) -> orchestrator_pb2.GetSessionResponse | None:
-        """What its orchestrator says of it now; None: nothing."""
+        """The stream's session as its orchestrator reports it; None: no answer."""
         request = orchestrator_pb2.GetSessionRequest(session_id=stream.job.session_id)
         try:
             stub = self.orchestrators[stream.orchestrator]
@@ -204,7 +213,7 @@ class Run:
         return info
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Orchestrators]:
+    async def _connected(self) -> AsyncIterator[OrchestratorStubs]:
         async with contextlib.AsyncExitStack() as stack:
             channels = [
                 await stack.enter_async_context(
@@ -212,4 +221,4 @@ class Run:
                 )
                 for endpoint in self._endpoints
             ]
-            yield Orchestrators(channels)
+            yield OrchestratorStubs(channels)

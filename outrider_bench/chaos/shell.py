@@ -1,7 +1,6 @@
-"""Faults of the user's own on a system of the user's own: shell commands, one every so often.
+"""Faults by the user's shell commands, on the user's system. Owns the commands' processes.
 
-What they do is not known here; so every fault of the system's may have been theirs. Owns the
-commands' processes.
+Their effect is unknown: every failure that a fault may explain is accepted.
 """
 
 from __future__ import annotations
@@ -18,38 +17,38 @@ from outrider_bench.chaos.client import Stream
 from outrider_bench.chaos.faults import Fault, Tier
 from outrider_bench.chaos.inject import Occurrence
 
-# Of one command: it may wait for what it has begun.
+# Time limit of a command: it may wait for what it has started.
 _TIMEOUT_S = 120.0
 
 
 class ShellFaults:
-    """As `outrider_bench.chaos.run.Faults`; the schedule it is given means nothing."""
+    """Implements `outrider_bench.chaos.run.FaultSource`; ignores the schedule."""
 
     def __init__(self, commands: Sequence[str], every_s: float) -> None:
         self.occurrences: list[Occurrence[Stream]] = []
-        # Commands that failed, or did not end in time.
+        # Commands that failed or timed out.
         self.failures: list[str] = []
         self._commands = commands
         self._every_s = every_s
-        self._is_ending = asyncio.Event()
+        self._is_stopping = asyncio.Event()
 
     async def run(self, faults: Iterator[Fault]) -> None:
-        """In turn, until `end`."""
+        """Runs the commands in turn until `stop`."""
         for command in itertools.cycle(self._commands):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
-                    await self._is_ending.wait()
-            if self._is_ending.is_set():
+                    await self._is_stopping.wait()
+            if self._is_stopping.is_set():
                 return
             self.occurrences.append(Occurrence(command, time.monotonic()))
             await self._execute(command)
 
-    def end(self) -> None:
-        """No command is begun any more."""
-        self._is_ending.set()
+    def stop(self) -> None:
+        """Starts no further command."""
+        self._is_stopping.set()
 
-    def happened(self, tier: Tier, replica: int, since: float) -> bool:
-        """Always: whoever runs this breaks what they like."""
+    def was_faulted(self, tier: Tier, replica: int, since: float) -> bool:
+        """Always true: the effect of the commands is unknown."""
         return True
 
     async def _execute(self, command: str) -> None:
@@ -65,9 +64,9 @@ class ShellFaults:
             if status:
                 self.failures.append(f"{command}: exit status {status}")
         except TimeoutError:
-            self.failures.append(f"{command}: not over after {_TIMEOUT_S:g} s")
+            self.failures.append(f"{command}: not finished after {_TIMEOUT_S:g} s")
         finally:
-            # Cancelled in the midst of the start, too: asyncio would end the shell alone.
+            # Also if cancelled during the start. asyncio would kill the shell only.
             process = await starting
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,6 @@
-"""A system to be disturbed: replicas of every tier and a Redis, with a relay on every link.
+"""System under test: replicas of every tier and a Redis, with a relay on every link.
 
-Owns which programs there are, what leads to what, and that nothing is left of them. Knows neither
-faults nor load.
+Owns the programs, the links between them and their removal.
 """
 
 from __future__ import annotations
@@ -29,20 +28,24 @@ from outrider_bench.chaos.faults import Tier
 from outrider_bench.chaos.nodes import Node
 
 _HOST = "127.0.0.1"
-# After a start: until every orchestrator has found it. Their own back-off is at most 2 s.
+# Time limit from a replica's start until every orchestrator has connected. Their back-off is at
+# most 2 s.
 _RECONNECT_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 
 
 class Place(NamedTuple):
-    """A process; Redis is replica 0 of its tier."""
+    """A process. Redis is replica 0 of its tier."""
 
     tier: Tier
     replica: int
 
 
 class LinkPlace(NamedTuple):
-    """A link from an orchestrator to a replica; to an orchestrator: from its callers, `link` 0."""
+    """A link from orchestrator `link` to a replica.
+
+    For a link to an orchestrator, from its clients, `link` is 0.
+    """
 
     tier: Tier
     replica: int
@@ -51,15 +54,18 @@ class LinkPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
+    """Number of replicas of each model tier, and of orchestrators."""
+
     num_replicas: int = 2
     num_orchestrators: int = 2
 
 
 class System:
-    """An async context manager: serves on entering, leaves no process and no socket.
+    """Async context manager: serves on entering; leaves no process and no socket.
 
-    `on_death` is told what ended that nobody had ended. Raises ConfigError, also when made, or
-    ProgramFailed. For the event loop of the main thread (`outrider.runtime.child_process`).
+    `on_death` is called with the reason when a program exits that no fault has stopped. Entering
+    and `__init__` raise ConfigError; entering also ProgramFailed. Use it on the event loop of the
+    main thread (`outrider.runtime.child_process`).
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class System:
 
     @property
     def endpoints(self) -> list[str]:
-        """Of the orchestrators, as callers reach them: the same whatever befalls them."""
+        """Addresses of the orchestrators' relays for clients; stable across restarts."""
         links = [self.links[LinkPlace(Tier.ORCHESTRATOR, i, 0)] for i in self._orchestrators]
         return [link.address for link in links]
 
@@ -111,14 +117,15 @@ class System:
         return range(self.size.num_orchestrators)
 
     def link_at(self, address: str) -> LinkPlace | None:
-        """What an orchestrator knows by that host:port."""
+        """Link whose relay has that host:port; None: no link."""
         return next((at for at, link in self.links.items() if link.address == address), None)
 
     def links_to(self, place: Place) -> list[Relay]:
+        """Relays of all links to a process."""
         return [link for at, link in self.links.items() if (at.tier, at.replica) == place]
 
     async def connected(self, place: Place) -> bool:
-        """Waits until the replica is reached by every orchestrator; False: not within its time."""
+        """Waits until every orchestrator has connected to the replica; False: timeout."""
         links = self.links_to(place)
         deadline = asyncio.get_running_loop().time() + _RECONNECT_TIMEOUT_S
         while not all(link.num_connected for link in links):
@@ -135,7 +142,7 @@ class System:
             for tier in (Tier.TARGET, Tier.DRAFT):
                 places += [LinkPlace(tier, i, link) for i in range(self.size.num_replicas)]
         for place in places:
-            # Where a replica listens is not known before it does; nobody connects before that.
+            # A replica's address is set when it serves (`Node.start`); nobody connects before.
             host = path if place.tier is Tier.REDIS else _HOST
             relay = Relay(_HOST, 0, host, 0, 0.0)
             self.links[place] = await self._resources.enter_async_context(relay)
@@ -147,7 +154,7 @@ class System:
             arguments[Place(Tier.TARGET, replica)] = target_arguments(options)
             arguments[Place(Tier.DRAFT, replica)] = _draft_arguments(options)
         for place in arguments:
-            # What passes cost is measured as they happen; a start shall not take seconds for it.
+            # Step costs are measured while serving; a restart must not take seconds for it.
             arguments[place] += ["--calibration-s=0.2"]
         for number in self._orchestrators:
             arguments[Place(Tier.ORCHESTRATOR, number)] = orchestrator_arguments(
@@ -163,7 +170,7 @@ class System:
             self._resources.push_async_callback(node.close)
 
     def _addresses(self, tier: Tier, link: int) -> str:
-        """Of a tier's replicas, as one orchestrator reaches them."""
+        """Addresses of a tier's replicas, as one orchestrator reaches them."""
         own = [relay for at, relay in self.links.items() if (at.tier, at.link) == (tier, link)]
         return ",".join(relay.address for relay in own)
 
@@ -180,5 +187,5 @@ def _draft_arguments(options: StackOptions) -> list[str]:
     if options.simulate_draft is not None:
         return simulated_arguments(options, "draft_service", options.simulate_draft)
     if options.draft_model is None:
-        raise ConfigError("--draft: is required: without drafts half of what may fail is not there")
+        raise ConfigError("--draft: is required; the faults include the draft tier")
     return draft_arguments(options, options.draft_model)

@@ -1,4 +1,4 @@
-"""A program as the system's are: says where it listens, then counts in a file until it is told."""
+"""Test program like the system's: prints its address, then counts in a file until SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ if __name__ == "__main__":
     new = path.with_suffix(".new")
     for count in range(100_000):
         new.write_text(str(count), "utf-8")
-        new.replace(path)  # a reader never finds the file empty
+        new.replace(path)  # readers never see an empty file
         time.sleep(0.01)

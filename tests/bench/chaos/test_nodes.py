@@ -1,4 +1,4 @@
-"""Programs that are killed, frozen and stopped: they come back, and none is left behind."""
+"""Programs that are killed, frozen and stopped restart, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cli.processes import ROOT, descendants, is_alive, wait_until_dead
 
 
 class Counter:
-    """What the program has counted to."""
+    """Reads the count of the test program."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -26,7 +26,7 @@ class Counter:
         text = self._path.read_text("utf-8") if self._path.exists() else ""
         return int(text or 0)
 
-    async def goes_on(self, timeout_s: float = 60.0) -> bool:
+    async def advances(self, timeout_s: float = 60.0) -> bool:
         return await self._reaches(self.read() + 3, timeout_s)
 
     async def _reaches(self, count: int, timeout_s: float) -> bool:
@@ -56,8 +56,8 @@ def _children() -> dict[int, str]:
     return {p: c for p, c in descendants(os.getpid()).items() if "tests.bench.chaos.program" in c}
 
 
-async def test_a_node_is_killed_and_comes_back(tmp_path: Path) -> None:
-    """Its links lead to it, no death is told that was wanted, nothing is left at the end."""
+async def test_killed_node_restarts(tmp_path: Path) -> None:
+    """Its links lead to it, wanted exits are not reported, no process is left at the end."""
     deaths: list[str] = []
     link = Relay("127.0.0.1", 0, "127.0.0.1", 1, 0.0)
     async with started(tmp_path, deaths.append, [link]) as (node, counter):
@@ -66,7 +66,7 @@ async def test_a_node_is_killed_and_comes_back(tmp_path: Path) -> None:
         await node.kill()
         assert not is_alive(pid)
         await node.start()
-        assert await counter.goes_on()
+        assert await counter.advances()
         assert await node.stop() == 0
         await node.start()
         children = _children()
@@ -75,19 +75,19 @@ async def test_a_node_is_killed_and_comes_back(tmp_path: Path) -> None:
     assert deaths == []
 
 
-async def test_a_frozen_node_says_nothing_and_goes_on(tmp_path: Path) -> None:
+async def test_frozen_node_stalls_and_resumes(tmp_path: Path) -> None:
     deaths: list[str] = []
     async with started(tmp_path, deaths.append, []) as (node, counter):
         async with node.frozen():
             count = counter.read()
-            assert not await counter.goes_on(timeout_s=0.3)
-            assert counter.read() <= count + 1, "it may have been about to write"
-        assert await counter.goes_on()
+            assert not await counter.advances(timeout_s=0.3)
+            assert counter.read() <= count + 1, "a write may have been in progress"
+        assert await counter.advances()
     assert deaths == []
 
 
-async def test_a_frozen_node_can_be_closed(tmp_path: Path) -> None:
-    """As at Ctrl-C in the midst of it."""
+async def test_frozen_node_can_be_closed(tmp_path: Path) -> None:
+    """As after Ctrl-C during the fault."""
     async with started(tmp_path, lambda _: None, []) as (node, _):
         children = _children()
         async with node.frozen():
@@ -95,13 +95,13 @@ async def test_a_frozen_node_can_be_closed(tmp_path: Path) -> None:
     wait_until_dead(children)
 
 
-async def test_a_death_that_nobody_wanted_is_told(tmp_path: Path) -> None:
+async def test_unexpected_exit_is_reported(tmp_path: Path) -> None:
     deaths: list[str] = []
     async with started(tmp_path, deaths.append, []):
         (pid,) = _children()
         os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(60):
-            while not deaths:  # noqa: ASYNC110 (told by a plain call)
+            while not deaths:  # noqa: ASYNC110 (set by a plain call)
                 await asyncio.sleep(0.01)
     assert "program died (killed by SIGKILL)" in deaths[0]
 
@@ -124,8 +124,8 @@ asyncio.run(main())
 """
 
 
-def test_nothing_stays_frozen_when_we_are_killed(tmp_path: Path) -> None:
-    """SIGKILL of whoever froze it: what is frozen is let go, and then ends with its parent."""
+def test_frozen_process_resumes_when_its_owner_is_killed(tmp_path: Path) -> None:
+    """It then exits with its parent."""
     with subprocess.Popen(
         [sys.executable, "-c", _FREEZES, str(tmp_path)],
         stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -133,6 +133,6 @@ def test_nothing_stays_frozen_when_we_are_killed(tmp_path: Path) -> None:
         assert owner.stdout is not None
         assert owner.stdout.readline().strip() == "frozen"
         children = descendants(owner.pid)
-        assert len(children) >= 2, "the program, and what keeps it frozen"
+        assert len(children) >= 2, "the program and its freezer"
         owner.kill()
     wait_until_dead(children)

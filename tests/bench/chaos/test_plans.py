@@ -1,4 +1,4 @@
-"""What a chaos run will do is a function of its seed: faults, requests, callers."""
+"""Faults, requests and client behaviour of a chaos run are functions of its seed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from outrider_bench.chaos.faults import (
     FAULTS,
     QUICK_FAULTS,
     Fault,
-    Kind,
+    FaultKind,
     Tier,
     parse_faults,
     schedule,
 )
-from outrider_bench.chaos.jobs import Caller, Job, Method, make_cases, make_jobs
+from outrider_bench.chaos.jobs import ClientBehaviour, Job, SamplingMethod, make_cases, make_jobs
 
 
 def faults(seed: int, num: int, names: tuple[str, ...] = FAULTS) -> list[Fault]:
@@ -37,14 +37,13 @@ def jobs(seed: int, num: int, num_orchestrators: int = 2) -> list[Job]:
     return list(itertools.islice(endless, num))
 
 
-def test_a_seed_is_a_schedule() -> None:
-    """The same one every time, another one for another seed."""
+def test_schedule_is_a_function_of_the_seed() -> None:
     assert faults(1, 100) == faults(1, 100)
     assert faults(1, 100) != faults(2, 100)
 
 
-def test_every_sort_of_fault_happens_once_in_each_pass() -> None:
-    """All places are hit, times rise, and the mean gap is what was asked for."""
+def test_every_fault_occurs_once_per_pass() -> None:
+    """All places occur, times increase, and the mean gap is as requested."""
     num = len(FAULTS)
     planned = faults(0, 20 * num)
     for start in range(0, len(planned), num):
@@ -57,12 +56,12 @@ def test_every_sort_of_fault_happens_once_in_each_pass() -> None:
     assert times == sorted(times)
     assert times[-1] / len(times) == pytest.approx(2.0, rel=0.1)
     assert {f.link for f in planned} == {0, 1}
-    silent = [f.duration_s for f in planned if f.kind is Kind.FREEZE]
-    assert min(silent) < 3 < max(silent), "shorter and longer than a frozen replica may go unseen"
+    silent = [f.duration_s for f in planned if f.kind is FaultKind.FREEZE]
+    assert min(silent) < 3 < max(silent), "below and above the detection time"
 
 
-def test_names_of_faults() -> None:
-    """A tier, a kind or one sort; quick ones are among all; the rest is refused by name."""
+def test_fault_names() -> None:
+    """A tier, a kind or a single fault; unknown names are rejected."""
     assert set(parse_faults("draft, redis-kill")) == {
         "redis-kill",
         *(name for name in FAULTS if name.startswith("draft-")),
@@ -70,29 +69,35 @@ def test_names_of_faults() -> None:
     assert all(name.endswith("-half-close") for name in parse_faults("half-close"))
     assert set(QUICK_FAULTS) < set(FAULTS)
     assert faults(0, 5, ()) == []
-    with pytest.raises(ConfigError, match="'meteor' is none of draft-kill"):
+    with pytest.raises(ConfigError, match="'meteor' is unknown; allowed: draft-kill"):
         parse_faults("draft,meteor")
 
 
-def test_a_seed_is_a_load() -> None:
+def test_jobs_are_a_function_of_the_seed() -> None:
     assert jobs(1, 200) == jobs(1, 200)
     assert jobs(1, 200) != jobs(2, 200)
 
 
-def test_all_kinds_of_requests_and_callers() -> None:
-    """Lengths from 1 to the most; who leaves does so before the end."""
+def test_jobs_cover_all_methods_and_behaviours() -> None:
+    """Lengths range from 1 to the maximum; disconnects come before the end."""
     made = jobs(0, 1000)
-    assert {job.case.method for job in made} == set(Method)
-    assert {job.caller for job in made} == set(Caller)
-    assert {job.gamma for job in made} == {None, 0, 1, 3}, "4 is more than this system takes"
+    assert {job.case.method for job in made} == set(SamplingMethod)
+    assert {job.behaviour for job in made} == set(ClientBehaviour)
+    assert {job.gamma for job in made} == {None, 0, 1, 3}, "4 exceeds max_gamma"
     lengths = {job.max_tokens for job in made}
     assert min(lengths) == 1
     assert 290 < max(lengths) <= 300
-    assert all(0 < j.leaves_at < j.max_tokens - 1 for j in made if j.leaves_at is not None)
+    assert all(
+        0 < j.disconnects_at < j.max_tokens - 1 for j in made if j.disconnects_at is not None
+    )
     assert len({job.session_id for job in made}) == len(made)
-    assert all(job.case.ignores_eos for job in made if not job.case.is_repeatable)
+    assert all(job.case.ignores_eos for job in made if not job.case.is_deterministic)
 
 
-def test_one_orchestrator_has_no_rival() -> None:
-    callers = {job.caller for job in jobs(0, 300, num_orchestrators=1)}
-    assert callers == {Caller.LISTENS, Caller.RETURNS, Caller.ABANDONS}
+def test_single_orchestrator_gets_no_concurrent_calls() -> None:
+    behaviours = {job.behaviour for job in jobs(0, 300, num_orchestrators=1)}
+    assert behaviours == {
+        ClientBehaviour.LISTENS,
+        ClientBehaviour.RETURNS,
+        ClientBehaviour.ABANDONS,
+    }

@@ -1,4 +1,4 @@
-"""`outrider chaos` as users run it: real processes, a real Redis, real kills; and what is left."""
+"""`outrider chaos` end to end: real processes, a real Redis, real kills; nothing is left over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 target, draft = conftest.target, conftest.draft
 
-# Some tens of seconds; every program that is killed loads torch again, on whatever machine.
+# The run takes some tens of seconds; every killed program loads torch again.
 _TIMEOUT_S = 280.0
 
 
@@ -43,14 +43,14 @@ def results(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_nothing_is_lost_in_a_short_run(tmp_path: Path) -> None:
-    """Simulated tiers, all else real: every quick sort of fault, every kind of caller."""
+def test_quick_run_has_no_problems(tmp_path: Path) -> None:
+    """Simulated tiers, everything else real: all quick faults, all client behaviours."""
     out, page = tmp_path / "out", tmp_path / "page.md"
     page.write_text("# Reliability\n", "utf-8")
     flags = ("--simulate", "--quick", "--seed=1", f"--out={out}", f"--report={page}")
     with tempfile.TemporaryDirectory(prefix="c") as scratch:  # a short path: a socket is in it
         done = run("chaos", *flags, TMPDIR=scratch)
-        assert list(Path(scratch).glob("outrider*")) == [], "torch's cache is its own affair"
+        assert list(Path(scratch).glob("outrider*")) == [], "files of ours are left"
     assert done.returncode == 0, done.stdout + done.stderr
     document = results(out)
     assert document["problems"] == []
@@ -63,8 +63,8 @@ def test_nothing_is_lost_in_a_short_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_models_give_the_same_tokens(target: Path, draft: Path, tmp_path: Path) -> None:
-    """Keys and values are lost with their replica, and computed anew elsewhere."""
+def test_outputs_of_models_are_unchanged(target: Path, draft: Path, tmp_path: Path) -> None:
+    """The KV of a killed replica is recomputed elsewhere."""
     done = run(
         "chaos", "--quick", f"--target={target}", f"--draft={draft}", "--generations=12",
         "--faults=target-kill,target-drop,draft-kill,orchestrator-kill", "--concurrent=6",
@@ -76,8 +76,8 @@ def test_models_give_the_same_tokens(target: Path, draft: Path, tmp_path: Path) 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_when_it_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
-    """In the midst of a fault; even of a frozen process, even killed outright."""
+def test_no_process_is_left_when_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    """During a fault, with a frozen process, and even by SIGKILL."""
     arguments = ("chaos", "--simulate", "--quick", "--faults=freeze", "--gap=0.2", "--longest=60")
     with subprocess.Popen(
         command(*arguments, f"--out={tmp_path / 'out'}"),
@@ -90,7 +90,7 @@ def test_nothing_is_left_when_it_is_stopped(number: signal.Signals, tmp_path: Pa
     ) as process:
         assert process.stdout is not None
         try:
-            # Once load runs there are faults too, and somebody is frozen before long.
+            # Faults begin with the load; a process is frozen soon.
             assert any(line.startswith("generations …") for line in process.stdout)
             children = descendants(process.pid)
             assert len(children) >= 7
@@ -106,8 +106,8 @@ def test_nothing_is_left_when_it_is_stopped(number: signal.Signals, tmp_path: Pa
 
 
 @pytest.mark.timeout(300)
-def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
-    """The files of a whole run, marked; the page of a whole run stays as it is."""
+def test_ctrl_c_reports_the_results_so_far(tmp_path: Path) -> None:
+    """Writes the files, marked as interrupted; leaves the report page unchanged."""
     page = tmp_path / "page.md"
     page.write_text("# Reliability\n", "utf-8")
     ended = interrupted(
@@ -115,12 +115,12 @@ def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
         "--concurrent=4", "--max-tokens=20", f"--out={tmp_path / 'out'}", f"--report={page}",
         at="the load will take about",
     )  # fmt: skip
-    said = ended.stdout
-    assert ended.returncode == 128 + signal.SIGINT, said
-    assert "at least 100000 generations" in said
-    assert "stopped: " in said
-    assert "of them were audited" in said
-    assert "nothing lost" not in said
+    output = ended.stdout
+    assert ended.returncode == 128 + signal.SIGINT, output
+    assert "at least 100000 generations" in output
+    assert "stopped: " in output
+    assert "of them were audited" in output
+    assert "nothing lost" not in output
     document = results(tmp_path / "out")
     assert document["is_cut"]
     assert document["num_generations"] >= 4
