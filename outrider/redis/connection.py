@@ -3,8 +3,8 @@
 The only module that imports `redis`; it uses that library's URLs, TLS, login and parser. Maps every
 connection failure to `Unavailable`. A connection may be used by one task at a time.
 
-Reason not to use redis.asyncio.Redis: its pool gives each task a connection of its own, and its
-pipelines cost a task switch, a deadline and a retry wrapper per command.
+redis.asyncio.Redis is not used: its pool gives each task a connection of its own. Its pipelines
+cost a task switch, a deadline and a retry wrapper per command.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
 
     A failed write means that the client has gone: CANCELLED. Any other exception is a defect:
     INTERNAL, without details for the client. The error's traceback is dropped: from Python 3.12 on
-    it is part of a reference cycle through this context manager's frames, which would keep a
+    it is part of a reference cycle through this context manager's frames. The cycle would keep a
     rejected message of megabytes until the garbage collector runs.
     """
     try:

@@ -39,18 +39,20 @@ class ServerProtection:
     certificates: Mapping[str, str] = field(default_factory=dict)
 
     def readings(
-        self, behind: Mapping[str, int] | None = None, redis_certificate: float | None = None
+        self,
+        rejected_later: Mapping[str, int] | None = None,
+        redis_certificate: float | None = None,
     ) -> Iterator[Reading]:
         """Metrics: rejected calls by reason, and expiry of certificates. May run on any thread.
 
-        `behind`: calls rejected after the interceptors, by the method. `redis_certificate`: expiry
-        of Redis' certificate.
+        `rejected_later`: calls rejected after the interceptors, by a method. `redis_certificate`:
+        expiry of Redis' certificate.
         """
         counts = [interceptor.refusals.by_reason for interceptor in self.interceptors]
         at_interceptors = {
             reason.value: sum(count[reason.value] for count in counts) for reason in Reason
         }
-        yield Reading.by(metrics.CALLS_REFUSED, {**at_interceptors, **(behind or {})})
+        yield Reading.by(metrics.CALLS_REFUSED, {**at_interceptors, **(rejected_later or {})})
         expiries: dict[str, float] = {}
         if redis_certificate is not None:
             expiries["redis"] = redis_certificate

@@ -6,11 +6,12 @@ import sys
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from outrider.errors import ConfigError
 from outrider.settings.services import OrchestratorConfig
 from outrider.settings.telemetry import TelemetrySettings
-from outrider.telemetry.tracing import FIRST_ROUNDS, tracing
+from outrider.telemetry.tracing import FIRST_ROUNDS, Tracing, tracing
 from outrider.v1 import orchestrator_pb2
 from tests.stack import request
 from tests.telemetry.otlp_receiver import Receiver, receiving
@@ -96,6 +97,41 @@ async def test_without_the_sdk_an_endpoint_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=r"otlp_endpoint: .*'\.\[otel\]'"):
         async with tracing("orchestrator", asked):
             pass
+
+
+MALFORMED = {
+    "empty": "",
+    "no ids": "nonsense",
+    "zero trace id": f"00-{'0' * 32}-{PARENT_ID}-01",
+    "upper case": SAMPLED.upper(),
+    "version ff": f"ff{SAMPLED[2:]}",
+    "more fields": f"{SAMPLED}-more",
+    "too long": f"{SAMPLED}-{'x' * 600}",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_traceparent_starts_a_new_trace(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tier, which only joins traces, makes no span then. Nothing is logged: clients send it."""
+    traces = Tracing(TracerProvider().get_tracer("test"))
+    span = traces.request("Generate", MALFORMED[name])
+    assert span is not None
+    assert span.trace_id != TRACE_ID
+    assert traces.part("verify", MALFORMED[name]) is None
+    assert caplog.records == []
+
+
+def test_a_span_joins_the_trace_of_its_traceparent() -> None:
+    traces = Tracing(TracerProvider().get_tracer("test"))
+    span = traces.request("Generate", SAMPLED)
+    assert span is not None
+    assert span.trace_id == TRACE_ID
+    part = traces.part("verify", span.traceparent)
+    assert part is not None
+    assert part.trace_id == TRACE_ID
+    assert traces.part("verify", NOT_SAMPLED) is None
 
 
 @pytest.mark.parametrize(
