@@ -6,8 +6,8 @@ parsed at once.
 
 A plain size limit is not enough. Valid requests and frames have several MiB: texts, and contexts of
 four bytes per token. The parser makes 208 MiB of 4 MiB of empty opens, in 92 ms. Of 20 MiB it makes
-1.1 GiB, in 0.5 s. It holds the GIL, so a thread does not help. (upb of protobuf 7.36, one core of an
-AMD EPYC: CPU time and resident memory of `VerifyRequest.FromString` for `tests.fuzz.bombs`.)
+1.1 GiB, in 0.5 s. It holds the GIL, so a thread does not help. (upb of protobuf 7.36, one core of
+an AMD EPYC: CPU time and resident memory of `VerifyRequest.FromString` for `tests.fuzz.bombs`.)
 """
 
 from __future__ import annotations
