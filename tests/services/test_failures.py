@@ -1,4 +1,4 @@
-"""A tier or Redis fails in the midst of an output: what a caller gets, and what is recorded."""
+"""A tier or Redis fails during an output: what the client gets, and what is recorded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NUM_TOKENS = 60
 
 
 def _proposal(asked: Any, token_ids: list[int], **fields: Any) -> list[draft_pb2.Proposal]:
-    """For exactly what was committed."""
+    """A proposal for the committed tokens; none for an open."""
     if not isinstance(asked, draft_pb2.DraftCommit):
         return []
     return [
@@ -70,14 +70,14 @@ def _support(token_ids: list[list[int]], weights: list[float]) -> dict[str, byte
 async def _model_of(tiers: Tiers) -> model_pb2.ModelInfo:
     async with grpc.aio.insecure_channel(tiers.endpoints[0]) as channel:
         stub = target_pb2_grpc.TargetServiceStub(channel)
-        asked = target_pb2.TargetServiceGetModelInfoRequest()
-        return (await stub.GetModelInfo(asked)).model
+        info_request = target_pb2.TargetServiceGetModelInfoRequest()
+        return (await stub.GetModelInfo(info_request)).model
 
 
 async def _with_fake(
     pair: Pair, redis_url: str, answer: Answer, sampling: dict[str, Any], **settings: Any
 ) -> tuple[Output, Output, FakeDraft]:
-    """The output with that draft, the output without any, and the draft."""
+    """The output with that draft, the output without drafts, and the draft."""
     async with both_tiers(pair, draft_kv=None) as tiers:
         fake = FakeDraft(await _model_of(tiers), answer)
         async with (
@@ -106,10 +106,10 @@ WRONG: dict[str, Answer] = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("wrong", WRONG)
-async def test_a_wrong_draft_costs_no_answer(
+async def test_wrong_proposals_do_not_change_the_output(
     wrong: str, temperature: float, pair: Pair, redis_url: str
 ) -> None:
-    """Nothing of it is used, it is not asked again, and the output is what it is without."""
+    """None is used, and the draft is not opened again."""
     drafted, plain, fake = await _with_fake(
         pair, redis_url, WRONG[wrong], {"temperature": temperature}, draft_wait_ms=200.0
     )
@@ -118,8 +118,8 @@ async def test_a_wrong_draft_costs_no_answer(
     assert fake.num_opens == 1
 
 
-async def test_a_draft_that_guesses_at_random_changes_nothing(pair: Pair, redis_url: str) -> None:
-    """Valid proposals without any sense are verified, and rejected."""
+async def test_random_proposals_do_not_change_the_output(pair: Pair, redis_url: str) -> None:
+    """They are valid, so they are verified and rejected."""
     drafted, plain, _ = await _with_fake(
         pair, redis_url, lambda asked: _proposal(asked, [7, 9]), {"temperature": 1.0}
     )
@@ -127,10 +127,10 @@ async def test_a_draft_that_guesses_at_random_changes_nothing(pair: Pair, redis_
     assert drafted.speculation.num_rejected_tokens > 0
 
 
-async def test_a_silent_draft_is_given_up(
+async def test_a_draft_that_proposes_nothing_is_left(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes every commit and proposes nothing: after some rounds it is told no more."""
+    """After some rounds it gets no more commits."""
     monkeypatch.setattr(draft_link, "UNRESPONSIVE_AFTER_S", 0.0)
     drafted, plain, fake = await _with_fake(
         pair, redis_url, lambda _: [], {"temperature": 0.0}, draft_wait_ms=0.0
@@ -146,11 +146,11 @@ async def _session(stack: Stack, name: str) -> orchestrator_pb2.GetSessionRespon
 async def test_a_target_that_dies_loses_no_committed_token(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """The call ends UNAVAILABLE; what was shown, and no more, is what the session has."""
+    """The call ends UNAVAILABLE. The session has exactly the tokens that the client received."""
     shown = Output()
-    async with both_tiers(pair, draft_kv=None) as keeper:
-        target, _ = keeper.endpoints
-        async with orchestrating(keeper, redis_url, target_wait_s=1.0) as stack:
+    async with both_tiers(pair, draft_kv=None) as tiers:
+        target, _ = tiers.endpoints
+        async with orchestrating(tiers, redis_url, target_wait_s=1.0) as stack:
             call = stack.client.Generate(
                 request(PROMPT, {**GREEDY, "max_tokens": 1500}, session_id="s", create_session=True)
             )
@@ -159,7 +159,7 @@ async def test_a_target_that_dies_loses_no_committed_token(
                 async for chunk in call:
                     shown.add(chunk)
                     if len(shown.token_ids) > 20:
-                        await keeper.target.grpc_server.stop(0)
+                        await tiers.target.grpc_server.stop(0)
 
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await until_it_dies()
@@ -175,26 +175,26 @@ async def test_a_target_that_dies_loses_no_committed_token(
 async def test_redis_that_stalls_in_the_last_round_loses_nothing(
     pair: Pair, greedy: Greedy, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller is not kept waiting, the lease is given back, and the session has every token."""
-    monkeypatch.setattr(orchestrator.app, "StoreOptions", StoreOptions)  # no more patience
+    """The client does not wait, the lease is released, and the session has every token."""
+    monkeypatch.setattr(orchestrator.app, "StoreOptions", StoreOptions)  # default timeouts
     monkeypatch.setattr(orchestrator.generation.recorder, "_RELEASE_RETRY_S", 60.0)
     with RedisServer() as redis:
         pid = redis.pid
         assert pid is not None
         async with whole(pair, redis.url) as stack:
-            asked = {"sampling": {**GREEDY, "max_tokens": 40}, "session_id": "s"}
-            first = await stack.generate(PROMPT, create_session=True, **asked)
+            fields = {"sampling": {**GREEDY, "max_tokens": 40}, "session_id": "s"}
+            first = await stack.generate(PROMPT, create_session=True, **fields)
             brake.set(20)
-            calling = asyncio.create_task(stack.generate([9], **asked))
-            num_held = len(PROMPT) + len(first.token_ids) + 1 + 20
-            await eventually(lambda: _is_at_it(stack, "s", num_held))
+            running = asyncio.create_task(stack.generate([9], **fields))
+            num_tokens = len(PROMPT) + len(first.token_ids) + 1 + 20
+            await eventually(lambda: _has_tokens(stack, "s", num_tokens))
             os.kill(pid, signal.SIGSTOP)
             try:
                 brake.release()
                 await asyncio.sleep(2.0)
             finally:
                 os.kill(pid, signal.SIGCONT)
-            second = await calling
+            second = await running
             await eventually(lambda: _is_free(stack, "s"))
             session = await _session(stack, "s")
     assert first.result is not None
@@ -212,7 +212,7 @@ async def _is_free(stack: Stack, name: str) -> bool:
     return False
 
 
-async def _is_at_it(stack: Stack, name: str, num_tokens: int) -> bool:
-    """Whether the generation has that many tokens and runs."""
+async def _has_tokens(stack: Stack, name: str, num_tokens: int) -> bool:
+    """Whether the generation runs and has that many tokens."""
     session = await _session(stack, name)
     return session.in_use and len(session.token_ids) >= num_tokens
