@@ -27,7 +27,7 @@ def main(program: Callable[[], object] | None = None) -> None:
     silence_grpc()
 
     try:
-        (program or app)()
+        (program or app(sys.argv[1:]))()
     except OutriderError as error:
         sys.exit(explain(error))
     except Signalled as error:

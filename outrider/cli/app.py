@@ -1,14 +1,16 @@
 """Commands of `outrider`: this package's own, and those of other packages by entry point.
 
 A package adds a command with an entry point of the group `outrider.commands`: a function, or a
-typer application for a command with subcommands. `outrider_bench` does so.
+typer application for a command with subcommands. `outrider_bench` does so. Such packages are not
+imported when a command of this package runs: that would delay its start.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +22,10 @@ from outrider.cli.sessions import sessions
 from outrider.cli.top import top
 from outrider.cli.up import up
 
-app = typer.Typer(
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+_app = typer.Typer(
     name="outrider",
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +41,7 @@ def _print_version(is_given: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@_app.callback()
 def _outrider(
     version: Annotated[
         bool,
@@ -46,13 +51,32 @@ def _outrider(
     """Distributed speculative decoding for large language models."""
 
 
-app.command()(up)
-app.command()(generate)
-app.command()(model)
-app.command()(top)
-app.command()(convert_tokenizer)
-app.add_typer(sessions, name="session")
-app.add_typer(keys, name="keys")
+_app.command("up")(up)
+_app.command("generate")(generate)
+_app.command("model")(model)
+_app.command("top")(top)
+_app.command("convert-tokenizer")(convert_tokenizer)
+_app.add_typer(sessions, name="session")
+_app.add_typer(keys, name="keys")
+_OWN_COMMANDS = {entry.name for entry in (*_app.registered_commands, *_app.registered_groups)}
+
+
+def app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """The application that runs the arguments, which it does not parse itself.
+
+    It has the commands of other packages too, unless `arguments` start with a command of this one.
+    """
+    if not _OWN_COMMANDS.intersection(arguments[:1]):
+        _add_installed_commands()
+    return _app
+
+
+@functools.cache
+def _add_installed_commands() -> None:
+    from importlib.metadata import entry_points
+
+    for entry in sorted(entry_points(group="outrider.commands")):
+        _add(entry)
 
 
 def _add(entry: EntryPoint) -> None:
@@ -62,10 +86,6 @@ def _add(entry: EntryPoint) -> None:
         print(f"outrider: command {entry.name!r} cannot be loaded: {error}", file=sys.stderr)
         return
     if isinstance(command, typer.Typer):
-        app.add_typer(command, name=entry.name)
+        _app.add_typer(command, name=entry.name)
     else:
-        app.command(entry.name)(command)
-
-
-for _entry in sorted(entry_points(group="outrider.commands")):
-    _add(_entry)
+        _app.command(entry.name)(command)

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from outrider import __version__
 from outrider.errors import ConfigError
-from outrider.security.keys import check_key
 from outrider.settings.redis_address import has_password
 
 Config = TypeVar("Config")
@@ -40,6 +39,8 @@ def silence_grpc() -> None:
 
 def api_key_variable() -> str | None:
     """The client's API key in OUTRIDER_API_KEY; None if it is not set. Raises ConfigError."""
+    from outrider.security.keys import check_key  # it imports structlog, which --help does not need
+
     key = os.environ.get("OUTRIDER_API_KEY")
     return check_key(key, "OUTRIDER_API_KEY") if key else None
 

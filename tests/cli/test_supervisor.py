@@ -132,11 +132,23 @@ def test_a_made_pair_has_one_vocabulary(tmp_path: Path) -> None:
     assert load(OrchestratorConfig, "orchestrator", arguments[1:], {}).assume_same_vocabulary
 
 
-def test_help_imports_nothing_heavy() -> None:
-    """`outrider --help` imports no gRPC, numpy, ssl or torch: commands do when they run."""
-    code = "import sys; from outrider.cli.app import app; print(*sys.modules)"
+def modules_imported(arguments: list[str]) -> set[str]:
+    """Modules that the application has imported before it runs the arguments."""
+    code = f"import sys; from outrider.cli.app import app; app({arguments}); print(*sys.modules)"
     printed = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, cwd=ROOT, env=environment(),
     )  # fmt: skip
-    assert {"torch", "grpc", "numpy", "rich.live"}.isdisjoint(printed.stdout.split())
+    return set(printed.stdout.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`outrider --help` imports no gRPC, numpy or torch: commands do when they run."""
+    modules = modules_imported(["--help"])
+    assert {"torch", "grpc", "numpy", "rich.live", "structlog"}.isdisjoint(modules)
+    assert "outrider_bench" in modules
+
+
+def test_own_commands_import_no_other_package() -> None:
+    """`outrider generate` starts faster without the commands of other packages."""
+    assert {"outrider_bench", "importlib.metadata"}.isdisjoint(modules_imported(["generate", "x"]))

@@ -102,7 +102,7 @@ def test_required_secrets_are_documented() -> None:
 @pytest.mark.parametrize("name", ["load-test", "load-test-prod"])
 def test_load_test_uses_existing_flags(name: str) -> None:
     """Flags are those of `outrider bench serve`; the other containers print its files."""
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app())
     serve = command.commands["bench"].commands["serve"]
     flags = {flag for parameter in serve.params for flag in parameter.opts}
     (pod,) = built(name).pods()
