@@ -3,6 +3,7 @@
 The only module that reads either. A field's flag is `--its-name`, its variable
 `OUTRIDER_<PROGRAM>_ITS_NAME`; a flag beats a variable. An unknown flag, an unknown variable of the
 program or a bad value raises ConfigError. A renamed setting still has its former flag and variable.
+docs/adr/0021-settings-loader.md compares it with pydantic-settings.
 """
 
 from __future__ import annotations
