@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from outrider.client.channel import Access
 
 
+# Heading of these flags in --help.
+CONNECTION = "Connection"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AccessOptions:
     """Base class for the options of such a command."""
@@ -26,21 +30,31 @@ class AccessOptions:
         typer.Option(
             envvar="OUTRIDER_TLS_CA",
             help="PEM file: CA of the orchestrator's certificate. Default: no TLS.",
+            rich_help_panel=CONNECTION,
         ),
     ] = None
     tls_cert: Annotated[
         str | None,
-        typer.Option(envvar="OUTRIDER_TLS_CERT", help="PEM file: client certificate."),
+        typer.Option(
+            envvar="OUTRIDER_TLS_CERT",
+            help="PEM file: client certificate.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None
     tls_key: Annotated[
         str | None,
-        typer.Option(envvar="OUTRIDER_TLS_KEY", help="PEM file: private key of --tls-cert."),
+        typer.Option(
+            envvar="OUTRIDER_TLS_KEY",
+            help="PEM file: private key of --tls-cert.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None
     api_key_file: Annotated[
         str | None,
         typer.Option(
             envvar="OUTRIDER_API_KEY_FILE",
             help="File with your API key. Default: the key in the variable OUTRIDER_API_KEY.",
+            rich_help_panel=CONNECTION,
         ),
     ] = None
 

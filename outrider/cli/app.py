@@ -58,7 +58,8 @@ _app.command("top")(top)
 _app.command("convert-tokenizer")(convert_tokenizer)
 _app.add_typer(sessions, name="session")
 _app.add_typer(keys, name="keys")
-_OWN_COMMANDS = {entry.name for entry in (*_app.registered_commands, *_app.registered_groups)}
+_OWN_COMMANDS = {command.name for command in _app.registered_commands}
+_OWN_COMMANDS |= {group.name for group in _app.registered_groups}
 
 
 def app(arguments: Sequence[str] = ()) -> typer.Typer:

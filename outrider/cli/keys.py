@@ -21,16 +21,16 @@ def new(
         str, typer.Argument(help="Client name. Keys with the same name share sessions.")
     ],
     streams: Annotated[
-        int | None, typer.Option(help="Most generations at a time. Default: no limit.", min=1)
+        int | None, typer.Option(help="Maximum generations at a time. Default: no limit.", min=1)
     ] = None,
     tokens_per_minute: Annotated[
         int | None,
-        typer.Option(help="Most prompt and output tokens per minute. Default: no limit.", min=1),
+        typer.Option(help="Maximum prompt and output tokens per minute. Default: no limit.", min=1),
     ] = None,
     sessions: Annotated[
         int | None,
         typer.Option(
-            help="Most sessions. Default: the orchestrator's max_sessions_per_key.", min=1
+            help="Maximum sessions. Default: the orchestrator's max_sessions_per_key.", min=1
         ),
     ] = None,
     min_priority: Annotated[
@@ -42,13 +42,13 @@ def new(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Keys file (--api-keys-file) to add the line to.", dir_okay=False),
+        typer.Option(help="Keys file to add the line to, instead of printing it.", dir_okay=False),
     ] = None,
 ) -> None:
-    """Make an API key. Prints the key to standard output, its line to standard error.
+    """Make an API key, and print it to standard output. The key is not stored.
 
-    The line belongs into the orchestrator's --api-keys-file. It has only the key's digest and is
-    not a secret. The key itself is not stored.
+    Its line for the orchestrator's --api-keys-file goes to standard error. The line has only the
+    key's digest: it is not a secret.
     """
     from outrider.security.keys import KeyLimits, add_key, new_key
 

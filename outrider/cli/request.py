@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.access import AccessOptions
+from outrider.cli.access import CONNECTION, AccessOptions
 from outrider.cli.options import parse_ids
 from outrider.errors import ConfigError, InvalidRequest
 from outrider.settings.addresses import require_endpoint
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 EndpointOption = Annotated[
-    str, typer.Option(envvar="OUTRIDER_ENDPOINT", help="host:port of the orchestrator.")
+    str,
+    typer.Option(
+        envvar="OUTRIDER_ENDPOINT",
+        help="host:port of the orchestrator.",
+        rich_help_panel=CONNECTION,
+    ),
 ]
 EndpointsOption = Annotated[
     str,
@@ -30,6 +35,7 @@ EndpointsOption = Annotated[
         envvar="OUTRIDER_ENDPOINT",
         help="host:port of the orchestrator, or of several, comma-separated: a broken stream is "
         "resumed at the next one.",
+        rich_help_panel=CONNECTION,
     ),
 ]
 
@@ -73,7 +79,7 @@ class GenerateOptions(AccessOptions):
     session: Annotated[
         str | None, typer.Option(help="Name of a session to continue or to create.")
     ] = None
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum tokens to generate.")] = None
     temperature: Annotated[
         float | None,
         typer.Option(help="Sampling temperature; 0 is greedy. Default: the model's, or 1."),
@@ -98,10 +104,10 @@ class GenerateOptions(AccessOptions):
         typer.Option(help="Method that accepts or rejects draft tokens. Default: rejection."),
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(help="Most rounds drafted ahead of verification; 0: none.")
+        int | None, typer.Option(help="Maximum rounds drafted ahead of verification; 0: none.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(help="Most outcomes of one round to draft ahead for.")
+        int | None, typer.Option(help="Maximum outcomes of one round to draft ahead for.")
     ] = None
     draft_wait: Annotated[
         DraftWait | None, typer.Option(help="Wait for draft tokens while it pays, or always.")
@@ -121,7 +127,7 @@ class GenerateOptions(AccessOptions):
         bool, typer.Option("--ignore-eos", help="Continue after an end-of-sequence token.")
     ] = False
     min_tokens: Annotated[
-        int | None, typer.Option(help="Least tokens to generate before the output may end.")
+        int | None, typer.Option(help="Minimum tokens before the output may end.")
     ] = None
     presence_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None
     frequency_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None

@@ -53,7 +53,8 @@ class StackOptions:
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Simulate the draft: also its acceptance, survival=0.8/0.75,ranks=0.5/0.2.",
+            help="Simulate the draft: cost and acceptance, for instance "
+            "step_ms=2,survival=0.8/0.75.",
         ),
     ] = None
     dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")] = (
@@ -79,13 +80,13 @@ class StackOptions:
         ),
     ] = None
     max_gamma: Annotated[
-        int | None, typer.Option(help="Most draft tokens per round that a request may set.")
+        int | None, typer.Option(help="Maximum draft tokens per round that a request may set.")
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(help="Most rounds drafted ahead of verification; 0: none.")
+        int | None, typer.Option(help="Maximum rounds drafted ahead of verification; 0: none.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(help="Most outcomes of one round to draft ahead for.")
+        int | None, typer.Option(help="Maximum outcomes of one round to draft ahead for.")
     ] = None
     draft_wait_ms: Annotated[
         float | None,
@@ -121,10 +122,10 @@ class StackOptions:
         ),
     ] = False
     max_generations: Annotated[
-        int | None, typer.Option(help="Most generations that run at a time.")
+        int | None, typer.Option(help="Maximum generations that run at a time.")
     ] = None
     max_waiting: Annotated[
-        int | None, typer.Option(help="Most queued requests; further ones are rejected.")
+        int | None, typer.Option(help="Maximum queued requests; further ones are rejected.")
     ] = None
     metrics: Annotated[
         bool, typer.Option(help="Serve each program's metrics on a free port, for `outrider top`.")

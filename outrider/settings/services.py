@@ -46,7 +46,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
         None, "size of the KV cache in tokens; unset: from free memory"
     )
     max_model_len: int | None = setting(
-        None, "most tokens of prompt and output together; unset: the model's context length"
+        None, "maximum tokens of prompt and output together; unset: the model's context length"
     )
     num_threads: int | None = setting(None, "CPU threads of a forward pass; unset: torch's default")
     prepack: bool = setting(True, "prepack the weights of linear layers for oneDNN on CPU")
@@ -67,7 +67,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     tokenizer_eos: bool = setting(
         True, "end outputs at the tokenizer's own end-of-sequence token, as vLLM does"
     )
-    max_gamma: int = setting(16, "most draft tokens per round")
+    max_gamma: int = setting(16, "maximum draft tokens per round")
     max_step_tokens: int = setting(
         512, "prompts are prefilled in chunks that fill a forward pass up to this many tokens"
     )
@@ -143,7 +143,7 @@ class DraftConfig(ModelServiceConfig):
     """`python -m draft_service`."""
 
     port: int = setting(50053, "port to listen on; 0 picks a free one")
-    max_branches: int = setting(64, "most branches drafted ahead of verification at a time")
+    max_branches: int = setting(64, "maximum branches drafted ahead of verification at a time")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,12 +180,12 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     gamma: int | None = setting(
         None, "draft tokens per round (γ) of requests that set none; unset: adaptive"
     )
-    max_gamma: int = setting(16, "most draft tokens per round that a request may set")
-    lookahead: int = setting(4, "most rounds drafted ahead of the one being verified")
-    fan_out: int = setting(32, "most outcomes of one round to draft ahead for")
+    max_gamma: int = setting(16, "maximum draft tokens per round that a request may set")
+    lookahead: int = setting(4, "maximum rounds drafted ahead of the one being verified")
+    fan_out: int = setting(32, "maximum outcomes of one round to draft ahead for")
     default_max_tokens: int = setting(256, "max_tokens of requests that set none")
-    max_generations: int = setting(256, "most generations that run at a time")
-    max_waiting: int = setting(64, "most queued requests; further ones are rejected")
+    max_generations: int = setting(256, "maximum generations that run at a time")
+    max_waiting: int = setting(64, "maximum queued requests; further ones are rejected")
     draft_wait: str = setting(
         "adaptive",
         "how long a round waits for draft tokens: adaptive (while it pays) or always",
@@ -224,7 +224,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     redis_wait_s: float = setting(0.0, "seconds to wait at start for a Redis that is down")
     session_ttl_s: float = setting(3600.0, "seconds after its last use at which a session expires")
     max_sessions_per_key: int = setting(
-        10_000, "most sessions of an API key that sets no limit (api_keys_file)"
+        10_000, "maximum sessions of an API key that sets no limit (api_keys_file)"
     )
     log_level: str = setting("info", "debug, info, warning or error")
     log_json: bool = setting(False, "log JSON lines")
