@@ -1,1 +1,1 @@
-"""The draft tier: proposes draft tokens for the sessions of all orchestrators, ahead of need."""
+"""Draft tier: proposes draft tokens for the generations of all orchestrators, ahead of time."""

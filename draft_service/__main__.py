@@ -11,7 +11,7 @@ from outrider.settings.services import DraftConfig
 
 
 def _serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
-    # Imports torch, which takes seconds: a wrong setting is told before that.
+    # Imports torch, which takes seconds; settings are validated before that.
     from draft_service.app import serving
 
     return serving(config)

@@ -1,4 +1,4 @@
-"""The draft service put together: engine, proposer, scheduler, server."""
+"""Composition root of the draft service: engine, proposer, scheduler, gRPC server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 
 
 def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
-    """As `model_serving`."""
+    """Context of the running draft service; see `model_serving`."""
 
     def mount(
         engine: ServedEngine,

@@ -1,9 +1,8 @@
-"""The draft's gRPC edge: frames to commands, events to frames. Knows no model and no batching."""
+"""gRPC servicer of the draft tier: converts frames to commands and events to frames."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,26 +16,21 @@ from draft_service.messages import (
     OpenDraft,
     Proposed,
 )
-from outrider.model_server.messages import FailureReason, ServiceStatistics
-from outrider.model_server.replica_status import ReplicaStatus
-from outrider.model_server.scheduler import GenerationKey, Scheduler
-from outrider.model_server.stream import StreamPeer, serve_stream
-from outrider.model_server.stream_telemetry import ReplicaTelemetry
-from outrider.replica import CostReport
+from outrider.model_server.messages import FailureReason
+from outrider.model_server.scheduler import GenerationKey
+from outrider.model_server.servicer import ModelServicer, add_failure
+from outrider.model_server.stream import StreamPeer
 from outrider.runtime.protobuf import (
     FLOAT32,
     UINT16,
     UINT32,
-    costs_to_proto,
-    model_answer,
     pack,
     sampling_from_proto,
     session_id_from_proto,
-    state_to_proto,
     unpack,
     verification_from_proto,
 )
-from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+from outrider.v1 import draft_pb2, draft_pb2_grpc
 
 _REASONS = {
     FailureReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
@@ -48,38 +42,15 @@ _REASONS = {
 }
 
 
-class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
-    """One per service; lives on the event loop."""
-
-    def __init__(
-        self,
-        scheduler: Scheduler[Command, Event],
-        model: model_pb2.ModelInfo,
-        statistics: Callable[[], ServiceStatistics],
-        costs: Callable[[], CostReport],
-        status: ReplicaStatus,
-        watch: ReplicaTelemetry,
-    ) -> None:
-        self._scheduler = scheduler
-        self._model = model
-        self._statistics = statistics
-        self._costs = costs
-        self._status = status
-        self._watch = watch
-        self._peer_ids = itertools.count(1)
-
+class DraftServicer(ModelServicer[Command, Event], draft_pb2_grpc.DraftServiceServicer):
     async def GetModelInfo(
         self,
         request: draft_pb2.DraftServiceGetModelInfoRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         load = draft_pb2.DraftLoad(**asdict(self._statistics()))
-        return draft_pb2.DraftServiceGetModelInfoResponse(
-            model=model_answer(self._model, with_token_hashes=request.with_token_hashes),
-            load=load,
-            costs=costs_to_proto(self._costs()),
-            state=state_to_proto(self._status.state),
-        )
+        info = self._model_info(request)
+        return draft_pb2.DraftServiceGetModelInfoResponse(load=load, **info)
 
     async def Propose(
         self,
@@ -87,27 +58,18 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         peer = _Peer(next(self._peer_ids), self._model.max_context_len)
-        await serve_stream(
-            self._scheduler,
-            peer,
-            request_iterator,
-            context,
-            _frame,
-            self._costs,
-            self._status,
-            self._watch.stream("draft", _asked),
-        )
+        await self._serve("draft", peer, request_iterator, context, _frame, _requests)
 
 
-def _asked(frame: draft_pb2.ProposeRequest) -> Iterator[tuple[draft_pb2.DraftCommit, int]]:
-    """For operators: commits whose proposal is waited for, with its number of draft tokens."""
+def _requests(frame: draft_pb2.ProposeRequest) -> Iterator[tuple[draft_pb2.DraftCommit, int]]:
+    """Commits that ask for draft tokens, with how many."""
     for commit in frame.commits:
         if commit.gamma:
             yield commit, commit.gamma
 
 
 class _Peer(StreamPeer[Command, Event]):
-    """Reads an orchestrator's frames. `max_context_len` in tokens."""
+    """Parses the frames of one orchestrator's stream. `max_context_len` in tokens."""
 
     def __init__(self, peer_id: int, max_context_len: int) -> None:
         super().__init__(peer_id)
@@ -123,12 +85,12 @@ class _Peer(StreamPeer[Command, Event]):
         return _commit(key, item, self._max_context_len)
 
 
-def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> OpenDraft:
+def _open(key: GenerationKey, item: draft_pb2.DraftOpen, max_tokens: int) -> OpenDraft:
     return OpenDraft(
         key=key,
         session_id=session_id_from_proto(item.session_id),
         epoch=item.epoch,
-        token_ids=unpack(item.token_ids, UINT32, "token_ids", most).astype(np.int64),
+        token_ids=unpack(item.token_ids, UINT32, "token_ids", max_tokens).astype(np.int64),
         prompt_len=item.prompt_len,
         max_len=item.max_len,
         params=sampling_from_proto(item.sampling, default_max_tokens=1, default_seed=0),
@@ -142,10 +104,10 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen, most: int) -> OpenDraft
     )
 
 
-def _commit(key: GenerationKey, item: draft_pb2.DraftCommit, most: int) -> Commit:
+def _commit(key: GenerationKey, item: draft_pb2.DraftCommit, max_tokens: int) -> Commit:
     return Commit(
         key=key,
-        token_ids=unpack(item.token_ids, UINT32, "token_ids", most).tolist(),
+        token_ids=unpack(item.token_ids, UINT32, "token_ids", max_tokens).tolist(),
         committed_len=item.committed_len,
         gamma=item.gamma,
         ahead_gamma=item.ahead_gamma,
@@ -158,11 +120,7 @@ def _frame(events: Sequence[Event]) -> draft_pb2.ProposeResponse:
         if isinstance(event, Proposed):
             frame.proposals.append(_proposal(event))
         else:
-            frame.errors.add(
-                generation_id=event.key.generation_id,
-                reason=_REASONS[event.reason],
-                detail=event.detail,
-            )
+            add_failure(frame, event, _REASONS)
     return frame
 
 

@@ -1,6 +1,6 @@
-"""What the draft is told and says, as plain values; a generation is named by (peer, id).
+"""Commands and events of the draft tier as plain values. `key` names a generation.
 
-Knows neither protobuf nor the engine. Meanings as in draft.proto.
+They mirror the messages of draft.proto, which describes the fields.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from outrider.errors import InvalidRequest
 from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
 from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams, Verification
 
 Ids = npt.NDArray[Any]
 
+# Orchestrators ask for at most 4. The tree is walked recursively, one stack frame per round.
+_MAX_LOOKAHEAD = 16
+
 
 class SupportWeights(NamedTuple):
-    """The truncated distribution a token was drawn from; float32 weights, likeliest first."""
+    """Truncated distribution that a token was sampled from; float32 weights, most likely first."""
 
     token_ids: Ids
     weights: npt.NDArray[np.float32]
@@ -43,6 +47,20 @@ class OpenDraft:
     vocab_size: int
     tells_unlikely: bool = False
 
+    def check(self, max_gamma: int) -> None:
+        """Raises InvalidRequest if a field is out of range. `max_gamma` is the replica's."""
+        num_tokens = len(self.token_ids)
+        if not num_tokens:
+            raise InvalidRequest("token_ids", "must not be empty")
+        if not 1 <= self.prompt_len <= num_tokens:
+            raise InvalidRequest("prompt_len", f"{self.prompt_len} is not in [1, {num_tokens}]")
+        if self.vocab_size < 1 or self.token_ids.max() >= self.vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {self.vocab_size})")
+        if self.lookahead > _MAX_LOOKAHEAD:
+            raise InvalidRequest("lookahead", f"{self.lookahead}; at most {_MAX_LOOKAHEAD}")
+        _check_gamma(self.gamma, self.ahead_gamma, max_gamma)
+        self.params.validate(self.vocab_size)
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -52,19 +70,33 @@ class Commit:
     gamma: int
     ahead_gamma: int
 
+    def check(self, max_gamma: int, vocab_size: int) -> None:
+        """Raises InvalidRequest if a field is out of range; the tree checks `committed_len`."""
+        _check_gamma(self.gamma, self.ahead_gamma, max_gamma)
+        if max(self.token_ids, default=0) >= vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+
+
+def _check_gamma(gamma: int, ahead_gamma: int, max_gamma: int) -> None:
+    for name, value in (("gamma", gamma), ("ahead_gamma", ahead_gamma)):
+        if value > max_gamma:
+            raise InvalidRequest(name, f"{value}; at most {max_gamma}")
+
 
 Command = OpenDraft | Commit | Close | Forget
 
 
 @dataclass(frozen=True)
 class DraftStatistics(ServiceStatistics):
-    """As in draft.proto's DraftLoad."""
+    """Mirrors draft.proto's DraftLoad."""
 
     num_waiting_generations: int = 0
 
 
 @dataclass(frozen=True)
 class Proposed:
+    """A block, or the tokens of it sampled so far. Mirrors draft.proto's Proposal."""
+
     key: GenerationKey
     assumed_token_ids: Sequence[int]
     base_len: int

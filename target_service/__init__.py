@@ -1,1 +1,1 @@
-"""The target tier: verifies draft tokens of all orchestrators in packed forward passes."""
+"""Target tier: verifies the draft tokens of all orchestrators in packed forward passes."""

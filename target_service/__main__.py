@@ -11,7 +11,7 @@ from outrider.settings.services import TargetConfig
 
 
 def _serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
-    # Imports torch, which takes seconds: a wrong setting is told before that.
+    # Imports torch, which takes seconds; settings are validated before that.
     from target_service.app import serving
 
     return serving(config)

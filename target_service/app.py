@@ -1,4 +1,4 @@
-"""The target service put together: engine, verifier, scheduler, server."""
+"""Composition root of the target service: engine, verifier, scheduler, gRPC server."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
 from target_service.grpc_server import TargetServicer
 from target_service.verifier import Verifier
 
-# Longer than a verdict takes to become the next row, on passes of 25 ms and more.
+# With passes of 25 ms or more, this exceeds the time from a verify result to the next request.
 REJOIN_SHARE = 0.05
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 
 
 def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
-    """As `model_serving`."""
+    """Context of the running target service; see `model_serving`."""
 
     def mount(
         engine: ServedEngine,

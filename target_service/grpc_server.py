@@ -1,9 +1,8 @@
-"""The target's gRPC edge: frames to commands, outcomes to frames. Knows no model, no batching."""
+"""gRPC servicer of the target tier: converts frames to commands and events to frames."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,33 +11,21 @@ import numpy as np
 
 from outrider.errors import InvalidRequest
 from outrider.model_server.messages import FailureReason
-from outrider.model_server.replica_status import ReplicaStatus
-from outrider.model_server.scheduler import GenerationKey, Scheduler
-from outrider.model_server.stream import StreamPeer, serve_stream
-from outrider.model_server.stream_telemetry import ReplicaTelemetry
-from outrider.replica import CostReport
+from outrider.model_server.scheduler import GenerationKey
+from outrider.model_server.servicer import ModelServicer, add_failure
+from outrider.model_server.stream import StreamPeer
 from outrider.runtime.protobuf import (
     FLOAT32,
     MAX_SUPPORT_IDS,
     UINT16,
     UINT32,
-    costs_to_proto,
-    model_answer,
     pack,
     sampling_from_proto,
     session_id_from_proto,
-    state_to_proto,
     unpack,
 )
-from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
-from target_service.messages import (
-    Command,
-    OpenTarget,
-    RowOutcome,
-    TargetStatistics,
-    Verified,
-    Verify,
-)
+from outrider.v1 import target_pb2, target_pb2_grpc
+from target_service.messages import Command, Event, OpenTarget, Verified, Verify
 
 _REASONS = {
     FailureReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
@@ -52,38 +39,15 @@ _REASONS = {
 }
 
 
-class TargetServicer(target_pb2_grpc.TargetServiceServicer):
-    """One per service; lives on the event loop."""
-
-    def __init__(
-        self,
-        scheduler: Scheduler[Command, RowOutcome],
-        model: model_pb2.ModelInfo,
-        statistics: Callable[[], TargetStatistics],
-        costs: Callable[[], CostReport],
-        status: ReplicaStatus,
-        watch: ReplicaTelemetry,
-    ) -> None:
-        self._scheduler = scheduler
-        self._model = model
-        self._statistics = statistics
-        self._costs = costs
-        self._status = status
-        self._watch = watch
-        self._peer_ids = itertools.count(1)
-
+class TargetServicer(ModelServicer[Command, Event], target_pb2_grpc.TargetServiceServicer):
     async def GetModelInfo(
         self,
         request: target_pb2.TargetServiceGetModelInfoRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
         load = target_pb2.TargetLoad(**asdict(self._statistics()))
-        return target_pb2.TargetServiceGetModelInfoResponse(
-            model=model_answer(self._model, with_token_hashes=request.with_token_hashes),
-            load=load,
-            costs=costs_to_proto(self._costs()),
-            state=state_to_proto(self._status.state),
-        )
+        info = self._model_info(request)
+        return target_pb2.TargetServiceGetModelInfoResponse(load=load, **info)
 
     async def Verify(
         self,
@@ -91,26 +55,17 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         peer = _Peer(next(self._peer_ids), self._model.max_gamma)
-        await serve_stream(
-            self._scheduler,
-            peer,
-            request_iterator,
-            context,
-            _frame,
-            self._costs,
-            self._status,
-            self._watch.stream("verify", _asked),
-        )
+        await self._serve("verify", peer, request_iterator, context, _frame, _requests)
 
 
-def _asked(frame: target_pb2.VerifyRequest) -> Iterator[tuple[target_pb2.VerifyRow, int]]:
-    """For operators: every row, with its number of draft tokens."""
+def _requests(frame: target_pb2.VerifyRequest) -> Iterator[tuple[target_pb2.VerifyRow, int]]:
+    """All verify requests, with how many draft tokens each has."""
     for row in frame.rows:
         yield row, len(row.draft_token_ids) // UINT32.itemsize
 
 
-class _Peer(StreamPeer[Command, RowOutcome]):
-    """Reads an orchestrator's frames. `max_gamma`: draft tokens that a row may carry."""
+class _Peer(StreamPeer[Command, Event]):
+    """Parses the frames of one orchestrator's stream. `max_gamma`: draft tokens per request."""
 
     def __init__(self, peer_id: int, max_gamma: int) -> None:
         super().__init__(peer_id)
@@ -134,19 +89,21 @@ class _Peer(StreamPeer[Command, RowOutcome]):
         return frame.rows
 
     def request(self, key: GenerationKey, item: target_pb2.VerifyRow) -> Verify:
-        most = self._max_gamma
-        drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids", most).astype(np.int64)
+        max_gamma = self._max_gamma
+        drafts = unpack(item.draft_token_ids, UINT32, "draft_token_ids", max_gamma).astype(np.int64)
         context = unpack(item.context_token_ids, UINT32, "context_token_ids").astype(np.int64)
         supports = None
         if item.support_sizes or item.support_ids:
-            sizes = unpack(item.support_sizes, UINT16, "support_sizes", most).astype(np.int64)
+            sizes = unpack(item.support_sizes, UINT16, "support_sizes", max_gamma).astype(np.int64)
             if sizes.max(initial=0) > MAX_SUPPORT_IDS:
                 raise InvalidRequest(
                     "support_sizes", f"{sizes.max()} ids of one position; at most {MAX_SUPPORT_IDS}"
                 )
             ids = unpack(item.support_ids, UINT32, "support_ids").astype(np.int64)
             if len(sizes) != len(drafts) or sizes.sum() != len(ids):
-                raise InvalidRequest("support_sizes", "do not fit draft_token_ids and support_ids")
+                raise InvalidRequest(
+                    "support_sizes", "must match draft_token_ids in number and support_ids in sum"
+                )
             supports = np.split(ids, np.cumsum(sizes)[:-1])
         return Verify(
             key=key,
@@ -157,31 +114,27 @@ class _Peer(StreamPeer[Command, RowOutcome]):
         )
 
 
-def _frame(outcomes: Sequence[RowOutcome]) -> target_pb2.VerifyResponse:
+def _frame(events: Sequence[Event]) -> target_pb2.VerifyResponse:
     frame = target_pb2.VerifyResponse()
-    for outcome in outcomes:
-        if isinstance(outcome, Verified):
-            frame.results.append(_result(outcome))
+    for event in events:
+        if isinstance(event, Verified):
+            frame.results.append(_result(event))
         else:
-            frame.errors.add(
-                generation_id=outcome.key.generation_id,
-                reason=_REASONS[outcome.reason],
-                detail=outcome.detail,
-            )
+            add_failure(frame, event, _REASONS)
     return frame
 
 
-def _result(outcome: Verified) -> target_pb2.VerifyResult:
-    reply = outcome.reply
+def _result(event: Verified) -> target_pb2.VerifyResult:
+    reply = event.reply
     result = target_pb2.VerifyResult(
-        generation_id=outcome.key.generation_id,
+        generation_id=event.key.generation_id,
         support_probs=pack(reply.support_probs, FLOAT32),
         tail_mass=pack(reply.tail_mass, FLOAT32),
         tail_logprobs=pack(reply.tail_logprobs, FLOAT32),
         sample_ids=pack(reply.sample_ids, UINT32),
-        step_s=outcome.step_s,
-        num_reused_tokens=outcome.num_reused_tokens,
-        num_left_out=outcome.num_left_out,
+        step_s=event.step_s,
+        num_reused_tokens=event.num_reused_tokens,
+        num_left_out=event.num_left_out,
     )
     if reply.logprobs is not None:
         result.support_logprobs = pack(reply.logprobs.support, FLOAT32)

@@ -1,6 +1,6 @@
-"""What the target is asked and answers, as plain values; a generation is named by (peer, id).
+"""Commands and results of the target tier as plain values. `key` names a generation.
 
-Knows neither protobuf nor the engine.
+They mirror the messages of target.proto, which describes the fields.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Ids = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class OpenTarget:
+    """Opens a generation. `age_s`: seconds since it began, here or at another replica."""
+
     key: GenerationKey
     session_id: str
     epoch: int
@@ -33,13 +35,24 @@ class OpenTarget:
     params: SamplingParams
     priority: int = 0
     preempts: bool = False
-    # How long ago it was begun, here or elsewhere.
     age_s: float = 0.0
+
+    def check(self, max_context_len: int, vocab_size: int) -> None:
+        """Raises InvalidRequest if a field is out of range for the replica's model."""
+        if not 1 <= self.prompt_len < self.max_len:
+            raise InvalidRequest(
+                "max_len", f"{self.max_len}; must exceed prompt_len ({self.prompt_len}, at least 1)"
+            )
+        if self.max_len > max_context_len:
+            raise InvalidRequest(
+                "max_len", f"{self.max_len} exceeds the model's context; at most {max_context_len}"
+            )
+        self.params.validate(vocab_size)
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Lengths and meanings as in target.proto's VerifyRow."""
+    """Verify request; mirrors target.proto's VerifyRow."""
 
     key: GenerationKey
     keep_len: int
@@ -47,17 +60,22 @@ class Verify:
     draft_token_ids: Ids
     supports: Sequence[Ids] | None
 
-    @cached_property  # read by each check of a row; joined once
+    @cached_property
     def token_ids(self) -> Ids:
         return np.concatenate((self.context_token_ids, self.draft_token_ids))
 
     @property
+    def committed_len(self) -> int:
+        """Length of the committed context, without draft tokens."""
+        return self.keep_len + len(self.context_token_ids)
+
+    @property
     def num_tokens(self) -> int:
-        """Length of the context with the row's tokens."""
-        return self.keep_len + len(self.context_token_ids) + len(self.draft_token_ids)
+        """Length of the context with the draft tokens."""
+        return self.committed_len + len(self.draft_token_ids)
 
     def check(self, max_len: int, max_gamma: int, vocab_size: int) -> None:
-        """Raises InvalidRequest for what a generation of `max_len` tokens cannot ask."""
+        """Raises InvalidRequest if a field is invalid. `max_len` is the generation's."""
         gamma = len(self.draft_token_ids)
         if len(self.context_token_ids) == 0:
             raise InvalidRequest("context_token_ids", "must not be empty")
@@ -77,13 +95,13 @@ class Verify:
             if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise InvalidRequest("support_ids", f"must be in [0, {vocab_size})")
             if len(set(ids.tolist())) != len(ids):
-                raise InvalidRequest("support_ids", "a token stands twice in a support")
+                raise InvalidRequest("support_ids", "a support contains a token twice")
 
     def head(self, num_drafts: int) -> Verify:
-        """The row with only its first `num_drafts` draft tokens.
+        """The request with its first `num_drafts` draft tokens only.
 
-        Where there are supports it keeps that of the draft token after them, too: the logits of
-        that position are there, and the token can be judged.
+        With supports it keeps the support of the next draft token as well: its position has logits,
+        so that the token can be verified without being run.
         """
         supports = self.supports[: num_drafts + 1] if self.supports is not None else None
         drafts = self.draft_token_ids[:num_drafts]
@@ -95,19 +113,21 @@ Command = OpenTarget | Verify | Close | Forget
 
 @dataclass
 class DraftSearch:
-    """How many of the row's draft tokens leave its logits finite: bisection, one pass each.
+    """Bisection for the most draft tokens of a request that give finite logits, one pass a step.
 
-    The logits do not say which token is the bad one: NaN may reach earlier positions of its pass.
-    The last pass is always one with finite logits, so that its keys and values are right.
+    The logits do not show which token causes NaN: it may reach earlier positions of the pass. The
+    last pass is always one with finite logits, so that its keys and values are valid.
+
+    `num_bad`: least known number of draft tokens without finite logits. `num_good`: greatest known
+    number with finite logits; -1: none is known, not even without draft tokens.
     """
 
-    row: Verify
-    # Draft tokens with which the logits were not finite, and with which they were.
+    request: Verify
     num_bad: int
     num_good: int = -1
 
     def observe(self, num_drafts: int, *, is_finite: bool) -> bool:
-        """After a pass with so many draft tokens; whether it was the last one."""
+        """Records a pass with `num_drafts` draft tokens. True if it was the last one."""
         if is_finite:
             self.num_good = num_drafts
         else:
@@ -115,10 +135,10 @@ class DraftSearch:
             self.num_good = min(self.num_good, num_drafts - 1)
         return self._is_found and self.num_good in (num_drafts, -1)
 
-    def next_row(self) -> Verify:
-        """What to run next."""
+    def next_request(self) -> Verify:
+        """The request of the next pass."""
         middle = (self.num_good + self.num_bad) // 2
-        return self.row.head(self.num_good if self._is_found else middle)
+        return self.request.head(self.num_good if self._is_found else middle)
 
     @property
     def _is_found(self) -> bool:
@@ -127,10 +147,10 @@ class DraftSearch:
 
 @dataclass(frozen=True)
 class Verified:
-    """`step_s`: time of the passes that the row took part in.
+    """Verify result; mirrors target.proto's VerifyResult.
 
-    `num_reused_tokens` of its context were found in the prefix cache. `num_left_out`: draft tokens
-    at the row's end that were not run, as in target.proto.
+    `step_s`: time of the passes that the request was in. `num_reused_tokens`: context tokens found
+    in the prefix cache. `num_left_out`: draft tokens at the end that were not run.
     """
 
     key: GenerationKey
@@ -140,12 +160,12 @@ class Verified:
     num_left_out: int = 0
 
 
-RowOutcome = Verified | Failure
+Event = Verified | Failure
 
 
 @dataclass(frozen=True)
 class TargetStatistics(ServiceStatistics):
-    """As in target.proto's TargetLoad."""
+    """Mirrors target.proto's TargetLoad."""
 
     num_waiting_rows: int = 0
     num_steps_total: int = 0

@@ -1,1 +1,1 @@
-"""Speculation tree of one generation: blocks of draft tokens, their KV branches, the row budget."""
+"""Speculation trees: blocks of draft tokens, their KV branches, acceptance model, row budget."""

@@ -1,6 +1,6 @@
-"""A block of draft tokens in the tree of one generation, and what may follow it. Plain data.
+"""Block of draft tokens in a speculation tree, and the tokens that may follow it. Plain data.
 
-Knows its parent and children; nothing of what is committed, which the tree does.
+A block knows its parent and children; what is committed is `tree`'s.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import NamedTuple
 from draft_service.messages import SupportWeights
 from draft_service.tree.kv_branches import Branch
 
-# A support has 64 times the bytes of its token, and most blocks are drafted in vain: those with
-# supports that are less likely stay here until a commit asks for them, and come a hop later, which
-# costs little where hops are short.
+# A support takes 64 times the bytes of its token, and most blocks are never used. Less likely
+# blocks with supports are sent only when a commit asks for them: a hop later, cheap on short links.
 _MIN_SENT_PROB = 0.02
 _MIN_HALF_SENT_PROB = 0.1
 
 
 class Alternative(NamedTuple):
-    """The target may emit `token_id` after the block's first `position` tokens.
+    """A token that the target may emit after the block's first `position` tokens.
 
-    `prob`: given that the block's own context comes about.
+    `prob` is conditional: given that the target emits the block's own context.
     """
 
     prob: float
@@ -32,10 +31,11 @@ class Alternative(NamedTuple):
 
 @dataclass(eq=False)
 class DraftBlock:
-    """`gamma` draft tokens from `base_len` on, some of them drawn; continues `parent`.
+    """Up to `gamma` draft tokens that start at length `base_len`; continues `parent`.
 
-    `reach[j]`: chance that the first j tokens stand. `alternatives`: not opened yet, likeliest
-    first. `children` by (position, token).
+    It follows the parent's first `position` tokens and `next_token`. `reach[j]`: probability that
+    the first j tokens are accepted. `alternatives`: not opened yet, most likely first. `children`:
+    by (position, token). `has_guess`: the token after the complete block has been sampled.
     """
 
     id: int
@@ -48,11 +48,11 @@ class DraftBlock:
     prob: float = 1.0
     token_ids: list[int] = field(default_factory=list)
     supports: list[SupportWeights] = field(default_factory=list)
-    # How many of its tokens the orchestrator has been sent.
+    # Tokens already sent to the orchestrator.
     num_sent: int = 0
     reach: list[float] = field(default_factory=lambda: [1.0])
     has_guess: bool = False
-    # The line of the likeliest guesses goes on in its parent's strand; only one child can.
+    # Whether a child uses the same KV branch; only one can.
     is_continued: bool = False
     alternatives: list[Alternative] = field(default_factory=list)
     children: dict[tuple[int, int], DraftBlock] = field(default_factory=dict)
@@ -67,18 +67,18 @@ class DraftBlock:
 
     @property
     def is_half(self) -> bool:
-        """Drafted ahead it is told half way, too, for a verdict that comes early."""
+        """Whether half is sampled: it is sent then, too, in case the verify result comes early."""
         return self.gamma > 2 and len(self.token_ids) == (self.gamma + 1) // 2
 
     @property
     def is_likely(self) -> bool:
-        """Likely enough for its bytes; without supports these are few."""
+        """Whether it is likely enough to send before a commit asks; always without supports."""
         least = _MIN_SENT_PROB if self.is_complete else _MIN_HALF_SENT_PROB
         return not self.supports or self.prob >= least
 
     @property
     def last_len(self) -> int:
-        """Length of the context with all of its tokens, drawn or not."""
+        """Context length with all of its tokens, sampled or not."""
         return self.base_len + max(self.gamma, len(self.token_ids))
 
     @property
@@ -86,7 +86,7 @@ class DraftBlock:
         return self.base_len + len(self.token_ids)
 
     def is_in(self, root: DraftBlock) -> bool:
-        """Whether it is the root of a tree, or hangs in it still."""
+        """Whether it is `root` or one of its descendants; False after it was dropped."""
         block = self
         while block is not root:
             above = block.parent
@@ -96,14 +96,14 @@ class DraftBlock:
         return True
 
     def descendants(self) -> Iterator[DraftBlock]:
-        """The block itself and all below it."""
+        """Yields the block itself and all blocks below it."""
         yield self
         for child in self.children.values():
             yield from child.descendants()
 
 
 class Extension(NamedTuple):
-    """A token to draw for `block`; or (`opens`) its likeliest alternative, to be opened first."""
+    """A token to sample ahead for `block`, or (`opens`) its most likely alternative to open."""
 
     prob: float
     block: DraftBlock

@@ -1,7 +1,7 @@
-"""One generation at the draft: its session's keys and values, its tree, and the rows of a step.
+"""One generation at the draft: its session's KV, its speculation tree, and the rows of a pass.
 
-Keeps tree (what is foreseen) and strands (what is held of it) together. Knows neither budgets nor
-other generations. Device thread only.
+Keeps the tree (what is foreseen) and the KV branches (what is cached of it) in step. Budgets and
+other generations are `scheduler_worker`'s. Device thread only.
 """
 
 from __future__ import annotations
@@ -9,23 +9,33 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
+import structlog
+
 from draft_service.messages import Commit, OpenDraft, Proposed
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch, KVBranches
 from draft_service.tree.tree import SpeculationTree, Walk
-from outrider.engine import Append, KVStore, Sampler, SampleRequest, Sequence
-from outrider.errors import KVFull
+from outrider.engine import Append, KVStore, SampledToken, Sampler, SampleRequest, Sequence
+from outrider.engine.interface import NUM_CANDIDATES
+from outrider.errors import KVFull, NonFiniteLogits
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
 from outrider.sampling.params import Verification
 
+log = structlog.get_logger()
+
 
 @dataclass(eq=False)
 class DraftGeneration:
+    """The draft's state of a generation in the session table.
+
+    `vocab_size` is the target's: committed tokens are below it.
+    """
+
     key: GenerationKey
     sampler: Sampler
     verification: Verification
-    # The target's: what may be committed.
     vocab_size: int
 
     @property
@@ -34,7 +44,7 @@ class DraftGeneration:
 
 
 class DraftSession:
-    """`live` is the session as opened, with the committed context in its buffer."""
+    """Draft of one generation. `live.token_ids` starts with the committed context."""
 
     def __init__(
         self, store: KVStore, live: LiveGeneration[DraftGeneration], command: OpenDraft
@@ -42,8 +52,10 @@ class DraftSession:
         self._store = store
         self.live = live
         self.committed_at = time.monotonic()
-        # A row of it has been in a pass.
+        # Whether KV was reserved for its first pass.
         self.is_begun = False
+        # Whether a token was replaced for want of finite logits; logged once.
+        self.has_placeholder = False
         self._branches = KVBranches(store, live.sequence)
         self.tree = SpeculationTree(
             live.token_ids,
@@ -61,28 +73,28 @@ class DraftSession:
         return self.live.state.key
 
     def commit(self, command: Commit) -> Walk:
-        """As Tree.commit; frees what is not foreseen any more."""
+        """Like SpeculationTree.commit; also frees the KV of dropped blocks."""
         walk = self.tree.commit(
             command.token_ids, command.committed_len, command.gamma, command.ahead_gamma
         )
         winner = walk.source.branch
-        self._branches.keep({winner, *(block.branch for block in self.tree.blocks())})
+        self._branches.free_unused({winner, *(block.branch for block in self.tree.blocks())})
         self._branches.settle(winner, walk.num_right)
         return walk
 
     def opened(self, extension: Extension) -> DraftBlock | None:
-        """The child for the block's likeliest alternative; None where there is no room for it."""
+        """Opens the child for the block's most likely alternative; None if there is no KV room."""
         block, tree = extension.block, self.tree
-        if not block.alternatives:  # dropped meanwhile for the room of another session
+        if not block.alternatives:  # pruned in this step to make room for another session
             return None
         position = block.alternatives[0].position
         fork_len, branch = block.base_len + position, block.branch
-        if branch.sequence.length < fork_len:  # cut, for want of room, when it became the trunk
+        if branch.sequence.length < fork_len:  # `settle` had no room for all of the branch
             tree.give_up(block)
             return None
         longest = len(self.live.token_ids)
-        # The likeliest outcome of a whole block goes on where the block ends, if it fits: blocks
-        # may have become longer since the strand was forked.
+        # The most likely child of a complete block continues the same branch, if it fits: blocks
+        # may have become longer since the branch was forked.
         is_at_end = block.has_guess and position == len(block.token_ids)
         is_last = is_at_end and not block.is_continued and branch.sequence.length == fork_len
         if is_last and self._extended(branch, min(fork_len + tree.room_for_child, longest)):
@@ -97,7 +109,7 @@ class DraftSession:
         return tree.open(block, fork)
 
     def has_room(self, block: DraftBlock) -> bool:
-        """Whether the block's next token can be run; nobody makes room for it."""
+        """Whether there is KV room for the block's next token; preempts nothing."""
         return self._extended(block.branch, block.end)
 
     def _extended(self, branch: Branch, max_len: int) -> bool:
@@ -109,16 +121,16 @@ class DraftSession:
 
     @property
     def branch_sequences(self) -> list[Sequence]:
-        """Of what is drafted ahead, all that `prune` frees."""
+        """The sequences that `prune` frees."""
         return self._branches.fork_sequences
 
     def prune(self) -> None:
-        """Frees what is drafted ahead, until the next commit."""
+        """Drops everything drafted ahead; nothing more is until the next commit."""
         self.tree.prune()
-        self._branches.keep({self.tree.root.branch})
+        self._branches.free_unused({self.tree.root.branch})
 
     def proposed(self, block: DraftBlock) -> Proposed:
-        """The block, for the orchestrator, which has then been told all its tokens."""
+        """The block's event; marks all of its tokens as sent."""
         block.num_sent = len(block.token_ids)
         return Proposed(
             key=self.key,
@@ -129,15 +141,15 @@ class DraftSession:
         )
 
     def end(self) -> None:
-        """Leaves the session's sequence with committed tokens only."""
-        self._branches.keep(set())
+        """Frees all branches and cuts the session's sequence to the committed tokens."""
+        self._branches.free_unused(set())
         sequence = self.live.sequence
         self._store.truncate(sequence, min(sequence.length, self.tree.committed_len))
 
 
 @dataclass(frozen=True)
 class DraftRow:
-    """A token to draw: the block's next, or the guess after it."""
+    """One token to sample in a pass: the block's next one, or the guess after the block."""
 
     drafting: DraftSession
     block: DraftBlock
@@ -148,13 +160,18 @@ class DraftRow:
 
     @property
     def num_pending(self) -> int:
-        """Tokens of the path that the model has not seen; the last one's logits draw the next."""
+        """Tokens of the path without KV; the last one's logits give the row's token."""
         return self.block.end - self.block.branch.sequence.length
 
-    def append(self, num_tokens: int, num_known: int) -> Append:
-        """The first of them; a padded target vocabulary may name tokens the draft has no row for.
+    @property
+    def is_committed(self) -> bool:
+        """Whether all tokens before the one to sample are committed."""
+        return self.block.end <= self.drafting.tree.committed_len
 
-        Any will do there: `num_known` is the draft's vocabulary.
+    def append(self, num_tokens: int, num_known: int) -> Append:
+        """The first `num_tokens` pending tokens. `num_known` is the draft's vocabulary size.
+
+        Token 0 stands for ids outside that vocabulary, which a padded target may emit.
         """
         sequence = self.block.branch.sequence
         pending = self.drafting.tree.tokens(self.block, sequence.length)
@@ -171,3 +188,20 @@ class DraftRow:
             generation.verification,
             is_guess=block.is_complete,
         )
+
+    def placeholder(self, error: NonFiniteLogits) -> SampledToken:
+        """Token 0 with probability 1, as a sample for draft tokens without finite logits.
+
+        With supports the number of candidates is the usual one, because the order of drafting must
+        not depend on the draft tokens. Otherwise there are none.
+        """
+        drafting, generation = self.drafting, self.drafting.live.state
+        if not drafting.has_placeholder:
+            drafting.has_placeholder = True
+            log.warning("draft_token_replaced", session_id=drafting.live.session_id, why=str(error))
+        certain = (np.zeros(1, np.int64), np.ones(1, np.float32))
+        has_support = generation.has_supports and not self.block.is_complete
+        num_candidates = min(NUM_CANDIDATES, generation.vocab_size)
+        candidates = np.arange(num_candidates if generation.has_supports else 0)
+        scores = np.zeros(len(candidates), np.float32)
+        return SampledToken(0, certain if has_support else None, candidates, scores)

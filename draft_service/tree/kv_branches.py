@@ -1,7 +1,6 @@
-"""Keys and values of a line of blocks, forked off another line or the trunk itself.
+"""KV branches of one generation: the trunk with the committed context, and forks for drafts.
 
-Owns how a generation's forks share and move keys and values; knows neither tokens nor chances.
-Device thread only.
+Owns how forks share and move keys and values. Device thread only.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from outrider.errors import KVFull
 
 @dataclass(eq=False)
 class Branch:
-    """`parent` None: the trunk, which holds the committed context. Else forked at `fork_len`."""
+    """Sequence forked from `parent` at length `fork_len`; the trunk has no parent."""
 
     sequence: Sequence
     parent: Branch | None = None
@@ -23,7 +22,7 @@ class Branch:
 
     @property
     def num_shared(self) -> int:
-        """How many tokens it has in common with the trunk."""
+        """Number of first tokens that it shares with the trunk."""
         shared, branch = self.sequence.length, self
         while branch.parent is not None:
             shared = min(shared, branch.fork_len)
@@ -32,7 +31,7 @@ class Branch:
 
 
 class KVBranches:
-    """All strands of one generation. `trunk` keeps its place in memory for the session's life."""
+    """All branches of one generation. The trunk's sequence is the session's and stays in place."""
 
     def __init__(self, store: KVStore, sequence: Sequence) -> None:
         self._store = store
@@ -41,22 +40,22 @@ class KVBranches:
 
     @property
     def fork_sequences(self) -> list[Sequence]:
-        """All sequences but the trunk's."""
+        """All sequences except the trunk's."""
         return [fork.sequence for fork in self._forks]
 
     def fork(self, branch: Branch, length: int, max_len: int) -> Branch:
-        """A strand that shares the first `length` tokens. Raises KVFull, changing nothing."""
+        """A branch that shares the first `length` tokens. Raises KVFull, changing nothing."""
         sequence = self._store.fork(branch.sequence, max_len, length=length)
         fork = Branch(sequence, branch, length)
         self._forks.add(fork)
         return fork
 
     def settle(self, winner: Branch, num_right: int) -> None:
-        """What `winner` holds becomes the trunk's, cut to `num_right` tokens.
+        """Makes `winner` the trunk, with its first `num_right` tokens.
 
-        The trunk stays one run of memory, read in place: the few tokens that the winner has of its
-        own are copied into it; those that there is no room for are run again. `winner` is the trunk
-        from here on.
+        The winner's own tokens, which are few, are copied into the trunk's sequence. So that stays
+        one run of memory, which attention reads in place. Tokens without KV room are dropped; they
+        are run again later.
         """
         store, trunk = self._store, self.trunk
         if winner is not trunk:
@@ -72,8 +71,8 @@ class KVBranches:
         elif num_right < trunk.sequence.length:
             store.truncate(trunk.sequence, num_right)
 
-    def keep(self, used: set[Branch]) -> None:
-        """Frees every fork that is not among `used`."""
+    def free_unused(self, used: set[Branch]) -> None:
+        """Frees every fork that is not in `used`."""
         for fork in self._forks - used:
             self._store.free(fork.sequence)
         self._forks &= used

@@ -1,9 +1,9 @@
-"""Which rows a draft step takes: how many it can afford, and the best of what is on offer.
+"""Row budget of the draft: how many rows a pass takes, and which extensions of the trees.
 
-Owns the trade between sessions that wait and drafting ahead of verdicts. With few sessions most
-rows draft ahead, for many outcomes; the more wait, the fewer are left for that, down to the single
-likeliest chain and then none: sessions then fall into cohorts, some drafted for while others are
-verified. Knows nothing of models, tokens or KV.
+Decides between generations that wait for draft tokens and drafting ahead of verify results. With
+few generations most rows draft ahead, for many outcomes. The more generations wait, the fewer rows
+are left for that, down to none. The generations then form alternating batches: the draft works for
+some while the target verifies others.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from draft_service.tree.block import Extension
 from draft_service.tree.tree import MIN_PROB, SpeculationTree
 from outrider.model_server.step_costs import StepCosts
 
-# A pass whose rows have less in sum is not worth it even on an idle device: it costs power, and
-# memory bandwidth that others may share.
-_MIN_PASS_CHANCE = 0.05
-# Drafting ahead may fill so much of a round, and slow those that wait by so much.
+# Least sum of the rows' probabilities for a pass that only drafts ahead. Even on an idle device a
+# pass costs power, and memory bandwidth that other processes may share.
+_MIN_PASS_PROB = 0.05
+# Drafting ahead takes at most this share of a round, and slows needed rows by at most this factor.
 _ROUND_SHARE = 0.8
 _SLOWDOWN = 1.05
-# A step that takes this many times a single row's is bound by arithmetic: more rows are no cheaper.
+# A step this many times as long as a single row's is compute-bound: more rows save no time.
 _FULL_RATIO = 2.0
-_MIN_COHORT = 8
+_MIN_BATCH = 8
 _MAX_ROWS = 256
 _SMOOTHING = 0.1
 
 
 class RowBudget:
-    """Of one replica; `max_branches` rows draft ahead at most."""
+    """Row budget of one replica. At most `max_branches` rows of a pass draft ahead."""
 
     def __init__(self, costs: StepCosts, max_branches: int) -> None:
         self._costs = costs
@@ -39,16 +39,16 @@ class RowBudget:
         self._num_steps = 6.0
 
     def observe_round(self, duration_s: float, gamma: int) -> None:
-        """From one commit of a session to its next; blocks drafted meanwhile had γ tokens."""
+        """Records the time between a session's commits; `gamma`: tokens per block drafted ahead."""
         last = self._round_s if self._round_s is not None else duration_s
-        # A session that paused is no longer round.
+        # A session that paused does not make rounds longer.
         self._round_s = last + _SMOOTHING * (min(duration_s, 4 * last) - last)
         self._num_steps += _SMOOTHING * (gamma + 2 - self._num_steps)
 
     def num_rows(self, num_waiting: int) -> tuple[int, int]:
-        """How many of the waiting rows a step takes, and how many rows in all."""
-        cohort = max(_MIN_COHORT, self._most_within(_FULL_RATIO * self._step_s(1)))
-        num_waiting = min(num_waiting, cohort)
+        """(needed rows, all rows) of the next pass, if `num_waiting` generations need a row."""
+        max_batch = max(_MIN_BATCH, self._most_within(_FULL_RATIO * self._step_s(1)))
+        num_waiting = min(num_waiting, max_batch)
         if num_waiting:
             limit_s = _SLOWDOWN * self._step_s(num_waiting)
         elif self._round_s is not None:
@@ -62,7 +62,7 @@ class RowBudget:
         return self._costs.step_s(num_rows, num_rows)
 
     def _most_within(self, limit_s: float) -> int:
-        """The most rows of a step that takes no longer; 1 at least."""
+        """The largest number of rows, at least 1, whose step takes at most `limit_s`."""
         least, most = 1, _MAX_ROWS
         while least < most:
             middle = (least + most + 1) // 2
@@ -83,10 +83,11 @@ Owner = TypeVar("Owner", bound=HasTree)
 
 
 def best_extensions(owners: dict[Key, Owner], num_rows: int) -> Iterator[tuple[Owner, Extension]]:
-    """The likeliest offers of all trees, best first; an opening is followed by the block's next.
+    """Yields up to `num_rows` most likely extensions of all trees, best first.
 
-    Nothing where all of them are worth little. Takes the owners away that offer nothing. The caller
-    opens an offer's alternative before it asks for the next one.
+    Yields nothing if all together are too unlikely. Removes owners without extensions. The caller
+    opens an extension's alternative before it takes the next extension: the block's next
+    alternative is then considered.
     """
     heap: list[tuple[float, int, Owner, Extension]] = []
     for key, owner in list(owners.items()):
@@ -95,9 +96,9 @@ def best_extensions(owners: dict[Key, Owner], num_rows: int) -> Iterator[tuple[O
         ]
         if not extensions:
             del owners[key]
-        heap += [(-o.prob, i, owner, o) for i, o in enumerate(extensions, len(heap))]
-    if -sum(item[0] for item in heap) < _MIN_PASS_CHANCE:
-        owners.clear()  # until something changes
+        heap += [(-e.prob, i, owner, e) for i, e in enumerate(extensions, len(heap))]
+    if -sum(item[0] for item in heap) < _MIN_PASS_PROB:
+        owners.clear()  # a change adds them again
         return
     heapq.heapify(heap)
     count = len(heap)

@@ -1,11 +1,12 @@
-"""One generation's tree of blocks: what is committed, drafted, and drafted ahead of the verdict.
+"""Speculation tree of one generation: blocks of draft tokens for possible verify results.
 
 Pure state machine: no model, no randomness, no I/O. The root block continues the committed context
-and is under verification, or about to be. A child continues its parent's first `position` tokens
-and one more that the target may emit there: a rejection's recovered token, or the bonus after all
-of them. A commit is tokens: it walks the tree, and what it does not walk through is dropped.
+and is verified now or next. A child continues its parent's first `position` tokens and one more
+that the target may emit there: a recovered token, or the bonus token after all of them. A commit
+walks the tree along the committed tokens; blocks off that path are dropped.
 
-Likelier outcomes are drafted first and get more tokens, as in Saguaro (arXiv 2603.03251).
+Probabilities decide what is drafted first. They are products of the draft's estimates along the
+path. Like Saguaro (arXiv 2603.03251), it drafts for several outcomes, fewer for less likely ones.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from draft_service.tree.block import Alternative, DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch
 from outrider.errors import InvalidRequest
 
-# Chances below this are not worth a row even of an idle device.
+# Less likely extensions are not drafted, not even on an idle device.
 MIN_PROB = 0.005
 
 
 class Walk(NamedTuple):
-    """Where a commit led: of the strand of `source`, the first `num_right` tokens are right.
+    """Result of a commit: the first `num_right` tokens of the KV branch of `source` are valid.
 
-    `judged`: for each draft token that the target has decided on, its chance and whether it stood.
+    `judged`: (predicted probability, whether it was accepted) of each verified draft token.
     """
 
     source: DraftBlock
@@ -37,11 +38,12 @@ class Walk(NamedTuple):
 
 
 class SpeculationTree:
-    """`buffer` is the generation's, int64 [max_len]; `committed_len` tokens of it are committed.
+    """Speculation tree of one generation.
 
-    `gamma` draft tokens for the context that is committed, `ahead_gamma` for blocks drafted ahead;
-    `lookahead` rounds ahead at most, `fan_out` outcomes of each; what is ready is told, of blocks
-    with supports only what is likely unless `tells_unlikely`.
+    `buffer`: the generation's tokens, int64 [max_len], of which `committed_len` are committed.
+    `gamma`: draft tokens wanted after the committed context; `ahead_gamma`: of each block drafted
+    ahead. At most `lookahead` rounds ahead and `fan_out` outcomes per block. Unlikely blocks with
+    supports are sent before a commit asks for them only if `tells_unlikely`.
     """
 
     def __init__(
@@ -62,25 +64,25 @@ class SpeculationTree:
         self._lookahead, self._fan_out = lookahead, fan_out
         self._tells_unlikely = tells_unlikely
         self._num_blocks = 0
-        # How many of the root's tokens are committed already.
+        # Tokens of the root that are committed.
         self._num_root_tokens = 0
-        # Kept until something changes: most trees do not, in most steps.
+        # Cache of `extensions`: most trees do not change in most steps.
         self._extensions: list[Extension] | None = None
         self.root = self._fresh(trunk)
 
     @property
     def room_for_child(self) -> int:
-        """Tokens that a block opened now adds to its strand: what decides, and its own."""
+        """Tokens that a new child adds to its KV branch: the token before it, and its own."""
         return self._ahead_gamma + 1
 
     @property
     def room_for_branch(self) -> int:
-        """Tokens that a fork may come to hold: its blocks, and what decides between them."""
+        """Tokens that a fork may grow by: a block per round ahead, and one after the last."""
         return self.room_for_child * self._lookahead + 1
 
     @property
     def is_needed(self) -> bool:
-        """The orchestrator waits, or is about to, for tokens that are still to be drawn."""
+        """Whether the root is incomplete: the orchestrator waits for it, or soon will."""
         return not self.root.is_complete
 
     def blocks(self) -> Iterator[DraftBlock]:
@@ -90,17 +92,17 @@ class SpeculationTree:
         """Whether children of the block may be drafted, within look-ahead, fan-out and room."""
         if self._ahead_gamma == 0 or len(block.children) >= self._fan_out:
             return False
-        # The token that decides and at least one draft token after it must fit.
+        # There must be room for the token before the child, and for one of its own.
         return self._depth(block) < self._lookahead and block.end + 2 <= len(self._buffer)
 
     def may_open(self, block: DraftBlock) -> bool:
-        """Whether an alternative may be opened; one place is kept for what follows the guess.
+        """Whether an alternative of the block may be opened.
 
-        That is mostly the likeliest of all, and known last.
+        One child is reserved for the guess, which is known last and is mostly the most likely one.
         """
-        num_kept = 0 if block.has_guess else 1
-        has_place = len(block.children) + num_kept < self._fan_out
-        return bool(block.alternatives) and has_place and self.may_extend(block)
+        num_reserved = 0 if block.has_guess else 1
+        is_full = len(block.children) + num_reserved >= self._fan_out
+        return bool(block.alternatives) and not is_full and self.may_extend(block)
 
     def _depth(self, block: DraftBlock) -> int:
         depth = 0
@@ -121,7 +123,7 @@ class SpeculationTree:
         return [*above[: block.base_len - 1 - start], block.next_token, *own]
 
     def context(self, block: DraftBlock) -> npt.NDArray[np.int64]:
-        """The whole path to the block's end, for processors that look back."""
+        """All tokens up to the block's end, for penalties; int64."""
         start = self.root.base_len
         return np.concatenate(
             (self._buffer[:start], np.asarray(self.tokens(block, start), np.int64))
@@ -129,7 +131,7 @@ class SpeculationTree:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether chances matter: else nothing but the root is ever drafted."""
+        """Whether anything but the root is drafted; otherwise candidates are not needed."""
         return self._lookahead > 0 and self._ahead_gamma > 0
 
     def add(
@@ -139,26 +141,26 @@ class SpeculationTree:
         support: SupportWeights | None,
         candidates: Sequence[tuple[int, float]],
     ) -> bool:
-        """A token was drawn: the block's next, or its guess; True if the block is to be told.
+        """Adds a sampled token: the block's next one or its guess. True if the block is to be sent.
 
-        `candidates`: what the target may emit there and how likely that is, the token included;
-        empty where that does not matter.
+        `candidates`: tokens that the target may emit there, with probabilities; may contain the
+        token itself, and may be empty.
         """
         self._extensions = None
         is_guess = block.is_complete
         reach = block.reach[-1]
-        stands = self._note_alternatives(block, token_id, candidates, is_guess)
+        prob = self._add_alternatives(block, token_id, candidates, is_guess)
         if is_guess:
             block.has_guess = True
             return False
         block.token_ids.append(token_id)
-        block.reach.append(reach * stands)
+        block.reach.append(reach * prob)
         if support is not None:
             block.supports.append(support)
         return self._has_update(block)
 
     def updates(self) -> list[DraftBlock]:
-        """After a commit: what is to be told by now, and was not when it was drawn."""
+        """Blocks to send after a commit; sampled before it, and not sent then."""
         return [block for block in self.blocks() if self._has_update(block)]
 
     def _has_update(self, block: DraftBlock) -> bool:
@@ -167,30 +169,30 @@ class SpeculationTree:
         is_ready = block.has_unsent and (block.is_complete or block.is_half)
         return is_ready and (self._tells_unlikely or block.is_likely)
 
-    def _note_alternatives(
+    def _add_alternatives(
         self,
         block: DraftBlock,
         token_id: int,
         candidates: Sequence[tuple[int, float]],
         is_guess: bool,
     ) -> float:
-        """Those that are worth a row some day; the token's own chance, 1 where it is not known."""
+        """Adds the candidates that are likely enough; the token's own probability, 1 if unknown."""
         position, reach = len(block.token_ids), block.reach[-1]
-        least = MIN_PROB / max(reach, MIN_PROB)  # the block itself may come true yet
-        stands, num_before = 0.0 if candidates else 1.0, len(block.alternatives)
+        least = MIN_PROB / max(reach, MIN_PROB)  # without `block.prob`, which may become 1
+        own_prob, num_before = 0.0 if candidates else 1.0, len(block.alternatives)
         for candidate, prob in candidates:
             if candidate == token_id:
-                stands = prob
+                own_prob = prob
                 if not is_guess:
                     continue
             if prob >= least and (is_guess or self._fan_out > 1):
                 block.alternatives.append(Alternative(reach * prob, position, candidate))
         if len(block.alternatives) > num_before:
             block.alternatives.sort(reverse=True)
-        return stands
+        return own_prob
 
     def open(self, block: DraftBlock, branch: Branch) -> DraftBlock:
-        """Starts the child for the likeliest alternative, of which there must be one."""
+        """Opens the child for the block's most likely alternative; there must be one."""
         self._extensions = None
         prob, position, token_id = block.alternatives.pop(0)
         child = self._new_block(block.base_len + position + 1, self._ahead_gamma, branch)
@@ -200,7 +202,7 @@ class SpeculationTree:
         return child
 
     def extensions(self) -> list[Extension]:
-        """What could be drafted ahead of the verdict, in no order."""
+        """Everything that may be drafted ahead, in no particular order."""
         if self._extensions is None:
             self._extensions = list(self._make_extensions())
         return self._extensions
@@ -221,39 +223,37 @@ class SpeculationTree:
         return DraftBlock(self._num_blocks, base_len, min(gamma, room), branch)
 
     def assumed(self, block: DraftBlock) -> list[int]:
-        """Tokens of the path that lie between what is committed and the block's own."""
+        """Tokens of the path between the committed ones and the block's own."""
         if block.base_len <= self.committed_len:
             return []
         start = self.committed_len
         return self.tokens(block, start)[: block.base_len - start]
 
     def give_up(self, block: DraftBlock) -> None:
-        """No more alternatives of the block are opened."""
+        """Drops the block's alternatives; those of later tokens may still come."""
         block.alternatives.clear()
         self._extensions = None
 
-    def prune(self) -> int:
-        """Drops all that is drafted ahead, until the next commit; how many blocks."""
-        num_dropped = sum(1 for _ in self.blocks()) - 1
+    def prune(self) -> None:
+        """Drops everything drafted ahead, until the next commit."""
         self.root.children.clear()
         self.root.alternatives.clear()
         self._extensions = None
-        return num_dropped
 
     def commit(
         self, token_ids: Sequence[int], committed_len: int, gamma: int, ahead_gamma: int
     ) -> Walk:
-        """Takes what was committed; the branch that foresaw it becomes the root, or a new block.
+        """Applies committed tokens. The block that they lead to becomes the root, or a new block.
 
-        Raises InvalidRequest if the lengths do not fit what is committed here.
+        Raises InvalidRequest if the lengths do not match what is committed here.
         """
-        if not token_ids or committed_len != self.committed_len + len(token_ids):
+        expected = self.committed_len + len(token_ids)
+        if not token_ids or committed_len != expected or expected > len(self._buffer):
             raise InvalidRequest(
                 "committed_len",
-                f"{committed_len}; here it is {self.committed_len} + {len(token_ids)} tokens",
+                f"{committed_len}; must be {self.committed_len} + {len(token_ids)} new tokens (at "
+                f"least 1); max_len is {len(self._buffer)}",
             )
-        if committed_len > len(self._buffer):
-            raise InvalidRequest("committed_len", f"{committed_len} exceeds max_len")
         self._extensions = None
         judged = self._judged(token_ids)
         block, position, num_matched = self._walk(token_ids)
@@ -264,7 +264,7 @@ class SpeculationTree:
         is_used_up = position >= block.gamma and gamma > 0
         if num_matched < len(token_ids) or is_used_up:
             self.root, self._num_root_tokens = self._fresh(block.branch), 0
-            # The last token is run again at least: its logits draw the next one.
+            # At least the last token is run again: the next one is sampled from its logits.
             return Walk(block, min(num_right, committed_len - 1), judged)
         self._take_root(block, position)
         return Walk(block, len(self._buffer), judged)
@@ -283,7 +283,7 @@ class SpeculationTree:
         return self._new_block(self.committed_len, self._gamma, branch)
 
     def _walk(self, token_ids: Sequence[int]) -> tuple[DraftBlock, int, int]:
-        """The block and position that the tokens lead to, and how many of them lead there."""
+        """(block, position) that the tokens lead to, and the number of tokens on that path."""
         block, position = self.root, self._num_root_tokens
         for num_matched, token_id in enumerate(token_ids):
             if position < len(block.token_ids) and block.token_ids[position] == token_id:
@@ -295,9 +295,9 @@ class SpeculationTree:
         return block, position, len(token_ids)
 
     def _take_root(self, block: DraftBlock, position: int) -> None:
-        """The block's first `position` tokens are committed; what contradicts them is dropped.
+        """Makes the block the root: its first `position` tokens are committed.
 
-        That may complete it: what is wanted now may be less than was.
+        Drops what contradicts them. The block may become complete: γ may be smaller than before.
         """
         if not block.is_complete:
             num_wanted = max(position + self._gamma, len(block.token_ids))

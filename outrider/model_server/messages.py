@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from outrider.errors import (
+    InvalidRequest,
+    KVFull,
+    KVLost,
+    KVNeverFits,
+    LeaseLost,
+    NonFiniteLogits,
+    OutriderError,
+)
 from outrider.model_server.scheduler import GenerationKey
 
 
@@ -40,6 +49,22 @@ class FailureReason(Enum):
     NON_FINITE = "non_finite"
     # The replica accepts no new generations; nothing was opened.
     DRAINING = "draining"
+
+
+_REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
+    (KVFull, FailureReason.KV_FULL),
+    (KVNeverFits, FailureReason.KV_NEVER),
+    (KVLost, FailureReason.KV_LOST),
+    (LeaseLost, FailureReason.DISPLACED),
+    (InvalidRequest, FailureReason.BAD_MESSAGE),
+    (NonFiniteLogits, FailureReason.NON_FINITE),
+)
+
+
+def failure_reason(error: Exception) -> FailureReason:
+    """The reason that the tiers report for an error; INTERNAL for an error without its own."""
+    reasons = (reason for kind, reason in _REASONS if isinstance(error, kind))
+    return next(reasons, FailureReason.INTERNAL)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ concerns, with a reason. Owns the sessions' KV. Every method is called on the de
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -19,17 +20,14 @@ from outrider.engine import Append, ServedEngine
 from outrider.engine import Sequence as KVSequence
 from outrider.engine.kv.pages import PAGE_SIZE
 from outrider.engine.kv.sequence import pages_for
-from outrider.errors import (
-    InvalidRequest,
-    KVFull,
-    KVLost,
-    KVNeverFits,
-    LeaseLost,
-    NonFiniteLogits,
-    OutriderError,
-)
+from outrider.errors import KVFull
 from outrider.model_server.failure_policy import PassHealth
-from outrider.model_server.messages import Failure, FailureReason, ServiceStatistics
+from outrider.model_server.messages import (
+    Failure,
+    FailureReason,
+    ServiceStatistics,
+    failure_reason,
+)
 from outrider.model_server.metrics import ModelServerMetrics
 from outrider.model_server.scheduler import GenerationKey, Keyed
 from outrider.model_server.session_table import LiveGeneration, SessionTable
@@ -40,14 +38,6 @@ log = structlog.get_logger()
 # When a generation begins, 1/100 of the pages stays free, for running generations to grow into.
 _MARGIN_SHARE = 100
 
-_REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
-    (KVFull, FailureReason.KV_FULL),
-    (KVNeverFits, FailureReason.KV_NEVER),
-    (KVLost, FailureReason.KV_LOST),
-    (LeaseLost, FailureReason.DISPLACED),
-    (InvalidRequest, FailureReason.BAD_MESSAGE),
-    (NonFiniteLogits, FailureReason.NON_FINITE),
-)
 # Our defects or the device's: what the generation left in the prefix cache may be wrong.
 _DEFECTS = (FailureReason.INTERNAL, FailureReason.NON_FINITE)
 
@@ -130,16 +120,23 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         return results
 
     def _batch(self) -> list[Result | Failure]:
-        work = self._gather()
-        results: list[Result | Failure] = list(self._take_failures())
-        if not work:
-            return results
+        work: Sequence[Work] = ()
         try:
-            return results + self._advance(work)
+            work = self._gather()
+            results = self._advance(work) if work else []
         except Exception as error:
             self.health.observe_error(error)
-            keys = dict.fromkeys(part.key for part in work)
-            return results + [self._failed(key, error) for key in keys]
+            keys = dict.fromkeys(part.key for part in work) or self._keys_with_work()
+            results = [self._failed(key, error) for key in keys]
+        return [*self._take_failures(), *results]
+
+    @contextlib.contextmanager
+    def _failing_alone(self, key: GenerationKey) -> Iterator[None]:
+        """An error inside fails this generation only; its failure is among the next results."""
+        try:
+            yield
+        except Exception as error:
+            self._failures.append(self._failed(key, error))
 
     def _take_failures(self) -> list[Failure]:
         failures, self._failures = self._failures, []
@@ -276,8 +273,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     def _failed(self, key: GenerationKey, error: Exception) -> Failure:
         """Fails the generation with this error. After KV_LOST it stays open for a new context."""
-        reasons = (reason for kind, reason in _REASONS if isinstance(error, kind))
-        reason = next(reasons, FailureReason.INTERNAL)
+        reason = failure_reason(error)
         if reason is FailureReason.KV_LOST:
             return Failure(key, reason, str(error))
         if reason not in _DEFECTS:
@@ -310,6 +306,10 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     @abstractmethod
     def _gather(self) -> Sequence[Work]:
         """The work of the next batch."""
+
+    @abstractmethod
+    def _keys_with_work(self) -> Collection[GenerationKey]:
+        """A copy of the keys of the generations that `_gather` considers."""
 
     @abstractmethod
     def _advance(self, work: Sequence[Work]) -> list[Result | Failure]:

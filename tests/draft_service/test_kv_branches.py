@@ -230,3 +230,26 @@ def test_longer_blocks_from_now_on_find_room_in_a_branch(pair: Pair) -> None:
     while rows := made.rows():
         made.step(rows)
     made.end()
+
+
+def test_a_branch_is_cut_if_there_is_no_room_to_copy_it_into_the_trunk(pair: Pair) -> None:
+    """The tokens without room are run again; the KV is right before and after that."""
+    made = Play(Engines(pair.draft), 10, 2, 8, 1, 4)
+    tree, store = made.tree, made.engine.store
+    for _ in range(2):
+        made.step([tree.root])
+    made.open(Extension(1.0, tree.root, opens=True))
+    (child,) = tree.root.children.values()
+    for _ in range(8):
+        made.step([child])
+    assert child.branch is not tree.root.branch
+    path = tree.tokens(child, tree.committed_len)
+    made.num_taken = store.capacity_tokens - store.used_tokens
+    made.taken = store.open(made.num_taken)
+    made.drafting.commit(Commit(KEY, path[:-2], tree.committed_len + len(path) - 2, 2, 8))
+    assert tree.root is child
+    assert made.live.sequence.length == 11 < child.end - 1, "what it had room for"
+    made.check()
+    made.step([child])
+    assert made.live.sequence.length == child.end
+    made.end()

@@ -1,4 +1,4 @@
-"""A game with the draft's tree: draws, openings and commits, each checked against a model of it."""
+"""Plays with a speculation tree: samples, openings and commits, checked against a model of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUPPORT = SupportWeights(np.arange(VOCAB_SIZE), np.full(VOCAB_SIZE, 1 / 3, np.fl
 
 
 def near(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     same = 0
     while same < min(len(first), len(second)) and first[same] == second[same]:
         same += 1
@@ -42,7 +42,7 @@ class Limits:
 
 
 class Play:
-    """Plays the model that draws, the strands, and the orchestrator that commits.
+    """Plays the draft model, the KV branches, and the orchestrator that commits.
 
     `before[block]`: the tokens its path must have before its own; `drawn[block]`: its own.
     """
@@ -50,14 +50,14 @@ class Play:
     def __init__(self, limits: Limits, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         self.seen = Counter[str]()
-        self.num_told_late = 0
+        self.num_sent_late = 0
         self.committed: list[int] = self.tokens(limits.prompt_len)
         self.buffer = np.full(limits.prompt_len + limits.room, -1, np.int64)
         self.buffer[: limits.prompt_len] = self.committed
         self.gamma, self.ahead_gamma = limits.gamma, limits.ahead_gamma
         self.lookahead, self.fan_out = limits.lookahead, limits.fan_out
         self.support = SUPPORT if limits.has_supports else None
-        self.tells_all = limits.tells_unlikely or not limits.has_supports
+        self.sends_all = limits.tells_unlikely or not limits.has_supports
         self.tree = SpeculationTree(
             self.buffer,
             limits.prompt_len,
@@ -82,7 +82,7 @@ class Play:
     def check_fresh(self) -> None:
         root = self.tree.root
         assert (root.base_len, root.token_ids) == (len(self.committed), [])
-        assert root.gamma == min(self.gamma, self.room()), "as many as are wanted and fit"
+        assert root.gamma == min(self.gamma, self.room()), "as many as are asked for and fit"
         assert (root.children, root.alternatives, root.has_guess) == ({}, [], False)
         assert list(self.tree.blocks()) == [root]
 
@@ -107,29 +107,29 @@ class Play:
         weights = np.sort(self.rng.random(len(candidates)))[::-1]
         chances = (weights / max(1.0, weights.sum())).tolist()
         token, position = candidates[0], block.end
-        if not self.tree.looks_ahead:  # then nobody asks for them
+        if not self.tree.looks_ahead:  # then there are none
             chances = []
         was_complete, had_guess = block.is_complete, block.has_guess
         pairs = list(zip(candidates, chances, strict=False))
-        is_told = self.tree.add(block, token, self.support, pairs)
+        is_sent = self.tree.add(block, token, self.support, pairs)
         if was_complete:
-            assert (had_guess, block.has_guess, is_told) == (False, True, False), "one guess"
+            assert (had_guess, block.has_guess, is_sent) == (False, True, False), "one guess"
             return
         self.drawn[block] = [*self.drawn[block], token]
-        assert is_told == self.is_due(block)
-        if is_told:
-            self.tell([block])
+        assert is_sent == self.is_due(block)
+        if is_sent:
+            self.send([block])
         assert self.tree.tokens(block, position) == [token]
 
     def is_due(self, block: DraftBlock) -> bool:
-        """Whole, or half way to be in time; with supports, as a rule only if it is likely."""
+        """Whether it is to be sent: whole or half, with supports mostly only if it is likely."""
         count, is_ahead = len(self.drawn[block]), block is not self.tree.root
         is_whole = count == block.gamma
         is_half = is_ahead and block.gamma > 2 and count == (block.gamma + 1) // 2
         is_likely = block.prob >= (0.02 if is_whole else 0.1)
-        return (is_whole or is_half) and (is_likely or self.tells_all or not is_ahead)
+        return (is_whole or is_half) and (is_likely or self.sends_all or not is_ahead)
 
-    def tell(self, blocks: Sequence[DraftBlock]) -> None:
+    def send(self, blocks: Sequence[DraftBlock]) -> None:
         for block in blocks:
             block.num_sent = len(block.token_ids)
 
@@ -141,7 +141,7 @@ class Play:
         assert all(rest.prob <= best.prob for rest in parent.alternatives)
         own = self.drawn[parent]
         assert best.position <= len(own)
-        assert best.token_id != [*own, -1][best.position], "that is the block itself"
+        assert best.token_id != [*own, -1][best.position], "that is the block's own token"
         self.before[child] = [*self.before[parent], *own[: best.position], best.token_id]
         self.drawn[child] = []
         assert child.base_len == len(self.before[child])
@@ -149,7 +149,7 @@ class Play:
         assert child.prob == pytest.approx(parent.prob * best.prob)
 
     def commit_along(self, share: float, num_other: int, gamma: int, ahead_gamma: int) -> None:
-        """A path of the tree for a share of it, then anything: hits, tails, misses, many tokens."""
+        """Commits a share of a path of the tree, then any tokens: hits, tails, misses."""
         blocks = list(self.tree.blocks())
         path = self.path(blocks[self.rng.integers(len(blocks))])[len(self.committed) :]
         new = (path[: round(share * len(path))] + self.tokens(num_other))[: self.room()]
@@ -163,7 +163,7 @@ class Play:
         self.committed += new
         self.gamma, self.ahead_gamma = gamma, ahead_gamma
         found = [block for block in former if self.leads_to(block)]
-        assert len(found) <= 1, "a path is there once"
+        assert len(found) <= 1, "each path exists once"
         was_complete = found != [] and found[0].is_complete
         walk = self.tree.commit(new, len(self.committed), gamma, ahead_gamma)
         self.check_judged(walk.judged, root, new, num_known)
@@ -177,7 +177,7 @@ class Play:
             assert left == {block for block in former if self.agrees(block, found[0])}
             self.seen["with branches"] += len(left) > 1
             assert walk.num_right >= len(self.path(found[0]))
-            if not was_complete:  # no more than is wanted
+            if not was_complete:  # no more than is asked for
                 most = max(self.num_committed_of(found[0]) + gamma, len(self.drawn[found[0]]))
                 assert self.tree.root.gamma <= most
         else:
@@ -186,25 +186,26 @@ class Play:
             self.drawn[self.tree.root] = []
             self.check_fresh()
             assert walk.num_right == min(held, len(self.committed) - 1)
-        self.check_news()
+        self.check_updates()
 
-    def check_news(self) -> None:
-        """What the commit made likely, or whole, or the very thing that is asked for."""
+    def check_updates(self) -> None:
+        """`updates` are the blocks that the commit made likely or complete, or that it asks for."""
         blocks = list(self.tree.blocks()) if self.gamma else list(self.tree.blocks())[1:]
         due = [b for b in blocks if self.is_due(b) and b.num_sent < len(self.drawn[b])]
         assert self.tree.updates() == due
-        self.num_told_late += len(due)
-        self.tell(due)
+        self.num_sent_late += len(due)
+        self.send(due)
         assert self.tree.updates() == []
 
     def check_judged(
         self, judged: list[tuple[float, bool]], root: DraftBlock, new: list[int], num_known: int
     ) -> None:
-        """The root's tokens that the target decided on: those accepted, and the one rejected."""
+        """The root's verified tokens: those accepted, and the rejected one."""
         drafts = self.path(root)[num_known:]
         num_accepted = near(drafts, new)
         is_rejected = num_accepted < min(len(drafts), len(new))
-        assert [stood for _, stood in judged] == [True] * num_accepted + [False] * is_rejected
+        expected = [True] * num_accepted + [False] * is_rejected
+        assert [is_accepted for _, is_accepted in judged] == expected
         assert all(0 <= prob <= LIMIT for prob, _ in judged)
 
     def path(self, block: DraftBlock) -> list[int]:
@@ -214,12 +215,12 @@ class Play:
         return len(self.committed) - len(self.before[block])
 
     def leads_to(self, block: DraftBlock) -> bool:
-        """Whether what is committed ends within the block, or at its end."""
+        """Whether the committed tokens end within the block or at its end."""
         path = self.path(block)[: len(self.committed)]
         return self.num_committed_of(block) >= 0 and path == self.committed
 
     def agrees(self, block: DraftBlock, root: DraftBlock) -> bool:
-        """Whether the block is the root or may still come about below it."""
+        """Whether the block is the root or agrees with the committed tokens below it."""
         before = self.before[block]
         return block is root or (
             before[: len(self.before[root])] == self.before[root]
@@ -243,7 +244,7 @@ class Play:
 
     def check_tokens(self, block: DraftBlock) -> None:
         path, known = self.path(block), len(self.committed)
-        assert block.token_ids == self.drawn[block], "a block's tokens never change"
+        assert block.token_ids == self.drawn[block], "a block's tokens do not change"
         assert path[:known] == self.committed[: len(path)]
         assert block.end == len(path) <= len(self.buffer)
         for start in range(len(path) + 1):
@@ -269,7 +270,7 @@ class Play:
         assert all(0 <= other.prob <= LIMIT for other in block.alternatives)
 
     def contradict(self, shift: int) -> None:
-        """What does not follow is refused and changes nothing."""
+        """A commit of another length is refused and changes nothing."""
         blocks, known = list(self.tree.blocks()), self.buffer.tolist()
         for new, length in (
             ([], len(self.committed)),

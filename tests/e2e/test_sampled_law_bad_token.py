@@ -91,13 +91,13 @@ async def test_the_law(
 class _WithoutDrafts(DraftSearch):
     """No draft token of such a row is judged: they are dropped for what one of them is."""
 
-    def saw(self, num_drafts: int, *, is_finite: bool) -> bool:
+    def observe(self, num_drafts: int, *, is_finite: bool) -> bool:
         self.num_good = 0
         return is_finite
 
-    def next_row(self) -> Verify:
-        nothing = self.row.draft_token_ids[:0]
-        return replace(self.row, draft_token_ids=nothing, supports=None)
+    def next_request(self) -> Verify:
+        nothing = self.request.draft_token_ids[:0]
+        return replace(self.request, draft_token_ids=nothing, supports=None)
 
 
 @pytest.mark.parametrize("method", ["rejection", "block"])

@@ -22,7 +22,7 @@ from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.worker import GenerationWorker
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.settings.simulation import Simulation
-from target_service import messages as rows
+from target_service.messages import OpenTarget, Verify
 from target_service.verifier import Verifier
 
 VOCAB_SIZE = 1_000
@@ -55,8 +55,8 @@ class Target:
         )
 
     def opening(self, key: GenerationKey, session_id: str, epoch: int, ids: Any) -> list[Any]:
-        opened = rows.Open(key, session_id, epoch, 0, len(ids), len(ids) + 40, PARAMS)
-        return [opened, rows.Row(key, 0, ids, np.array([5, 6]), None)]
+        opened = OpenTarget(key, session_id, epoch, 0, len(ids), len(ids) + 40, PARAMS)
+        return [opened, Verify(key, 0, ids, np.array([5, 6]), None)]
 
 
 class Draft:
@@ -73,7 +73,7 @@ class Draft:
         )
 
     def opening(self, key: GenerationKey, session_id: str, epoch: int, ids: Any) -> list[Any]:
-        opened = messages.Open(
+        opened = messages.OpenDraft(
             key,
             session_id,
             epoch,
