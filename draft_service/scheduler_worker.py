@@ -102,7 +102,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         max_len = min(command.max_len, self._engine.info.max_context_len)
         if max_len < committed_len + 2:
             raise InvalidRequest(
-                "token_ids", f"{committed_len} tokens; at most {max_len - 2} leave room for drafts"
+                "token_ids", f"{committed_len} leave no room for drafts; at most {max_len - 2}"
             )
         sampler = self._engine.sampler(command.params, command.prompt_len, command.vocab_size)
         generation = DraftGeneration(command.key, sampler, command.verification, command.vocab_size)
@@ -271,7 +271,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         """Samples a token for each row; a row's own error in its place.
 
         NaN or infinite logits after draft tokens give a placeholder instead of an error. To drop
-        the draft tokens would bias the output (docs/exactness.md). Such rows are no failed passes.
+        the draft tokens would bias the output (docs/concepts/exactness.md). Such rows are no failed passes.
         """
         results: list[SampledToken | Exception] = []
         observed: list[SampledToken | Exception] = []

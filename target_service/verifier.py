@@ -146,7 +146,9 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
         command.check(info.max_context_len, info.vocab_size)
         capacity = self._engine.store.capacity_tokens
         if command.max_len > capacity:
-            raise KVNeverFits(f"max_len {command.max_len} exceeds the KV cache: {capacity} tokens")
+            raise KVNeverFits(
+                f"max_len {command.max_len} exceeds the KV cache of {capacity} tokens"
+            )
         sampler = self._engine.sampler(command.params, command.prompt_len, info.vocab_size)
         self._generations[command.key] = self._opened(
             command.session_id,
@@ -277,7 +279,7 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
         """Whether the request runs again with fewer draft tokens, to find those that give NaN.
 
         Exact only if exactly the draft tokens up to the first bad one are verified, whatever the
-        verification method (docs/exactness.md).
+        verification method (docs/concepts/exactness.md).
         """
         live, request, state = planned.live, planned.request, planned.live.state
         is_finite, num_drafts = not isinstance(reply, Exception), len(request.draft_token_ids)

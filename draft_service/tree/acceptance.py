@@ -3,7 +3,7 @@
 Greedy and coupled: a softmax of the draft's scores. Its sharpness is learnt from verify results, so
 that predicted and observed acceptance rates agree. Rejection and block: probabilities by rank only.
 The scores contain the noise that recovered and bonus tokens are sampled with, and the order of
-drafting must not depend on the noise of tokens still to be verified (docs/exactness.md).
+drafting must not depend on the noise of tokens still to be verified (docs/concepts/exactness.md).
 Pure. The probabilities only order the drafting: a wrong one costs speed, not exactness.
 """
 

@@ -1,6 +1,6 @@
-"""The quickstart pair: a small target and its distilled draft, two Hugging Face directories.
+"""Quickstart pair: a small target and its distilled draft, as Hugging Face directories.
 
-CARD.md says how they were trained. Training is in `outrider_bench.quickstart`; no service needs it.
+CARD.md describes the training, which is in `outrider_bench.quickstart`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The mathematics of speculative decoding: pure functions of arrays, no I/O, no torch, no state.
+"""Mathematics of speculative decoding: pure functions of arrays, without I/O, torch or state.
 
 `random` counter-based randomness · `params` sampling parameters · `warp` logits → distribution ·
-`support` truncated draft distributions · `verify` accept or reject · `formulas` what to expect.
+`support` truncated draft distributions · `verify` accept or reject · `formulas` expected speed-up.
 
-Functions on large arrays are written once against the array API and serve numpy and torch alike.
+Functions on large arrays use the array API, so that they work for numpy and torch.
 """

@@ -1,4 +1,4 @@
-"""Sampling parameters and what is wrong with them. Knows neither protobuf nor their effect."""
+"""Sampling parameters and their validation. `warp` and the engine implement their effect."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_STOP_TEXTS = 64
 MAX_STOP_TEXT_CHARS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_TOKEN_LIST = 4096
-# Logits that are divided by less overflow float32.
+# Division of logits by a smaller number overflows float32.
 MIN_REPETITION_PENALTY = 1e-30
-# A vocabulary's size is the limit that counts; this one holds before that is known.
+# Limit before the vocabulary's size is known; that is the real limit.
 MAX_ALLOWED_TOKENS = 1 << 20
-# Entries of each list. Checked on what a peer has sent before a copy is made of it.
+# Maximum entries of each list. Checked on received messages before they are copied.
 MAX_ENTRIES: Mapping[str, int] = {
     "stop": MAX_STOP_TEXTS,
     "stop_token_ids": MAX_TOKEN_LIST,
@@ -29,7 +29,7 @@ MAX_ENTRIES: Mapping[str, int] = {
 
 
 class Verification(Enum):
-    """How draft tokens are judged at temperature > 0; at 0 all of them compare with the argmax."""
+    """Verification method at temperature > 0. At 0, all methods compare with the argmax."""
 
     REJECTION = "rejection"
     COUPLED = "coupled"
@@ -37,7 +37,7 @@ class Verification(Enum):
 
 
 def check_entries(given: Any, limits: Mapping[str, int] = MAX_ENTRIES) -> None:
-    """`given` has the lists as attributes. Raises InvalidRequest naming one that is too long."""
+    """Raises InvalidRequest if a list attribute of `given` has too many entries."""
     for name, limit in limits.items():
         if (size := len(getattr(given, name))) > limit:
             raise InvalidRequest(f"sampling.{name}", f"{size} entries; at most {limit}")
@@ -45,7 +45,7 @@ def check_entries(given: Any, limits: Mapping[str, int] = MAX_ENTRIES) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """vLLM's names and meanings; defaults are its defaults. `top_k` 0 (or -1) keeps all tokens."""
+    """Sampling parameters with vLLM's names, meanings and defaults. `top_k` 0 or -1: all tokens."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -69,7 +69,7 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def needs_supports(self, verification: Verification) -> bool:
-        """Whether draft tokens are drawn from a law of their own, which has to go with them."""
+        """Whether proposals carry supports: draft tokens have a distribution of their own."""
         return not self.greedy and verification is not Verification.COUPLED
 
     @property
@@ -77,7 +77,7 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def validate(self, vocab_size: int) -> None:
-        """Raises InvalidRequest that names the field and the allowed values."""
+        """Raises InvalidRequest with the field and the allowed values."""
         self._validate_numbers()
         self._validate_lists(vocab_size)
 
@@ -85,7 +85,7 @@ class SamplingParams:
         ranges: tuple[tuple[str, float, str, bool], ...] = (
             ("temperature", self.temperature, "[0, 100]", 0 <= self.temperature <= 100),
             ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
-            ("top_k", self.top_k, "-1, 0 (all) or more", self.top_k >= -1),
+            ("top_k", self.top_k, "-1 (all), 0 (all) or more", self.top_k >= -1),
             ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
             ("max_tokens", self.max_tokens, "1 or more", self.max_tokens >= 1),
             (
@@ -124,7 +124,7 @@ class SamplingParams:
             if not 1 <= len(text) <= MAX_STOP_TEXT_CHARS:
                 raise InvalidRequest(
                     "sampling.stop",
-                    f"a text of {len(text)} characters; 1 to {MAX_STOP_TEXT_CHARS} are allowed",
+                    f"a string of {len(text)} characters; 1 to {MAX_STOP_TEXT_CHARS} are allowed",
                 )
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),

@@ -1,15 +1,14 @@
-"""Counter-based randomness: a uniform is a pure function of (seed, purpose, position, base, token).
+"""Counter-based randomness: uniforms are a function of (seed, purpose, position, base, token).
 
-Integer arithmetic modulo 2**64 (SplitMix64, Steele et al. 2014) and one conversion at the end make
-it the same number in Python, numpy and torch, on any device. There is no generator and no state,
-so no draw depends on batch, slot, round or timing. It knows nothing of distributions.
+Integer arithmetic modulo 2**64 (SplitMix64, Steele et al. 2014) and one conversion at the end give
+the same number in Python, numpy and torch, on any device. There is no generator and no state, so
+samples do not depend on batch, slot, round or timing.
 
-What belongs to the target (`Purpose.TARGET`: its draws, recovered tokens included) is keyed by the
-position alone: with `coupled` verification the output is then a function of the seed. What belongs
-to a block of draft tokens is keyed by the block's start (`base_len`) as well: how many tokens of a
-block stand says something about the uniforms of its later positions (always so in block
-verification), so that the next block, which covers some of the same positions, must not see them
-again.
+The target's noise (`Purpose.TARGET`; recovered tokens included) is keyed by the position only. So
+with `coupled` verification the output is a function of the seed. A block's own uniforms (draft,
+accept) are keyed by the block's start (`base_len`) as well. The number of accepted tokens depends
+on the uniforms of later positions (in block verification always), and the next block covers some
+of those positions: it must not use the same uniforms again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Purpose(IntEnum):
-    """What a uniform is for; different purposes are independent."""
+    """Purpose of a uniform; different purposes are independent."""
 
     TARGET = 1
     DRAFT = 2
@@ -52,10 +51,10 @@ def _mix(value: int) -> int:
 
 
 def stream_key(seed: int, purpose: Purpose, position: int, base_len: int = 0) -> int:
-    """The key of one position's uniforms, a signed 64-bit integer.
+    """Key of one position's uniforms, a signed 64-bit integer.
 
     `seed`: any 64-bit unsigned integer. `position`: index of the token in the context.
-    `base_len`: committed length at which the block of draft tokens starts; 0 for the target's own.
+    `base_len`: context length at which the block of draft tokens starts; 0 for the target.
     """
     key = seed & _MASK
     for part in (int(purpose), position, base_len):
@@ -64,14 +63,14 @@ def stream_key(seed: int, purpose: Purpose, position: int, base_len: int = 0) ->
 
 
 def uniform(key: int) -> float:
-    """The key's first uniform, in (0, 1), with 52 bits: a half added to 53 would round up to 1."""
+    """The key's first uniform, in (0, 1). It has 52 bits: with 53, adding 0.5 could round to 1."""
     return ((_mix(key + _GOLDEN) >> 12) + 0.5) * 2.0**-52
 
 
 def stream_keys(
     seeds: npt.ArrayLike, purpose: Purpose, positions: npt.ArrayLike, base_lens: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:
-    """`stream_key` of many seeds, positions and base lengths that broadcast together."""
+    """`stream_key` for arrays of seeds, positions and base lengths, which are broadcast."""
     keys = np.atleast_1d(np.asarray(seeds, np.uint64)).astype(np.int64)
     for part in (int(purpose), positions, base_lens):
         keys = keys + token_offsets(np.atleast_1d(np.asarray(part, np.int64)))
@@ -83,33 +82,33 @@ def stream_keys(
 def uniforms(
     seed: int, purpose: Purpose, positions: Sequence[int], base_len: int
 ) -> npt.NDArray[np.float64]:
-    """One uniform for each position: float64 [len(positions)]."""
+    """One uniform per position, float64 [len(positions)]."""
     return np.array([uniform(stream_key(seed, purpose, p, base_len)) for p in positions])
 
 
 def scramble(bits: Array, last_factor: int = _MIX_2) -> None:
     """SplitMix64's finaliser on 64-bit integers, in place, without its last step.
 
-    That step, `bits ^= bits >>> 31`, leaves the upper 31 bits as they are here.
+    The missing step, `bits ^= bits >>> 31`, does not change the upper 31 bits.
     """
     is_signed = bits.dtype != np.uint64
     for shift, factor in ((30, _MIX_1), (27, last_factor)):
         shifted = bits >> shift
-        if is_signed:  # it repeats the sign: the mask makes it a logical shift
+        if is_signed:  # an arithmetic shift; the mask makes it logical
             shifted &= _MASK >> shift
         bits ^= shifted
         bits *= _signed(factor) if is_signed else factor & _MASK
 
 
 def token_offsets(token_ids: Array) -> Array:
-    """What a key is shifted by for each token: the key's sum with it is to be scrambled."""
+    """Offset of each token: scrambling (key + offset) gives the token's bits."""
     return (token_ids + 1) * _signed(_GOLDEN)
 
 
 def token_uniforms(keys: Array, token_ids: Array) -> Array:
     """float64 [num_keys, num_tokens] in (0, 1), from int64 [num_keys] and int64 [num_tokens].
 
-    `token_ids` [num_keys, num_tokens]: tokens of its own for each key. Token 0's uniform is
+    With `token_ids` [num_keys, num_tokens], each key has its own tokens. Token 0's uniform is
     `uniform(key)`.
     """
     bits = keys[:, None] + token_offsets(token_ids)
@@ -121,18 +120,18 @@ def token_uniforms(keys: Array, token_ids: Array) -> Array:
 
 
 def token_bounds(keys: Array, offsets: Array) -> Array:
-    """Float32 v with 0 < v <= -log u, u being the tokens' uniforms; [num_keys, num_tokens].
+    """Float32 v with 0 < v <= -log u, for the tokens' uniforms u; [num_keys, num_tokens].
 
-    `offsets` from `token_offsets`. v is 1 - u, which is less than -log u and near it where the
-    noise is large. So -log v bounds the Gumbel noise from above: who can win at all is found with
-    one logarithm in single precision. For want of the last step 1 - u is only known to 2**-31,
-    which is deducted twice.
+    `offsets` from `token_offsets`. v is 1 - u, which is less than -log u, and close to it where the
+    noise is large. So -log v is an upper bound of the Gumbel noise: one logarithm in single
+    precision finds the tokens that can win. Without the last step of `scramble`, 1 - u is known
+    only to 2**-31; twice that is subtracted.
     """
     bits = keys[:, None] + offsets
     is_numpy = isinstance(bits, np.ndarray)
-    if is_numpy:  # numpy's shifts of unsigned integers are logical: fewer steps
+    if is_numpy:  # its shifts of unsigned integers are logical: fewer operations
         bits = bits.view(np.uint64)
-    scramble(bits, -_MIX_2)  # the complement: -u modulo 1
+    scramble(bits, -_MIX_2)  # complement: -u modulo 1
     bits >>= 1
     if is_numpy:
         bits = bits.view(np.int64)
@@ -142,7 +141,7 @@ def token_bounds(keys: Array, offsets: Array) -> Array:
     values = xp.astype(bits, xp.float32)
     values -= 2.0**33
     values *= 2.0**-63
-    return values.clip(2.0**-54, 1.0)  # a method of both: the namespace's takes a dozen checks
+    return values.clip(2.0**-54, 1.0)  # the method of both; the namespace's clip is slower
 
 
 def token_gumbels(keys: Array, token_ids: Array) -> Array:
@@ -153,6 +152,6 @@ def token_gumbels(keys: Array, token_ids: Array) -> Array:
 
 
 def target_gumbels(seed: int, position: int, token_ids: Array) -> Array:
-    """The target's noise of some tokens at one position, float64 [num_tokens]."""
+    """The target's Gumbel noise for tokens at one position, float64 [num_tokens]."""
     key = stream_key(seed, Purpose.TARGET, position)
     return token_gumbels(np.array([key]), token_ids)[0]

@@ -1,18 +1,18 @@
-"""Accept or reject the draft tokens of one block: exact, from the target's reply by support.
+"""Verification of one block of draft tokens; exact, with target probabilities on supports only.
 
-For each draft position i the target gives its probabilities on the draft's support, the mass
-outside it (`tail_mass`) and one draw from its own distribution outside it (`samples`). That is all
-that speculative sampling needs: outside the support the draft's probability is zero, so the
-residual max(p - q, 0) is p itself there. No approximation is made.
+For each draft position i the target gives its probabilities p on the draft's support, the mass
+outside it (`tail_mass`), and one sample from its distribution outside it (`samples`). Speculative
+sampling needs no more: outside the support the draft's probability q is zero, so the residual
+max(p - q, 0) equals p there. Nothing is approximated.
 
-After a rejection one Gumbel-max over the whole residual gives the recovered token, with the noise
-by which the target has drawn the sample: the argmax of log p + noise outside the support, thus the
-outside's champion, so that the maximum over the support and the sample is the maximum over all. A
-draft that knows the noise can foresee it. This is exact, for a position's noise is looked at once,
-by the verdict that ends there: acceptance sees uniforms of its own, and the mass outside rather
-than who was drawn from it.
+After a rejection, the recovered token is the Gumbel-max over the residual, with the noise that the
+target used for the sample. The sample is the argmax of log p + noise outside the support, so the
+maximum over the support and the sample is the maximum over all tokens. A draft that knows the noise
+can predict the recovered token. Sharing the noise is exact: each position's noise is used exactly
+once, where the block ends. Acceptance uses its own uniforms, and the mass outside the support, not
+the sample.
 
-Pure: uniforms and noise are arguments. Knows nothing of sessions, stops or randomness.
+Pure: uniforms and noise are arguments.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ import numpy.typing as npt
 from outrider.sampling.support import Support
 
 Floats = npt.NDArray[np.float64]
-# Standard Gumbel noise, float64 [n], of token ids int64 [n] at a draft position of the block.
+# (draft position of the block, token ids int64 [n]) -> standard Gumbel noise, float64 [n].
 Noise = Callable[[int, npt.NDArray[np.int64]], Floats]
 
 
 @dataclass(frozen=True)
 class VerifyInput:
-    """The target's reply for a block of γ draft tokens.
+    """The target's result for a block of γ draft tokens.
 
-    `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ]; `samples` γ + 1 token
-    ids: outside the support at i < γ, from all tokens at γ. Only γ of them where the target could
-    not run the last draft token: no bonus follows it. `tail_logprobs` float64 [γ]: log p of
-    the samples at i < γ, -inf where nothing is outside; rounded to float32 they move a
-    distribution by at most 2**-24 times its entropy in nats, about as its rounded probabilities do.
+    `target_probs[i]` float64 [len(supports[i])]; `tail_mass` float64 [γ]. `samples`: γ + 1 token
+    ids, at i < γ from outside the support, at γ from all tokens. Only γ of them if the target could
+    not run the last draft token: then there is no bonus token. `tail_logprobs` float64 [γ]: log p
+    of the samples at i < γ, -inf if nothing is outside the support. Their rounding to float32
+    changes a distribution by at most 2**-24 times its entropy in nats, about as much as the
+    rounding of the probabilities.
     """
 
     target_probs: Sequence[Floats]
@@ -50,16 +51,17 @@ class VerifyInput:
 
 @dataclass(frozen=True)
 class VerifyOutcome:
-    """`num_accepted` draft tokens stand and `next_token` follows them; None: nothing follows."""
+    """The first `num_accepted` draft tokens, then `next_token`; None: no token follows."""
 
     num_accepted: int
     next_token: int | None
 
 
 def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> VerifyOutcome:
-    """Accept while the target's own token is the draft's: greedy, and Gumbel-coupled sampling.
+    """Accepts draft tokens while they equal the target's: greedy and Gumbel-coupled sampling.
 
-    Daliri, Musco, Suresh 2024 (arXiv 2408.07978): what is emitted is `samples` whatever the draft.
+    The emitted tokens are a prefix of `samples`, whatever the draft (Daliri, Musco, Suresh 2024,
+    arXiv 2408.07978).
     """
     num_accepted = 0
     for token_id, sample in zip(draft_token_ids, samples, strict=False):
@@ -70,15 +72,15 @@ def verify_equal(draft_token_ids: Sequence[int], samples: Sequence[int]) -> Veri
 
 
 def _recover(support: Support, evidence: VerifyInput, i: int, reach: float, noise: Noise) -> int:
-    """One draw from max(reach * target - draft, 0), normalised, at draft position i.
+    """A sample from max(reach * target - draft, 0), normalised, at draft position i.
 
-    By Gumbel-max: the argmax of log weight + noise has the law of the weights.
+    Gumbel-max: the argmax of log weight + noise is distributed by the weights.
     """
     target_probs, tail = evidence.target_probs[i], float(evidence.tail_logprobs[i])
     residual = np.maximum(reach * target_probs - support.probs, 0.0)
     if tail == -math.inf and not residual.any():
-        # Draft and target agree but for rounding, which alone has rejected: any law between
-        # the two is right, and there is no sample outside the support.
+        # Draft and target differ by rounding only, which caused the rejection. Any distribution
+        # between the two is right, and there is no sample outside the support.
         residual = target_probs
     token_ids = np.append(support.token_ids, evidence.samples[i])
     with np.errstate(divide="ignore"):
@@ -99,7 +101,7 @@ def verify_tokens(
 ) -> VerifyOutcome:
     """Speculative sampling, token by token (Leviathan et al. 2023, Theorem 1; Chen et al. 2023).
 
-    `accept_uniforms` in [0, 1): one per draft position. `noise`: as the samples were drawn with.
+    `accept_uniforms` in [0, 1): one per draft position. `noise`: that of the samples.
     """
     for i, (token_id, support) in enumerate(zip(draft_token_ids, supports, strict=True)):
         target_probs = evidence.target_probs[i]
@@ -117,9 +119,11 @@ def verify_block(
     accept_uniforms: Sequence[float] | Floats,
     noise: Noise,
 ) -> VerifyOutcome:
-    """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): never accepts less.
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2).
 
-    `reach` is the paper's p̂_i, the probability that the first i tokens may stand.
+    Accepts at least as many tokens in the mean as `verify_tokens`.
+
+    `reach` is the paper's p̂_i, the probability that the first i tokens can be accepted.
     """
     gamma = len(draft_token_ids)
     reach = 1.0

@@ -1,8 +1,8 @@
-"""From logits to the distribution that is sampled, in vLLM's order.
+"""Logits to the distribution that is sampled from, in vLLM's order.
 
-allowed tokens · logit bias · min_tokens · penalties, then temperature · min_p · top_k · top_p
-(`warp`). A cut is a floor: the least logit that is kept. Array-API functions: numpy or torch, any
-device. Knows nothing of sampling, drafts or sessions: a row is a row.
+Allowed tokens, logit bias, min_tokens and penalties, then temperature, min_p, top_k and top_p
+(`warp`). A cut is represented by its floor, the least logit kept. Array-API functions: numpy or
+torch, any device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from outrider.sampling.random import Array
 
 
 class Penalties(Protocol):
-    """Numbers, as in `SamplingParams`, or arrays of them."""
+    """Penalties as numbers, like `SamplingParams`, or as arrays."""
 
     @property
     def presence_penalty(self) -> Any: ...
@@ -30,7 +30,7 @@ class Penalties(Protocol):
 
 
 class Cuts(NamedTuple):
-    """What is kept of each row, arrays [n, 1]. `top_k` int64: 0 or less keeps all tokens."""
+    """Cuts of each row, arrays [n, 1]. `top_k` int64: 0 or less keeps all tokens."""
 
     log_min_p: Array
     top_k: Array
@@ -38,16 +38,16 @@ class Cuts(NamedTuple):
 
 
 def needs_adjustment(params: SamplingParams) -> bool:
-    """Whether `adjust` would change anything (min_tokens is the caller's, by position)."""
+    """Whether logits change before `warp`; without `min_tokens`, which depends on position."""
     return bool(params.penalises or params.logit_bias or params.allowed_token_ids)
 
 
 def penalise(logits: Array, output_counts: Array, seen: Array, penalties: Penalties) -> Array:
-    """Penalties for repetition, frequency and presence.
+    """Logits with the penalties for repetition, frequency and presence applied.
 
-    `logits`; `output_counts`, how often each token stands in the output before the row's position;
-    `seen` bool, whether it stands in prompt or output: one shape, that of `penalties` or wider.
-    Repetition: Keskar et al. 2019 (arXiv 1909.05858); the others as OpenAI defines them.
+    `output_counts`: occurrences of each token in the output before the row's position. `seen`,
+    bool: whether it occurs in prompt or output. Both have the shape of `logits`, which `penalties`
+    broadcast to. Repetition: Keskar et al. 2019 (arXiv 1909.05858); others: as defined by OpenAI.
     """
     xp = array_namespace(logits)
     repetition = penalties.repetition_penalty
@@ -59,7 +59,7 @@ def penalise(logits: Array, output_counts: Array, seen: Array, penalties: Penalt
 
 
 def log_softmax(logits: Array) -> Array:
-    """float64 [n, vocab]."""
+    """Log-probabilities, float64 [n, vocab]."""
     xp = array_namespace(logits)
     shifted = xp.astype(logits, xp.float64)
     shifted = shifted - xp.max(shifted, axis=-1, keepdims=True)
@@ -67,20 +67,20 @@ def log_softmax(logits: Array) -> Array:
 
 
 def cuts_off(params: SamplingParams) -> bool:
-    """Whether min_p, top_k or top_p may rule tokens out."""
+    """Whether min_p, top_k or top_p may exclude tokens."""
     return params.min_p > 0 or params.top_k > 0 or params.top_p < 1
 
 
 def log_min_p(params: SamplingParams) -> float:
-    """min_p as a floor of scaled logits."""
+    """min_p as a floor of scaled logits; -inf if unset."""
     return math.log(params.min_p) if params.min_p > 0 else -math.inf
 
 
 def limit_floor(ordered: Array, cuts: Cuts) -> Array:
-    """The least logit that min_p and top_k keep, float64 [n, 1]; -inf for all of them.
+    """The least logit that min_p and top_k keep, float64 [n, 1]; -inf: all are kept.
 
-    `ordered` float64 [n, m]: each row's greatest m scaled logits (`scale`), falling, with m at
-    least every top_k that is less than the vocabulary's size.
+    `ordered` float64 [n, m]: each row's greatest m scaled logits (`scale`), descending. m is at
+    least every top_k below the vocabulary's size.
     """
     xp = array_namespace(ordered)
     column = xp.clip(cuts.top_k, 1, ordered.shape[-1]) - 1
@@ -90,10 +90,10 @@ def limit_floor(ordered: Array, cuts: Cuts) -> Array:
 
 
 def nucleus_floor(ordered: Array, floor: Array, mass: Array, cuts: Cuts) -> tuple[Array, Array]:
-    """The least logit that top_p keeps as well, float64 [n, 1]; and whether m logits tell, bool.
+    """(floor, ends): the least logit that top_p keeps as well, float64 [n, 1], and its validity.
 
-    `floor` from `limit_floor`; `mass` float64 [n, 1], the sum of exp of the row's logits from it
-    up. Too few are `ordered` if the nucleus does not end among them.
+    `floor` from `limit_floor`. `mass` float64 [n, 1]: sum of exp of the row's logits >= floor.
+    `ends`, bool: False if the nucleus does not end within `ordered`; then more logits are needed.
     """
     xp = array_namespace(ordered)
     kept = ordered >= floor
@@ -108,7 +108,7 @@ def nucleus_floor(ordered: Array, floor: Array, mass: Array, cuts: Cuts) -> tupl
 
 
 def scale(logits: Array, temperature: Array) -> Array:
-    """Float64 [n, vocab], divided by `temperature` (a number or [n, 1], > 0), the greatest 0."""
+    """Logits / `temperature` (number or [n, 1], > 0), shifted to a maximum of 0; float64."""
     xp = array_namespace(logits)
     scaled = xp.astype(logits, xp.float64) / temperature
     return scaled - xp.max(scaled, axis=-1, keepdims=True)
@@ -117,7 +117,7 @@ def scale(logits: Array, temperature: Array) -> Array:
 def warp(logits: Array, params: SamplingParams) -> Array:
     """Log-probabilities float64 [n, vocab] after temperature, min_p, top_k and top_p.
 
-    Tokens cut off have -inf. At equal logits a cut keeps all of them. Temperature must be > 0.
+    Excluded tokens have -inf. A cut keeps all tokens with the same logit. Temperature must be > 0.
     """
     xp = array_namespace(logits)
     logits = scale(logits, params.temperature)
