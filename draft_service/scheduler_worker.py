@@ -270,8 +270,9 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
     def _sample(self, rows: Sequence[DraftRow], logits: Logits) -> list[SampledToken | Exception]:
         """Samples a token for each row; a row's own error in its place.
 
-        NaN or infinite logits after draft tokens give a placeholder instead of an error. To drop
-        the draft tokens would bias the output (docs/concepts/exactness.md). Such rows are no failed passes.
+        NaN or infinite logits after draft tokens give a placeholder instead of an error: dropping
+        the draft tokens would bias the output (docs/concepts/exactness.md). Such rows do not count
+        as failed passes.
         """
         results: list[SampledToken | Exception] = []
         observed: list[SampledToken | Exception] = []
