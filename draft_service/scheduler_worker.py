@@ -139,7 +139,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
             return []
         command.check(self._max_gamma, drafting.live.state.vocab_size)
         walk = drafting.commit(command)
-        self._acceptance.observe(walk.judged, has_supports=drafting.live.state.has_supports)
+        self._acceptance.observe(walk.verified, has_supports=drafting.live.state.has_supports)
         now = time.monotonic()
         if command.gamma:
             self._budget.observe_round(now - drafting.committed_at, command.ahead_gamma)

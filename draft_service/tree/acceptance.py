@@ -43,12 +43,12 @@ class DraftAcceptance:
         total = sum(weights)
         return [(i, w / total) for i, w in zip(ids, weights, strict=True)]
 
-    def observe(self, judged: Sequence[tuple[float, bool]], *, has_supports: bool) -> None:
+    def observe(self, verified: Sequence[tuple[float, bool]], *, has_supports: bool) -> None:
         """Learns from verified draft tokens: (predicted probability, whether it was accepted).
 
         Probability 1 is skipped: there was a single candidate, or no prediction.
         """
-        for prob, is_accepted in judged:
+        for prob, is_accepted in verified:
             if has_supports:
                 self._acceptance += _LEARNING_RATE * (is_accepted - self._acceptance)
             elif prob < 1:

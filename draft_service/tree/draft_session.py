@@ -60,7 +60,7 @@ class DraftSession:
         self.tree = SpeculationTree(
             live.token_ids,
             len(command.token_ids),
-            self._branches.trunk,
+            self._branches.main,
             gamma=command.gamma,
             ahead_gamma=command.ahead_gamma,
             lookahead=command.lookahead,

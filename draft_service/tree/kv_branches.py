@@ -1,4 +1,4 @@
-"""KV branches of one generation: the trunk with the committed context, and forks for drafts.
+"""KV branches of one generation: the main one with the committed context, and forks for drafts.
 
 Owns how forks share and move keys and values. Device thread only.
 """
@@ -14,7 +14,7 @@ from outrider.errors import KVFull
 
 @dataclass(eq=False)
 class Branch:
-    """Sequence forked from `parent` at length `fork_len`; the trunk has no parent."""
+    """Sequence forked from `parent` at length `fork_len`; the main branch has none."""
 
     sequence: Sequence
     parent: Branch | None = None
@@ -22,7 +22,7 @@ class Branch:
 
     @property
     def num_shared(self) -> int:
-        """Number of first tokens that it shares with the trunk."""
+        """Number of first tokens that it shares with the main branch."""
         shared, branch = self.sequence.length, self
         while branch.parent is not None:
             shared = min(shared, branch.fork_len)
@@ -31,16 +31,16 @@ class Branch:
 
 
 class KVBranches:
-    """All branches of one generation. The trunk's sequence is the session's and stays in place."""
+    """All branches of one generation. The main branch uses the session's sequence."""
 
     def __init__(self, store: KVStore, sequence: Sequence) -> None:
         self._store = store
-        self.trunk = Branch(sequence)
+        self.main = Branch(sequence)
         self._forks: set[Branch] = set()
 
     @property
     def fork_sequences(self) -> list[Sequence]:
-        """All sequences except the trunk's."""
+        """All sequences except the main branch's."""
         return [fork.sequence for fork in self._forks]
 
     def fork(self, branch: Branch, length: int, max_len: int) -> Branch:
@@ -51,25 +51,25 @@ class KVBranches:
         return fork
 
     def settle(self, winner: Branch, num_right: int) -> None:
-        """Makes `winner` the trunk, with its first `num_right` tokens.
+        """Makes `winner` the main branch, with its first `num_right` tokens.
 
-        The winner's own tokens, which are few, are copied into the trunk's sequence. So that stays
+        The winner's own tokens, which are few, are copied into the session's sequence. So that stays
         one run of memory, which attention reads in place. Tokens without KV room are dropped; they
         are run again later.
         """
-        store, trunk = self._store, self.trunk
-        if winner is not trunk:
+        store, main = self._store, self.main
+        if winner is not main:
             length = min(winner.sequence.length, num_right)
-            store.truncate(trunk.sequence, min(winner.num_shared, length, trunk.sequence.length))
+            store.truncate(main.sequence, min(winner.num_shared, length, main.sequence.length))
             with contextlib.suppress(KVFull):
-                store.extend(trunk.sequence, length)
-            store.append_copy(trunk.sequence, winner.sequence, min(length, trunk.sequence.max_len))
+                store.extend(main.sequence, length)
+            store.append_copy(main.sequence, winner.sequence, min(length, main.sequence.max_len))
             store.free(winner.sequence)
             self._forks.discard(winner)
-            winner.sequence, winner.parent, winner.fork_len = trunk.sequence, None, 0
-            self.trunk = winner
-        elif num_right < trunk.sequence.length:
-            store.truncate(trunk.sequence, num_right)
+            winner.sequence, winner.parent, winner.fork_len = main.sequence, None, 0
+            self.main = winner
+        elif num_right < main.sequence.length:
+            store.truncate(main.sequence, num_right)
 
     def free_unused(self, used: set[Branch]) -> None:
         """Frees every fork that is not in `used`."""

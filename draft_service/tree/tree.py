@@ -29,12 +29,12 @@ MIN_PROB = 0.005
 class Walk(NamedTuple):
     """Result of a commit: the first `num_right` tokens of the KV branch of `source` are valid.
 
-    `judged`: (predicted probability, whether it was accepted) of each verified draft token.
+    `verified`: (predicted probability, whether it was accepted) of each verified draft token.
     """
 
     source: DraftBlock
     num_right: int
-    judged: list[tuple[float, bool]]
+    verified: list[tuple[float, bool]]
 
 
 class SpeculationTree:
@@ -50,7 +50,7 @@ class SpeculationTree:
         self,
         buffer: npt.NDArray[np.int64],
         committed_len: int,
-        trunk: Branch,
+        main_branch: Branch,
         *,
         gamma: int,
         ahead_gamma: int,
@@ -68,7 +68,7 @@ class SpeculationTree:
         self._num_root_tokens = 0
         # Cache of `extensions`: most trees do not change in most steps.
         self._extensions: list[Extension] | None = None
-        self.root = self._fresh(trunk)
+        self.root = self._fresh(main_branch)
 
     @property
     def room_for_child(self) -> int:
@@ -255,7 +255,7 @@ class SpeculationTree:
                 f"least 1); max_len is {len(self._buffer)}",
             )
         self._extensions = None
-        judged = self._judged(token_ids)
+        verified = self._verified(token_ids)
         block, position, num_matched = self._walk(token_ids)
         self._buffer[self.committed_len : committed_len] = token_ids
         num_right = self.committed_len + num_matched
@@ -265,19 +265,20 @@ class SpeculationTree:
         if num_matched < len(token_ids) or is_used_up:
             self.root, self._num_root_tokens = self._fresh(block.branch), 0
             # At least the last token is run again: the next one is sampled from its logits.
-            return Walk(block, min(num_right, committed_len - 1), judged)
+            return Walk(block, min(num_right, committed_len - 1), verified)
         self._take_root(block, position)
-        return Walk(block, len(self._buffer), judged)
+        return Walk(block, len(self._buffer), verified)
 
-    def _judged(self, token_ids: Sequence[int]) -> list[tuple[float, bool]]:
-        root, judged = self.root, []
+    def _verified(self, token_ids: Sequence[int]) -> list[tuple[float, bool]]:
+        root, verified = self.root, []
         start = self._num_root_tokens
         drafts = root.token_ids[start : start + len(token_ids)]
         for index, (draft, token_id) in enumerate(zip(drafts, token_ids, strict=False), start):
-            judged.append((root.reach[index + 1] / max(root.reach[index], 1e-9), draft == token_id))
+            prob = root.reach[index + 1] / max(root.reach[index], 1e-9)
+            verified.append((prob, draft == token_id))
             if draft != token_id:
                 break
-        return judged
+        return verified
 
     def _fresh(self, branch: Branch) -> DraftBlock:
         return self._new_block(self.committed_len, self._gamma, branch)

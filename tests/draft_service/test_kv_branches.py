@@ -136,9 +136,9 @@ class Play:
             self.check()
 
     def check(self) -> None:
-        store, trunk = self.engine.store, self.live.sequence
-        assert self.tree.root.branch.sequence is trunk, "the root reads the trunk"
-        is_run = trunk.run_start is not None or not trunk.length
+        store, main = self.engine.store, self.live.sequence
+        assert self.tree.root.branch.sequence is main, "the root is on the main branch"
+        is_run = main.run_start is not None or not main.length
         assert is_run or self.taken is not None, "in place"
         paths: dict[Sequence, list[int]] = {}
         for block in self.tree.blocks():
@@ -232,7 +232,7 @@ def test_longer_blocks_from_now_on_find_room_in_a_branch(pair: Pair) -> None:
     made.end()
 
 
-def test_a_branch_is_cut_if_there_is_no_room_to_copy_it_into_the_trunk(pair: Pair) -> None:
+def test_a_branch_is_cut_if_there_is_no_room_to_copy_it_into_the_main_branch(pair: Pair) -> None:
     """The tokens without room are run again; the KV is right before and after that."""
     made = Play(Engines(pair.draft), 10, 2, 8, 1, 4)
     tree, store = made.tree, made.engine.store

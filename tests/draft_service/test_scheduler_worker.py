@@ -72,14 +72,14 @@ def test_draft_tokens_for_the_prompts_own_round(draft: Draft, truth: Greedy) -> 
 def test_a_foreseen_outcome_is_not_drafted_again(draft: Draft) -> None:
     """The branch is kept with all it has: only what is beyond it is run and told."""
     branch = draft.proposals(opening(1))[-1]
-    trunk = draft.engine.passes[0][0].sequence
+    main = draft.engine.passes[0][0].sequence
     end = branch.base_len + len(branch.token_ids)
     draft.engine.passes.clear()
     proposed = draft.proposals(draft.commit(1, branch.assumed_token_ids))
     assert proposed, "it is drafted on from"
     assert all(proposal.base_len > branch.base_len for proposal in proposed)
     for fed in (fed for parts in draft.engine.passes for fed in parts):
-        if fed.sequence is trunk:
+        if fed.sequence is main:
             assert fed.start >= end - 1, "its last token at most: that draws the guess"
         elif fed.start < end:
             assert fed.token_ids != [branch.token_ids[fed.start - branch.base_len]]

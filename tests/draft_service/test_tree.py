@@ -99,7 +99,7 @@ def test_what_was_drawn_without_look_ahead_is_led_on_from() -> None:
     made.draft(4)
     assert not made.drawable()
     walk = made.tree.commit(made.drawn[made.tree.root][:1], 3, 3, 3)
-    assert walk.judged == [(1, True)]
+    assert walk.verified == [(1, True)]
     (guess,) = made.drawable()
     assert guess is made.tree.root
     assert made.tree.extensions()[0].prob == 1

@@ -166,7 +166,7 @@ class Play:
         assert len(found) <= 1, "each path exists once"
         was_complete = found != [] and found[0].is_complete
         walk = self.tree.commit(new, len(self.committed), gamma, ahead_gamma)
-        self.check_judged(walk.judged, root, new, num_known)
+        self.check_verified(walk.verified, root, new, num_known)
         assert walk.source in former
         held = near(self.committed, self.path(walk.source))
         assert held == max(near(self.committed, self.path(block)) for block in former)
@@ -197,16 +197,16 @@ class Play:
         self.send(due)
         assert self.tree.updates() == []
 
-    def check_judged(
-        self, judged: list[tuple[float, bool]], root: DraftBlock, new: list[int], num_known: int
+    def check_verified(
+        self, verified: list[tuple[float, bool]], root: DraftBlock, new: list[int], num_known: int
     ) -> None:
         """The root's verified tokens: those accepted, and the rejected one."""
         drafts = self.path(root)[num_known:]
         num_accepted = near(drafts, new)
         is_rejected = num_accepted < min(len(drafts), len(new))
         expected = [True] * num_accepted + [False] * is_rejected
-        assert [is_accepted for _, is_accepted in judged] == expected
-        assert all(0 <= prob <= LIMIT for prob, _ in judged)
+        assert [is_accepted for _, is_accepted in verified] == expected
+        assert all(0 <= prob <= LIMIT for prob, _ in verified)
 
     def path(self, block: DraftBlock) -> list[int]:
         return [*self.before[block], *self.drawn[block]]
