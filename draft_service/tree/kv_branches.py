@@ -53,7 +53,7 @@ class KVBranches:
     def settle(self, winner: Branch, num_right: int) -> None:
         """Makes `winner` the main branch, with its first `num_right` tokens.
 
-        The winner's own tokens, which are few, are copied into the session's sequence. So that stays
+        The winner's own tokens, which are few, are copied into the session's sequence. So it stays
         one run of memory, which attention reads in place. Tokens without KV room are dropped; they
         are run again later.
         """

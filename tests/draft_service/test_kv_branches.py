@@ -1,6 +1,6 @@
-"""Forks of a generation on a real engine: whatever is forked, committed or pruned, KV is right.
+"""KV branches on a real engine: the KV is right whatever is forked, committed or pruned.
 
-Each strand is compared with an engine of its own that is fed the strand's tokens and nothing else.
+Each branch is compared with an engine of its own that runs the branch's tokens and nothing else.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ gammas = st.integers(0, MAX_GAMMA)
 
 
 class Engines:
-    """The one under test, and one that shares nothing."""
+    """The engine under test, and one without forks."""
 
     def __init__(self, directory: Path) -> None:
         options = EngineOptions(str(directory), dtype="float32", kv_cache_tokens=2048)
         self.tested, self.plain = load_engine(options), load_engine(options)
 
     def check(self, held: dict[Sequence, list[int]]) -> None:
-        """Every sequence goes on as one that was fed these tokens from the start."""
+        """Checks that every sequence continues like one that ran these tokens from the start."""
         store, probe = self.tested.store, 7
         store.check_integrity()
         forks, fresh = [], []
@@ -60,8 +60,7 @@ class Engines:
 
 @dataclass
 class Play:
-    """A generation with any tokens drawn and any openings; `num_taken` tokens of memory are not
-    its own."""
+    """A generation with random tokens and openings; `num_taken` tokens of KV are used elsewhere."""
 
     engines: Engines
     prompt_len: int
@@ -97,7 +96,7 @@ class Play:
         return waited + [o.block for o in self.tree.extensions() if not o.opens]
 
     def step(self, blocks: list[DraftBlock]) -> None:
-        """A token for each of them that there is room for, in one pass."""
+        """Samples a token for each block that has room, in one pass."""
         blocks = [block for block in blocks if self.drafting.has_room(block)]
         rows = [DraftRow(self.drafting, block) for block in blocks]
         assert all(row.num_pending >= 1 for row in rows), "there is something to run"
@@ -114,7 +113,7 @@ class Play:
             assert self.engine.store.used_tokens == used
 
     def draft(self, num_actions: int) -> None:
-        """Steps of some of the rows there are, and openings of some of the offers."""
+        """Runs some of the rows and opens some of the alternatives."""
         for _ in range(num_actions):
             rows, openings = self.rows(), [o for o in self.tree.extensions() if o.opens]
             if openings and (not rows or self.prob.random() < 0.5):
@@ -124,7 +123,7 @@ class Play:
                 self.step([rows[i] for i in self.prob.permutation(len(rows))[:count]])
 
     def commit(self, share: float, num_other: int, gamma: int, ahead_gamma: int) -> None:
-        """Along a path of the tree for a share of it, then any tokens."""
+        """Commits a share of a path of the tree, then random tokens."""
         blocks = list(self.tree.blocks())
         path = self.tree.tokens(blocks[self.prob.integers(len(blocks))], self.tree.committed_len)
         others = self.prob.integers(VOCAB_SIZE, size=num_other).tolist()
@@ -146,7 +145,7 @@ class Play:
             if len(path) > len(paths.get(block.branch.sequence, [])):
                 paths[block.branch.sequence] = path
         is_taken = self.taken is not None
-        assert store.num_sequences == len(paths) + is_taken, "a strand a line, none forgotten"
+        assert store.num_sequences == len(paths) + is_taken, "one per branch, none leaked"
         if self.taken is not None:  # else there may be no room for the forks of the check
             store.free(self.taken)
         self.engines.check({s: path[: s.length] for s, path in paths.items() if s.length})
@@ -172,8 +171,8 @@ rounds = st.lists(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_taken", [0, 1840])
-def test_every_strand_holds_its_own_tokens(num_taken: int, pair: Pair) -> None:
-    """Whatever was drafted, foreseen or not; with little memory there are fewer branches."""
+def test_every_branch_has_the_kv_of_its_own_tokens(num_taken: int, pair: Pair) -> None:
+    """For any drafts and commits. With little memory there are fewer branches."""
     engines = Engines(pair.draft)
     seen = Counter[str]()
 
@@ -212,8 +211,8 @@ def test_every_strand_holds_its_own_tokens(num_taken: int, pair: Pair) -> None:
     assert (seen["full"] > 0) == (num_taken > 0), seen
 
 
-def test_longer_blocks_from_now_on_find_room_in_a_branch(pair: Pair) -> None:
-    """Found so: a branch forked for short blocks was continued by a longer one, beyond its room."""
+def test_a_branch_has_room_for_blocks_that_became_longer(pair: Pair) -> None:
+    """Regression: a longer block continued a branch beyond the room it was forked with."""
     made = Play(Engines(pair.draft), 4, 3, 1, 2, 4)
     drafting, tree = made.drafting, made.tree
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Which rows a draft step takes: what is waited for, the likeliest of what is not, within costs."""
+"""Row budget: needed rows, then the most likely extensions, within the step costs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def budgets(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Budgets:
     return Budgets(engine, clock)
 
 
-def test_rows_that_are_free_are_taken(budgets: Budgets) -> None:
+def test_rows_that_take_no_time_are_all_taken(budgets: Budgets) -> None:
     budget = budgets.of(FLAT)
     assert budget.num_rows(0) == (0, MAX_BRANCHES)
     waiting, total = budget.num_rows(20)
@@ -53,15 +53,15 @@ def test_rows_that_are_free_are_taken(budgets: Budgets) -> None:
     assert 20 < total <= 20 + MAX_BRANCHES
 
 
-def test_rows_that_cost_are_left_to_those_who_wait(budgets: Budgets) -> None:
-    """The more wait, the less is drafted ahead; then they fall into cohorts."""
+def test_rows_that_take_time_are_for_waiting_generations(budgets: Budgets) -> None:
+    """The more generations wait, the less is drafted ahead; then they are served in batches."""
     budget = budgets.of(BY_ROWS)
     assert budget.num_rows(3) == (3, 3)
     assert budget.num_rows(8) == (8, 8)
     assert budget.num_rows(100) == (8, 8)
 
 
-def test_what_is_ahead_fills_no_more_than_a_round(budgets: Budgets) -> None:
+def test_drafting_ahead_takes_at_most_a_round(budgets: Budgets) -> None:
     for round_s, fewest, most in ((0.01, 1, 1), (0.1, 8, 16), (10.0, MAX_BRANCHES, MAX_BRANCHES)):
         budget = budgets.of(BY_ROWS)
         for _ in range(100):
@@ -71,7 +71,7 @@ def test_what_is_ahead_fills_no_more_than_a_round(budgets: Budgets) -> None:
         assert fewest <= total <= most
 
 
-def test_a_pause_is_no_long_round(budgets: Budgets) -> None:
+def test_a_pause_does_not_count_as_a_long_round(budgets: Budgets) -> None:
     budget = budgets.of(BY_ROWS)
     for _ in range(100):
         budget.observe_round(0.01, 4)
@@ -87,7 +87,7 @@ def test_no_branches_means_none(seconds: dict[str, float], budgets: Budgets) -> 
         assert total == waiting
 
 
-def test_unmeasured_costs_hold_nobody_back() -> None:
+def test_without_measured_costs_all_rows_are_taken() -> None:
     assert RowBudget(StepCosts(), 4).num_rows(30) == (30, 34)
 
 
@@ -97,7 +97,7 @@ class Owner:
 
 
 def owner(*chances: float, fan_out: int = 8) -> Owner:
-    """Its prompt is run and the next token guessed: so likely are the outcomes."""
+    """An owner whose prompt was run; `chances`: probabilities of the next token."""
     tree = SpeculationTree(
         np.zeros(64, np.int64),
         4,
@@ -112,7 +112,7 @@ def owner(*chances: float, fan_out: int = 8) -> Owner:
 
 
 def taken(owners: dict[str, Owner], num_rows: int) -> list[float]:
-    """The chances of the rows, opening what is to be opened."""
+    """The probabilities of the rows; opens the alternatives."""
     rows = []
     for made, extension in best_extensions(owners, num_rows):
         rows.append(round(extension.prob, 6))
@@ -121,7 +121,7 @@ def taken(owners: dict[str, Owner], num_rows: int) -> list[float]:
     return rows
 
 
-def test_the_likeliest_of_all_trees_come_first() -> None:
+def test_the_most_likely_of_all_trees_come_first() -> None:
     owners = {"a": owner(0.6, 0.2, 0.1), "b": owner(0.5, 0.4, 0.05)}
     assert taken(owners, 4) == [0.6, 0.5, 0.4, 0.2]
     assert [len(made.tree.root.children) for made in owners.values()] == [2, 2]
@@ -129,18 +129,18 @@ def test_the_likeliest_of_all_trees_come_first() -> None:
     assert taken(owners, 100) == [0.6, 0.5, 0.4, 0.2, 0.1, 0.05]
 
 
-def test_fan_out_is_kept_within_a_step() -> None:
+def test_fan_out_limits_the_openings_of_a_step() -> None:
     assert taken({"a": owner(0.5, 0.3, 0.2, fan_out=2)}, 9) == [0.5, 0.3]
 
 
-def test_what_is_unlikely_is_not_drafted() -> None:
+def test_unlikely_extensions_are_not_drafted() -> None:
     owners = {"a": owner(0.6, 0.004), "b": owner(0.003, 0.002)}
     assert taken(owners, 9) == [0.6]
-    assert list(owners) == ["a"], "nobody looks at it again before something changes"
-    assert taken({"a": owner(0.02, 0.01)}, 9) == [], "a whole pass for that little"
+    assert list(owners) == ["a"], "it is not considered again until something changes"
+    assert taken({"a": owner(0.02, 0.01)}, 9) == [], "a whole pass would not pay"
 
 
-def test_owners_with_nothing_to_draft_are_let_go() -> None:
+def test_owners_with_nothing_to_draft_are_removed() -> None:
     done = owner(0.6)
     done.tree.open(done.tree.root, done.tree.root.branch)
     (child,) = done.tree.root.children.values()

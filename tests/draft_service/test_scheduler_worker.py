@@ -23,7 +23,7 @@ def positions(passes: list[list[Fed]]) -> list[int]:
 
 
 def test_several_outcomes_are_drafted_ahead(draft: Draft, truth: Greedy) -> None:
-    """Each as the draft goes on from there itself; the likeliest first."""
+    """Each block is the draft's greedy continuation; the most likely outcome is first."""
     proposals = draft.proposals(opening(1))
     assert 1 < len(proposals) <= 4
     assert [p.base_len for p in proposals] == [len(PROMPT) + 1] * len(proposals)
@@ -34,7 +34,7 @@ def test_several_outcomes_are_drafted_ahead(draft: Draft, truth: Greedy) -> None
 
 
 def test_outcomes_of_a_round_with_drafts(draft: Draft, truth: Greedy) -> None:
-    """Rejections at every place and the bonus, while the round is under way."""
+    """Rejections at several positions, and the bonus token, during the round."""
     first = draft.proposals(opening(1, fan_out=16))[0]
     ahead = draft.proposals(draft.commit(1, first.assumed_token_ids))
     kept = [len(PROMPT) + 1 + n for n in range(1, 5)]
@@ -54,7 +54,7 @@ def test_fan_out_one_is_a_chain(draft: Draft, truth: Greedy) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"lookahead": 0}, {"ahead_gamma": 0}, {"fan_out": 0}])
-def test_nothing_ahead_where_none_is_wanted(
+def test_nothing_is_drafted_ahead_if_not_asked_for(
     fields: dict[str, Any], draft: Draft, truth: Greedy
 ) -> None:
     assert draft.proposals(opening(1, **fields)) == []
@@ -64,13 +64,13 @@ def test_nothing_ahead_where_none_is_wanted(
 
 
 def test_draft_tokens_for_the_prompts_own_round(draft: Draft, truth: Greedy) -> None:
-    """Found so: gamma of an open was passed over."""
+    """Regression: gamma of an open was ignored."""
     proposals = draft.proposals(opening(1, gamma=2, lookahead=0))
     assert [(p.base_len, list(p.token_ids)) for p in proposals] == [(len(PROMPT), truth(PROMPT, 2))]
 
 
 def test_a_foreseen_outcome_is_not_drafted_again(draft: Draft) -> None:
-    """The branch is kept with all it has: only what is beyond it is run and told."""
+    """The branch keeps its KV: only tokens after it are run and sent."""
     branch = draft.proposals(opening(1))[-1]
     main = draft.engine.passes[0][0].sequence
     end = branch.base_len + len(branch.token_ids)
@@ -85,7 +85,7 @@ def test_a_foreseen_outcome_is_not_drafted_again(draft: Draft) -> None:
             assert fed.token_ids != [branch.token_ids[fed.start - branch.base_len]]
 
 
-def test_an_unforeseen_outcome_drops_all(draft: Draft, truth: Greedy) -> None:
+def test_an_unforeseen_outcome_drops_all_branches(draft: Draft, truth: Greedy) -> None:
     proposals = draft.proposals(opening(1))
     other = next(t for t in range(256) if t not in {p.assumed_token_ids[0] for p in proposals})
     commit = draft.commit(1, [other, 9])
@@ -98,7 +98,7 @@ def test_an_unforeseen_outcome_drops_all(draft: Draft, truth: Greedy) -> None:
 
 
 def test_stale_drafting_stops_within_a_step(draft: Draft) -> None:
-    """A commit in the midst of drafting: the very next pass is for what is committed."""
+    """A commit during drafting: the next pass runs the committed tokens."""
     draft.step(opening(1, lookahead=4, ahead_gamma=16, fan_out=8))
     for _ in range(10):
         draft.step()
@@ -108,8 +108,8 @@ def test_stale_drafting_stops_within_a_step(draft: Draft) -> None:
     assert draft.engine.store.num_sequences == 1
 
 
-def test_a_commit_that_wants_less_completes_the_branch(draft: Draft, truth: Greedy) -> None:
-    """What is half drafted is told at once where it is all that is wanted."""
+def test_a_commit_with_smaller_gamma_completes_the_branch(draft: Draft, truth: Greedy) -> None:
+    """A half-drafted block is sent at once if it has as many tokens as asked for."""
     draft.step(opening(1, ahead_gamma=8, fan_out=1))
     draft.step()
     draft.step()
@@ -121,8 +121,8 @@ def test_a_commit_that_wants_less_completes_the_branch(draft: Draft, truth: Gree
     assert draft.run() == []
 
 
-def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> None:
-    """Blocks with supports: most are drafted in vain, and would be most of what the draft sends."""
+def test_an_unlikely_block_with_supports_is_sent_when_a_commit_leads_to_it(draft: Draft) -> None:
+    """Most such blocks are never used, and would be most of the draft's traffic."""
     fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "gamma": 3}
     proposals = draft.proposals(opening(1, **fields))
     assert all(proposal.supports for proposal in proposals)
@@ -135,20 +135,20 @@ def test_what_is_unlikely_and_heavy_is_told_when_it_comes_true(draft: Draft) -> 
     assert (list(proposal.assumed_token_ids), len(proposal.token_ids)) == ([], 3)
     assert proposal.base_len == len(PROMPT) + len(kept[-1])
     assert len(proposal.supports or ()) == 3
-    assert draft.engine.passes == [], "it was there"
-    assert draft.run() == [], "and is told once"
+    assert draft.engine.passes == [], "it was drafted already"
+    assert draft.run() == [], "and is sent once"
 
 
-def test_over_a_long_link_all_is_told_at_once(draft: Draft) -> None:
-    """A hop costs more than the bytes there."""
+def test_over_a_long_link_all_blocks_are_sent_at_once(draft: Draft) -> None:
+    """There a hop costs more than the bytes."""
     fields = {"sampling": {"temperature": 1.0}, "fan_out": 16, "tells_unlikely": True}
     proposals = draft.proposals(opening(1, **fields))
     proposed = {tuple(proposal.assumed_token_ids) for proposal in proposals}
     assert proposed == set(draft.drafted(1))
 
 
-def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
-    """Nothing is drafted or told; then many tokens come at once."""
+def test_drafting_stops_at_gamma_0_and_starts_again(draft: Draft, truth: Greedy) -> None:
+    """Nothing is drafted or sent; then many tokens are committed at once."""
     draft.proposals(opening(1))
     draft.engine.passes.clear()
     assert draft.proposals(draft.commit(1, [9], gamma=0, ahead_gamma=0)) == []
@@ -159,8 +159,8 @@ def test_gamma_0_is_quiet_and_comes_back(draft: Draft, truth: Greedy) -> None:
     assert list(proposed[0].token_ids) == truth([*PROMPT, 9, *many], 3)
 
 
-def test_no_branches_at_all_come_to_an_end(engine: Engine, clock: Clock, truth: Greedy) -> None:
-    """Found so: with max_branches 0 the device thread span for ever over what it may not draft."""
+def test_without_branches_the_work_ends(engine: Engine, clock: Clock, truth: Greedy) -> None:
+    """Regression: with max_branches 0 the device thread never stopped looking for rows."""
     draft = Draft(engine, clock, max_branches=0)
     assert draft.proposals(opening(1)) == []
     (proposal,) = draft.proposals(draft.commit(1, [9]))
@@ -168,8 +168,8 @@ def test_no_branches_at_all_come_to_an_end(engine: Engine, clock: Clock, truth: 
     draft.close()
 
 
-def test_it_ends_idle_whatever_is_wanted(draft: Draft) -> None:
-    """Everything drafted, a full context, a vocabulary of one token: no work is left."""
+def test_the_work_ends_whatever_is_asked_for(draft: Draft) -> None:
+    """Everything drafted, a full context, or one allowed token: no work is left."""
     draft.run(opening(1, lookahead=4, fan_out=64, ahead_gamma=8, max_len=40))
     draft.run(opening(2, lookahead=4, sampling={"allowed_token_ids": (7,)}))
     draft.run(opening(3, max_len=len(PROMPT) + 2))
@@ -180,8 +180,8 @@ def test_it_ends_idle_whatever_is_wanted(draft: Draft) -> None:
     assert draft.engine.passes == []
 
 
-def test_those_who_wait_are_served_in_cohorts_and_first(engine: Engine, clock: Clock) -> None:
-    """Where rows cost: the oldest eight until they have their tokens, then the next."""
+def test_needed_rows_are_served_first_and_in_batches(engine: Engine, clock: Clock) -> None:
+    """If rows take time: the oldest eight until they have their tokens, then the next."""
     draft = Draft(engine, clock, token_s=0.001)
     numbers = list(range(1, 21))
     for number in numbers:
@@ -199,12 +199,12 @@ def test_those_who_wait_are_served_in_cohorts_and_first(engine: Engine, clock: C
     assert max(len(fed) for fed in draft.engine.passes) == 8
     waited = [fed.start for fed in draft.engine.passes[0]]
     assert waited == [len(PROMPT)] * 8, "the committed tokens, and nothing ahead"
-    assert len(draft.engine.passes) == 9, "three cohorts of three tokens"
+    assert len(draft.engine.passes) == 9, "three batches of three tokens"
     draft.close()
 
 
 def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) -> None:
-    """Branches are the first to go; who had them goes on all the same."""
+    """Branches are freed first; their generation goes on."""
     draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
     assert draft.engine.store.used_tokens > KV_TOKENS - 512
     events = draft.run(opening(2, [2] * 700, max_len=800))
@@ -218,7 +218,7 @@ def test_a_new_session_gets_the_room_of_branches(draft: Draft, truth: Greedy) ->
         assert list(proposed[0].token_ids) == truth([*context, 9], 3)
 
 
-def test_branches_stay_where_their_room_would_not_be_enough(draft: Draft) -> None:
+def test_branches_stay_if_their_room_would_not_be_enough(draft: Draft) -> None:
     draft.run(opening(1, max_len=400, lookahead=4, ahead_gamma=16, fan_out=16))
     before = draft.drafted(1)
     assert len(before) > 3
@@ -229,8 +229,8 @@ def test_branches_stay_where_their_room_would_not_be_enough(draft: Draft) -> Non
     draft.engine.store.free(taken)
 
 
-def test_branches_go_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
-    """That of the oldest commit first, and no other where it is enough."""
+def test_branches_are_freed_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
+    """The tree of the oldest commit first, and no other if it is enough."""
     for number in (1, 2):
         draft.run(opening(number, max_len=120, lookahead=1, ahead_gamma=3, fan_out=8))
         clock.now += 1.0
@@ -247,10 +247,10 @@ def test_branches_go_a_tree_at_a_time(draft: Draft, clock: Clock) -> None:
     draft.run()
 
 
-def test_the_session_opened_last_loses_its_room_to_one_that_grows(
+def test_the_session_opened_last_is_preempted_by_one_that_grows(
     draft: Draft, truth: Greedy
 ) -> None:
-    """It is told so, and the others are drafted for to their ends."""
+    """It fails with KV_FULL; the others are drafted for to their end."""
     numbers, context = (1, 2, 3), {n: [n] * 300 for n in (1, 2, 3)}
     for number in numbers:
         draft.run(opening(number, context[number], max_len=800, lookahead=0))
@@ -271,7 +271,7 @@ def test_the_session_opened_last_loses_its_room_to_one_that_grows(
 
 
 def test_full_memory_costs_branches_only(draft: Draft, truth: Greedy) -> None:
-    """Without a page for forks: the chain in place is drafted, and nothing fails."""
+    """Without a page for forks, the chain on the main branch is drafted, and nothing fails."""
     taken = draft.engine.store.open(KV_TOKENS - 16)
     proposed = draft.proposals(opening(1, max_len=128, fan_out=8))
     assert [list(p.token_ids) for p in proposed] == [truth(PROMPT, 4)[1:]]
@@ -307,7 +307,7 @@ def test_a_bad_commit_ends_its_generation_alone(
 
 
 def test_an_absurd_lookahead_is_refused(draft: Draft) -> None:
-    """Found so: a line of certain tokens grew deeper than the interpreter's stack."""
+    """Regression: a chain of certain tokens grew deeper than the interpreter's stack."""
     events = draft.run(
         opening(1, lookahead=2**32 - 1, ahead_gamma=1, max_len=900,
                 sampling={"allowed_token_ids": (7,)}),

@@ -1,4 +1,4 @@
-"""Where a function of uniforms changes its answer, by bisection; its text is not looked at."""
+"""Finds by bisection where a function of uniforms changes its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cells(
 ) -> list[tuple[float, list[float]]]:
     """Boxes of the unit cube on which `decide` is constant: their volume and a point of each.
 
-    One uniform after the other is cut where the answers change, given the cells of those before.
+    Each uniform is cut where the results change, given the cells of those before it.
     """
     boxes: list[tuple[float, list[float]]] = [(1.0, [])]
     for i in range(num_uniforms):
@@ -33,7 +33,7 @@ def cells(
 def _intervals(
     decide: Callable[[Sequence[float]], Any], head: list[float], num_left: int
 ) -> list[tuple[float, float]]:
-    """Where [0, 1) must be cut, judged at several settings of the uniforms still to come."""
+    """Where [0, 1) must be cut, found at several settings of the later uniforms."""
     probes = _probes(num_left)
 
     def answer(value: float, probe: list[float]) -> Any:

@@ -1,9 +1,9 @@
-"""Laws of small models by exhaustive enumeration: nothing here knows how verification decides.
+"""Output distributions of small models by exhaustive enumeration, for any verification function.
 
-A case is a pair of tables, context -> distribution. `emitted_law` runs the function under test at
-a representative of every cell of its accept uniforms, and finds the cells by bisecting its answers.
-What it does with Gumbel noise is measured the same way: the weights that it adds the noise to are
-where its answers flip, and by the Gumbel-max theorem they are the law.
+A case is a pair of tables, context -> distribution. `emitted_distribution` runs the function under
+test at a point of every cell of its accept uniforms, and finds the cells by bisecting its results.
+Its use of Gumbel noise is measured the same way: where its results flip gives the weights that it
+adds the noise to. By the Gumbel-max theorem they are the distribution.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _GUMBELS = np.random.default_rng(3).gumbel(size=(3, 16))
 
 
 def up_to_the_bad_one(block: Context, bad: int) -> Context:
-    """The first bad token is the last one judged: its own position has logits."""
+    """The tokens up to the first bad one: its own position has logits."""
     return block[: block.index(bad) + 1]
 
 
@@ -46,7 +46,7 @@ class Case:
     """`target[context]` float64 [vocab]; `draft[context]`; contexts up to length γ.
 
     `bad`: a token that the target cannot run; it has no logits for any position after it.
-    `judged(block, bad)`: the tokens of the block that are verified where it has the bad one.
+    `verified(block, bad)`: the verified tokens of a block that contains the bad one.
     """
 
     vocab_size: int
@@ -54,13 +54,13 @@ class Case:
     target: Mapping[Context, Floats]
     draft: Mapping[Context, Support]
     bad: int | None = None
-    judged: Callable[[Context, int], Context] = up_to_the_bad_one
+    verified: Callable[[Context, int], Context] = up_to_the_bad_one
 
     def block(self, draft_tokens: Context) -> Context:
-        """What is judged of them."""
+        """The verified ones among the draft tokens."""
         if self.bad is None or self.bad not in draft_tokens:
             return draft_tokens
-        return self.judged(draft_tokens, self.bad)
+        return self.verified(draft_tokens, self.bad)
 
     def has_bonus(self, block: Context) -> bool:
         return self.bad not in block and len(block) in (0, self.gamma)
@@ -81,7 +81,7 @@ def random_case(
     no_tail: bool = False,
     concentration: float = 1.0,
 ) -> Case:
-    """Dirichlet rows for every context; `target_zeros` is the chance that a token is ruled out."""
+    """Dirichlet rows for every context; `target_zeros`: probability that a token is excluded."""
     rng = np.random.default_rng(seed)
     target, draft = {}, {}
     for context in contexts(vocab_size, gamma):
@@ -109,8 +109,8 @@ def _target_row(
     return np.asarray(row / row.sum())
 
 
-def target_law(case: Case) -> Floats:
-    """The joint law of γ + 1 tokens, [vocab] * (γ + 1)."""
+def target_distribution(case: Case) -> Floats:
+    """The target's joint distribution of γ + 1 tokens, [vocab] * (γ + 1)."""
     law = np.zeros((case.vocab_size,) * (case.gamma + 1))
     for sequence in itertools.product(range(case.vocab_size), repeat=case.gamma + 1):
         law[sequence] = _continuation(case, sequence, 0)
@@ -124,18 +124,18 @@ def _continuation(case: Case, sequence: Context, start: int) -> float:
     )
 
 
-def emitted_law(verify: Verify, case: Case) -> tuple[Floats, float]:
-    """The law of accepted, next and then the target's own tokens, γ + 1 in all; mean accepted."""
+def emitted_distribution(verify: Verify, case: Case) -> tuple[Floats, float]:
+    """Distribution of γ + 1 tokens: accepted, next, then the target's own; and mean accepted."""
     law = np.zeros((case.vocab_size,) * (case.gamma + 1))
     mean_accepted = 0.0
     prefixes: dict[Context, float] = {}
     for draft_tokens, chance in _drafts(case):
-        for verdict, share in _verdicts(verify, case, case.block(draft_tokens)).items():
-            following = () if verdict.next_token is None else (verdict.next_token,)
-            prefix = (*draft_tokens[: verdict.num_accepted], *following)
+        for outcome, share in _outcomes(verify, case, case.block(draft_tokens)).items():
+            following = () if outcome.next_token is None else (outcome.next_token,)
+            prefix = (*draft_tokens[: outcome.num_accepted], *following)
             assert NO_TOKEN not in prefix, f"emitted a token from nowhere at {draft_tokens}"
             prefixes[prefix] = prefixes.get(prefix, 0.0) + chance * share
-            mean_accepted += chance * share * verdict.num_accepted
+            mean_accepted += chance * share * outcome.num_accepted
     for prefix, chance in prefixes.items():
         missing = case.gamma + 1 - len(prefix)
         for rest in itertools.product(range(case.vocab_size), repeat=missing):
@@ -143,10 +143,10 @@ def emitted_law(verify: Verify, case: Case) -> tuple[Floats, float]:
     return law, mean_accepted
 
 
-def law_error(verify: Verify, case: Case) -> float:
-    """The largest difference to the target's law over all sequences of γ + 1 tokens."""
-    law, _ = emitted_law(verify, case)
-    return float(np.abs(law - target_law(case)).max())
+def distribution_error(verify: Verify, case: Case) -> float:
+    """Largest difference to the target's distribution over all sequences of γ + 1 tokens."""
+    law, _ = emitted_distribution(verify, case)
+    return float(np.abs(law - target_distribution(case)).max())
 
 
 def mean_accepted(verify: Verify, case: Case) -> float:
@@ -177,7 +177,7 @@ def _drafts(case: Case) -> Iterator[tuple[Context, float]]:
 
 
 def silence(position: int, token_ids: npt.NDArray[np.int64]) -> Floats:
-    """No noise: what is recovered is the likeliest, and does not matter."""
+    """No noise: for tests in which the recovered token does not matter."""
     return np.zeros(len(token_ids))
 
 
@@ -196,8 +196,8 @@ def _evidence(
     return supports, VerifyInput(on_support, np.array(tail), np.array(of_samples), samples)
 
 
-def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, float]]]:
-    """Each sample's tokens and chances: outside the support at i < γ, everywhere at γ."""
+def _sample_distributions(case: Case, draft_tokens: Context) -> list[list[tuple[int, float]]]:
+    """Each sample's tokens and probabilities: outside the support at i < γ, everywhere at γ."""
     laws, gamma = [], len(draft_tokens)
     for i in range(gamma + case.has_bonus(draft_tokens)):
         row = case.target[draft_tokens[:i]].copy()
@@ -212,8 +212,8 @@ def _sample_laws(case: Case, draft_tokens: Context) -> list[list[tuple[int, floa
     return laws
 
 
-def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[VerifyOutcome, float]:
-    laws = _sample_laws(case, draft_tokens)
+def _outcomes(verify: Verify, case: Case, draft_tokens: Context) -> dict[VerifyOutcome, float]:
+    laws = _sample_distributions(case, draft_tokens)
     first = [draws[0][0] for draws in laws]
     block = (draft_tokens, *_evidence(case, draft_tokens, first))
     verdicts: dict[VerifyOutcome, float] = {}
@@ -230,17 +230,17 @@ def _verdicts(verify: Verify, case: Case, draft_tokens: Context) -> dict[VerifyO
                     case.target[draft_tokens[:at]][t] for t, _ in laws[at] if t >= 0
                 )
                 found = _recovered(verify, told, at, outside)
-            for verdict, share in found.items():
-                assert verdict.num_accepted == at, "noise must not decide what is accepted"
-                verdicts[verdict] = verdicts.get(verdict, 0.0) + volume * chance * share
+            for outcome, share in found.items():
+                assert outcome.num_accepted == at, "noise must not decide what is accepted"
+                verdicts[outcome] = verdicts.get(outcome, 0.0) + volume * chance * share
     return verdicts
 
 
 def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[VerifyOutcome, float]:
-    """The law of the verdict given the sample of position `at`, over the noise.
+    """Distribution of the outcome over the noise, given the sample of position `at`.
 
-    On the support noise is standard Gumbel. That of the sample is not, for it has won a race: its
-    log p + noise is a Gumbel variable that is shifted by the log of all the mass `outside`.
+    On the support the noise is standard Gumbel. The sample's is not, because it is a maximum: its
+    log p + noise is a Gumbel variable shifted by the log of all the mass `outside`.
     """
     support, evidence = told[1][at], told[2]
     sample, logprob = evidence.samples[at], evidence.tail_logprobs[at]
@@ -252,9 +252,9 @@ def _recovered(verify: Verify, told: Any, at: int, outside: float) -> dict[Verif
 
 
 def _weights(verify: Verify, told: Any, at: int, tokens: Sequence[int]) -> dict[int, float]:
-    """What the function adds the noise of position `at` to, up to a common factor; without zeros.
+    """Weights that the function adds the noise of position `at` to, up to a factor; without zeros.
 
-    Tokens a and b of noise 0 and d change places where d is the log of the ratio of their weights.
+    Tokens a and b with noise 0 and d swap where d is the log of the ratio of their weights.
     """
 
     def winner(noise: Mapping[int, float]) -> int:

@@ -1,8 +1,8 @@
-"""Losslessness by enumeration: the law of what is emitted is the target's own within 1e-12.
+"""Exactness by enumeration: the output distribution equals the target's within 1e-12.
 
-Every draft, every sample of the target and every cell of the uniforms is enumerated, and the law
-over the noise is computed from the weights it is added to; cells and weights are found by bisecting
-the function's answers (`laws.py`), so that nothing is taken from its text.
+Every draft, every sample of the target and every cell of the uniforms is enumerated. The
+distribution over the noise is computed from the weights that the noise is added to. Cells and
+weights are found by bisecting the function's results (`laws.py`), independently of its code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .laws import (
     NO_TOKEN,
     Case,
     Verify,
-    emitted_law,
-    law_error,
+    distribution_error,
+    emitted_distribution,
     mean_accepted,
     random_case,
     silence,
-    target_law,
+    target_distribution,
 )
 
 _EXACT = 1e-12
@@ -55,13 +55,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
 @_both
 @pytest.mark.parametrize("shape", _SHAPES)
 @pytest.mark.parametrize(("vocab_size", "gamma", "num_cases"), [(3, 1, 10), (3, 2, 5), (4, 2, 2)])
-def test_the_law_is_the_targets(
+def test_the_output_distribution_is_the_targets(
     verify: Verify, shape: str, vocab_size: int, gamma: int, num_cases: int
 ) -> None:
     """Random tables depending on the whole context, with supports and zeros of every kind."""
     for seed in range(num_cases):
         case = random_case(seed, vocab_size, gamma, **_SHAPES[shape])
-        assert law_error(verify, case) < _EXACT, f"seed {seed}"
+        assert distribution_error(verify, case) < _EXACT, f"seed {seed}"
 
 
 @_both
@@ -73,63 +73,65 @@ def test_the_law_is_the_targets(
         for shape in ("full support", "truncated", "truncated, zeros", "no tail, zeros")
     ],
 )
-def test_the_law_is_the_targets_for_larger_blocks(
+def test_the_output_distribution_is_the_targets_for_larger_blocks(
     verify: Verify, vocab_size: int, gamma: int, shape: str
 ) -> None:
     """As above with five tokens, and with three draft tokens."""
     case = random_case(100, vocab_size, gamma, **_SHAPES[shape])
-    assert law_error(verify, case) < _EXACT
+    assert distribution_error(verify, case) < _EXACT
 
 
 @_both
 @pytest.mark.parametrize("shape", ["full support", "truncated", "truncated, zeros"])
 def test_a_block_with_a_token_that_the_target_cannot_run(verify: Verify, shape: str) -> None:
-    """It is judged up to that token, which ends it, wherever it stands; nothing follows it."""
+    """It is verified up to that token, at any position; no token follows."""
     for seed in range(4):
         case = random_case(200 + seed, 3, 2, **_SHAPES[shape])
         for bad in range(3):
-            assert law_error(verify, replace(case, bad=bad)) < _EXACT, f"seed {seed}, bad {bad}"
+            assert distribution_error(verify, replace(case, bad=bad)) < _EXACT, (
+                f"seed {seed}, bad {bad}"
+            )
 
 
 @_both
 def test_a_long_block_with_a_token_that_the_target_cannot_run(verify: Verify) -> None:
     case = random_case(104, 3, 3, full_support=True)
-    assert law_error(verify, replace(case, bad=1)) < _EXACT
+    assert distribution_error(verify, replace(case, bad=1)) < _EXACT
 
 
 @_both
 def test_equal_models_accept_everything(verify: Verify) -> None:
-    """A draft that is the target loses no token, and the law is still exact."""
+    """A draft that is the target loses no token, and the distribution is exact."""
     case = random_case(7, 3, 2, full_support=True)
     target = {}
     for context, support in case.draft.items():
         target[context] = np.zeros(3)
         target[context][support.token_ids] = support.probs
     same = Case(3, 2, target, case.draft)
-    law, accepted = emitted_law(verify, same)
+    law, accepted = emitted_distribution(verify, same)
     assert accepted == pytest.approx(2, abs=_EXACT)
-    assert np.abs(law - target_law(same)).max() < _EXACT
+    assert np.abs(law - target_distribution(same)).max() < _EXACT
 
 
 @_both
 def test_disjoint_models_accept_nothing(verify: Verify) -> None:
-    """Where the target rules out all that the draft proposes, every token is a recovered one."""
+    """If the target excludes all draft tokens, every token is a recovered one."""
     case = random_case(8, 4, 2, full_support=True)
     support = Support(np.array([2, 0]), np.array([0.5, 0.5]))
     row = np.array([0.0, 0.3, 0.0, 0.7])
     disjoint = Case(4, 2, dict.fromkeys(case.target, row), dict.fromkeys(case.draft, support))
-    law, accepted = emitted_law(verify, disjoint)
+    law, accepted = emitted_distribution(verify, disjoint)
     assert accepted == 0
-    assert np.abs(law - target_law(disjoint)).max() < _EXACT
+    assert np.abs(law - target_distribution(disjoint)).max() < _EXACT
 
 
 @_both
-def test_a_certain_target_is_obeyed(verify: Verify) -> None:
+def test_a_one_hot_target_decides_the_output(verify: Verify) -> None:
     """One-hot target rows, as at vanishing temperature: one sequence has all the mass."""
     case = random_case(9, 3, 2)
     rows = {context: np.eye(3)[(len(context) + 1) % 3] for context in case.target}
     certain = Case(3, 2, rows, case.draft)
-    law, _ = emitted_law(verify, certain)
+    law, _ = emitted_distribution(verify, certain)
     assert law[1, 2, 0] == pytest.approx(1, abs=_EXACT)
 
 
@@ -183,7 +185,7 @@ def test_no_draft_gives_the_targets_token(verify: Verify) -> None:
 
 
 @_both
-def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -> None:
+def test_an_empty_residual_never_emits_a_meaningless_sample(verify: Verify) -> None:
     """Equal models, the target's float32 rounded down, nothing outside the support.
 
     The bug: at a uniform next to 1 the token is rejected, max(p - q, 0) is zero everywhere, and
@@ -194,8 +196,8 @@ def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -
     evidence = VerifyInput(
         [weights.astype(np.float64)], np.zeros(1), np.array([-np.inf]), [NO_TOKEN, 4]
     )
-    verdict = verify([4], [support], evidence, [1 - 2.0**-53], silence)
-    emitted = 4 if verdict.num_accepted else verdict.next_token
+    outcome = verify([4], [support], evidence, [1 - 2.0**-53], silence)
+    emitted = 4 if outcome.num_accepted else outcome.next_token
     assert emitted in (4, 5, 6)
 
 
@@ -204,17 +206,17 @@ def test_an_empty_residual_never_falls_to_a_meaningless_sample(verify: Verify) -
     st.lists(st.integers(0, 3), min_size=7, max_size=7),
 )
 def test_equality_emits_the_samples(draft: list[int], samples: list[int]) -> None:
-    """Whatever the draft, what is emitted is a prefix of the target's samples, and the longest."""
-    verdict = verify_equal(draft, samples[: len(draft) + 1])
-    emitted = [*draft[: verdict.num_accepted], verdict.next_token]
-    assert emitted == samples[: verdict.num_accepted + 1]
-    assert verdict.num_accepted == len(draft) or draft[verdict.num_accepted] != verdict.next_token
+    """The output is the longest possible prefix of the target's samples, whatever the draft."""
+    outcome = verify_equal(draft, samples[: len(draft) + 1])
+    emitted = [*draft[: outcome.num_accepted], outcome.next_token]
+    assert emitted == samples[: outcome.num_accepted + 1]
+    assert outcome.num_accepted == len(draft) or draft[outcome.num_accepted] != outcome.next_token
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-54, 0.5, 1 - 2.0**-53])
 @_both
 def test_extreme_uniforms_emit_possible_tokens(verify: Verify, uniform: float) -> None:
-    """At the ends of [0, 1) no token is emitted that the target rules out."""
+    """At the ends of [0, 1) no token is emitted that the target excludes."""
     for seed in range(30):
         case = random_case(4000 + seed, 4, 1, target_zeros=0.5)
         support, row = case.draft[()], case.target[()]
@@ -231,7 +233,7 @@ def test_extreme_uniforms_emit_possible_tokens(verify: Verify, uniform: float) -
                 of_sample,
                 [sample, bonus[token]],
             )
-            verdict = verify([token], [support], evidence, [uniform], silence)
-            first = token if verdict.num_accepted else verdict.next_token
+            outcome = verify([token], [support], evidence, [uniform], silence)
+            first = token if outcome.num_accepted else outcome.next_token
             assert first >= 0
             assert row[first] > 0

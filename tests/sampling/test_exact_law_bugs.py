@@ -1,4 +1,4 @@
-"""Planted bugs: the check of test_exact_law must see them, or it proves nothing."""
+"""Planted bugs: the check of test_exact_law must detect them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from outrider.sampling.support import Support
 from outrider.sampling.verify import Noise, VerifyInput, VerifyOutcome, verify_block, verify_tokens
 
-from .laws import Verify, law_error, random_case
+from .laws import Verify, distribution_error, random_case
 
 _EXACT = 1e-12
 _WRONG = 1e-3
@@ -35,9 +35,9 @@ def _one_accept_uniform_for_all(verify: Verify) -> Verify:
 
 @_both
 def test_a_reused_uniform_is_caught(verify: Verify) -> None:
-    """One uniform for two positions changes the law visibly."""
+    """One uniform for two positions changes the distribution."""
     planted = _one_accept_uniform_for_all(verify)
-    errors = [law_error(planted, random_case(seed, 3, 2)) for seed in range(12)]
+    errors = [distribution_error(planted, random_case(seed, 3, 2)) for seed in range(12)]
     assert max(errors) > 5 * _WRONG
 
 
@@ -49,7 +49,7 @@ def _copied_loop(
     noise: Noise,
     bug: str,
 ) -> VerifyOutcome:
-    """Speculative sampling written out again, with one of the bugs that are easily made."""
+    """An independent copy of speculative sampling, with one of the likely bugs."""
     for i, token in enumerate(draft):
         where = int(np.flatnonzero(supports[i].token_ids == token)[0])
         p, q = evidence.target_probs[i], supports[i].probs
@@ -93,23 +93,23 @@ def test_a_copy_with_a_bug_is_caught(bug: str) -> None:
     def planted(*arguments: Any) -> VerifyOutcome:
         return _copied_loop(*arguments, bug=bug)
 
-    assert law_error(copied, case) < _EXACT
-    assert law_error(planted, case) > _WRONG
+    assert distribution_error(copied, case) < _EXACT
+    assert distribution_error(planted, case) > _WRONG
 
 
 @_both
 def test_noise_of_another_position_is_caught(verify: Verify) -> None:
-    """The position after the rejected one: its noise is still to draw another token."""
+    """The position after the rejected one: its noise is still needed for another token."""
 
     def planted(*block: Any) -> VerifyOutcome:
         *others, noise = block
         return verify(*others, lambda position, token_ids: noise(position + 1, token_ids))
 
-    assert law_error(planted, random_case(2, 4, 2)) > _WRONG
+    assert distribution_error(planted, random_case(2, 4, 2)) > _WRONG
 
 
 @pytest.mark.parametrize(
-    ("verify", "judged"),
+    ("verify", "verified"),
     [
         pytest.param(verify_tokens, lambda block, bad: (), id="tokens-none"),
         pytest.param(verify_block, lambda block, bad: (), id="block-none"),
@@ -121,8 +121,8 @@ def test_noise_of_another_position_is_caught(verify: Verify) -> None:
         pytest.param(verify_block, lambda block, bad: block[: block.index(bad)], id="block-before"),
     ],
 )
-def test_a_token_dropped_for_what_it_is_is_caught(verify: Verify, judged: Any) -> None:
-    """Of a block with a token that the target cannot run, fewer tokens are judged than must be."""
+def test_dropping_a_token_because_of_its_value_is_caught(verify: Verify, verified: Any) -> None:
+    """In a block with a token that the target cannot run, too few tokens are verified."""
     cases = [random_case(200 + seed, 3, 2, full_support=True) for seed in range(4)]
-    errors = [law_error(verify, replace(case, bad=1, judged=judged)) for case in cases]
+    errors = [distribution_error(verify, replace(case, bad=1, verified=verified)) for case in cases]
     assert max(errors) > 5 * _WRONG

@@ -1,9 +1,9 @@
-"""The law of several rounds in a row, with the uniforms that the services will use.
+"""Output distribution of several rounds, with the services' uniforms.
 
-A generation is rounds of: draft γ tokens, judge them, go on behind what stands. Uniforms come from
-`stream_key` with the seed, the purpose, the position and the block's start; the target's samples
-and the recovered tokens from Gumbel noise keyed by the position alone. Across seeds the first
-tokens must have the target's joint law, whatever was accepted where.
+Each round of a generation drafts γ tokens, verifies them and continues after the accepted ones.
+Uniforms come from `stream_key` with seed, purpose, position and the block's start; the target's
+samples and the recovered tokens use Gumbel noise keyed by the position alone. Across seeds the
+first tokens must have the target's joint distribution, whatever was accepted.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Floats = npt.NDArray[np.float64]
 class Pair:
     """Markov models: row t of `target` [vocab, vocab] follows token t, and so does `draft[t]`.
 
-    `num_judged`: the law of so many first tokens is compared.
+    `num_compared`: number of first tokens whose joint distribution is compared.
     """
 
     target: Floats
     draft: tuple[Support, ...]
-    num_judged: int = _NUM_TOKENS
+    num_compared: int = _NUM_TOKENS
 
     @cached_property
     def on_support(self) -> list[Floats]:
@@ -96,12 +96,12 @@ _TAILS = Pair(
         support([1, 2], [0.8, 0.2]),
         support([0, 3], [0.9, 0.1]),
     ),
-    num_judged=3,
+    num_compared=3,
 )
 
 
 class Bug(Enum):
-    """What is planted."""
+    """The planted bug."""
 
     NONE = "none"
     NOT_KEYED_BY_BASE = "draft and accept uniforms are keyed by the position alone"
@@ -187,18 +187,18 @@ def generate(verify: Verify, pair: Pair, randomness: Randomness, seed: int) -> t
             [*drawn, int(samples[base + _GAMMA, befores[_GAMMA]])],
         )
         noise = randomness.noise_of(seed, base)
-        verdict = verify(drafted, supports, evidence, accept[base : base + _GAMMA, base], noise)
-        output += [*drafted[: verdict.num_accepted], verdict.next_token]
+        outcome = verify(drafted, supports, evidence, accept[base : base + _GAMMA, base], noise)
+        output += [*drafted[: outcome.num_accepted], outcome.next_token]
     return tuple(output[:_NUM_TOKENS])
 
 
 def chi_squared(verify: Verify, pair: Pair, randomness: Randomness) -> float:
-    """The p-value of the outputs under the target's joint law, over all outcomes."""
-    shape = (len(pair.target),) * pair.num_judged
+    """The p-value of the outputs under the target's joint distribution, over all outcomes."""
+    shape = (len(pair.target),) * pair.num_compared
     counts, law = np.zeros(shape), pair.target[0]
     for seed in range(_NUM_SEEDS):
-        counts[generate(verify, pair, randomness, seed)[: pair.num_judged]] += 1
-    for _ in range(pair.num_judged - 1):
+        counts[generate(verify, pair, randomness, seed)[: pair.num_compared]] += 1
+    for _ in range(pair.num_compared - 1):
         law = law[..., None] * pair.target
     expected = _NUM_SEEDS * law.reshape(-1)
     assert expected.min() > 5, "too few seeds for the rarest outcome"
@@ -206,7 +206,7 @@ def chi_squared(verify: Verify, pair: Pair, randomness: Randomness) -> float:
 
 
 def test_the_tables_are_the_services_uniforms() -> None:
-    """What this file tabulates is what `stream_key` and `uniform` give, value for value."""
+    """This file's tables have exactly the values of `stream_key` and `uniform`."""
     randomness = Randomness(20, _TRUNCATED)
     tables = {
         Purpose.DRAFT: randomness.draft,
@@ -228,16 +228,16 @@ def test_the_tables_are_the_services_uniforms() -> None:
     "pair", [_TRUNCATED, _FAR_APART, _TAILS], ids=["truncated", "far apart", "tails"]
 )
 @pytest.mark.parametrize("verify", [verify_tokens, verify_block], ids=["tokens", "block"])
-def test_generations_have_the_targets_law(verify: Verify, pair: Pair) -> None:
-    """χ² of the first tokens over 15,000 seeds; p > 1e-6, the chance of a false alarm."""
+def test_generations_have_the_targets_distribution(verify: Verify, pair: Pair) -> None:
+    """χ² of the first tokens over 15,000 seeds; p > 1e-6, the false-alarm probability."""
     assert chi_squared(verify, pair, Randomness(_NUM_SEEDS, pair)) > _FALSE_ALARM
 
 
 def test_blocks_must_not_share_uniforms() -> None:
-    """Block verification with DRAFT and ACCEPT keyed by position alone is wrong, and seen to be.
+    """Block verification with DRAFT and ACCEPT keyed by position only is wrong, and detected.
 
-    The planted bug: how much of a block stands depends on all its tokens, so a block that covers
-    their positions again must not see their uniforms again.
+    How many tokens of a block are accepted depends on all of its uniforms. So a block that covers
+    the same positions must not use them again.
     """
     randomness = Randomness(_NUM_SEEDS, _TRUNCATED, Bug.NOT_KEYED_BY_BASE)
     assert chi_squared(verify_block, _TRUNCATED, randomness) < _FALSE_ALARM

@@ -90,9 +90,9 @@ def test_of_tokens(name: str) -> None:
     counts, noises = np.zeros(len(_TARGET)), _noise(_NUM_SEEDS, _POSITION)
     for seed in range(_NUM_SEEDS):
         evidence = _evidence(_answer(_TARGET, support, noises[seed]))
-        verdict = verify_tokens(ids[:1], [support], evidence, [_REJECT], _noise_of(seed))
-        assert verdict.num_accepted == 0
-        counts[verdict.next_token] += 1
+        outcome = verify_tokens(ids[:1], [support], evidence, [_REJECT], _noise_of(seed))
+        assert outcome.num_accepted == 0
+        counts[outcome.next_token] += 1
     draft = np.zeros(len(_TARGET))
     draft[ids] = support.probs
     assert _p_value(counts, np.maximum(_TARGET - draft, 0.0)) > _FALSE_ALARM
@@ -110,9 +110,9 @@ def test_of_blocks(name: str) -> None:
     for seed in range(_NUM_SEEDS):
         evidence = _evidence(before, _answer(_TARGET, support, noises[seed]))
         drafts, accept = [0, ids[0]], [0.0, _REJECT]
-        verdict = verify_block(drafts, [first, support], evidence, accept, _noise_of(seed))
-        assert verdict.num_accepted == 1
-        counts[verdict.next_token] += 1
+        outcome = verify_block(drafts, [first, support], evidence, accept, _noise_of(seed))
+        assert outcome.num_accepted == 1
+        counts[outcome.next_token] += 1
     draft = np.zeros(len(_TARGET))
     draft[ids] = support.probs
     assert _p_value(counts, np.maximum(reach * _TARGET - draft, 0.0)) > _FALSE_ALARM
@@ -133,7 +133,7 @@ def test_it_is_the_winner_over_the_whole_vocabulary(verify: Verify) -> None:
         if not draft[rejected] > target[rejected]:
             continue
         evidence = _evidence(_answer(target, support, gumbels[seed]))
-        verdict = verify([rejected], [support], evidence, [_REJECT], _noise_of(seed))
+        outcome = verify([rejected], [support], evidence, [_REJECT], _noise_of(seed))
         with np.errstate(divide="ignore"):
             scores = np.log(np.maximum(target - draft, 0.0)) + gumbels[seed]
-        assert verdict.next_token == scores.argmax()
+        assert outcome.next_token == scores.argmax()

@@ -141,7 +141,7 @@ def test_a_top_k_of_all_tokens_keeps_all(top_k: int) -> None:
     assert np.abs(warp(logits, SamplingParams(top_k=top_k)) - log_softmax(logits)).max() < 1e-15
 
 
-def test_the_head_of_a_row_tells_its_floor_or_says_not() -> None:
+def test_the_head_of_a_row_gives_its_floor_or_reports_that_it_cannot() -> None:
     """From its greatest m logits alone: the whole row's floor, wherever that is among them."""
     logits = scale(np.random.default_rng(2).normal(0, 3, (200, 40)).round(1), 1.0)
     ordered = -np.sort(-logits, -1)

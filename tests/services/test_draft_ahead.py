@@ -1,4 +1,4 @@
-"""The draft's stream by hand: what is told ahead of verdicts, with what laws, at what costs."""
+"""The draft's stream without an orchestrator: proposals ahead of commits, supports, costs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ GAMMA = 2
 Frame = draft_pb2.ProposeRequest
 
 
-async def test_outcomes_are_proposed_ahead_of_the_verdict(system: System) -> None:
-    """Several of one round, before anything is committed; the one that comes is not told again."""
+async def test_outcomes_are_proposed_before_the_commit(system: System) -> None:
+    """Several outcomes of one round; the committed one is not sent again."""
     # So hot that several outcomes are likely; coupled, so that drafts are the same at each try.
     sampling = sampling_pb2.SamplingParams(temperature=10.0, seed=3, ignore_eos=True)
     fields: dict[str, Any] = {
@@ -50,8 +50,8 @@ async def test_outcomes_are_proposed_ahead_of_the_verdict(system: System) -> Non
         assert len(numbers(further.assumed_token_ids)) >= 1, "drafted on from it"
 
 
-async def test_supports_are_told_where_tokens_are_drawn(system: System) -> None:
-    """Sampled and judged by rejection: each token with the law it was drawn from."""
+async def test_supports_are_sent_with_sampled_tokens(system: System) -> None:
+    """With rejection: each token with the distribution it was sampled from."""
     sampling = sampling_pb2.SamplingParams(temperature=1.0, seed=3, ignore_eos=True)
     async with proposing(system) as stream:
         for number, verification in ((1, 1), (2, 2), (3, 3)):
@@ -72,8 +72,8 @@ async def test_supports_are_told_where_tokens_are_drawn(system: System) -> None:
             assert all(token in part for token, part in zip(drafts, parts, strict=True))
 
 
-async def test_costs_are_told_of(system: System) -> None:
-    """With the model, and on the stream where they have changed."""
+async def test_costs_are_reported(system: System) -> None:
+    """With the model, and on the stream after a change."""
     assert system.draft is not None
     asked = draft_pb2.DraftServiceGetModelInfoRequest()
     asked_of_target = target_pb2.TargetServiceGetModelInfoRequest()
@@ -89,7 +89,7 @@ async def test_costs_are_told_of(system: System) -> None:
 async def test_changed_costs_come_with_a_frame(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight sessions at once are news: passes have more rows than before."""
+    """Eight sessions at once change the costs: passes have more rows than before."""
     monkeypatch.setattr(costs, "_NEWS_INTERVAL_S", 0.0)
     everyone = range(1, 9)
     async with proposing(system) as stream:
@@ -102,8 +102,8 @@ async def test_changed_costs_come_with_a_frame(
         assert stream.costs.mean_num_rows > 1.03
 
 
-async def test_a_replica_with_nothing_to_do_rests(system: System, draft_greedy: Greedy) -> None:
-    """All is drafted that was worth it: it says no more and makes no pass."""
+async def test_a_replica_without_work_is_idle(system: System, draft_greedy: Greedy) -> None:
+    """After everything worthwhile is drafted, it sends nothing and runs no pass."""
     async with proposing(system) as stream:
         opened = draft_open(1, PROMPT, lookahead=2, fan_out=8)
         await stream.write(Frame(opens=[opened]))

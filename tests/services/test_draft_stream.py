@@ -1,4 +1,4 @@
-"""The draft's stream by hand: proposals for right and wrong guesses, and every bad message."""
+"""The draft's stream without an orchestrator: proposals, and every kind of bad message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Reason = draft_pb2.DraftLost
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lookahead", "fan_out"), [(0, 1), (1, 1), (1, 6), (2, 16), (3, 4)])
-async def test_proposals_follow_what_is_committed(
+async def test_proposals_continue_the_committed_context(
     lookahead: int, fan_out: int, system: System, draft_greedy: Greedy
 ) -> None:
     """Every proposal is the draft's own greedy continuation of exactly the committed context."""
@@ -142,8 +142,10 @@ async def test_bad_commits(name: str, system: System, draft_greedy: Greedy) -> N
         assert (answer.reason, said in answer.detail) == (Reason.REASON_BAD_MESSAGE, True), answer
 
 
-async def test_commits_for_nobody_are_passed_over(system: System, draft_greedy: Greedy) -> None:
-    """They may be on their way when the replica loses a generation: no news."""
+async def test_commits_of_unknown_generations_are_ignored(
+    system: System, draft_greedy: Greedy
+) -> None:
+    """They may be in flight when the replica ends a generation."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         for number in (0, 99, 2**32 - 1):
             await stream.write(Frame(commits=[draft_commit(number, [9], 5)]))
@@ -155,7 +157,7 @@ async def test_commits_for_nobody_are_passed_over(system: System, draft_greedy: 
 
 @pytest.mark.parametrize("second", [{}, {"token_ids": b"\1"}])
 async def test_open_twice(second: dict[str, Any], system: System, draft_greedy: Greedy) -> None:
-    """Well-formed or not: what was said lost is not drafted any more."""
+    """Valid or not: a generation that was reported lost is not drafted for any more."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT)]))
         again = draft_open(BAD, PROMPT, session_id="other", **second)
@@ -167,7 +169,7 @@ async def test_open_twice(second: dict[str, Any], system: System, draft_greedy: 
 
 
 async def test_no_room(system: System, draft_greedy: Greedy) -> None:
-    """A full context stays full and is not asked again; a full KV budget may be."""
+    """A full context is a bad message; a full KV cache may have room later."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=5)]))
         refused = await lost(stream)
@@ -193,7 +195,7 @@ async def test_an_older_epoch_is_refused(epoch: int, system: System, draft_greed
 
 
 async def test_a_newer_epoch_displaces(system: System, draft_greedy: Greedy) -> None:
-    """The older one is told, and its room is the newer one's."""
+    """The older one fails with DISPLACED, and its KV is freed for the newer one."""
     async with beside_a_healthy_one(system, draft_greedy) as stream, proposing(system) as other:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT, session_id="s", epoch=5)]))
         await Following(stream, BAD, PROMPT, draft_greedy).run(2)
@@ -204,8 +206,10 @@ async def test_a_newer_epoch_displaces(system: System, draft_greedy: Greedy) -> 
         await other.write(Frame(closes=[draft_pb2.DraftClose(generation_id=5)]))
 
 
-async def test_the_length_runs_out(system: System, draft_greedy: Greedy) -> None:
-    """Proposals shrink to what fits; the commit that fills max_len is no mistake."""
+async def test_proposals_shrink_to_the_room_that_is_left(
+    system: System, draft_greedy: Greedy
+) -> None:
+    """The commit that fills max_len is accepted."""
     async with beside_a_healthy_one(system, draft_greedy) as stream:
         await stream.write(Frame(opens=[draft_open(BAD, PROMPT, max_len=8, lookahead=1)]))
         other = (draft_greedy(PROMPT, 1)[0] + 1) % 256

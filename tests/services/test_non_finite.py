@@ -1,6 +1,6 @@
-"""NaN or infinite logits: the generation fails by name, is counted, and leaves others alone.
+"""NaN or infinite logits: the generation fails with a reason and a count; others are unaffected.
 
-The models have one token whose embedding is NaN: whatever sees it has NaN logits from there on.
+One token of the models has a NaN embedding: logits after it are NaN.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def asking(how: str, **sampling: Any) -> dict[str, Any]:
 async def test_a_prompt_that_gives_nan_fails_by_name(
     how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """Counted on both tiers; others at the same time have the tokens that they have alone."""
+    """It is counted; other generations in the same batch have the tokens that they have alone."""
     async with stack(bad_pair, redis_url) as (tiers, system):
         alone = [(await system.generate(PROMPT[n:], **asking(how))).token_ids for n in range(4)]
         refused, *others = await asyncio.gather(
@@ -132,7 +132,7 @@ async def test_a_prompt_that_gives_nan_fails_by_name(
 async def test_an_output_that_turns_into_nan_ends_there(
     how: str, bad_pair: Pair, redis_url: str
 ) -> None:
-    """The bad token is forced as the first: it is shown, and nothing that came of it."""
+    """The bad token is forced as the first one: it is sent, and nothing after it."""
     async with stack(bad_pair, redis_url, draft_endpoint=None) as (_, system):
         shown = Output()
 
@@ -147,10 +147,10 @@ async def test_an_output_that_turns_into_nan_ends_there(
     assert NAMED in refused.message
 
 
-async def test_a_batch_of_both(bad_pair: Pair, greedy: Greedy) -> None:
-    """In one pass: prompts, a verification with a bad draft token, and what is near them in memory.
+async def test_a_batch_with_good_and_bad_requests(bad_pair: Pair, greedy: Greedy) -> None:
+    """In one pass: prompts, a verification with a bad draft token, and others near them in memory.
 
-    Twice, so that the second ones' keys and values lie where the bad ones' were.
+    Twice, so that the second ones use memory in which bad keys and values were.
     """
     async with (
         both_tiers(bad_pair, draft_kv=None, target_kv=512) as tiers,
@@ -187,12 +187,12 @@ async def test_a_batch_of_both(bad_pair: Pair, greedy: Greedy) -> None:
 
 
 @pytest.mark.parametrize("has_supports", [False, True])
-async def test_a_bad_draft_token_at_every_place(
+async def test_a_bad_draft_token_at_every_position(
     has_supports: bool, bad_pair: Pair, greedy: Greedy
 ) -> None:
-    """The positions up to the bad token are answered; what is held is right, and goes on.
+    """The positions up to the bad token are answered; the cached KV is right.
 
-    With supports the bad token's own position is among them. Nothing of it counts as a failed pass.
+    With supports this includes the bad token's own position. No pass counts as failed.
     """
     truth = greedy(PROMPT, 200)
     supports: dict[str, Any] = {}
@@ -230,8 +230,10 @@ async def test_a_bad_draft_token_at_every_place(
         assert FAILING not in stream.states
 
 
-async def test_repeated_it_takes_the_replica_out_of_service(bad_pair: Pair, greedy: Greedy) -> None:
-    """Its self-test has other tokens, and brings it back."""
+async def test_repeated_failures_take_the_replica_out_of_service(
+    bad_pair: Pair, greedy: Greedy
+) -> None:
+    """Its self-test uses other tokens and takes it back into service."""
     async with (
         both_tiers(bad_pair, draft_kv=None) as tiers,
         clients(tiers) as system,
@@ -248,7 +250,7 @@ async def test_repeated_it_takes_the_replica_out_of_service(bad_pair: Pair, gree
 
 
 async def test_the_prefix_of_a_bad_prompt_is_not_reused(bad_pair: Pair, greedy: Greedy) -> None:
-    """Nothing that such a generation left is found by others that begin as it did."""
+    """The prefix cache has nothing of a failed generation."""
     long = [*PROMPT, *POISONED]
     async with (
         both_tiers(bad_pair, draft_kv=None, max_step_tokens=16) as tiers,
@@ -272,7 +274,7 @@ async def test_the_prefix_of_a_bad_prompt_is_not_reused(bad_pair: Pair, greedy: 
 
 @contextlib.asynccontextmanager
 async def bad_draft(pair: Pair, redis_url: str, chance: float | None) -> AsyncIterator[System]:
-    """A draft that proposes the bad token in every round, from a support that gives it `chance`."""
+    """A draft that proposes the bad token in every round, with probability `chance` if sampled."""
 
     def propose(asked: Any) -> list[draft_pb2.Proposal]:
         if not isinstance(asked, draft_pb2.DraftCommit):
@@ -305,7 +307,7 @@ async def bad_draft(pair: Pair, redis_url: str, chance: float | None) -> AsyncIt
 async def test_an_accepted_draft_token_that_gives_nan_ends_the_output(
     how: str, bad_pair: Pair, redis_url: str
 ) -> None:
-    """As where the target had drawn it: it is the last token shown."""
+    """As if the target had sampled it: it is the last token sent."""
     shown = [Output() for _ in range(8)]
     async with bad_draft(bad_pair, redis_url, 1e-6) as system:
 
@@ -326,7 +328,7 @@ async def test_an_accepted_draft_token_that_gives_nan_ends_the_output(
 async def test_a_bad_draft_token_costs_no_answer(
     how: str, bad_pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """The draft proposes what the target cannot compute and would reject."""
+    """The draft proposes a token that the target cannot run and would reject."""
     has_supports = how in ("rejection", "block")
     async with bad_draft(bad_pair, redis_url, 0.9 if has_supports else None) as system:
         plain = await system.generate(PROMPT, **{**asking(how), "gamma": 0})
@@ -340,7 +342,7 @@ async def test_a_bad_draft_token_costs_no_answer(
 async def test_a_draft_with_nan_logits_costs_speed_only(
     how: str, pair: Pair, bad_pair: Pair, redis_url: str
 ) -> None:
-    """The prompt has the token that only the draft cannot compute."""
+    """The prompt contains a token that only the draft cannot run."""
     mixed = Pair(pair.target, bad_pair.draft)
     async with stack(mixed, redis_url) as (_, system):
         plain = await system.generate(POISONED, **{**asking(how), "gamma": 0})

@@ -1,6 +1,6 @@
-"""Generations that are opened and left, over and over: memory and KV stay flat, counts reconcile.
+"""Generations opened and abandoned repeatedly: memory and KV stay constant, counters match.
 
-On the device half of either tier, over an engine without a model whose passes take no time.
+Tests the workers of both tiers, with an engine without a model whose passes take no time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def engine() -> SimulatedEngine:
 
 
 class Target:
-    """A verifier, and what is said to it."""
+    """A target worker and its commands."""
 
     def __init__(self) -> None:
         self.engine = engine()
@@ -60,7 +60,7 @@ class Target:
 
 
 class Draft:
-    """A proposer, likewise."""
+    """A draft worker and its commands."""
 
     def __init__(self) -> None:
         self.engine = engine()
@@ -93,7 +93,7 @@ class Draft:
 
 
 def cycle(tier: Target | Draft, number: int) -> Iterator[Sequence[Any]]:
-    """The commands of one generation that nobody waits for, a step at a time."""
+    """Commands of one abandoned generation, step by step."""
     chance, way = np.random.default_rng(number), WAYS[number % len(WAYS)]
     own = chance.integers(VOCAB_SIZE, size=chance.integers(1, 120))
     context = np.concatenate((SYSTEM[: chance.integers(64)], own)).astype(np.int64)
@@ -134,7 +134,7 @@ def held_blocks() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Target, Draft])
-def test_nothing_is_left_of_what_is_abandoned(kind: type[Target | Draft]) -> None:
+def test_abandoned_generations_leave_nothing(kind: type[Target | Draft]) -> None:
     tier = kind()
     abandon(tier, range(1, NUM_WARM_UP))
     before = held_blocks()

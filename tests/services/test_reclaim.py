@@ -1,4 +1,4 @@
-"""Whose keys and values are given up for a more urgent generation: enough, and no more."""
+"""Preemption in favour of a more urgent generation: enough KV is freed, and no more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMON = [7] * (4 * PAGE)
 
 
 class Target:
-    """Of ten pages. Generations are opened one after the other; the first is the most urgent."""
+    """A target with ten pages. Generations are opened in turn; the first is the most urgent."""
 
     def __init__(self) -> None:
         self.engine = SimulatedEngine(SIMULATION, 10 * PAGE)
@@ -30,7 +30,7 @@ class Target:
         )
 
     def open(self, number: int, context: Sequence[int], priority: int = 2) -> set[int]:
-        """Which generations are closed for it, or it itself; else it has room."""
+        """The generations closed for it, or itself if it has no room."""
         key = GenerationKey(1, number)
         params = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
         max_len = -(-(len(context) + 1) // PAGE) * PAGE
@@ -52,7 +52,7 @@ class Target:
 
 @pytest.fixture
 def target() -> Target:
-    """1 has two pages, 2 and 3 have four in common and one each of their own; two are free."""
+    """1 has two pages; 2 and 3 share four and have one of their own each; two are free."""
     made = Target()
     assert made.open(1, [1] * 20, priority=0) == set()
     assert made.open(2, [*COMMON, 2]) == set()
@@ -62,12 +62,12 @@ def target() -> Target:
 
 
 def test_none_is_closed_in_vain(target: Target) -> None:
-    """Without both there are eight pages: not the eight that it needs and one for the first."""
+    """Without both, eight pages are free: it needs eight, and one is reserved for the first."""
     assert target.open(4, [4] * (7 * PAGE + 1), priority=1) == {4}
     assert target.verifier.num_open == 3
 
 
-def test_pages_in_common_are_free_when_all_are_closed(target: Target) -> None:
+def test_shared_pages_are_free_when_all_their_owners_are_closed(target: Target) -> None:
     assert target.open(4, [4] * (6 * PAGE + 1), priority=1) == {2, 3}
     assert target.verifier.num_open == 2
 
@@ -77,15 +77,15 @@ def test_the_last_one_is_enough(target: Target) -> None:
     assert target.verifier.num_open == 3
 
 
-def test_pages_that_it_shares_itself_make_no_room(target: Target) -> None:
-    """Without the others four are left beside those of their beginning, one for the first."""
+def test_pages_that_it_shares_itself_are_not_counted_as_room(target: Target) -> None:
+    """Without the others, four are free besides the shared ones; one is reserved for the first."""
     assert target.open(4, [*COMMON, *[4] * (3 * PAGE + 1)], priority=1) == {4}
     assert target.verifier.num_open == 3
     assert target.open(5, [*COMMON, *[4] * (2 * PAGE + 1)], priority=1) == {2, 3}
 
 
 def test_one_that_is_not_needed_stays() -> None:
-    """The least urgent one has a page, which would not be enough."""
+    """The least urgent one has a single page, which would not be enough."""
     target = Target()
     assert target.open(1, [1] * (3 * PAGE + 1), priority=2) == set()
     assert target.open(2, [2] * 10, priority=3) == set()

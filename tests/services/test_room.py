@@ -1,4 +1,4 @@
-"""The target's device half under any mix of generations and any memory: all end, and end right."""
+"""The target worker with any mix of generations and any KV size: all end with right tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_GAMMA = 4
 
 @dataclass(eq=False)
 class Generation:
-    """One as its orchestrator sees it; `starts_at` so many steps after the beginning."""
+    """A generation as its orchestrator sees it; it begins at step `starts_at`."""
 
     number: int
     priority: int
@@ -53,7 +53,7 @@ class Generation:
 
 
 class Play:
-    """All of one orchestrator's generations at one target of `num_pages`."""
+    """All generations of one orchestrator at one target with `num_pages`."""
 
     def __init__(self, num_pages: int, generations: Sequence[Generation]) -> None:
         self.engine = SimulatedEngine(SIMULATION, num_pages * PAGE)
@@ -77,7 +77,7 @@ class Play:
         self.engine.store.check_integrity()
 
     def step(self) -> None:
-        """As an orchestrator: whoever lacks room asks again first, then those that come."""
+        """Acts as an orchestrator: generations without room retry first, then new ones open."""
         self.num_steps += 1
         commands: list[OpenTarget | Verify | Close] = list(self.closing)
         self.closing.clear()
@@ -113,7 +113,7 @@ class Play:
         )
 
     def row(self, generation: Generation) -> Verify:
-        """With draft tokens of which the last is wrong."""
+        """A verify request whose last draft token is wrong."""
         context = generation.context
         room = generation.max_len - len(context) - 1
         drafts, previous = list[int](), context[-1]
@@ -182,14 +182,14 @@ def play(num_pages: int, asked: list[tuple[int, list[int], int, int, int]]) -> P
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(num_pages=st.integers(5, 24), asked=st.lists(asked, min_size=1, max_size=10))
-def test_all_end_and_end_right(
+def test_all_generations_end_with_the_right_tokens(
     num_pages: int, asked: list[tuple[int, list[int], int, int, int]]
 ) -> None:
-    """Each fits the memory alone. The most urgent, of those the first, never gives way."""
+    """Each fits the KV cache alone. The most urgent, of those the first, is never preempted."""
     play(num_pages, asked)
 
 
 def test_most_of_the_work_is_done_once() -> None:
-    """Ten long ones in memory for three: they give way now and then, not all the time."""
+    """Ten long ones in memory for three: few preemptions."""
     made = play(24, [(0, [n % 3] * 4, 88, n % 4, 0) for n in range(10)])
     assert 1 <= made.num_preempted <= 20

@@ -1,4 +1,4 @@
-"""The target's stream by hand: whole decodes, and everything a peer can get wrong on it."""
+"""The target's stream without an orchestrator: whole decodes, and every kind of bad message."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ async def verifying(system: System) -> AsyncIterator[Stream]:
         yield stream
 
 
-async def test_decoding_by_hand_is_greedy_decoding(system: System, greedy: Greedy) -> None:
-    """Several generations on one stream, rolled back at random places."""
+async def test_decoding_without_an_orchestrator_is_greedy_decoding(
+    system: System, greedy: Greedy
+) -> None:
+    """Several generations on one stream, rolled back at random positions."""
     async with verifying(system) as stream:
         prompts = [[n, 1, 2, 3] * (1 + 8 * n) for n in range(4)]
         decodings = [
@@ -102,7 +104,7 @@ def good_row(**changed: Any) -> target_pb2.VerifyRow:
 
 @contextlib.asynccontextmanager
 async def beside_a_healthy_one(system: System, greedy: Greedy) -> AsyncIterator[Stream]:
-    """A generation is decoded before, between and after whatever the block does."""
+    """Another generation is decoded before, during and after the block."""
     async with verifying(system) as stream:
         healthy = Decoding(stream, HEALTHY, PROMPT, greedy(PROMPT, 80))
         await stream.write(Frame(opens=[target_open(HEALTHY)]))
@@ -157,14 +159,14 @@ async def test_bad_rows(name: str, system: System, greedy: Greedy) -> None:
         assert "not open" in error.detail
 
 
-async def test_a_row_for_nobody(system: System, greedy: Greedy) -> None:
+async def test_a_request_of_an_unknown_generation(system: System, greedy: Greedy) -> None:
     async with beside_a_healthy_one(system, greedy) as stream:
         for number in (0, 99, 2**32 - 1):
             await stream.write(Frame(rows=[row(number, 0, PROMPT)]))
             assert (await _refused(stream, number)).reason == Reason.REASON_BAD_ROW
 
 
-async def test_a_second_row_while_one_waits(system: System, greedy: Greedy) -> None:
+async def test_a_second_request_while_one_waits(system: System, greedy: Greedy) -> None:
     async with beside_a_healthy_one(system, greedy) as stream:
         await stream.write(Frame(opens=[target_open(BAD)], rows=[good_row(), good_row()]))
         error = await _refused(stream)
@@ -193,7 +195,7 @@ async def test_lost_keys_and_values_are_sent_again(system: System, greedy: Greed
 
 
 async def test_no_room(system: System, greedy: Greedy) -> None:
-    """For the row as it is, however long the context may become; and what can never have room."""
+    """No room for a request now, or never; `max_len` alone reserves nothing."""
     async with beside_a_healthy_one(system, greedy) as stream:
         long = {n: [n] * 2_040 for n in (5, BAD, 6)}
         opens = [target_open(n, prompt_len=2_040, max_len=CONTEXT_LEN) for n in long]
@@ -206,8 +208,8 @@ async def test_no_room(system: System, greedy: Greedy) -> None:
         await stream.write(Frame(closes=[target_pb2.TargetClose(generation_id=6)]))
 
 
-async def test_what_can_never_have_room_is_said_to(pair: Pair) -> None:
-    """At its open, before any row: waiting would not help."""
+async def test_a_generation_longer_than_the_kv_cache_is_refused(pair: Pair) -> None:
+    """When it is opened, before any request: waiting would not help."""
     async with (
         both_tiers(pair, target_kv=512, draft_kv=None) as tiers,
         clients(tiers) as system,
@@ -223,7 +225,7 @@ async def test_what_can_never_have_room_is_said_to(pair: Pair) -> None:
 
 
 async def test_no_more_are_open_than_there_are_pages(pair: Pair) -> None:
-    """Those that are open and send nothing cost the service memory of its own."""
+    """Open generations without requests still cost the service memory."""
     async with (
         both_tiers(pair, target_kv=64, draft_kv=None) as tiers,
         clients(tiers) as system,
@@ -253,7 +255,7 @@ async def test_an_older_epoch_is_refused(epoch: int, system: System, greedy: Gre
 
 
 async def test_a_newer_epoch_displaces(system: System, greedy: Greedy) -> None:
-    """The older one is told, and its room is the newer one's."""
+    """The older one fails with DISPLACED, and its KV is freed for the newer one."""
     async with beside_a_healthy_one(system, greedy) as stream, verifying(system) as other:
         await stream.write(Frame(opens=[target_open(BAD, session_id="s", epoch=5)]))
         await stream.write(Frame(rows=[row(BAD, 0, PROMPT)]))
@@ -270,7 +272,7 @@ async def test_a_newer_epoch_displaces(system: System, greedy: Greedy) -> None:
 
 
 async def test_huge_counts(system: System, greedy: Greedy) -> None:
-    """Thousands of everything in one frame: each answered by name, and the service lives."""
+    """Thousands of items of each kind in one frame: each is answered, and the service goes on."""
     async with beside_a_healthy_one(system, greedy) as stream:
 
         def count(start: int) -> list[int]:
