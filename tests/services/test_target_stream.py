@@ -177,7 +177,7 @@ async def test_open_twice(system: System, greedy: Greedy) -> None:
     async with beside_a_healthy_one(system, greedy) as stream:
         await stream.write(Frame(opens=[target_open(BAD), target_open(BAD, session_id="other")]))
         error = await _refused(stream)
-        assert (error.reason, "open already" in error.detail) == (Reason.REASON_BAD_ROW, True)
+        assert (error.reason, "already open" in error.detail) == (Reason.REASON_BAD_ROW, True)
 
 
 async def test_lost_keys_and_values_are_sent_again(system: System, greedy: Greedy) -> None:
