@@ -66,6 +66,7 @@ local function now_us()
   return t[1] * 1000000 + t[2]
 end
 
+-- Extends the life of key `name` if it would end within `ttl_ms`.
 local function outlive(name, ttl_ms)
   local left_ms = redis.pcall('PTTL', name)
   if type(left_ms) == 'number' and left_ms < tonumber(ttl_ms) then
@@ -146,7 +147,7 @@ end
 
 @dataclass(frozen=True)
 class Script:
-    """A Lua script behind the prelude above, which names its two KEYS `key` and `tokens_key`."""
+    """A Lua script after the prelude above, which names its two KEYS `key` and `tokens_key`."""
 
     body: str
     source: bytes = field(init=False, repr=False)

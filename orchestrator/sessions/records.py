@@ -114,9 +114,9 @@ class Cursor:
 
     committed_len: int = 0
     counters: Counters = field(default_factory=Counters)
-    owed: bytes = b""
+    unconfirmed: bytes = b""
     """Packed tokens of a record without a reply. The next record must begin with them."""
-    turn_owed: bool = False
+    is_turn_unconfirmed: bool = False
     """A begin_turn was sent and has no reply yet."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -165,7 +165,7 @@ class SessionStore:
             if not 0 <= keep_len <= cursor.committed_len:
                 raise InternalError(f"keep_len {keep_len} of {cursor.committed_len} tokens")
             tokens = pack_tokens(token_ids)
-            cursor.turn_owed = True
+            cursor.is_turn_unconfirmed = True
             await self._write(
                 lua.BEGIN_TURN,
                 lease,
@@ -176,7 +176,7 @@ class SessionStore:
                 turn_json.encode(),
                 *self._ttls,
             )
-            cursor.turn_owed = False
+            cursor.is_turn_unconfirmed = False
             cursor.committed_len = keep_len + len(tokens) // BYTES_PER_TOKEN
 
     async def record(self, lease: Lease, round: RoundRecord) -> None:
@@ -189,12 +189,12 @@ class SessionStore:
         cursor = lease.cursor
         tokens = pack_tokens(round.token_ids)
         async with cursor.lock:
-            if cursor.turn_owed:
+            if cursor.is_turn_unconfirmed:
                 raise Unavailable("the turn's prompt is not recorded yet")
-            if not tokens.startswith(cursor.owed):
+            if not tokens.startswith(cursor.unconfirmed):
                 raise Unavailable("an earlier round is not recorded yet")
             counters = cursor.counters + round.counters
-            cursor.owed = tokens
+            cursor.unconfirmed = tokens
             await self._write(
                 lua.RECORD,
                 lease,
@@ -209,7 +209,7 @@ class SessionStore:
                 pack_kv(round.draft_kv),
                 *self._ttls,
             )
-            cursor.owed = b""
+            cursor.unconfirmed = b""
             cursor.committed_len += len(tokens) // BYTES_PER_TOKEN
             cursor.counters = counters
 

@@ -50,11 +50,11 @@ class _PendingCommand:
 class PipelineWriter:
     """Owns one task and one connection, from `start` to `close`. Lives on the event loop."""
 
-    def __init__(self, link: RedisConnection) -> None:
-        self._link = link
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
         self._pending: deque[_PendingCommand] = deque()
         self._wake = asyncio.Event()
-        self._room = asyncio.Semaphore(MAX_PENDING)
+        self._slots = asyncio.Semaphore(MAX_PENDING)
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._paused_until = 0.0
@@ -65,7 +65,7 @@ class PipelineWriter:
     @property
     def certificate_expires_at(self) -> float | None:
         """End of validity of the certificate that Redis presented last, Unix time. None: no TLS."""
-        return self._link.certificate_expires_at
+        return self._connection.certificate_expires_at
 
     def start(self) -> None:
         """Starts the task. It may be started again after `close`."""
@@ -82,7 +82,7 @@ class PipelineWriter:
             try:
                 await task
             finally:
-                await self._link.close()
+                await self._connection.close()
 
     async def run(self, script: Script, keys: Command, args: Command) -> Reply:
         """Returns the script's reply. Raises Unavailable; the script may have run all the same.
@@ -96,7 +96,7 @@ class PipelineWriter:
         return await self._send(None, (), args)
 
     async def _send(self, script: Script | None, keys: Command, args: Command) -> Reply:
-        async with self._room:
+        async with self._slots:
             loop = asyncio.get_running_loop()
             if self._closing or self._task is None or self._task.done():
                 raise Unavailable("the session store is closed")
@@ -133,11 +133,12 @@ class PipelineWriter:
 
     async def _flush(self, batch: list[_PendingCommand]) -> None:
         try:
-            replies = await self._link.exchange([pending.command() for pending in batch])
+            replies = await self._connection.exchange([pending.command() for pending in batch])
             forgotten = [i for i, r in enumerate(replies) if isinstance(r, NoScript)]
             if forgotten:  # by SCRIPT FLUSH, or by another server behind the address
                 sources = [batch[i].command(with_source=True) for i in forgotten]
-                for i, reply in zip(forgotten, await self._link.exchange(sources), strict=True):
+                again = await self._connection.exchange(sources)
+                for i, reply in zip(forgotten, again, strict=True):
                     replies[i] = reply
         except Unavailable as error:
             self.is_away = True

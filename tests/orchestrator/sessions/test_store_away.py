@@ -34,7 +34,7 @@ def frozen(server: RedisServer, store: SessionStore) -> Iterator[None]:
     """Freezes the server for the block, with a short timeout only meanwhile."""
     assert server.pid is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store._writer._link, "_timeout_s", FROZEN_S)
+        patch.setattr(store._writer._connection, "_timeout_s", FROZEN_S)
         os.kill(server.pid, signal.SIGSTOP)
         try:
             yield
@@ -286,7 +286,7 @@ async def test_a_stall_of_this_process_does_not_count_as_a_timeout(
     with RedisServer() as server:
         async with opened(server.url) as store:
             assert await store.ping()
-            monkeypatch.setattr(store._writer._link, "_timeout_s", 2.0)
+            monkeypatch.setattr(store._writer._connection, "_timeout_s", 2.0)
             assert server.pid is not None
             os.kill(server.pid, signal.SIGSTOP)
             asking = asyncio.create_task(store.ping())
