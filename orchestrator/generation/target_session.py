@@ -250,7 +250,7 @@ class TargetSession:
 
     def _rooms(self) -> frozenset[str]:
         """Replicas whose KV cache is large enough, whether or not they have room now."""
-        return self._pool.rooms(self._state.max_len) - self._too_small
+        return self._pool.candidates(self._state.max_len) - self._too_small
 
     def _pick(self, avoid: Collection[str] = ()) -> TargetLink | None:
         return self._pool.pick(avoid={*avoid, *self._too_small}, max_len=self._state.max_len)

@@ -123,7 +123,7 @@ class ReplicaPool(Generic[Link]):
         random.shuffle(open_links)
         return min(open_links, key=lambda link: link.load, default=None)
 
-    def rooms(self, max_len: int = 0) -> frozenset[str]:
+    def candidates(self, max_len: int = 0) -> frozenset[str]:
         """Replicas that take generations and have memory for one of `max_len` tokens.
 
         Those with an open circuit only if there are no others.

@@ -135,16 +135,16 @@ async def test_generations_do_not_wait_for_memory_of_a_replica_with_an_open_circ
         async with pool.running():
 
             async def both_are_connected() -> bool:
-                return pool.rooms(1_024) == set(endpoints)
+                return pool.candidates(1_024) == set(endpoints)
 
             await eventually(both_are_connected)
-            assert pool.rooms(1_025) == frozenset()
+            assert pool.candidates(1_025) == frozenset()
             for link in pool.links.values():
                 link.breaker._clock = Clock()
             for broken, left in ((0, {endpoints[1]}), (1, set(endpoints))):
                 for _ in range(MAX_FAILURES):
                     pool.links[endpoints[broken]].breaker.failed("a pass failed")
-                assert pool.rooms(1_024) == left
+                assert pool.candidates(1_024) == left
 
 
 class WrongResults(target_pb2_grpc.TargetServiceServicer):
