@@ -79,7 +79,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     )
     resources = await _resources(config, security.open_channel)
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
-    admission.rooms = resources.targets.rooms
+    admission.rooms = resources.targets.candidates
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
     try:
         await server.start(config.host, config.port)
