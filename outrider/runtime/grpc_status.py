@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 # Received by servers. A request at every limit of docs/reference/limits.md has 18.8 MiB, of which
 # 15.3 are 4,000,000 characters of four bytes. To receive and reject a text of 64 MiB takes 150 to
-# 190 ms of the event loop's thread, one of 19 MiB 35 to 41, one over the limit 12 (an empty one 6).
+# 190 ms of the event loop's thread, one of 19 MiB 35 to 41, one over the limit 12 (1 KiB: 6).
 MAX_REQUEST_BYTES = 20 << 20
 MAX_MESSAGE_BYTES = 64 << 20
 # A status travels in HTTP/2 headers. Peers accept 8 KiB; with more even the code is lost.
