@@ -1,4 +1,4 @@
-"""`python -m` of a service: started, its standard output and error, its end."""
+"""A service as a process: its start, standard output and error, and end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# Importing torch and transformers on a busy machine is most of it.
+# Most of it is importing torch and transformers on a busy machine.
 END_TIMEOUT_S = 120.0
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT?.*\[(debug|info|warning|error) *\]")
-# Triton 3.9, in torch's CUDA build, reports at exit what its bindings have not freed.
+# Triton 3.9 in torch's CUDA build prints at exit what its bindings have not freed.
 _NANOBIND_LINE = re.compile(r"nanobind: | - (leaked|\.\.\.)|See https://nanobind")
 
 

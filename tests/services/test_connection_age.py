@@ -1,4 +1,4 @@
-"""Old connections make room for new ones, and so find new orchestrators; what runs is not cut."""
+"""Connection age: clients of old connections find new orchestrators; running streams continue."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.stack import eventually, request
 
 
 @pytest.mark.slow
-async def test_a_new_orchestrator_gets_calls_and_a_running_stream_goes_on(
+async def test_a_new_orchestrator_gets_calls_and_a_running_stream_continues(
     redis_url: str, gate: Gate
 ) -> None:
-    """One connection, through a balancer of connections; no call fails."""
+    """One connection through a connection balancer; no call fails."""
     async with (
         tier() as target,
         orchestrating(
@@ -46,6 +46,6 @@ async def test_a_new_orchestrator_gets_calls_and_a_running_stream_goes_on(
 
 @pytest.mark.parametrize("name", ["connection_age_s", "connection_age_grace_s"])
 @pytest.mark.parametrize("value", [-1.0, 2_000_001.0, float("nan")])
-def test_ages_that_grpc_cannot_count_are_refused(name: str, value: float) -> None:
+def test_ages_out_of_grpcs_range_are_rejected(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}: must be from 0 to 2000000"):
         OrchestratorConfig(target_endpoint="a:1", **{name: value})  # type: ignore[arg-type]

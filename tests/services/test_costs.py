@@ -1,4 +1,4 @@
-"""What passes cost: measured at the start, followed while working, told over the wire."""
+"""Step costs: calibrated at start, corrected at each pass, reported over the wire."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Noted = Callable[..., NotingEngine]
 
 @pytest.fixture
 def noted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Noted:
-    """The engine on a clock of its own, which the costs read."""
+    """An engine with a simulated clock, which StepCosts reads."""
     clock = Clock()
     monkeypatch.setattr(costs, "time", clock)
     return lambda **seconds: NotingEngine(engine, clock, **seconds)
 
 
-def test_calibration_measures_and_leaves_nothing(noted: Noted) -> None:
+def test_calibration_measures_and_frees_its_memory(noted: Noted) -> None:
     noting = noted(base_s=0.01, token_s=0.001, row_s=0.002)
     measured = StepCosts()
     measured.calibrate(noting, 64)
@@ -46,8 +46,8 @@ def test_calibration_measures_and_leaves_nothing(noted: Noted) -> None:
     noting.store.check_integrity()
 
 
-def test_a_longer_pass_never_takes_less(noted: Noted) -> None:
-    """What seems so is noise; a further row never pays either."""
+def test_the_curve_is_monotonic(noted: Noted) -> None:
+    """A larger pass that seems faster is noise; the cost of a row is not negative."""
     noting = noted(base_s=1.0, token_s=-0.001, row_s=-0.01)
     measured = StepCosts()
     measured.calibrate(noting, 32)
@@ -56,23 +56,25 @@ def test_a_longer_pass_never_takes_less(noted: Noted) -> None:
 
 
 @pytest.mark.parametrize(("num_free", "most"), [(64, 32), (32, 0), (1024, 256)])
-def test_calibration_takes_what_room_there_is(num_free: int, most: int, noted: Noted) -> None:
+def test_calibration_with_little_kv_room(num_free: int, most: int, noted: Noted) -> None:
     noting = noted(base_s=0.01, token_s=0.001)
     taken = noting.store.open(1024 - num_free) if num_free < 1024 else None
     measured = StepCosts()
     measured.calibrate(noting, 512)
     assert max(measured.report.num_tokens) == (most or 1)
-    assert (measured.report == StepCosts().report) == (most == 0), "nothing known, nothing said"
+    assert (measured.report == StepCosts().report) == (most == 0), (
+        "without a measurement the report is empty"
+    )
     if taken is not None:
         noting.store.free(taken)
     assert noting.store.used_tokens == 0
 
 
 def test_a_slow_model_has_fewer_points(noted: Noted) -> None:
-    """Far apart: what a pass of many sessions takes is known nearly as well as of a quick one.
+    """The points are far apart, so the cost of many sessions is known nearly as well.
 
-    Found so: with points at 1, 2 and 3 the slope beyond them was noise, and with a flat one γ was
-    16 for 64 sessions, at half the tokens that no draft gave.
+    Regression: with points at 1, 2 and 3 the slope beyond them was noise. With a flat slope γ was
+    16 for 64 sessions, at half of the throughput without drafts.
     """
     measured = StepCosts()
     measured.calibrate(noted(base_s=2.0, token_s=0.01), 512)
@@ -80,8 +82,8 @@ def test_a_slow_model_has_fewer_points(noted: Noted) -> None:
     assert measured.report.pass_s(256, 1) == pytest.approx(2 + 2.56, rel=0.01)
 
 
-def test_what_takes_long_is_measured_once(noted: Noted) -> None:
-    """So that a large model is not kept from serving; a quick one's noise is taken the least of."""
+def test_a_slow_size_is_measured_once(noted: Noted) -> None:
+    """So a large model starts soon. Of a fast model's measurements the minimum is taken."""
     slow, quick = noted(base_s=2.0), noted(base_s=0.001)
     begin = slow.clock.now
     StepCosts().calibrate(slow, 512)
@@ -92,8 +94,8 @@ def test_what_takes_long_is_measured_once(noted: Noted) -> None:
     assert quick.clock.now - begin == pytest.approx(17 * (1 + 3) * 0.001)
 
 
-def test_what_is_observed_is_followed(noted: Noted) -> None:
-    """A machine three times slower is known as that after some passes of all sizes, then told."""
+def test_observed_durations_change_the_report(noted: Noted) -> None:
+    """A machine that became three times slower is reported after some passes of all sizes."""
     noting = noted(base_s=0.01, token_s=0.001, row_s=0.002)
     measured = StepCosts()
     measured.calibrate(noting, 64)
@@ -110,8 +112,8 @@ def test_what_is_observed_is_followed(noted: Noted) -> None:
     assert measured.report.mean_num_rows == pytest.approx(2, rel=0.05)
 
 
-def test_one_size_that_is_slower_is_told_and_the_curve_rises(noted: Noted) -> None:
-    """Found so: only the cost of a single token was looked at, and a bent curve fell behind."""
+def test_one_slower_size_is_reported_and_the_curve_stays_monotonic(noted: Noted) -> None:
+    """Regression: only the cost of one token was compared, so a changed curve was not reported."""
     noting = noted(base_s=0.01, token_s=0.001)
     measured = StepCosts()
     measured.calibrate(noting, 64)
@@ -125,8 +127,8 @@ def test_one_size_that_is_slower_is_told_and_the_curve_rises(noted: Noted) -> No
     assert measured.report.pass_s(1, 1) == pytest.approx(first.pass_s(1, 1), rel=0.1)
 
 
-def test_what_is_seen_now_is_told_whatever_other_sizes_once_took(noted: Noted) -> None:
-    """Short passes on a machine that was busy then do not make the longer ones of now dearer."""
+def test_new_durations_override_old_ones_of_other_sizes(noted: Noted) -> None:
+    """Small passes measured on a busy machine do not raise the current cost of larger ones."""
     noting = noted(base_s=0.010)
     measured = StepCosts()
     measured.calibrate(noting, 64)
@@ -139,7 +141,7 @@ def test_what_is_seen_now_is_told_whatever_other_sizes_once_took(noted: Noted) -
     assert all(a <= b for a, b in itertools.pairwise(measured.report.step_s))
 
 
-def test_a_single_stall_is_no_slower_machine(noted: Noted) -> None:
+def test_a_single_stall_changes_little(noted: Noted) -> None:
     noting = noted(base_s=0.01)
     measured = StepCosts()
     measured.calibrate(noting, 8)
@@ -147,18 +149,18 @@ def test_a_single_stall_is_no_slower_machine(noted: Noted) -> None:
     assert measured.step_s(1, 1) < 0.011
 
 
-def test_no_news_is_not_told(noted: Noted) -> None:
+def test_small_changes_are_not_reported(noted: Noted) -> None:
     noting = noted(base_s=0.01)
     measured = StepCosts()
     measured.calibrate(noting, 8)
-    told = measured.report
+    reported = measured.report
     for _ in range(50):
         noting.clock.now += 1.0
         measured.observe(1, 1, 0.0101)
-    assert measured.report is told
+    assert measured.report is reported
 
 
-def test_reports_travel() -> None:
+def test_a_report_round_trips_over_the_wire() -> None:
     report = CostReport((1, 2, 8), (0.5, 0.5, 2.0), 0.25, 3.0)
     assert costs_from_proto(costs_to_proto(report)) == report
 
@@ -173,10 +175,10 @@ def test_reports_travel() -> None:
         CostReport((1, 2), (-0.1, 0.1), 0.1, 1.0),
     ],
 )
-def test_reports_without_sense_say_nothing(report: CostReport) -> None:
+def test_inconsistent_reports_become_empty_ones(report: CostReport) -> None:
     assert costs_from_proto(costs_to_proto(report)) == CostReport()
 
 
-def test_odd_numbers_beside_a_curve_are_none() -> None:
+def test_reports_with_invalid_numbers_become_empty_ones() -> None:
     read = costs_from_proto(costs_to_proto(CostReport((1,), (0.5,), -1.0, 0.0)))
     assert (read.row_s, read.mean_num_rows) == (0.0, 1.0)

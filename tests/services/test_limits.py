@@ -79,7 +79,7 @@ TARGET_ITEMS: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("name", TARGET_ITEMS)
 async def test_items_for_the_target(name: str, tiers: System) -> None:
-    said, item = TARGET_ITEMS[name]
+    details, item = TARGET_ITEMS[name]
     frame = target_pb2.VerifyRequest(opens=[target_open(2)])
     if isinstance(item, target_pb2.VerifyRow):
         frame.rows.append(item)
@@ -91,7 +91,7 @@ async def test_items_for_the_target(name: str, tiers: System) -> None:
         await stream.write(frame)
         error = await stream.answer(2)
         assert error.reason == target_pb2.RowError.REASON_BAD_ROW
-        assert said in error.detail
+        assert details in error.detail
     await eventually(lambda: nothing_held(tiers))
 
 
@@ -111,7 +111,7 @@ DRAFT_ITEMS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", [*DRAFT_ITEMS, "commit"])
 async def test_items_for_the_draft(name: str, tiers: System) -> None:
     assert tiers.draft is not None
-    said, fields = DRAFT_ITEMS.get(name, DRAFT_ITEMS["token_ids"])
+    details, fields = DRAFT_ITEMS.get(name, DRAFT_ITEMS["token_ids"])
     frame = draft_pb2.ProposeRequest(opens=[draft_open(2, PROMPT, **fields)])
     if name == "commit":
         frame = draft_pb2.ProposeRequest(
@@ -121,42 +121,42 @@ async def test_items_for_the_draft(name: str, tiers: System) -> None:
         await stream.write(frame)
         lost = await stream.answer(2)
         assert lost.reason == draft_pb2.DraftLost.REASON_BAD_MESSAGE
-        assert said in lost.detail
+        assert details in lost.detail
     await eventually(lambda: nothing_held(tiers))
 
 
 async def _end_of(call: Any, frame: Any) -> tuple[grpc.StatusCode, str]:
-    """How a stream ends after a frame."""
+    """Final status of a stream after this frame."""
     await call.write(frame)
     async with asyncio.timeout(100):
         with contextlib.suppress(grpc.aio.AioRpcError):
-            async for _ in call:  # the status comes behind what is unread
+            async for _ in call:  # the status follows the unread messages
                 pass
         return await call.code(), await call.details()
 
 
 async def test_frames_with_too_many_items(tiers: System) -> None:
-    """That stream ends, and what it had open is closed."""
+    """The stream ends and its open generations are closed."""
     call = tiers.target.Verify()
     await call.write(target_pb2.VerifyRequest(opens=[target_open(1)]))
     closes = [target_pb2.TargetClose(generation_id=n) for n in range(20_000)]
-    code, said = await _end_of(call, target_pb2.VerifyRequest(closes=closes))
+    code, details = await _end_of(call, target_pb2.VerifyRequest(closes=closes))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert said == "closes: 20000 items in one frame; at most 16384"
+    assert details == "closes: 20000 items in one frame; at most 16384"
     await eventually(lambda: nothing_held(tiers))
 
 
 async def test_frames_that_cannot_be_read(pair: Pair) -> None:
-    """Not UNKNOWN, with the name of a Python exception."""
+    """INVALID_ARGUMENT, not UNKNOWN with the name of a Python exception."""
     methods = ("TargetService/Verify", "DraftService/Propose")
     async with both_tiers(pair) as both:
         for address, method in zip(both.endpoints, methods, strict=True):
             async with grpc.aio.insecure_channel(str(address)) as channel:
                 for data in (b"\xff", b"\x0a\x05abc", b"garbage" * 100):
                     call: Any = channel.stream_stream(f"/outrider.v1.{method}")()
-                    code, said = await _end_of(call, data)
+                    code, details = await _end_of(call, data)
                     assert code is grpc.StatusCode.INVALID_ARGUMENT
-                    assert said.startswith("frame: cannot be read")
+                    assert details.startswith("frame: cannot be read")
 
 
 async def test_open_generations_of_a_stream(tiers: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +188,8 @@ async def test_streams_of_a_service(tiers: System, monkeypatch: pytest.MonkeyPat
         assert refused.retry_after_s is not None
 
 
-async def test_an_outbox_that_nobody_empties() -> None:
-    """The bug: who sent bad rows and read no answers filled the replica's memory."""
+async def test_a_stream_with_a_full_outbox_is_not_read() -> None:
+    """Regression: a peer that sent bad requests and read no answers filled the replica's memory."""
     outbox: Outbox[int] = Outbox()
     outbox.put(range(MAX_PENDING - 1))
     await outbox.room()
@@ -203,8 +203,8 @@ async def test_an_outbox_that_nobody_empties() -> None:
 
 
 @pytest.mark.slow
-async def test_answers_that_nobody_reads(tiers: System) -> None:
-    """All are there when at last somebody does."""
+async def test_unread_answers_are_kept_until_they_are_read(tiers: System) -> None:
+    """All answers arrive when the client finally reads."""
     call = tiers.target.Verify()
     num_frames, num_rows = 15, 5_000
 

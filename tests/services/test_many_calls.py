@@ -1,4 +1,4 @@
-"""Far more calls at one moment than fit: each is served, or refused by name with a hint."""
+"""Far more calls at once than fit: each is served, or rejected with a reason and a retry hint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE_TOKEN = {"temperature": 0, "ignore_eos": True, "max_tokens": 1}
 
 
 async def _ended_as(client: orchestrator_pb2_grpc.OrchestratorServiceStub) -> str:
-    """The name of its status; of a refusal only where it says when to come back."""
+    """The name of its status; asserts that a rejection has a retry hint."""
     refused = None
     try:
         async for _ in client.Generate(request([1, 2, 3], ONE_TOKEN), timeout=200):
@@ -37,12 +37,12 @@ async def _ended_as(client: orchestrator_pb2_grpc.OrchestratorServiceStub) -> st
 
 @pytest.mark.slow
 async def test_two_thousand_calls_at_once_are_all_answered_and_counted(redis_url: str) -> None:
-    """None is dropped by gRPC before the orchestrator hears of it."""
+    """gRPC drops none of them before the orchestrator gets it."""
     settings = {"max_generations": 8, "max_waiting": 8}
     async with services(redis_url, {"metrics_port": 0}, has_draft=False, **settings) as system:
         ended = Counter(await asyncio.gather(*(_ended_as(system.client) for _ in range(NUM_CALLS))))
-        said = await at_rest(system.orchestrator)
+        exposed = await at_rest(system.orchestrator)
     assert set(ended) == {"OK", "RESOURCE_EXHAUSTED"}
-    assert said.counted("outrider_requests_total", "status") == ended
-    refused = said.by("outrider_calls_refused_total", "reason")
+    assert exposed.counted("outrider_requests_total", "status") == ended
+    refused = exposed.by("outrider_calls_refused_total", "reason")
     assert refused["queue_full"] == ended["RESOURCE_EXHAUSTED"]

@@ -1,4 +1,4 @@
-"""What clients are told where something behind the orchestrator is wrong: no addresses."""
+"""Errors that clients get when a dependency fails contain no addresses or other internals."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from tests.services.parts import (
 from tests.services.replicas import Fault, tier
 from tests.stack import request
 
-# An address, a path, a name of Python's or of Redis', an error number.
+# An address, a path, a name from Python or Redis, an error number.
 INTERNAL = re.compile(
     r"\d+\.\d+\.\d+|localhost|://|/\w+/|:\d{2,5}\b|Err(no|or)|\.py\b|\.sock|@user|<"
 )
 
 
-def assert_is_plain(refused: Refusal, code: grpc.StatusCode, says: str) -> None:
+def assert_is_plain(refused: Refusal, code: grpc.StatusCode, message: str) -> None:
     assert refused.code is code, refused
-    assert says in refused.message
+    assert message in refused.message
     assert not INTERNAL.search(refused.message), refused.message
     for packed in refused.status.details if refused.status else ():
         assert not INTERNAL.search(packed.value.decode("latin1")), packed
@@ -51,7 +51,7 @@ async def every_refusal(system: System) -> list[Refusal]:
 
 
 async def named_refusals(system: System) -> list[Refusal]:
-    """Of each method that a session can be named to."""
+    """The errors of every method that takes a session id."""
     sampling = {**GREEDY, "max_tokens": 4}
     session: dict[str, Any] = {"session_id": "s"}
     stub = system.client
@@ -69,8 +69,8 @@ async def _read(system: System, asked: orchestrator_pb2.GenerateRequest) -> None
 
 
 @pytest.mark.slow
-async def test_redis_is_away_or_refuses(pair: Pair) -> None:
-    """And when to come back."""
+async def test_redis_is_unavailable_or_rejects_commands(pair: Pair) -> None:
+    """The errors have a retry hint."""
     with RedisServer() as redis:
         async with (
             both_tiers(pair, draft_kv=None) as tiers,
@@ -84,16 +84,16 @@ async def test_redis_is_away_or_refuses(pair: Pair) -> None:
             redis_command(redis.url, "SET", "outrider:session:{s}", "x")
             named = await named_refusals(system)
             for refused in named:
-                says = "session s: its key in Redis has another type"
-                assert_is_plain(refused, grpc.StatusCode.FAILED_PRECONDITION, says)
+                message = "session s: its key in Redis has another type"
+                assert_is_plain(refused, grpc.StatusCode.FAILED_PRECONDITION, message)
             page = await system.client.ListSessions(
                 orchestrator_pb2.ListSessionsRequest(), timeout=60
             )
             assert (len(page.sessions), page.num_unreadable) == (0, 1)
             redis.kill()
             for refused in await every_refusal(system):
-                says = "Redis cannot be reached"
-                assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, says)
+                message = "Redis cannot be reached"
+                assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, message)
                 assert refused.retry_after_s == 1.0
 
 
@@ -110,7 +110,7 @@ async def test_no_target_replica(pair: Pair, redis_url: str) -> None:
 
 
 async def test_a_defect(pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an exception says, its text is for the log."""
+    """The text of an unexpected exception appears only in the log."""
 
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("/etc/passwd at 10.0.0.1:6379")
@@ -125,7 +125,7 @@ async def test_a_defect(pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPa
 
 @contextlib.asynccontextmanager
 async def starting(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    """The port of an orchestrator that waits for something."""
+    """The port of an orchestrator that waits for a dependency."""
     ports: asyncio.Queue[int] = asyncio.Queue()
     start = outrider.runtime.grpc_server.Server.start
 
@@ -157,11 +157,11 @@ async def starting(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 
 
 @pytest.mark.parametrize("awaited", ["Redis", "a target replica"])
-async def test_a_start_says_what_it_waits_for(
+async def test_the_error_of_a_starting_service_names_what_it_waits_for(
     awaited: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "redis://127.0.0.1:1" if awaited == "Redis" else redis_url
-    says = f"the service is starting: waiting for {awaited}"
+    message = f"the service is starting: waiting for {awaited}"
     async with (
         starting(url, monkeypatch) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
@@ -170,20 +170,20 @@ async def test_a_start_says_what_it_waits_for(
         while True:
             asked = request([1])
             refused = await refusal(anext(aiter(stub.Generate(asked, timeout=60))))
-            if says in refused.message:
+            if message in refused.message:
                 break
             await asyncio.sleep(0.02)
-        assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, says)
+        assert_is_plain(refused, grpc.StatusCode.UNAVAILABLE, message)
 
 
 async def test_a_target_whose_pass_raises(redis_url: str, fault: Fault) -> None:
-    """What the exception says, of a device or of a file, is for the logs."""
+    """The exception's text, about a device or a file, appears only in the log."""
     async with (
         tier() as target,
         orchestrating(Tiers(target.server, None), redis_url) as system,
     ):
         fault.is_on = True
         refused = await refusal(system.generate([1, 2], sampling={**GREEDY, "max_tokens": 4}))
-        says = "the target replica failed in this generation"
-        assert_is_plain(refused, grpc.StatusCode.INTERNAL, says)
+        message = "the target replica failed in this generation"
+        assert_is_plain(refused, grpc.StatusCode.INTERNAL, message)
         assert "CUDA" not in refused.message

@@ -1,4 +1,4 @@
-"""Clients that never read: their streams end, what they held is freed, their sessions go on."""
+"""Clients that never read: their streams end, resources are freed, sessions can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.telemetry.parts import Scrape, get
 PROMPT = list(range(10, 50))
 NUM_STREAMS = 4
 NUM_TOKENS = 1_500
-# Many bytes a token, and small windows: few tokens fill what the client's side buffers.
+# Many bytes per token and small windows: few tokens fill the client's buffers.
 UNREAD = {**GREEDY, "max_tokens": NUM_TOKENS, "logprobs": 20}
 WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 SHORT = {**GREEDY, "max_tokens": 4}
@@ -32,7 +32,7 @@ SHORT = {**GREEDY, "max_tokens": 4}
 async def unread(
     endpoint: str, num: int, metadata: tuple[tuple[str, str], ...] = ()
 ) -> AsyncIterator[list[Any]]:
-    """Streams of sessions s-0, s-1 … whose client reads one chunk of each, and no more."""
+    """Streams of sessions s-0, s-1 … whose client reads only one chunk of each."""
     async with grpc.aio.insecure_channel(endpoint, options=WINDOW) as channel:
         client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         calls = [
@@ -67,7 +67,7 @@ async def _num_recorded(stack: System, session_id: str) -> int:
 async def test_unread_streams_end_and_free_their_slots_and_kv(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """Each is told why once it reads; its session is resumed where its client stopped reading."""
+    """Each client gets the reason once it reads, and can resume where it stopped reading."""
     async with (
         whole(
             pair, redis_url, max_generations=NUM_STREAMS, max_waiting=1, write_timeout_s=3.0,
@@ -80,23 +80,23 @@ async def test_unread_streams_end_and_free_their_slots_and_kv(
         await eventually(lambda: nothing_held(stack))
         assert not any(call.done() for call in calls), "nobody has read the status yet"
         (first, *_) = calls
-        held = await rest_of(first)
+        received = await rest_of(first)
         assert await first.code() is grpc.StatusCode.CANCELLED
         assert "write_timeout_s" in await first.details()
-        num_held = len(held.token_ids) + 1
-        assert num_held < NUM_TOKENS
-        asked = orchestrator_pb2.GenerateRequest(session_id="s-0", resume_from=num_held)
+        num_received = len(received.token_ids) + 1
+        assert num_received < NUM_TOKENS
+        asked = orchestrator_pb2.GenerateRequest(session_id="s-0", resume_from=num_received)
         rest = Output()
         async for chunk in stack.client.Generate(asked, timeout=200):
             rest.add(chunk)
-        assert held.token_ids + rest.token_ids == greedy(PROMPT, NUM_TOKENS)[1:]
-        said = Scrape(await get(stack.metrics_port))
-        assert said("outrider_unread_streams_total") == NUM_STREAMS
-        assert said("outrider_requests_total", status="CANCELLED") == NUM_STREAMS
+        assert received.token_ids + rest.token_ids == greedy(PROMPT, NUM_TOKENS)[1:]
+        exposed = Scrape(await get(stack.metrics_port))
+        assert exposed("outrider_unread_streams_total") == NUM_STREAMS
+        assert exposed("outrider_requests_total", status="CANCELLED") == NUM_STREAMS
 
 
 async def test_a_stream_that_is_not_read_stops_generating(pair: Pair, redis_url: str) -> None:
-    """At a bounded number of rounds ahead of what is sent, long before its time is over."""
+    """It pauses a bounded number of rounds ahead of what is sent, long before its timeout."""
     async with (
         whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack,
         unread(stack.endpoint, 1) as (call,),
@@ -118,12 +118,12 @@ async def test_a_stream_that_is_not_read_stops_generating(pair: Pair, redis_url:
 
 
 async def _ended(stack: System) -> dict[str, float]:
-    """Calls by status, once one has ended."""
+    """Counts of calls by status, after one has ended."""
     found: dict[str, float] = {}
 
     async def has_ended() -> bool:
-        said = Scrape(await get(stack.metrics_port))
-        found.update(said.counted("outrider_requests_total", "status"))
+        exposed = Scrape(await get(stack.metrics_port))
+        found.update(exposed.counted("outrider_requests_total", "status"))
         return bool(found)
 
     await eventually(has_ended)
@@ -131,8 +131,10 @@ async def _ended(stack: System) -> dict[str, float]:
 
 
 @pytest.mark.slow
-async def test_a_deadline_of_the_clients_own_is_counted_as_that(pair: Pair, redis_url: str) -> None:
-    """Also where it passes in the midst of a write. The client's reset never arrives."""
+async def test_a_clients_deadline_is_counted_as_deadline_exceeded(
+    pair: Pair, redis_url: str
+) -> None:
+    """Also if it passes during a write. The client's reset never arrives."""
     async with whole(pair, redis_url, write_timeout_s=600.0, metrics_port=0) as stack:
         host, _, port = stack.endpoint.rpartition(":")
         async with (
@@ -147,10 +149,10 @@ async def test_a_deadline_of_the_clients_own_is_counted_as_that(pair: Pair, redi
 
 
 @pytest.mark.slow
-async def test_an_unread_stream_gives_its_keys_stream_back(
+async def test_an_unread_stream_frees_its_keys_stream_limit(
     pair: Pair, redis_url: str, tmp_path: Path
 ) -> None:
-    """Though its status cannot be sent before the client reads."""
+    """Although its status cannot be sent before the client reads."""
     keys = write_keys(tmp_path / "keys", ada=KeyLimits(streams=1))
     metadata = (("x-api-key", keys["ada"]),)
     settings = {"api_keys_file": str(tmp_path / "keys"), "write_timeout_s": 3.0}
