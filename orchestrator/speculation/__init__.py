@@ -9,5 +9,7 @@ The γ policy, in reading order:
 5. `gamma`: the choice of γ and of the longest wait for draft tokens.
 6. `drafting`: applies the choice to a `draft_source`.
 
+Constants marked "Choice" were set by hand, neither fitted nor taken from a paper.
+
 `verification` accepts or rejects the draft tokens of a round. Only `drafting` reads a clock.
 """

@@ -25,7 +25,8 @@ _FIRST_OVERHEAD_S = 0.001
 # Growth of the smallest overhead per result, so that a slower network is noticed. Choice:
 # 70 results double it.
 _MIN_OVERHEAD_GROWTH = 1.01
-# A proposal that did not come in time counts as one that takes this many times the wait. Choice.
+# A proposal that did not come in time counts as one that takes this many times the wait. With 1
+# the estimate would stay at the longest wait, and late drafts would always be waited for.
 _MISSING_FACTOR = 2
 # A prompt's pass takes more than reported for short passes: attention is quadratic. Choice.
 _PROMPT_FACTOR = 2.0

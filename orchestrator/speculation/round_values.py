@@ -77,9 +77,9 @@ class RoundValues:
         )
 
     def waiting_gain(self, gamma: int) -> float:
-        """Tokens of a round that waits for γ draft tokens, minus those of its time otherwise.
+        """Tokens of a round that waits for γ draft tokens, minus what its time is worth.
 
-        Otherwise the time brings the best rate there is (the renewal-reward argument).
+        Time is worth the best rate there is (renewal-reward argument).
         """
         duration_s = self.tokens[gamma] / self.waiting_tokens_per_s[gamma]
         return self.tokens[gamma] - max(self.tokens_per_s) * duration_s
