@@ -27,7 +27,7 @@ from outrider import errors
 from outrider.cli.app import app
 from outrider.runtime.grpc_status import status_of
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.telemetry.catalogue import CATALOGUE, Metric
+from outrider.telemetry.catalogue import CATALOGUE, VLLM_PREFIX, Metric, MetricKind
 
 DIRECTORY = Path(__file__).parent.parent / "docs/reference"
 COMMAND = ".venv/bin/python scripts/reference.py"
@@ -210,7 +210,8 @@ def metrics() -> str:
 
 def _metric_row(metric: Metric) -> tuple[str, ...]:
     labels = ", ".join(f"`{label}`" for label in metric.labels)
-    vllm = f"`vllm:{metric.vllm}`" if metric.vllm else ""
+    suffix = "_total" if metric.kind is MetricKind.COUNTER else ""
+    vllm = f"`{VLLM_PREFIX}{metric.vllm}{suffix}`" if metric.vllm else ""
     return f"`{metric.exported_name}`", metric.kind.value, labels, metric.help, vllm
 
 

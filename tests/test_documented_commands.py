@@ -15,6 +15,7 @@ from tests.deploy.sources import script
 from tests.test_documents import PAGES, ROOT
 
 reference = script("reference")
+OUTRIDER: Any = typer.main.get_command(app())
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
 FLAG = re.compile(r"--[a-z][a-z0-9-]*")
@@ -42,7 +43,7 @@ def problems(line: str) -> Iterator[str]:
             yield from (flag for flag in FLAG.findall(line) if flag not in names)
     if not line.startswith("outrider "):
         return
-    command: Any = typer.main.get_command(app)
+    command = OUTRIDER
     words = line.split()[1:]
     while getattr(command, "commands", None) and words and words[0] in command.commands:
         command = command.commands[words.pop(0)]
