@@ -1,6 +1,6 @@
-"""A real engine that notes what it is fed, on a clock that moves by what passes are said to cost.
+"""A real engine that records its input, with a clock that advances by given costs of passes.
 
-So what costs decide can be tested without a clock on the wall.
+So decisions by cost can be tested without real time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outrider.sampling.params import SamplingParams
 
 
 class Clock:
-    """Stands where a module has `time`."""
+    """Replaces the `time` of a module."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -45,7 +45,7 @@ class Fed(NamedTuple):
 
 @dataclass(eq=False)
 class NotingEngine:
-    """A pass takes base_s + tokens * token_s + (rows - 1) * row_s. `passes`: what each was fed."""
+    """A pass takes base_s + tokens * token_s + (rows - 1) * row_s. `passes`: input of each."""
 
     engine: Engine
     clock: Clock

@@ -1,4 +1,4 @@
-"""The internal streams by hand: frames out, answers in, sorted by generation."""
+"""The internal streams without an orchestrator: sends frames, sorts results by generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outrider.v1 import draft_pb2, model_pb2, sampling_pb2, target_pb2
 from tests.services.parts import System
 
 ANSWER_TIMEOUT_S = 60.0
-# The tokens that a model says after these, so many.
+# (context, number of tokens) -> the tokens that the model continues with.
 Truth = Callable[[Sequence[int], int], list[int]]
 
 
@@ -57,7 +57,7 @@ def row(
 
 
 def draft_open(generation_id: int, context: Sequence[int], **fields: Any) -> draft_pb2.DraftOpen:
-    """Greedy, four tokens a block, sequential, room for 200 tokens; quiet until a commit."""
+    """Greedy, four tokens a block, sequential, room for 200 tokens; drafts after a commit only."""
     given = {
         "session_id": f"session-{generation_id}",
         "epoch": 1,
@@ -77,7 +77,7 @@ def draft_open(generation_id: int, context: Sequence[int], **fields: Any) -> dra
 def draft_commit(
     generation_id: int, token_ids: Sequence[int] | bytes, committed_len: int, **fields: int
 ) -> draft_pb2.DraftCommit:
-    """`committed_len` with them; four draft tokens wanted, and four in blocks ahead."""
+    """`committed_len` includes the tokens. Asks for four draft tokens, and four per block ahead."""
     return draft_pb2.DraftCommit(
         generation_id=generation_id,
         token_ids=token_ids if isinstance(token_ids, bytes) else ids(token_ids),
@@ -87,9 +87,9 @@ def draft_commit(
 
 
 class Stream:
-    """A raw bidirectional call. `answer` hands out what came for a generation, in order.
+    """A raw bidirectional call. `answer` returns the results of a generation in order.
 
-    `costs` are those told last, `states` all that were told.
+    `costs`: those received last. `states`: all received states.
     """
 
     def __init__(self, call: Any) -> None:
@@ -117,7 +117,7 @@ class Stream:
                 self._news.notify_all()
 
     async def answer(self, generation_id: int) -> Any:
-        """The next one for the generation."""
+        """The generation's next result."""
         async with asyncio.timeout(ANSWER_TIMEOUT_S), self._news:
             await self._news.wait_for(lambda: self._answers.get(generation_id))
             return self._answers[generation_id].pop(0)
@@ -128,7 +128,7 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def raw(call: Any) -> AsyncIterator[Stream]:
-    """For the time of a block; then the call is cancelled, unless the service has ended it."""
+    """Context of a raw stream; cancels the call at the end, unless the service has ended it."""
     stream = Stream(call)
     listening = asyncio.create_task(stream.listen())
     try:
@@ -141,14 +141,14 @@ async def raw(call: Any) -> AsyncIterator[Stream]:
 
 @contextlib.asynccontextmanager
 async def proposing(system: System) -> AsyncIterator[Stream]:
-    """A stream of the draft's own."""
+    """Context of a raw stream to the draft."""
     assert system.draft is not None
     async with raw(system.draft.Propose()) as stream:
         yield stream
 
 
 class Decoding:
-    """One greedy generation by hand: drafts that are right up to a random place."""
+    """One greedy generation, with draft tokens that are right up to a random position."""
 
     def __init__(self, stream: Stream, generation_id: int, prompt: list[int], truth: list[int]):
         self._stream = stream
@@ -188,7 +188,7 @@ class Decoding:
 
 
 class Following:
-    """One generation by hand: rounds that accept all, some or none of a proposal."""
+    """One generation, in rounds that accept all, some or none of a proposal."""
 
     def __init__(self, stream: Stream, generation_id: int, prompt: list[int], truth: Truth):
         self._stream = stream
@@ -199,7 +199,7 @@ class Following:
         self._proposals: list[draft_pb2.Proposal] = []
 
     async def step(self) -> None:
-        """The rest of a proposal that is not used up is what the next round goes on with."""
+        """Runs a round; it continues with the rest of a proposal that is not used up."""
         drafts = self._rest()
         new = drafts[: self._chance.randrange(len(drafts) + 1)]
         likely = self._truth(self.committed + new, 1)[0]
@@ -214,7 +214,7 @@ class Following:
         assert drafts == self._truth(self.committed, len(drafts))
 
     def _rest(self) -> list[int]:
-        """The longest of what is proposed for exactly what is committed."""
+        """The longest rest of a proposal that continues the committed tokens."""
         return max((self._rest_of(proposal) for proposal in self._proposals), key=len, default=[])
 
     def _rest_of(self, proposal: draft_pb2.Proposal) -> list[int]:

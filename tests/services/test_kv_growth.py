@@ -1,4 +1,4 @@
-"""Keys and values take room as they come: who runs together, who gives way, and to the same end."""
+"""KV pages are reserved as generations grow: concurrency, preemption, and the same outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COUPLED: dict[str, Any] = {"verification": sampling_pb2.VERIFICATION_COUPLED}
 
 @pytest.fixture(autouse=True)
 def _checked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle services check their accounting all the time; a wrong one ends the service."""
+    """Idle services check their KV accounting all the time; an error ends the service."""
     monkeypatch.setattr(scheduler, "TIDY_INTERVAL_S", 0.02)
 
 
@@ -43,7 +43,7 @@ async def num_open_is(stack: System, count: int) -> bool:
 
 
 async def begun(stack: System, prompt: Sequence[int], sampling: Any, **fields: Any) -> Any:
-    """A stream that has shown a token, and that token."""
+    """A stream that has sent a token, and that token."""
     chunks = aiter(stack.client.Generate(request(prompt, sampling, **fields), timeout=TIMEOUT_S))
     output = Output()
     output.add(await anext(chunks))
@@ -56,10 +56,10 @@ async def to_its_end(chunks: Any, output: Output) -> list[int]:
     return output.token_ids
 
 
-async def test_short_answers_to_long_limits_run_all_at_once(
+async def test_short_outputs_with_long_limits_run_all_at_once(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
-    """Two contexts of memory, eight requests that might fill one each, answers of 20 tokens."""
+    """KV for two full contexts, eight requests that might fill one each, outputs of 20 tokens."""
     prompts = [[n, *range(n, n + 30)] for n in range(8)]
     answers = [greedy(prompt, 20) for prompt in prompts]
     async with (
@@ -76,7 +76,9 @@ async def test_short_answers_to_long_limits_run_all_at_once(
             asking = [tasks.create_task(ask(*each)) for each in zip(prompts, answers, strict=True)]
             await eventually(lambda: num_open_is(stack, 8))
             load = await stack.target_load()
-            assert load.kv_used_tokens <= 8 * 64, "what they have, not what they may come to have"
+            assert load.kv_used_tokens <= 8 * 64, (
+                "the tokens that they have, not those that they may get"
+            )
             brake.release()
         for task, answer in zip(asking, answers, strict=True):
             assert task.result() == answer[: answer.index(answer[-1]) + 1]
@@ -84,10 +86,10 @@ async def test_short_answers_to_long_limits_run_all_at_once(
         await eventually(lambda: nothing_held(stack))
 
 
-async def test_a_prompt_that_others_hold_takes_no_room_again(
+async def test_a_shared_prompt_takes_kv_room_once(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
-    """Eight of 500 tokens in a memory of 1,024: all but the last page is shared."""
+    """Eight prompts of 500 tokens in 1,024 tokens of KV: all but the last page is shared."""
     prompt = [(7 * n + n * n) % 251 for n in range(496)]
     async with (
         both_tiers(pair, target_kv=1_024, draft_kv=None) as tiers,
@@ -116,7 +118,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 async def test_outputs_are_the_same_under_constant_preemption(
     way: str, pair: Pair, redis_url: str
 ) -> None:
-    """Memory for two of twelve, on either tier; with drafts, without, and drafted ahead."""
+    """KV for two of twelve on both tiers; with drafts, without, and drafted ahead."""
     sampling, fields = WAYS[way]
     chance = random.Random(11)
     asked: list[tuple[list[int], dict[str, Any], dict[str, Any]]] = []
@@ -143,10 +145,10 @@ async def test_outputs_are_the_same_under_constant_preemption(
 
 
 @pytest.mark.slow
-async def test_one_that_fits_alone_always_finishes(
+async def test_a_generation_that_fits_alone_always_finishes(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """Two that fill all of the memory each, to the last token, among others that come and go."""
+    """Two that fill all of the KV each, to the last token, among others that start and end."""
     long = [list(range(60)), list(range(100, 160))]
     async with (
         both_tiers(pair, target_kv=256, draft_kv=256) as tiers,
@@ -164,10 +166,10 @@ async def test_one_that_fits_alone_always_finishes(
         await eventually(lambda: nothing_held(stack))
 
 
-async def test_cancelled_generations_leave_their_room_to_others(
+async def test_cancelled_generations_free_their_room(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
-    """Those that run, those that were preempted, and those that wait for room."""
+    """Running, preempted, and waiting for room."""
     prompts = [[n] * 60 for n in range(8)]
     sampling = {**GREEDY, "max_tokens": 60}
     async with (
@@ -177,7 +179,7 @@ async def test_cancelled_generations_leave_their_room_to_others(
         brake.set(8)
         calls = [stack.client.Generate(request(prompts[0], sampling), timeout=TIMEOUT_S)]
         first, output = aiter(calls[0]), Output()
-        output.add(await anext(first))  # it has room; of the others some have
+        output.add(await anext(first))  # it has room, and so have some of the others
         calls += [
             stack.client.Generate(request(p, sampling), timeout=TIMEOUT_S) for p in prompts[1:]
         ]
@@ -195,10 +197,10 @@ async def test_cancelled_generations_leave_their_room_to_others(
         await eventually(lambda: nothing_held(stack))
 
 
-async def test_the_one_begun_last_gives_way_and_never_one_begun_earlier(
+async def test_the_generation_begun_last_is_preempted_and_never_an_earlier_one(
     pair: Pair, greedy: Greedy
 ) -> None:
-    """By their ages, whichever was opened here first; and it may not come back in their place."""
+    """By age, whichever was opened here first; and it cannot preempt the earlier ones later."""
     async with (
         both_tiers(pair, target_kv=512, draft_kv=None) as tiers,
         clients(tiers) as system,
@@ -214,7 +216,7 @@ async def test_the_one_begun_last_gives_way_and_never_one_begun_earlier(
             rows = [row(number, 0, contexts[number])]
             await stream.write(Frame(opens=[opening(number, age_ms)], rows=rows))
             assert isinstance(await stream.answer(number), target_pb2.VerifyResult)
-        # The eldest grows until both others have given way.
+        # The earliest one grows until both others are preempted.
         for keep_len in (150, 300):
             await stream.write(Frame(rows=[row(1, keep_len, [1] * 150)]))
             answer = await stream.answer(1)
@@ -223,11 +225,11 @@ async def test_the_one_begun_last_gives_way_and_never_one_begun_earlier(
             lost = await stream.answer(number)
             assert lost.reason == Reason.REASON_KV_FULL
             assert "began earlier" in lost.detail
-        # No younger one takes the place of the eldest, not even where it may preempt.
+        # No later one takes its room, not even if it may preempt.
         again = opening(4, 2_000, preempts=True)
         await stream.write(Frame(opens=[again], rows=[row(4, 0, contexts[3])]))
         assert (await stream.answer(4)).reason == Reason.REASON_KV_FULL
-        # One that was begun before it does, and is told what it would have been without.
+        # One that began before it does, and has the output that it would have alone.
         before = opening(5, 60_000, preempts=True)
         await stream.write(Frame(opens=[before], rows=[row(5, 0, contexts[2])]))
         answer = await stream.answer(5)
@@ -237,10 +239,10 @@ async def test_the_one_begun_last_gives_way_and_never_one_begun_earlier(
         assert (await system.target_load()).num_preempted_total == 3
 
 
-async def test_idle_sessions_give_way_before_anybody_who_runs(
+async def test_idle_sessions_are_evicted_before_running_generations(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
-    """What they keep does not count as used, and is found again by its tokens or computed anew."""
+    """Their KV does not count as used, and is found again by its tokens or recomputed."""
     async with (
         both_tiers(pair, target_kv=512, draft_kv=512) as tiers,
         orchestrating(tiers, redis_url) as stack,

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: run once on either tier, through the real services, to the same end."""
+"""Prefix cache of both tiers through the real services: common prefixes run once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Verify, Propose = target_pb2.VerifyRequest, draft_pb2.ProposeRequest
 
 @pytest.fixture(autouse=True)
 def _checked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle services check their accounting all the time; a wrong one ends the service."""
+    """Idle services check their KV accounting all the time; an error ends the service."""
     monkeypatch.setattr(scheduler, "TIDY_INTERVAL_S", 0.02)
 
 
@@ -67,8 +67,8 @@ def closing(number: int, *, keep: bool = False) -> target_pb2.VerifyRequest:
     return Verify(closes=[target_pb2.TargetClose(generation_id=number, keep=keep)])
 
 
-async def test_the_second_with_a_prompt_runs_what_is_new(pair: Pair, greedy: Greedy) -> None:
-    """While the first is open, and after it; all but the last token, by full pages."""
+async def test_a_second_request_runs_only_new_tokens(pair: Pair, greedy: Greedy) -> None:
+    """While the first is open, and after it. Full pages are reused, but never the last token."""
     async with target_alone(pair) as system, raw(system.target.Verify()) as stream:
         for number, (prompt, num_found) in enumerate(
             [
@@ -105,8 +105,8 @@ async def test_the_second_with_a_prompt_runs_what_is_new(pair: Pair, greedy: Gre
         assert (await first_row(stream, 99, SYSTEM)).num_reused_tokens == 96
 
 
-async def test_prompts_that_come_together_are_run_once(pair: Pair, greedy: Greedy) -> None:
-    """Those that wait for a place in a pass find what the first has left by then."""
+async def test_equal_prompts_that_arrive_together_are_run_once(pair: Pair, greedy: Greedy) -> None:
+    """Those that wait for a pass find what the first one has cached by then."""
     async with (
         target_alone(pair, max_step_tokens=128) as system,
         raw(system.target.Verify()) as stream,
@@ -123,8 +123,8 @@ async def test_prompts_that_come_together_are_run_once(pair: Pair, greedy: Greed
 
 
 @pytest.mark.slow
-async def test_decoding_goes_on_from_what_was_found(pair: Pair, greedy: Greedy) -> None:
-    """Rolled back at random places, several at once that share their beginning."""
+async def test_decoding_continues_from_a_cached_prefix(pair: Pair, greedy: Greedy) -> None:
+    """Rolled back at random positions, several at once with a common prefix."""
     prompts = [[*SYSTEM, n] for n in range(4)]
     async with target_alone(pair, kv=1024) as system, raw(system.target.Verify()) as stream:
         for start in (1, 11, 21):
@@ -139,9 +139,9 @@ async def test_decoding_goes_on_from_what_was_found(pair: Pair, greedy: Greedy) 
                 await stream.write(closing(n))
         await eventually(lambda: nothing_held(system))
         load = await system.target_load()
-        # Four reservations are most of the memory: some of what is cached goes for them.
+        # Four reservations take most of the KV: some cached pages are evicted.
         assert load.num_prefix_hit_tokens_total >= 3 * 96
-        # What was generated is found as well.
+        # Generated tokens are found as well.
         said = [*prompts[0], *greedy(prompts[0], 60)]
         answer = await first_row(stream, 99, said)
         assert answer.num_reused_tokens >= 101 + 40
@@ -149,7 +149,7 @@ async def test_decoding_goes_on_from_what_was_found(pair: Pair, greedy: Greedy) 
 
 
 async def test_rejected_draft_tokens_are_not_cached(pair: Pair, greedy: Greedy) -> None:
-    """Only what the orchestrator said to be context: a draft token is nobody's beginning."""
+    """Only tokens that the orchestrator sent as context are cached."""
     prompt, wrong = SYSTEM[:30], [(t + 1) % 256 for t in greedy(SYSTEM[:30], 16)]
     async with target_alone(pair) as system, raw(system.target.Verify()) as stream:
         opening = target_open(1, prompt_len=30, max_len=80)
@@ -162,7 +162,7 @@ async def test_rejected_draft_tokens_are_not_cached(pair: Pair, greedy: Greedy) 
 
 
 async def test_an_evicted_session_is_found_by_its_tokens(pair: Pair, greedy: Greedy) -> None:
-    """Its name is lost, so the context is sent again; what it held need not be run again."""
+    """The session is gone, so the context is sent again; its cached pages need not be run again."""
     async with target_alone(pair) as system, raw(system.target.Verify()) as stream:
         await first_row(stream, 1, SYSTEM, session_id="s")
         await stream.write(closing(1, keep=True))
@@ -178,8 +178,8 @@ async def test_an_evicted_session_is_found_by_its_tokens(pair: Pair, greedy: Gre
         assert numbers(answer.sample_ids) == greedy(context, 1)
 
 
-async def test_the_draft_runs_what_is_new(pair: Pair) -> None:
-    """At Open, while the first is open and after it; proposals are its greedy continuations."""
+async def test_the_draft_runs_only_new_tokens(pair: Pair) -> None:
+    """While the first is open, and after it; proposals are greedy continuations."""
     truth = Greedy(pair.draft)
     async with both_tiers(pair) as tiers, clients(tiers) as system:
         assert system.draft is not None
@@ -204,7 +204,7 @@ async def test_the_draft_runs_what_is_new(pair: Pair) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_on", [True, False])
-async def test_outputs_are_the_same_with_and_without(
+async def test_outputs_are_the_same_with_and_without_the_cache(
     is_on: bool, pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
     """Through the whole system, one after another and many at a time."""
@@ -218,7 +218,7 @@ async def test_outputs_are_the_same_with_and_without(
             assert output.token_ids == greedy(prompt, 30)
         for load in (await stack.target_load(), await stack.draft_load()):
             if is_on:
-                # A draft that is told the first tokens before its first pass looks them up too.
+                # A draft that receives the first tokens before its first pass looks them up, too.
                 assert 8 * 103 <= load.num_prefix_queried_tokens_total <= 8 * 103 + 8 * 5
                 assert load.num_prefix_hit_tokens_total == 7 * 96
                 assert load.num_prefill_tokens_total <= 8 * (103 + 5) - 7 * 96
@@ -227,8 +227,10 @@ async def test_outputs_are_the_same_with_and_without(
 
 
 @pytest.mark.slow
-async def test_under_pressure_nothing_is_wrong(pair: Pair, redis_url: str, greedy: Greedy) -> None:
-    """Memory for a few generations: beginnings are evicted, and found again, and all is right."""
+async def test_outputs_are_right_while_prefixes_are_evicted(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """KV for a few generations: prefixes are evicted and cached again."""
     chance = random.Random(5)
     prompts = [
         [*SYSTEM[: chance.randrange(100)], *(chance.randrange(255) for _ in range(30))]
@@ -246,8 +248,8 @@ async def test_under_pressure_nothing_is_wrong(pair: Pair, redis_url: str, greed
         assert 0 < load.num_prefix_hit_tokens_total < load.num_prefix_queried_tokens_total
 
 
-async def test_simulated_tiers_skip_what_they_know(redis_url: str) -> None:
-    """The same with no model: its prefill costs as much less."""
+async def test_simulated_tiers_skip_cached_prefixes(redis_url: str) -> None:
+    """The same without a model: prefill takes as much less time."""
     prompt = [n % 997 for n in range(408)]
     tier = {"kv_cache_tokens": 8_192}
     async with running_stack(

@@ -1,4 +1,4 @@
-"""More callers than fit: who waits, who is refused, and whose keys and values make room."""
+"""More requests than fit: queueing, rejection and preemption by priority."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TIMEOUT_S = 200
 
 @pytest.fixture
 def admissions(monkeypatch: pytest.MonkeyPatch) -> list[AdmissionQueue]:
-    """Of each orchestrator that is started."""
+    """The admission queue of each orchestrator that is started."""
     made: list[AdmissionQueue] = []
 
     def make(max_running: int, max_waiting: int) -> AdmissionQueue:
@@ -50,7 +50,7 @@ def admissions(monkeypatch: pytest.MonkeyPatch) -> list[AdmissionQueue]:
 async def begun(
     stack: Stack, sampling: dict[str, Any], prompt: Sequence[int] = (3,), **fields: Any
 ) -> Any:
-    """A stream that has shown a token."""
+    """A stream that has sent a token."""
     call = stack.client.Generate(request(prompt, sampling, **fields), timeout=TIMEOUT_S)
     await call.read()
     return call
@@ -74,7 +74,7 @@ async def so_many_run(stack: Stack, count: int) -> None:
     await eventually(do_they)
 
 
-async def test_waiting_callers_are_served_in_the_order_of_urgency(
+async def test_queued_requests_run_in_the_order_of_priority(
     pair: Pair, redis_url: str, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
     async with whole(pair, redis_url, max_generations=1, max_waiting=4) as stack:
@@ -90,7 +90,7 @@ async def test_waiting_callers_are_served_in_the_order_of_urgency(
             for priority in (2, 1, -3, 0):
                 tasks.create_task(ask(priority))
             await so_many_wait(admissions, 4)
-            # The fifth is refused, unless it is more urgent than the last.
+            # The fifth is rejected, unless it is more urgent than the last.
             refused = await refusal(stack.generate(PROMPT, sampling=SHORT, priority=2))
             assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert refused.retry_after_s is not None
@@ -101,10 +101,10 @@ async def test_waiting_callers_are_served_in_the_order_of_urgency(
         await eventually(lambda: nothing_held(stack))
 
 
-async def test_a_deadline_holds_in_the_line_and_while_it_runs(
+async def test_a_deadline_ends_queued_and_running_requests(
     pair: Pair, redis_url: str, brake: Brake
 ) -> None:
-    """Whoever's time is over is told so, and leaves its place and its room to others."""
+    """DEADLINE_EXCEEDED; its place and its KV are free for others."""
     async with whole(pair, redis_url, max_generations=1) as stack:
         brake.set(1)
         first = await begun(stack, LONG)
@@ -135,10 +135,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_less_urgent_make_room_and_lose_nothing(
+async def test_less_urgent_requests_are_preempted_with_the_same_output(
     way: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
-    """Their keys and values are dropped and computed again; their outputs are what they were."""
+    """Their KV is dropped and recomputed; their outputs are the same."""
     sampling, fields = WAYS[way]
     sampling = {**sampling, "max_tokens": 60}
     prompts = [[n] * 420 for n in (3, 4)]
@@ -149,7 +149,7 @@ async def test_the_less_urgent_make_room_and_lose_nothing(
         alone = [
             await stack.generate(prompt, sampling=sampling, gamma=0, **fields) for prompt in prompts
         ]
-        brake.set(1)  # both still run when the urgent one comes
+        brake.set(1)  # both still run when the urgent one arrives
         asked = [request(p, sampling, priority=5, gamma=2, **fields) for p in prompts]
         calls = [stack.client.Generate(each, timeout=TIMEOUT_S) for each in asked]
         streams, outputs = [aiter(call) for call in calls], [Output(), Output()]
@@ -174,10 +174,10 @@ async def _one_has_made_room(stack: Stack) -> bool:
 
 
 @pytest.mark.slow
-async def test_nobody_makes_room_for_an_equal(
+async def test_equal_priorities_do_not_preempt_each_other(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
-    """It waits till the others are done; too many are refused."""
+    """A request waits until the others are done; too many are rejected."""
     async with (
         both_tiers(pair, target_kv=1_024) as tiers,
         orchestrating(tiers, redis_url, max_waiting=1) as stack,
@@ -199,10 +199,10 @@ async def test_nobody_makes_room_for_an_equal(
 
 
 @pytest.mark.slow
-async def test_an_urgent_call_displaces_one_that_waits_for_kv(
+async def test_an_urgent_request_displaces_one_that_waits_for_kv(
     pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, admissions: list[AdmissionQueue]
 ) -> None:
-    """The queue is full of calls without room: the least urgent is refused, all others end well."""
+    """The queue is full of requests without room: the least urgent is rejected, others succeed."""
     prompts = [[n] * 480 for n in range(5)]
     async with (
         both_tiers(pair, target_kv=1_024) as tiers,
@@ -215,7 +215,7 @@ async def test_an_urgent_call_displaces_one_that_waits_for_kv(
             return (await asked).token_ids
 
         asking = []
-        for number in range(4):  # two run; two wait for their keys and values
+        for number in range(4):  # two run; two wait for KV room
             asking.append(asyncio.create_task(ask(number, 0)))
             await so_many_run(stack, min(number + 1, 2))
             await so_many_wait(admissions, max(0, number - 1))
@@ -234,7 +234,7 @@ async def test_an_urgent_call_displaces_one_that_waits_for_kv(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [None, -(2**31)])
-async def test_a_key_preempts_others_only_with_the_right_to(
+async def test_a_key_preempts_others_only_if_allowed(
     right: int | None, pair: Pair, redis_url: str, greedy: Greedy, brake: Brake, tmp_path: Path,
     admissions: list[AdmissionQueue],
 ) -> None:  # fmt: skip
@@ -274,7 +274,7 @@ async def _so_many_tokens(stack: Stack, count: int) -> bool:
     return (await stack.target_load()).num_tokens_total >= count
 
 
-async def test_a_resumption_says_its_own_priority(pair: Pair, redis_url: str) -> None:
+async def test_a_resumed_request_has_its_own_priority(pair: Pair, redis_url: str) -> None:
     async with whole(pair, redis_url, max_generations=1, max_waiting=1) as stack:
         fields: dict[str, Any] = {"session_id": "s", "create_session": True, "priority": 3}
         call = await begun(stack, {**GREEDY, "max_tokens": 40}, **fields)
