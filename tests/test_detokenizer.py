@@ -1,4 +1,4 @@
-"""Incremental detokenizer against the tokenizers' own `decode`, on real vocabularies."""
+"""Incremental detokenizer compared with `decode` of the tokenizers, on real vocabularies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(backend: tokenizers.Tokenizer, directory: Path) -> Tokenizer:
 
 
 def converted(directory: Path) -> Tokenizer:
-    """By transformers."""
+    """The tokenizer as converted by transformers."""
     fast = directory / "fast"
     AutoTokenizer.from_pretrained(directory).save_pretrained(fast)
     tokenizer = Tokenizer.load(str(fast))
@@ -60,7 +60,7 @@ def chunks_of(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int]
 
 
 def test_text_is_the_whole_minus_the_prompt(tokenizer: Tokenizer) -> None:
-    """For any text, split anywhere between two tokens."""
+    """For any text, split between any two tokens."""
 
     @settings(max_examples=300, deadline=None)
     @given(text=TEXTS, share=st.floats(0, 1))
@@ -69,7 +69,7 @@ def test_text_is_the_whole_minus_the_prompt(tokenizer: Tokenizer) -> None:
         num_prompt = round(share * len(token_ids))
         prompt, output = token_ids[:num_prompt], token_ids[num_prompt:]
         whole = tokenizer.decode(token_ids)
-        # A character that ends in the output belongs to it.
+        # A character that ends in the output belongs to the output.
         while (before := tokenizer.decode(prompt)).endswith(INCOMPLETE) and INCOMPLETE not in text:
             prompt = prompt[:-1]
         if INCOMPLETE not in whole and whole.startswith(before):
@@ -79,8 +79,8 @@ def test_text_is_the_whole_minus_the_prompt(tokenizer: Tokenizer) -> None:
     check()
 
 
-def test_any_tokens_are_the_text_of_their_bytes(tokenizer: Tokenizer) -> None:
-    """At random, special and unknown ids included: what is decoded whole is streamed."""
+def test_any_tokens_stream_as_they_decode(tokenizer: Tokenizer) -> None:
+    """Random ids, special and unknown ones included."""
 
     @settings(max_examples=200, deadline=None)
     @given(token_ids=st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
@@ -93,19 +93,19 @@ def test_any_tokens_are_the_text_of_their_bytes(tokenizer: Tokenizer) -> None:
 
 
 def byte_ids(text: str | bytes) -> list[int]:
-    """Of the byte-fallback vocabulary."""
+    """Byte tokens of the byte-fallback vocabulary."""
     return [1 + byte for byte in (text.encode() if isinstance(text, str) else text)]
 
 
-def test_a_prompt_of_several_emoji_does_not_spoil_the_answer(fallback: Tokenizer) -> None:
-    """Each character is streamed with its last byte."""
+def test_an_output_after_a_prompt_of_emoji(fallback: Tokenizer) -> None:
+    """Each character is emitted with its last byte."""
     prompt = fallback.encode("ab 🇫🇷")
     flag = byte_ids("🇫🇷")
     chunks = chunks_of(fallback, prompt, [*flag, *fallback.encode("x")])
     assert chunks == ["", "", "", "🇫", "", "", "", "🇷", "x", ""]
 
 
-def test_a_character_begun_in_the_prompt_is_completed(fallback: Tokenizer) -> None:
+def test_a_character_that_starts_in_the_prompt_is_completed(fallback: Tokenizer) -> None:
     prompt = [*fallback.encode("A"), *byte_ids(b"\xe9\xbe")]
     output = [*byte_ids(b"\x98"), *fallback.encode("B"), *fallback.encode("C")]
     assert chunks_of(fallback, prompt, output) == ["龘", "B", "C", ""]
@@ -117,12 +117,12 @@ def test_an_incomplete_character_is_one_replacement_character(fallback: Tokenize
 
 
 @pytest.mark.parametrize("bad", [b"\x80", b"\xff"])
-def test_bytes_that_are_no_text_are_shown_at_once(fallback: Tokenizer, bad: bytes) -> None:
+def test_invalid_bytes_are_emitted_at_once(fallback: Tokenizer, bad: bytes) -> None:
     assert chunks_of(fallback, [], byte_ids(bad) * 3) == [INCOMPLETE] * 3 + [""]
 
 
 def test_a_leading_space_is_stripped_once(tmp_path: Path) -> None:
-    """From the text as a whole, not from the output."""
+    """At the start of the text, not of the output."""
     sentencepiece = converted(vocabularies.write_sentencepiece(tmp_path / "model"))
     hello = sentencepiece.encode("hello", add_special_tokens=False)
     bos = sentencepiece.encode("")
@@ -131,7 +131,7 @@ def test_a_leading_space_is_stripped_once(tmp_path: Path) -> None:
 
 
 class CountingTokenizer(Tokenizer):
-    """Counts the tokens that were decoded."""
+    """Counts the tokens passed to `decode`."""
 
     num_decoded = 0
 
@@ -143,7 +143,7 @@ class CountingTokenizer(Tokenizer):
 @pytest.mark.parametrize("name", ["byte_fallback", "word_piece"])
 @pytest.mark.parametrize("kind", ["special", "unknown", "bad byte", "ordinary"])
 def test_cost_of_a_token_does_not_grow(name: str, kind: str, tmp_path: Path) -> None:
-    """Counted in tokens decoded, not in seconds."""
+    """Cost in decoded tokens, not in seconds."""
     backend = getattr(vocabularies, name)()
     tokenizer = CountingTokenizer(backend, {})
     special = next(i for i, t in backend.get_added_tokens_decoder().items() if t.special)

@@ -1,4 +1,4 @@
-"""The tokenizer against `transformers`, on a byte-level BPE trained here; no network."""
+"""Tokenizer compared with transformers, on a byte-level BPE trained here; no network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CONVERSATIONS = [
 
 
 def _write(directory: Path, *, vocab_size: int = 300, **settings: Any) -> Path:
-    """A tokenizer as Hugging Face models ship it; `settings` go to tokenizer_config.json."""
+    """Writes a tokenizer's files; `settings` go to tokenizer_config.json."""
     directory.mkdir(exist_ok=True)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +97,7 @@ def tokenizer(directory: Path) -> Tokenizer:
 @given(text=st.text(max_size=40))
 @settings(deadline=None)
 def test_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
-    """Byte-level: any text comes back, apart from what looks like a special token."""
+    """Any text without special tokens is decoded as it was encoded."""
     text = text.replace("<s>", "").replace("</s>", "")
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -115,7 +115,7 @@ def test_it_encodes_like_transformers(tokenizer: Tokenizer, directory: Path) -> 
 
 
 def test_special_and_unknown_ids_give_no_text(tokenizer: Tokenizer) -> None:
-    """Padded vocabularies have ids that no tokenizer knows."""
+    """Padded vocabularies have ids without a token."""
     ids = tokenizer.encode("fox", add_special_tokens=False)
     assert tokenizer.decode([0, *ids, tokenizer.vocab_size + 5, 1]) == "fox"
     assert tokenizer.decode([]) == ""
@@ -145,22 +145,22 @@ def _reference_chat(directory: Path, messages: list[dict[str, str]]) -> list[int
         "{% generation %}fox{% endgeneration %}",
     ],
 )
-def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: str) -> None:
+def test_templates_have_the_variables_of_transformers(tmp_path: Path, template: str) -> None:
     """`tools` and `documents` are None, `strftime_now` exists, absent tokens are undefined."""
     directory = _write(tmp_path / "t", chat_template=template)
     expected = _reference_chat(directory, _CONVERSATIONS[0])
     assert chat_ids(_load(directory), _CONVERSATIONS[0]) == expected
 
 
-def test_an_error_inside_the_template_is_the_requests(tmp_path: Path) -> None:
-    """Python errors of a template (here a text plus a number) are no internal errors."""
+def test_an_error_inside_the_template_is_an_invalid_request(tmp_path: Path) -> None:
+    """Also a Python error, here the sum of a text and a number."""
     tokenizer = _load(_write(tmp_path / "t", chat_template="{{ messages[0]['content'] + 1 }}"))
     with pytest.raises(InvalidRequest):
         chat_ids(tokenizer, _CONVERSATIONS[0])
 
 
-def test_a_template_of_its_own_file_wins(tmp_path: Path) -> None:
-    """`chat_template.jinja` beside the tokenizer, as newer models ship it."""
+def test_a_template_file_takes_precedence(tmp_path: Path) -> None:
+    """`chat_template.jinja`, which newer models have."""
     directory = _write(tmp_path / "t", chat_template="old")
     (directory / "chat_template.jinja").write_text("new{{ messages[0]['content'] }}", "utf-8")
     messages = [{"role": "user", "content": "fox"}]
@@ -188,8 +188,8 @@ def test_without_a_template_chats_are_refused(tmp_path: Path) -> None:
     assert tokenizer.encode("fox")
 
 
-def test_messages_that_the_template_refuses(tokenizer: Tokenizer) -> None:
-    """`raise_exception` of the template is the client's mistake, with its reason."""
+def test_messages_that_the_template_rejects(tokenizer: Tokenizer) -> None:
+    """`raise_exception` of the template gives InvalidRequest with its message."""
     with pytest.raises(InvalidRequest, match="no such role: robot") as caught:
         chat_ids(tokenizer, [{"role": "robot", "content": "beep"}])
     assert caught.value.field == "chat"
@@ -204,7 +204,7 @@ def test_messages_that_the_template_refuses(tokenizer: Tokenizer) -> None:
         ("chat_template.jinja", "{% for %}"),
     ],
 )
-def test_a_broken_file_is_the_operators_mistake(tmp_path: Path, name: str, text: str) -> None:
+def test_a_broken_file_is_a_config_error(tmp_path: Path, name: str, text: str) -> None:
     """ConfigError at loading, not at the first request."""
     directory = _write(tmp_path / "t")
     (directory / name).write_text(text, "utf-8")
@@ -215,10 +215,10 @@ def test_a_broken_file_is_the_operators_mistake(tmp_path: Path, name: str, text:
 @pytest.mark.parametrize(
     ("name", "content"), [("tokenizer_config.json", b"[]"), ("chat_template.jinja", b"\xff\xfe")]
 )
-def test_a_file_of_another_kind_is_the_operators_mistake(
+def test_a_file_of_another_format_is_a_config_error(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
-    """JSON that is no object, and a template that is no UTF-8, are ConfigErrors too."""
+    """JSON that is not an object; a template that is not UTF-8."""
     directory = _write(tmp_path / "t")
     (directory / name).write_bytes(content)
     with pytest.raises(ConfigError):
@@ -226,7 +226,7 @@ def test_a_file_of_another_kind_is_the_operators_mistake(
 
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:
-    """None: such a model is served by token ids alone."""
+    """None: requests to such a model use token ids."""
     assert Tokenizer.load(str(tmp_path)) is None
 
 
@@ -238,15 +238,15 @@ def test_a_tokenizer_without_settings(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
 
 
-def test_fingerprints_are_of_the_vocabulary(tmp_path: Path, directory: Path) -> None:
-    """Equal for copies whatever their templates, different for other vocabularies."""
+def test_fingerprints_depend_on_the_vocabulary_alone(tmp_path: Path, directory: Path) -> None:
+    """Equal for copies with other templates, different for other vocabularies."""
     first = _load(directory).fingerprint
     assert _load(_write(tmp_path / "copy")).fingerprint == first
     assert _load(_write(tmp_path / "other", vocab_size=290)).fingerprint != first
 
 
 def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
-    """Files saved after training may truncate; prompts must not be cut behind the client's back."""
+    """Files saved after training may truncate; prompts must not be truncated."""
     directory = _write(tmp_path / "t")
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     backend.enable_truncation(4)

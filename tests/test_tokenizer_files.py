@@ -1,4 +1,4 @@
-"""Which files make a tokenizer, against transformers; no network, a hub's cache made here."""
+"""Tokenizer files compared with transformers; no network, a Hub cache made here."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_vocabulary_of_two_files_is_converted(tmp_path: Path) -> None:
     assert tokenizer.encode("ab ab") == [3, 5]
 
 
-def test_without_transformers_it_is_refused_by_name(
+def test_without_transformers_the_error_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = vocabularies.write_sentencepiece(tmp_path / "model")
@@ -108,19 +108,19 @@ def test_without_transformers_it_is_refused_by_name(
         Tokenizer.load(str(directory))
 
 
-def test_what_cannot_be_converted_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_failed_conversion_is_a_config_error(tmp_path: Path) -> None:
     directory = vocabularies.write_sentencepiece(tmp_path / "model")
     (directory / "tokenizer.model").write_bytes(b"no vocabulary")
     with pytest.raises(ConfigError, match="cannot be converted"):
         Tokenizer.load(str(directory))
 
 
-# The hub ---------------------------------------------------------------------------------------
+# The Hub ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub."""
+    """An empty cache of the Hub."""
     folder = tmp_path / "hub"
     folder.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
@@ -128,7 +128,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill(cache: Path) -> None:
-    """As a download of the files that there are; the repository has no chat_template.jinja."""
+    """Fills the cache as a download does; the repository has no chat_template.jinja."""
     repository = cache / f"models--{HUB_NAME.replace('/', '--')}"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -143,7 +143,7 @@ def fill(cache: Path) -> None:
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Stands for a hub that answers every request with one status."""
+    """A Hub that answers every request with one status."""
 
     status = 500
 
@@ -193,6 +193,6 @@ def test_a_cached_model_is_loaded_without_the_hub(cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_model_that_is_not_cached_is_refused_by_name(cache: Path) -> None:
+def test_a_model_that_is_not_cached_is_a_config_error(cache: Path) -> None:
     with pytest.raises(ConfigError, match=r"'acme/tiny' .*not in the Hub's cache"):
         Tokenizer.load(HUB_NAME)

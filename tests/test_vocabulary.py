@@ -1,4 +1,4 @@
-"""Vocabularies compared id by id."""
+"""Comparison of vocabularies id by id."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def difference(ours: dict[str, int], theirs: dict[str, int], *added: str) -> Dif
         ({}, 502, 0, False),
     ],
 )  # fmt: skip
-def test_ids_are_counted(
+def test_different_ids_are_counted(
     theirs: dict[str, int], num_ids: int, num_renamed: int, is_related: bool
 ) -> None:
     added = [token for token in theirs if token.startswith("<")]
@@ -45,12 +45,12 @@ def test_ids_are_counted(
         assert found.is_related is is_related
 
 
-def test_an_ordinary_token_that_another_tokenizer_adds_is_the_same() -> None:
+def test_an_added_and_an_ordinary_token_with_the_same_text_are_equal() -> None:
     ours = Vocabulary.of(ORDINARY | ADDED, [])
     assert ours.difference(Vocabulary.of(ORDINARY | ADDED, ADDED)).num_ids == 0
 
 
-def test_real_vocabularies_survive_the_wire() -> None:
+def test_real_vocabularies_survive_serialization() -> None:
     large = Tokenizer(tekken(), {}).vocabulary
     small = Tokenizer(byte_fallback(), {}).vocabulary
     sent = large.to_bytes()

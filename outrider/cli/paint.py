@@ -37,7 +37,7 @@ class PlainWriter:
         sys.stdout.flush()
 
     def end_line(self) -> None:
-        """Does nothing: a pipe gets the text alone."""
+        """Does nothing: the output is the text alone."""
 
 
 class ColourWriter:

@@ -76,10 +76,10 @@ class Relay:
     ) -> None:
         assert self._server is not None, "it was entered"
         self._server.close()
-        calls = [connection.task for connection in self._connections]
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        tasks = [connection.task for connection in self._connections]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def address(self) -> str:

@@ -28,9 +28,9 @@ def setting(
     return field(default=default, metadata=metadata, repr=not may_be_secret)
 
 
-def require(holds: bool, name: str, why: str) -> None:
-    """Raises ConfigError `name: why` unless `holds`."""
-    if not holds:
+def require(condition: bool, name: str, why: str) -> None:
+    """Raises ConfigError `name: why` unless the condition is true."""
+    if not condition:
         raise ConfigError(f"{name}: {why}")
 
 

@@ -1,4 +1,4 @@
-"""The relay: what comes out is what went in, and not before its time; or a fault, as told."""
+"""Relay: delivers data unchanged after the delay, and injects faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @contextlib.asynccontextmanager
 async def relayed(handle: Handler, delay_s: float = 0.0) -> AsyncIterator[Relay]:
-    """In front of a server that handles each connection so."""
+    """A relay in front of a server that runs `handle` for each connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -52,7 +52,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def trip_s(ends: Ends, size: int = 1) -> float:
-    """Seconds there and back."""
+    """Round-trip time in seconds."""
     reader, writer = ends
     started_at = time.monotonic()
     writer.write(b"x" * size)
@@ -61,7 +61,7 @@ async def trip_s(ends: Ends, size: int = 1) -> float:
 
 
 async def answer(ends: Ends, data: bytes) -> bytes:
-    """All that comes back after the end of `data`."""
+    """Sends `data` and its end; returns everything received."""
     reader, writer = ends
 
     async def send() -> None:
@@ -76,14 +76,14 @@ async def answer(ends: Ends, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05])
 async def test_megabytes_arrive_in_order(delay_s: float) -> None:
-    """Also with many chunks under way at a time."""
+    """Also with many chunks in flight at a time."""
     data = random.Random(0).randbytes(8 << 20)
     async with relayed(echo, delay_s) as relay, connected(relay) as ends:
         assert await answer(ends, data) == data
 
 
 async def test_small_messages_keep_their_order() -> None:
-    """Also while the delay falls: what came first leaves first."""
+    """Also while the delay falls."""
     async with relayed(echo, 0.05) as relay, connected(relay) as (reader, writer):
         for number in range(200):
             relay.delay_s = 0.05 if number % 2 else 0.0
@@ -93,8 +93,8 @@ async def test_small_messages_keep_their_order() -> None:
     assert list(struct.unpack("<200I", received)) == list(range(200))
 
 
-async def test_a_delay_is_the_least_each_way_and_may_change() -> None:
-    """There and back is twice; never an upper bound, for machines are busy."""
+async def test_delay_is_a_minimum_per_direction_and_may_change() -> None:
+    """No upper bound is tested: the machine may be busy."""
     async with relayed(echo, 0.02) as relay, connected(relay) as ends:
         assert await trip_s(ends) >= 0.04
         relay.delay_s = 0.06
@@ -107,7 +107,7 @@ async def test_a_delay_is_the_least_each_way_and_may_change() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 async def test_delays_overlap() -> None:
-    """Many messages are under way at a time: one by one these would take two minutes."""
+    """Many messages are in flight at a time: in sequence they would take two minutes."""
     async with relayed(echo, 1.0) as relay, connected(relay) as (reader, writer):
         for _ in range(60):
             writer.write(b"x")
@@ -115,8 +115,8 @@ async def test_delays_overlap() -> None:
         assert await reader.readexactly(60) == b"x" * 60
 
 
-async def test_an_end_closed_for_writing_still_reads() -> None:
-    """The end is passed on behind the last bytes; the answer comes all the same."""
+async def test_a_half_closed_end_still_reads() -> None:
+    """The half-close follows the last bytes; the answer still arrives."""
 
     async def sum_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(str(len(await reader.read())).encode())
@@ -126,7 +126,7 @@ async def test_an_end_closed_for_writing_still_reads() -> None:
 
 
 async def test_the_far_end_may_close_first() -> None:
-    """What it sent arrives, then its end, while this end still writes."""
+    """Its data and its half-close arrive while this end still writes."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"hello")
@@ -140,8 +140,8 @@ async def test_the_far_end_may_close_first() -> None:
 
 
 @pytest.mark.parametrize("breaks_near", [True, False])
-async def test_an_end_that_breaks_off_ends_the_other(breaks_near: bool) -> None:
-    """A reset, from either side; other connections live on."""
+async def test_a_reset_of_one_end_closes_the_other(breaks_near: bool) -> None:
+    """From either side; other connections stay open."""
     far: asyncio.Queue[Ends] = asyncio.Queue()
     ended = asyncio.Event()
 
@@ -164,8 +164,8 @@ async def test_an_end_that_breaks_off_ends_the_other(breaks_near: bool) -> None:
         ended.set()
 
 
-async def test_nobody_at_the_far_end() -> None:
-    """The caller's connection ends; the relay goes on listening."""
+async def test_target_unreachable() -> None:
+    """The client's connection is closed; the relay keeps listening."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -175,8 +175,7 @@ async def test_nobody_at_the_far_end() -> None:
                     assert await reader.read() == b""
 
 
-async def test_leaving_ends_what_is_under_way() -> None:
-    """With connections open and bytes that are not due for long."""
+async def test_leaving_closes_connections_with_data_in_flight() -> None:
     async with relayed(echo, 30.0) as relay:
         reader, writer = await asyncio.open_connection(relay.host, relay.port)
         writer.write(b"x" * 100_000)
@@ -187,7 +186,7 @@ async def test_leaving_ends_what_is_under_way() -> None:
 
 
 async def silent(reader: asyncio.StreamReader, seconds: float = 0.2) -> bool:
-    """Nothing arrives for so long, neither bytes nor an end."""
+    """Whether nothing arrives within the time, neither bytes nor an end."""
     try:
         async with asyncio.timeout(seconds):
             await reader.read(1)
@@ -197,15 +196,15 @@ async def silent(reader: asyncio.StreamReader, seconds: float = 0.2) -> bool:
 
 
 async def broken(reader: asyncio.StreamReader) -> bool:
-    """The connection ends, without a byte more."""
+    """Whether the connection ends without further bytes."""
     async with asyncio.timeout(60):
         with contextlib.suppress(ConnectionResetError):
             return await reader.read() == b""
     return True
 
 
-async def test_what_is_held_arrives_late_and_whole() -> None:
-    """Neither bytes nor a new connection come through; then everything does, in order."""
+async def test_hold_stalls_and_release_delivers() -> None:
+    """Bytes and new connections are stalled, then delivered in order."""
     async with relayed(echo) as relay, connected(relay) as (reader, writer):
         await trip_s((reader, writer))
         relay.hold()
@@ -224,7 +223,7 @@ async def test_what_is_held_arrives_late_and_whole() -> None:
 
 @pytest.mark.parametrize("held", [False, True])
 async def test_a_reset_breaks_every_connection(held: bool) -> None:
-    """At both ends, with what is under way; a new one works at once."""
+    """At both ends, with data in flight; a new connection works at once."""
     far_broken: list[bool] = []
     is_read, is_broken = asyncio.Event(), asyncio.Event()
 
@@ -253,8 +252,8 @@ async def test_a_reset_breaks_every_connection(held: bool) -> None:
         assert far_broken == [True]
 
 
-async def test_a_link_that_is_cut_refuses() -> None:
-    """Until it is whole again."""
+async def test_refuses_closes_new_connections() -> None:
+    """Until it is unset."""
     async with relayed(echo) as relay:
         relay.refuses = True
         relay.reset()
@@ -265,8 +264,8 @@ async def test_a_link_that_is_cut_refuses() -> None:
             await trip_s(ends)
 
 
-async def test_half_closed_at_the_near_end() -> None:
-    """Its reader sees the end, what it writes still arrives, the answer is lost."""
+async def test_half_close_of_the_near_end() -> None:
+    """Its reader sees the end; its data still arrives; the answer is lost."""
     received: list[bytes] = []
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -285,8 +284,8 @@ async def test_half_closed_at_the_near_end() -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_half_closed_at_the_far_end() -> None:
-    """The service sees the end and may still answer; what the caller writes is lost."""
+async def test_half_close_of_the_far_end() -> None:
+    """The server sees the end and may still answer; data of the client is lost."""
     async with relayed(echo) as relay, connected(relay) as (reader, writer):
         await trip_s((reader, writer))
         relay.end(End.FAR)
@@ -294,8 +293,8 @@ async def test_half_closed_at_the_far_end() -> None:
         assert await broken(reader)
 
 
-async def test_a_target_may_move() -> None:
-    """Who connects afterwards is led there, also to a unix socket."""
+async def test_retarget() -> None:
+    """New connections go to the new target, also to a unix socket."""
 
     async def shout(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write((await reader.read(1)).upper())

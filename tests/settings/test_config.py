@@ -1,4 +1,4 @@
-"""Settings: flags over environment over defaults, and every mistake named."""
+"""Settings from flags, environment and defaults; every error names its setting."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ def _orchestrator(
 
 
 def test_defaults() -> None:
-    """Nothing given is the dataclass's own defaults."""
+    """Without flags and variables: the defaults of the dataclass."""
     assert _target() == TargetConfig(model="m")
     assert load(DraftConfig, "draft", ["--model", "d"], {}) == DraftConfig(model="d")
     assert _orchestrator() == OrchestratorConfig()
 
 
 def test_flags_over_environment_over_defaults() -> None:
-    """Each source beats the next, per setting."""
+    """For each setting the first source wins."""
     environ = {"OUTRIDER_TARGET_PORT": "1", "OUTRIDER_TARGET_HOST": "0.0.0.0"}
     config = _target(["--port", "2"], environ)
     assert (config.port, config.host, config.max_gamma) == (2, "0.0.0.0", 16)
 
 
-def test_other_programs_variables_are_none_of_ours() -> None:
-    """A variable of another program, or of the system, is left alone."""
+def test_variables_of_other_programs_are_ignored() -> None:
     environ = {"OUTRIDER_DRAFT_NONSENSE": "1", "PATH": "/bin", "OUTRIDER_DRAFT_PORT": "9"}
     assert _target([], environ) == TargetConfig(model="m")
 
@@ -67,7 +66,7 @@ def test_other_programs_variables_are_none_of_ours() -> None:
     ],
 )
 def test_a_bad_flag_is_named(argv: list[str], named: str) -> None:
-    """ConfigError, not SystemExit, with the flag or setting in its text."""
+    """ConfigError, not SystemExit; its text has the flag or setting."""
     with pytest.raises(ConfigError, match=named):
         _target(argv)
 
@@ -84,7 +83,7 @@ def test_a_bad_flag_is_named(argv: list[str], named: str) -> None:
     ],
 )
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
-    """Unknown variables of the program and bad values carry the variable's own name."""
+    """Errors of unknown variables and bad values have the variable's name."""
     with pytest.raises(ConfigError, match=name):
         _target([], {name: value})
 
@@ -114,7 +113,7 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
     ],
 )
 def test_settings_out_of_range_are_named(given: dict[str, Any]) -> None:
-    """Also where the dataclass is built directly."""
+    """Also when the dataclass is constructed directly."""
     (name,) = given
     with pytest.raises(ConfigError, match=name):
         OrchestratorConfig(**given)
@@ -122,7 +121,7 @@ def test_settings_out_of_range_are_named(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("kind", "program"), [(TargetConfig, "target"), (DraftConfig, "draft")])
 def test_a_model_is_required(kind: type[Any], program: str) -> None:
-    """A model tier without a model says so."""
+    """The model services have no default model."""
     with pytest.raises(ConfigError, match="model"):
         load(kind, program, [], {})
 
@@ -146,12 +145,12 @@ def test_endpoints_are_a_list(text: str, endpoints: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("port", [0, 65535])
 def test_ports_at_the_ends(port: int) -> None:
-    """0 picks a free one; 65535 is the last."""
+    """0 picks a free port; 65535 is the highest."""
     assert _target(["--port", str(port)]).port == port
 
 
 def test_boolean_flags() -> None:
-    """`--x` and `--no-x`, and over the environment in both directions."""
+    """`--x` and `--no-x` take precedence over the environment."""
     assert _target(["--log-json", "--no-prepack"]).log_json is True
     assert _target(["--no-prepack"]).prepack is False
     assert _target(["--prepack"], {"OUTRIDER_TARGET_PREPACK": "false"}).prepack is True
@@ -167,7 +166,7 @@ def test_boolean_variables(text: str, value: bool) -> None:
 
 
 def test_optional_values() -> None:
-    """Given they have their type; an empty text unsets them, by flag and by variable."""
+    """A value has the field's type; an empty text unsets it, by flag and by variable."""
     assert _target(["--num-threads", "3"]).num_threads == 3
     assert _target(["--device-map", "auto"]).device_map == "auto"
     assert _target(["--num-threads", ""], {"OUTRIDER_TARGET_NUM_THREADS": "3"}).num_threads is None
@@ -179,8 +178,8 @@ def test_optional_values() -> None:
     assert _orchestrator(["--gamma="], {"OUTRIDER_ORCHESTRATOR_GAMMA": "3"}).gamma is None
 
 
-def test_the_name_that_users_know() -> None:
-    """REDIS_URL is read, under the program's own variable, which is under the flag."""
+def test_redis_url_variable() -> None:
+    """REDIS_URL, then the program's own variable, then the flag; the last one wins."""
     own = "OUTRIDER_ORCHESTRATOR_REDIS_URL"
     assert _orchestrator([], {"REDIS_URL": "redis://a"}).redis_url == "redis://a"
     both = {"REDIS_URL": "redis://a", own: "redis://b"}
@@ -188,8 +187,7 @@ def test_the_name_that_users_know() -> None:
     assert _orchestrator(["--redis-url", "redis://c"], both).redis_url == "redis://c"
 
 
-def test_the_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`os.environ` is the default source."""
+def test_the_environment_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTRIDER_TARGET_PORT", "1234")
     assert load(TargetConfig, "target", ["--model", "m"]).port == 1234
 
@@ -205,10 +203,10 @@ def test_the_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPa
         ("OUTRIDER_TLS_CA", True),  # a client's own
     ],
 )
-def test_a_system_of_a_commands_own_asks_it_for_nothing(
+def test_a_private_system_requires_no_credentials(
     variable: str, is_fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the services would inherit and the command does not follow is refused by name."""
+    """A variable that makes the started services require TLS or keys is refused by name."""
     monkeypatch.setenv(variable, "/some/file")
     if is_fine:
         assert kept_to_itself(StackOptions()).port == 0
@@ -222,7 +220,7 @@ def test_a_system_of_a_commands_own_asks_it_for_nothing(
     [(TargetConfig, "target"), (DraftConfig, "draft"), (OrchestratorConfig, "orchestrator")],
 )
 def test_help(kind: type[Any], program: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--help` exits with 0 and shows every flag and variable, and no internals."""
+    """`--help` exits with status 0 and shows every flag and variable."""
     with pytest.raises(SystemExit) as caught:
         load(kind, program, ["--help"], {})
     assert caught.value.code == 0

@@ -1,4 +1,4 @@
-"""The line that describes a simulated tier: read, written, and every mistake in it named."""
+"""Specification of a simulated tier: parsing, formatting, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBABILITIES = st.lists(st.floats(0, 1), min_size=1, max_size=64).map(tuple)
 STEPS = st.dictionaries(st.integers(1, 4096), TIMES, min_size=1, max_size=6).map(
     lambda points: tuple(sorted(points.items()))
 )
-# One number stands for any number of tokens: it is that of the first.
+# A single point holds for any number of tokens.
 SIMULATIONS = st.builds(
     Simulation,
     step_ms=STEPS,
@@ -33,12 +33,12 @@ SIMULATIONS = st.builds(
 
 
 @given(SIMULATIONS)
-def test_what_is_written_is_read_as_the_same(simulation: Simulation) -> None:
+def test_formatting_and_parsing_are_inverse(simulation: Simulation) -> None:
     assert Simulation.parse(str(simulation)) == simulation
 
 
-def test_only_what_was_changed_is_written() -> None:
-    """So that a target's line has nothing of drafts, which it would not take."""
+def test_defaults_are_not_written() -> None:
+    """A target's line must have no keys of drafts, which the target refuses."""
     assert str(Simulation()) == "step_ms=1:10.0"
     line = str(Simulation(step_ms=((1, 25.0), (64, 40.5)), row_ms=0.5))
     assert line == "step_ms=1:25.0/64:40.5,row_ms=0.5"
@@ -52,7 +52,7 @@ def test_defaults() -> None:
 
 
 def test_costs_follow_the_line() -> None:
-    """Straight between points, on beyond the last; never below the first; rows beyond the first."""
+    """Linear between and beyond the points, constant before the first; plus rows beyond one."""
     costs = Simulation.parse("step_ms=1:10/5:10/9:20,row_ms=0.5").costs
     assert costs.pass_s(3, 1) == pytest.approx(0.010)
     assert costs.pass_s(7, 1) == pytest.approx(0.015)
@@ -97,13 +97,13 @@ def test_costs_follow_the_line() -> None:
         ("ranks=" + "/".join(["0.1"] * 8), "ranks: .* is invalid; must be 1 to 7 probabilities"),
     ],
 )
-def test_a_bad_line_says_what_is_allowed(line: str, named: str) -> None:
+def test_an_error_names_the_allowed_values(line: str, named: str) -> None:
     with pytest.raises(ConfigError, match=f"simulate: {named}"):
         load(DraftConfig, "draft", [f"--simulate={line}"], {})
 
 
-def test_a_target_is_told_nothing_of_drafts() -> None:
-    """Its line would not do what it says."""
+def test_a_target_refuses_keys_of_drafts() -> None:
+    """They would have no effect."""
     with pytest.raises(
         ConfigError, match=r"'survival=0.5'; expected KEY=VALUE of .*seed, fails_after_s$"
     ):
@@ -136,7 +136,7 @@ def test_a_simulated_tier_has_no_model() -> None:
         ),
     ],
 )
-async def test_a_system_that_makes_no_sense_is_refused_before_it_starts(
+async def test_inconsistent_simulations_are_refused_before_the_start(
     options: StackOptions, named: str
 ) -> None:
     stack = Stack(options, lambda event: None)
