@@ -183,7 +183,7 @@ class StackOptions:
         return home == other and (home / MADE_PAIR).is_file()
 
 
-def kept_to_itself(options: StackOptions) -> StackOptions:
+def private_stack(options: StackOptions) -> StackOptions:
     """Options of a system for one command's own use: it listens on a free local port.
 
     Raises ConfigError if an environment variable would make the system require TLS or API keys.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.options import takes
-from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.cli.stack_options import StackOptions, private_stack
 from outrider.errors import ConfigError, OutriderError
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _stack_options(options: ChaosOptions) -> StackOptions:
         target_threads=1,
         max_generations=max(256, 2 * options.concurrent),
     )
-    return kept_to_itself(stack)
+    return private_stack(stack)
 
 
 class _Logs:

@@ -12,7 +12,7 @@ import typer
 
 from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
-from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, kept_to_itself
+from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, private_stack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,7 @@ async def _demo(options: DemoOptions, console: Console) -> Comparison:
     from outrider.cli.view import StackView
     from outrider.client.client import connected
 
-    stack_options = kept_to_itself(
+    stack_options = private_stack(
         StackOptions(inflate=options.inflate, dtype=options.dtype, device=options.device)
     )
     view = StackView(console, models=described_models(stack_options))

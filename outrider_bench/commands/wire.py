@@ -18,7 +18,7 @@ import typer
 from outrider.cli.failures import Signalled
 from outrider.cli.options import parse_count, takes
 from outrider.cli.request import Method
-from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.cli.stack_options import StackOptions, private_stack
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ async def _served(
             if vocab_size is not None
             else {}
         )
-        stack_options = kept_to_itself(
+        stack_options = private_stack(
             StackOptions(**models, inflate="0", draft_wait_ms=_DRAFT_WAIT_MS)
         )
         view = StackView(console, models=described_models(stack_options), stays=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.cli.stack_options import StackOptions, private_stack
 from outrider.errors import ConfigError
 from outrider_bench.measuring.cores import CoreLayout, CoreUse, core_per_tier
 
@@ -110,7 +110,7 @@ class BenchOptions:
                 given[name] = getattr(self, name)
         shared = ("target", "draft", "inflate", "dtype", "device", "draft_device")
         given |= {name: getattr(self, name) for name in (*shared, "kv_cache_tokens")}
-        return kept_to_itself(StackOptions(**(given | changes)))
+        return private_stack(StackOptions(**(given | changes)))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from outrider.cli.stack_options import StackOptions, kept_to_itself
+from outrider.cli.stack_options import StackOptions, private_stack
 from outrider.errors import ConfigError
 from outrider.settings.loader import load
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
@@ -209,10 +209,10 @@ def test_a_private_system_requires_no_credentials(
     """A variable that makes the started services require TLS or keys is refused by name."""
     monkeypatch.setenv(variable, "/some/file")
     if is_fine:
-        assert kept_to_itself(StackOptions()).port == 0
+        assert private_stack(StackOptions()).port == 0
         return
     with pytest.raises(ConfigError, match=f"^{variable}: "):
-        kept_to_itself(StackOptions())
+        private_stack(StackOptions())
 
 
 @pytest.mark.parametrize(
