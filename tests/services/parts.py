@@ -1,4 +1,4 @@
-"""What the services' tests share: tiers with settings of their own, a reference, refusals."""
+"""Helpers of the service tests: tiers with settings, a greedy reference, errors of calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.stack import Output, Stack
 
 KV_TOKENS = 16_384
 CONTEXT_LEN = 2_048
-# Of a pass that is not stuck, however busy the machine is.
+# Longer than any pass that is not stuck, on a busy machine too.
 STUCK_AFTER_S = 60.0
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
@@ -46,10 +46,10 @@ class Tiers(NamedTuple):
 
 
 class System(Stack):
-    """Clients of all three services, and where the orchestrator listens."""
+    """Clients of all three services, and the orchestrator's endpoint."""
 
     endpoint: str
-    # Of the orchestrator's metrics, where it has any.
+    # Port of the orchestrator's metrics, if it has one.
     metrics_port: int | None = None
 
 
@@ -62,7 +62,7 @@ class Greedy:
         self._model.generation_config.eos_token_id = None
 
     def __call__(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
-        """The tokens that follow."""
+        """The tokens that follow the prompt."""
         ids = torch.tensor([list(token_ids)])
         output = self._model.generate(
             ids,
@@ -76,9 +76,9 @@ class Greedy:
 
 
 class Brake:
-    """Holds generations of at least N tokens before their next verify result, until released.
+    """Pauses generations of at least N tokens before their next verify result, until released.
 
-    A test can then act on a generation that is certain to be running.
+    So a test can act on a generation that is certainly running.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Brake:
         self._is_off.set()
 
     async def passed(self, num_tokens: int) -> None:
-        """Waits if a generation with this number of tokens is held."""
+        """Waits if a generation with this number of tokens is to be paused."""
         if num_tokens >= self._num_tokens:
             await self._is_off.wait()
 
@@ -138,7 +138,7 @@ async def both_tiers(
 
 @contextlib.asynccontextmanager
 async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncIterator[System]:
-    """An orchestrator of these tiers, and clients of all three."""
+    """An orchestrator for these tiers, and clients of all three services."""
     target, draft = tiers.endpoints
     settings.setdefault("draft_wait_ms", 20_000.0)
     settings.setdefault("target_endpoint", target)
@@ -155,7 +155,7 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
 
 @contextlib.asynccontextmanager
 async def clients(tiers: Tiers, endpoint: str = "127.0.0.1:1") -> AsyncIterator[System]:
-    """Of both tiers, and of the orchestrator at `endpoint`."""
+    """Clients of both tiers and of the orchestrator at `endpoint`."""
     target, draft = tiers.endpoints
     async with contextlib.AsyncExitStack() as stack:
         channels = [
@@ -170,13 +170,13 @@ async def clients(tiers: Tiers, endpoint: str = "127.0.0.1:1") -> AsyncIterator[
 
 @contextlib.asynccontextmanager
 async def whole(pair: Pair, redis_url: str, **settings: Any) -> AsyncIterator[System]:
-    """Everything, with the default KV budgets."""
+    """The whole system with the default KV budgets."""
     async with both_tiers(pair) as tiers, orchestrating(tiers, redis_url, **settings) as stack:
         yield stack
 
 
 class Refusal(NamedTuple):
-    """A call's failure as a caller sees it."""
+    """A call's error as the client sees it."""
 
     code: grpc.StatusCode
     message: str
@@ -184,7 +184,7 @@ class Refusal(NamedTuple):
 
     @property
     def fields(self) -> list[str]:
-        """Named by the BadRequest detail."""
+        """Fields named by the BadRequest detail."""
         detail = error_details_pb2.BadRequest()
         for packed in self.status.details if self.status else ():
             if packed.Unpack(detail):
@@ -193,7 +193,7 @@ class Refusal(NamedTuple):
 
     @property
     def retry_after_s(self) -> float | None:
-        """Of the RetryInfo detail."""
+        """Delay of the RetryInfo detail."""
         detail = error_details_pb2.RetryInfo()
         for packed in self.status.details if self.status else ():
             if packed.Unpack(detail):
@@ -202,7 +202,7 @@ class Refusal(NamedTuple):
 
 
 async def refusal(call: Awaitable[Any]) -> Refusal:
-    """How the call fails; an AssertionError if it does not."""
+    """The call's error; raises AssertionError if it succeeds."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     error = caught.value
@@ -210,7 +210,7 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
 
 
 async def nothing_held(stack: Stack) -> bool:
-    """No generation open and no KV kept or reserved, on either tier."""
+    """Whether neither tier has an open generation, nor cached or reserved KV."""
     loads: list[Any] = [await stack.target_load()]
     if stack.draft is not None:
         loads.append(await stack.draft_load())
@@ -224,7 +224,7 @@ async def nothing_held(stack: Stack) -> bool:
 
 
 async def disturbed(client: Any, brake: Brake, asked: Any, disturb: Any) -> Output:
-    """An output, with `disturb` awaited once some of it has come, and before most of it."""
+    """An output; `disturb` is awaited after its first tokens and before most of it."""
     output, is_disturbed = Output(), False
     brake.set(60)
     async for chunk in client.Generate(asked, timeout=200):

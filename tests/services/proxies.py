@@ -1,4 +1,4 @@
-"""What may stand between a client and a server: a gRPC proxy, and a balancer of connections."""
+"""Proxies between client and server: a gRPC proxy and a connection balancer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 
 
 class StrictProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """A gRPC hop of default settings: its server closes connections that ping without data."""
+    """A gRPC proxy with default settings: it closes connections that ping without data."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
@@ -44,9 +44,9 @@ async def strict_proxy(endpoint: str) -> AsyncIterator[tuple[str, StrictProxy]]:
 
 @contextlib.asynccontextmanager
 async def balancer(endpoints: Sequence[str]) -> AsyncIterator[str]:
-    """Its address: each connection is led to the next of the endpoints, as by a Service.
+    """Address of a balancer that forwards each connection to the next endpoint, like a Service.
 
-    The list may grow meanwhile.
+    The list of endpoints may grow meanwhile.
     """
     turns = itertools.count()
     tasks: set[asyncio.Task[Any]] = set()

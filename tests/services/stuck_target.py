@@ -1,6 +1,6 @@
 """`python -m tests.services.stuck_target`: a simulated target whose device never ends a long pass.
 
-What costs are measured with has fewer tokens.
+Calibration uses fewer tokens, so it ends.
 """
 
 from __future__ import annotations

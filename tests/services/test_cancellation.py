@@ -1,4 +1,4 @@
-"""Callers that leave, are slow, or are cut off: nothing of theirs stays, nobody else notices."""
+"""Clients that disconnect, read slowly or are cut off: all is freed, others are not affected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.stack import Output, Stack, eventually, request
 
 PROMPT = list(range(10, 50))
 LONG = {**GREEDY, "max_tokens": 1_500}
-# How long calls live that end by their deadline: the first in which both began.
+# Deadlines of calls, tried in turn: the first one within which both calls have started.
 DEADLINES_S = (0.4, 2.0, 10.0, 60.0)
 
 
@@ -53,7 +53,7 @@ async def _is_free(stack: Stack, session_id: str) -> bool:
 async def _begun(
     client: orchestrator_pb2_grpc.OrchestratorServiceStub, timeout_s: float
 ) -> list[grpc.aio.UnaryStreamCall]:
-    """Of a named session and a one-off; both have had their first tokens."""
+    """Calls of a named session and of a one-off, both after their first tokens."""
     named = {"session_id": "s", "create_session": True}
     calls = [client.Generate(asked(**fields), timeout=timeout_s) for fields in (named, {})]
     for call in calls:
@@ -82,10 +82,10 @@ async def _until_their_deadline(
 
 
 @pytest.mark.parametrize("way", ["cancelled", "deadline", "connection broken"])
-async def test_a_caller_that_leaves_frees_everything(
+async def test_a_disconnected_client_frees_everything(
     way: str, pair: Pair, redis_url: str, greedy: Greedy, brake: Brake
 ) -> None:
-    """KV on both tiers, the lease, and what Redis has of one-off calls; the session goes on."""
+    """KV on both tiers, the lease and one-off records; the session can be continued."""
     brake.set(1_000)  # whatever the speed of the machine, none of them has all its tokens before
     async with (
         both_tiers(pair) as tiers,
@@ -111,11 +111,11 @@ async def test_a_caller_that_leaves_frees_everything(
             return redis_command(redis_url, "DBSIZE") == b":2"  # it and its tokens
 
         await eventually(only_the_named_one_is_left)
-        held = list((await session(stack, "s")).token_ids)
-        assert held[: len(PROMPT)] == PROMPT
-        assert held == PROMPT + greedy(PROMPT, len(held) - len(PROMPT)), "a prefix, not a hole"
+        recorded = list((await session(stack, "s")).token_ids)
+        assert recorded[: len(PROMPT)] == PROMPT
+        assert recorded == PROMPT + greedy(PROMPT, len(recorded) - len(PROMPT)), "a prefix"
         output = await stack.generate([5, 6], sampling={**GREEDY, "max_tokens": 9}, session_id="s")
-        assert output.token_ids == greedy([*held, 5, 6], 9)
+        assert output.token_ids == greedy([*recorded, 5, 6], 9)
 
 
 async def _leave(stack: System, number: int, chance: random.Random) -> None:
@@ -174,7 +174,7 @@ async def _keys(redis_url: str, pattern: str) -> bytes:
 
 @contextlib.asynccontextmanager
 async def unread(stack: System, **fields: object) -> AsyncIterator[grpc.aio.UnaryStreamCall]:
-    """A call whose caller stops reading after the first chunk, its connection's window small."""
+    """A call with a small flow-control window whose client stops reading after one chunk."""
     options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     async with grpc.aio.insecure_channel(stack.endpoint, options=options) as channel:
         client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
@@ -185,7 +185,7 @@ async def unread(stack: System, **fields: object) -> AsyncIterator[grpc.aio.Unar
         call.cancel()
 
 
-async def test_a_slow_reader_holds_nobody(pair: Pair, redis_url: str, greedy: Greedy) -> None:
+async def test_a_slow_reader_blocks_nobody(pair: Pair, redis_url: str, greedy: Greedy) -> None:
     async with whole(pair, redis_url) as stack, unread(stack) as call:
         outputs = await asyncio.gather(
             *(stack.generate([7, n], sampling={**GREEDY, "max_tokens": 40}) for n in range(4))
@@ -198,7 +198,7 @@ async def test_a_slow_reader_holds_nobody(pair: Pair, redis_url: str, greedy: Gr
 async def test_a_slow_reader_keeps_its_session(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that waits for its caller to read still holds the session: its lease is renewed."""
+    """A call that waits for its client to read keeps its lease: it is renewed."""
     monkeypatch.setattr(orchestrator.generation.recorder, "RENEW_INTERVAL_S", 0.3)
 
     async def leased_until() -> int:
@@ -214,7 +214,7 @@ async def test_a_slow_reader_keeps_its_session(
         while (now := len((await session(stack, "s")).token_ids)) != last:
             last = now
             await asyncio.sleep(0.4)
-        assert last < len(PROMPT) + 1_500, "it is held by its reader"
+        assert last < len(PROMPT) + 1_500, "the reader limits it"
         until = await leased_until()
 
         async def is_renewed() -> bool:
@@ -232,7 +232,7 @@ async def test_a_slow_reader_keeps_its_session(
 async def test_a_stop_ends_running_streams_as_cancelled(
     pair: Pair, redis_url: str, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams that run when the orchestrator stops end with a result, and can be continued."""
+    """Streams running when the orchestrator stops end with a result and can be continued."""
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60)  # a busy machine may need it
     async with both_tiers(pair) as tiers:
         async with contextlib.AsyncExitStack() as serving:
@@ -266,21 +266,21 @@ async def test_a_stop_ends_running_streams_as_cancelled(
         assert len(output.token_ids) == output.result.usage.completion_tokens < 1_900
         assert output.token_ids == greedy(PROMPT, len(output.token_ids))
         async with orchestrating(tiers, redis_url) as stack:
-            held = list((await session(stack, "s")).token_ids)
-            assert held == PROMPT + output.token_ids
+            recorded = list((await session(stack, "s")).token_ids)
+            assert recorded == PROMPT + output.token_ids
             again = await stack.generate(
                 [5, 6], sampling={**GREEDY, "max_tokens": 9}, session_id="s"
             )
-            assert again.token_ids == greedy([*held, 5, 6], 9)
+            assert again.token_ids == greedy([*recorded, 5, 6], 9)
 
 
 @pytest.mark.slow
 async def test_a_stop_does_not_wait_for_a_slow_reader(
     pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the session is free for the next orchestrator at once, not when its lease lapses.
+    """The session is free for the next orchestrator at once, not only when its lease expires.
 
-    Its call would last for minutes.
+    Its call would otherwise last for minutes.
     """
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 0.2)
     async with both_tiers(pair) as tiers:

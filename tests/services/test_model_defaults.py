@@ -1,4 +1,4 @@
-"""What the model's own files say of sampling and of its end: honoured, reported, switchable."""
+"""Sampling defaults and end tokens in the model's files: used, reported, and optional."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = [5, 9, 5, 9, 7]
 
 @pytest.fixture
 def copy(pair: Pair, tmp_path: Path) -> Pair:
-    """The pair, to be given files of its own."""
+    """A copy of the pair, to change its files."""
     copied = Pair(tmp_path / "target", tmp_path / "draft")
     for old, new in zip(pair, copied, strict=True):
         shutil.copytree(old, new)
@@ -34,7 +34,7 @@ def write(directory: Path, **settings: Any) -> None:
 
 
 async def test_sampling_settings_of_the_model_are_defaults(copy: Pair, redis_url: str) -> None:
-    """Also the penalty, which changes greedy output; a field of the request goes before."""
+    """Including the penalty, which changes greedy output. A request's field has precedence."""
     write(copy.target, **DEFAULTS, max_new_tokens=24, do_sample=True)
     explicit = {**DEFAULTS, "max_tokens": 24}
     async with both_tiers(copy) as tiers, orchestrating(tiers, redis_url) as stack:
@@ -46,11 +46,11 @@ async def test_sampling_settings_of_the_model_are_defaults(copy: Pair, redis_url
         assert without.token_ids == (await stack.generate(PROMPT, sampling=other)).token_ids
         assert without.token_ids != given.token_ids
         info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
-        told = {field.name: value for field, value in info.target.sampling_defaults.ListFields()}
-        assert told == pytest.approx({**explicit})
+        defaults = {f.name: value for f, value in info.target.sampling_defaults.ListFields()}
+        assert defaults == pytest.approx({**explicit})
 
 
-async def test_they_can_be_left_aside(copy: Pair, redis_url: str) -> None:
+async def test_the_models_defaults_can_be_ignored(copy: Pair, redis_url: str) -> None:
     write(copy.target, **DEFAULTS)
     async with (
         both_tiers(copy, generation_config="none") as tiers,
@@ -72,7 +72,7 @@ async def test_they_can_be_left_aside(copy: Pair, redis_url: str) -> None:
         ({"top_k": 2.5}, "generation_config"),
     ],
 )
-def test_bad_defaults_are_refused_by_name(
+def test_invalid_defaults_are_an_error_naming_the_file(
     settings: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     write(tmp_path, **settings)
@@ -84,7 +84,7 @@ def test_bad_defaults_are_refused_by_name(
 def test_the_tokenizers_own_end_token_ends_outputs(
     chat_pair: Pair, tmp_path: Path, uses_it: bool
 ) -> None:
-    """As of a model tuned for chat, whose generation_config.json names another one alone."""
+    """For example a chat model whose generation_config.json names only another one."""
     target = tmp_path / "target"
     shutil.copytree(chat_pair.target, target)
     tokenizer = AutoTokenizer.from_pretrained(target)
