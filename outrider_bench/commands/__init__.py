@@ -1,14 +1,13 @@
 """`outrider bench …`: one command for each table of docs/benchmarks/results.md.
 
-Each command starts the system it measures, runs its variants in turn within one run, prints a
-table, and writes NAME.json (settings, machine, versions, results, every raw sample) and NAME.svg
-under `--out`. Knows the services as any caller does.
+Each command starts the system it measures, interleaves its variants within one run and prints a
+table. It writes NAME.json (settings, machine, versions, results, all samples) and NAME.svg to
+`--out`. Only `serve` measures a running system. Commands use the public APIs of the services.
 
-Reading order: cores, system, workload, load, summary, document, plots, show; then the commands:
-speed (peer, explain), concurrency, delay, rounds (process), growth, scaling (trials, busy),
-signals (bottlenecks, fleet), overload (crowd), attacks
-(attackers), serve (serve_options, serve_report, serve_figures),
-twin, wire.
+Reading order, in `measuring`: cores, system, workload, load, summary, document, plots, show. Then
+the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, rounds,
+growth, scaling (trials, busy), signals (bottlenecks, fleet), overload (overload_phases), attacks
+(attackers, attack_phases), serve (serve_options, serve_report, serve_figures), twin, wire.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from outrider_bench.commands.speed import speed
 from outrider_bench.commands.twin import twin
 from outrider_bench.commands.wire import wire
 
-bench = typer.Typer(help="Measure.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks and load tests.", no_args_is_help=True)
 for command in (
     speed,
     concurrency,

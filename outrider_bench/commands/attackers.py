@@ -1,4 +1,4 @@
-"""The attacks of `outrider bench attacks`, each on a system of its own."""
+"""The attacks of `outrider bench attacks`. Each runs against a separate system."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
     from outrider_bench.commands.attacks import AttackOptions
 
 _NUM_LONG_CLIENTS = 8
-# Without it the clients would have this machine's cores to themselves.
+# Pause between two requests of a client; without it the clients would use all cores.
 _LONG_GAP_S = 0.25
-# The most that a request may have; the model's context has room for far less.
-_MOST_CHARS = 4_000_000
+# Upper limit on the characters of a request; the model's context allows far fewer.
+_MAX_CHARS = 4_000_000
 _NUM_CONNECTIONS = 20
-# Windows so small that a few messages fill them.
+# Flow-control windows that a few messages fill.
 _SMALL_WINDOWS = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 _CALL_TIMEOUT_S = 120.0
-# Longer than the write time-out.
+# Longer than the write time-out of the orchestrator.
 _UNREAD_S = 60.0
-# Until a sentinel has found that the primary is gone and promoted another.
+# Time that a sentinel needs to detect a failed primary and to promote a replica.
 _ELECTION_S = 5.0
 _REPLICATES_S = 60.0
 
-# Of a target's process: long enough to start.
-_BREAKS_AFTER_S = 3.0
+# Time from the start of the target until its passes fail: long enough to start.
+_FAILS_AFTER_S = 3.0
 
 Statuses = Counter[str]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """`run` lasts about `options.seconds` and returns what the attackers got, by status.
+    """One attack. `run` lasts about `options.seconds`; it returns the responses by status.
 
-    What it leaves behind ends with its last argument.
+    Resources that must outlive `run` go to its last argument, an exit stack.
     """
 
     name: str
     run: Callable[[AttackOptions, System, AsyncExitStack], Awaitable[Statuses]]
     num_targets: int = 1
-    # Needs a tokenizer: the quickstart pair. The others have simulated tiers.
+    # Needs a tokenizer: runs the quickstart pair instead of simulated tiers.
     has_text: bool = False
-    # Seconds that it lasts at least, but for --quick.
+    # Minimum duration in seconds; ignored with --quick.
     least_s: float = 0.0
 
 
 @contextlib.asynccontextmanager
 async def attacked_system(options: AttackOptions, attack: Attack) -> AsyncIterator[System]:
-    """Serves on entering; leaves no process."""
+    """Starts a system for the attack and stops all its processes at the end."""
     from outrider_bench.chaos.system import Size, System
 
     changes: dict[str, Any] = {"inflate": "0"} if attack.has_text else {}
@@ -69,12 +69,12 @@ async def attacked_system(options: AttackOptions, attack: Attack) -> AsyncIterat
     stack = options.stack_options(core_per_tier(CoreUse.shared), target_threads=1, **changes)
     size = Size(num_replicas=attack.num_targets, num_orchestrators=1)
     log_dir = options.out / "logs" / attack.name
-    async with System(stack, size, log_dir, lambda why: None) as system:
+    async with System(stack, size, log_dir, lambda reason: None) as system:
         yield system
 
 
-def asking(num_tokens: int, seed: int, **fields: Any) -> orchestrator_pb2.GenerateRequest:
-    """Ids that any vocabulary has."""
+def generate_request(num_tokens: int, seed: int, **fields: Any) -> orchestrator_pb2.GenerateRequest:
+    """GenerateRequest whose token ids are in every vocabulary, unless `fields` have a prompt."""
     from outrider.v1 import orchestrator_pb2
 
     request = orchestrator_pb2.GenerateRequest(**fields)
@@ -86,34 +86,34 @@ def asking(num_tokens: int, seed: int, **fields: Any) -> orchestrator_pb2.Genera
 
 
 async def first_token(stub: Any, request: orchestrator_pb2.GenerateRequest) -> tuple[str, float]:
-    """Status of a new client's call, and seconds until its first token, or until it failed."""
+    """Status of a `Generate` call, and seconds until its first token or its failure."""
     import grpc
 
-    asked_at = time.monotonic()
+    sent_at = time.monotonic()
     call: Any = stub.Generate(request, timeout=_CALL_TIMEOUT_S)
     first_s = None
     try:
         async for _ in call:
-            first_s = first_s or time.monotonic() - asked_at
+            first_s = first_s or time.monotonic() - sent_at
         status = "OK"
     except grpc.aio.AioRpcError as error:
         status = error.code().name
     finally:
         call.cancel()
-    return status, first_s or time.monotonic() - asked_at
+    return status, first_s or time.monotonic() - sent_at
 
 
 async def _long_prompts(options: AttackOptions, system: System, until: AsyncExitStack) -> Statuses:
-    """Half of the clients send what is refused for its length, half as much as is allowed."""
+    """Half of the clients send prompts that are too long, the others the longest allowed."""
     statuses: Statuses = Counter()
     async with _connected(system, 1) as (stub,):
-        allowed = await _most_allowed_chars(stub)
+        allowed = await _max_allowed_chars(stub)
         ends_at = time.monotonic() + options.seconds
 
         async def client(number: int) -> None:
-            text = "the cats " * ((_MOST_CHARS if number % 2 else allowed) // 9)
+            text = "the cats " * ((_MAX_CHARS if number % 2 else allowed) // 9)
             while time.monotonic() < ends_at:
-                status, _ = await first_token(stub, asking(1, number, text=text))
+                status, _ = await first_token(stub, generate_request(1, number, text=text))
                 statuses[status] += 1
                 await asyncio.sleep(_LONG_GAP_S)
 
@@ -123,31 +123,31 @@ async def _long_prompts(options: AttackOptions, system: System, until: AsyncExit
     return statuses
 
 
-async def _most_allowed_chars(stub: Any) -> int:
-    """What the refusal of a text that is too long says."""
+async def _max_allowed_chars(stub: Any) -> int:
+    """Maximum prompt length, taken from the error message for a prompt that is too long."""
     import grpc
 
     try:
-        await anext(aiter(stub.Generate(asking(1, 0, text="x" * _MOST_CHARS), timeout=60)))
+        await anext(aiter(stub.Generate(generate_request(1, 0, text="x" * _MAX_CHARS), timeout=60)))
     except grpc.aio.AioRpcError as error:
         return int((error.details() or "").partition("at most ")[2].split()[0])
-    return _MOST_CHARS
+    return _MAX_CHARS
 
 
 async def _unread(options: AttackOptions, system: System, until: AsyncExitStack) -> Statuses:
-    """Streams of which one message is read, then none."""
+    """Streams whose client reads one message and no more."""
     statuses: Statuses = Counter()
     async with _connected(system, _NUM_CONNECTIONS, _SMALL_WINDOWS) as stubs:
         calls = [
             stubs[number % len(stubs)].Generate(
-                asking(50_000, number), timeout=options.seconds + _CALL_TIMEOUT_S
+                generate_request(50_000, number), timeout=options.seconds + _CALL_TIMEOUT_S
             )
             for number in range(options.clients)
         ]
         reads = [asyncio.ensure_future(call.read()) for call in calls]
         await asyncio.sleep(options.seconds)
         for call in calls:
-            # The status of a stream that has ended is behind the messages that nobody reads.
+            # The status of an ended stream is queued behind its unread messages.
             statuses[(await call.code()).name if call.done() else "unread"] += 1
             call.cancel()
         await asyncio.gather(*reads, return_exceptions=True)
@@ -155,12 +155,12 @@ async def _unread(options: AttackOptions, system: System, until: AsyncExitStack)
 
 
 async def _burst(options: AttackOptions, system: System, until: AsyncExitStack) -> Statuses:
-    """All at once, once; each reads its answer."""
+    """All clients send one request at the same time and read the response."""
     began = time.monotonic()
     async with _connected(system, _NUM_CONNECTIONS) as stubs:
         ended = await asyncio.gather(
             *(
-                first_token(stubs[number % len(stubs)], asking(16, number))
+                first_token(stubs[number % len(stubs)], generate_request(16, number))
                 for number in range(options.clients)
             )
         )
@@ -169,7 +169,7 @@ async def _burst(options: AttackOptions, system: System, until: AsyncExitStack) 
 
 
 async def _failing(options: AttackOptions, system: System, until: AsyncExitStack) -> Statuses:
-    """One of two targets is replaced by one whose every pass fails."""
+    """Replaces one of two targets by a target whose every pass fails."""
     from outrider.cli.stack import simulated_arguments
     from outrider_bench.chaos.faults import Tier
     from outrider_bench.chaos.nodes import Node
@@ -177,10 +177,10 @@ async def _failing(options: AttackOptions, system: System, until: AsyncExitStack
 
     statuses: Statuses = Counter()
     stack = options.stack_options(core_per_tier(CoreUse.shared))
-    simulation = f"{options.simulate_target},fails_after_s={_BREAKS_AFTER_S}"
+    simulation = f"{options.simulate_target},fails_after_s={_FAILS_AFTER_S}"
     links = system.links_to(Place(Tier.TARGET, 0))
 
-    def died(why: str) -> None:
+    def died(reason: str) -> None:
         statuses["died"] += 1
 
     node = Node(
@@ -200,7 +200,7 @@ async def _failing(options: AttackOptions, system: System, until: AsyncExitStack
 
 
 async def _fail_over(options: AttackOptions, system: System, until: AsyncExitStack) -> Statuses:
-    """Redis is killed; a replica that has all of it is promoted and takes its address."""
+    """Kills Redis; a replica with all its data is promoted and takes over its address."""
     from outrider_bench.chaos.faults import Tier
     from outrider_bench.chaos.system import Place
 
@@ -212,7 +212,7 @@ async def _fail_over(options: AttackOptions, system: System, until: AsyncExitSta
     until.callback(replica.stop)
     replica.launch()
     await asyncio.to_thread(replica.wait_until_up)  # the loop times the healthy stream
-    # Otherwise it waits 5 s for more replicas.
+    # By default the primary waits 5 s for more replicas.
     _redis(system.redis, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     _redis(replica, "REPLICAOF", "127.0.0.1", str(to_primary.port))
     async with asyncio.timeout(_REPLICATES_S):
@@ -243,12 +243,12 @@ def _socket(redis: RedisServer) -> str:
     return redis.url.removeprefix("unix://")
 
 
-def _redis(redis: RedisServer, *words: str) -> str:
-    """One command of an operator; blocks for a moment."""
+def _redis(redis: RedisServer, *arguments: str) -> str:
+    """Runs a Redis command and returns the raw reply. Blocks briefly."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(_REPLICATES_S)
         client.connect(_socket(redis))
-        client.sendall(" ".join(words).encode() + b"\r\n")
+        client.sendall(" ".join(arguments).encode() + b"\r\n")
         return client.recv(65_536).decode()
 
 
@@ -256,7 +256,7 @@ def _redis(redis: RedisServer, *words: str) -> str:
 async def _connected(
     system: System, num: int, options: Sequence[tuple[str, int]] = ()
 ) -> AsyncIterator[list[Any]]:
-    """A stub for each of so many connections."""
+    """`num` stubs, each with a separate connection."""
     import grpc
 
     from outrider.v1 import orchestrator_pb2_grpc

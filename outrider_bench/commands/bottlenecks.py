@@ -1,8 +1,9 @@
-"""Which tier is short, and whether the autoscalers' signals say so: points, goals, plot. Pure.
+"""Results of `outrider bench signals`: points, goals, table and plot. Pure functions.
 
-The signals and their thresholds are those of deploy/components/autoscaling: of the draft, its queue
-weighed by the proposals that come too late; of the target, rows that wait and KV in use; each a
-mean over the replicas and over time.
+A tier is a bottleneck if another replica of it raises throughput. The autoscaling signal of that
+tier must then exceed its threshold. Signals and thresholds are those of
+deploy/components/autoscaling. Draft: its queue, weighted by the share of late proposals. Target:
+waiting verify requests and KV use. Each is a mean over replicas and time.
 """
 
 from __future__ import annotations
@@ -21,27 +22,30 @@ DRAFT_QUEUE = 8.0
 TARGET_ROWS = 32.0
 TARGET_KV = 0.75
 MAX_REPLICAS = 3
-# One more replica of the tier that is short brings at least so much, of another at most.
-_LEAST_GAIN, _MOST_GAIN = 1.15, 1.1
+# Gain of a second replica: at least, for the bottleneck; at most, for another tier.
+_MIN_GAIN, _MAX_GAIN = 1.15, 1.1
 
 
 @dataclass(frozen=True)
 class Regime:
-    """A load and two tiers, as `--simulate` reads them. `short`: which tier is; None: neither."""
+    """A load and two simulated tiers (format of `--simulate`).
+
+    `bottleneck`: the tier that limits throughput; None: neither.
+    """
 
     name: str
-    short: str | None
+    bottleneck: str | None
     num_sessions: int
     target: str
     draft: str
 
 
-# A pass is no dearer up to 128 tokens: 32 rows of four, which the threshold of 32 stands for.
+# A pass costs the same up to 128 tokens: 32 verify requests of four, hence the threshold of 32.
 _TARGET = "step_ms=1:80.0/128:80.0/512:320.0"
-# Twice as long for 64 sessions: else Python in the draft is what is short on two cores.
+# Passes are twice as long for 64 sessions: otherwise Python in the draft limits on two cores.
 _SLOW_TARGET = "step_ms=1:160.0/128:160.0/512:640.0"
 _QUICK_DRAFT = "step_ms=1:2.0/128:2.0/512:8.0,survival=0.8"
-# A step is no dearer up to 8 rows, the draft's threshold; then by the row.
+# A step costs the same up to 8 rows, the draft's threshold; then it grows with the rows.
 _SLOW_DRAFT = "step_ms=1:12.0/8:12.0/64:96.0,survival=0.8"
 
 REGIMES = (
@@ -53,10 +57,10 @@ REGIMES = (
 
 @dataclass(frozen=True)
 class Point:
-    """A regime served by so many replicas, and what was seen while it was.
+    """A regime with a number of replicas, and its measurements.
 
-    `draft_queue`, `waiting_rows`, `kv_use`: means over time and replicas. `hit_rate`: share of the
-    drafted rounds whose proposal was there in time; 1 where nothing was drafted.
+    `draft_queue`, `waiting_rows`, `kv_use`: means over time and replicas. `hit_rate`: share of
+    drafted rounds whose proposal arrived in time; 1 without drafted rounds.
     """
 
     regime: str
@@ -73,43 +77,43 @@ class Point:
 
     @property
     def draft_signal(self) -> float:
-        """Over its threshold: above 1 asks for replicas."""
+        """Draft signal over its threshold: above 1 requests replicas."""
         return self.draft_queue * (2 - self.hit_rate) / DRAFT_QUEUE
 
     @property
     def target_signal(self) -> float:
-        """Likewise; whichever of the two asks for more."""
+        """Target signal over its threshold: the larger of waiting requests and KV use."""
         return max(self.waiting_rows / TARGET_ROWS, self.kv_use / TARGET_KV)
 
 
 def sizes(most: int) -> list[tuple[int, int]]:
-    """(targets, drafts): one of each, then more of the one or the other."""
+    """(targets, drafts): one of each, then up to `most` of either tier."""
     more = range(2, most + 1)
     return [(1, 1), *((1, num) for num in more), *((num, 1) for num in more)]
 
 
 def goals(points: Sequence[Point]) -> list[Goal]:
-    """That a tier's signal asks for more of it where more of it helps, and nowhere else."""
+    """Goals: a tier's signal requests replicas if and only if the tier is the bottleneck."""
     from outrider_bench.measuring.document import Goal
 
-    told: list[Goal] = []
+    goals: list[Goal] = []
     for regime in REGIMES:
         own = {(p.num_targets, p.num_drafts): p for p in points if p.regime == regime.name}
         one = own.get((1, 1))
         for tier, two in (("draft", own.get((1, 2))), ("target", own.get((2, 1)))):
             gain = two.tokens_per_s / one.tokens_per_s if one and two else None
             signal: float | None = getattr(one, f"{tier}_signal") if one else None
-            is_short = tier == regime.short
-            bound = _LEAST_GAIN if is_short else _MOST_GAIN
+            is_bottleneck = tier == regime.bottleneck
+            bound = _MIN_GAIN if is_bottleneck else _MAX_GAIN
             gained = f"{regime.name}: tokens/s with a second {tier}"
-            told.append(Goal(gained, bound, gain, is_most=not is_short))
+            goals.append(Goal(gained, bound, gain, is_most=not is_bottleneck))
             seen = f"{regime.name}: signal of the {tier} over its threshold"
-            told.append(Goal(seen, 1.0, signal, is_most=not is_short))
-    return told
+            goals.append(Goal(seen, 1.0, signal, is_most=not is_bottleneck))
+    return goals
 
 
 def panels(points: Sequence[Point]) -> list[Panel]:
-    """Against the number of replicas: tokens/s over one of each, and both tiers' signals."""
+    """Panels by number of replicas: tokens/s relative to one of each, and both signals."""
     from outrider_bench.measuring.plots import Line, Panel
 
     first = {p.regime: p for p in points if p.num_targets == p.num_drafts == 1}
@@ -118,9 +122,9 @@ def panels(points: Sequence[Point]) -> list[Panel]:
         drawn = []
         for regime in first:
             for tier in ("draft", "target"):
-                row = [p for p in points if p.regime == regime and _others(p, tier) == 1]
-                row.sort(key=lambda point: _num(point, tier))
-                xs, ys = [_num(p, tier) for p in row], [value(p) for p in row]
+                own = [p for p in points if p.regime == regime and _others(p, tier) == 1]
+                own.sort(key=lambda point: _num(point, tier))
+                xs, ys = [_num(p, tier) for p in own], [value(p) for p in own]
                 drawn.append(Line(f"{regime}: more {tier}s", xs, ys))
         return drawn
 
@@ -133,13 +137,13 @@ def panels(points: Sequence[Point]) -> list[Panel]:
         ),
         Panel(
             "replicas of the tier",
-            "draft's signal over its threshold",
+            "draft signal over its threshold",
             lines(lambda p: p.draft_signal),
             level=1.0,
         ),
         Panel(
             "replicas of the tier",
-            "target's signal over its threshold",
+            "target signal over its threshold",
             lines(lambda p: p.target_signal),
             level=1.0,
         ),
@@ -155,11 +159,12 @@ def _others(point: Point, tier: str) -> int:
 
 
 def table(points: Sequence[Point]) -> Table:
+    """Table with a row for each point; signals above their thresholds are bold."""
     from outrider_bench.measuring import show
 
     columns = ("", "sessions", "targets", "drafts", "tokens/s", "γ")
-    signals = ("draft queue", "hits", "signal", "rows waiting", "KV use", "signal ")
-    shown = show.table("which tier is short, and who says so", (*columns, *signals))
+    signals = ("draft queue", "hits", "draft signal", "waiting", "KV use", "target signal")
+    shown = show.table("the bottleneck tier and the autoscaling signals", (*columns, *signals))
     for place, point in enumerate(points):
         following = points[place + 1].regime if place + 1 < len(points) else point.regime
         shown.add_row(

@@ -1,7 +1,7 @@
-"""How busy simulated tiers are, seen from outside: the share of time that they are in a pass.
+"""Utilization of simulated tiers: the share of time in a pass, measured from outside.
 
-A simulated pass is a sleep of the device thread, and Linux tells where a thread waits. So nothing
-need be counted in the services. Means nothing for models. Starts nothing.
+A simulated pass is a sleep of the device thread, and Linux reports where a thread waits. So the
+services need no counters. Not meaningful for real models.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from types import TracebackType
 
 from outrider.errors import ConfigError
 
-# Passes take tens of milliseconds; a look takes a few microseconds.
+# Passes take tens of milliseconds; a sample takes a few microseconds.
 _INTERVAL_S = 0.004
 _ASLEEP = "nanosleep"
 
 
 class BusyWatch:
-    """Looks while it is entered. `pids`: of the tiers, by name."""
+    """Samples the tiers inside its context. `pids`: process ids of the tiers, by name."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._tasks = {name: Path(f"/proc/{pid}/task") for name, pid in pids.items()}
-        # The only thread of a tier that ever sleeps, once it has been seen asleep.
+        # The device thread of each tier, once seen asleep; no other thread of a tier sleeps.
         self._threads: dict[str, Path] = {}
-        self._looks: list[tuple[float, frozenset[str]]] = []
+        self._samples: list[tuple[float, frozenset[str]]] = []
         self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> BusyWatch:
@@ -47,24 +47,25 @@ class BusyWatch:
         """Whether the tier has been seen in a pass."""
         return name in self._threads
 
-    def has_looked(self, begin: float, end: float) -> bool:
-        """Whether between two readings of time.monotonic()."""
-        return any(begin <= at <= end for at, _ in self._looks)
+    def has_samples(self, begin: float, end: float) -> bool:
+        """Whether there are samples between two readings of time.monotonic()."""
+        return any(begin <= at <= end for at, _ in self._samples)
 
     def share(self, name: str, begin: float, end: float) -> float:
-        """Of the time between two readings of time.monotonic() that it watched.
+        """Share of samples in a pass, between two readings of time.monotonic().
 
-        Raises ConfigError where this system does not tell: it has seen no tier in a pass at all.
+        Raises ConfigError without samples, or if no tier was ever seen in a pass: this system does
+        not report where threads wait.
         """
-        seen = [busy for at, busy in self._looks if begin <= at <= end]
+        seen = [busy for at, busy in self._samples if begin <= at <= end]
         if not self._threads or not seen:
-            raise ConfigError(f"{self._tasks[name]}: it cannot be seen whether the {name} is busy")
+            raise ConfigError(f"{self._tasks[name]}: cannot observe whether the {name} is busy")
         return sum(name in busy for busy in seen) / len(seen)
 
     async def _watch(self) -> None:
         while True:
             busy = frozenset(name for name in self._tasks if self._is_busy(name))
-            self._looks.append((time.monotonic(), busy))
+            self._samples.append((time.monotonic(), busy))
             await asyncio.sleep(_INTERVAL_S)
 
     def _is_busy(self, name: str) -> bool:

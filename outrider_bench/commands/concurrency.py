@@ -1,7 +1,4 @@
-"""`outrider bench concurrency`: total tokens/s of many streams, with drafts and without.
-
-Owns the blocks that are compared and their table.
-"""
+"""`outrider bench concurrency`: total tokens/s of many streams, with drafts and without."""
 
 from __future__ import annotations
 
@@ -29,19 +26,27 @@ _NUM_WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class ConcurrencyOptions(BenchOptions):
-    streams: Annotated[str, typer.Option(help="Streams at a time: 1,2,4.")] = "1,2,4,8,16,32"
-    requests: Annotated[int, typer.Option(min=1, help="Outputs for each stream.")] = 2
-    gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 2,5. Default: none.")] = ""
+    """Flags of `outrider bench concurrency`."""
+
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent streams: 1,2,4.")] = (
+        "1,2,4,8,16,32"
+    )
+    requests: Annotated[int, typer.Option(min=1, help="Outputs per stream.")] = 2
+    gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 2,5.")] = ""
     fast: Annotated[
-        bool, typer.Option("--fast", help="Also with tokens sent before they are recorded.")
+        bool,
+        typer.Option(
+            "--fast",
+            help="Also measure durability `fast`: tokens are sent before they are recorded.",
+        ),
     ] = False
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0
-    name: Annotated[str, typer.Option(help="Of the files.")] = "concurrency"
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "concurrency"
 
 
 @dataclass(frozen=True)
 class Total:
-    """A row: a number of streams run one way. Ratios are of medians; None: nothing to divide by."""
+    """A table row: a variant with a number of streams. Ratios are of medians; None: no baseline."""
 
     variant: str
     num_streams: int
@@ -55,7 +60,7 @@ class Total:
 
 @takes(ConcurrencyOptions)
 def concurrency(options: ConcurrencyOptions) -> None:
-    """Total tokens/s of 1 to 32 streams in a closed loop, plain and with drafts, in turn."""
+    """Measure total tokens/s of 1 to 32 streams in a closed loop, with and without drafts."""
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import draw, require_matplotlib
@@ -76,12 +81,16 @@ def concurrency(options: ConcurrencyOptions) -> None:
 
 
 def variants(options: ConcurrencyOptions) -> list[Variant]:
+    """Variants to compare; plain decoding first."""
     from outrider_bench.measuring.workload import adaptive, fixed, plain
 
-    hot = options.temperature
+    temperature = options.temperature
     gammas = parse_list(options.gammas, "--gammas", int) if options.gammas else []
-    ways = [plain(hot), adaptive(hot), *(fixed(gamma, hot) for gamma in gammas)]
-    return [*ways, replace(adaptive(hot), name="fast", is_fast=True)] if options.fast else ways
+    ways = [plain(temperature), adaptive(temperature)]
+    ways += [fixed(gamma, temperature) for gamma in gammas]
+    if options.fast:
+        ways.append(replace(adaptive(temperature), name="fast", is_fast=True))
+    return ways
 
 
 async def _measure(
@@ -102,7 +111,7 @@ async def measure_blocks(
     console: Console,
     document: Document,
 ) -> list[Block]:
-    """Every number of streams each way, in turn, the order turned round every time."""
+    """Runs every variant with every number of streams; repetitions alternate the order."""
     from outrider_bench.measuring.load import Work, interleaved, run_block
     from outrider_bench.measuring.show import progress
 
@@ -120,16 +129,16 @@ async def measure_blocks(
             num = max(streams)
             await run_block(system, works(variant, num, num, _NUM_WARM_UP_TOKENS), num)
         for repetition, (num_streams, variant) in interleaved(work, options.repetitions):
-            step(f"{variant.name}, {num_streams} at a time")
+            step(f"{variant.name}, {num_streams} streams")
             num = num_streams * options.requests
-            given = works(variant, num_streams, num, options.max_tokens)
-            given = [replace(one, repetition=repetition) for one in given]
-            blocks.append(await run_block(system, given, num_streams))
+            own = works(variant, num_streams, num, options.max_tokens)
+            own = [replace(one, repetition=repetition) for one in own]
+            blocks.append(await run_block(system, own, num_streams))
     return blocks
 
 
 def summarised(blocks: list[Block]) -> list[Total]:
-    """In the order of streams and variants; medians over the repetitions."""
+    """Medians over the repetitions, ordered by number of streams and variant."""
     from outrider_bench.measuring.summary import Rounds
 
     groups: dict[tuple[int, str], list[Block]] = {}
@@ -160,20 +169,20 @@ def _goals(totals: list[Total]) -> list[Goal]:
 
     full = [total for total in totals if total.variant == "full"]
     least = min((t.over_plain for t in full if t.over_plain is not None), default=None)
-    goals = [Goal("γ chosen over plain, at the worst number of streams", 0.98, least)]
+    goals = [Goal("adaptive γ over plain, at the worst number of streams", 0.98, least)]
     fast = {total.num_streams: total for total in totals if total.variant == "fast"}
     for total in full:
         if total.num_streams in fast:
             ratio = total.tokens_per_s / fast[total.num_streams].tokens_per_s
-            text = f"durable over fast, {total.num_streams} at a time"
+            text = f"durable over fast, {total.num_streams} streams"
             goals.append(Goal(text, 0.98, ratio))
     for total in full:
         if total.num_streams == 8:
             goals.append(
-                Goal("γ chosen over plain at 8 streams", 1.25, total.over_plain, pair="p1")
+                Goal("adaptive γ over plain at 8 streams", 1.25, total.over_plain, pair="p1")
             )
         if total.num_streams == 16:
-            text = "16 streams over one, γ chosen (P1)"
+            text = "16 streams over one, adaptive γ (P1)"
             goals.append(Goal(text, 4.0, total.over_one_stream, pair="p1"))
     return goals
 
@@ -190,7 +199,7 @@ def _panels(totals: list[Total]) -> list[Panel]:
         if name != "plain":
             gains.append(Line(name, xs, [total.over_plain or 0.0 for total in own]))
     return [
-        Panel("streams", "tokens/s of all", rates, is_log_x=True),
+        Panel("streams", "total tokens/s", rates, is_log_x=True),
         Panel("streams", "over plain", gains, is_log_x=True, level=1.0),
     ]
 
@@ -198,17 +207,17 @@ def _panels(totals: list[Total]) -> list[Panel]:
 def _table(totals: list[Total]) -> Table:
     from outrider_bench.measuring.show import number, share, table, times
 
-    columns = ("streams", "", "tokens/s", "range", "over plain", "over 1 stream", "α", "γ")
-    shown = table("many streams", (*columns, "waits", "target ms"))
+    columns = ("streams", "variant", "tokens/s", "range", "over plain", "over 1 stream", "α", "γ")
+    shown = table("total tokens/s of concurrent streams", (*columns, "waiting", "target ms"))
     previous = None
     for total in totals:
         if previous not in (None, total.num_streams):
             shown.add_section()
         is_same, previous = previous == total.num_streams, total.num_streams
         rounds = total.rounds
-        told = ["", "", "", ""]
+        cells = [""] * 4
         if rounds is not None:
-            told = [
+            cells = [
                 number(rounds.alpha), number(rounds.mean_gamma, 1),
                 share(rounds.draft_wait_share), number(1e3 * rounds.target_step_s, 1),
             ]  # fmt: skip
@@ -216,6 +225,6 @@ def _table(totals: list[Total]) -> Table:
             "" if is_same else str(total.num_streams), total.variant,
             number(total.tokens_per_s, 1), f"{total.least:.1f} … {total.most:.1f}",
             times(total.over_plain, is_goal=total.variant != "plain"),
-            times(total.over_one_stream), *told,
+            times(total.over_one_stream), *cells,
         )  # fmt: skip
     return shown

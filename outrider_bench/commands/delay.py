@@ -1,6 +1,6 @@
-"""`outrider bench delay`: what a slow network to the draft costs.
+"""`outrider bench delay`: tokens/s with a network delay between orchestrator and draft.
 
-Owns the settings that are compared and their table. The delay is the relay's in `outrider up`.
+The relay of `outrider up` adds the delay.
 """
 
 from __future__ import annotations
@@ -25,25 +25,31 @@ if TYPE_CHECKING:
     from outrider_bench.measuring.summary import Rounds
     from outrider_bench.measuring.workload import Variant
 
-# After a change the choice of γ learns what the way costs now.
+# After each change, adaptive γ measures the new costs during the warm-up.
 _NUM_WARM_UP_TOKENS = 48
 _CONNECTED_S = 60.0
 
 
 @dataclass(frozen=True)
 class DelayOptions(BenchOptions):
-    delays: Annotated[str, typer.Option(help="Milliseconds each way: 0,1,5,20.")] = "0,1,5,20"
+    """Flags of `outrider bench delay`."""
+
+    delays: Annotated[str, typer.Option(help="One-way delays in milliseconds: 0,1,5,20.")] = (
+        "0,1,5,20"
+    )
     ahead: Annotated[
         str,
-        typer.Option(help="Look-ahead × fan-out to compare beside the server's: 0x1,1x1,2x4."),
+        typer.Option(
+            help="Look-ahead x fan-out to compare with the server's default: 0x1,1x1,2x4."
+        ),
     ] = "0x1,1x1,1x4,2x4"
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0
-    name: Annotated[str, typer.Option(help="Of the files.")] = "delay"
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "delay"
 
 
 @dataclass(frozen=True)
 class Delayed:
-    """A row. `lost`: share of the tokens/s at no delay, of the same variant; None: not measured."""
+    """A table row. `lost`: loss relative to the same variant without delay; None: not measured."""
 
     variant: str
     delay_ms: float
@@ -54,7 +60,7 @@ class Delayed:
 
 @takes(DelayOptions)
 def delay(options: DelayOptions) -> None:
-    """Tokens/s of one stream with a delay on the draft's link."""
+    """Measure tokens/s of one stream with a network delay to the draft."""
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import draw, require_matplotlib
@@ -70,22 +76,22 @@ def delay(options: DelayOptions) -> None:
         document.results += [asdict(row) for row in rows]
         document.judge(lambda: _goals(rows))
         document.write()
-        draw(document.plot_path, "Delay on the draft's link", _panels(rows))
+        draw(document.plot_path, "Network delay to the draft", _panels(rows))
         finish(console, document, [_table(rows)])
 
 
 def variants(options: DelayOptions) -> list[Variant]:
-    """The server's own choice, then the settings asked for, then plain decoding."""
+    """The server's default, the settings of `--ahead`, and plain decoding."""
     from outrider_bench.measuring.workload import Variant, adaptive, plain
 
-    hot = options.temperature
-    ways = [adaptive(hot)]
+    temperature = options.temperature
+    ways = [adaptive(temperature)]
     for entry in filter(None, options.ahead.split(",")):
         setting = parse_list(entry.replace("x", ","), "--ahead", int)
         lookahead, fan_out = setting if len(setting) == 2 else (setting[0], 1)
         name = f"ahead {lookahead}, fan {fan_out}"
-        ways.append(Variant(name, lookahead=lookahead, fan_out=fan_out, temperature=hot))
-    return [*ways, plain(hot)]
+        ways.append(Variant(name, lookahead=lookahead, fan_out=fan_out, temperature=temperature))
+    return [*ways, plain(temperature)]
 
 
 async def _measure(
@@ -114,7 +120,10 @@ async def _measure(
 
 
 async def _set_delay(system: System, delay_ms: float) -> None:
-    """For a connection of its own: an orchestrator learns at the first how long its links are."""
+    """Sets the delay and reconnects the draft.
+
+    An orchestrator measures the delay of a link when it connects.
+    """
     relay = system.stack.relay
     assert relay is not None, "the system was started with a delay"
     relay.delay_s = delay_ms / 1000
@@ -142,16 +151,16 @@ def _summarised(measured: list[tuple[float, Sample]]) -> list[Delayed]:
 def _goals(rows: list[Delayed]) -> list[Goal]:
     from outrider_bench.measuring.document import Goal
 
-    asked = {5.0: 0.05, 20.0: 0.15}
+    limits = {5.0: 0.05, 20.0: 0.15}
     return [
         Goal(
-            f"the server's own setting: share lost at {row.delay_ms:g} ms",
-            asked[row.delay_ms],
+            f"server default: share of tokens/s lost at {row.delay_ms:g} ms",
+            limits[row.delay_ms],
             row.lost,
             is_most=True,
         )
         for row in rows
-        if row.variant == "full" and row.delay_ms in asked
+        if row.variant == "full" and row.delay_ms in limits
     ]
 
 
@@ -163,14 +172,14 @@ def _panels(rows: list[Delayed]) -> list[Panel]:
         own = [row for row in rows if row.variant == name]
         xs = [row.delay_ms for row in own]
         lines.append(Line(name, xs, [row.tokens_per_s for row in own]))
-    return [Panel("delay each way, ms", "tokens/s", lines)]
+    return [Panel("one-way delay, ms", "tokens/s", lines)]
 
 
 def _table(rows: list[Delayed]) -> Table:
     from outrider_bench.measuring.show import number, share, table
 
-    columns = ("", "delay ms", "tokens/s", "lost", "α", "γ", "hits", "waits", "target ms")
-    shown = table("delay on the draft's link, each way", columns)
+    columns = ("variant", "delay ms", "tokens/s", "lost", "α", "γ", "hits", "waiting", "target ms")
+    shown = table("one-way network delay to the draft", columns)
     previous = None
     names = list(dict.fromkeys(row.variant for row in rows))
     for row in sorted(rows, key=lambda row: names.index(row.variant)):
@@ -178,14 +187,14 @@ def _table(rows: list[Delayed]) -> Table:
             shown.add_section()
         is_same, previous = previous == row.variant, row.variant
         rounds = row.rounds
-        told = [""] * 5
+        cells = [""] * 5
         if rounds is not None:
-            told = [
+            cells = [
                 number(rounds.alpha), number(rounds.mean_gamma, 1), share(rounds.hit_rate),
                 share(rounds.draft_wait_share), number(1e3 * rounds.target_step_s, 1),
             ]  # fmt: skip
         shown.add_row(
             "" if is_same else row.variant, f"{row.delay_ms:g}",
-            number(row.tokens_per_s, 1), share(row.lost), *told,
+            number(row.tokens_per_s, 1), share(row.lost), *cells,
         )  # fmt: skip
     return shown

@@ -1,4 +1,4 @@
-"""`outrider demo`: the same outputs with and without speculation, side by side, in a minute."""
+"""`outrider demo`: compares speculative with plain decoding in about a minute."""
 
 from __future__ import annotations
 
@@ -31,30 +31,41 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class DemoOptions:
+    """Flags of `outrider demo`."""
+
     inflate: Annotated[
-        str, typer.Option(help="Cost of the target in parameters, for instance 300M; 0: its own.")
+        str,
+        typer.Option(help="Cost of the target in parameters, for example 300M; 0: its real cost."),
     ] = DEFAULT_INFLATE
     gamma: Annotated[
         int | None,
-        typer.Option(min=1, help="Draft tokens per round. Default: what they are worth."),
+        typer.Option(min=1, help="Draft tokens per round. Default: adaptive."),
     ] = None
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 128
-    rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is run each way.")] = 3
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 128
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Outputs of each prompt with drafts, and as many without.")
+    ] = 3
     seconds: Annotated[
-        float, typer.Option(help="Then no further round is begun, after one of each prompt.")
+        float,
+        typer.Option(help="Time limit; every prompt is run at least once with and without drafts."),
     ] = 45.0
-    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt instead of the built-in ones; repeatable.")
+    ] = None
     temperature: Annotated[
-        float, typer.Option(min=0, help="Above 0: seeded samples by coupled verification.")
+        float,
+        typer.Option(
+            min=0, help="0 is greedy; above 0: seeded sampling with coupled verification."
+        ),
     ] = 0.0
-    # Exactness is a statement about float32; at lower precision batches round otherwise.
+    # Outputs are exactly equal in float32 only: at lower precision, rounding depends on the batch.
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
 
 
 @dataclass
 class Comparison:
-    """What was measured: outputs by prompt, with drafts and without. `stopped`: by which signal."""
+    """Outputs of each prompt, with and without drafts. `stopped`: signal that ended the demo."""
 
     drafted: list[list[Output]] = field(default_factory=list)
     plain: list[list[Output]] = field(default_factory=list)
@@ -62,7 +73,7 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Token for token, all outputs of each prompt."""
+        """Whether all outputs of each prompt have the same tokens."""
         return all(
             len({tuple(output.token_ids) for output in (*drafted, *plain)}) == 1
             for drafted, plain in zip(self.drafted, self.plain, strict=True)
@@ -72,7 +83,7 @@ class Comparison:
 
 @takes(DemoOptions)
 def demo(options: DemoOptions) -> None:
-    """Start the quickstart pair, compare speculation with plain decoding, and stop it again."""
+    """Start the quickstart pair, compare speculative with plain decoding, and stop it."""
     from rich.console import Console
 
     from outrider.cli.running import run
@@ -93,8 +104,8 @@ async def _demo(options: DemoOptions, console: Console) -> Comparison:
     )
     view = StackView(console, models=described_models(stack_options))
     console.print(
-        f"[dim]starts four programs, then compares for about {options.seconds:.0f} s; Ctrl-C stops "
-        "it[/]",
+        f"[dim]starting four programs, then comparing for about {options.seconds:.0f} s; Ctrl-C "
+        "stops[/]",
         highlight=False,
     )
     async with (
@@ -103,12 +114,15 @@ async def _demo(options: DemoOptions, console: Console) -> Comparison:
     ):
         comparison = await compare(client, options, console)
     console.print(_table(comparison, options))
-    console.print(_verdict(comparison), highlight=False)
+    console.print(_summary(comparison), highlight=False)
     return comparison
 
 
 async def compare(client: Client, options: DemoOptions, console: Console) -> Comparison:
-    """Each prompt with drafts and without, in turn, so that a busy machine hurts both alike."""
+    """Runs each prompt with and without drafts alternately.
+
+    A busy machine then slows down both equally.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -129,7 +143,7 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
     comparison.plain[0].append(await client.generate(_request(prompts[0], 0, options)))
     columns = (TextColumn("[dim]measuring[/]"), BarColumn(), MofNCompleteColumn())
     left = (TextColumn("[dim]left[/]"), TimeRemainingColumn())
-    console.print(f"[dim]about {options.seconds:.0f} s more; Ctrl-C compares what there is[/]")
+    console.print(f"[dim]about {options.seconds:.0f} s more; Ctrl-C compares the outputs so far[/]")
     with Progress(*columns, *left, console=console, transient=True) as progress:
         runs = [i for _ in range(options.rounds) for i in range(len(prompts))][1:]
         try:
@@ -140,7 +154,7 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
                     outputs[i].append(await client.generate(_request(prompts[i], gamma, options)))
         except asyncio.CancelledError:
             comparison.stopped = survive_signal()
-            console.print("[yellow]stopped: this compares the outputs before[/]")
+            console.print("[yellow]stopped: compares the outputs so far[/]")
     return comparison
 
 
@@ -159,7 +173,7 @@ async def _show_one(client: Client, prompt: str, options: DemoOptions, console: 
 
 
 def _request(prompt: str, gamma: int | None, options: DemoOptions) -> GenerateRequest:
-    """Greedy, or the target's own seeded sample: either way drafts must not change the output."""
+    """Greedy or coupled seeded request: in both cases drafts must not change the output."""
     from outrider.v1 import orchestrator_pb2, sampling_pb2
 
     request = orchestrator_pb2.GenerateRequest(text=prompt, gamma=gamma)
@@ -167,12 +181,12 @@ def _request(prompt: str, gamma: int | None, options: DemoOptions) -> GenerateRe
     request.sampling.temperature = options.temperature
     request.sampling.seed = _SEED
     request.sampling.max_tokens = options.max_tokens
-    request.sampling.ignore_eos = True  # outputs of one length
+    request.sampling.ignore_eos = True  # all outputs have the same length
     return request
 
 
 def _speed(outputs: list[list[Output]]) -> float:
-    """Median over all outputs, in tokens a second after the first message."""
+    """Median over all outputs of tokens per second after the first message."""
     return statistics.median(o.result.speculation.tokens_per_s for os in outputs for o in os)
 
 
@@ -186,7 +200,7 @@ def _table(comparison: Comparison, options: DemoOptions) -> Table:
     tau = 1 + num_accepted / max(1, num_drafts)
     drafted, plain = _speed(comparison.drafted), _speed(comparison.plain)
     table = Table(show_edge=False, header_style="bold")
-    for name in ("", "tokens/s", "speed-up", "α accepted", "τ tokens a round"):
+    for name in ("", "tokens/s", "speed-up", "α accepted", "τ tokens per round"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row("plain decoding", f"{plain:.1f}", "1.00×", "", "1.00")
     colour = "green" if drafted > plain else "red"
@@ -196,11 +210,11 @@ def _table(comparison: Comparison, options: DemoOptions) -> Table:
     return table
 
 
-def _verdict(comparison: Comparison) -> str:
+def _summary(comparison: Comparison) -> str:
     num_outputs = sum(map(len, comparison.drafted))
     if comparison.identical:
         return (
             f"[green]✔[/] {num_outputs} outputs each way, identical token for token "
             "[dim](medians of interleaved runs)[/]"
         )
-    return "[bold red]✘ the outputs differ[/]: they must not depend on drafts"
+    return "[bold red]✘ the outputs differ[/]: drafts must not change the output"

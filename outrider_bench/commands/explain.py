@@ -1,6 +1,6 @@
-"""`outrider bench explain-gamma`: what a choice of γ was made of.
+"""`outrider bench explain-gamma`: shows the inputs of a choice of γ, as a table.
 
-Owns the table of a GammaDecision; the choice is the orchestrator's.
+The orchestrator reports the GammaDecision. `orchestrator/speculation` makes the choice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUM_WARM_UP_TOKENS = 32
 
 @takes(BenchOptions)
 def explain_gamma(options: BenchOptions) -> None:
-    """Run one output and show what its last γ was chosen by."""
+    """Generate one output and show why its last γ was chosen."""
     from outrider.cli.running import run
     from outrider_bench.measuring.show import bench_console
 
@@ -33,13 +33,13 @@ def explain_gamma(options: BenchOptions) -> None:
     run(_measure(options.with_quick_defaults(), console, explanation))
     show_decision(console, explanation.measured[-1])
     if explanation.stopped is not None:
-        console.print("this is the warm-up's choice", style="yellow")
+        console.print("this is the choice of the warm-up output", style="yellow")
         raise explanation.stopped
 
 
 @dataclass
 class Explanation:
-    """Of the warm-up's output, and of the measured one. `stopped` as of a Report."""
+    """Statistics of the warm-up output and of the measured one. `stopped`: see `Report`."""
 
     measured: list[SpeculationStats] = field(default_factory=list)
     stopped: Signalled | None = None
@@ -63,31 +63,32 @@ async def _measure(options: BenchOptions, console: Console, explanation: Explana
 
 
 def show_decision(console: Console, stats: SpeculationStats) -> None:
-    """Raises InternalError where the orchestrator told none."""
+    """Prints the last GammaDecision. Raises InternalError if there is none."""
     if not stats.HasField("decision"):
-        raise InternalError("the orchestrator told no choice of γ: the output had no draft")
+        raise InternalError("no choice of γ was reported: the output had no drafts")
     decision = stats.decision
     console.print(decision_table(decision))
     console.print(
-        f"rows {decision.mean_num_rows:.1f} · draft step {1e3 * decision.draft_step_s:.2f} ms · "
-        f"beyond the draft's steps {1e3 * decision.draft_overhead_s:.2f} ms · beyond the target's "
-        f"pass {1e3 * decision.target_overhead_s:.2f} ms · proposals here in time "
+        f"rows per pass {decision.mean_num_rows:.1f} · draft step "
+        f"{1e3 * decision.draft_step_s:.2f} ms · draft overhead "
+        f"{1e3 * decision.draft_overhead_s:.2f} ms · target overhead "
+        f"{1e3 * decision.target_overhead_s:.2f} ms · look-ahead hits "
         f"{100 * decision.lookahead_hit_rate:.0f} %",
         style="dim",
         highlight=False,
     )
     by_gamma = stats.num_rounds_per_gamma
-    told = ", ".join(f"γ {gamma}: {num}" for gamma, num in enumerate(by_gamma) if num)
-    console.print(f"rounds of this output  {told}", style="dim", highlight=False)
+    text = ", ".join(f"γ {gamma}: {num}" for gamma, num in enumerate(by_gamma) if num)
+    console.print(f"rounds of this output by γ  {text}", style="dim", highlight=False)
 
 
 def decision_table(decision: GammaDecision) -> Table:
-    """One row for each γ; the chosen ones marked."""
+    """Table with a row for each γ; the chosen ones are marked."""
     from outrider_bench.measuring.show import table
 
     shown = table(
-        "γ, chosen" if not decision.is_fixed else "γ, fixed by the request",
-        ("γ", "all accepted", "target pass ms", "tokens/s, here", "", "tokens/s, waited for", ""),
+        "choice of γ" if not decision.is_fixed else "γ, fixed by the request",
+        ("γ", "all accepted", "target pass ms", "tokens/s, in time", "", "tokens/s, waiting", ""),
     )
     num_gammas = max(map(len, (decision.tokens_per_s, decision.target_step_s)))
     chosen = "[bold green]◀ chosen[/]"

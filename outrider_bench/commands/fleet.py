@@ -1,6 +1,6 @@
-"""Replicas of both tiers in any number, simulated, and orchestrators on some of them.
+"""Fleet: simulated replicas of both tiers, and orchestrators that use some of them.
 
-Owns their processes and a channel to each, on which it is asked for its counts. Knows no load.
+Owns the processes, and a channel to each replica to read its counters.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ if TYPE_CHECKING:
 
     from outrider.cli.supervisor import Event, Supervisor
 
-# Of the question for the counts.
+# Time-out of reading the counters of a replica.
 _TIMEOUT_S = 5.0
 
-# Its answer: what the replica's GetModelInfo says.
-Ask = Callable[[], Awaitable[Any]]
+# Returns the response of the replica's GetModelInfo.
+ReadInfo = Callable[[], Awaitable[Any]]
 
 
 @dataclass
 class Fleet:
-    """Made by `running_fleet`. `targets`, `drafts`: each asks one replica."""
+    """Fleet made by `running_fleet`. `targets`, `drafts`: functions that read a replica's info."""
 
     options: StackOptions
     supervisor: Supervisor
     redis_url: str
     addresses: dict[str, list[str]] = field(default_factory=dict)
-    targets: list[Ask] = field(default_factory=list)
-    drafts: list[Ask] = field(default_factory=list)
+    targets: list[ReadInfo] = field(default_factory=list)
+    drafts: list[ReadInfo] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
     async def orchestrator(
         self, num_targets: int, num_drafts: int
     ) -> AsyncIterator[grpc.aio.Channel]:
-        """A new one on the first so many: it has learnt nothing yet. It stays, idle, behind this.
+        """Starts a new orchestrator on the first replicas of each tier; yields a channel to it.
 
-        Raises ProgramFailed.
+        A new process has no acceptance or cost statistics yet. It keeps running, idle, after the
+        block. Raises ProgramFailed.
         """
         from outrider.cli.stack import orchestrator_arguments
         from outrider.client.channel import open_channel
@@ -65,14 +66,15 @@ class Fleet:
 async def running_fleet(
     options: StackOptions, log_dir: Path, num_replicas: int, *, target: str, draft: str
 ) -> AsyncIterator[Fleet]:
-    """So many replicas of each tier, simulated as told, and a Redis; leaves no process.
+    """Starts Redis and `num_replicas` of each tier; stops all processes at the end.
 
-    Raises ConfigError or ProgramFailed.
+    `target` and `draft` are simulations, in the format of `--simulate`. Raises ConfigError or
+    ProgramFailed.
     """
     from outrider.cli.supervisor import Supervisor
 
     def report(event: Event) -> None:
-        """Nobody is to see it: the command's bar tells how far things are."""
+        """Ignores start-up events: the command shows its own progress."""
 
     require_engine()
     supervisor = Supervisor(log_dir, report)
@@ -111,16 +113,18 @@ async def _connect(fleet: Fleet, channels: contextlib.AsyncExitStack) -> None:
         channel = await channels.enter_async_context(open_channel(address))
         target = target_pb2_grpc.TargetServiceStub(channel)
         fleet.targets.append(
-            _ask(target.GetModelInfo, target_pb2.TargetServiceGetModelInfoRequest())
+            _read_info(target.GetModelInfo, target_pb2.TargetServiceGetModelInfoRequest())
         )
     for address in fleet.addresses["draft"]:
         channel = await channels.enter_async_context(open_channel(address))
         draft = draft_pb2_grpc.DraftServiceStub(channel)
-        fleet.drafts.append(_ask(draft.GetModelInfo, draft_pb2.DraftServiceGetModelInfoRequest()))
+        fleet.drafts.append(
+            _read_info(draft.GetModelInfo, draft_pb2.DraftServiceGetModelInfoRequest())
+        )
 
 
-def _ask(method: Any, request: Any) -> Ask:
-    async def ask() -> Any:
+def _read_info(method: Any, request: Any) -> ReadInfo:
+    async def read() -> Any:
         return await method(request, timeout=_TIMEOUT_S)
 
-    return ask
+    return read

@@ -1,7 +1,6 @@
-"""`outrider bench growth`: how cost grows with context, sessions, γ and vocabulary.
+"""`outrider bench growth`: throughput and pass time by context, sessions, γ or vocabulary.
 
-Owns what is varied, one at a time, and the table and plot of it. A point is run plain and with
-drafts, in turn.
+One parameter varies, the others stay fixed. Every point runs with and without drafts, interleaved.
 """
 
 from __future__ import annotations
@@ -33,11 +32,13 @@ if TYPE_CHECKING:
     from outrider_bench.measuring.workload import Variant
 
 _NUM_WARM_UP_TOKENS = 16
-# The server's own, where no point asks for more.
-_LEAST_MAX_GAMMA = 16
+# The server's default, unless a point needs more.
+_MIN_MAX_GAMMA = 16
 
 
 class Over(StrEnum):
+    """Values of `--over`: the parameter that varies."""
+
     context = "context"
     sessions = "sessions"
     gamma = "gamma"
@@ -50,7 +51,8 @@ _POINTS = {
     Over.gamma: "0,1,2,3,4,6,8,12,16",
     Over.vocabulary: "4K,8K,16K,32K,64K,128K,152K",
 }
-# Of α about 0.8 at each size's own vocabulary; elsewhere α is what it comes to, and is told.
+# They give α of about 0.8 at the default vocabulary of each size. With other vocabularies α
+# differs; the table shows it.
 _EPSILONS = {"p1": 0.02294, "p2": 0.01562, "tiny": 0.2}
 _QUICK_POINTS = {
     Over.context: "32,64",
@@ -58,29 +60,34 @@ _QUICK_POINTS = {
     Over.gamma: "0,2",
     Over.vocabulary: "512,1024",
 }
-_WORDS = {
+_LABELS = {
     Over.context: "tokens of context",
     Over.sessions: "sessions",
-    Over.gamma: "draft tokens a round (γ)",
+    Over.gamma: "draft tokens per round (γ)",
     Over.vocabulary: "vocabulary",
 }
 
 
 @dataclass(frozen=True)
 class GrowthOptions(BenchOptions):
-    over: Annotated[Over, typer.Option(help="What grows.")] = Over.context
+    """Flags of `outrider bench growth`."""
+
+    over: Annotated[Over, typer.Option(help="Parameter that varies.")] = Over.context
     points: Annotated[
-        str | None, typer.Option(help="Its values: 256,1024. Default: as the plot in the docs.")
+        str | None,
+        typer.Option(
+            help="Values of the parameter: 256,1024. Default: those of the documented results."
+        ),
     ] = None
     pair_size: Annotated[
-        str, typer.Option(help="Of the pairs made for --over vocabulary: tiny, p1 or p2.")
+        str, typer.Option(help="Size of the pairs made for --over vocabulary: tiny, p1 or p2.")
     ] = "p1"
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """A row. Times of a round are of the target's own pass."""
+    """A table row: one variant at one value of the parameter."""
 
     variant: str
     value: int
@@ -93,7 +100,7 @@ class Point:
 
 @takes(GrowthOptions)
 def growth(options: GrowthOptions) -> None:
-    """Tokens/s and the target's pass as one thing grows, all else the same."""
+    """Measure tokens/s and the duration of target passes while one parameter grows."""
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import draw, require_matplotlib
@@ -109,7 +116,7 @@ def growth(options: GrowthOptions) -> None:
         points_made = _summarised(blocks)
         document.results += [asdict(point) for point in points_made]
         document.write()
-        title = f"Growth with {_WORDS[over]}"
+        title = f"Growth with {_LABELS[over]}"
         draw(document.plot_path, title, _panels(over, points_made))
         finish(console, document, [_table(over, points_made)])
 
@@ -122,7 +129,9 @@ async def _measure(
     text = options.points or _POINTS[options.over]
     values = sorted(parse_count(part, "--points") for part in text.split(","))
     if options.over is Over.vocabulary and options.target is not None:
-        raise ConfigError("--over vocabulary: makes its own pairs; not with --target")
+        raise ConfigError(
+            "--over vocabulary: cannot be combined with --target; it makes its own pairs"
+        )
     ways = _ways(options)
     num_steps = len(values) * len(ways) * (options.repetitions + 1)
     blocks: list[tuple[int, Block]] = []
@@ -140,13 +149,13 @@ async def _measure(
 async def _systems(
     options: GrowthOptions, values: list[int], console: Console
 ) -> AsyncGenerator[tuple[System, list[int]], None]:
-    """Each with the values it is for: one system for all, but for vocabularies."""
+    """Systems, each with its values: one for all values, or one for each vocabulary."""
     if options.over is not Over.vocabulary:
         changes: dict[str, Any] = {}
         if options.over is Over.sessions:
             changes["max_generations"] = max(256, *values)
         if options.over is Over.gamma:
-            changes["max_gamma"] = max(_LEAST_MAX_GAMMA, *values)
+            changes["max_gamma"] = max(_MIN_MAX_GAMMA, *values)
         async with measured_system(options, console, **changes) as system:
             yield system, values
         return
@@ -169,10 +178,10 @@ async def _systems(
 def _ways(options: GrowthOptions) -> list[Variant]:
     from outrider_bench.measuring.workload import adaptive, fixed, plain
 
-    hot = options.temperature
+    temperature = options.temperature
     if options.over is Over.gamma:
-        return [replace(fixed(0, hot), name="fixed γ")]
-    return [plain(hot), adaptive(hot)]
+        return [replace(fixed(0, temperature), name="fixed γ")]
+    return [plain(temperature), adaptive(temperature)]
 
 
 async def _measure_in(
@@ -182,7 +191,7 @@ async def _measure_in(
     step: Step,
     blocks: list[tuple[int, Block]],
 ) -> None:
-    """Adds to `blocks`."""
+    """Appends to `blocks`."""
     from outrider_bench.measuring.load import interleaved, run_block
 
     work = [(value, way) for value in values for way in _ways(options)]
@@ -204,7 +213,9 @@ def _works(system: System, options: GrowthOptions, value: int, way: Variant) -> 
     room = system.info.target.max_context_len - options.max_tokens
     if options.over is Over.context:
         if value > room:
-            raise ConfigError(f"--points: {value}: the model's context has room for {room}")
+            raise ConfigError(
+                f"--points: {value} exceeds the model's context minus --max-tokens: at most {room}"
+            )
         prompts = [system.prompts.random_ids(i, value) for i in range(num)]
     else:
         prompts = [system.prompts.ids(i) for i in range(num)]
@@ -223,11 +234,11 @@ def _summarised(blocks: list[tuple[int, Block]]) -> list[Point]:
     for (variant, value), group in groups.items():
         samples = [sample for block in group for sample in block.samples]
         if all(block.num_streams == 1 for block in group):
-            rates = [sample.tokens_per_s for sample in samples]  # prompts are not in it
+            rates = [sample.tokens_per_s for sample in samples]  # excludes the prompt
         else:
             rates = [block.tokens_per_s for block in group]
         summed = Rounds.of(samples)
-        assert summed is not None, "the orchestrator tells of every output"
+        assert summed is not None, "the orchestrator reports statistics of every output"
         first_s = statistics.median(sample.first_s for sample in samples)
         median = statistics.median(rates)
         points.append(Point(variant, value, median, min(rates), max(rates), first_s, summed))
@@ -246,16 +257,16 @@ def _panels(over: Over, points: list[Point]) -> list[Panel]:
         steps.append(Line(name, xs, [1e3 * point.rounds.target_step_s for point in own]))
     is_log = over is not Over.gamma
     return [
-        Panel(_WORDS[over], "tokens/s", rates, is_log_x=is_log),
-        Panel(_WORDS[over], "the target's pass, ms", steps, is_log_x=is_log),
+        Panel(_LABELS[over], "tokens/s", rates, is_log_x=is_log),
+        Panel(_LABELS[over], "target pass, ms", steps, is_log_x=is_log),
     ]
 
 
 def _table(over: Over, points: list[Point]) -> Table:
     from outrider_bench.measuring.show import number, table
 
-    columns = ("", _WORDS[over], "tokens/s", "range", "first ms", "α", "γ", "target ms")
-    shown = table(f"growth with {_WORDS[over]}", columns)
+    columns = ("variant", _LABELS[over], "tokens/s", "range", "TTFT ms", "α", "γ", "target ms")
+    shown = table(f"growth with {_LABELS[over]}", columns)
     for point in points:
         rounds = point.rounds
         shown.add_row(

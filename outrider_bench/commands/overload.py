@@ -1,6 +1,6 @@
-"""`outrider bench overload`: five times as many callers as can be served, and who gets what.
+"""`outrider bench overload`: latency, throughput and rejections at five times the capacity.
 
-Owns the system, the order of phases and what is asked of them; who is let in is the orchestrator's.
+Owns the system, the order of phases and their load. `overload_phases` evaluates the results.
 """
 
 from __future__ import annotations
@@ -19,54 +19,70 @@ from outrider_bench.measuring.system import BenchOptions, System, measured_syste
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outrider_bench.commands.crowd import Crowd
+    from outrider_bench.commands.overload_phases import PhaseResult
     from outrider_bench.loadtest.driver import Phase, Subject
     from outrider_bench.loadtest.plan import Workload
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import Step
 
-# A pass of 16 rows with a few draft tokens each is no dearer than one of one row.
-# Long enough that Python, which shares the cores with everything here, is little of it.
+# A pass of 16 verify requests with a few draft tokens each costs the same as a pass of one.
+# Passes are long compared with the time that Python needs on the shared cores.
 _TARGET = "step_ms=1:80.0/128:80.0/512:160.0"
 _DRAFT = "step_ms=1:6.0/64:6.0/256:12.0,survival=0.8"
 _WARM_UP_S = 3.0
-# How long what ran is given to end when nobody asks any more.
-_REST_S = 10.0
+# Longest wait for the last generations to end.
+_DRAIN_S = 10.0
 
 
 @dataclass(frozen=True)
 class OverloadOptions(BenchOptions):
+    """Flags of `outrider bench overload`."""
+
     simulate_target: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="As in `outrider up`; not with --target.")
+        str | None,
+        typer.Option(metavar="SPEC", help="As in `outrider up`; not together with --target."),
     ] = _TARGET
-    simulate_draft: Annotated[str | None, typer.Option(metavar="SPEC", help="Likewise.")] = _DRAFT
-    cores: Annotated[CoreUse, typer.Option(help="Simulated passes need none.")] = CoreUse.shared
-    generations: Annotated[int, typer.Option(min=1, help="Generations at a time.")] = 16
+    simulate_draft: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="As in `outrider up`; not together with --target."),
+    ] = _DRAFT
+    cores: Annotated[
+        CoreUse, typer.Option(help="shared: no pinning; simulated passes need no core.")
+    ] = CoreUse.shared
+    generations: Annotated[
+        int, typer.Option(min=1, help="Maximum number of running generations.")
+    ] = 16
     waiting: Annotated[
         int | None,
-        typer.Option(min=0, help="Requests that may wait. Default: a quarter of --generations."),
+        typer.Option(
+            min=0, help="Length of the admission queue. Default: a quarter of --generations."
+        ),
     ] = None
-    factor: Annotated[float, typer.Option(min=1, help="Times the capacity that is offered.")] = 5.0
+    factor: Annotated[
+        float, typer.Option(min=1, help="Offered load as a multiple of the capacity.")
+    ] = 5.0
     burstiness: Annotated[
-        float, typer.Option(help="Of the arrivals; 1: Poisson, less: in bursts.")
+        float, typer.Option(help="Of arrivals: 1 is a Poisson process, less is more bursty.")
     ] = 1.0
-    seconds: Annotated[float, typer.Option(min=1, help="Of each phase.")] = 20.0
-    settle: Annotated[float, typer.Option(min=0, help="Left out at the begin of a phase.")] = 4.0
-    output_len: Annotated[str, typer.Option(help="Tokens; as in `outrider bench serve`.")] = (
-        "uniform:32:96"
-    )
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all is measured.")] = 2
-    name: Annotated[str, typer.Option(help="Of the files.")] = "overload"
+    seconds: Annotated[float, typer.Option(min=1, help="Duration of each phase.")] = 20.0
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds not counted at the begin of a phase.")
+    ] = 4.0
+    output_len: Annotated[
+        str, typer.Option(help="Tokens per output; format as in `outrider bench serve`.")
+    ] = "uniform:32:96"
+    repetitions: Annotated[int, typer.Option(min=1, help="Repetitions of every measurement.")] = 2
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "overload"
 
 
 @takes(OverloadOptions)
 def overload(options: OverloadOptions) -> None:
-    """Capacity in a closed loop, then five times that rate in an open one; of a system of its own.
+    """Measure a system at capacity (closed loop), then at five times that rate (open loop).
 
-    What the accepted and the refused lived through, and whether the system is as it was afterwards.
+    Reports latencies of accepted and rejected requests, and whether the system recovers afterwards.
     """
     from outrider.cli.running import run
-    from outrider_bench.commands.crowd import goals, panels, table
+    from outrider_bench.commands.overload_phases import goals, panels, table
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import draw, require_matplotlib
     from outrider_bench.measuring.show import bench_console, finish, reporting
@@ -74,13 +90,13 @@ def overload(options: OverloadOptions) -> None:
     options = _resolved(options)
     require_matplotlib()
     console, document = bench_console(), Document(options.name, options)
-    crowds = run(_measure(options, console, document))
+    results = run(_measure(options, console, document))
     with reporting(console, document):
-        document.results += [asdict(crowd) for crowd in crowds]
-        document.judge(lambda: goals(crowds))
+        document.results += [asdict(result) for result in results]
+        document.judge(lambda: goals(results))
         document.write()
-        draw(document.plot_path, f"{options.factor:g} × capacity offered", panels(crowds))
-        finish(console, document, [table(crowds)])
+        draw(document.plot_path, f"load of {options.factor:g} × capacity", panels(results))
+        finish(console, document, [table(results)])
 
 
 def _resolved(options: OverloadOptions) -> OverloadOptions:
@@ -97,14 +113,18 @@ def _resolved(options: OverloadOptions) -> OverloadOptions:
     if options.target is not None:
         simulated = (options.simulate_target, options.simulate_draft)
         if simulated != (_TARGET, _DRAFT):
-            raise ConfigError("--simulate-target: not together with --target")
+            raise ConfigError(
+                "--simulate-target, --simulate-draft: cannot be combined with --target"
+            )
         options = replace(options, simulate_target=None, simulate_draft=None)
     if options.waiting is None:
         options = replace(options, waiting=options.generations // 4)
     return options
 
 
-async def _measure(options: OverloadOptions, console: Console, document: Document) -> list[Crowd]:
+async def _measure(
+    options: OverloadOptions, console: Console, document: Document
+) -> list[PhaseResult]:
     from outrider.client.channel import open_channel
     from outrider_bench.loadtest.driver import subject
     from outrider_bench.measuring.show import progress
@@ -113,57 +133,59 @@ async def _measure(options: OverloadOptions, console: Console, document: Documen
         "max_generations": options.generations,
         "max_waiting": options.waiting,
     }
-    crowds: list[Crowd] = []
+    results: list[PhaseResult] = []
     async with measured_system(options, console, **changes) as system:
         document.about(system)
-        dying = asyncio.create_task(system.stack.next_death())
+        death = asyncio.create_task(system.stack.next_death())
         try:
             async with open_channel(system.stack.endpoint) as channel:
-                whom = await subject(channel)
+                orchestrator = await subject(channel)
                 num_steps = 2 + 2 * options.repetitions
                 expected_s = _WARM_UP_S + (num_steps - 1) * options.seconds
-                with progress(console, num_steps, document, crowds, expected_s=expected_s) as step:
-                    await _phases(options, system, whom, document, step, crowds)
-            if dying.done():
-                crowds[-1].deaths.append(str(dying.result()[0]))
+                with progress(console, num_steps, document, results, expected_s=expected_s) as step:
+                    await _phases(options, system, orchestrator, document, step, results)
+            if death.done():
+                results[-1].deaths.append(str(death.result()[0]))
         finally:
-            dying.cancel()
-            await asyncio.gather(dying, return_exceptions=True)
-    return crowds
+            death.cancel()
+            await asyncio.gather(death, return_exceptions=True)
+    return results
 
 
 async def _phases(
     options: OverloadOptions,
     system: System,
-    whom: Subject,
+    orchestrator: Subject,
     document: Document,
     step: Step,
-    crowds: list[Crowd],
+    results: list[PhaseResult],
 ) -> None:
-    """Capacity and overload in turn, and capacity once more: is the system as it was?
+    """Runs capacity and overload alternately, then capacity again to check the recovery.
 
-    Adds to `crowds`.
+    Appends to `results`.
     """
-    from outrider_bench.commands.crowd import Crowd
+    from outrider_bench.commands.overload_phases import PhaseResult
 
     step("warm-up")
-    await at_capacity(options, whom, 0, _WARM_UP_S)
+    await at_capacity(options, orchestrator, 0, _WARM_UP_S)
     for repetition in range(options.repetitions):
         step("capacity")
-        phase = await at_capacity(options, whom, 1 + 2 * repetition, options.seconds)
-        crowds.append(Crowd.of("capacity", phase.records, options.settle, options.seconds))
-        _keep(document, crowds[-1].name, repetition, phase)
-        # A machine that stalls may have served nobody in time: then as if it were one.
-        rate = options.factor * max(crowds[-1].requests_per_s, 1 / options.seconds)
+        phase = await at_capacity(options, orchestrator, 1 + 2 * repetition, options.seconds)
+        results.append(PhaseResult.of("capacity", phase.records, options.settle, options.seconds))
+        _add_samples(document, results[-1].name, repetition, phase)
+        # If the machine stalled and no request completed, assumes one request per phase.
+        rate = options.factor * max(results[-1].requests_per_s, 1 / options.seconds)
         step(f"{rate:.1f} requests/s offered")
-        phase = await beyond_capacity(options, whom, 2 + 2 * repetition, rate)
-        crowds.append(Crowd.of("overload", phase.records, options.settle, options.seconds, rate))
-        _keep(document, crowds[-1].name, repetition, phase)
+        phase = await beyond_capacity(options, orchestrator, 2 + 2 * repetition, rate)
+        results.append(
+            PhaseResult.of("overload", phase.records, options.settle, options.seconds, rate)
+        )
+        _add_samples(document, results[-1].name, repetition, phase)
     step("capacity, afterwards")
-    phase = await at_capacity(options, whom, 1 + 2 * options.repetitions, options.seconds)
-    crowds.append(Crowd.of("afterwards", phase.records, options.settle, options.seconds))
-    _keep(document, crowds[-1].name, options.repetitions, phase)
-    crowds[-1].num_left_open = await _left_open(system)
+    phase = await at_capacity(options, orchestrator, 1 + 2 * options.repetitions, options.seconds)
+    results.append(PhaseResult.of("afterwards", phase.records, options.settle, options.seconds))
+    _add_samples(document, results[-1].name, options.repetitions, phase)
+    results[-1].num_left_open = await _left_open(system)
 
 
 def _workload(options: OverloadOptions) -> Workload:
@@ -178,40 +200,41 @@ def _workload(options: OverloadOptions) -> Workload:
     )
 
 
-def _phase(options: OverloadOptions, whom: Subject, number: int) -> Phase:
+def _phase(options: OverloadOptions, orchestrator: Subject, number: int) -> Phase:
     from outrider_bench.loadtest.asking import Ask
     from outrider_bench.loadtest.driver import Phase
 
-    return Phase(whom, Ask(), number=number, seed=options.seed, run=options.name)
+    return Phase(orchestrator, Ask(), number=number, seed=options.seed, run=options.name)
 
 
 async def at_capacity(
-    options: OverloadOptions, whom: Subject, number: int, seconds: float
+    options: OverloadOptions, orchestrator: Subject, number: int, seconds: float
 ) -> Phase:
-    """As many callers as generations: all places taken, nobody in the line."""
+    """Closed loop with as many clients as running generations: full, but nothing is queued."""
     from outrider_bench.loadtest.plan import endless
 
     visits = endless(_workload(options).visits(1024))
-    phase = _phase(options, whom, number)
+    phase = _phase(options, orchestrator, number)
     await phase.closed_loop(visits, options.generations, until_s=seconds)
     return phase
 
 
 async def beyond_capacity(
-    options: OverloadOptions, whom: Subject, number: int, rate: float
+    options: OverloadOptions, orchestrator: Subject, number: int, rate: float
 ) -> Phase:
+    """Open loop at `rate` requests per second."""
     from outrider_bench.loadtest.plan import timed
 
     num = max(1, round(rate * options.seconds))
     visits = timed(
         _workload(options).visits(num), rate, options.burstiness, seed=options.seed + number
     )
-    phase = _phase(options, whom, number)
+    phase = _phase(options, orchestrator, number)
     await phase.open_loop(visits)
     return phase
 
 
-def _keep(document: Document, name: str, repetition: int, phase: Phase) -> None:
+def _add_samples(document: Document, name: str, repetition: int, phase: Phase) -> None:
     from outrider_bench.loadtest.results import sample
 
     document.samples += [
@@ -220,11 +243,11 @@ def _keep(document: Document, name: str, repetition: int, phase: Phase) -> None:
 
 
 async def _left_open(system: System) -> int | None:
-    """Generations that are open at the target though nobody asks for any."""
+    """Generations still open at the target after the load has ended."""
     from outrider_bench.measuring.tiers import target_info
 
     num_open = 0
-    for _ in range(int(_REST_S / 0.1)):
+    for _ in range(int(_DRAIN_S / 0.1)):
         num_open = (await target_info(system.stack.addresses["target"])).load.num_open_generations
         if not num_open:
             break

@@ -1,7 +1,7 @@
-"""`outrider bench pair`: makes a synthetic pair of models to measure with.
+"""`outrider bench pair`: makes a synthetic model pair for benchmarks.
 
-Owns the child process that makes it, which takes torch, and what is shown of it meanwhile. How a
-pair is made is `outrider_bench.models.synthetic`'s business.
+Owns the child process, which needs torch, and the display of its progress.
+`outrider_bench.models.synthetic` makes the pair.
 """
 
 from __future__ import annotations
@@ -28,37 +28,44 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TIERS = ("target", "draft")
-_LAWS = ("greedy", "sampled")
+_MODES = ("greedy", "sampled")
 _MODULE = "outrider_bench.models.synthetic"
-# Two searches for ε of at most 16 measurements each, and how long the whole takes.
-_MOST_SEARCHES = 32
-_TAKES = {"tiny": "takes seconds", "p1": "takes minutes", "p2": "takes many minutes"}
-# Its exit status where an argument is wrong; the last line it says is why.
+# Two searches for ε of at most 16 measurements each.
+_MAX_MEASUREMENTS = 32
+# Expected duration by size.
+_DURATIONS = {"tiny": "takes seconds", "p1": "takes minutes", "p2": "takes many minutes"}
+# Exit status of the child for a wrong argument; the last line of its stderr is the message.
 _USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    directory: Annotated[
-        Path, typer.Argument(help="Where target/, draft/ and pair.json are written.")
-    ]
+    """Flags of `outrider bench pair`."""
+
+    directory: Annotated[Path, typer.Argument(help="Folder for target/, draft/ and pair.json.")]
     size: Annotated[
         str,
-        typer.Option(help="p1: 104M parameters, draft 10x cheaper; p2: 439M, 15x; tiny: tests."),
+        typer.Option(
+            help="p1: 104M parameters, draft 10x cheaper; p2: 439M, 15x; tiny: for tests."
+        ),
     ] = "p1"
-    alpha: Annotated[float, typer.Option(help="Share of draft tokens that are accepted.")] = 0.8
-    temperature: Annotated[float, typer.Option(help="Where α is meant: 0 or 1.")] = 0.0
+    alpha: Annotated[float, typer.Option(help="Acceptance rate of the pair.")] = 0.8
+    temperature: Annotated[
+        float, typer.Option(help="Temperature at which --alpha applies: 0 or 1.")
+    ] = 0.0
     epsilon: Annotated[
-        float | None, typer.Option(help="Taken instead of a search for --alpha: quick.")
+        float | None, typer.Option(help="Use this ε instead of searching for --alpha; faster.")
     ] = None
-    vocab_size: Annotated[int | None, typer.Option(help="Default: the size's.")] = None
-    seed: Annotated[int, typer.Option(help="Another seed, another pair.")] = 0
-    json: Annotated[bool, typer.Option("--json", help="The report as JSON, nothing else.")] = False
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens in the vocabulary. Default: depends on --size.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0
+    json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False
 
 
 @takes(PairOptions)
 def pair(options: PairOptions) -> None:
-    """Make a model pair of realistic cost and chosen acceptance; nothing is downloaded."""
+    """Make a model pair with realistic costs and a chosen acceptance rate, without downloads."""
     from rich.console import Console
 
     from outrider.cli.running import run
@@ -76,21 +83,22 @@ def pair(options: PairOptions) -> None:
 
 @dataclass
 class Search:
-    """The measurements so far, each with `epsilon` and `alpha`. `stopped`: by which signal."""
+    """Measurements so far, each with `epsilon` and `alpha`. `stopped`: signal that ended it."""
 
     measured: list[dict[str, float]] = field(default_factory=list)
     stopped: Signalled | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, of a search without a pair."""
+        """JSON report of a search that made no pair."""
         return {"is_cut": True, "measurements": self.measured}
 
     def nearest(self, alpha: float) -> dict[str, float]:
+        """Measurement whose α is nearest."""
         return min(self.measured, key=lambda one: abs(one["alpha"] - alpha))
 
 
 async def _shown(options: PairOptions, console: Console, search: Search) -> dict[str, Any] | None:
-    """The pair's report; None: a signal has ended the search."""
+    """Makes the pair and shows progress. Returns its report; None if a signal ended the search."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from outrider.cli.running import survive_signal
@@ -105,17 +113,19 @@ async def _shown(options: PairOptions, console: Console, search: Search) -> dict
     with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
         task = bar.add_task(f"{what}: random weights")
 
-        def hear(measured: dict[str, float]) -> None:
+        def on_measurement(measured: dict[str, float]) -> None:
             search.measured.append(measured)
             num, found = len(search.measured), _found(measured)
             each_s = (time.monotonic() - began_at) / num
-            left = f", at most {duration(each_s * (_MOST_SEARCHES - num))} left" if searches else ""
+            left = (
+                f", at most {duration(each_s * (_MAX_MEASUREMENTS - num))} left" if searches else ""
+            )
             bar.update(task, description=f"{what}: measurement {num}: {found}{left}")
             if not shows:
                 console.print(f"measurement {num}: {found}{left}", highlight=False)
 
         try:
-            return await made_pair(options, hear)
+            return await made_pair(options, on_measurement)
         except asyncio.CancelledError:
             if not search.measured:
                 console.print("[yellow]stopped: nothing has been measured[/]")
@@ -125,11 +135,11 @@ async def _shown(options: PairOptions, console: Console, search: Search) -> dict
 
 
 def _announcement(options: PairOptions) -> str:
-    takes = _TAKES.get(options.size, "takes minutes")
+    takes = _DURATIONS.get(options.size, "takes minutes")
     if options.epsilon is not None:
         return takes
     return (
-        f"{takes}; 4 to {_MOST_SEARCHES} measurements of α, the first shows how long they take; "
+        f"{takes}; 4 to {_MAX_MEASUREMENTS} measurements of α, duration estimated after the first; "
         "Ctrl-C reports the results so far"
     )
 
@@ -138,7 +148,7 @@ def _show_stopped(options: PairOptions, console: Console, search: Search) -> Non
     nearest = search.nearest(options.alpha)
     console.print(
         f"[yellow]stopped after {len(search.measured)} measurements; no pair was written. Nearest: "
-        f"{_found(nearest)}; without a search: --epsilon {nearest['epsilon']:g}[/]",
+        f"{_found(nearest)}; to skip the search: --epsilon {nearest['epsilon']:g}[/]",
         highlight=False,
         soft_wrap=True,
     )
@@ -149,12 +159,12 @@ def _found(measured: dict[str, float]) -> str:
 
 
 async def made_pair(
-    options: PairOptions, hear: Callable[[dict[str, float]], None] = lambda measured: None
+    options: PairOptions, on_measurement: Callable[[dict[str, float]], None] = lambda measured: None
 ) -> dict[str, Any]:
-    """Makes it in a process of its own; the content of its pair.json.
+    """Makes a pair in a child process; returns the content of its pair.json.
 
-    `hear` gets each measurement of the search: `epsilon` and `alpha`. Cancelling stops the child.
-    Raises ConfigError for what cannot be made, InternalError where the child failed.
+    `on_measurement` receives each measurement of the search: `epsilon` and `alpha`. Cancelling
+    stops the child. Raises ConfigError for wrong arguments, InternalError if the child failed.
     """
     require_engine()
     process = await asyncio.create_subprocess_exec(
@@ -165,25 +175,25 @@ async def made_pair(
     )
     assert process.stdout is not None, "its output is a pipe"
     assert process.stderr is not None, "its output is a pipe"
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     try:
         async with asyncio.TaskGroup() as tasks:
-            said = tasks.create_task(process.stderr.read())
+            stderr = tasks.create_task(process.stderr.read())
             async for line in process.stdout:
-                told = json.loads(line)
-                if "size" not in told:  # the report has; it comes last
-                    hear(told)
+                report = json.loads(line)
+                if "size" not in report:  # a measurement; the last line is the report
+                    on_measurement(report)
         await process.wait()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    words = said.result().decode(errors="replace")
+    message = stderr.result().decode(errors="replace")
     if process.returncode == _USAGE_STATUS:
-        raise ConfigError(words.rstrip().rpartition("\n")[2])
+        raise ConfigError(message.rstrip().rpartition("\n")[2])
     if process.returncode:
-        raise InternalError(f"{_MODULE} failed:\n{words[-2000:]}")
-    return told
+        raise InternalError(f"{_MODULE} failed:\n{message[-2000:]}")
+    return report
 
 
 def _arguments(options: PairOptions) -> list[str]:
@@ -203,7 +213,7 @@ def _table(options: PairOptions, report: dict[str, Any]) -> Table:
 
     table = Table(title=str(options.directory), show_header=False, show_edge=False)
     table.add_row("target, draft", *(_millions(report[f"{name}_parameters"]) for name in _TIERS))
-    table.add_row("α greedy, at T = 1", *(f"{report[f'{law}_acceptance']:.3f}" for law in _LAWS))
+    table.add_row("α greedy, at T = 1", *(f"{report[f'{mode}_acceptance']:.3f}" for mode in _MODES))
     table.add_row("vocabulary", f"{report['vocab_size']:,}", "tokens")
     table.add_row("entropy", f"{report['entropy_nats']:.2f}", "nats")
     table.add_row("ε", f"{report['epsilon']:g}", "")

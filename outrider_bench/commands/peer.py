@@ -1,6 +1,7 @@
-"""Peers that users would pick instead, in a child process of their own: Hugging Face `generate`.
+"""Peers to compare with (Hugging Face `generate`), each in a child process.
 
-Owns the child, its cores and its lines; the peer itself is in `outrider_bench.peers`.
+Owns the child process, its cores and the line protocol. The peer itself is in
+`outrider_bench.peers`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ if TYPE_CHECKING:
 
 _MODULE = "outrider_bench.peers.huggingface_baseline"
 _DTYPES = ("float32", "bfloat16")
-# Loading two models on a busy machine, or one long output of the slowest way.
+# Enough to load two models on a busy machine, or for one long output of the slowest variant.
 _REPLY_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 10.0
 _MAX_LINE_BYTES = 1 << 22
 
 
 class PeerName(StrEnum):
+    """Values of `--peer`."""
+
     huggingface = "huggingface"
 
 
 @dataclass(frozen=True)
 class PeerWay:
-    """As `generate` takes it. `schedule` None: its own default of everything."""
+    """Arguments of `generate`. `schedule` None: the defaults of Hugging Face."""
 
     name: str
     variant: str
@@ -58,38 +61,43 @@ WAYS = (
 
 
 class Peer:
-    """A child that answers one line with one line."""
+    """Child process that answers each request line with one response line of JSON."""
 
     def __init__(self, process: asyncio.subprocess.Process, log_path: Path) -> None:
         self._process = process
         self._log_path = log_path
 
-    async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Raises InternalError with what it said when it does not answer."""
+    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request and returns the response. Raises InternalError without a response."""
         assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it has ended: reading will tell
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # the child has ended: reading reports the error
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
             await self._process.stdin.drain()
-        return await self.answer()
+        return await self.response()
 
-    async def answer(self) -> dict[str, Any]:
-        """The next line; the first one, unasked, says that the models are loaded."""
+    async def response(self) -> dict[str, Any]:
+        """Reads the next line. The first line, sent unprompted, means that the models are loaded.
+
+        Raises InternalError, with the end of the child's log, without a valid line.
+        """
         assert self._process.stdout is not None
         line = b""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REPLY_TIMEOUT_S):
                 line = await self._process.stdout.readline()
         try:
-            answer: dict[str, Any] = json.loads(line)
+            response: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
-            said = self._log_path.read_text(errors="replace")[-2000:]
-            raise InternalError(f"{_MODULE} gave no answer: {line[:200]!r}\n{said}") from None
-        if "error" in answer:
-            raise InternalError(f"{_MODULE}: {answer['error']}")
-        return answer
+            log = self._log_path.read_text(errors="replace")[-2000:]
+            raise InternalError(
+                f"{_MODULE} sent no valid response: {line[:200]!r}\n{log}"
+            ) from None
+        if "error" in response:
+            raise InternalError(f"{_MODULE}: {response['error']}")
+        return response
 
     async def stop(self) -> None:
-        """The end of its input ends it."""
+        """Stops the child by closing its input; kills it after a time-out."""
         if self._process.returncode is None:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -104,20 +112,20 @@ class Peer:
 
 
 def check_peer(options: SpeedOptions) -> None:
-    """Before anything is started. Raises ConfigError."""
+    """Validates the options for a peer before anything starts. Raises ConfigError."""
     if options.is_simulated or options.stack_options(CoreLayout()).inflate_parameters:
-        raise ConfigError("--peer: takes models that both can load: --target and --draft")
+        raise ConfigError("--peer: needs --target and --draft with real models, and no --inflate")
     if options.dtype not in _DTYPES:
-        raise ConfigError(f"--peer: takes --dtype {' or '.join(_DTYPES)}")
+        raise ConfigError(f"--peer: needs --dtype {' or '.join(_DTYPES)}")
 
 
 @contextlib.asynccontextmanager
 async def peers(
     options: SpeedOptions, system: System, num_threads: list[int]
 ) -> AsyncIterator[list[Way]]:
-    """All ways with each number of cores, one child for each number; it idles when not asked.
+    """Starts a child for each number of cores; yields all variants of the peer on each child.
 
-    The cores are the first ones, the target's among them: our services idle meanwhile.
+    A child uses the first cores of the machine. The target shares them, but is idle meanwhile.
     """
     from outrider_bench.commands.speed import Way
 
@@ -126,7 +134,7 @@ async def peers(
         for num in num_threads:
             peer = await _started(options, num)
             resources.push_async_callback(peer.stop)
-            await peer.answer()
+            await peer.response()
             plain = _name(WAYS[0], num)
             for way in WAYS:
                 run = _Run(peer, way, system, options.seed, _name(way, num))
@@ -141,7 +149,7 @@ def _name(way: PeerWay, num_threads: int) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """Called for one output, as our own ways are."""
+    """Generates one output; called like the variants of Outrider."""
 
     peer: Peer
     way: PeerWay
@@ -153,7 +161,7 @@ class _Run:
         from outrider_bench.measuring.load import Sample
 
         begin = time.monotonic()
-        answer = await self.peer.ask(
+        response = await self.peer.request(
             {
                 "variant": self.way.variant,
                 "num_assistant_tokens": self.way.num_assistant_tokens,
@@ -168,9 +176,9 @@ class _Run:
             variant=self.name,
             prompt=prompt,
             repetition=repetition,
-            token_ids=answer["token_ids"],
-            tokens_per_s=answer["tokens_per_s"] or 0.0,
-            first_s=answer["seconds_to_first"],
+            token_ids=response["token_ids"],
+            tokens_per_s=response["tokens_per_s"] or 0.0,
+            first_s=response["seconds_to_first"],
             wall_s=time.monotonic() - begin,
         )
 
@@ -178,7 +186,9 @@ class _Run:
 async def _started(options: SpeedOptions, num_threads: int) -> Peer:
     cores = range(os.cpu_count() or 1)
     if num_threads > len(cores):
-        raise ConfigError(f"--peer-threads: {num_threads}: this machine has {len(cores)} cores")
+        raise ConfigError(
+            f"--peer-threads: {num_threads} exceeds the {len(cores)} cores of this machine"
+        )
     models = options.stack_options(CoreLayout())
     arguments = ["--target", models.target_model, "--draft", str(models.draft_model)]
     arguments += ["--dtype", options.dtype, "--num-threads", str(num_threads)]

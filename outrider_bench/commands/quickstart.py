@@ -1,4 +1,4 @@
-"""`outrider quickstart train | info`: the pair that comes with Outrider."""
+"""`outrider quickstart train | info`: the model pair that is part of Outrider."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from outrider_bench.quickstart.train import TrainingConfig
 
 quickstart = typer.Typer(
-    help="The small model pair that comes with Outrider.", no_args_is_help=True
+    help="The small model pair that is part of Outrider.", no_args_is_help=True
 )
 
 
 @quickstart.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where the pair is written.")],
-    seed: Annotated[int | None, typer.Option(help="Default: the shipped pair's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pair.")],
+    seed: Annotated[int | None, typer.Option(help="Default: the seed of the shipped pair.")] = None,
     target: Annotated[
         Path | None,
-        typer.Option(help="Target of an earlier run: is kept, and only a draft is trained."),
+        typer.Option(help="Target of an earlier run: train only a draft for it."),
     ] = None,
 ) -> None:
-    """Train the pair from nothing on this machine; takes up to 2 h 15 min on two cores."""
+    """Train the pair from scratch on this machine; takes up to 2 h 15 min on two cores."""
     require_engine()
     if target is not None and not (target / "config.json").exists():
-        raise ConfigError(f"--target: {target} is no directory of a model")
+        raise ConfigError(f"--target: {target} is not a model directory: it has no config.json")
     from outrider_bench.quickstart.train import TrainingConfig
 
     config = TrainingConfig() if seed is None else TrainingConfig(seed=seed)
@@ -40,8 +40,8 @@ def train(
 
 
 def made(out: Path, config: TrainingConfig, **more: Any) -> None:
-    """As `make`, of which `more` are arguments. Raises Signalled after Ctrl-C."""
-    from outrider_bench.quickstart.make import make  # the one place of the CLI with torch
+    """Runs `make` with the arguments `more`. Raises Signalled after Ctrl-C."""
+    from outrider_bench.quickstart.make import make  # imports torch
 
     try:
         is_cut = make(out, config, **more).is_cut
@@ -53,14 +53,14 @@ def made(out: Path, config: TrainingConfig, **more: Any) -> None:
 
 @quickstart.command()
 def info() -> None:
-    """Show the pair's card: what it is, what it was trained on, what was measured."""
+    """Show the model card of the pair: purpose, training data, measurements."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     try:
         card = (PAIR_PATH / "CARD.md").read_text("utf-8")
     except OSError as error:
-        raise ConfigError(f"the quickstart pair has no card: {error}") from error
+        raise ConfigError(f"the quickstart pair has no model card: {error}") from error
     console = Console()
     if console.is_terminal:
         console.print(Markdown(card))

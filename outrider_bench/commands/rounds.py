@@ -1,6 +1,6 @@
-"""`outrider bench rounds`: what the orchestrator itself costs, round by round.
+"""`outrider bench rounds`: CPU time, added latency and memory of the orchestrator per round.
 
-Owns the windows in which its CPU time is read. With simulated tiers nothing but it is at work.
+CPU time is read in short windows. Simulated tiers use almost no CPU.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from outrider_bench.measuring.summary import Rounds
 
 _WINDOW_S = 0.1
-# Fewer rounds than this say nothing of a window: the first and last of a run.
-_LEAST_ROUNDS = 5
+# Windows with fewer rounds are extended; they occur at the begin and end of a run.
+_MIN_ROUNDS = 5
 _NUM_WARM_UP_TOKENS = 32
-# Tiers as of two GPUs: a pass of 25 ms and more with many rows, a draft ten times quicker.
+# Tiers like two GPUs: passes of 25 ms and more by rows, a draft ten times faster.
 SIMULATED = {
     "simulate_target": "step_ms=25,row_ms=0.5",
     "simulate_draft": "step_ms=2.5,row_ms=0.05",
@@ -40,15 +40,21 @@ SIMULATED = {
 
 @dataclass(frozen=True)
 class RoundsOptions(BenchOptions):
-    streams: Annotated[str, typer.Option(help="Streams at a time: 1,64,1000.")] = "1,64,1000"
-    gamma: Annotated[int | None, typer.Option(min=0, help="Default: chosen.")] = None
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0
-    name: Annotated[str, typer.Option(help="Of the files.")] = "rounds"
+    """Flags of `outrider bench rounds`."""
+
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent streams: 1,64,1000.")] = (
+        "1,64,1000"
+    )
+    gamma: Annotated[
+        int | None, typer.Option(min=0, help="Draft tokens per round. Default: adaptive.")
+    ] = None
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "rounds"
 
 
 @dataclass(frozen=True)
 class Window:
-    """A tenth of a second of the orchestrator: its CPU time, the rows the target answered."""
+    """About 0.1 s of the orchestrator: its CPU time and the number of rounds of all sessions."""
 
     seconds: float
     cpu_s: float
@@ -61,8 +67,10 @@ class Window:
 
 @dataclass(frozen=True)
 class RoundCost:
-    """A row. CPU in microseconds of a session's round; `added_ms`: beyond the target's own pass,
-    which at many streams is mostly the wait for the pass under way.
+    """A table row. CPU times are in microseconds per round of a session.
+
+    `added_ms`: latency of a round beyond the target's pass. With many streams it is mostly the wait
+    for the running pass.
     """
 
     num_streams: int
@@ -80,9 +88,9 @@ class RoundCost:
 
 @takes(RoundsOptions)
 def rounds(options: RoundsOptions) -> None:
-    """The orchestrator's CPU time and delay for each round of a session, and its memory.
+    """Measure the orchestrator's CPU time, added latency and memory per round of a session.
 
-    Between simulated tiers, unless models are given.
+    The tiers are simulated unless models are given.
     """
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
@@ -105,8 +113,8 @@ def rounds(options: RoundsOptions) -> None:
             Line("median", streams, [cost.cpu_us_median or 0.0 for cost in costs]),
             Line("p99", streams, [cost.cpu_us_p99 or 0.0 for cost in costs]),
         ]
-        panel = Panel("streams", "CPU µs a session-round", lines, is_log_x=True)
-        draw(document.plot_path, "The orchestrator's own cost", [panel])
+        panel = Panel("streams", "CPU µs per session round", lines, is_log_x=True)
+        draw(document.plot_path, "CPU cost of the orchestrator", [panel])
         finish(console, document, [_table(costs)])
 
 
@@ -138,7 +146,7 @@ async def _measure(options: RoundsOptions, console: Console, document: Document)
                                 await _block(system, options, num_streams, options.max_tokens)
                             )
                 finally:
-                    if blocks:  # fewer than were asked for, after a signal
+                    if blocks:  # fewer than --repetitions after a signal
                         costs.append(_cost(system, num_streams, windows, blocks))
                         document.samples += [
                             {"num_streams": num_streams, "window": asdict(window)}
@@ -158,9 +166,9 @@ async def _block(system: System, options: RoundsOptions, num: int, max_tokens: i
 
 @contextlib.asynccontextmanager
 async def _watched(system: System, windows: list[Window]) -> AsyncIterator[None]:
-    """Adds windows while the body runs; at its end one of what is left, however late it looked.
+    """Appends a window every 0.1 s while the body runs, and the last window at its end.
 
-    The rounds are the rows that the target has answered: one for each session's round.
+    Rounds are counted as verify requests that the target has answered: one per session and round.
     """
     import grpc
 
@@ -173,23 +181,23 @@ async def _watched(system: System, windows: list[Window]) -> AsyncIterator[None]
         request = target_pb2.TargetServiceGetModelInfoRequest()
 
         async def read() -> tuple[float, float, int]:
-            answer = await stub.GetModelInfo(request, timeout=SHORT_TIMEOUT_S)
-            return time.monotonic(), cpu_seconds(pid), answer.load.num_rows_total
+            response = await stub.GetModelInfo(request, timeout=SHORT_TIMEOUT_S)
+            return time.monotonic(), cpu_seconds(pid), response.load.num_rows_total
 
         previous = await read()
 
-        async def look() -> None:
+        async def add_window() -> None:
             nonlocal previous
             now = await read()
             seconds, cpu_s, num_rounds = (b - a for a, b in zip(previous, now, strict=True))
-            if num_rounds >= _LEAST_ROUNDS:
+            if num_rounds >= _MIN_ROUNDS:
                 windows.append(Window(seconds, cpu_s, int(num_rounds)))
                 previous = now
 
         async def watch() -> None:
             while True:
                 await asyncio.sleep(_WINDOW_S)
-                await look()
+                await add_window()
 
         watching = asyncio.create_task(watch())
         try:
@@ -198,7 +206,7 @@ async def _watched(system: System, windows: list[Window]) -> AsyncIterator[None]
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
-        await look()
+        await add_window()
 
 
 def _cost(
@@ -213,7 +221,7 @@ def _cost(
     seconds = sum(window.seconds for window in windows)
     cpu_s = sum(window.cpu_s for window in windows)
     summed = Rounds.of(sample for block in blocks for sample in block.samples)
-    assert summed is not None, "the orchestrator tells of every output"
+    assert summed is not None, "the orchestrator reports statistics of every output"
     return RoundCost(
         num_streams=num_streams,
         num_windows=len(windows),
@@ -235,22 +243,22 @@ def _goals(costs: list[RoundCost]) -> list[Goal]:
     goals = []
     for cost in costs:
         if cost.num_streams == 1:
-            goals.append(Goal("ms added to a round, 1 session", 1.5, cost.added_ms, is_most=True))
+            goals.append(Goal("ms added per round, 1 session", 1.5, cost.added_ms, is_most=True))
         if cost.num_streams == 64:
-            text = "CPU µs a session-round, 64 sessions"
+            text = "CPU µs per session round, 64 sessions"
             goals.append(Goal(f"{text}, median", 300, cost.cpu_us_median, is_most=True))
             goals.append(Goal(f"{text}, p99", 1000, cost.cpu_us_p99, is_most=True))
         if cost.num_streams >= 1000:
-            # Had one been refused or ended early, this would not have been reached.
-            goals.append(Goal("streams held by one process", 1000, float(cost.num_streams)))
+            # A rejected or failed stream would have ended the measurement.
+            goals.append(Goal("concurrent streams of one process", 1000, float(cost.num_streams)))
     return goals
 
 
 def _table(costs: list[RoundCost]) -> Table:
     from outrider_bench.measuring.show import number, share, table
 
-    columns = ("streams", "CPU µs median", "p99", "mean", "of a core", "added ms", "rounds/s")
-    shown = table("the orchestrator, each round of a session", (*columns, "tokens/s", "MB"))
+    columns = ("streams", "CPU µs median", "p99", "mean", "of one core", "added ms", "rounds/s")
+    shown = table("the orchestrator, per round of a session", (*columns, "tokens/s", "MB"))
     for cost in costs:
         shown.add_row(
             str(cost.num_streams), number(cost.cpu_us_median, 0), number(cost.cpu_us_p99, 0),

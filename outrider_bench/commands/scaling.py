@@ -1,8 +1,8 @@
-"""`outrider bench scaling`: how many draft replicas a target takes, all of them simulated.
+"""`outrider bench scaling`: simulated draft replicas per target.
 
-Owns the start of the tiers and the order of trials; what is tried is in `trials`. An orchestrator
-has one target and one draft endpoint; so two draft replicas for one target are two orchestrators
-on it, each with a draft replica and half of the sessions.
+Owns the start of the tiers and the order of trials; the trials are defined in `trials`. N draft
+replicas for one target are N orchestrators on that target. Each has one draft replica and an equal
+share of the sessions.
 """
 
 from __future__ import annotations
@@ -42,33 +42,42 @@ if TYPE_CHECKING:
 
 _NUM_WARM_UP_TOKENS = 32
 _MAX_DRAFTS = 4
-# A trial is of so many outputs' tokens at least.
+# A trial generates at least the tokens of this many outputs.
 _MIN_OUTPUTS = 4
 
 
 @dataclass(frozen=True)
 class ScalingOptions(BenchOptions):
+    """Flags of `outrider bench scaling`."""
+
     pass_ms: Annotated[
-        float, typer.Option(min=25, help="A target pass. Below 25 ms Python is what is measured.")
+        float,
+        typer.Option(min=25, help="Duration of a target pass; below 25 ms, Python dominates."),
     ] = 80.0
-    ratios: Annotated[str, typer.Option(help="Draft step over target pass, c.")] = "0.05,0.1,0.2"
-    alphas: Annotated[str, typer.Option(help="Share of draft tokens that stand.")] = "0.6,0.8"
-    round_trips: Annotated[str, typer.Option(help="Milliseconds to the draft and back.")] = "0,40"
-    sessions: Annotated[str, typer.Option(help="Sessions at a time, in all.")] = "1,4,16"
-    drafts: Annotated[str, typer.Option(help="Draft replicas for the one target.")] = "1,2"
-    cores: Annotated[CoreUse, typer.Option(help="Simulated passes need none.")] = CoreUse.shared
+    ratios: Annotated[str, typer.Option(help="Duration of a draft step over a target pass, c.")] = (
+        "0.05,0.1,0.2"
+    )
+    alphas: Annotated[str, typer.Option(help="Acceptance rates.")] = "0.6,0.8"
+    round_trips: Annotated[
+        str, typer.Option(help="Network round trips to the draft, in milliseconds.")
+    ] = "0,40"
+    sessions: Annotated[str, typer.Option(help="Total numbers of concurrent sessions.")] = "1,4,16"
+    drafts: Annotated[str, typer.Option(help="Numbers of draft replicas for one target.")] = "1,2"
+    cores: Annotated[
+        CoreUse, typer.Option(help="shared: no pinning; simulated passes need no core.")
+    ] = CoreUse.shared
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens of an output; alone up to 4 ×.")
+        int, typer.Option(min=2, help="Tokens per output; up to 4 times as many with few sessions.")
     ] = 96
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all is measured.")] = 1
-    name: Annotated[str, typer.Option(help="Of the files.")] = "scaling"
+    repetitions: Annotated[int, typer.Option(min=1, help="Repetitions of every measurement.")] = 1
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "scaling"
 
 
 @takes(ScalingOptions)
 def scaling(options: ScalingOptions) -> None:
-    """Tokens/s and how busy the tiers are, for each ratio, acceptance, round trip and load.
+    """Measure tokens/s and utilization of the tiers by cost ratio, acceptance, round trip and load.
 
-    All tiers are simulated: nothing here says how fast a model is.
+    All tiers are simulated: the results say nothing about the speed of real models.
     """
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
@@ -93,21 +102,21 @@ def _check(options: ScalingOptions) -> None:
     for name in ("target", "draft", "inflate", "simulate_target", "simulate_draft"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')}: the tiers are simulated by this command"
+                f"--{name.replace('_', '-')}: not allowed: this command simulates the tiers"
             )
     numbers = parse_list(options.drafts, "--drafts", int)
     if not 1 <= min(numbers) <= max(numbers) <= _MAX_DRAFTS:
-        raise ConfigError(f"--drafts: {options.drafts!r}: 1 to {_MAX_DRAFTS} replicas")
+        raise ConfigError(f"--drafts: {options.drafts!r} is out of range: 1 to {_MAX_DRAFTS}")
     if min(parse_list(options.sessions, "--sessions", int)) < 1:
-        raise ConfigError(f"--sessions: {options.sessions!r}: 1 or more")
+        raise ConfigError(f"--sessions: {options.sessions!r} is out of range: at least 1")
     if max(parse_list(options.alphas, "--alphas", float)) > 1:
-        raise ConfigError(f"--alphas: {options.alphas!r}: 0 to 1")
+        raise ConfigError(f"--alphas: {options.alphas!r} is out of range: 0 to 1")
     for name in ("ratios", "round_trips"):
         parse_list(getattr(options, name), f"--{name.replace('_', '-')}", float)
 
 
 def trials(options: ScalingOptions, ratio: float, alpha: float) -> list[Trial]:
-    """Of one pair of tiers; plain decoding first. No more replicas than sessions."""
+    """Trials of one pair of tiers; plain decoding first. Never more replicas than sessions."""
     sessions = parse_list(options.sessions, "--sessions", int)
     drafts = parse_list(options.drafts, "--drafts", int)
     round_trips = parse_list(options.round_trips, "--round-trips", float)
@@ -133,21 +142,21 @@ async def _measure(options: ScalingOptions, console: Console, document: Document
     outcomes: list[Outcome] = []
     with progress(console, num_steps, document, outcomes) as step:
         for pair in pairs:
-            async with _lanes(options, pair, console) as lanes:
-                document.about(lanes[0])
+            async with _systems(options, pair, console) as systems:
+                document.about(systems[0])
                 measured: dict[Trial, list[Run]] = {}
                 try:
-                    await _measure_pair(options, pair, lanes, document, step, measured)
+                    await _measure_pair(options, pair, systems, document, step, measured)
                 finally:  # also of a part
                     outcomes += summarised(options.pass_ms, measured)
     return outcomes
 
 
 @contextlib.asynccontextmanager
-async def _lanes(
+async def _systems(
     options: ScalingOptions, pair: tuple[float, float], console: Console
 ) -> AsyncIterator[list[System]]:
-    """Orchestrators with a draft replica each, all on the first one's target."""
+    """Starts the orchestrators, each with one draft replica, all on the first one's target."""
     from outrider.cli.up import shown_stack
     from outrider.cli.view import StackView
     from outrider.client.client import connected
@@ -155,7 +164,7 @@ async def _lanes(
 
     target, draft = simulated_tiers(options.pass_ms, *pair)
     layout = core_per_tier(options.cores)
-    lanes: list[System] = []
+    systems: list[System] = []
     async with contextlib.AsyncExitStack() as resources:
         resources.enter_context(layout.pins_this_process())
         for number in range(max(parse_list(options.drafts, "--drafts", int))):
@@ -166,7 +175,7 @@ async def _lanes(
                 draft_delay_ms=0.0,
                 log_dir=options.out / "logs" / str(number),
             )
-            address = lanes[0].stack.addresses["target"] if lanes else None
+            address = systems[0].stack.addresses["target"] if systems else None
             shown = shown_stack(stack_options, StackView(console, stays=False), address)
             stack = await resources.enter_async_context(shown)
             client = await resources.enter_async_context(connected(stack.endpoint))
@@ -174,27 +183,27 @@ async def _lanes(
             prompts = Prompts(
                 info.target.vocab_size, tokenizer=None, seed=number, length=options.prompt_len
             )
-            lanes.append(System(client, stack, info, prompts, layout))
-        yield lanes
+            systems.append(System(client, stack, info, prompts, layout))
+        yield systems
 
 
 async def _measure_pair(
     options: ScalingOptions,
     pair: tuple[float, float],
-    lanes: Sequence[System],
+    systems: Sequence[System],
     document: Document,
     step: Step,
     measured: dict[Trial, list[Run]],
 ) -> None:
-    """Adds to `measured`."""
+    """Appends to `measured`."""
     from outrider_bench.commands.busy import BusyWatch
     from outrider_bench.measuring.load import interleaved
 
-    pids = {f"draft {number}": lane.stack.pid("draft") for number, lane in enumerate(lanes)}
-    async with BusyWatch(pids | {"target": lanes[0].stack.pid("target")}) as watch:
+    pids = {f"draft {number}": system.stack.pid("draft") for number, system in enumerate(systems)}
+    async with BusyWatch(pids | {"target": systems[0].stack.pid("target")}) as watch:
         for repetition, trial in interleaved(trials(options, *pair), options.repetitions):
             step(trial.name)
-            one = await _run(options, trial, lanes, watch, repetition)
+            one = await _run(options, trial, systems, watch, repetition)
             measured.setdefault(trial, []).append(one)
             document.samples += [
                 asdict(trial)
@@ -207,59 +216,59 @@ async def _measure_pair(
 async def _run(
     options: ScalingOptions,
     trial: Trial,
-    lanes: Sequence[System],
+    systems: Sequence[System],
     watch: BusyWatch,
     repetition: int,
 ) -> Run:
-    """A warm-up, in which the choice of γ learns what the trial costs, and the outputs."""
-    used = lanes[: max(1, trial.num_drafts)]
-    for lane in used:
-        assert lane.stack.relay is not None, "it was started with a delay"
-        lane.stack.relay.delay_s = trial.round_trip_ms / 2000
-    # Few sessions go on for longer, that luck averages out; plain decoding has none.
+    """Runs a warm-up, in which adaptive γ measures the costs of the trial, and then the outputs."""
+    used = systems[: max(1, trial.num_drafts)]
+    for system in used:
+        assert system.stack.relay is not None, "it was started with a delay"
+        system.stack.relay.delay_s = trial.round_trip_ms / 2000
+    # Few sessions run longer, to average out random acceptance; plain decoding has none.
     num_tokens = options.max_tokens * max(1, _MIN_OUTPUTS // trial.num_sessions)
     warm_up = _NUM_WARM_UP_TOKENS
     if trial.num_drafts == 0:
         warm_up, num_tokens = 2, max(2, options.max_tokens // 4)
     await _blocks(trial, used, warm_up, repetition)
-    passes = await _passes(lanes[0])
+    passes = await _passes(systems[0])
     begin = time.monotonic()
     blocks = await _blocks(trial, used, num_tokens, repetition)
-    rows, steps = (b - a for a, b in zip(passes, await _passes(lanes[0]), strict=True))
+    rows, steps = (b - a for a, b in zip(passes, await _passes(systems[0]), strict=True))
     samples = [sample for block in blocks for sample in block.samples]
-    # While all of them were at it: they began together. On a machine that stalls that may be no
-    # time at all, and it is of the whole.
+    # The window in which all sessions were generating; they began together. On a stalled machine it
+    # may contain no samples; then the whole time counts.
     first = begin + max(sample.first_s for sample in samples)
     last = begin + min(sample.wall_s for sample in samples)
-    if not watch.has_looked(first, last):
+    if not watch.has_samples(first, last):
         first, last = begin, time.monotonic()
     names = ["target", *(f"draft {number}" for number in range(trial.num_drafts))]
     busy = {name: watch.share(name, first, last) for name in names}
     return Run(blocks, busy, rows / max(1, steps))
 
 
-async def _passes(lane: System) -> tuple[int, int]:
-    """Rows and passes of the target so far."""
+async def _passes(system: System) -> tuple[int, int]:
+    """Verify requests and passes of the target so far."""
     from outrider_bench.measuring.tiers import target_info
 
-    load = (await target_info(lane.stack.addresses["target"])).load
+    load = (await target_info(system.stack.addresses["target"])).load
     return load.num_rows_total, load.num_steps_total
 
 
 async def _blocks(
     trial: Trial, used: Sequence[System], max_tokens: int, repetition: int
 ) -> list[Block]:
-    """One output for each session, the sessions dealt out to the lanes."""
+    """Runs one output for each session; sessions are distributed over the systems."""
     from outrider_bench.measuring.load import Work, run_block
 
     variant = _variant(trial)
     works: list[list[Work]] = [[] for _ in used]
     for number in range(trial.num_sessions):
-        lane = number % len(used)
-        ids = used[lane].prompts.ids(number)
-        works[lane].append(Work(variant, number, ids, max_tokens, repetition, seed=number))
+        index = number % len(used)
+        ids = used[index].prompts.ids(number)
+        works[index].append(Work(variant, number, ids, max_tokens, repetition, seed=number))
     return await asyncio.gather(
-        *(run_block(lane, own, len(own)) for lane, own in zip(used, works, strict=True))
+        *(run_block(system, own, len(own)) for system, own in zip(used, works, strict=True))
     )
 
 

@@ -1,6 +1,6 @@
-"""`outrider bench serve`: a load test of any orchestrator, as its callers live through it.
+"""`outrider bench serve`: load test of a running orchestrator, measured by its clients.
 
-Owns the order of things: plan, connect, measure, report. Starts no service.
+Owns the sequence: plan, connect, measure, report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.cli.options import takes
 from outrider.cli.request import endpoints_of
 from outrider.errors import ConfigError
-from outrider_bench.commands.serve_options import ServeOptions, manner, promised, variants, visits
+from outrider_bench.commands.serve_options import ServeOptions, manner, parse_slo, variants, visits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Load an orchestrator that runs; latencies, throughput, goodput, with speculation and without.
+    """Load-test a running orchestrator: latency, throughput, goodput, with and without speculation.
 
-    Closed loop (--concurrency), open loop (--rate) or a trace. Ctrl-C reports what was measured.
+    Closed loop (--concurrency), open loop (--rate) or a trace (--trace). Ctrl-C reports the results
+    so far.
     """
     from outrider.cli.running import run
     from outrider_bench.commands.serve_report import report
@@ -41,21 +42,21 @@ def serve(options: ServeOptions) -> None:
 
     options.check()
     console = bench_console()
-    slo, asked = promised(options), visits(options, console.print)
+    slo, planned = parse_slo(options), visits(options, console.print)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {options.out}: {error.strerror or error}") from error
-    campaign, stopped = run(_measure(options, asked, slo, console))
+    campaign, stopped = run(_measure(options, planned, slo, console))
     report(options, campaign, slo, console, is_cut=stopped is not None)
     if stopped is not None:
         raise stopped
 
 
 async def _measure(
-    options: ServeOptions, asked: Sequence[Visit], slo: Slo | None, console: Console
+    options: ServeOptions, planned: Sequence[Visit], slo: Slo | None, console: Console
 ) -> tuple[Campaign, Signalled | None]:
-    """What was measured, and the signal that ended it early. Raises CallFailed."""
+    """Runs the campaign; returns it, and the signal that ended it early. Raises CallFailed."""
     import grpc
 
     from outrider.cli.running import survive_signal
@@ -72,21 +73,21 @@ async def _measure(
             for endpoint in endpoints
         ]
         try:
-            whom = await subject(*channels)
+            orchestrator = await subject(*channels)
         except grpc.aio.AioRpcError as error:
             raise await call_failed(error, endpoints[0], options.access) from error
-        _check_prompts(asked, whom.info.target.max_context_len)
+        _check_prompts(planned, orchestrator.info.target.max_context_len)
         campaign = Campaign(
-            subject=whom,
+            subject=orchestrator,
             run=secrets.token_hex(4),
             seed=options.seed,
             read_passes=_pass_reader(options),
         )
-        if not whom.info.HasField("draft"):
+        if not orchestrator.info.HasField("draft"):
             console.print("[yellow]no draft replica is connected: both variants are plain[/]")
         with _progress(console, campaign):
             try:
-                await _run(options, campaign, asked, slo, manner(options), console)
+                await _run(options, campaign, planned, slo, manner(options), console)
             except asyncio.CancelledError:
                 if not any(stretch.records for stretch in campaign.all_stretches):
                     console.print("[yellow]stopped: nothing has been measured[/]")
@@ -95,21 +96,21 @@ async def _measure(
     return campaign, None
 
 
-def _check_prompts(asked: Sequence[Visit], max_context_len: int) -> None:
-    """Of those that would be made here, only to be refused there. Raises ConfigError."""
-    longest = max(job.prompt_len for visit in asked for job in visit.jobs)
+def _check_prompts(planned: Sequence[Visit], max_context_len: int) -> None:
+    """Raises ConfigError if a prompt exceeds the context, before anything is sent."""
+    longest = max(job.prompt_len for visit in planned for job in visit.jobs)
     if longest >= max_context_len:
         raise ConfigError(
-            f"--input-len, --trace: a prompt of {longest} tokens; the context is {max_context_len}"
+            f"--input-len, --trace: a prompt of {longest} tokens; the context has {max_context_len}"
         )
 
 
 async def _run(
     options: ServeOptions,
     campaign: Campaign,
-    asked: Sequence[Visit],
+    planned: Sequence[Visit],
     slo: Slo | None,
-    how: Manner,
+    arrivals: Manner,
     console: Console,
 ) -> None:
     from outrider_bench.loadtest.campaign import expected_s, warm_up_callers
@@ -117,23 +118,23 @@ async def _run(
 
     ways, visit_s = variants(options), None
     if options.warm_up:
-        began_at, first = time.monotonic(), asked[: options.warm_up]
+        began_at, first = time.monotonic(), planned[: options.warm_up]
         await campaign.warm_up(ways, first)
         visit_s = (time.monotonic() - began_at) * warm_up_callers(first) / len(ways) / len(first)
     if not options.sweep:
-        seconds = expected_s(len(ways), asked, how, options.repetitions, visit_s)
-        _say(console, _announcement(len(ways), asked, how, seconds))
-        await campaign.compare(ways, asked, how, options.repetitions)
+        seconds = expected_s(len(ways), planned, arrivals, options.repetitions, visit_s)
+        _note(console, _announcement(len(ways), planned, arrivals, seconds))
+        await campaign.compare(ways, planned, arrivals, options.repetitions)
         return
     assert slo is not None, "checked"
-    assert how.rate is not None, "checked"
+    assert arrivals.rate is not None, "checked"
 
-    num = sum(len(visit.jobs) for visit in asked)
-    _say(
+    num = sum(len(visit.jobs) for visit in planned)
+    _note(
         console,
-        f"a search with {len(ways)} x {num} requests at each rate, the first about "
-        f"{duration(num / how.rate)} long; the number of rates is not known; Ctrl-C reports the "
-        "results so far",
+        f"searching with {len(ways)} x {num} requests at each rate, about "
+        f"{duration(num / arrivals.rate)} at the first; the number of rates is unknown; "
+        "Ctrl-C reports the results so far",
     )
 
     def attains(records: Sequence[Record]) -> float:
@@ -141,32 +142,43 @@ async def _run(
 
     for way in ways:
         campaign.found[way.name] = await campaign.search(
-            way, asked, how.rate, attains, options.attain, how.burstiness, options.precision
+            way,
+            planned,
+            arrivals.rate,
+            attains,
+            options.attain,
+            arrivals.burstiness,
+            options.precision,
         )
 
 
-def _announcement(num_ways: int, asked: Sequence[Visit], how: Manner, seconds: float | None) -> str:
-    """How long it takes, before minutes are spent on it."""
+def _announcement(
+    num_ways: int, planned: Sequence[Visit], arrivals: Manner, seconds: float | None
+) -> str:
+    """Announcement of the expected duration."""
     from outrider_bench.measuring.show import duration
 
-    num = sum(len(visit.jobs) for visit in asked)
+    num = sum(len(visit.jobs) for visit in planned)
     until = f"{num_ways} x {num} requests"
     if seconds is None:
-        until += " take until all are answered"
-    elif how.num_callers is not None:
-        until += f" take about {duration(seconds)}, by the warm-up"
+        until += " run until all have ended"
+    elif arrivals.num_callers is not None:
+        until += f" take about {duration(seconds)}, estimated from the warm-up"
     else:
-        source = "the trace's times" if how.rate is None else f"{how.rate:g} requests/s"
-        until += f" are sent in about {duration(seconds)}, by {source}"
+        source = "the trace" if arrivals.rate is None else f"{arrivals.rate:g} requests/s"
+        until += f" are sent in about {duration(seconds)}, according to {source}"
     return f"{until}; Ctrl-C reports the results so far"
 
 
-def _say(console: Console, words: str) -> None:
-    console.print(f"[dim]{words}[/]", highlight=False, soft_wrap=True)
+def _note(console: Console, text: str) -> None:
+    console.print(f"[dim]{text}[/]", highlight=False, soft_wrap=True)
 
 
 def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | None:
-    """Asks each target replica for its counters; raises ConfigError where it does not answer."""
+    """Function that reads the counters of all target replicas; None without --target-endpoint.
+
+    It raises ConfigError if a replica does not answer.
+    """
     if options.target_endpoint is None:
         return None
     import grpc
@@ -201,7 +213,7 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
 
 @contextlib.contextmanager
 def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
-    """A bar of requests answered in the phase under way, and what went wrong in it."""
+    """Shows a progress bar of the running phase: requests answered and failures."""
     from rich.markup import escape
     from rich.progress import (
         BarColumn,
@@ -228,7 +240,7 @@ def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
         console=console,
         transient=True,
         disable=not shows,
-        speed_estimate_period=math.inf,  # a request may take minutes
+        speed_estimate_period=math.inf,  # requests may take minutes
     ) as bar:
         task = bar.add_task("warm-up", failures="")
         num_failures = 0
@@ -245,7 +257,7 @@ def _progress(console: Console, campaign: Campaign) -> Iterator[None]:
             bar.advance(task)
             if not record.is_ok:
                 num_failures += 1
-                bar.update(task, failures=f"{num_failures} not answered: {escape(record.status)}")
+                bar.update(task, failures=f"{num_failures} failed: {escape(record.status)}")
 
         campaign.on_phase, campaign.on_end = begin, end
         yield

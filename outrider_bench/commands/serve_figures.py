@@ -1,4 +1,4 @@
-"""The plots of a load test's page, as SVG text. What is drawn where; drawing is for `plots`."""
+"""Plots of the report page of a load test, as SVG text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from outrider_bench.measuring.plots import Line, Panel, svg
 
 _NUM_POINTS = 200
 
-Kept = dict[str, list[Stretch]]
+# Stretches by variant.
+Stretches = dict[str, list[Stretch]]
 
 
-def figures(kept: Kept, probes: Sequence[Probe], attain: float) -> list[tuple[str, str]]:
-    """(title, SVG), in the order of the page; those without anything to draw are left out."""
+def figures(by_variant: Stretches, probes: Sequence[Probe], attain: float) -> list[tuple[str, str]]:
+    """(title, SVG) in the order of the page; plots without data are left out."""
     drawn = [
-        ("Latency: share of the requests that took at most so long", _latency_panels(kept)),
-        ("Inter-token latency: per message and per token", _gap_panels(kept)),
-        ("Over time, first phase of each", _time_panels(kept)),
-        ("Draft tokens", _draft_panels(kept)),
+        ("Latency: share of requests that took at most this long", _latency_panels(by_variant)),
+        ("Inter-token latency: per message and per token", _gap_panels(by_variant)),
+        ("Over time, first phase of each variant", _time_panels(by_variant)),
+        ("Draft tokens", _draft_panels(by_variant)),
         ("Search for the highest rate", _probe_panels(probes, attain)),
     ]
     full = [(title, [panel for panel in panels if panel.lines]) for title, panels in drawn]
@@ -35,7 +36,7 @@ def _records(stretches: Iterable[Stretch]) -> list[Record]:
 
 
 def _shares(name: str, values: Iterable[float | None], scale: float = 1.0) -> list[Line]:
-    """A cumulative distribution; no line without values."""
+    """A cumulative distribution as a line; none without values."""
     known = sorted(scale * value for value in values if value is not None)
     if not known:
         return []
@@ -44,11 +45,11 @@ def _shares(name: str, values: Iterable[float | None], scale: float = 1.0) -> li
     return [Line(name, [known[place] for place in places], ys, has_marks=False)]
 
 
-def _latency_panels(kept: Kept) -> list[Panel]:
+def _latency_panels(by_variant: Stretches) -> list[Panel]:
     def lines(value: Callable[[Record], float | None], scale: float) -> list[Line]:
         return [
             line
-            for name, stretches in kept.items()
+            for name, stretches in by_variant.items()
             for line in _shares(name, map(value, _records(stretches)), scale)
         ]
 
@@ -59,11 +60,11 @@ def _latency_panels(kept: Kept) -> list[Panel]:
     ]
 
 
-def _gap_panels(kept: Kept) -> list[Panel]:
+def _gap_panels(by_variant: Stretches) -> list[Panel]:
     def lines(gaps: Callable[[Record], list[float]]) -> list[Line]:
         return [
             line
-            for name, stretches in kept.items()
+            for name, stretches in by_variant.items()
             for line in _shares(name, (g for r in _records(stretches) for g in gaps(r)), 1e3)
         ]
 
@@ -73,48 +74,48 @@ def _gap_panels(kept: Kept) -> list[Panel]:
     ]
 
 
-def _time_panels(kept: Kept) -> list[Panel]:
-    """Tokens in each second, and how many requests were under way in it, in the mean."""
+def _time_panels(by_variant: Stretches) -> list[Panel]:
+    """Tokens in each second, and the mean number of running requests in it."""
     rates, loads = [], []
-    for name, stretches in kept.items():
+    for name, stretches in by_variant.items():
         for stretch in stretches[:1]:
             seconds: Counter[int] = Counter()
             for record in stretch.records:
                 for chunk in record.chunks:
                     seconds[math.floor(chunk.at_s)] += chunk.num_tokens
-            xs = range(math.floor(stretch.duration_s))  # the last second is not a full one
+            xs = range(math.floor(stretch.duration_s))  # without the last, partial second
             if len(xs) > 1:
                 spans = [(r.sent_s, r.ended_s) for r in stretch.records if r.ended_s is not None]
                 running = [mean_running(spans, x, x + 1) for x in xs]
                 rates.append(Line(name, list(xs), [seconds[x] for x in xs], has_marks=False))
                 loads.append(Line(name, list(xs), running, has_marks=False))
     return [
-        Panel("seconds", "tokens in a second", rates),
-        Panel("seconds", "requests under way", loads),
+        Panel("seconds", "tokens/s", rates),
+        Panel("seconds", "running requests", loads),
     ]
 
 
-def _draft_panels(kept: Kept) -> list[Panel]:
-    drafting = Drafting.of(_records(kept.get(ON, [])))
+def _draft_panels(by_variant: Stretches) -> list[Panel]:
+    drafting = Drafting.of(_records(by_variant.get(ON, [])))
     if drafting is None or not drafting.num_drafts:
         return []
     positions = [100 * share for share in drafting.per_position]
     while positions and positions[-1] < 0.1:
         positions.pop()
     gammas: Counter[int] = Counter()
-    for record in _records(kept[ON]):
-        assert record.speculation is not None, "of a finished request"
+    for record in _records(by_variant[ON]):
+        assert record.speculation is not None, "finished requests have statistics"
         for gamma, num in enumerate(record.speculation.num_rounds_per_gamma):
             gammas[gamma] += num
     total, xs = max(1, gammas.total()), range(max(gammas, default=0) + 1)
     return [
         Panel(
-            "draft token of a round",
-            "% accepted, those before it too",
+            "position of the draft token",
+            "% accepted up to this position",
             [Line(ON, range(1, len(positions) + 1), positions)] if positions else [],
         ),
         Panel(
-            "γ, draft tokens of a round", "% of rounds",
+            "γ, draft tokens per round", "% of rounds",
             [Line(ON, list(xs), [100 * gammas[x] / total for x in xs])],
         ),
     ]  # fmt: skip
@@ -125,4 +126,4 @@ def _probe_panels(probes: Sequence[Probe], attain: float) -> list[Panel]:
     for name in dict.fromkeys(probe.variant for probe in probes):
         own = sorted((p for p in probes if p.variant == name), key=lambda probe: probe.rate)
         lines.append(Line(name, [p.rate for p in own], [100 * p.attained for p in own]))
-    return [Panel("requests per second", "% kept the SLO", lines, level=100 * attain)]
+    return [Panel("requests per second", "% met the SLO", lines, level=100 * attain)]

@@ -1,4 +1,4 @@
-"""The flags of `outrider bench serve`, and the load they mean. Sends nothing."""
+"""Flags of `outrider bench serve`, and their translation to a load."""
 
 from __future__ import annotations
 
@@ -23,99 +23,111 @@ ON, OFF = "speculation", "off"
 
 _DEFAULT_CALLERS = 8
 _DEFAULT_REQUESTS = 200
-# That the fields of a request hold.
-_MOST = 2**31 - 1
-_LENGTHS = "Tokens: 128, uniform:64:256, or lognormal:MEDIAN:SIGMA[:MOST]."
-# What a trace says itself.
-_OF_TRACES = ("input_len", "output_len", "turns", "texts", "priority")
+# Maximum of 32-bit request fields.
+_MAX_INT32 = 2**31 - 1
+_LENGTHS = "Tokens: 128, uniform:64:256, or lognormal:MEDIAN:SIGMA[:MAX]."
+# Options that a trace defines itself.
+_DEFINED_BY_TRACE = ("input_len", "output_len", "turns", "texts", "priority")
 
 
 @dataclass(frozen=True)
 class ServeOptions(AccessOptions):
-    """None: the server's default, unless said."""
+    """Flags of `outrider bench serve`. None: the server's default, unless the help differs."""
 
     endpoint: Annotated[
         str,
         typer.Option(
             envvar="OUTRIDER_ENDPOINT",
-            help="host:port of the orchestrator, or several with commas. All addresses of a name "
-            "are asked in turn.",
+            help="host:port of the orchestrator, or a comma-separated list. Connections are spread "
+            "over all addresses of a name.",
         ),
     ] = DEFAULT_ENDPOINT
     connections: Annotated[
         int,
         typer.Option(
-            min=1, max=256, help="To each address: a balancer leads each to an orchestrator."
+            min=1, max=256, help="Connections per address, to spread load behind a load balancer."
         ),
     ] = 8
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each variant. Default: 200, or the whole trace."),
+        typer.Option(min=1, help="Requests per variant. Default: 200, or the whole trace."),
     ] = None
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, help="Closed loop: so many callers. Default: 8 without --rate."),
+        typer.Option(min=1, help="Closed loop: number of clients. Default: 8 without --rate."),
     ] = None
     rate: Annotated[
-        float | None, typer.Option(help="Open loop: requests per second, whatever is answered.")
+        float | None, typer.Option(help="Open loop: requests per second, independent of responses.")
     ] = None
     burstiness: Annotated[
         float,
-        typer.Option(help="Of --rate: 1 is a Poisson process, less comes in bursts, inf: a clock."),
+        typer.Option(
+            help="Of --rate: 1 is a Poisson process, less is more bursty, inf: constant gaps."
+        ),
     ] = 1.0
     trace: Annotated[
         Path | None,
-        typer.Option(help="File of requests, sent at its times unless --rate is given."),
+        typer.Option(
+            help="Trace file, replayed at its own times unless --rate or --concurrency is given."
+        ),
     ] = None
     trace_format: Annotated[
         str | None,
         typer.Option(
-            help="outrider, mooncake, azure, burstgpt or sharegpt. Default: found by its fields."
+            help="outrider, mooncake, azure, burstgpt or sharegpt. Default: detected by its fields."
         ),
     ] = None
     trace_speed: Annotated[
-        float, typer.Option(help="Divides the trace's times; 1000 if they are milliseconds.")
+        float,
+        typer.Option(help="Divides the times of the trace; 1000 if they are in milliseconds."),
     ] = 1.0
-    input_len: Annotated[str, typer.Option(help=f"Of prompts. {_LENGTHS}")] = "128"
-    output_len: Annotated[str, typer.Option(help=f"Of outputs. {_LENGTHS}")] = "128"
-    turns: Annotated[str, typer.Option(help="Of a session; more than 1 makes sessions.")] = "1"
+    input_len: Annotated[str, typer.Option(help=f"Length of prompts. {_LENGTHS}")] = "128"
+    output_len: Annotated[str, typer.Option(help=f"Length of outputs. {_LENGTHS}")] = "128"
+    turns: Annotated[str, typer.Option(help="Turns per session; more than 1 uses sessions.")] = "1"
     texts: Annotated[
         Path | None,
-        typer.Option(help="Prompts, one in a line. Default: random token ids, no tokenizer."),
+        typer.Option(help="File with one prompt per line. Default: random token ids."),
     ] = None
     stop_at_eos: Annotated[
-        bool, typer.Option("--stop-at-eos", help="Else outputs are as long as they were drawn.")
+        bool,
+        typer.Option("--stop-at-eos", help="End outputs at EOS. Default: --output-len tokens."),
     ] = False
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests of each variant, not counted.")] = 8
+    warm_up: Annotated[int, typer.Option(min=0, help="Warm-up requests per variant.")] = 8
     repetitions: Annotated[
-        int, typer.Option(min=1, help="Slices that are run with speculation and without, in turn.")
+        int, typer.Option(min=1, help="Parts of the load, each run with and without speculation.")
     ] = 2
-    slo: Annotated[str, typer.Option(help="What is promised: ttft=200ms,tpot=30ms,e2e=2s.")] = ""
+    slo: Annotated[
+        str, typer.Option(help="Service-level objective: ttft=200ms,tpot=30ms,e2e=2s.")
+    ] = ""
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Find the highest rate that keeps --slo; starts at --rate."),
+        typer.Option("--sweep", help="Find the highest rate that meets --slo; starts at --rate."),
     ] = False
     attain: Annotated[
-        float, typer.Option(min=0, max=1, help="Of --sweep: share of requests that must keep it.")
+        float,
+        typer.Option(min=0, max=1, help="Of --sweep: share of requests that must meet --slo."),
     ] = 0.99
     precision: Annotated[
-        float, typer.Option(min=0.01, help="Of --sweep: ends when it is known this closely.")
+        float, typer.Option(min=0.01, help="Of --sweep: relative precision of the rate.")
     ] = 0.1
     gamma: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Draft tokens per round, fixed.")
+        int | None,
+        typer.Option(min=1, max=_MAX_INT32, help="Fixed number of draft tokens per round."),
     ] = None
     lookahead: Annotated[
-        int | None, typer.Option(min=0, max=_MOST, help="Rounds drafted ahead.")
+        int | None, typer.Option(min=0, max=_MAX_INT32, help="Look-ahead: rounds drafted ahead.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(min=0, max=_MOST, help="Outcomes drafted ahead.")
+        int | None, typer.Option(min=0, max=_MAX_INT32, help="Fan-out: branches drafted ahead.")
     ] = None
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0
-    verification: Annotated[Method | None, typer.Option(help="How drafts are judged.")] = None
-    fast: Annotated[bool, typer.Option("--fast", help="Tokens sent before recorded.")] = False
+    verification: Annotated[Method | None, typer.Option(help="Verification method.")] = None
+    fast: Annotated[bool, typer.Option("--fast", help="Send tokens before they are recorded.")] = (
+        False
+    )
     priority: Annotated[
         int | None,
-        typer.Option(min=-_MOST, max=_MOST, help="Lower is more urgent."),
+        typer.Option(min=-_MAX_INT32, max=_MAX_INT32, help="Lower runs first."),
     ] = None
     timeout: Annotated[
         float | None, typer.Option(help="Deadline of each request, seconds. Default: none.")
@@ -123,68 +135,71 @@ class ServeOptions(AccessOptions):
     target_endpoint: Annotated[
         str | None,
         typer.Option(
-            help="host:port of each target replica without TLS, with commas: counts their passes."
+            help="host:port of all target replicas (comma-separated, no TLS), to count passes."
         ),
     ] = None
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of prompts, lengths, arrivals.")
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of prompts, lengths and arrivals.")
     ] = 0
-    label: Annotated[str | None, typer.Option(help="Stands in the result.")] = None
+    label: Annotated[str | None, typer.Option(help="Label in the result.")] = None
     detailed: Annotated[
-        bool, typer.Option("--detailed", help="Every time of every request in the JSON.")
+        bool, typer.Option("--detailed", help="Include all times of every request in the JSON.")
     ] = False
-    html: Annotated[bool, typer.Option(help="Write the report with plots.")] = True
-    out: Annotated[Path, typer.Option(help="Where the JSON and the report go.")] = Path(
+    html: Annotated[bool, typer.Option(help="Write the HTML report with plots.")] = True
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the report.")] = Path(
         "bench-results"
     )
-    name: Annotated[str, typer.Option(help="Of the files.")] = "serve"
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "serve"
 
     def check(self) -> None:
-        """Raises ConfigError that names the flag."""
+        """Raises ConfigError naming the flag."""
         if self.rate is not None and self.concurrency is not None:
-            raise ConfigError("--concurrency: not together with --rate: a loop is open or closed")
+            raise ConfigError("--concurrency: cannot be combined with --rate")
         if self.rate is None and self.burstiness != 1.0:
-            raise ConfigError("--burstiness: only with --rate")
+            raise ConfigError("--burstiness: requires --rate")
         if self.trace is None and self.trace_speed != 1.0:
-            raise ConfigError("--trace-speed: only with --trace")
+            raise ConfigError("--trace-speed: requires --trace")
         if self.trace is None and self.trace_format is not None:
-            raise ConfigError("--trace-format: only with --trace")
+            raise ConfigError("--trace-format: requires --trace")
         if self.trace is not None:
             defaults = ServeOptions()
-            for name in _OF_TRACES:
+            for name in _DEFINED_BY_TRACE:
                 if getattr(self, name) != getattr(defaults, name):
-                    raise ConfigError(f"--{name.replace('_', '-')}: the trace says it itself")
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')}: cannot be combined with --trace"
+                    )
         if self.texts is not None and self.input_len != ServeOptions.input_len:
-            raise ConfigError("--input-len: not together with --texts")
+            raise ConfigError("--input-len: cannot be combined with --texts")
         if self.timeout is not None and not 0 < self.timeout < math.inf:
-            raise ConfigError("--timeout: above 0, and finite")
+            raise ConfigError(f"--timeout: {self.timeout:g} is out of range: above 0 and finite")
         if not self.name or self.name != Path(self.name).name:
-            raise ConfigError(f"--name: {self.name!r} is no name of a file in --out")
+            raise ConfigError(f"--name: {self.name!r} is not a file name")
         if self.sweep:
             self._check_sweep()
         elif (self.attain, self.precision) != (ServeOptions.attain, ServeOptions.precision):
-            raise ConfigError("--attain, --precision: only with --sweep")
+            raise ConfigError("--attain, --precision: require --sweep")
 
     def _check_sweep(self) -> None:
         if not self.slo:
-            raise ConfigError("--sweep: needs --slo, what is to be kept")
+            raise ConfigError("--sweep: requires --slo")
         if self.rate is None:
-            raise ConfigError("--sweep: needs --rate, the first rate to try")
+            raise ConfigError("--sweep: requires --rate, the first rate to try")
 
     @property
     def is_trace_replay(self) -> bool:
+        """Whether requests are sent at the times of the trace."""
         return self.trace is not None and self.rate is None and self.concurrency is None
 
 
-def promised(options: ServeOptions) -> Slo | None:
-    """Raises ConfigError."""
+def parse_slo(options: ServeOptions) -> Slo | None:
+    """Objective of --slo; None without it. Raises ConfigError."""
     from outrider_bench.loadtest.slo import Slo
 
     return Slo.parse(options.slo) or None
 
 
 def manner(options: ServeOptions) -> Manner:
-    """How visits come."""
+    """Arrivals of visits: open loop, trace replay or closed loop."""
     from outrider_bench.loadtest.campaign import Manner
 
     if options.rate is not None:
@@ -194,8 +209,11 @@ def manner(options: ServeOptions) -> Manner:
     return Manner(num_callers=options.concurrency or _DEFAULT_CALLERS)
 
 
-def visits(options: ServeOptions, say: Callable[[str], None] = lambda said: None) -> list[Visit]:
-    """What is asked for; says what of a trace is not. Raises ConfigError."""
+def visits(options: ServeOptions, note: Callable[[str], None] = lambda text: None) -> list[Visit]:
+    """Visits to run. `note` receives a message about skipped requests of a trace.
+
+    Raises ConfigError.
+    """
     from outrider_bench.loadtest.arrivals import arrival_times
     from outrider_bench.loadtest.lengths import Lengths
     from outrider_bench.loadtest.plan import Workload
@@ -213,11 +231,9 @@ def visits(options: ServeOptions, say: Callable[[str], None] = lambda said: None
             num_requests=options.requests,
         )
         if trace.num_left_out:
-            say(f"{trace.num_left_out} requests of the trace without output are left out")
+            note(f"{trace.num_left_out} requests of the trace have no output and are skipped")
         if options.is_trace_replay and trace.visits[0].at_s is None:
-            raise ConfigError(
-                f"--trace: {options.trace} has no times: give --rate or --concurrency"
-            )
+            raise ConfigError(f"--trace: {options.trace} has no times; add --rate or --concurrency")
         return trace.visits
     workload = Workload(
         input_len=Lengths.parse(options.input_len, "--input-len"),
@@ -237,12 +253,12 @@ def _texts(path: Path) -> list[str]:
         raise ConfigError(f"--texts: {path}: {error}") from error
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise ConfigError(f"--texts: {path}: no prompts in it")
+        raise ConfigError(f"--texts: {path} has no prompts")
     return texts
 
 
 def variants(options: ServeOptions) -> list[Variant]:
-    """With speculation, and the same without."""
+    """The requests with speculation, and the same requests without."""
     from dataclasses import replace
 
     from outrider.sampling.params import Verification

@@ -1,4 +1,4 @@
-"""What `outrider bench serve` found: on the terminal, as JSON, as a page. Measures nothing."""
+"""Report of `outrider bench serve`: terminal tables, JSON and HTML page."""
 
 from __future__ import annotations
 
@@ -29,51 +29,56 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Sent so much later than meant, the load generator itself was short of time.
+# If requests are sent later than this (p99), the load generator lacks CPU.
 _LATE_S = 0.02
 
 
 def report(
     options: ServeOptions, campaign: Campaign, slo: Slo | None, console: Console, *, is_cut: bool
 ) -> None:
-    """Writes the files and prints the tables. Raises CallFailed where nothing was answered."""
-    kept = {name: _stretches(campaign, name) for name in (ON, OFF)}
-    summaries = {name: summary_of(stretches, slo) for name, stretches in kept.items() if stretches}
-    document = _document(options, campaign, slo, kept, summaries, is_cut)
+    """Writes the files and prints the tables. Raises CallFailed if a variant had no response."""
+    by_variant = {name: _stretches(campaign, name) for name in (ON, OFF)}
+    summaries = {
+        name: summary_of(stretches, slo) for name, stretches in by_variant.items() if stretches
+    }
+    document = _document(options, campaign, slo, by_variant, summaries, is_cut)
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if is_cut:
-        console.print("[yellow]cut short: of what was measured until then[/]")
+        console.print("[yellow]stopped: reports the results so far[/]")
     if summaries:
         console.print(_table(summaries))
         console.print()
-    for line in (*_failures(kept, summaries), *_remarks(document, summaries)):
+    for line in (*_failures(by_variant, summaries), *_remarks(document, summaries)):
         console.print(line, highlight=False)
-    _tell_file(path, console)
+    _print_path(path, console)
     if options.html:
-        _write_page(options, campaign, document, kept, console)
-    silent = [name for name, summary in summaries.items() if not summary.num_completed]
-    if silent and not is_cut:
-        raise CallFailed(f"{' and '.join(silent)}: not one request was answered")
+        _write_page(options, campaign, document, by_variant, console)
+    unanswered = [name for name, summary in summaries.items() if not summary.num_completed]
+    if unanswered and not is_cut:
+        raise CallFailed(f"{' and '.join(unanswered)}: no request was answered")
 
 
-def _tell_file(path: Path, console: Console) -> None:
+def _print_path(path: Path, console: Console) -> None:
     console.print(str(path), style="dim", soft_wrap=True, highlight=False, markup=False)
 
 
-def _failures(kept: dict[str, list[Stretch]], summaries: dict[str, Summary]) -> Iterator[str]:
-    """How many of each kind, and what was said to the first."""
+def _failures(by_variant: dict[str, list[Stretch]], summaries: dict[str, Summary]) -> Iterator[str]:
+    """Lines with the count of each error status and the detail of its first occurrence."""
     from rich.markup import escape
 
     for name, summary in summaries.items():
-        records = [record for stretch in kept[name] for record in stretch.records]
+        records = [record for stretch in by_variant[name] for record in stretch.records]
         for status, num in sorted(summary.errors.items()):
-            said = next(record.detail for record in records if record.status == status)
-            yield f"[red]{name}: {num} × {status}: {escape(said)}[/]"
+            detail = next(record.detail for record in records if record.status == status)
+            yield f"[red]{name}: {num} × {status}: {escape(detail)}[/]"
 
 
 def _stretches(campaign: Campaign, variant: str) -> list[Stretch]:
-    """Of a search: the highest rate that passed, else the last that was tried."""
+    """Stretches of a variant to report.
+
+    For a search: the highest rate that passed, otherwise the last rate tried.
+    """
     if not campaign.probes:
         return [s for s in campaign.all_stretches if s.variant == variant and s.records]
     own = [probe for probe in campaign.probes if probe.variant == variant]
@@ -86,23 +91,25 @@ def _document(
     options: ServeOptions,
     campaign: Campaign,
     slo: Slo | None,
-    kept: dict[str, list[Stretch]],
+    by_variant: dict[str, list[Stretch]],
     summaries: dict[str, Summary],
     is_cut: bool,
 ) -> dict[str, Any]:
-    """vLLM's keys are of the runs with speculation; what is ours stands under `outrider`."""
+    """JSON document: vLLM's keys for the runs with speculation; all other keys under `outrider`."""
 
     def shape(name: str) -> dict[str, Any]:
         if name not in summaries:
             return {}
-        return vllm_shape(summaries[name], kept[name], is_detailed=options.detailed)
+        return vllm_shape(summaries[name], by_variant[name], is_detailed=options.detailed)
 
-    own: dict[str, Any] = _circumstances(options, campaign, is_cut)
+    own: dict[str, Any] = _environment(options, campaign, is_cut)
     if ON in summaries:
-        own |= own_shape(summaries[ON], kept[ON])
+        own |= own_shape(summaries[ON], by_variant[ON])
     if OFF in summaries:
-        own["speculation_off"] = shape(OFF) | {"outrider": own_shape(summaries[OFF], kept[OFF])}
-    if len(summaries) == 2 and not campaign.probes:  # which were not at the same rate
+        own["speculation_off"] = shape(OFF) | {
+            "outrider": own_shape(summaries[OFF], by_variant[OFF])
+        }
+    if len(summaries) == 2 and not campaign.probes:  # variants of a search run at different rates
         own["speed_up"] = speed_up(summaries[ON], summaries[OFF])
     if slo is not None:
         own["slo"] = vars(slo)
@@ -115,18 +122,18 @@ def _document(
         }
     own["samples"] = [
         {"variant": stretch.variant, "repetition": stretch.repetition} | sample(record)
-        for stretches in kept.values()
+        for stretches in by_variant.values()
         for stretch in stretches
         for record in stretch.records
     ]
-    return _head(options, campaign, kept) | shape(ON) | {"outrider": own}
+    return _head(options, campaign, by_variant) | shape(ON) | {"outrider": own}
 
 
 def _head(
-    options: ServeOptions, campaign: Campaign, kept: dict[str, list[Stretch]]
+    options: ServeOptions, campaign: Campaign, by_variant: dict[str, list[Stretch]]
 ) -> dict[str, Any]:
-    """The keys that `vllm bench serve` begins with."""
-    rates = [stretch.rate for stretch in kept[ON] if stretch.rate is not None]
+    """The first keys of `vllm bench serve`."""
+    rates = [stretch.rate for stretch in by_variant[ON] if stretch.rate is not None]
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": "outrider",
@@ -134,14 +141,14 @@ def _head(
         "label": options.label,
         "model_id": campaign.subject.info.target.name,
         "tokenizer_id": None,
-        "num_prompts": sum(len(stretch.records) for stretch in kept[ON]),
+        "num_prompts": sum(len(stretch.records) for stretch in by_variant[ON]),
         "request_rate": rates[0] if rates else "inf",
         "burstiness": options.burstiness,
         "max_concurrency": manner(options).num_callers,
     }
 
 
-def _circumstances(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dict[str, Any]:
+def _environment(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dict[str, Any]:
     from outrider.cli.plain import plain
     from outrider_bench.measuring.document import git_commit, machine, versions
 
@@ -160,7 +167,7 @@ def _table(summaries: dict[str, Summary]) -> Table:
     from outrider_bench.measuring import show
 
     names = [name for name in (ON, OFF) if name in summaries]
-    shown = show.table("as its callers saw it", ("", *names))
+    shown = show.table("measured by the clients", ("", *names))
     own = [summaries[name] for name in names]
 
     def row(title: str, texts: Sequence[str], *, ends: bool = False) -> None:
@@ -170,7 +177,7 @@ def _table(summaries: dict[str, Summary]) -> Table:
     row("requests/s", [show.number(s.requests_per_s) for s in own])
     row("tokens/s", [show.number(s.tokens_per_s, 1) for s in own])
     if own[0].attained is not None:
-        row("kept the SLO", [show.share(s.attained) for s in own])
+        row("met the SLO", [show.share(s.attained) for s in own])
         row("goodput, requests/s", [show.number(s.goodput_per_s) for s in own])
     row("", ["" for _ in own], ends=True)
     for name, title in (
@@ -187,31 +194,35 @@ def _table(summaries: dict[str, Summary]) -> Table:
     def drafted(name: str) -> list[float | None]:
         return [getattr(s.drafting, name) if s.drafting is not None else None for s in own]
 
-    row("α, draft tokens accepted of judged", [show.share(v) for v in drafted("alpha")])
-    row("τ, tokens of a drafted round", [show.number(v) for v in drafted("tau")])
-    row("γ, draft tokens of a round", [show.number(v, 1) for v in drafted("mean_gamma")])
+    row("α, acceptance rate", [show.share(v) for v in drafted("alpha")])
+    row("τ, tokens per drafted round", [show.number(v) for v in drafted("tau")])
+    row("γ, draft tokens per round", [show.number(v, 1) for v in drafted("mean_gamma")])
     row("look-ahead hits", [show.share(v) for v in drafted("hit_rate")])
     return shown
 
 
 def _remarks(document: dict[str, Any], summaries: dict[str, Summary]) -> list[str]:
-    """What else a person must know."""
+    """Warnings and further results."""
     own, lines = document["outrider"], []
     for name, summary in summaries.items():
         if summary.lateness is not None and summary.lateness.p99 > _LATE_S:
             lines.append(
                 f"[yellow]{name}: requests were sent up to {1e3 * summary.lateness.p99:.0f} ms late"
-                " (p99): this load generator is short of CPU; it is counted as latency[/]"
+                " (p99): this load generator lacks CPU; the delay counts as latency[/]"
             )
     if batch := own.get("verify_batch"):
         rows = batch["rows"]
         if rows is not None:
-            lines.append(f"verification passes: {rows:.1f} rows, by the {batch['source']}")
+            lines.append(
+                f"verify requests per target pass: {rows:.1f}, reported by the {batch['source']}"
+            )
     if gains := own.get("speed_up"):
-        told = {k: f"{v:.2f}×" for k, v in gains.items() if v is not None}
-        lines.append("speed-up: " + ", ".join(f"{name} {text}" for name, text in told.items()))
+        ratios = {k: f"{v:.2f}×" for k, v in gains.items() if v is not None}
+        lines.append("speed-up: " + ", ".join(f"{name} {text}" for name, text in ratios.items()))
     for name, rate in own.get("sweep", {}).get("highest_rate", {}).items():
-        text = "no rate kept the SLO" if rate is None else f"the SLO is kept up to {rate:.3g}/s"
+        text = (
+            "no rate met the SLO" if rate is None else f"meets the SLO up to {rate:.3g} requests/s"
+        )
         lines.append(f"[bold]{name}: {text}[/]")
     return lines
 
@@ -220,7 +231,7 @@ def _write_page(
     options: ServeOptions,
     campaign: Campaign,
     document: dict[str, Any],
-    kept: dict[str, list[Stretch]],
+    by_variant: dict[str, list[Stretch]],
     console: Console,
 ) -> None:
     from outrider_bench.commands.serve_figures import figures
@@ -228,9 +239,9 @@ def _write_page(
 
     drawn: list[tuple[str, str]] = []
     try:
-        drawn = figures(kept, campaign.probes, options.attain)
-    except ConfigError as error:  # what was measured is worth a page without plots
+        drawn = figures(by_variant, campaign.probes, options.attain)
+    except ConfigError as error:  # without matplotlib, the page has no plots
         console.print(f"no plots: {error}", style="yellow", highlight=False, markup=False)
     path = options.out / f"{options.name}.html"
     path.write_text(page(document, drawn), "utf-8")
-    _tell_file(path, console)
+    _print_path(path, console)

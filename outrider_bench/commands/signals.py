@@ -1,8 +1,8 @@
-"""`outrider bench signals`: each tier scaled by itself, and what its autoscaler would have seen.
+"""`outrider bench signals`: scales each tier alone and records its autoscaling signal.
 
-Owns the points and their load; the replicas are `fleet`'s, what it all means is for `bottlenecks`.
-All tiers are simulated, the services and wires are the real ones. Signals are read where their
-metrics are read from: the replicas' own counts.
+Owns the points and their load. `fleet` runs the replicas; `bottlenecks` evaluates the results. The
+tiers are simulated; the services and the network are real. Signals are read from the replicas'
+counters, which are also the source of their metrics.
 """
 
 from __future__ import annotations
@@ -26,34 +26,40 @@ if TYPE_CHECKING:
     import grpc
     from rich.console import Console
 
-    from outrider_bench.commands.fleet import Ask
+    from outrider_bench.commands.fleet import ReadInfo
     from outrider_bench.measuring.document import Document
 
-# How often replicas are asked for their counts.
+# Interval between two readings of the counters.
 _INTERVAL_S = 0.1
-# So that KV use says something of 64 sessions, and hinders nobody.
+# Small enough that 64 sessions show in KV use, large enough that none is evicted.
 _KV_TOKENS = 12_288
 
 
 @dataclass(frozen=True)
 class SignalsOptions(BenchOptions):
-    cores: Annotated[CoreUse, typer.Option(help="Simulated passes need none.")] = CoreUse.shared
-    replicas: Annotated[int, typer.Option(min=2, max=MAX_REPLICAS, help="Most of a tier.")] = (
-        MAX_REPLICAS
-    )
-    seconds: Annotated[float, typer.Option(min=1, help="Of each point.")] = 15.0
-    settle: Annotated[float, typer.Option(min=0, help="Left out at the begin of a point.")] = 5.0
-    output_len: Annotated[str, typer.Option(help="Tokens; as in `outrider bench serve`.")] = (
-        "uniform:64:128"
-    )
-    name: Annotated[str, typer.Option(help="Of the files.")] = "signals"
+    """Flags of `outrider bench signals`."""
+
+    cores: Annotated[
+        CoreUse, typer.Option(help="shared: no pinning; simulated passes need no core.")
+    ] = CoreUse.shared
+    replicas: Annotated[
+        int, typer.Option(min=2, max=MAX_REPLICAS, help="Maximum number of replicas of a tier.")
+    ] = MAX_REPLICAS
+    seconds: Annotated[float, typer.Option(min=1, help="Duration of each point.")] = 15.0
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds not counted at the begin of a point.")
+    ] = 5.0
+    output_len: Annotated[
+        str, typer.Option(help="Tokens per output; format as in `outrider bench serve`.")
+    ] = "uniform:64:128"
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "signals"
 
 
 @takes(SignalsOptions)
 def signals(options: SignalsOptions) -> None:
-    """Tokens/s and the autoscaling signals against the replicas of each tier, all simulated.
+    """Measure tokens/s and autoscaling signals by replicas of each tier; the tiers are simulated.
 
-    Three loads: one that the draft is too slow for, one that the target is, one that neither is.
+    Three loads: the draft is the bottleneck, the target is, or neither.
     """
     from outrider.cli.running import run
     from outrider_bench.commands.bottlenecks import goals, panels, table
@@ -73,7 +79,7 @@ def signals(options: SignalsOptions) -> None:
         ]
         document.judge(lambda: goals(points))
         document.write()
-        draw(document.plot_path, "Each tier scaled by itself", panels(points))
+        draw(document.plot_path, "Each tier scaled alone", panels(points))
         finish(console, document, [table(points)])
 
 
@@ -83,7 +89,7 @@ def _check(options: SignalsOptions) -> None:
     for name in ("target", "draft", "inflate", "simulate_target", "simulate_draft"):
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag}: the tiers are simulated by this command")
+            raise ConfigError(f"{flag}: not allowed: this command simulates the tiers")
     if options.settle >= options.seconds:
         raise ConfigError("--settle: must be less than --seconds")
     Lengths.parse(options.output_len, "--output-len")
@@ -122,7 +128,7 @@ async def _measure(options: SignalsOptions, console: Console, document: Document
 async def measured_point(
     options: SignalsOptions, regime: Regime, seen: Watch, channel: grpc.aio.Channel, number: int
 ) -> Point:
-    """A closed loop of the regime's sessions, watched once it has settled."""
+    """Runs a closed loop of the regime's sessions and measures it after the settling time."""
     from outrider_bench.loadtest.asking import Ask
     from outrider_bench.loadtest.driver import Phase, subject
     from outrider_bench.loadtest.lengths import Lengths
@@ -135,13 +141,13 @@ async def measured_point(
         num_turns=Lengths.parse("1", "turns"),
         seed=options.seed,
     )
-    whom = await subject(channel)
-    phase = Phase(whom, Ask(), number=number, seed=options.seed, run=options.name)
+    orchestrator = await subject(channel)
+    phase = Phase(orchestrator, Ask(), number=number, seed=options.seed, run=options.name)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(seen.watch(options.settle, options.seconds))
         visits = endless(workload.visits(512))
         await phase.closed_loop(visits, regime.num_sessions, until_s=options.seconds)
-    # Those that began while the loop settled know the rates of before.
+    # Requests sent early in the settling time still reflect the previous state.
     own = [record for record in phase.records if record.intended_s >= options.settle / 2]
     summary = Summary.of(own, options.seconds)
     drafting = summary.drafting
@@ -162,18 +168,18 @@ async def measured_point(
 
 @dataclass
 class Watch:
-    """Reads the counts of the replicas that are in use."""
+    """Reads the counters of the replicas in use."""
 
-    targets: Sequence[Ask]
-    drafts: Sequence[Ask]
+    targets: Sequence[ReadInfo]
+    drafts: Sequence[ReadInfo]
     readings: list[dict[str, float]] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
-        """Over time; of the means over the replicas."""
+        """Mean over time of the mean over the replicas."""
         return statistics.fmean(reading[name] for reading in self.readings)
 
     async def watch(self, begin_s: float, end_s: float) -> None:
-        """Seconds from now; what runs out after the end is no load. Reads once at the least."""
+        """Reads the counters from `begin_s` to `end_s` seconds from now, at least once."""
         now = time.monotonic()
         await asyncio.sleep(begin_s)
         while True:
@@ -184,8 +190,8 @@ class Watch:
 
     async def _read(self) -> dict[str, float]:
         targets, drafts = await asyncio.gather(
-            asyncio.gather(*(ask() for ask in self.targets)),
-            asyncio.gather(*(ask() for ask in self.drafts)),
+            asyncio.gather(*(read() for read in self.targets)),
+            asyncio.gather(*(read() for read in self.drafts)),
         )
         return {
             "draft_queue": statistics.fmean(d.load.num_waiting_generations for d in drafts),

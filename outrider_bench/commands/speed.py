@@ -1,7 +1,4 @@
-"""`outrider bench speed`: one stream, with and without drafts, and beside a peer.
-
-Owns which ways are compared and the table of them.
-"""
+"""`outrider bench speed`: tokens/s of one stream, with and without drafts, and of a peer."""
 
 from __future__ import annotations
 
@@ -30,32 +27,33 @@ _NUM_WARM_UP_TOKENS = 32
 
 @dataclass(frozen=True)
 class SpeedOptions(BenchOptions):
+    """Flags of `outrider bench speed`."""
+
     gammas: Annotated[str, typer.Option(help="Fixed γ to compare with: 1,2,3,5,8.")] = "2,5"
-    prompts: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 2
+    prompts: Annotated[int, typer.Option(min=1, help="Number of different prompts.")] = 2
     sequential_gamma: Annotated[
-        int, typer.Option(min=1, help="γ of drafting and verifying in turn.")
+        int, typer.Option(min=1, help="γ of the variants sequential and chain.")
     ] = 5
     temperature: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Also at this one, by rejection and coupled. Default: greedy only."
+            min=0,
+            help="Also sample at this temperature (rejection, coupled). Default: greedy only.",
         ),
     ] = None
     peer: Annotated[
-        PeerName | None, typer.Option(help="Measure it too, in turn, on the same models.")
+        PeerName | None, typer.Option(help="Also measure this peer with the same models.")
     ] = None
-    peer_threads: Annotated[
-        str, typer.Option(help="Cores for the peer, one run with each: 1,2.")
-    ] = "1,2"
+    peer_threads: Annotated[str, typer.Option(help="Numbers of cores for the peer: 1,2.")] = "1,2"
     explain_gamma: Annotated[
-        bool, typer.Option("--explain-gamma", help="Show what the last γ was chosen by.")
+        bool, typer.Option("--explain-gamma", help="Show why the last γ was chosen.")
     ] = False
-    name: Annotated[str, typer.Option(help="Of the files.")] = "speed"
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "speed"
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """One way to run a prompt: ours, or a peer's. `plain`: the way it is compared with."""
+    """A variant of Outrider or of a peer. `plain`: name of its baseline."""
 
     name: str
     plain: str
@@ -66,7 +64,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Result:
-    """A row. `num_different`: greedy outputs that are not plain decoding's, token for token."""
+    """A table row. `num_different`: greedy outputs that differ from plain decoding in any token."""
 
     name: str
     is_peer: bool
@@ -80,7 +78,10 @@ class Result:
 
 @takes(SpeedOptions)
 def speed(options: SpeedOptions) -> None:
-    """Tokens/s of one stream: plain, drafting in turn, ahead, and with γ chosen or fixed."""
+    """Measure tokens/s of one stream.
+
+    Variants: plain; drafting and verifying sequentially; drafting ahead; adaptive and fixed γ.
+    """
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import require_matplotlib
@@ -142,7 +143,7 @@ def _named(name: str, temperature: float, method: str = "") -> str:
 
 
 def variants(options: SpeedOptions) -> list[Variant]:
-    """Greedy ones, and those at the temperature that was asked for."""
+    """Greedy variants, and sampled ones with --temperature."""
     from outrider.cli.request import Method
     from outrider_bench.measuring.workload import Variant, adaptive, fixed, plain
 
@@ -151,13 +152,15 @@ def variants(options: SpeedOptions) -> list[Variant]:
     chain = Variant("chain", gamma=gamma, lookahead=1, fan_out=1, waits=True)
     gammas = parse_list(options.gammas, "--gammas", int) if options.gammas else []
     ways = [plain(), sequential, chain, adaptive(), *(fixed(g) for g in gammas)]
-    hot = options.temperature
-    if hot:
-        ways.append(replace(plain(hot), name=_named("plain", hot)))
+    temperature = options.temperature
+    if temperature:
+        ways.append(replace(plain(temperature), name=_named("plain", temperature)))
         for method in (Method.rejection, Method.coupled):
             for variant in (sequential, chain, adaptive()):
-                name = _named(variant.name, hot, method.value)
-                ways.append(replace(variant, name=name, temperature=hot, verification=method))
+                name = _named(variant.name, temperature, method.value)
+                ways.append(
+                    replace(variant, name=name, temperature=temperature, verification=method)
+                )
     return ways
 
 
@@ -205,30 +208,41 @@ def _report(
         Bar(r.name, r.tokens_per_s.median, r.tokens_per_s.least, r.tokens_per_s.most, r.is_peer)
         for r in results
     ]
-    draw_bars(document.plot_path, "One stream", "tokens/s: median, least and most", bars)
+    draw_bars(document.plot_path, "One stream", "tokens/s: median, minimum, maximum", bars)
     finish(console, document, [_table(results)])
     if options.explain_gamma:
         from outrider_bench.commands.explain import show_decision
 
-        told = [s.stats for way, s in measured if way.name == "full" and s.stats is not None]
+        stats = [s.stats for way, s in measured if way.name == "full" and s.stats is not None]
         console.print()
-        if told:
-            show_decision(console, told[-1])
+        if stats:
+            show_decision(console, stats[-1])
         else:
-            console.print("no output with γ chosen was measured: nothing to explain")
+            console.print("no output with adaptive γ was measured: nothing to explain")
 
 
 def _table(results: list[Result]) -> Table:
     from outrider_bench.measuring.show import number, share, table, times
 
-    columns = ("", "tokens/s", "range", "speed-up", "α", "τ", "γ", "hits", "waits", "target ms")
-    shown = table("one stream", (*columns, "limit", "of it", "outputs"))
+    columns = (
+        "variant",
+        "tokens/s",
+        "range",
+        "speed-up",
+        "α",
+        "τ",
+        "γ",
+        "hits",
+        "waiting",
+        "target ms",
+    )
+    shown = table("tokens/s of one stream", (*columns, "limit", "of limit", "outputs"))
     for result in results:
         rounds: Any = result.rounds
         rate = result.tokens_per_s
-        told = [""] * 8
+        cells = [""] * 8
         if rounds is not None:
-            told = [
+            cells = [
                 number(rounds.alpha), number(rounds.tau), number(rounds.mean_gamma, 1),
                 share(rounds.hit_rate), share(rounds.draft_wait_share),
                 number(1e3 * rounds.target_step_s, 1), number(rounds.limit_tokens_per_s, 1),
@@ -238,7 +252,7 @@ def _table(results: list[Result]) -> Table:
         is_plain = result.name.startswith("plain")
         shown.add_row(
             result.name, number(rate.median, 1), spread,
-            times(result.speed_up, is_goal=not is_plain), *told, _outputs(result),
+            times(result.speed_up, is_goal=not is_plain), *cells, _outputs(result),
         )  # fmt: skip
     return shown
 
@@ -259,23 +273,32 @@ def _goals(results: list[Result]) -> list[Goal]:
     rounds = full.rounds
     assert rounds is not None
     goals = [
-        Goal("greedy, γ chosen: over plain (P2, α 0.8)", 2.5, full.speed_up, pair="p2"),
+        Goal("greedy, adaptive γ: over plain (P2, α 0.8)", 2.5, full.speed_up, pair="p2"),
         Goal(
-            "greedy, γ chosen: share of the limit τ / T_target", 0.95, rounds.limit_share, pair="p2"
+            "greedy, adaptive γ: share of the limit τ / T_target",
+            0.95,
+            rounds.limit_share,
+            pair="p2",
         ),
-        Goal("greedy: waiting for drafts", 0.03, rounds.draft_wait_share, is_most=True, pair="p2"),
+        Goal(
+            "greedy: share of time waiting for drafts",
+            0.03,
+            rounds.draft_wait_share,
+            is_most=True,
+            pair="p2",
+        ),
     ]
     for result in results:
         if result.temperature > 0 and result.name.startswith("full"):
             text = f"{result.name}: over plain, at least as greedy"
             goals.append(Goal(text, full.speed_up, result.speed_up))
-    theirs = [result for result in results if result.is_peer]
-    if theirs:
-        best = max(r.tokens_per_s.median for r in theirs)
-        alone = [r.tokens_per_s.median for r in theirs if r.name.endswith("plain, 1 core")]
+    peer_results = [result for result in results if result.is_peer]
+    if peer_results:
+        best = max(r.tokens_per_s.median for r in peer_results)
+        alone = [r.tokens_per_s.median for r in peer_results if r.name.endswith("plain, 1 core")]
         if alone:
             gain = plain.tokens_per_s.median / alone[0]
-            goals.append(Goal("plain over the peer's, one core", 1.5, gain, pair="p2"))
+            goals.append(Goal("plain over plain of the peer, one core", 1.5, gain, pair="p2"))
         gain = full.tokens_per_s.median / best
-        goals.append(Goal("speculative over the peer's best of all", 2.5, gain, pair="p2"))
+        goals.append(Goal("speculative over the best of the peer", 2.5, gain, pair="p2"))
     return goals

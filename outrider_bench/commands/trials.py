@@ -1,7 +1,4 @@
-"""The trials of `outrider bench scaling`: which tiers and loads, what arithmetic expects of them.
-
-Owns the points, their arithmetic, table and plot. Pure; runs nothing.
-"""
+"""Trials of `outrider bench scaling`: tiers, loads, expected gains, table, plot. Pure functions."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from outrider_bench.measuring.plots import Panel
     from outrider_bench.measuring.summary import Rounds
 
-# Tokens that a pass reads along while it waits for the weights, and those that double its time.
+# Tokens up to which a pass costs the same (bound by memory), and tokens that double its time.
 _TARGET_TOKENS = (64, 256)
 _DRAFT_TOKENS = (16, 64)
 _MAX_GAMMA = 16
@@ -28,7 +25,7 @@ _MAX_GAMMA = 16
 
 @dataclass(frozen=True)
 class Trial:
-    """One point. `num_drafts` 0: plain decoding. `round_trip_ms` is the draft link's."""
+    """One point. `num_drafts` 0: plain decoding. `round_trip_ms`: network to the draft and back."""
 
     ratio: float
     alpha: float
@@ -44,7 +41,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Run:
-    """A trial once. `busy`: shares of time, of each replica by name. Rows are the target's."""
+    """One repetition of a trial. `busy`: share of time in a pass, of each replica by name.
+
+    `rows_per_pass`: verify requests per target pass.
+    """
 
     blocks: list[Block]
     busy: dict[str, float]
@@ -56,16 +56,16 @@ class Run:
 
     @property
     def draft_busy(self) -> float:
-        """Mean over the replicas; 0 without."""
+        """Mean over the draft replicas; 0 without any."""
         shares = [share for name, share in self.busy.items() if name != "target"]
         return statistics.fmean(shares) if shares else 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row. Ratios are over plain decoding of as many sessions.
+    """A table row. Ratios are relative to plain decoding of the same number of sessions.
 
-    `hidden` and `in_turn` are what arithmetic expects.
+    `hidden` and `in_turn` are the expected gains of `expected_gain`.
     """
 
     trial: Trial
@@ -80,9 +80,9 @@ class Outcome:
 
 
 def simulated_tiers(pass_ms: float, ratio: float, alpha: float) -> tuple[Simulation, Simulation]:
-    """Target and draft: passes as long as the weights take to read, until arithmetic takes longer.
+    """Simulated target and draft: passes are memory-bound for few tokens, compute-bound for many.
 
-    The draft's device is the smaller one: it is full at a quarter of the tokens.
+    The draft's device is smaller: it is compute-bound at a quarter of the tokens.
     """
 
     def steps(ms: float, tokens: tuple[int, int]) -> tuple[tuple[int, float], ...]:
@@ -94,11 +94,11 @@ def simulated_tiers(pass_ms: float, ratio: float, alpha: float) -> tuple[Simulat
 
 
 def expected_gain(pass_ms: float, trial: Trial, *, is_hidden: bool) -> float:
-    """Over plain decoding, at the γ that gives the most.
+    """Expected gain over plain decoding, at the best γ.
 
-    Hidden: every round's block has been drafted during the pass before it, one likeliest chain for
-    each session; its γ tokens and the guess that it starts from are γ + 1 steps. In
-    turn: γ steps and the round trip between passes.
+    Hidden: each proposal is drafted during the previous pass, one chain per session. It takes γ + 1
+    steps: γ tokens, and the guess of the token that it starts from. Not hidden: γ steps and the
+    round trip between two passes.
     """
     target, draft = (tier.costs for tier in simulated_tiers(pass_ms, trial.ratio, trial.alpha))
     num = trial.num_sessions
@@ -143,14 +143,14 @@ def summarised(pass_ms: float, runs: dict[Trial, list[Run]]) -> list[Outcome]:
 
 
 def result(outcome: Outcome) -> dict[str, Any]:
-    """For the JSON document."""
-    told = asdict(outcome)
-    point: dict[str, Any] = told.pop("trial")
-    return point | told
+    """Entry of the JSON document."""
+    entry = asdict(outcome)
+    point: dict[str, Any] = entry.pop("trial")
+    return point | entry
 
 
 def panels(outcomes: Sequence[Outcome]) -> list[Panel]:
-    """The gain at each round trip, and how busy the drafts are at the first; of the highest α."""
+    """Gain at each round trip, and utilization of the drafts at the first; for the highest α."""
     from outrider_bench.measuring.plots import Line, Panel
 
     alpha = max(outcome.trial.alpha for outcome in outcomes)
@@ -184,10 +184,19 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
+    """Table with a row for each outcome."""
     from outrider_bench.measuring import show
 
-    columns = ("α, c, drafts", "sessions", "trip ms", "tokens/s", "over plain", "hidden", "in turn")
-    seen = ("γ", "τ", "hits", "waits", "target busy", "drafts busy", "rows")
+    columns = (
+        "α, c, drafts",
+        "sessions",
+        "RTT ms",
+        "tokens/s",
+        "over plain",
+        "hidden",
+        "sequential",
+    )
+    seen = ("γ", "τ", "hits", "waiting", "target busy", "drafts busy", "requests/pass")
     shown = show.table("draft replicas for one target", (*columns, *seen))
     for outcome in outcomes:
         trial, rounds = outcome.trial, outcome.rounds

@@ -1,7 +1,7 @@
-"""`outrider bench twin`: a real system and its simulation, side by side.
+"""`outrider bench twin`: compares a real system with its simulation.
 
-Measures a pair, tells a simulation what its passes cost and how often its draft tokens stood, and
-compares rounds and tokens/s. Owns that translation and the table.
+Measures the costs of passes and the acceptance of a real pair, simulates a pair with the same costs
+and acceptance, and compares rounds and tokens/s.
 """
 
 from __future__ import annotations
@@ -31,25 +31,28 @@ if TYPE_CHECKING:
     from outrider_bench.measuring.workload import Variant
 
 _NUM_WARM_UP_TOKENS = 48
-# Of the outputs that tell how often draft tokens stand.
-_MOST_TRIES = 8
-# The simulation is worth its while if it is this near.
-_MOST_OFF = 0.10
+# Attempts to measure the acceptance of draft tokens.
+_MAX_TRIES = 8
+# Goal: largest relative error of the simulated tokens/s.
+_MAX_OFF = 0.10
 
 
 @dataclass(frozen=True)
 class TwinOptions(BenchOptions):
-    gamma: Annotated[int, typer.Option(min=1, help="Of the variants with a fixed γ.")] = 4
-    streams: Annotated[str, typer.Option(help="At a time: 1,4.")] = "1,4"
+    """Flags of `outrider bench twin`."""
+
+    gamma: Annotated[int, typer.Option(min=1, help="γ of the variants with a fixed γ.")] = 4
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent streams: 1,4.")] = "1,4"
     ranks: Annotated[
-        str, typer.Option(help="Where a draft token falls: chances of its other choices.")
+        str,
+        typer.Option(help="On rejection: probabilities of the draft's second, third, … choice."),
     ] = "0.6/0.2/0.1"
-    name: Annotated[str, typer.Option(help="Of the files.")] = "twin"
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "twin"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A row. `off`: of the simulation's tokens/s, from the real ones."""
+    """A table row. `off`: relative error of the simulated tokens/s."""
 
     variant: str
     num_streams: int
@@ -62,13 +65,15 @@ class Compared:
 
 @takes(TwinOptions)
 def twin(options: TwinOptions) -> None:
-    """A pair of models beside a simulation that is told their costs and acceptance."""
+    """Compare a model pair with a simulation of the same costs and acceptance."""
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import bench_console, finish, reporting
 
     if options.is_simulated or options.simulate_draft:
-        raise ConfigError("--simulate-target, --simulate-draft: this command finds them itself")
+        raise ConfigError(
+            "--simulate-target, --simulate-draft: not allowed: this command measures real models"
+        )
     options = options.with_quick_defaults(streams="1")
     console, document = bench_console(), Document(options.name, options)
     rows = run(_measure(options, console, document))
@@ -80,7 +85,7 @@ def twin(options: TwinOptions) -> None:
 
 
 def variants(gamma: int) -> list[Variant]:
-    """In turn, ahead by one outcome, as served; and plain."""
+    """Plain, sequential, drafting ahead one branch, and the server's default."""
     from outrider_bench.measuring.workload import Variant, adaptive, plain
 
     return [
@@ -100,16 +105,18 @@ async def _measure(options: TwinOptions, console: Console, document: Document) -
     async with measured_system(options, console) as real:
         real.require_draft()
         document.about(real)
-        stood = await _stood(real, ways[1], options)
+        acceptance = await _acceptance(real, ways[1], options)
         num_steps = 2 * options.repetitions * len(counts) * len(ways)
         with progress(console, num_steps, document, rows) as step:
             for num in counts:
                 for way in ways:
-                    await _block(real, way, num, options, 0)  # what passes cost when it is so
-                    told = await _told(real, options, stood)
+                    await _block(
+                        real, way, num, options, 0
+                    )  # measures the costs of passes under this load
+                    simulation_options = await _simulation_options(real, options, acceptance)
                     logs = options.out / "logs" / "twin"
                     async with measured_system(
-                        told, console, lambda _: real.layout, log_dir=logs
+                        simulation_options, console, lambda _: real.layout, log_dir=logs
                     ) as simulated:
                         rows.append(
                             await _compared((real, simulated), way, num, options, document, step)
@@ -125,7 +132,7 @@ async def _compared(
     document: Document,
     step: Step,
 ) -> Compared:
-    """The real system and its simulation, in turn."""
+    """Runs the real system and its simulation alternately."""
     from outrider_bench.measuring.summary import Rounds
 
     blocks: tuple[list[Block], list[Block]] = ([], [])
@@ -136,8 +143,8 @@ async def _compared(
             document.samples.append({"is_real": system is systems[0]} | own[-1].to_dict())
     rate, simulated_rate = (statistics.median(b.tokens_per_s for b in own) for own in blocks)
     real, simulated = (Rounds.of(s for b in own for s in b.samples) for own in blocks)
-    assert real is not None, "the orchestrator tells of every output"
-    assert simulated is not None, "and the other one too"
+    assert real is not None, "the orchestrator reports statistics of every output"
+    assert simulated is not None, "the simulated one too"
     off = simulated_rate / rate - 1
     return Compared(way.name, num_streams, rate, simulated_rate, off, real, simulated)
 
@@ -145,7 +152,7 @@ async def _compared(
 async def _block(
     system: System, way: Variant, num_streams: int, options: TwinOptions, repetition: int
 ) -> Block:
-    """Every prompt once for each stream, after a warm-up."""
+    """Runs every prompt, at least one per stream, after a warm-up."""
     from outrider_bench.measuring.load import Work, run_block
 
     def works(num: int, max_tokens: int) -> list[Work]:
@@ -158,10 +165,10 @@ async def _block(
     return await run_block(system, works(num, options.max_tokens), num_streams)
 
 
-async def _stood(real: System, way: Variant, options: TwinOptions) -> tuple[float, ...]:
-    """Its survival; on a busy machine a draft may be late in all rounds of an output, or of two."""
+async def _acceptance(real: System, way: Variant, options: TwinOptions) -> tuple[float, ...]:
+    """Acceptance by position. Retries if the draft was late in all rounds (busy machine)."""
     blocks = [await _block(real, way, 1, options, 0)]
-    while not _has_drafts(blocks[-1]) and len(blocks) < _MOST_TRIES:
+    while not _has_drafts(blocks[-1]) and len(blocks) < _MAX_TRIES:
         blocks.append(await _block(real, way, 1, options, 0))
     return survival(blocks[-1])
 
@@ -170,8 +177,10 @@ def _has_drafts(block: Block) -> bool:
     return any(s.stats is not None and s.stats.num_draft_tokens for s in block.samples)
 
 
-async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) -> TwinOptions:
-    """The simulation of what the tiers say of their passes now."""
+async def _simulation_options(
+    real: System, options: TwinOptions, acceptance: tuple[float, ...]
+) -> TwinOptions:
+    """Options that simulate the pass costs which the tiers report now."""
     from outrider.runtime.protobuf import costs_from_proto
     from outrider_bench.measuring.tiers import draft_info, target_info
 
@@ -184,7 +193,7 @@ async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) ->
     }
     ranks = tuple(parse_list(options.ranks.replace("/", ","), "--ranks", float))
     guess = Simulation(
-        step_ms=_steps(draft), row_ms=_ms(draft.row_s), survival=stood, ranks=ranks, **shared
+        step_ms=_steps(draft), row_ms=_ms(draft.row_s), survival=acceptance, ranks=ranks, **shared
     )
     truth = Simulation(step_ms=_steps(target), row_ms=_ms(target.row_s), **shared)
     return replace(
@@ -198,19 +207,21 @@ async def _told(real: System, options: TwinOptions, stood: tuple[float, ...]) ->
 
 
 def survival(block: Block) -> tuple[float, ...]:
-    """Chance of each position's draft token, if those before it stood.
+    """Acceptance probability of the draft token at each position, if all before it were accepted.
 
-    Of the rounds that had one there: the last ones of an output have fewer. Raises ConfigError
-    where no round had draft tokens.
+    Counts the rounds that had a draft token at the position; the last rounds of an output have
+    fewer. Raises ConfigError if no round had draft tokens.
     """
     stats = [sample.stats for sample in block.samples if sample.stats is not None]
     reached = [1.0]
     for position in range(max(len(s.num_accepted_tokens_per_pos) for s in stats) if stats else 0):
         num_had = sum(sum(s.num_rounds_per_gamma[position + 1 :]) for s in stats)
-        num_stood = sum(sum(s.num_accepted_tokens_per_pos[position : position + 1]) for s in stats)
-        reached.append(num_stood / num_had)
+        num_accepted = sum(
+            sum(s.num_accepted_tokens_per_pos[position : position + 1]) for s in stats
+        )
+        reached.append(num_accepted / num_had)
     if len(reached) == 1:
-        raise ConfigError("--draft: it was never in time; there is nothing to tell a simulation")
+        raise ConfigError("--draft: no draft token was in time; the acceptance is unknown")
     return tuple(round(min(1.0, b / a), 4) for a, b in pairwise(reached) if a)
 
 
@@ -228,7 +239,12 @@ def _goals(rows: Sequence[Compared]) -> list[Goal]:
     from outrider_bench.measuring.document import Goal
 
     return [
-        Goal(f"{row.num_streams} × {row.variant}: off", _MOST_OFF, abs(row.off), is_most=True)
+        Goal(
+            f"{row.num_streams} × {row.variant}: relative error",
+            _MAX_OFF,
+            abs(row.off),
+            is_most=True,
+        )
         for row in rows
     ]
 
@@ -236,8 +252,18 @@ def _goals(rows: Sequence[Compared]) -> list[Goal]:
 def _table(rows: Sequence[Compared]) -> Table:
     from outrider_bench.measuring.show import number, share, table
 
-    columns = ("", "streams", "tokens/s", "simulated", "off", "α", "tokens a round", "hits", "γ")
-    shown = table("a system and its simulation (real · simulated)", columns)
+    columns = (
+        "variant",
+        "streams",
+        "tokens/s",
+        "simulated",
+        "error",
+        "α",
+        "tokens/round",
+        "hits",
+        "γ",
+    )
+    shown = table("system and simulation (real · simulated)", columns)
     for row in rows:
         a, b = row.real, row.simulated
         shown.add_row(

@@ -1,6 +1,6 @@
-"""`outrider bench wire`: what speculation costs on the internal links, in bytes a token.
+"""`outrider bench wire`: bytes per token on the internal connections, by verification method.
 
-Owns the comparison; the bytes are counted by the orchestrator, link by link.
+The orchestrator counts the bytes of each connection.
 """
 
 from __future__ import annotations
@@ -33,45 +33,46 @@ if TYPE_CHECKING:
 TEXT_PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 _NUM_PROMPT_IDS = 16
 _TEMPERATURES = (0.0, 1.0)
-# Bytes depend on the vocabulary and on α, not on what a pass costs.
+# Bytes depend on the vocabulary and on α, not on the cost of a pass.
 _PAIR_SIZE = "tiny"
-# Instead of a search for some acceptance: it is much the same at every vocabulary.
+# Fixed, to skip the search; α is about the same at every vocabulary.
 _EPSILON = 0.2
 _KV_TOKENS = 16_384
-# Bytes are counted, not time: every round is to have its draft.
+# Long, so that every round has its draft: bytes are measured, not time.
 _DRAFT_WAIT_MS = 20_000.0
-# float32: what travels for each draft token where whole distributions are sent.
+# float32, for comparison with sending the whole distribution of each draft token.
 _BYTES_PER_PROBABILITY = 4
 
 
 @dataclass(frozen=True)
 class WireOptions:
+    """Flags of `outrider bench wire`."""
+
     endpoint: Annotated[
-        str | None, typer.Option(help="host:port of a running orchestrator. Default: its own.")
+        str | None,
+        typer.Option(help="host:port of a running orchestrator. Default: start a system."),
     ] = None
     vocab_sizes: Annotated[
         str | None,
-        typer.Option(help="Random model pairs with these vocabularies: 4096,32768,131072."),
+        typer.Option(help="Vocabulary sizes of random model pairs: 4096,32768,131072."),
     ] = None
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128
-    runs: Annotated[int, typer.Option(min=1, help="Outputs for each line.")] = 3
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per output.")] = 128
+    runs: Annotated[int, typer.Option(min=1, help="Outputs per table row.")] = 3
     gamma: Annotated[int, typer.Option(min=1, help="Draft tokens per round.")] = 5
     lookahead: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Rounds ahead: what is not used travels too. Default: the service's."
-        ),
+        typer.Option(min=0, help="Rounds drafted ahead. Default: the server's."),
     ] = None
     fan_out: Annotated[
         int | None,
-        typer.Option(min=1, help="Outcomes ahead: all but one in vain. Default: the service's."),
+        typer.Option(min=1, help="Branches drafted ahead. Default: the server's."),
     ] = None
-    json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print only a JSON object.")] = False
 
 
 @dataclass(frozen=True)
 class WireCost:
-    """Bytes on each link, both ways, per emitted token; the prompt's and all frames' included."""
+    """Bytes per emitted token on each connection, both ways, including prompts and framing."""
 
     vocab_size: int
     method: str
@@ -85,26 +86,26 @@ class WireCost:
 
 @dataclass
 class WireCosts:
-    """The results so far. `stopped` as of a Report."""
+    """Results so far. `stopped`: see `Report`."""
 
     costs: list[WireCost] = field(default_factory=list)
     stopped: Signalled | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, under the names of the other benchmarks' files."""
+        """JSON report, with the keys of the other benchmarks."""
         results = [asdict(cost) for cost in self.costs]
         return {"benchmark": "wire", "is_cut": self.stopped is not None, "results": results}
 
 
 @takes(WireOptions)
 def wire(options: WireOptions) -> None:
-    """Bytes per token between orchestrator, draft and target, by verification method."""
+    """Measure bytes per token between orchestrator, draft and target, by verification method."""
     from rich.console import Console
 
     from outrider.cli.running import run
 
     if options.endpoint and options.vocab_sizes:
-        raise ConfigError("--vocab-sizes: not with --endpoint, whose models are what they are")
+        raise ConfigError("--vocab-sizes: cannot be combined with --endpoint")
     console, found = Console(stderr=options.json), WireCosts()
     run(_wire(options, console, found))
     if options.json:
@@ -132,7 +133,7 @@ async def _wire(options: WireOptions, console: Console, found: WireCosts) -> Non
 async def _served(
     options: WireOptions, vocab_size: int | None, console: Console
 ) -> AsyncIterator[Client]:
-    """A client of the orchestrator that is measured. `vocab_size`: of a pair to make for it."""
+    """Client of the measured orchestrator. `vocab_size`: makes a random pair; None: no pair."""
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
     from outrider.client.client import connected
@@ -174,10 +175,10 @@ async def _random_pair(directory: Path, vocab_size: int, console: Console) -> di
 async def _measure_all(
     client: Client, options: WireOptions, costs: list[WireCost], step: Step
 ) -> None:
-    """Adds to `costs`."""
+    """Appends to `costs`."""
     info = await client.model_info()
     if not info.HasField("draft"):
-        raise ConfigError("bench wire: no draft is connected, so there is nothing to compare")
+        raise ConfigError("bench wire: no draft is connected; this benchmark needs one")
     for temperature in _TEMPERATURES:
         for method in Method:
             step(f"{info.target.vocab_size:,} tokens: {method} at temperature {temperature:g}")
@@ -195,14 +196,14 @@ async def _measure(
     num_tokens = sum(len(output.token_ids) for output in outputs)
     num_rejected = sum(s.num_rejected_tokens for s in stats)
     num_accepted = sum(s.num_accepted_tokens for s in stats)
-    num_judged = num_accepted + num_rejected
+    num_compared = num_accepted + num_rejected
     return WireCost(
         vocab_size=target.vocab_size,
         method=method.value,
         temperature=temperature,
         gamma=options.gamma,
         num_tokens=num_tokens,
-        acceptance_rate=num_accepted / num_judged if num_judged else None,
+        acceptance_rate=num_accepted / num_compared if num_compared else None,
         draft_bytes_per_token=sum(s.draft_wire_bytes for s in stats) / num_tokens,
         target_bytes_per_token=sum(s.target_wire_bytes for s in stats) / num_tokens,
     )
@@ -225,7 +226,7 @@ def _request(
     request.sampling.ignore_eos = True
     if target.tokenizer_fingerprint and target.architecture != "simulated":
         request.text = TEXT_PROMPT
-    else:  # 7919 is prime: ids from all over the vocabulary, the same each time
+    else:  # 7919 is prime: the ids are spread over the vocabulary and reproducible
         ids = [(1 + i + seed) * 7919 % target.vocab_size for i in range(_NUM_PROMPT_IDS)]
         request.token_ids.ids.extend(ids)
     return request
@@ -234,10 +235,10 @@ def _request(
 def _table(costs: list[WireCost]) -> Table:
     from rich.table import Table
 
-    table = Table(title="bytes per emitted token on the internal links", show_edge=False)
+    table = Table(title="bytes per emitted token on the internal connections", show_edge=False)
     for name in ("vocabulary", "temp.", "verification", "α", "draft", "target"):
         table.add_column(name, justify="left" if name == "verification" else "right")
-    table.add_column("whole law", justify="right", style="dim")
+    table.add_column("full distribution", justify="right", style="dim")
     previous = None
     for cost in costs:
         if previous not in (None, cost.vocab_size):

@@ -111,12 +111,8 @@ class _Steps:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        known = self._left_s is not None
-        text = (
-            f"about {duration(self._left_s or 0)}"
-            if known
-            else "duration estimated after the first steps"
-        )
+        left = self._left()
+        text = "duration estimated after the first steps" if left is None else f"about {left}"
         _note(
             self._console,
             f"{self._num_steps} steps, {text}; Ctrl-C reports the results so far",

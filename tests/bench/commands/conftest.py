@@ -1,4 +1,4 @@
-"""The models and the running system of the tests of the command line."""
+"""Fixtures of the command-line tests: models and a running system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outrider bench` as users run it: every command's smoke test, and the files it leaves."""
+"""Smoke tests of the `outrider bench` commands, the files they write, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.cli.processes import interrupted, run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-# Where it is not models that matter: their programs start in a third of the time.
+# Simulated tiers start in a third of the time of models.
 SIMULATED = ("--simulate-target=step_ms=5", "--simulate-draft=step_ms=0.5,survival=0.8")
 
 
 def bench(name: str, out: Path, *arguments: str, file: str | None = None) -> dict[str, Any]:
-    """The document of a quick run, its plot checked to be one."""
+    """Runs a command with --quick, checks its plot and returns its JSON document."""
     ended = run("bench", name, "--quick", f"--out={out}", *arguments)
     assert ended.returncode == 0, ended.stderr
     document: dict[str, Any] = json.loads((out / f"{file or name}.json").read_text("utf-8"))
@@ -30,20 +30,22 @@ def bench(name: str, out: Path, *arguments: str, file: str | None = None) -> dic
     return document
 
 
-def test_speed_compares_ways_of_the_same_output(target: Path, draft: Path, tmp_path: Path) -> None:
-    """Ours and the peer's, token for token; in float32."""
+def test_speed_variants_and_peer_generate_the_same_tokens(
+    target: Path, draft: Path, tmp_path: Path
+) -> None:
+    """In float32, the outputs of Outrider and of the peer are equal token for token."""
     models = (f"--target={target}", f"--draft={draft}")
-    told = bench("speed", tmp_path, *models, "--peer=huggingface", "--temperature=1")
-    results = {result["name"]: result for result in told["results"]}
+    document = bench("speed", tmp_path, *models, "--peer=huggingface", "--temperature=1")
+    results = {result["name"]: result for result in document["results"]}
     assert {"plain", "sequential", "chain", "full", "γ 2", "HF plain, 1 core"} <= results.keys()
     assert {"plain T 1", "full T 1 coupled", "HF assisted default, 1 core"} <= results.keys()
-    assert all(not result["num_different"] for result in told["results"])
+    assert all(not result["num_different"] for result in document["results"])
     assert results["plain"]["speed_up"] == 1
     assert results["full"]["rounds"]["target_step_s"] > 0
-    assert told["cores"]["target"] != told["cores"]["draft"]
+    assert document["cores"]["target"] != document["cores"]["draft"]
 
 
-def test_speed_explains_the_choice_of_gamma(tmp_path: Path) -> None:
+def test_speed_explain_gamma_prints_the_decision(tmp_path: Path) -> None:
     flags = ("--quick", "--gammas=", "--explain-gamma", f"--out={tmp_path}")
     ended = run("bench", "speed", *flags, *SIMULATED)
     assert ended.returncode == 0, ended.stderr
@@ -51,21 +53,23 @@ def test_speed_explains_the_choice_of_gamma(tmp_path: Path) -> None:
     assert "draft step" in ended.stdout
 
 
-def test_concurrency_runs_every_number_of_streams_each_way(tmp_path: Path) -> None:
-    told = bench("concurrency", tmp_path, "--gammas=2", *SIMULATED)
-    ways = [(result["num_streams"], result["variant"]) for result in told["results"]]
-    assert ways == [(num, way) for num in (1, 2) for way in ("plain", "full", "γ 2")]
-    assert all(result["over_plain"] > 0 for result in told["results"])
+def test_concurrency_runs_every_variant_with_every_number_of_streams(tmp_path: Path) -> None:
+    document = bench("concurrency", tmp_path, "--gammas=2", *SIMULATED)
+    rows = [(result["num_streams"], result["variant"]) for result in document["results"]]
+    assert rows == [(num, variant) for num in (1, 2) for variant in ("plain", "full", "γ 2")]
+    assert all(result["over_plain"] > 0 for result in document["results"])
 
 
-def test_delay_compares_with_none(tmp_path: Path) -> None:
-    told = bench("delay", tmp_path, *SIMULATED)
-    rows = {(result["variant"], result["delay_ms"]): result for result in told["results"]}
+def test_delay_reports_the_loss_relative_to_no_delay(tmp_path: Path) -> None:
+    document = bench("delay", tmp_path, *SIMULATED)
+    rows = {(result["variant"], result["delay_ms"]): result for result in document["results"]}
     assert rows["full", 0]["lost"] == 0
     assert rows["ahead 1, fan 1", 5]["lost"] is not None
 
 
-def test_a_twin_is_told_what_the_pair_did(target: Path, draft: Path, tmp_path: Path) -> None:
+def test_twin_compares_every_variant_with_its_simulation(
+    target: Path, draft: Path, tmp_path: Path
+) -> None:
     models = (f"--target={target}", f"--draft={draft}", "--max-tokens=24")
     ended = run("bench", "twin", "--quick", f"--out={tmp_path}", *models)
     assert ended.returncode == 0, ended.stderr
@@ -74,21 +78,20 @@ def test_a_twin_is_told_what_the_pair_did(target: Path, draft: Path, tmp_path: P
     assert all(row["simulated_tokens_per_s"] > 0 for row in rows)
 
 
-def test_rounds_reads_the_orchestrators_own_time(tmp_path: Path) -> None:
-    told = bench("rounds", tmp_path, "--max-tokens=64")
-    assert [result["num_streams"] for result in told["results"]] == [1, 4]
-    for result in told["results"]:
+def test_rounds_reports_cpu_and_memory_of_the_orchestrator(tmp_path: Path) -> None:
+    document = bench("rounds", tmp_path, "--max-tokens=64")
+    assert [result["num_streams"] for result in document["results"]] == [1, 4]
+    for result in document["results"]:
         assert result["cpu_us_mean"] > 0
         assert result["memory_bytes"] > 1e6
         assert result["num_windows"] >= 1
 
 
 @pytest.mark.parametrize("over", ["context"])
-def test_growth(over: str, tmp_path: Path) -> None:
-    """Two points of each."""
-    told = bench("growth", tmp_path, f"--over={over}", *SIMULATED, file=f"growth-{over}")
-    assert len({result["value"] for result in told["results"]}) == 2
-    assert all(result["tokens_per_s"] > 0 for result in told["results"])
+def test_growth_has_a_result_for_every_point(over: str, tmp_path: Path) -> None:
+    document = bench("growth", tmp_path, f"--over={over}", *SIMULATED, file=f"growth-{over}")
+    assert len({result["value"] for result in document["results"]}) == 2
+    assert all(result["tokens_per_s"] > 0 for result in document["results"])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_growth(over: str, tmp_path: Path) -> None:
         (("speed", "--peer=huggingface", "--inflate=20M"), "--peer"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(
+def test_invalid_options_are_rejected_with_the_flag_name(
     arguments: tuple[str, ...], flag: str, tmp_path: Path
 ) -> None:
     name, *rest = arguments
@@ -112,29 +115,33 @@ def test_what_makes_no_sense_is_refused_by_name(
 @pytest.mark.parametrize(
     ("words", "until", "title"),
     [
-        (("speed", "--max-tokens=4"), "14/", "one stream"),
+        (("speed", "--max-tokens=4"), "14/", "tokens/s of one stream"),
         (("speed", "--max-tokens=4", "--explain-gamma"), "14/", "◀ chosen"),
-        (("concurrency", "--streams=1,2", "--max-tokens=4"), "8/", "many streams"),
+        (
+            ("concurrency", "--streams=1,2", "--max-tokens=4"),
+            "8/",
+            "total tokens/s of concurrent streams",
+        ),
         (("delay", "--delays=0", "--ahead=1x1", "--max-tokens=4"), "5/", "delay"),
         (("growth", "--points=8", "--max-tokens=4"), "5/", "tokens of context"),
         (("rounds", "--streams=2", "--max-tokens=400"), "4/", "the orchestrator"),
-        (("speed", "--max-tokens=4"), "8/", "one stream"),
+        (("speed", "--max-tokens=4"), "8/", "tokens/s of one stream"),
     ],
 )
-def test_ctrl_c_reports_what_there_is(
+def test_ctrl_c_reports_the_results_so_far(
     words: tuple[str, ...], until: str, title: str, tmp_path: Path
 ) -> None:
-    """The time is said first; a signal ends the measuring, not the report."""
+    """The expected duration is printed first; a signal ends the measurement, not the report."""
     flags = ("--repetitions=500", f"--out={tmp_path}")
     ended = interrupted("bench", *words, *flags, *SIMULATED, at=until)
-    said = ended.stdout
-    assert ended.returncode == 128 + signal.SIGINT, said
-    assert "Ctrl-C reports the results so far" in said
-    assert "the remaining steps take about" in said
-    assert " left)" in said
-    assert f"stopped in step {until.rstrip('/')} of" in said
-    assert title in said
-    assert "Traceback" not in said
+    output = ended.stdout
+    assert ended.returncode == 128 + signal.SIGINT, output
+    assert "Ctrl-C reports the results so far" in output
+    assert "the remaining steps take about" in output
+    assert " left)" in output
+    assert f"stopped in step {until.rstrip('/')} of" in output
+    assert title in output
+    assert "Traceback" not in output
     (path,) = tmp_path.glob("*.json")
     written = json.loads(path.read_text("utf-8"))
     assert written["is_cut"]
@@ -142,15 +149,15 @@ def test_ctrl_c_reports_what_there_is(
     assert written["goals"] == []
 
 
-def test_ctrl_c_before_the_first_result_says_so(tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_result_reports_that_nothing_was_measured(tmp_path: Path) -> None:
     ended = interrupted("bench", "speed", f"--out={tmp_path}", *SIMULATED, at="1/")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "stopped in step 1 of" in ended.stdout
     assert "nothing has been measured" in ended.stdout
 
 
-def test_ctrl_c_in_attacks_keeps_the_phases_before(tmp_path: Path) -> None:
-    """The time is known beforehand: phases last as long as is asked."""
+def test_ctrl_c_in_attacks_reports_the_completed_phases(tmp_path: Path) -> None:
+    """The duration is known beforehand: each phase lasts --seconds."""
     flags = ("--attacks=unread", "--clients=5", "--seconds=1", f"--out={tmp_path}")
     ended = interrupted("bench", "attacks", *flags, at="2/3 ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
@@ -166,35 +173,35 @@ def test_ctrl_c_in_explain_gamma_explains_the_warm_up() -> None:
     assert "2 steps, " in ended.stdout
     assert "the remaining steps take about" in ended.stdout
     assert "◀ chosen" in ended.stdout
-    assert "this is the warm-up's choice" in ended.stdout
+    assert "this is the choice of the warm-up output" in ended.stdout
 
 
-def test_ctrl_c_in_wire_reports_what_there_is() -> None:
+def test_ctrl_c_in_wire_reports_the_results_so_far() -> None:
     ended = interrupted("bench", "wire", "--runs=1", "--max-tokens=8", "--json", at="3/6 ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "6 steps, " in ended.stdout
     assert "the remaining steps take about" in ended.stdout
     assert "stopped in step 3 of 6" in ended.stdout
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["is_cut"]
-    assert len(told["results"]) == 2
+    document = json.loads(ended.stdout.splitlines()[-1])
+    assert document["is_cut"]
+    assert len(document["results"]) == 2
 
 
-def test_ctrl_c_in_a_demo_compares_what_there_is() -> None:
+def test_ctrl_c_in_demo_compares_the_outputs_so_far() -> None:
     flags = ("--inflate=0", "--rounds=500", "--seconds=500", "--max-tokens=32")
     ended = interrupted("demo", *flags, at="about 500 s more")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
-    assert "stopped: this compares the outputs before" in ended.stdout
+    assert "stopped: compares the outputs so far" in ended.stdout
     assert "speculative" in ended.stdout
     assert "identical token for token" in ended.stdout
 
 
-def test_ctrl_c_in_making_a_pair_reports_the_search(tmp_path: Path) -> None:
-    """Of p1 a measurement takes seconds; no whole pair is there."""
+def test_ctrl_c_in_pair_reports_the_search(tmp_path: Path) -> None:
+    """A measurement of p1 takes seconds; no pair is written."""
     ended = interrupted("bench", "pair", str(tmp_path / "p1"), at="measurement 1:")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "takes minutes; 4 to 32 measurements" in ended.stdout
     assert " left\n" in ended.stdout
     assert "stopped after " in ended.stdout
-    assert "without a search: --epsilon " in ended.stdout
+    assert "to skip the search: --epsilon " in ended.stdout
     assert not (tmp_path / "p1" / "pair.json").exists()

@@ -1,4 +1,4 @@
-"""The pieces of `outrider bench` that need no system: cores, orders, sums, the files written."""
+"""Parts of `outrider bench` that need no system: cores, order of runs, statistics, documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AFFINITY = "import os; print(sorted(os.sched_getaffinity(0)))"
 
 
 def stats(**changes: object) -> orchestrator_pb2.SpeculationStats:
-    """Of 9 tokens in 4 rounds after the prompt's: 3 with two drafts, 1 with none."""
+    """Statistics of 9 tokens: after the first round, 3 rounds with two drafts and 1 without."""
     made = orchestrator_pb2.SpeculationStats(
         num_rounds=5, num_drafts=3, num_draft_tokens=6, num_accepted_tokens=4,
         num_rejected_tokens=1, num_lookahead_hits=2, num_rounds_per_gamma=[1, 0, 3],
@@ -44,32 +44,32 @@ def stats(**changes: object) -> orchestrator_pb2.SpeculationStats:
 
 
 def sample(**changes: object) -> Sample:
-    told = stats(**changes)
-    return Sample("full", 0, 0, list(range(9)), told.tokens_per_s, 0.1, 0.9, told)
+    made = stats(**changes)
+    return Sample("full", 0, 0, list(range(9)), made.tokens_per_s, 0.1, 0.9, made)
 
 
 @pytest.mark.parametrize(
     ("text", "cpus"), [("0", {0}), ("0-0", {0}), ("0,0", {0}), ("0-1,1", {0, 1})]
 )
-def test_cores_are_named_as_by_taskset(text: str, cpus: set[int]) -> None:
+def test_cpu_lists_have_the_format_of_taskset(text: str, cpus: set[int]) -> None:
     if max(cpus) < (os.cpu_count() or 1):
         assert parse_cpus(text, "--target-cpus") == cpus
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-0", "-1", "0,", "0-", "4096"])
-def test_wrong_cores_are_named(text: str) -> None:
+def test_invalid_cpu_list_is_rejected_with_the_flag_name(text: str) -> None:
     with pytest.raises(ConfigError, match="--target-cpus"):
         parse_cpus(text, "--target-cpus")
 
 
 @pytest.mark.parametrize("text", ["", "1,", "x", "1,-2"])
-def test_wrong_lists_are_named(text: str) -> None:
+def test_invalid_list_is_rejected_with_the_flag_name(text: str) -> None:
     with pytest.raises(ConfigError, match="--streams"):
         parse_list(text, "--streams", int)
 
 
-def test_a_child_has_its_cores_from_the_start() -> None:
-    """And its parent keeps its own."""
+def test_child_process_is_pinned_from_the_start() -> None:
+    """The cores of the parent do not change."""
     before = os.sched_getaffinity(0)
     last = max(before)
     command = tied_to_this_process([sys.executable, "-c", AFFINITY], [last])
@@ -77,23 +77,23 @@ def test_a_child_has_its_cores_from_the_start() -> None:
     assert os.sched_getaffinity(0) == before
 
 
-def test_cores_that_are_not_there_end_the_child_with_a_word() -> None:
+def test_child_fails_with_a_message_if_its_core_does_not_exist() -> None:
     command = tied_to_this_process([sys.executable, "-c", AFFINITY], [1023])
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "cpus 1023: cannot be had" in ended.stderr
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two cores")
-def test_target_and_draft_have_a_core_each() -> None:
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_pinned_layouts_give_each_tier_its_core() -> None:
     layout = core_per_tier(CoreUse.pinned)
     assert layout.target != layout.draft
     assert layout.target not in (layout.orchestrator, layout.bench)
-    alone = core_for_orchestrator(CoreUse.pinned)
-    assert alone.orchestrator not in (alone.target, alone.draft, alone.bench)
+    layout = core_for_orchestrator(CoreUse.pinned)
+    assert layout.orchestrator not in (layout.target, layout.draft, layout.bench)
 
 
-def test_this_process_gets_its_cores_back() -> None:
+def test_pinning_of_this_process_ends_with_the_block() -> None:
     before = os.sched_getaffinity(0)
     if len(before) > 1:
         with core_per_tier(CoreUse.pinned).pins_this_process():
@@ -103,7 +103,7 @@ def test_this_process_gets_its_cores_back() -> None:
     assert os.sched_getaffinity(0) == before
 
 
-def test_the_order_turns_round_with_every_repetition() -> None:
+def test_interleaved_reverses_every_second_repetition() -> None:
     assert list(interleaved("abc", 2)) == [
         (0, "a"),
         (0, "b"),
@@ -114,8 +114,8 @@ def test_the_order_turns_round_with_every_repetition() -> None:
     ]
 
 
-def test_sums_over_rounds() -> None:
-    """By hand: 8 tokens after the first message, at 10 a second, in 4 rounds of 0.1 s."""
+def test_statistics_over_rounds() -> None:
+    """Computed by hand: 8 tokens after the first message, 10 per second, in 4 rounds of 0.1 s."""
     rounds = Rounds.of([sample(), sample()])
     assert rounds is not None
     assert rounds.alpha == pytest.approx(4 / 5)
@@ -129,8 +129,8 @@ def test_sums_over_rounds() -> None:
     assert rounds.limit_share == pytest.approx(0.5)
 
 
-def test_the_survival_that_a_simulation_is_told() -> None:
-    """Of what stood before it, in rounds that were as long: two of ten had one draft token only."""
+def test_survival_is_conditional_on_the_previous_positions() -> None:
+    """Counts only rounds with a draft token at the position: two of ten had a single one."""
     samples = [sample(num_drafts=10), sample(num_drafts=10)]
     for one in samples:
         assert one.stats is not None
@@ -139,8 +139,8 @@ def test_the_survival_that_a_simulation_is_told() -> None:
     assert survival(Block("γ 3", 2, 0, 1.0, 1.0, samples)) == (0.8, 0.625, 0.75)
 
 
-def test_what_was_not_measured_is_none() -> None:
-    """Peers say nothing, plain decoding has no drafts."""
+def test_missing_statistics_are_none() -> None:
+    """Peers report no statistics; plain decoding has no drafts."""
     assert Rounds.of([Sample("HF", 0, 0, [1, 2], 3.0, 0.1, 0.4)]) is None
     nothing = {"num_drafts": 0, "num_accepted_tokens": 0, "num_rejected_tokens": 0}
     times = {"target_step_s": 0.0, "verify_s": 0.0, "draft_wait_s": 0.0}
@@ -151,36 +151,36 @@ def test_what_was_not_measured_is_none() -> None:
     assert (rounds.limit_tokens_per_s, rounds.limit_share) == (None, None)
 
 
-def test_a_speed_is_a_median_with_its_range() -> None:
+def test_speed_is_a_median_with_its_range() -> None:
     assert Speed.of([3.0, 1.0, 2.0]) == Speed(2.0, 1.0, 3.0)
 
 
-def test_goals() -> None:
+def test_goal_is_met() -> None:
     assert Goal("", 2.5, 2.5).is_met is True
     assert Goal("", 0.03, 0.04, is_most=True).is_met is False
     assert Goal("", 1.0, None).is_met is None
 
 
-def test_the_document_says_how_to_repeat_it(tmp_path: Path) -> None:
+def test_document_records_how_to_repeat_the_measurement(tmp_path: Path) -> None:
     document = Document("speed", BenchOptions(out=tmp_path / "new"))
     document.samples += [sample().to_dict(), sample().to_dict()]
     document.goals.append(Goal("over plain", 2.5, 2.0))
     document.write()
-    told = json.loads(document.path.read_text("utf-8"))
-    assert {"command", "date", "git_commit", "machine", "versions", "options"} <= told.keys()
-    assert told["goals"][0]["is_met"] is False
-    assert told["options"]["cores"] == "pinned"
-    assert told["samples"][0]["speculation"]["num_rounds_per_gamma"] == [1, 0, 3]
-    assert told["samples"][0]["output_digest"] == told["samples"][1]["output_digest"]
+    written = json.loads(document.path.read_text("utf-8"))
+    assert {"command", "date", "git_commit", "machine", "versions", "options"} <= written.keys()
+    assert written["goals"][0]["is_met"] is False
+    assert written["options"]["cores"] == "pinned"
+    assert written["samples"][0]["speculation"]["num_rounds_per_gamma"] == [1, 0, 3]
+    assert written["samples"][0]["output_digest"] == written["samples"][1]["output_digest"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_document_rejects_an_output_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--out"):
         Document("speed", BenchOptions(out=tmp_path / "file"))
 
 
-def test_plots_are_svg_and_the_same_for_the_same_data(tmp_path: Path) -> None:
+def test_plots_are_reproducible_svg(tmp_path: Path) -> None:
     lines = [Line("plain", [1, 2], [3.0, 4.0], [(2, 4), (3, 5)]), Line("full", [1, 2], [5.0, 6.0])]
     panels = [Panel("streams", "tokens/s", lines, is_log_x=True), Panel("x", "y", lines, level=1)]
     for name in ("a.svg", "b.svg"):
@@ -199,19 +199,19 @@ def test_cpu_time_of_another_process_grows_with_its_work() -> None:
             assert process.stdout is not None
             process.stdout.readline()
             before = cpu_seconds(process.pid)
-            # Lines may have been written already: what grows is waited for.
+            # Earlier lines may be buffered: read until the CPU time has grown.
             while cpu_seconds(process.pid) <= before:
                 process.stdout.readline()
-            now, most = memory_bytes(process.pid)
-            assert 0 < now <= most
+            now, peak = memory_bytes(process.pid)
+            assert 0 < now <= peak
         finally:
             process.kill()
     with pytest.raises(ConfigError, match="CPU time"):
         cpu_seconds(process.pid)
 
 
-def test_prompts_are_the_same_in_every_run() -> None:
-    """A function of seed and index; within the vocabulary."""
+def test_prompts_are_reproducible() -> None:
+    """Prompts depend only on seed and index; ids are within the vocabulary."""
     prompts, again = (Prompts(97, tokenizer=None, seed=3, length=16) for _ in range(2))
     assert [prompts.ids(i) for i in range(9)] == [again.ids(i) for i in range(9)]
     assert Counter(map(len, (prompts.ids(i) for i in range(9)))) == {16: 9}
@@ -219,7 +219,7 @@ def test_prompts_are_the_same_in_every_run() -> None:
     assert max(prompts.random_ids(0, 4096)) < 96
 
 
-def test_a_variant_asks_for_what_it_names() -> None:
+def test_variant_sets_the_fields_of_its_request() -> None:
     request = Variant("x", lookahead=2, fan_out=4, verification=Method.coupled).request([1], 8, 5)
     assert not request.HasField("gamma")
     assert (request.lookahead, request.fan_out) == (2, 4)
@@ -230,8 +230,8 @@ def test_a_variant_asks_for_what_it_names() -> None:
     assert fixed(3).request([1], 8, 5).draft_wait == orchestrator_pb2.DRAFT_WAIT_ALWAYS
 
 
-def test_the_choice_of_gamma_in_a_table() -> None:
-    """A row for each γ from 0, two of them marked."""
+def test_decision_table_marks_the_chosen_gammas() -> None:
+    """One row for each γ from 0; two are marked."""
     decision = orchestrator_pb2.GammaDecision(
         gamma=2, waiting_gamma=0, survival=[0.8, 0.64], target_step_s=[0.02, 0.021, 0.022],
         tokens_per_s=[50, 80, 100], waiting_tokens_per_s=[50, 40, 30],

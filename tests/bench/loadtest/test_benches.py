@@ -12,9 +12,9 @@ import pytest
 from outrider.settings.simulation import Simulation
 from outrider.v1 import draft_pb2, target_pb2
 from outrider_bench.commands.bottlenecks import REGIMES, Point, Regime, goals, panels, sizes
-from outrider_bench.commands.crowd import Crowd
-from outrider_bench.commands.crowd import goals as overload_goals
 from outrider_bench.commands.overload import OverloadOptions, at_capacity, beyond_capacity
+from outrider_bench.commands.overload_phases import PhaseResult
+from outrider_bench.commands.overload_phases import goals as overload_goals
 from outrider_bench.commands.signals import SignalsOptions, Watch, measured_point
 from outrider_bench.loadtest.driver import subject
 from outrider_bench.loadtest.records import Chunk, Record
@@ -32,33 +32,35 @@ def refused(at: float, *, after: float = 0.01) -> Record:
     return Record(0, at, 4, sent_s=at, ended_s=at + after, **told)
 
 
-def test_a_crowd_is_who_asked_after_it_had_settled() -> None:
+def test_phase_result_counts_requests_after_the_settling_time() -> None:
     records = [accepted(0.0), accepted(2.0), accepted(3.0, took=2.0), refused(1.5), refused(2.5)]
-    told = Crowd.of("overload", [*records, replace(refused(3.0), status="INTERNAL")], 2.0, 4.0, 9.0)
+    told = PhaseResult.of(
+        "overload", [*records, replace(refused(3.0), status="INTERNAL")], 2.0, 4.0, 9.0
+    )
     assert (told.num_accepted, told.num_refused, told.errors) == (2, 1, {"INTERNAL": 1})
     assert told.e2e_s == [1.0, 2.0]
     assert told.num_refused_with_hint == 1
     assert told.refused_after is not None
     assert told.refused_after.p50 == pytest.approx(0.01)
-    # Of those that ended in [2, 4): the second; of their tokens its ten, nothing of the third.
+    # Only the second request ended in [2, 4), so only its ten tokens count.
     assert told.requests_per_s == 0.5
     assert told.tokens_per_s == 5.0
 
 
 def test_goals_compare_with_the_peak() -> None:
-    at = Crowd.of("capacity", [accepted(i / 10) for i in range(40)], 0.0, 4.0)
+    at = PhaseResult.of("capacity", [accepted(i / 10) for i in range(40)], 0.0, 4.0)
     slow = [accepted(i / 10, took=1.6) for i in range(40)]
-    over = Crowd.of("overload", [*slow, *(refused(1.0) for _ in range(9))], 0.0, 4.0, 50.0)
+    over = PhaseResult.of("overload", [*slow, *(refused(1.0) for _ in range(9))], 0.0, 4.0, 50.0)
     over.deaths.append("target died")
     told = {goal.text: goal for goal in overload_goals([at, over])}
-    ratio = told["e2e p50 of the accepted, over that at capacity"]
+    ratio = told["e2e p50 of accepted requests, over that at capacity"]
     assert ratio.got == pytest.approx(1.6)
     assert ratio.is_met is False
-    assert told["tokens/s of the accepted over the peak, at its least"].got == pytest.approx(
+    assert told["minimum tokens/s over the peak"].got == pytest.approx(
         over.tokens_per_s / at.tokens_per_s
     )
-    assert told["seconds until a refusal, p99"].is_met
-    assert told["refusals that say when to come again"].got == 1.0
+    assert told["seconds until a rejection, p99"].is_met
+    assert told["rejections with a retry hint"].got == 1.0
     assert told["programs that ended"].is_met is False
     assert told["generations left open at the target"].is_met is None
 
@@ -69,10 +71,10 @@ async def test_five_times_as_many_callers(redis_url: str) -> None:
     async with simulated(redis_url, max_generations=2, max_waiting=1) as system:
         whom = await subject(system.channel)
         served = await at_capacity(options, whom, 0, 0.5)
-        capacity = Crowd.of("capacity", served.records, 0.0, 0.5)
+        capacity = PhaseResult.of("capacity", served.records, 0.0, 0.5)
         # Beyond what passes of 4 ms can do on any machine.
         offered = await beyond_capacity(options, whom, 1, rate=800.0)
-        over = Crowd.of("overload", offered.records, 0.0, 0.5)
+        over = PhaseResult.of("overload", offered.records, 0.0, 0.5)
     assert capacity.num_accepted > 0
     assert capacity.num_refused == 0
     assert over.num_accepted > 0

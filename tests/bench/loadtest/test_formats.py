@@ -113,7 +113,7 @@ def test_burstgpt(tmp_path: Path) -> None:
     assert shape(trace) == [(0.0, 472, 18), (113.0, 417, 276)]
     said: list[str] = []
     visits(ServeOptions(trace=tmp_path / "b.csv"), said.append)
-    assert said == ["1 requests of the trace without output are left out"]
+    assert said == ["1 requests of the trace have no output and are skipped"]
 
 
 def test_sharegpt(tmp_path: Path) -> None:

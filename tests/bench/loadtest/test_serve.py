@@ -136,7 +136,7 @@ async def test_a_search_and_a_trace(redis_url: str, tmp_path: Path) -> None:
     assert sweep["highest_rate"] == {"speculation": 12_800, "off": 12_800}
     assert [p["rate"] for p in sweep["probes"]] == [100.0 * 2**i for i in range(8)] * 2
     assert told["total_output_tokens"] == 12
-    assert "up to 1.28e+04/s" in said
+    assert "up to 1.28e+04 requests/s" in said
     assert not (tmp_path / "serve.html").exists()
 
 
@@ -153,10 +153,10 @@ async def test_how_long_a_load_takes_is_said_first(redis_url: str, tmp_path: Pat
         )
         _, by_rate = await serve(system, tmp_path, *short, few, "--rate=8", "--warm-up=1")
         _, by_loop = await serve(system, tmp_path, *short, few, "--concurrency=4")
-    assert "2 x 3 requests are sent in about 6 s, by the trace's times" in by_trace
-    assert "2 x 16 requests are sent in about 4 s, by 8 requests/s" in by_rate
+    assert "2 x 3 requests are sent in about 6 s, according to the trace" in by_trace
+    assert "2 x 16 requests are sent in about 4 s, according to 8 requests/s" in by_rate
     assert "2 x 16 requests take about " in by_loop
-    assert ", by the warm-up; Ctrl-C reports the results so far" in by_loop
+    assert ", estimated from the warm-up; Ctrl-C reports the results so far" in by_loop
     assert "queue" not in by_trace + by_rate + by_loop
 
 
@@ -174,8 +174,8 @@ async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path
         said, failed = await process.communicate()
         await eventually(lambda: nothing_held(system))
     assert process.returncode == 128 + signal.SIGINT, failed.decode()
-    assert "requests take until all are answered; Ctrl-C reports" in said.decode()
-    assert "cut short" in said.decode()
+    assert "requests run until all have ended; Ctrl-C reports" in said.decode()
+    assert "stopped: reports the results so far" in said.decode()
     assert " × " not in said.decode(), "who was cut off has not failed"
     told = json.loads((tmp_path / "serve.json").read_text("utf-8"))
     assert told["outrider"]["is_cut"]
@@ -199,32 +199,32 @@ async def test_a_run_without_an_answer_has_failed(redis_url: str, tmp_path: Path
         process = await started(system, tmp_path, *few, "--gamma=1000")
         said, failed = await process.communicate()
         assert process.returncode == 1
-        assert "speculation: not one request was answered" in failed.decode()
+        assert "speculation: no request was answered" in failed.decode()
         assert re.search(r"speculation: 4 × INVALID_ARGUMENT: gamma: ", said.decode())
         assert str(tmp_path / "[red].json") in said.decode()
         assert (tmp_path / "[red].json").exists()
         process = await started(system, tmp_path, *few, "--input-len=99999999")
         _, failed = await process.communicate()
         assert process.returncode == 2
-        assert "a prompt of 99999999 tokens; the context is" in failed.decode()
+        assert "a prompt of 99999999 tokens; the context has" in failed.decode()
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"rate": 1.0, "concurrency": 2}, "--concurrency: not together with --rate"),
-        ({"burstiness": 2.0}, "--burstiness: only with --rate"),
-        ({"trace_speed": 2.0}, "--trace-speed: only with --trace"),
-        ({"trace": Path("t"), "input_len": "4"}, "--input-len: the trace says it"),
-        ({"trace": Path("t"), "turns": "2"}, "--turns: the trace says it"),
-        ({"texts": Path("t"), "input_len": "4"}, "--input-len: not together with --texts"),
-        ({"timeout": 0.0}, "--timeout: above 0"),
-        ({"timeout": float("inf")}, "--timeout: above 0"),
+        ({"rate": 1.0, "concurrency": 2}, "--concurrency: cannot be combined with --rate"),
+        ({"burstiness": 2.0}, "--burstiness: requires --rate"),
+        ({"trace_speed": 2.0}, "--trace-speed: requires --trace"),
+        ({"trace": Path("t"), "input_len": "4"}, "--input-len: cannot be combined with --trace"),
+        ({"trace": Path("t"), "turns": "2"}, "--turns: cannot be combined with --trace"),
+        ({"texts": Path("t"), "input_len": "4"}, "--input-len: cannot be combined with --texts"),
+        ({"timeout": 0.0}, "--timeout: 0 is out of range: above 0"),
+        ({"timeout": float("inf")}, "--timeout: inf is out of range: above 0"),
         ({"name": "a/b"}, "--name: 'a/b'"),
         ({"name": ""}, "--name: ''"),
-        ({"sweep": True, "rate": 1.0}, "--sweep: needs --slo"),
-        ({"sweep": True, "slo": "e2e=1s"}, "--sweep: needs --rate"),
-        ({"attain": 0.5}, "--attain, --precision: only with --sweep"),
+        ({"sweep": True, "rate": 1.0}, "--sweep: requires --slo"),
+        ({"sweep": True, "slo": "e2e=1s"}, "--sweep: requires --rate"),
+        ({"attain": 0.5}, "--attain, --precision: require --sweep"),
         ({"rate": 0.0}, "--rate: 0"),
         ({"input_len": "x"}, "--input-len: 'x'"),
         ({"trace": Path("/nowhere")}, "--trace: /nowhere"),
