@@ -122,7 +122,7 @@ def test_sharegpt(tmp_path: Path) -> None:
     assert shape(trace) == [(None, 0, 40), (None, 0, 1)]
     assert [v.jobs[0].text for v in trace.visits] == ["What is a page table?", "Hi"]
     path = tmp_path / "s.json"
-    with pytest.raises(ConfigError, match="no times: give --rate or --concurrency"):
+    with pytest.raises(ConfigError, match="no times; add --rate or --concurrency"):
         visits(ServeOptions(trace=path))
     assert len(visits(ServeOptions(trace=path, concurrency=2))) == 2
 
