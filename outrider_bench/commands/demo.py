@@ -58,7 +58,7 @@ class DemoOptions:
             min=0, help="0 is greedy; above 0: seeded sampling with coupled verification."
         ),
     ] = 0.0
-    # Outputs are exactly equal in float32 only: at lower precision, rounding depends on the batch.
+    # Equality is guaranteed in float32 only: at lower precision, rounding depends on the batch.
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
 

@@ -191,7 +191,7 @@ async def _measure_in(
     step: Step,
     blocks: list[tuple[int, Block]],
 ) -> None:
-    """Appends to `blocks`."""
+    """Measures all values on a system. Appends to `blocks`."""
     from outrider_bench.measuring.load import interleaved, run_block
 
     work = [(value, way) for value in values for way in _ways(options)]

@@ -195,7 +195,7 @@ async def _measure_pair(
     step: Step,
     measured: dict[Trial, list[Run]],
 ) -> None:
-    """Appends to `measured`."""
+    """Runs all trials of a pair of tiers. Appends to `measured`."""
     from outrider_bench.commands.busy import BusyWatch
     from outrider_bench.measuring.load import interleaved
 

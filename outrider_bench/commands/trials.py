@@ -116,7 +116,7 @@ def expected_gain(pass_ms: float, trial: Trial, *, is_hidden: bool) -> float:
 
 
 def summarised(pass_ms: float, runs: dict[Trial, list[Run]]) -> list[Outcome]:
-    """In the order of the trials; medians over the repetitions."""
+    """Medians over the repetitions, in the order of the trials."""
     from outrider_bench.measuring.summary import Rounds
 
     rates = {trial: statistics.median(r.tokens_per_s for r in own) for trial, own in runs.items()}

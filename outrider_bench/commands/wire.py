@@ -175,7 +175,7 @@ async def _random_pair(directory: Path, vocab_size: int, console: Console) -> di
 async def _measure_all(
     client: Client, options: WireOptions, costs: list[WireCost], step: Step
 ) -> None:
-    """Appends to `costs`."""
+    """Measures every verification method at every temperature. Appends to `costs`."""
     info = await client.model_info()
     if not info.HasField("draft"):
         raise ConfigError("bench wire: no draft is connected; this benchmark needs one")
