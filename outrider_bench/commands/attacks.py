@@ -128,7 +128,7 @@ async def _run_phases(
     from outrider_bench.chaos.faults import Tier
     from outrider_bench.chaos.system import Place
 
-    healthy = Healthy(system.endpoints[0])
+    healthy = HealthyLoad(system.endpoints[0])
     pid = system.nodes[Place(Tier.ORCHESTRATOR, 0)].pid
     own = replace(options, seconds=_attack_seconds(options, attack))
     async with contextlib.AsyncExitStack() as until, healthy.running():
@@ -144,7 +144,7 @@ async def _run_phases(
             phases.append(phase)
 
 
-class Healthy:
+class HealthyLoad:
     """Healthy load: one long stream, and new clients one after another."""
 
     def __init__(self, endpoint: str) -> None:

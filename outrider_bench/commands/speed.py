@@ -78,10 +78,7 @@ class Result:
 
 @takes(SpeedOptions)
 def speed(options: SpeedOptions) -> None:
-    """Measure tokens/s of one stream.
-
-    Variants: plain; drafting and verifying sequentially; drafting ahead; adaptive and fixed γ.
-    """
+    """Measure tokens/s of one stream: plain, sequential, drafting ahead, adaptive and fixed γ."""
     from outrider.cli.running import run
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.plots import require_matplotlib
