@@ -117,10 +117,10 @@ def _print_hints(stack: Stack, options: StackOptions, view: StackView) -> None:
         console.print(f"{LISTENING_PREFIX}{stack.endpoint}", highlight=False, soft_wrap=True)
         return
     port = stack.endpoint.rpartition(":")[2]
-    elsewhere = "" if port == "50051" else f" --endpoint {stack.endpoint}"
+    endpoint_flag = "" if port == "50051" else f" --endpoint {stack.endpoint}"
     console.print(f"\n[bold green]Outrider is up[/] at [bold]{stack.endpoint}[/]", highlight=False)
     prompt = '"def fibonacci(n):"' if options.has_tokenizer else "--token-ids 1,2,3"
-    console.print(f"  try    outrider generate {prompt}{elsewhere}", highlight=False)
+    console.print(f"  try    outrider generate {prompt}{endpoint_flag}", highlight=False)
     if stack.metrics:
         watched = " ".join(stack.metrics.values())
         console.print(f"  watch  outrider top {watched}", highlight=False, soft_wrap=True)

@@ -117,7 +117,7 @@ class Client:
         return output
 
     async def get_session(self, session_id: str) -> orchestrator_pb2.GetSessionResponse:
-        """Raises CallFailed."""
+        """Tokens and statistics of a session. Raises CallFailed."""
         request = orchestrator_pb2.GetSessionRequest(session_id=session_id)
         response: orchestrator_pb2.GetSessionResponse = await self._send(
             self._stub.GetSession, request
@@ -129,9 +129,8 @@ class Client:
 
         Raises CallFailed.
         """
-        found: dict[
-            str, orchestrator_pb2.SessionSummary
-        ] = {}  # a scan of Redis may return one twice
+        # By name: a scan of Redis may return a session twice.
+        found: dict[str, orchestrator_pb2.SessionSummary] = {}
         num_unreadable = 0
         request = orchestrator_pb2.ListSessionsRequest()
         while True:
@@ -143,12 +142,12 @@ class Client:
             request.page_token = page.next_page_token
 
     async def delete_session(self, session_id: str) -> None:
-        """Raises CallFailed."""
+        """Deletes a session and its KV cache. Raises CallFailed."""
         request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
         await self._send(self._stub.DeleteSession, request)
 
     async def model_info(self) -> orchestrator_pb2.GetModelInfoResponse:
-        """Raises CallFailed."""
+        """The models that the orchestrator serves. Raises CallFailed."""
         response: orchestrator_pb2.GetModelInfoResponse = await self._send(
             self._stub.GetModelInfo, orchestrator_pb2.GetModelInfoRequest()
         )

@@ -20,10 +20,10 @@ from outrider.v1 import orchestrator_pb2
 _RETRY_INTERVAL_S = 0.2
 # A broken stream keeps its session in use until its orchestrator notices the break.
 _DELETE_TIMEOUT_S = 5.0
-# Statuses after which another orchestrator is asked. A running stream and the first request are
-# retried after these alone: ABORTED, for one, then means that another client has the session.
+# Statuses after which a stream or a first request is sent to another orchestrator. ABORTED is none
+# of them: there it means that another client uses the session.
 _BROKEN = ("UNAVAILABLE",)
-# While a broken stream is to be resumed, these may be temporary too.
+# While a broken stream is being resumed, these may be temporary as well.
 _TEMPORARY = (*_BROKEN, "ABORTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")
 # After a Redis failover the session may be missing for a while; after this time it is lost.
 UNKNOWN_SESSION_TIMEOUT_S = 10.0
