@@ -92,7 +92,7 @@ def attacks(options: AttackOptions) -> None:
             }
             for phase in phases
         ]
-        document.judge(lambda: goals(phases))
+        document.add_goals(lambda: goals(phases))
         document.write()
         finish(console, document, [table(phases)])
 

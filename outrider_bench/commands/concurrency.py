@@ -74,7 +74,7 @@ def concurrency(options: ConcurrencyOptions) -> None:
     with reporting(console, document):
         totals = summarised(blocks)
         document.results += [asdict(total) for total in totals]
-        document.judge(lambda: _goals(totals))
+        document.add_goals(lambda: _goals(totals))
         document.write()
         draw(document.plot_path, "Many streams", _panels(totals))
         finish(console, document, [_table(totals)])

@@ -74,7 +74,7 @@ def delay(options: DelayOptions) -> None:
     with reporting(console, document):
         rows = _summarised(measured)
         document.results += [asdict(row) for row in rows]
-        document.judge(lambda: _goals(rows))
+        document.add_goals(lambda: _goals(rows))
         document.write()
         draw(document.plot_path, "Network delay to the draft", _panels(rows))
         finish(console, document, [_table(rows)])

@@ -93,7 +93,7 @@ def overload(options: OverloadOptions) -> None:
     results = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(result) for result in results]
-        document.judge(lambda: goals(results))
+        document.add_goals(lambda: goals(results))
         document.write()
         draw(document.plot_path, f"load of {options.factor:g} × capacity", panels(results))
         finish(console, document, [table(results)])

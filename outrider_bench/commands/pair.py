@@ -71,7 +71,7 @@ def pair(options: PairOptions) -> None:
     from outrider.cli.running import run
 
     console, search = Console(stderr=options.json), Search()
-    report = run(_shown(options, console, search))
+    report = run(_make_with_progress(options, console, search))
     if options.json:
         typer.echo(json.dumps(report or search.to_dict()))
     elif report:
@@ -97,7 +97,9 @@ class Search:
         return min(self.measured, key=lambda one: abs(one["alpha"] - alpha))
 
 
-async def _shown(options: PairOptions, console: Console, search: Search) -> dict[str, Any] | None:
+async def _make_with_progress(
+    options: PairOptions, console: Console, search: Search
+) -> dict[str, Any] | None:
     """Makes the pair and shows progress. Returns its report; None if a signal ended the search."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -106,7 +106,7 @@ def rounds(options: RoundsOptions) -> None:
     costs = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(cost) for cost in costs]
-        document.judge(lambda: _goals(costs))
+        document.add_goals(lambda: _goals(costs))
         document.write()
         streams = [cost.num_streams for cost in costs]
         lines = [

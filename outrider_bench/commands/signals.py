@@ -77,7 +77,7 @@ def signals(options: SignalsOptions) -> None:
             asdict(p) | {"draft_signal": p.draft_signal, "target_signal": p.target_signal}
             for p in points
         ]
-        document.judge(lambda: goals(points))
+        document.add_goals(lambda: goals(points))
         document.write()
         draw(document.plot_path, "Each tier scaled alone", panels(points))
         finish(console, document, [table(points)])

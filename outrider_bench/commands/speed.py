@@ -199,7 +199,7 @@ def _report(
 
     results = _results(measured)
     document.results += [asdict(result) for result in results]
-    document.judge(lambda: _goals(results))
+    document.add_goals(lambda: _goals(results))
     document.write()
     bars = [
         Bar(r.name, r.tokens_per_s.median, r.tokens_per_s.least, r.tokens_per_s.most, r.is_peer)

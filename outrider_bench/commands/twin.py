@@ -79,7 +79,7 @@ def twin(options: TwinOptions) -> None:
     rows = run(_measure(options, console, document))
     with reporting(console, document):
         document.results += [asdict(row) for row in rows]
-        document.judge(lambda: _goals(rows))
+        document.add_goals(lambda: _goals(rows))
         document.write()
         finish(console, document, [_table(rows)])
 

@@ -94,7 +94,7 @@ class Document:
         size = _pair_size(self._options.target)
         return [goal for goal in self.goals if goal.pair in ("", size)]
 
-    def judge(self, goals: Callable[[], Iterable[Goal]]) -> None:
+    def add_goals(self, goals: Callable[[], Iterable[Goal]]) -> None:
         """Adds goals; none after a signal, because the measurement is incomplete."""
         if not self.is_cut:
             self.goals += goals()
