@@ -23,7 +23,7 @@ def stream_keys(
     positions: npt.ArrayLike,
     base_lens: npt.ArrayLike = 0,
 ) -> npt.NDArray[np.int64]:
-    """`stream_key` of seeds, positions and base lengths that broadcast together."""
+    """`stream_key` for arrays of seeds, positions and base lengths, which are broadcast."""
     one = np.uint64(1)
     parts = [np.asarray(part, np.uint64) for part in (int(purpose), positions, base_lens)]
     keys = np.asarray(seeds, np.uint64)

@@ -26,8 +26,8 @@ _gammas = st.integers(0, 20)
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.8, 5), (0.5, 1), (0.95, 16), (0.0, 4), (0.3, 0)])
-def test_mean_acceptance_length_is_what_happens(alpha: float, gamma: int) -> None:
-    """Independent acceptance, 200,000 rounds: the mean within its error; false alarm 1e-6 each."""
+def test_mean_acceptance_length_matches_simulation(alpha: float, gamma: int) -> None:
+    """Independent acceptance, 200,000 rounds: mean within its error; false alarm 1e-6 each."""
     accepted = np.random.default_rng(gamma).random((200_000, gamma)) < alpha
     tokens = 1 + np.cumprod(accepted, axis=1).sum(axis=1)
     error = stats.norm.isf(5e-7) * tokens.std() / np.sqrt(len(tokens))
@@ -58,7 +58,7 @@ def test_acceptance_from_length_inverts(alpha: float, gamma: int) -> None:
 
 @pytest.mark.parametrize(("tau", "expected"), [(0.5, 0.0), (1.0, 0.0), (6.0, 1.0), (99.0, 1.0)])
 def test_acceptance_from_length_at_the_ends(tau: float, expected: float) -> None:
-    """Lengths that no α gives are clamped."""
+    """Lengths that no α can give are clamped."""
     assert acceptance_from_length(tau, 5) == pytest.approx(expected, abs=1e-6)
 
 
@@ -71,8 +71,8 @@ def test_speedups_of_the_design() -> None:
 
 
 @given(st.floats(0, 1), _gammas, st.floats(0, 3))
-def test_hiding_the_draft_never_costs(alpha: float, gamma: int, cost_ratio: float) -> None:
-    """Drafting behind verification is at least as fast as in turn; γ = 0 is plain decoding."""
+def test_parallel_drafting_is_never_slower(alpha: float, gamma: int, cost_ratio: float) -> None:
+    """Drafting in parallel is at least as fast as in turn; γ = 0 is plain decoding."""
     hidden = speedup_hidden(alpha, gamma, cost_ratio)
     assert hidden >= speedup_sequential(alpha, gamma, cost_ratio) - 1e-12
     assert speedup_sequential(alpha, 0, cost_ratio) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Every wrong sampling parameter is refused by name; every right one passes."""
+"""Validation of sampling parameters: invalid values are refused by field name."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ _BAD += [(name, value) for name in _FLOATS for value in (math.nan, math.inf, -ma
 
 
 @pytest.mark.parametrize(("name", "value"), _BAD)
-def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
-    """InvalidRequest carries the field's path and says why."""
+def test_an_invalid_value_is_refused_by_field_name(name: str, value: Any) -> None:
+    """InvalidRequest has the field's path and the reason."""
     given: dict[str, Any] = {"max_tokens": 10, name: value}
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**given).validate(_VOCAB)
@@ -117,13 +117,13 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     ],
 )
 def test_boundary_values_pass(name: str, value: Any) -> None:
-    """The ends of every range belong to it."""
+    """The ends of every range are valid."""
     given: dict[str, Any] = {name: value}
     SamplingParams(**given).validate(_VOCAB)
 
 
 def test_min_tokens_may_equal_max_tokens() -> None:
-    """Exactly so many tokens."""
+    """The output then has exactly that many tokens."""
     SamplingParams(max_tokens=8, min_tokens=8).validate(_VOCAB)
 
 
@@ -136,7 +136,7 @@ def test_the_defaults_pass() -> None:
 
 
 def test_greedy_is_temperature_zero() -> None:
-    """And only exactly zero."""
+    """Only exactly zero is greedy."""
     assert SamplingParams(temperature=0.0).greedy
     assert not SamplingParams(temperature=1e-6).greedy
 

@@ -1,7 +1,7 @@
-"""Counter-based uniforms: the same bits in Python, numpy and torch, and good ones.
+"""Counter-based uniforms: same bits in Python, numpy and torch; statistical quality.
 
-Statistical tests use fixed seeds, so they are deterministic; their docstrings give the chance
-that a perfect source would have failed them.
+Statistical tests use fixed seeds, so they are deterministic. Their docstrings give the probability
+that a perfect source would fail them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _signed(value: int) -> int:
 
 
 def _key_of_bits(bits: int) -> int:
-    """The key whose first 64 bits are `bits`: SplitMix64 run backwards."""
+    """The key whose first 64 bits are `bits`: the inverse of SplitMix64."""
     for shift, factor in ((31, None), (27, 0x94D049BB133111EB), (30, 0xBF58476D1CE4E5B9)):
         if factor is None:
             bits = bits ^ (bits >> shift) ^ (bits >> 2 * shift)
@@ -71,7 +71,7 @@ def test_known_answers_of_splitmix64(token_id: int, bits: int) -> None:
 def test_python_numpy_and_torch_agree_bit_for_bit(
     seed: int, purpose: Purpose, position: int, base_len: int, tokens: list[int]
 ) -> None:
-    """One number, whichever library computes it; token 0's is the scalar one."""
+    """The same number from every library; token 0's is that of `uniform`."""
     key = stream_key(seed, purpose, position, base_len)
     tokens = [0, *tokens]
     by_numpy = token_uniforms(np.array([key, ~key]), np.array(tokens))
@@ -87,7 +87,7 @@ def test_python_numpy_and_torch_agree_bit_for_bit(
 
 
 def test_bounds_are_below_the_exponentials_and_close() -> None:
-    """0 < v <= -log u for 2 million tokens, and -log v tells the noise where it is large."""
+    """0 < v <= -log u for 2 million tokens, and -log v is close to the noise where it is large."""
     keys, offsets = stream_keys(6, Purpose.TARGET, np.arange(20)), token_offsets(np.arange(100_000))
     bounds = token_bounds(keys, offsets).astype(np.float64)
     values = token_uniforms(keys, np.arange(100_000))
@@ -100,7 +100,7 @@ def test_bounds_are_below_the_exponentials_and_close() -> None:
 @given(_seeds, _positions, _tokens)
 @settings(deadline=None)
 def test_bounds_agree_bit_for_bit(seed: int, position: int, tokens: list[int]) -> None:
-    """numpy goes by unsigned, torch by signed integers; the arguments are left as they were."""
+    """numpy uses unsigned, torch signed integers; the arguments are unchanged."""
     key = stream_key(seed, Purpose.TARGET, position)
     keys, offsets = np.array([key, ~key]), token_offsets(np.array(tokens))
     by_numpy = token_bounds(keys, offsets)
@@ -113,15 +113,15 @@ def test_bounds_agree_bit_for_bit(seed: int, position: int, tokens: list[int]) -
 
 @pytest.mark.parametrize("bits", [_MASK, _MASK - 1, 0, 1, 1 << 63, (1 << 63) - 1, _MASK ^ 0x1FFFF])
 def test_extreme_bits_are_bounded(bits: int) -> None:
-    """Where 1 - u is next to 0, to 1 and to a half."""
+    """1 - u close to 0, to 1 and to a half."""
     key = np.array([_key_of_bits(bits)])
     value = uniform(int(key[0]))
     bound = float(token_bounds(key, token_offsets(np.zeros(1, np.int64)))[0, 0])
     assert 0 < bound <= -np.log(value)
 
 
-def test_tokens_of_its_own_for_each_key() -> None:
-    """A table of token ids, one row a key: the uniforms they have in full rows."""
+def test_each_key_can_have_its_own_tokens() -> None:
+    """A table of token ids, one row per key: the same uniforms as in full rows."""
     keys = stream_keys(6, Purpose.TARGET, np.arange(5))
     ids = np.random.default_rng(0).integers(0, 300, (5, 9))
     whole = token_uniforms(keys, np.arange(300))
@@ -219,7 +219,7 @@ def test_low_bits_are_random_too() -> None:
 
 
 def test_purposes_are_independent() -> None:
-    """Uniforms of two purposes at the same place: uncorrelated, and uniform on the square.
+    """Uniforms of two purposes at the same position: uncorrelated, and uniform on the square.
 
     Over 10^5 places, 8 x 8 cells, three pairs; false alarm 6e-6.
     """
@@ -251,10 +251,10 @@ def test_noise_of_a_token_at_adjacent_positions_is_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_gumbel_max_draws_the_distribution(library: str) -> None:
+def test_gumbel_max_samples_the_distribution(library: str) -> None:
     """argmax(log p + noise) over 200,000 positions: χ² with four tokens; false alarm 1e-6.
 
-    A fifth token of probability zero is never drawn.
+    A fifth token with probability zero is never sampled.
     """
     probs = np.array([0.05, 0.5, 0.0, 0.15, 0.3])
     num = 200_000
@@ -273,7 +273,7 @@ def test_gumbel_max_draws_the_distribution(library: str) -> None:
 
 
 def test_gumbel_noise_restricted_outside_a_support() -> None:
-    """The argmax outside a support is a draw from the renormalised rest; false alarm 1e-6."""
+    """The argmax outside a support is a sample of the renormalised rest; false alarm 1e-6."""
     probs = np.array([0.4, 0.1, 0.2, 0.3])
     num = 100_000
     noise = token_gumbels(stream_keys(4, Purpose.TARGET, np.arange(num)), np.arange(4))

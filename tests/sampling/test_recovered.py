@@ -1,7 +1,7 @@
-"""Recovered tokens by simulation: with the services' noise they have the residual's law.
+"""Recovered tokens by simulation: with the services' noise they follow the residual.
 
-The noise that decides on the support and by which the sample outside was drawn is one and the
-same, `target_gumbels`; seeds are all that varies. A draft that knows it foresees who recovers.
+The sample outside the support and the choice on the support use the same noise, `target_gumbels`;
+only seeds vary. A draft that knows the noise can predict the recovered token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SUPPORTS = {
 
 
 class _Answer(NamedTuple):
-    """The target's, for one position."""
+    """The target's result for one position."""
 
     on_support: Floats
     mass: float
@@ -50,7 +50,7 @@ class _Answer(NamedTuple):
 
 
 def _answer(target: Floats, support: Support, noise: Floats) -> _Answer:
-    """float32 as on the wire; the sample by a race of its own."""
+    """float32, as sent; the sample is an argmax computed here."""
     outside = target.copy()
     outside[support.token_ids] = 0.0
     with np.errstate(divide="ignore"):
@@ -84,7 +84,7 @@ def _p_value(counts: Floats, residual: Floats) -> float:
 
 @pytest.mark.parametrize("name", _SUPPORTS)
 def test_of_tokens(name: str) -> None:
-    """χ² over 6,000 seeds of what follows a sure rejection; false alarm 1e-6 each."""
+    """χ² over 6,000 seeds of the token after a certain rejection; false alarm 1e-6 each."""
     ids, weights = _SUPPORTS[name]
     support = Support.normalised(np.array(ids), np.array(weights, np.float32))
     counts, noises = np.zeros(len(_TARGET)), _noise(_NUM_SEEDS, _POSITION)
@@ -100,7 +100,7 @@ def test_of_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", _SUPPORTS)
 def test_of_blocks(name: str) -> None:
-    """As above after one accepted token that stands with less than certainty: p̂ is 0.6."""
+    """As above after an accepted token whose p̂ is 0.6, less than certainty."""
     ids, weights = _SUPPORTS[name]
     support = Support.normalised(np.array(ids), np.array(weights, np.float32))
     first = Support(np.array([0, 1]), np.array([0.5, 0.5]))
@@ -119,8 +119,8 @@ def test_of_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("verify", [verify_tokens, verify_block], ids=["tokens", "block"])
-def test_it_is_the_winner_over_the_whole_vocabulary(verify: Verify) -> None:
-    """Token for token: argmax of log residual + noise over all, not only the support and sample."""
+def test_it_is_the_argmax_over_the_whole_vocabulary(verify: Verify) -> None:
+    """Equals the argmax of log residual + noise over all tokens, not only support and sample."""
     rng, gumbels = np.random.default_rng(1), _noise(300, _POSITION)
     for seed in range(300):
         target = rng.dirichlet(np.ones(6))

@@ -1,4 +1,4 @@
-"""Truncated draft distributions: what is sampled from is what is sent."""
+"""Truncated draft distributions: the distribution sent is the one sampled from."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_normalised_sums_to_one_and_keeps_ratios(weights: list[float]) -> None:
 
 
 @given(_weights)
-def test_both_ends_have_the_same_law(weights: list[float]) -> None:
-    """What is packed, sent and normalised again is the sender's distribution, bit for bit."""
+def test_sender_and_receiver_have_the_same_distribution(weights: list[float]) -> None:
+    """Packed, sent and normalised again, it is the sender's distribution, bit for bit."""
     sent = np.array(weights, np.float32)
     ids = np.arange(len(weights))
     received = np.frombuffer(sent.tobytes(), "<f4")
@@ -34,7 +34,7 @@ def test_both_ends_have_the_same_law(weights: list[float]) -> None:
 
 
 @given(_weights, st.floats(0, 1, exclude_max=True))
-def test_draw_is_the_inverse_of_the_cumulative_distribution(
+def test_sample_is_the_inverse_of_the_cumulative_distribution(
     weights: list[float], uniform: float
 ) -> None:
     """The first token whose cumulative probability exceeds the uniform, the last one at the end."""
@@ -49,7 +49,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution(
     assert support.sample(uniform) == expected
 
 
-def test_draw_gives_each_token_its_share() -> None:
+def test_sample_gives_each_token_its_share() -> None:
     """An even grid of uniforms falls to the tokens in proportion, to within one grid step."""
     support = Support.normalised(np.array([7, 3, 5]), np.array([0.5, 0.2, 0.3], np.float32))
     num = 10_000
@@ -59,15 +59,15 @@ def test_draw_gives_each_token_its_share() -> None:
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-53, 1 - 2.0**-53])
-def test_draw_stays_inside_at_the_ends(uniform: float) -> None:
-    """Rounding of the cumulative sum never carries a draw out of the support."""
+def test_sample_stays_inside_at_the_ends(uniform: float) -> None:
+    """Rounding of the cumulative sum never gives a token outside the support."""
     for size in (1, 3, 10, 32):
         support = Support.normalised(np.arange(size), np.full(size, 0.1, np.float32))
         assert support.sample(uniform) == (0 if uniform < 0.01 else size - 1)
 
 
 def test_index_of() -> None:
-    """Where a token stands, -1 outside; for ids of any integer type."""
+    """Index of a token, -1 outside; for ids of any integer type."""
     for dtype in (np.int64, np.uint32, np.int32):
         support = Support.normalised(np.array([9, 4, 6], dtype), np.ones(3, np.float32))
         assert [support.index_of(token) for token in (9, 4, 6, 5)] == [0, 1, 2, -1]
@@ -92,7 +92,7 @@ def test_truncate_is_the_shortest_head_that_covers_the_mass(
 
 
 def test_truncate_by_default_keeps_99_hundredths() -> None:
-    """The likeliest tokens with 99 % of the mass."""
+    """The most likely tokens with 99 % of the mass."""
     probs = np.array([0.5, 0.3, 0.19, 0.005, 0.005])
     ids, _ = truncate(np.arange(5), probs)
     assert len(ids) in (3, 4)  # 0.5 + 0.3 + 0.19 is 0.99 up to rounding
@@ -101,8 +101,8 @@ def test_truncate_by_default_keeps_99_hundredths() -> None:
     assert ids.tolist() == [0]
 
 
-def test_truncate_drops_what_float32_cannot_hold() -> None:
-    """A probability that underflows to zero on the wire is not in the support: never drawn."""
+def test_truncate_drops_weights_that_underflow_in_float32() -> None:
+    """A token whose float32 weight is zero is not in the support and never sampled."""
     probs = np.array([1.0, 1e-60, 1e-61])
     ids, weights = truncate(np.array([5, 6, 7]), probs, mass=2.0)
     assert ids.tolist() == [5]

@@ -1,4 +1,4 @@
-"""Logits to distribution: against a slow reference in vLLM's order, in numpy and in torch."""
+"""Logits to distribution, compared with a slow reference in vLLM's order; numpy and torch."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ _rows = st.integers(1, 12).flatmap(
 def test_invariants(
     rows: list[list[float]], temperature: float, min_p: float, top_k: int, top_p: float
 ) -> None:
-    """Rows sum to 1, nothing is NaN, the likeliest token stays, and order is kept."""
+    """Rows sum to 1, nothing is NaN, the most likely token remains, and the order is the same."""
     logits = np.array(rows)
     params = SamplingParams(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
     log_probs = warp(logits, params)
@@ -123,7 +123,7 @@ def test_invariants(
 @given(_rows, st.floats(0.01, 10))
 @settings(deadline=None)
 def test_one_token_is_the_argmax(rows: list[list[float]], temperature: float) -> None:
-    """top_k = 1, min_p = 1 or a vanishing top_p leave the likeliest token, with its equals."""
+    """top_k = 1, min_p = 1 or a tiny top_p leave the most likely token, and ties."""
     logits = np.array(rows)
     likeliest = logits == logits.max(-1, keepdims=True)
     scaled = logits / temperature  # division may round two logits into one
@@ -136,13 +136,13 @@ def test_one_token_is_the_argmax(rows: list[list[float]], temperature: float) ->
 
 @pytest.mark.parametrize("top_k", [-1, 0, 4, 100])
 def test_a_top_k_of_all_tokens_keeps_all(top_k: int) -> None:
-    """-1, 0, the vocabulary's size and more limit nothing."""
+    """-1, 0, and the vocabulary's size or more, exclude nothing."""
     logits = np.array([[3.0, 1.0, 2.0, 0.0]])
     assert np.abs(warp(logits, SamplingParams(top_k=top_k)) - log_softmax(logits)).max() < 1e-15
 
 
 def test_the_head_of_a_row_gives_its_floor_or_reports_that_it_cannot() -> None:
-    """From its greatest m logits alone: the whole row's floor, wherever that is among them."""
+    """From the greatest m logits alone: the whole row's floor, if it is among them."""
     logits = scale(np.random.default_rng(2).normal(0, 3, (200, 40)).round(1), 1.0)
     ordered = -np.sort(-logits, -1)
     rng = np.random.default_rng(3)
@@ -167,7 +167,7 @@ def test_the_head_of_a_row_gives_its_floor_or_reports_that_it_cannot() -> None:
 
 
 def test_ties_are_kept_together() -> None:
-    """At equal logits a cut keeps all of them, for each of the limits."""
+    """Each of the cuts keeps all tokens with equal logits."""
     logits = np.array([[2.0, 1.0, 1.0, 1.0, 0.0]])
     for limit in ({"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}):
         kept = np.isfinite(warp(logits, SamplingParams(**limit)))
@@ -175,7 +175,7 @@ def test_ties_are_kept_together() -> None:
 
 
 def test_top_p_counts_the_ties_that_top_k_keeps() -> None:
-    """With a tie at the k-th logit, vLLM's nucleus is measured over all survivors of top_k.
+    """With a tie at the k-th logit, vLLM's nucleus is computed over all tokens that top_k keeps.
 
     Logits of half precision often tie.
     """
@@ -249,7 +249,7 @@ def test_penalties_match_the_reference(
     frequency: float,
     repetition: float,
 ) -> None:
-    """In numpy and torch, on logits of both signs; the arguments are left as they were."""
+    """In numpy and torch, on logits of both signs; the arguments are unchanged."""
     params = SamplingParams(
         presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
     )
@@ -283,5 +283,5 @@ def test_no_penalty_changes_nothing() -> None:
     ],
 )
 def test_needs_adjustment(params: SamplingParams, expected: bool) -> None:
-    """Only what acts on raw logits counts, not temperature or the cuts."""
+    """Only parameters that act on raw logits count, not temperature or the cuts."""
     assert needs_adjustment(params) is expected
