@@ -96,8 +96,8 @@ class Owner:
     tree: SpeculationTree
 
 
-def owner(*chances: float, fan_out: int = 8) -> Owner:
-    """An owner whose prompt was run; `chances`: probabilities of the next token."""
+def owner(*probs: float, fan_out: int = 8) -> Owner:
+    """An owner whose prompt was run; `probs`: probabilities of the next token."""
     tree = SpeculationTree(
         np.zeros(64, np.int64),
         4,
@@ -107,7 +107,7 @@ def owner(*chances: float, fan_out: int = 8) -> Owner:
         lookahead=1,
         fan_out=fan_out,
     )
-    tree.add(tree.root, 0, None, list(enumerate(chances)))
+    tree.add(tree.root, 0, None, list(enumerate(probs)))
     return Owner(tree)
 
 

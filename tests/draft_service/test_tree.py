@@ -92,8 +92,8 @@ def test_blocks_shrink_to_the_room_that_is_left() -> None:
         made.tree.commit([0], len(made.committed) + 1, 2, 2)
 
 
-def test_what_was_drawn_without_look_ahead_is_led_on_from() -> None:
-    """Found so: tokens of which no chances were known seemed impossible, and so all after them."""
+def test_blocks_drafted_without_look_ahead_can_be_continued() -> None:
+    """Regression: tokens without a predicted probability counted as impossible."""
     limits = Limits(prompt_len=2, room=40, gamma=3, ahead_gamma=0, lookahead=1, fan_out=4)
     made = Play(limits)
     made.draft(4)

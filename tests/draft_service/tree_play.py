@@ -105,12 +105,12 @@ class Play:
     def draw(self, block: DraftBlock) -> None:
         candidates = self.rng.permutation(VOCAB_SIZE)[: self.rng.integers(1, 4)].tolist()
         weights = np.sort(self.rng.random(len(candidates)))[::-1]
-        chances = (weights / max(1.0, weights.sum())).tolist()
+        probs = (weights / max(1.0, weights.sum())).tolist()
         token, position = candidates[0], block.end
         if not self.tree.looks_ahead:  # then there are none
-            chances = []
+            probs = []
         was_complete, had_guess = block.is_complete, block.has_guess
-        pairs = list(zip(candidates, chances, strict=False))
+        pairs = list(zip(candidates, probs, strict=False))
         is_sent = self.tree.add(block, token, self.support, pairs)
         if was_complete:
             assert (had_guess, block.has_guess, is_sent) == (False, True, False), "one guess"

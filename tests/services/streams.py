@@ -106,8 +106,8 @@ class Stream:
 
     async def listen(self) -> None:
         async for frame in self._call:
-            told = ("costs", "state")
-            fields = [values for field, values in frame.ListFields() if field.name not in told]
+            others = ("costs", "state")
+            fields = [values for field, values in frame.ListFields() if field.name not in others]
             async with self._news:
                 self.costs = frame.costs if frame.HasField("costs") else self.costs
                 if frame.state:

@@ -17,7 +17,7 @@ from tests.services.streams import Following, draft_commit, draft_open, numbers,
 from tests.stack import eventually
 
 PROMPT = [3, 1, 4, 1]
-# Too short to be told half drafted.
+# Too short to be sent half drafted.
 GAMMA = 2
 Frame = draft_pb2.ProposeRequest
 
@@ -46,7 +46,7 @@ async def test_outcomes_are_proposed_before_the_commit(system: System) -> None:
         assert stream.num_unread(1) <= 1, "three outcomes and no more"
         await stream.write(Frame(commits=[draft_commit(1, outcomes[1], len(PROMPT) + 1)]))
         while not (further := await stream.answer(1)).base_len > len(PROMPT) + 1:
-            assert numbers(further.assumed_token_ids) not in outcomes, "told again"
+            assert numbers(further.assumed_token_ids) not in outcomes, "sent again"
         assert len(numbers(further.assumed_token_ids)) >= 1, "drafted on from it"
 
 
@@ -77,13 +77,13 @@ async def test_costs_are_reported(system: System) -> None:
     assert system.draft is not None
     asked = draft_pb2.DraftServiceGetModelInfoRequest()
     asked_of_target = target_pb2.TargetServiceGetModelInfoRequest()
-    for told in (
+    for reported in (
         (await system.draft.GetModelInfo(asked)).costs,
         (await system.target.GetModelInfo(asked_of_target)).costs,
     ):
-        assert told.num_tokens[0] == 1
-        assert len(told.num_tokens) == len(told.step_s) >= 3
-        assert all(0 < a <= b for a, b in itertools.pairwise(told.step_s))
+        assert reported.num_tokens[0] == 1
+        assert len(reported.num_tokens) == len(reported.step_s) >= 3
+        assert all(0 < a <= b for a, b in itertools.pairwise(reported.step_s))
 
 
 async def test_changed_costs_come_with_a_frame(

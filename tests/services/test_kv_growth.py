@@ -120,11 +120,11 @@ async def test_outputs_are_the_same_under_constant_preemption(
 ) -> None:
     """KV for two of twelve on both tiers; with drafts, without, and drafted ahead."""
     sampling, fields = WAYS[way]
-    chance = random.Random(11)
+    rng = random.Random(11)
     asked: list[tuple[list[int], dict[str, Any], dict[str, Any]]] = []
     for n in range(12):
-        prompt = [chance.randrange(256) for _ in range(chance.randrange(1, 60))]
-        given = {**sampling, "max_tokens": chance.randrange(60, 160)}
+        prompt = [rng.randrange(256) for _ in range(rng.randrange(1, 60))]
+        given = {**sampling, "max_tokens": rng.randrange(60, 160)}
         how = {"gamma": n % 6, "lookahead": n % 3, "fan_out": 1 + n % 4, "priority": n % 2}
         asked.append((prompt, given, how))
     async with both_tiers(pair, draft_kv=None) as tiers, orchestrating(tiers, redis_url) as stack:

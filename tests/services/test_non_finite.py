@@ -273,8 +273,8 @@ async def test_the_prefix_of_a_bad_prompt_is_not_reused(bad_pair: Pair, greedy: 
 
 
 @contextlib.asynccontextmanager
-async def bad_draft(pair: Pair, redis_url: str, chance: float | None) -> AsyncIterator[System]:
-    """A draft that proposes the bad token in every round, with probability `chance` if sampled."""
+async def bad_draft(pair: Pair, redis_url: str, prob: float | None) -> AsyncIterator[System]:
+    """A draft that proposes the bad token in every round, with probability `prob` if sampled."""
 
     def propose(asked: Any) -> list[draft_pb2.Proposal]:
         if not isinstance(asked, draft_pb2.DraftCommit):
@@ -282,14 +282,14 @@ async def bad_draft(pair: Pair, redis_url: str, chance: float | None) -> AsyncIt
         support = {
             "support_sizes": pack([2], UINT16),
             "support_ids": pack([BAD, 3], UINT32),
-            "support_probs": pack([chance or 0.0, 1 - (chance or 0.0)], FLOAT32),
+            "support_probs": pack([prob or 0.0, 1 - (prob or 0.0)], FLOAT32),
         }
         return [
             draft_pb2.Proposal(
                 generation_id=asked.generation_id,
                 base_len=asked.committed_len,
                 token_ids=pack([BAD], UINT32),
-                **(support if chance is not None else {}),
+                **(support if prob is not None else {}),
             )
         ]
 

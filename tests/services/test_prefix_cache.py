@@ -231,15 +231,14 @@ async def test_outputs_are_right_while_prefixes_are_evicted(
     pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
     """KV for a few generations: prefixes are evicted and cached again."""
-    chance = random.Random(5)
+    rng = random.Random(5)
     prompts = [
-        [*SYSTEM[: chance.randrange(100)], *(chance.randrange(255) for _ in range(30))]
-        for _ in range(12)
+        [*SYSTEM[: rng.randrange(100)], *(rng.randrange(255) for _ in range(30))] for _ in range(12)
     ]
     asked = {"sampling": {**GREEDY, "max_tokens": 24}, "gamma": 3}
     async with whole(pair, redis_url, kv_cache_tokens=512) as stack:
         for _ in range(3):
-            chance.shuffle(prompts)
+            rng.shuffle(prompts)
             for two in (prompts[:6:2], prompts[1::3]):
                 outputs = [await stack.generate(p, **asked) for p in two]
                 assert [o.token_ids for o in outputs] == [greedy(p, 24) for p in two]
