@@ -90,7 +90,7 @@ async def test_changed_costs_come_with_a_frame(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight sessions at once change the costs: passes have more rows than before."""
-    monkeypatch.setattr(costs, "_NEWS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(costs, "_REPORT_INTERVAL_S", 0.0)
     everyone = range(1, 9)
     async with proposing(system) as stream:
         await stream.write(Frame(opens=[draft_open(n, PROMPT) for n in everyone]))
