@@ -1,4 +1,4 @@
-"""A chat goes on behind an answer that was cut off: by its orchestrator's death, by its caller."""
+"""A chat continues after an interrupted answer: its orchestrator died, or its client left."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def get(system: System) -> orchestrator_pb2.GetSessionResponse:
 
 
 def prompt_of(tokenizer: Tokenizer, *contents: str) -> list[int]:
-    """Of a chat in which user and assistant take turns."""
+    """A chat in which user and assistant alternate."""
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": said} for i, said in enumerate(contents)]
     return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
@@ -75,7 +75,7 @@ def prompt_of(tokenizer: Tokenizer, *contents: str) -> list[int]:
 async def test_the_answer_of_a_killed_orchestrator_stays_in_the_chat(
     template: str, chat_pair: Pair, redis_url: str, chat_greedy: Greedy, tmp_path: Path
 ) -> None:
-    """What was recorded of it is the assistant's message, and the response says so."""
+    """Its recorded tokens are the assistant's message; the result has their number."""
     shutil.copytree(chat_pair.target, tmp_path / "target")
     pair = Pair(tmp_path / "target", chat_pair.draft)
     write_tokenizer(pair.target, chat_template=TEMPLATES[template])
@@ -91,7 +91,7 @@ async def test_the_answer_of_a_killed_orchestrator_stays_in_the_chat(
             first = prompt_of(tokenizer, "the quick fox")
             answer = list(session.token_ids)[len(first) :]
             assert answer == chat_greedy(first, len(answer))
-            assert session.in_use  # until the dead one's lease lapses
+            assert session.in_use  # until the lease of the killed one expires
             assert redis_command(redis_url, "HSET", KEY, "lease_until", "0") == b":0"
             second = await generated(system, asked("and then?", 16))
             assert second.result is not None
@@ -110,7 +110,7 @@ async def test_the_answer_of_a_killed_orchestrator_stays_in_the_chat(
 async def _cut_off(
     process: asyncio.subprocess.Process, made: orchestrator_pb2.GenerateRequest
 ) -> None:
-    """SIGKILL in the midst of the answer."""
+    """Kills the orchestrator during the answer."""
     assert process.stdout is not None
     async with asyncio.timeout(END_TIMEOUT_S):
         line = (await process.stdout.readline()).decode()
@@ -131,10 +131,10 @@ async def _cut_off(
 
 
 @pytest.mark.slow
-async def test_an_answer_whose_caller_left(
+async def test_the_answer_of_a_client_that_left_stays_in_the_chat(
     chat_pair: Pair, redis_url: str, chat_greedy: Greedy, brake: Brake
 ) -> None:
-    """Gone on with behind it, or resumed first: it is in the chat once, as far as it came."""
+    """Continued or resumed first: its tokens are in the chat once."""
     tokenizer = Tokenizer.load(str(chat_pair.target))
     assert tokenizer is not None
     async with (
@@ -169,8 +169,8 @@ async def test_an_answer_whose_caller_left(
 
 
 def _text(tokenizer: Tokenizer, output_ids: list[int], prompt: list[int]) -> str:
-    told = tokenizer.detokenizer(prompt)
-    return "".join(told.push(token) for token in output_ids) + told.finish()
+    text = tokenizer.detokenizer(prompt)
+    return "".join(text.push(token) for token in output_ids) + text.finish()
 
 
 async def _is_free(system: System) -> bool:

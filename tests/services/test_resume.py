@@ -1,4 +1,4 @@
-"""A stream that broke goes on at another orchestrator, from the tokens that its caller holds."""
+"""A broken stream is resumed at another orchestrator, after the tokens that its client has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOT: dict[str, Any] = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
 
 @contextlib.asynccontextmanager
 async def two(pair: Pair, redis_url: str, **settings: Any) -> AsyncIterator[list[System]]:
-    """Two orchestrators of the same tiers and the same Redis."""
+    """Two orchestrators with the same tiers and Redis."""
     async with (
         both_tiers(pair) as tiers,
         orchestrating(tiers, redis_url, **settings) as first,
@@ -47,9 +47,9 @@ def asked(sampling: dict[str, Any], **fields: Any) -> orchestrator_pb2.GenerateR
     return request(PROMPT, {"max_tokens": NUM_TOKENS, **sampling}, **fields)
 
 
-async def resume(system: System, num_held: int, session_id: str = "s") -> Output:
+async def resume(system: System, num_received: int, session_id: str = "s") -> Output:
     output = Output()
-    again = orchestrator_pb2.GenerateRequest(session_id=session_id, resume_from=num_held)
+    again = orchestrator_pb2.GenerateRequest(session_id=session_id, resume_from=num_received)
     async for chunk in system.client.Generate(again, timeout=200):
         output.add(chunk)
     return output
@@ -99,10 +99,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-async def test_while_the_first_orchestrator_still_runs(
+async def test_a_turn_is_resumed_while_its_orchestrator_runs(
     way: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
-    """The later one has the session; the earlier one's stream ends, and it writes no more."""
+    """The second takes the session over. The first one's stream ends and writes nothing more."""
     sampling, fields = WAYS[way]
     async with two(pair, redis_url) as (first, second):
         whole = await first.generate(
@@ -111,9 +111,9 @@ async def test_while_the_first_orchestrator_still_runs(
         brake.set(20)  # so it still runs when the second takes over
         call = first.client.Generate(asked(sampling, **fields), timeout=200)
         before = await some(call, 20)
-        held = before.token_ids[:18]  # the last message never arrived
+        received = before.token_ids[:18]  # the last message never arrived
         epoch = (await recorded(second)).epoch
-        resuming = asyncio.create_task(resume(second, len(held)))
+        resuming = asyncio.create_task(resume(second, len(received)))
 
         async def has_taken_over() -> bool:
             return (await recorded(second)).epoch > epoch
@@ -128,39 +128,41 @@ async def test_while_the_first_orchestrator_still_runs(
 
         refused = await refusal(rest())
         assert refused.code is grpc.StatusCode.ABORTED
-        assert len(held) + len(after.token_ids) == NUM_TOKENS
+        assert len(received) + len(after.token_ids) == NUM_TOKENS
         if way != "rejection":
-            assert held + after.token_ids == whole.token_ids
+            assert received + after.token_ids == whole.token_ids
         got = await recorded(second)
-        assert list(got.token_ids) == [*PROMPT, *held, *after.token_ids]
+        assert list(got.token_ids) == [*PROMPT, *received, *after.token_ids]
         assert not got.in_use
         assert after.result is not None
         assert after.result.recorded
         assert after.result.usage.completion_tokens == NUM_TOKENS
 
 
-async def test_after_the_caller_left(pair: Pair, redis_url: str, greedy: Greedy) -> None:
-    """A cancelled call leaves a turn that can be gone on with; several times."""
+async def test_a_turn_is_resumed_after_its_client_left(
+    pair: Pair, redis_url: str, greedy: Greedy
+) -> None:
+    """A cancelled call leaves a turn that can be resumed, several times."""
     async with two(pair, redis_url) as (first, second):
         call = first.client.Generate(asked(GREEDY), timeout=200)
-        held = (await some(call, 10)).token_ids
+        received = (await some(call, 10)).token_ids
         call.cancel()
         again = second.client.Generate(
-            orchestrator_pb2.GenerateRequest(session_id="s", resume_from=len(held)), timeout=200
+            orchestrator_pb2.GenerateRequest(session_id="s", resume_from=len(received)), timeout=200
         )
-        held += (await some(again, 30)).token_ids
+        received += (await some(again, 30)).token_ids
         again.cancel()
-        held += (await resume(first, len(held))).token_ids
-        assert held == greedy(PROMPT, NUM_TOKENS)
-        # And the conversation goes on as any other.
+        received += (await resume(first, len(received))).token_ids
+        assert received == greedy(PROMPT, NUM_TOKENS)
+        # The conversation can be continued.
         more = await second.generate(
             [5, 6], sampling={**GREEDY, "max_tokens": 8}, session_id="s", gamma=2
         )
-        assert more.token_ids == greedy([*PROMPT, *held, 5, 6], 8)
+        assert more.token_ids == greedy([*PROMPT, *received, 5, 6], 8)
 
 
-async def test_a_finished_turn_is_told_again(pair: Pair, redis_url: str) -> None:
-    """Its last message was lost: the tokens after those held, and the result."""
+async def test_a_finished_turn_is_sent_again(pair: Pair, redis_url: str) -> None:
+    """Its last message was lost: the missing tokens and the result."""
     async with two(pair, redis_url) as (first, second):
         done = await first.generate(
             PROMPT,
@@ -168,33 +170,35 @@ async def test_a_finished_turn_is_told_again(pair: Pair, redis_url: str) -> None
             session_id="s",
             create_session=True,
         )
-        for num_held in (30, 25, 0):
-            told = await resume(second, num_held)
-            assert told.token_ids == done.token_ids[num_held:]
-            assert told.result is not None
-            assert told.result.finish_reason == orchestrator_pb2.FINISH_REASON_LENGTH
-            assert told.result.seed == done.result.seed if done.result else False
+        for num_received in (30, 25, 0):
+            resumed = await resume(second, num_received)
+            assert resumed.token_ids == done.token_ids[num_received:]
+            assert resumed.result is not None
+            assert resumed.result.finish_reason == orchestrator_pb2.FINISH_REASON_LENGTH
+            assert resumed.result.seed == done.result.seed if done.result else False
 
 
-async def test_stop_texts_and_penalties_go_on(pair: Pair, redis_url: str) -> None:
-    """What depends on the output so far is what it would have been."""
+async def test_stop_strings_and_penalties_apply_to_a_resumed_turn(
+    pair: Pair, redis_url: str
+) -> None:
+    """The output is the same as without an interruption."""
     sampling = {**HOT, "stop_token_ids": [3], "frequency_penalty": 0.5, "logit_bias": {3: 2.5}}
     async with two(pair, redis_url) as (first, second):
         whole = await first.generate(
             PROMPT, sampling={"max_tokens": NUM_TOKENS, **sampling}, gamma=0, **COUPLED
         )
         call = first.client.Generate(asked(sampling, **COUPLED), timeout=200)
-        held = (await some(call, 5)).token_ids
+        received = (await some(call, 5)).token_ids
         call.cancel()
-        after = await resume(second, len(held))
-        assert held + after.token_ids == whole.token_ids
+        after = await resume(second, len(received))
+        assert received + after.token_ids == whole.token_ids
         assert after.result is not None
         assert whole.result is not None
         assert after.result.stop_token_id == whole.result.stop_token_id
 
 
-async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) -> None:
-    """Neither the turn before it nor anything else is taken for it."""
+async def test_a_call_without_a_recorded_token_is_not_resumed(pair: Pair, redis_url: str) -> None:
+    """The turn before it is not resumed in its place."""
     async with two(pair, redis_url) as (first, second):
         refused = await refusal(resume(second, 0, "nobody"))
         assert refused.code is grpc.StatusCode.NOT_FOUND
@@ -207,19 +211,19 @@ async def test_a_call_of_which_nothing_was_recorded(pair: Pair, redis_url: str) 
         assert refused.fields == ["sampling.max_tokens"]
         refused = await refusal(resume(second, 0))
         assert refused.code is grpc.StatusCode.NOT_FOUND
-        # Who holds tokens can only mean the turn that has some, a late call of theirs or not.
-        for num_held in (3, 5):
-            assert (await resume(second, num_held)).token_ids == done.token_ids[num_held:]
+        # A client with tokens means the turn that has some, also after a failed call.
+        for num_received in (3, 5):
+            assert (await resume(second, num_received)).token_ids == done.token_ids[num_received:]
         refused = await refusal(resume(second, 0))
         assert refused.code is grpc.StatusCode.NOT_FOUND
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
-async def test_a_later_turn_is_begun_before_it_is_shown(
+async def test_a_later_turn_is_begun_in_redis_before_a_token_is_sent(
     durability: str, pair: Pair, redis_url: str
 ) -> None:
-    """Else its caller, resuming, would be told the turn before."""
+    """Otherwise a resumption would send the turn before it."""
     mode = orchestrator_pb2.Durability.Value(f"DURABILITY_{durability}")
     async with two(pair, redis_url) as (first, _):
         await first.generate(PROMPT, sampling=GREEDY, session_id="s", create_session=True)
@@ -247,7 +251,7 @@ async def _all(system: System, asked: orchestrator_pb2.GenerateRequest) -> None:
         ({"sampling": {"seed": 1}}, "sampling"),
     ],
 )
-async def test_nothing_else_may_be_asked(
+async def test_a_resumption_allows_no_other_field(
     fields: dict[str, Any], named: str, pair: Pair, redis_url: str
 ) -> None:
     async with two(pair, redis_url) as (first, _):
@@ -256,8 +260,8 @@ async def test_nothing_else_may_be_asked(
         assert refused.fields == [named]
 
 
-async def test_more_than_was_recorded(pair: Pair, redis_url: str) -> None:
-    """In mode fast a caller may hold more: what is the same again is made again, else refused."""
+async def test_a_client_may_have_more_tokens_than_are_recorded(pair: Pair, redis_url: str) -> None:
+    """In mode fast. Identical tokens are generated again; otherwise it is refused."""
     async with two(pair, redis_url) as (first, second):
         done = await first.generate(
             PROMPT, sampling={**GREEDY, "max_tokens": 40}, session_id="s", create_session=True
@@ -267,11 +271,11 @@ async def test_more_than_was_recorded(pair: Pair, redis_url: str) -> None:
         assert len(done.token_ids) == 40
 
 
-async def test_tiers_are_free_afterwards(pair: Pair, redis_url: str) -> None:
+async def test_a_resumed_turn_leaves_nothing_at_the_tiers(pair: Pair, redis_url: str) -> None:
     async with two(pair, redis_url) as (first, second):
         call = first.client.Generate(asked(GREEDY), timeout=200)
-        held = (await some(call, 10)).token_ids
-        await resume(second, len(held))
+        received = (await some(call, 10)).token_ids
+        await resume(second, len(received))
         await second.client.DeleteSession(
             orchestrator_pb2.DeleteSessionRequest(session_id="s"), timeout=200
         )
@@ -280,7 +284,7 @@ async def test_tiers_are_free_afterwards(pair: Pair, redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["DURABLE", "FAST"])
-async def test_both_modes_record_everything(
+async def test_both_durabilities_record_everything(
     durability: str, pair: Pair, redis_url: str, greedy: Greedy
 ) -> None:
     mode = orchestrator_pb2.Durability.Value(f"DURABILITY_{durability}")
