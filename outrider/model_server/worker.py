@@ -111,8 +111,9 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
             try:
                 results += self._execute(command)
             except Exception as error:
-                results.append(self._failed(command.key, error))
-        results += self._take_failures()
+                self._failures.append(self._failed(command.key, error))
+            # In order: the first failure of a generation is the one that counts for its client.
+            results += self._take_failures()
         while self.has_work and not results:
             results += self._batch()
             if is_interrupted():

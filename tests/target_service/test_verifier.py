@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,17 @@ def test_an_error_of_no_generation_fails_all_that_wait(monkeypatch: pytest.Monke
     assert [str(error) for error in errors] == ["no plan"], "three in a row"
     assert isinstance(target.run(*target.opening(7, SHORT))[7], Verified)
     assert target.verifier.num_open == 1
+
+
+def test_a_displaced_generation_fails_as_displaced_before_a_request_of_the_same_step() -> None:
+    """The first failure counts: its orchestrator reports LeaseLost, not an internal error."""
+    target = Target()
+    first, request = target.opening(1, SHORT)
+    target.run(first)
+    assert isinstance(first, OpenTarget)
+    later = replace(first, key=GenerationKey(2, 1), epoch=first.epoch + 1)
+    failures = target.verifier.step([later, request], lambda: True)
+    assert [f.reason for f in failures if isinstance(f, Failure) and f.key == first.key] == [
+        FailureReason.DISPLACED,
+        FailureReason.BAD_MESSAGE,
+    ]
