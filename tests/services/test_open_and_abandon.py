@@ -122,7 +122,7 @@ def abandon(tier: Target | Draft, numbers: range) -> None:
         for commands in cycle(tier, number):
             for outcome in tier.worker.step(commands, lambda: True):
                 if isinstance(outcome, Failure):
-                    assert "took over" in outcome.detail, outcome
+                    assert "taken over" in outcome.detail, outcome
         if number % 100 == 0:
             tier.worker.tidy()
 
