@@ -112,8 +112,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
                 results += self._execute(command)
             except Exception as error:
                 self._failures.append(self._failed(command.key, error))
-            # In order: the first failure of a generation is the one that counts for its client.
-            results += self._take_failures()
+            results += self._take_failures()  # in order: a generation's first failure counts
         while self.has_work and not results:
             results += self._batch()
             if is_interrupted():
