@@ -1,8 +1,8 @@
-"""Synthetic model pairs: the cost of a real pair, a chosen acceptance rate, nothing to download.
+"""Makes synthetic model pairs: the cost of a real pair, a chosen acceptance rate, no download.
 
-Owns the search for the ε of `SyntheticPair` that gives the α asked for, and the files. Knows
-nothing of the services. The models have no tokenizer: prompts are token ids.
-`python -m outrider_bench.models.synthetic DIRECTORY --size p1 --alpha 0.8` makes one.
+Searches the ε of `SyntheticPair` that gives the requested α, and writes the files. The models have
+no tokenizer: prompts are token ids. Command: `python -m outrider_bench.models.synthetic DIRECTORY
+--size p1 --alpha 0.8`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from outrider_bench.models.synthetic_pair import (
     SyntheticPair,
 )
 
-# Many prompts: a random model's continuation of one may fall into a circle. α of `_MANY` is good
-# to about 0.005 (one standard deviation over prompts), of `_FEW` to 0.010.
+# Many prompts, because a random model's continuation of one may repeat itself. Standard deviation
+# of α over prompts: about 0.005 for `_MANY`, 0.010 for `_FEW`.
 _FEW, _MANY = Sample(64, 24), Sample(128, 48)
 
 _REPORT = "pair.json"
@@ -39,9 +39,9 @@ Progress = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class PairReport:
-    """What was made: the content of `pair.json`. See `Agreement` for the two acceptances.
+    """Content of `pair.json`. See `Agreement` for the two acceptance rates.
 
-    `alpha` is what was asked for at `temperature`; None where ε was given instead.
+    `alpha`: the requested α at `temperature`; None if ε was given instead.
     """
 
     size: str
@@ -71,9 +71,9 @@ def make_pair(
 ) -> PairReport:
     """Writes a pair whose measured α at this temperature (0 or 1) is within 0.01 of `alpha`.
 
-    A given `epsilon` is taken as it is: no search, and α is whatever it comes to. Writes
-    `directory/target`, `directory/draft`, and then `directory/pair.json`: where that is, the pair
-    is whole. `progress` hears of each measurement. Raises ConfigError for what cannot be made.
+    With `epsilon` there is no search and `alpha` is ignored. Writes `directory/target` and
+    `directory/draft`, then `directory/pair.json`, which marks the pair as complete. `progress` is
+    called after each measurement. Raises ConfigError for invalid arguments.
     """
     shape = _checked_shape(size, alpha, temperature, epsilon, vocab_size)
     _clear(directory)
@@ -87,10 +87,11 @@ def make_pair(
 
     sample = _MANY if epsilon is None else _FEW
     if epsilon is None:
-        # Noise of as many layers adds up as its square root; the factor was measured.
+        # The noise of the layers adds up as the square root of their number; the factor was
+        # measured.
         guess = 0.4 * (1 - alpha) / alpha / math.sqrt(shape.num_layers - NUM_DRAFT_LAYERS)
-        guess, _ = _searched(lambda e: measured(e, _FEW), alpha, guess, tolerance=0.02)
-        found, agreement = _searched(lambda e: measured(e, _MANY), alpha, guess, tolerance=0.008)
+        guess, _ = _search(lambda e: measured(e, _FEW), alpha, guess, tolerance=0.02)
+        found, agreement = _search(lambda e: measured(e, _MANY), alpha, guess, tolerance=0.008)
     else:
         found, agreement = epsilon, measured(epsilon, _FEW)
     other = pair.measure(1.0 - temperature, sample)
@@ -115,7 +116,7 @@ def make_pair(
 
 
 def _clear(directory: Path) -> None:
-    """Makes room for a pair: what is there of an earlier one is no whole pair from now on."""
+    """Creates the directory and marks a pair in it as incomplete. Raises ConfigError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _REPORT).unlink(missing_ok=True)
@@ -123,27 +124,28 @@ def _clear(directory: Path) -> None:
         raise ConfigError(f"directory: {error}") from error
 
 
-def _searched(
-    measure: Callable[[float], Agreement], asked: float, epsilon: float, *, tolerance: float
+def _search(
+    measure: Callable[[float], Agreement], wanted: float, epsilon: float, *, tolerance: float
 ) -> tuple[float, Agreement]:
-    """ε and what it gives, α within `tolerance` of the asked one.
+    """Finds ε with α within `tolerance` of the wanted one. Returns it and its measurement.
 
-    Secants of the log-odds of α over log ε. For small ε, 1 − α grows with ε: a slope of −1 to
-    begin with.
+    Secant method on the log-odds of α over log ε. For small ε, 1 - α grows with ε, so the first
+    slope is -1. Raises InternalError if it does not converge.
     """
     slope, previous = -1.0, None
     for _ in range(16):
         epsilon = float(f"{epsilon:.4g}")
         agreement = measure(epsilon)
-        if abs(agreement.alpha - asked) <= tolerance:
+        if abs(agreement.alpha - wanted) <= tolerance:
             return epsilon, agreement
         at = (math.log(epsilon), _log_odds(agreement.alpha))
         if previous and at[0] != previous[0]:
-            # Within what was ever seen: two measurements close together have mostly noise.
+            # Limits to slopes seen in practice: two measurements close together differ mostly by
+            # noise.
             slope = min(max((at[1] - previous[1]) / (at[0] - previous[0]), -3.0), -0.5)
-        step = (_log_odds(asked) - at[1]) / slope
+        step = (_log_odds(wanted) - at[1]) / slope
         epsilon, previous = epsilon * math.exp(min(max(step, -2.0), 2.0)), at
-    raise InternalError(f"no ε gives α = {asked}: the last was {epsilon:g}")
+    raise InternalError(f"found no ε that gives α = {wanted}; last tried: {epsilon:g}")
 
 
 def _log_odds(alpha: float) -> float:
@@ -155,37 +157,37 @@ def _checked_shape(
     size: str, alpha: float, temperature: float, epsilon: float | None, vocab_size: int | None
 ) -> PairSize:
     if size not in SIZES:
-        raise ConfigError(f"size: {size!r} is none of {', '.join(SIZES)}")
+        raise ConfigError(f"size: {size!r} is unknown; allowed: {', '.join(SIZES)}")
     if not 0.1 <= alpha <= 0.98:
-        raise ConfigError(f"alpha: {alpha:g} is not between 0.1 and 0.98")
+        raise ConfigError(f"alpha: {alpha:g} is out of range; allowed: 0.1 to 0.98")
     if temperature not in (0, 1):
-        raise ConfigError(f"temperature: α is measured at 0 or 1, not at {temperature:g}")
+        raise ConfigError(f"temperature: {temperature:g} is not supported; allowed: 0 or 1")
     if epsilon is not None and not 0 <= epsilon <= 1:
-        raise ConfigError(f"epsilon: {epsilon:g} is not between 0 and 1")
+        raise ConfigError(f"epsilon: {epsilon:g} is out of range; allowed: 0 to 1")
     if vocab_size is None:
         return SIZES[size]
-    if vocab_size < 64:  # fewer cannot have two nats of entropy and a real model's peaks
-        raise ConfigError(f"vocab_size: {vocab_size} is too small, at least 64")
+    if vocab_size < 64:  # fewer cannot have 2 nats of entropy and a real model's peaks
+        raise ConfigError(f"vocab_size: {vocab_size} is too small; at least 64")
     return dataclasses.replace(SIZES[size], vocab_size=vocab_size)
 
 
 def main() -> int:
-    """One JSON line for each measurement, then the report; 2 where something given is wrong."""
-    parser = argparse.ArgumentParser(description="Makes a synthetic model pair.")
+    """Prints one JSON line per measurement, then the report. Exit status 2: invalid arguments."""
+    parser = argparse.ArgumentParser(description="Make a synthetic model pair.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", default="p1")
     parser.add_argument("--alpha", type=float, default=0.8)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--epsilon", type=float, help="Taken as it is: no search for alpha.")
+    parser.add_argument("--epsilon", type=float, help="Use this ε; do not search for --alpha.")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-threads", type=int, help="Default: one for each core.")
-    given = vars(parser.parse_args())
-    if num_threads := given.pop("num_threads"):
+    parser.add_argument("--num-threads", type=int, help="CPU threads. Default: one per core.")
+    arguments = vars(parser.parse_args())
+    if num_threads := arguments.pop("num_threads"):
         torch.set_num_threads(num_threads)
     try:
         report = make_pair(
-            **given, progress=lambda measured: print(json.dumps(measured), flush=True)
+            **arguments, progress=lambda measured: print(json.dumps(measured), flush=True)
         )
     except OutriderError as error:
         print(error, file=sys.stderr)

@@ -1,8 +1,7 @@
-"""A synthetic pair of models, before it has files: built, scaled, measured.
+"""Synthetic pair of models in memory: built, scaled, measured.
 
-Owns the shapes and the mathematics of agreement. The target is a random Llama whose layers after
-the first add only ε times what they would; the draft is that first layer under the same
-embeddings, norm and head. Knows nothing of the α that is wanted.
+The target is a random Llama whose layers after the first are scaled by ε. The draft is that first
+layer with the same embeddings, norm and head. `synthetic` searches the ε for a given α.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from outrider.engine.loading.loaded_model import cache_argument
 
 @dataclass(frozen=True)
 class PairSize:
-    """The shape of a target; the draft is its first layer."""
+    """Shape of a target. The draft is its first layer."""
 
     num_layers: int
     hidden_size: int
@@ -40,19 +39,19 @@ SIZES = {
 NUM_DRAFT_LAYERS = 1
 MAX_CONTEXT = 16_384
 
-# At T = 1, of a real model on ordinary text.
+# Entropy of the target at T = 1, as of a real model on ordinary text.
 _ENTROPY_NATS = 2.0
-# Attention scores deviate by this much, so that a few tokens of the context are seen whatever its
-# length. At the usual initialisation all tokens are averaged: greedy outputs soon go in circles,
-# and α depends on the length.
+# Standard deviation of attention scores. It is large enough that a few context tokens dominate at
+# any length. With the usual initialisation all tokens are averaged: greedy outputs soon repeat
+# themselves, and α depends on the length.
 _SCORE_DEVIATION = 3.0
 _PROMPT_LEN = 16
-_BATCH = 64  # prompts run together
+_BATCH = 64  # prompts per forward pass
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How many positions α is measured on: the target's own continuations of random prompts."""
+    """Positions on which α is measured: the target's own continuations of random prompts."""
 
     num_prompts: int
     num_tokens: int
@@ -62,9 +61,9 @@ class Sample:
 class Agreement:
     """Means over a sample's positions, each given the target's own context.
 
-    `alpha`: at temperature 0 the share of equal argmaxes; at 1 of Σ min(target_probs,
-    draft_probs), what rejection sampling accepts (Leviathan et al. 2023, Corollary 3.6).
-    `entropy_nats` is the target's, at temperature 1 only.
+    `alpha`: at temperature 0 the share of equal argmaxes; at 1 the mean of Σ min(target_probs,
+    draft_probs), the acceptance rate of rejection sampling (Leviathan et al. 2023, Corollary 3.6).
+    `entropy_nats`: the target's; None at temperature 0.
     """
 
     alpha: float
@@ -72,10 +71,10 @@ class Agreement:
 
 
 class SyntheticPair:
-    """Both models of a pair as one: the draft is read off the target's first layers.
+    """Both models of a pair in one: the draft consists of the target's first layers.
 
-    Everything is float32 on the CPU, and a function of the arguments alone: of `seed`, never of
-    torch's global generator.
+    Everything is float32 on the CPU and depends on the arguments only: on `seed`, not on torch's
+    global generator.
     """
 
     def __init__(self, size: PairSize, *, seed: int = 0) -> None:
@@ -85,19 +84,19 @@ class SyntheticPair:
             self._target = LlamaForCausalLM(_config(size, size.num_layers)).train(False)
         self._size = size
         layers = self._target.model.layers
-        outward = [
+        output_weights = [
             linear.weight
             for layer in layers[NUM_DRAFT_LAYERS:]
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
         ]
-        # Kept, so that the weights are a function of ε and not of the search that found it.
-        self._outward = [(weight, weight.detach().clone()) for weight in outward]
+        # The originals: weights depend on ε only, not on the values tried before it.
+        self._output_weights = [(weight, weight.detach().clone()) for weight in output_weights]
         with torch.no_grad():
             sharper = math.sqrt(_SCORE_DEVIATION / size.hidden_size) / _deviation(size)
             for layer in layers:
                 layer.self_attn.q_proj.weight.mul_(sharper)
                 layer.self_attn.k_proj.weight.mul_(sharper)
-            # Logit 0 among peaked ones: the end of sequence is never the likeliest, and at
+            # Its logit is 0 among peaked ones: the end of sequence is never the argmax, and at
             # temperature 1 rarer than one token in a million.
             self._target.lm_head.weight[_eos_id(size)] = 0
         self.scale(0.0)
@@ -105,13 +104,15 @@ class SyntheticPair:
 
     @torch.no_grad()
     def scale(self, epsilon: float) -> None:
-        """Gives the layers that the draft lacks this weight; 0 makes both models the same."""
-        for weight, base in self._outward:
+        """Scales the layers that the draft lacks by ε. 0 makes both models equal."""
+        for weight, base in self._output_weights:
             torch.mul(base, epsilon, out=weight)
 
     @torch.inference_mode()
     def measure(self, temperature: float, sample: Sample) -> Agreement:
-        """At temperature 0 or 1. The same prompts each time: of one ε, the same result."""
+        """Agreement at temperature 0 or 1. The prompts are always the same: the same ε gives the
+        same result.
+        """
         generator = torch.Generator().manual_seed(self._seed)
         prompts = self._prompts(sample.num_prompts, generator)
         agreed: list[Tensor] = []
@@ -132,7 +133,9 @@ class SyntheticPair:
         return Agreement(float(torch.cat(agreed).mean()), entropy)
 
     def save(self, directory: Path) -> tuple[int, int]:
-        """Writes `directory/target` and `directory/draft`; the number of parameters of both."""
+        """Writes `directory/target` and `directory/draft`. Returns the number of parameters of
+        each.
+        """
         with torch.random.fork_rng(devices=[]):
             draft = LlamaForCausalLM(_config(self._size, NUM_DRAFT_LAYERS))
         weights = self._target.state_dict()
@@ -142,7 +145,7 @@ class SyntheticPair:
         return self._target.num_parameters(), draft.num_parameters()
 
     def _logits(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-        """Of target and draft behind `ids` int64 [B, T]: both float32 [B, vocab]."""
+        """Next-token logits of target and draft after ids int64 [B, T]: both float32 [B, vocab]."""
         model = self._target
         argument: Any = {cache_argument(model): cache}
         out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **argument)
@@ -155,9 +158,9 @@ class SyntheticPair:
 
     @torch.no_grad()
     def _peak(self) -> None:
-        """Sets the final norm so that logits have a real model's entropy; by bisection.
+        """Sets the final norm so that the logits have a real model's entropy, by bisection.
 
-        At ε = 0: the norm makes their size the same at any ε.
+        Runs at ε = 0: the norm makes the size of the logits independent of ε.
         """
         prompts = self._prompts(_BATCH, torch.Generator().manual_seed(self._seed))
         logits, _ = self._logits(prompts, DynamicCache(config=self._target.config))
@@ -174,7 +177,10 @@ def _eos_id(size: PairSize) -> int:
 
 
 def _deviation(size: PairSize) -> float:
-    """Of the initial weights: half of what keeps a vector's length, which is Llama's at 640."""
+    """Standard deviation of the initial weights.
+
+    Half of what preserves a vector's length; at hidden size 640 that is Llama's.
+    """
     return 0.5 / math.sqrt(size.hidden_size)
 
 

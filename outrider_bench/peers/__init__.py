@@ -1,1 +1,1 @@
-"""Peers to compare with: Hugging Face `generate`, plain and assisted."""
+"""Baselines of other projects: Hugging Face `generate`, plain and assisted."""

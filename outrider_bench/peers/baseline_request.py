@@ -1,7 +1,4 @@
-"""What is asked of the Hugging Face baseline: one line of JSON, checked by field.
-
-Owns the names and what they may hold. Knows no models.
-"""
+"""Request to the Hugging Face baseline: one line of JSON, validated by field."""
 
 from __future__ import annotations
 
@@ -19,12 +16,13 @@ SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineRequest:
-    """One generation, by the names of the JSON fields; `prompt` may there be a prompt's number.
+    """One generation; the JSON has the same field names. There, `prompt` may also be the index of a
+    prompt.
 
     `num_assistant_tokens`, `schedule` and `confidence_threshold` are transformers' settings of
-    assisted generation. With none of them given its defaults hold (20 tokens, fewer where the
-    draft's confidence falls below a threshold); with any of them, the threshold is 0 unless
-    given, so that a constant number is constant.
+    assisted generation. If none is given, its defaults hold: 20 tokens, fewer if the draft's
+    confidence falls below a threshold. If any is given, the threshold defaults to 0, so that a
+    constant number is constant.
     """
 
     prompt: list[int]
@@ -42,26 +40,30 @@ class BaselineRequest:
             self.schedule,
             self.confidence_threshold,
         )
-        for holds, field, why in (
-            (are_ids(self.prompt), "prompt", "is no list of token ids"),
-            (_is_count(self.max_new_tokens), "max_new_tokens", "is no positive integer"),
-            (self.variant in VARIANTS, "variant", f"is none of {', '.join(VARIANTS)}"),
-            (_is_number(self.temperature), "temperature", "is no number from 0"),
-            (type(self.seed) is int, "seed", "is no integer"),
-            (count is None or _is_count(count), "num_assistant_tokens", "is no positive integer"),
-            (schedule in (None, *SCHEDULES), "schedule", f"is none of {', '.join(SCHEDULES)}"),
+        for is_valid, field, message in (
+            (are_ids(self.prompt), "prompt", "must be a non-empty list of token ids"),
+            (_is_count(self.max_new_tokens), "max_new_tokens", "must be a positive integer"),
+            (self.variant in VARIANTS, "variant", f"must be one of {', '.join(VARIANTS)}"),
+            (_is_number(self.temperature), "temperature", "must be a number of at least 0"),
+            (type(self.seed) is int, "seed", "must be an integer"),
+            (
+                count is None or _is_count(count),
+                "num_assistant_tokens",
+                "must be a positive integer",
+            ),
+            (schedule in (None, *SCHEDULES), "schedule", f"must be one of {', '.join(SCHEDULES)}"),
             (
                 threshold is None or _is_number(threshold),
                 "confidence_threshold",
-                "is no number from 0",
+                "must be a number of at least 0",
             ),
             (
                 self.variant == "assisted" or not self.is_tuned,
                 "variant",
-                "plain decoding has no settings of assisted generation",
+                "plain accepts no settings of assisted generation",
             ),
         ):
-            check(holds, field, why)
+            check(is_valid, field, message)
 
     @property
     def is_tuned(self) -> bool:
@@ -71,29 +73,37 @@ class BaselineRequest:
 
     @classmethod
     def from_json(cls, line: str, prompts: Sequence[list[int]] = ()) -> BaselineRequest:
-        """`prompts` are those that a line may name by number. Raises InvalidRequest, by field."""
+        """Parses a line. It may name one of `prompts` by index. Raises InvalidRequest with the
+        field.
+        """
         try:
             fields = json.loads(line)
         except ValueError:
-            raise InvalidRequest("request", "is no JSON") from None
-        check(isinstance(fields, dict), "request", "is no JSON object")
+            raise InvalidRequest("request", "must be JSON") from None
+        check(isinstance(fields, dict), "request", "must be a JSON object")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in fields:
             check(name in known, name, "is unknown")
         for name, field in known.items():
             check(name in fields or field.default is not dataclasses.MISSING, name, "is missing")
         if type(fields["prompt"]) is int:
-            check(0 <= fields["prompt"] < len(prompts), "prompt", f"there are {len(prompts)}")
+            check(
+                0 <= fields["prompt"] < len(prompts),
+                "prompt",
+                f"index out of range; there are {len(prompts)} prompts",
+            )
             fields["prompt"] = prompts[fields["prompt"]]
         return cls(**fields)
 
 
-def check(holds: bool, field: str, why: str) -> None:
-    if not holds:
-        raise InvalidRequest(field, why)
+def check(is_valid: bool, field: str, message: str) -> None:
+    """Raises InvalidRequest for `field` unless `is_valid`."""
+    if not is_valid:
+        raise InvalidRequest(field, message)
 
 
 def are_ids(value: Any) -> bool:
+    """Whether `value` is a non-empty list of token ids."""
     return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
 
 

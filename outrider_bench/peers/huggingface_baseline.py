@@ -1,11 +1,11 @@
-"""The peer to compare with: transformers' own `generate`, plain and assisted, as a server of
-measurements, so that a benchmark can interleave it with ours in one run.
+"""Hugging Face baseline: transformers' own `generate`, plain and assisted, as a measuring server.
 
-Owns how the peer is set up: nothing of ours, the linears as Hugging Face ships them, its own
-sampler and cache. Knows nothing of benchmarks: warm-up, repetitions and cores are the caller's.
+A benchmark can interleave it with Outrider in one run. Uses transformers' own layers, sampler and
+cache, and no code of ours. Warm-up, repetitions and CPU pinning belong to the caller.
+
 `python -m outrider_bench.peers.huggingface_baseline --target DIR --draft DIR` prints one JSON line
-when ready, then answers one line on stdout for each on stdin (see `BaselineRequest`,
-`Measurement`), or {"error": …}.
+when ready. It then answers each line on stdin with one on stdout: `BaselineRequest` with
+`Measurement` or {"error": …}.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NUM_RANDOM_PROMPTS, _RANDOM_PROMPT_LEN = 64, 16
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one generation took. Times by `perf_counter`, from before `generate` is called.
+    """Times of one generation, from before the call of `generate` (perf_counter).
 
-    `tokens_per_s` counts the tokens after the first ones shown, over the time since: plain
-    decoding shows one at a time, assisted generation a round's. None where nothing followed.
+    `tokens_per_s`: tokens after the first ones shown, over the time since; None if none followed.
+    Plain decoding shows one token at a time, assisted generation those of a round.
     """
 
     token_ids: list[int]
@@ -50,12 +50,15 @@ class Measurement:
 
 
 class HuggingFaceBaseline:
-    """Target and draft as transformers loads them. For one thread."""
+    """Target and draft as transformers loads them. Not thread-safe."""
 
     def __init__(self, target: str | Path, draft: str | Path, dtype: str = "float32") -> None:
         self._target = _loaded(target, dtype)
         self._draft = _loaded(draft, dtype)
-        self._num_target, self._num_draft = _Counter(self._target), _Counter(self._draft)
+        self._num_target, self._num_draft = (
+            _ForwardCounter(self._target),
+            _ForwardCounter(self._draft),
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -63,36 +66,42 @@ class HuggingFaceBaseline:
 
     @property
     def max_len(self) -> int:
-        """Of prompt and output together."""
+        """Maximum length of prompt and output together."""
         return int(self._target.config.max_position_embeddings)
 
     def measure(self, request: BaselineRequest) -> Measurement:
-        """Generates exactly `max_new_tokens`: no end of sequence. Raises InvalidRequest."""
-        check(max(request.prompt) < self.vocab_size, "prompt", "has ids beyond the vocabulary")
-        needed, room = len(request.prompt) + request.max_new_tokens, self.max_len
-        check(needed <= room, "max_new_tokens", f"{needed} tokens with the prompt, room is {room}")
+        """Generates exactly `max_new_tokens`: no end of sequence. Raises InvalidRequest,
+        InternalError.
+        """
+        check(max(request.prompt) < self.vocab_size, "prompt", "has ids outside the vocabulary")
+        needed, max_len = len(request.prompt) + request.max_new_tokens, self.max_len
+        check(
+            needed <= max_len,
+            "max_new_tokens",
+            f"{needed} tokens with the prompt; at most {max_len}",
+        )
         self._draft.generation_config = _assistant_config(request)
         assisted = {"assistant_model": self._draft} if request.variant == "assisted" else {}
         prompt = torch.tensor([request.prompt])
         self._num_target.count = self._num_draft.count = 0
-        # generate() draws from torch's global generator and takes no other.
+        # generate() samples from torch's global generator only.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)
-            clock = _Clock()
+            times = _ShownTimes()
             try:
                 ids = self._target.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=_config(request),
-                    streamer=clock,
+                    streamer=times,
                     **assisted,
                 )
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise InternalError(f"transformers' generate failed: {error}") from error
-        return self._measurement(ids[0, prompt.shape[1] :].tolist(), clock)
+        return self._measurement(ids[0, prompt.shape[1] :].tolist(), times)
 
-    def _measurement(self, token_ids: list[int], clock: _Clock) -> Measurement:
-        (first_s, num_first), (last_s, _) = clock.shown[0], clock.shown[-1]
+    def _measurement(self, token_ids: list[int], times: _ShownTimes) -> Measurement:
+        (first_s, num_first), (last_s, _) = times.shown[0], times.shown[-1]
         num_later = len(token_ids) - num_first
         return Measurement(
             token_ids=token_ids,
@@ -104,8 +113,8 @@ class HuggingFaceBaseline:
         )
 
 
-class _Clock(BaseStreamer):
-    """When how many tokens were shown: (seconds since made, number of them)."""
+class _ShownTimes(BaseStreamer):
+    """Streamer that records (seconds since its creation, number of tokens) of each piece shown."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -121,7 +130,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-class _Counter:
+class _ForwardCounter:
     """Counts a model's forward passes."""
 
     def __init__(self, model: Any) -> None:
@@ -135,7 +144,7 @@ class _Counter:
 def serve(
     baseline: HuggingFaceBaseline, lines: Iterable[str], prompts: Sequence[list[int]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """One answer for each line, in order: a Measurement's fields, or `error`."""
+    """Yields one answer per line, in order: a Measurement's fields, or `error`."""
     for line in lines:
         try:
             request = BaselineRequest.from_json(line, prompts)
@@ -149,7 +158,8 @@ def _loaded(directory: str | Path, dtype: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=_DTYPES[dtype]).train(False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: {error}") from error
-    # Outputs have the length asked for. A padding id that is given is not warned about.
+    # No end of sequence: outputs have the requested length. An explicit padding id avoids a
+    # warning.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=None, pad_token_id=0
     )
@@ -167,7 +177,7 @@ def _config(request: BaselineRequest) -> Any:
 
 
 def _assistant_config(request: BaselineRequest) -> Any:
-    """A new one each time: transformers keeps what its heuristics have learnt in the old one."""
+    """New generation config per request: transformers stores what its heuristics learn in it."""
     config: Any = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
     if request.is_tuned:
         config.num_assistant_tokens = request.num_assistant_tokens
@@ -177,7 +187,7 @@ def _assistant_config(request: BaselineRequest) -> Any:
 
 
 def _prompts(path: Path | None, vocab_size: int) -> list[list[int]]:
-    """Those of a file (a JSON list of lists of ids), or random ones, the same each time."""
+    """Prompts of a file (JSON list of lists of ids), or random ones with a fixed seed."""
     if path is None:
         shape = (_NUM_RANDOM_PROMPTS, _RANDOM_PROMPT_LEN)
         generator = torch.Generator().manual_seed(0)
@@ -187,33 +197,35 @@ def _prompts(path: Path | None, vocab_size: int) -> list[list[int]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts: {error}") from None
     if not isinstance(prompts, list) or not all(are_ids(prompt) for prompt in prompts):
-        raise ConfigError(f"--prompts: {path} is no JSON list of lists of token ids")
+        raise ConfigError(f"--prompts: {path} must be a JSON list of non-empty lists of token ids")
     return prompts
 
 
 def main() -> int:
-    """Serves until stdin ends; 2 where a flag is wrong."""
-    parser = argparse.ArgumentParser(description="Measures transformers' generate on a pair.")
+    """Serves until stdin ends. Exit status 2 for an invalid flag."""
+    parser = argparse.ArgumentParser(
+        description="Measure transformers' generate on a pair of models."
+    )
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--prompts", type=Path, help="JSON list of prompts. Default: random ones.")
-    given = parser.parse_args()
-    if given.num_threads < 1:
-        parser.error(f"--num-threads: {given.num_threads} is none")
-    torch.set_num_threads(given.num_threads)
+    arguments = parser.parse_args()
+    if arguments.num_threads < 1:
+        parser.error(f"--num-threads: {arguments.num_threads} is too small; at least 1")
+    torch.set_num_threads(arguments.num_threads)
     try:
-        baseline = HuggingFaceBaseline(given.target, given.draft, given.dtype)
-        prompts = _prompts(given.prompts, baseline.vocab_size)
+        baseline = HuggingFaceBaseline(arguments.target, arguments.draft, arguments.dtype)
+        prompts = _prompts(arguments.prompts, baseline.vocab_size)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     ready = {
         "ready": True,
         "transformers": transformers.__version__,
-        "dtype": given.dtype,
-        "num_threads": given.num_threads,
+        "dtype": arguments.dtype,
+        "num_threads": arguments.num_threads,
         "vocab_size": baseline.vocab_size,
         "num_prompts": len(prompts),
     }

@@ -1,4 +1,4 @@
-"""Training of the quickstart pair from nothing: corpus, target, distilled draft, evaluation.
+"""Training of the quickstart pair from scratch: corpus, target, distilled draft, evaluation.
 
-`train` is the way through it. The trained pair is in `outrider.quickstart_pair`.
+Start reading at `train`. The trained pair is in `outrider.quickstart_pair`.
 """

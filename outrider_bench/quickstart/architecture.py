@@ -1,7 +1,4 @@
-"""The shapes of the pair: two Llama configurations and how they are initialised.
-
-Owns sizes only; knows nothing of text or training.
-"""
+"""Shapes of the quickstart pair: two Llama configurations, and their initialisation."""
 
 from __future__ import annotations
 
@@ -13,14 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that tell one Llama from another."""
+    """Sizes of a Llama model."""
 
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
-    # 64 is the smallest head every CUDA attention back end (FlashInfer among them) accepts.
+    # 64 is the smallest head size that every CUDA attention backend (FlashInfer among them)
+    # accepts.
     head_dim: int = 64
 
 
@@ -34,8 +32,8 @@ def llama_config(
 ) -> LlamaConfig:
     """A Llama configuration with tied embeddings and plain rotary positions.
 
-    Either end token ends a generation. There is no padding token: its embedding would be kept
-    from learning, and nothing here pads.
+    Either end token ends a generation. There is no padding token: its embedding would not be
+    trained, and nothing here pads.
     """
     return LlamaConfig(
         vocab_size=vocab_size,
@@ -54,12 +52,12 @@ def llama_config(
 
 
 def new_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised model, the same for the same seed; the global RNG is restored."""
+    """A randomly initialised model; the same seed gives the same one. Restores the global RNG."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """Parameters counted once where they are tied."""
+    """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

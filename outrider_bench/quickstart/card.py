@@ -1,7 +1,4 @@
-"""The card of a trained pair: what it is, what it was trained on, what was measured.
-
-Owns the wording of `CARD.md`; every number in it comes from a `PairReport`.
-"""
+"""Model card of a trained pair. Every number comes from a `PairReport`."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ The models can reproduce short passages of it; such passages remain under that l
 def write_card(pair_dir: Path, report: PairReport, *, vocab_size: int, steps: str) -> None:
     """Writes `pair_dir/CARD.md` for a pair trained on the running Python's library.
 
-    `steps` is one sentence on how long it was trained.
+    `steps`: one sentence on how long it was trained.
     """
     text = _TEXT.format(
         vocab_size=vocab_size,
@@ -76,7 +73,7 @@ def write_card(pair_dir: Path, report: PairReport, *, vocab_size: int, steps: st
 
 
 def write_cut_card(pair_dir: Path, steps: str, losses: Mapping[str, float]) -> None:
-    """Writes `pair_dir/CARD.md` for an interrupted training. `losses`: the last, by model."""
+    """Writes `pair_dir/CARD.md` for an interrupted training. `losses`: the last one per model."""
     pair_dir.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Outrider's quickstart pair, interrupted",

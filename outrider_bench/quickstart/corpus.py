@@ -1,7 +1,7 @@
-"""The training text: this machine's Python standard library, its tokenizer, its batches.
+"""Training text: this machine's Python standard library, its tokenizer and token windows.
 
-Owns which files are read, which are held out, the byte-level BPE tokenizer with its chat
-template, and how documents become token windows. Knows nothing of models.
+Owns the choice of files and held-out files, the byte-level BPE tokenizer with its chat template,
+and the split of documents into token windows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ASSISTANT = "<|assistant|>"
 END = "<|end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, USER, ASSISTANT, END)
 
-# The same format `chat_documents` trains on: a docstring asks, its function answers.
+# The format of `chat_documents`: a docstring is the question, its function the answer.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
@@ -33,8 +33,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Tests are repetitive and would be more than half of the text; encodings are tables;
-# _sysconfigdata describes the machine it was built on.
+# Tests are repetitive and would be more than half of the text; encodings are tables. _sysconfigdata
+# describes the build machine.
 _EXCLUDED_DIRECTORIES = {
     "site-packages",
     "dist-packages",
@@ -50,14 +50,17 @@ _MAX_CHAT_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split; the held-out ones (about 3%) are never trained on."""
+    """Documents by split. The held-out ones (about 3%) are not trained on."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Reads the standard library's `*.py` files under `root` (default: this Python's)."""
+    """Reads the standard library's `*.py` files under `root` (default: this Python's).
+
+    Raises ValueError if there are too few.
+    """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     train: list[str] = []
     held_out: list[str] = []
@@ -65,7 +68,7 @@ def load_corpus(root: Path | None = None) -> Corpus:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few modules declare another encoding; they are not worth a parser
+            continue  # a few modules declare another encoding; skip them
         (held_out if _is_held_out(path.relative_to(root)) else train).append(text)
     if not train or not held_out:
         raise ValueError(f"too few Python files under {root} to train on and to hold out")
@@ -85,7 +88,7 @@ def _is_held_out(relative_path: Path) -> bool:
 
 
 def chat_documents(documents: Sequence[str]) -> Iterator[str]:
-    """One exchange for each short documented function: its docstring, then its source."""
+    """Yields one exchange per short documented function: its docstring, then its source."""
     for text in documents:
         try:
             tree = ast.parse(text)
@@ -102,7 +105,7 @@ def chat_documents(documents: Sequence[str]) -> Iterator[str]:
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `documents`; lossless on any text, no prefix space, no clean-up."""
+    """Byte-level BPE of `documents`; lossless on any text, no prefix space, no clean-up."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,7 +132,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> torch.Tensor:
-    """All documents as one int64 stream, an end-of-text token after each."""
+    """All documents as one int64 stream, with an end-of-text token after each."""
     token_ids: list[int] = []
     for encoding in tokenizer.backend_tokenizer.encode_batch_fast(list(documents)):
         token_ids.extend(encoding.ids)
@@ -140,6 +143,6 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str
 def random_windows(
     stream: torch.Tensor, num_rows: int, num_tokens: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """`num_rows` windows of the stream at random places: int64 [num_rows, num_tokens]."""
+    """Random windows of the stream: int64 [num_rows, num_tokens]."""
     starts = torch.randint(0, len(stream) - num_tokens + 1, (num_rows, 1), generator=generator)
     return stream[starts + torch.arange(num_tokens)]

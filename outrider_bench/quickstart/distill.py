@@ -1,7 +1,7 @@
-"""Distillation: the draft learns the target's distribution, on text the target will see.
+"""Distillation: trains the draft to predict the target's distribution.
 
-Owns what the draft is trained on (half corpus windows, half the target's own continuations of
-corpus prompts, greedy and sampled) and the loss. Knows nothing of files.
+Owns the training data (half corpus windows, half the target's own greedy and sampled continuations
+of corpus prompts) and the loss.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from outrider_bench.quickstart.corpus import random_windows
 from outrider_bench.quickstart.optimise import Limits, Optimiser, Progress, TrainingEvent, optimise
 from outrider_bench.quickstart.rollout import continue_rows
 
-# The draft is asked along the target's own text: greedy and at temperature 1 are what users
-# run, 0.7 lies between.
+# The draft runs along the target's own text. Users run greedy and temperature 1; 0.7 is between.
 _TEMPERATURES = (0.0, 0.0, 0.7, 1.0, 1.0)
 _LIMITS = Limits(num_steps=1500, time_budget_s=3600.0)
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How much the target writes for its draft, and how long the draft learns."""
+    """Amount of the target's continuations, and limits of the draft's training."""
 
     num_rollouts: int = 4096
     rollout_batch: int = 256
@@ -68,7 +67,7 @@ def write_rollouts(
                     generator=generator,
                 )
             )
-    return torch.cat(batches).clone()  # a normal tensor: inference tensors cannot be indexed later
+    return torch.cat(batches).clone()  # inference tensors cannot be indexed later
 
 
 def distillation_loss(
@@ -96,7 +95,7 @@ def distill(
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> int:
-    """Trains `draft` in place towards `target`; returns the steps taken."""
+    """Trains `draft` in place towards `target`. Returns the number of steps. Raises Interrupted."""
     draft.train()
 
     def loss_of_step(step: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Measures a pair on disk: loss on held-out files, and how often draft and target agree.
+"""Evaluation of a pair on disk: loss on held-out files, and acceptance rates.
 
-Owns the definitions of the pair's acceptance rates. It measures the models as loaded by anybody
-(float32, from the saved files), one position at a time along the target's own text; it runs no
-speculation, so what a service reaches also depends on its supports and its processors.
+Defines the pair's acceptance rates. Measures the saved models in float32, one position at a time
+along the target's own text. Runs no speculation: the acceptance rate of a service also depends on
+its supports and its logits processors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EARLY_TOKENS = 32
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How many held-out prompts, how long, and how far the target continues them."""
+    """Number and length of held-out prompts, and length of their continuations."""
 
     num_prompts: int = 96
     num_prompt_tokens: int = 64
@@ -36,7 +36,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class PairReport:
-    """What the card says of a pair; losses in nats a token on held-out files."""
+    """Measurements for the card. Losses are in nats per token, on held-out files."""
 
     greedy_alpha: float
     early_greedy_alpha: float  # over the first 32 new tokens, before greedy text repeats itself
@@ -91,7 +91,7 @@ def greedy_alpha(
     *,
     num_new_tokens: int,
 ) -> float:
-    """How often the draft's argmax is the target's, along the target's greedy continuations."""
+    """Share of positions with equal argmaxes, along the target's greedy continuations."""
     rows = continue_rows(
         target,
         prompts,
@@ -100,8 +100,8 @@ def greedy_alpha(
         generator=torch.Generator(),
     )
     written = rows[:, prompts.shape[1] :]
-    guesses = _logits_before(draft, rows, num_new_tokens).argmax(-1)
-    return (guesses == written).float().mean().item()
+    predicted = _logits_before(draft, rows, num_new_tokens).argmax(-1)
+    return (predicted == written).float().mean().item()
 
 
 @torch.inference_mode()
@@ -129,7 +129,7 @@ def sampled_alpha(
 def _logits_before(
     model: LlamaForCausalLM, rows: torch.Tensor, num_new_tokens: int
 ) -> torch.Tensor:
-    """The logits each of the last tokens was to be drawn from: [rows, num_new_tokens, vocab]."""
+    """Logits that each of the last tokens is sampled from: [rows, num_new_tokens, vocab]."""
     logits = model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=num_new_tokens).logits
     assert isinstance(logits, torch.Tensor)
     return logits
@@ -137,16 +137,19 @@ def _logits_before(
 
 @torch.inference_mode()
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Mean cross-entropy over the whole stream, in windows of 512 tokens without overlap."""
+    """Mean cross-entropy of the whole stream, in windows of 512 tokens without overlap.
+
+    Raises ValueError if the stream is shorter.
+    """
     num_windows = (len(stream) - 1) // _LOSS_WINDOW
     if num_windows == 0:
         raise ValueError(f"the held-out text is shorter than {_LOSS_WINDOW} tokens")
-    kept = num_windows * _LOSS_WINDOW
-    inputs = stream[:kept].view(num_windows, _LOSS_WINDOW)
-    labels = stream[1 : kept + 1].view(num_windows, _LOSS_WINDOW)
+    num_used = num_windows * _LOSS_WINDOW
+    inputs = stream[:num_used].view(num_windows, _LOSS_WINDOW)
+    labels = stream[1 : num_used + 1].view(num_windows, _LOSS_WINDOW)
     total = 0.0
     for row in range(0, num_windows, _LOSS_ROWS_AT_ONCE):
         chosen = slice(row, row + _LOSS_ROWS_AT_ONCE)
         logits = model(input_ids=inputs[chosen], use_cache=False).logits.flatten(0, 1)
         total += F.cross_entropy(logits, labels[chosen].flatten(), reduction="sum").item()
-    return total / kept
+    return total / num_used

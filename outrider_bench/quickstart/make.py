@@ -1,7 +1,7 @@
-"""Makes the quickstart pair: trains, measures and describes it, and shows how long that takes.
+"""Makes the quickstart pair: trains it, measures it, writes its card; prints progress.
 
-Owns the progress and what an interrupted run leaves: the models as they are, and a card that says
-so. The work itself is in `train` and `evaluate`.
+If interrupted, leaves the models as they are and a card that reports it. `train` and `evaluate` do
+the work.
 """
 
 from __future__ import annotations
@@ -26,48 +26,51 @@ def make(
     corpus: Corpus | None = None,
     evaluation: EvaluationConfig | None = None,
 ) -> TrainingResult:
-    """Trains a pair into `output_dir` with its card; prints progress, one line each.
+    """Trains a pair into `output_dir`, with its card; prints one line per progress event.
 
-    After Ctrl-C it measures and describes what there is; a second one ends that, too, by
-    KeyboardInterrupt.
+    After Ctrl-C it measures the models trained so far and writes the card. A second Ctrl-C stops
+    that too and raises KeyboardInterrupt.
     """
     config = config or TrainingConfig()
-    clock = _Clock(config, trains_target=trained_target is None)
-    _say(clock.announcement())
+    printer = _ProgressPrinter(config, trains_target=trained_target is None)
+    _print(printer.announcement())
     result = train(
-        output_dir, config, corpus=corpus, trained_target=trained_target, progress=clock.show
+        output_dir, config, corpus=corpus, trained_target=trained_target, progress=printer.show
     )
     if result.is_cut:
-        _say(f"interrupted: {_left_by(result, output_dir)}")
+        _print(f"interrupted: {_remaining_files(result, output_dir)}")
     if not result.num_draft_steps:
-        write_cut_card(output_dir, result.sentence(), clock.losses)
+        write_cut_card(output_dir, result.sentence(), printer.losses)
         return result
-    _say("measuring the pair on held-out text: some minutes; Ctrl-C leaves it unmeasured")
+    _print("measuring the pair on held-out text takes a few minutes; Ctrl-C skips it")
     try:
         report = evaluate(output_dir, evaluation, corpus=corpus)
     except KeyboardInterrupt:
-        write_cut_card(output_dir, result.sentence(), clock.losses)
+        write_cut_card(output_dir, result.sentence(), printer.losses)
         raise
     write_card(output_dir, report, vocab_size=config.vocab_size, steps=result.sentence())
-    _say(f"{result.sentence()}\n{report}")
+    _print(f"{result.sentence()}\n{report}")
     return result
 
 
-def _left_by(result: TrainingResult, output_dir: Path) -> str:
+def _remaining_files(result: TrainingResult, output_dir: Path) -> str:
+    """Which models an interrupted training has left."""
     if result.num_draft_steps:
         steps = f"the draft after {result.num_draft_steps} steps"
         return f"target and draft are in {output_dir} ({steps})"
     if result.num_target_steps:
         target = output_dir / "target"
         return (
-            f"the target is in {target} after {result.num_target_steps} steps, there is no draft; "
-            f"to train one: outrider quickstart train --out {output_dir} --target {target}"
+            f"the target is in {target} after {result.num_target_steps} steps; there is no draft; "
+            f"train one with: outrider quickstart train --out {output_dir} --target {target}"
         )
-    return "nothing was trained yet"
+    return "nothing has been trained yet"
 
 
-class _Clock:
-    """How long the stages take: their limits beforehand, their rate once they run."""
+class _ProgressPrinter:
+    """Prints progress and the time left: from the limits first, then from the rate of each
+    stage.
+    """
 
     def __init__(self, config: TrainingConfig, *, trains_target: bool) -> None:
         draft = config.distill
@@ -76,18 +79,18 @@ class _Clock:
             "rollouts": draft.rollout_budget_s,
             "draft": draft.limits.time_budget_s,
         }
-        # The last of each stage, in nats a token.
+        # Last loss of each stage, in nats per token.
         self.losses: dict[str, float] = {}
 
     def announcement(self) -> str:
         limits = ", ".join(f"{name} {_minutes(s)}" for name, s in self._limits_s.items() if s)
         return (
             f"takes at most {_minutes(sum(self._limits_s.values()))} ({limits}) and some minutes "
-            "before and after; Ctrl-C saves what there is by then"
+            "before and after; Ctrl-C saves the models trained so far"
         )
 
     def show(self, event: TrainingEvent) -> None:
-        if event.loss == event.loss:  # rollouts have none
+        if event.loss == event.loss:  # NaN: rollouts have no loss
             self.losses[event.stage] = event.loss
         loss = f" loss {event.loss:.4f}" if event.loss == event.loss else ""
         left_s = self._stage_left_s(event)
@@ -96,10 +99,10 @@ class _Clock:
         left = "" if left_s is None else f", {_minutes(left_s)} left of this stage"
         if later_s and left_s is not None:
             left += f", at most {_minutes(left_s + later_s)} in all"
-        _say(f"{event.stage} {event.step}/{event.num_steps}{loss} {event.elapsed_s:.0f} s{left}")
+        _print(f"{event.stage} {event.step}/{event.num_steps}{loss} {event.elapsed_s:.0f} s{left}")
 
     def _stage_left_s(self, event: TrainingEvent) -> float | None:
-        """By the steps so far; never more than the stage's limit."""
+        """Seconds left of the stage, from its rate so far; at most its limit. None: unknown."""
         if not event.step:
             return None
         by_rate_s = event.elapsed_s / event.step * (event.num_steps - event.step)
@@ -110,6 +113,6 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / _MINUTE_S:.0f} min" if seconds >= _MINUTE_S else f"{seconds:.0f} s"
 
 
-def _say(words: str) -> None:
-    sys.stdout.write(f"{words}\n")
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

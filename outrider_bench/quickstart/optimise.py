@@ -1,7 +1,7 @@
-"""The training loop shared by pre-training and distillation.
+"""Training loop of pre-training and distillation.
 
-Owns optimisers, the learning-rate schedule, step and wall-clock limits. What is learned comes
-in as a loss function; where it is stored comes in as a checkpoint function.
+Owns optimisers, the learning-rate schedule, and step and wall-clock limits. The loss and the
+checkpoint are functions of the caller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 _WARMUP_STEPS = 40
-_DECAY_FROM = 0.5  # constant rate until here, then linear to zero: good at any length
+_DECAY_FROM = 0.5  # share of the training with a constant rate; then linear to zero
 _PROGRESS_EVERY = 25
 _CHECKPOINT_EVERY_S = 240.0
 _MAX_GRAD_NORM = 1.0
@@ -26,7 +26,7 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """One line of progress: the mean loss (nats a token) since the last event."""
+    """One progress line. `loss`: mean since the last event, in nats per token."""
 
     stage: str
     step: int
@@ -40,14 +40,14 @@ Progress = Callable[[TrainingEvent], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """Training ends at whichever comes first; only the step limit is repeatable."""
+    """Limits of a training; the first reached ends it. Only the step limit is reproducible."""
 
     num_steps: int
     time_budget_s: float
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a stage between two steps. `num_steps`: those that were taken."""
+    """Ctrl-C ended a stage between two steps. `num_steps`: number of steps taken."""
 
     def __init__(self, stage: str, num_steps: int) -> None:
         super().__init__(f"{stage}: {num_steps} steps")
@@ -56,10 +56,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _CtrlC:
-    """Notes Ctrl-C for the time of a block instead of raising at once; a second one raises.
+    """Records Ctrl-C during a block instead of raising KeyboardInterrupt; a second one raises.
 
-    A KeyboardInterrupt that is raised inside a callback of torch is lost. Without effect outside of
-    the main thread.
+    A KeyboardInterrupt raised inside a callback of torch is lost. No effect outside the main
+    thread.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Optimiser:
         )
 
     def step(self, loss: torch.Tensor, scale: float) -> None:
-        """Descends once at `scale` times the learning rates."""
+        """Takes one step at `scale` times the learning rates."""
         for optimiser, rate in zip(self._optimisers, self._rates, strict=True):
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
@@ -108,7 +108,7 @@ class Optimiser:
 
 
 def rate_scale(step: int, done: float) -> float:
-    """The learning rate's factor at `step`, when the share `done` of training is behind."""
+    """Factor of the learning rate at `step`. `done`: share of the training completed."""
     warm = min(1.0, (step + 1) / _WARMUP_STEPS)
     return warm * min(1.0, max(0.0, (1.0 - done) / (1.0 - _DECAY_FROM)))
 
@@ -122,17 +122,15 @@ def optimise(
     progress: Progress | None = None,
     checkpoint: Callable[[], None] | None = None,
 ) -> int:
-    """Runs training steps until a limit; returns how many were taken. Raises Interrupted."""
+    """Takes training steps until a limit. Returns their number. Raises Interrupted."""
     with _CtrlC() as ctrl_c:
-        num_taken = _take_steps(
-            stage, optimiser, loss_of_step, limits, progress, checkpoint, ctrl_c
-        )
+        num_steps = _run_steps(stage, optimiser, loss_of_step, limits, progress, checkpoint, ctrl_c)
     if ctrl_c.was_pressed:
-        raise Interrupted(stage, num_taken)
-    return num_taken
+        raise Interrupted(stage, num_steps)
+    return num_steps
 
 
-def _take_steps(
+def _run_steps(
     stage: str,
     optimiser: Optimiser,
     loss_of_step: Callable[[int], torch.Tensor],

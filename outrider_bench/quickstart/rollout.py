@@ -1,7 +1,6 @@
-"""Plain generation with a small model: prompts in, continuations out.
+"""Plain generation with a small model, for distillation and evaluation.
 
-Owns the sampling loop that distillation learns from and evaluation measures along. It is not
-the engine: a Hugging Face cache, equal-length prompts, no stopping.
+Not the engine: Hugging Face's cache, prompts of equal length, no stopping.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ def continue_rows(
     temperatures: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Continues each row at its own temperature (0 is greedy).
+    """Continues each row at its own temperature (0: greedy).
 
-    `prompts` is int64 [rows, num_prompt_tokens], `temperatures` float32 [rows]; returns int64
-    [rows, num_prompt_tokens + num_new_tokens].
+    `prompts` int64 [rows, num_prompt_tokens], `temperatures` float32 [rows]. Returns int64 [rows,
+    num_prompt_tokens + num_new_tokens].
     """
     cache: Any = {cache_argument(model): DynamicCache(config=model.config)}
     rows = [prompts]

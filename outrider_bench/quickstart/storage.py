@@ -1,6 +1,6 @@
-"""The pair on disk: bfloat16 safetensors, the tokenizer beside them, read back as float32.
+"""Files of the pair: bfloat16 safetensors with the tokenizer, loaded as float32.
 
-Owns the format, so that whoever trains, measures or tests the pair sees the same weights.
+Training, evaluation and tests use these functions, so they see the same weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes a copy of the model in bfloat16, and the tokenizer beside it."""
+    """Writes a copy of the model in bfloat16, and the tokenizer to the same directory."""
     rounded = copy.deepcopy(model)
     rounded.bfloat16()
     rounded.save_pretrained(directory)
@@ -21,7 +21,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
 
 
 def load(directory: Path) -> LlamaForCausalLM:
-    """Reads a model in float32, in evaluation mode."""
+    """Loads a model in float32, in evaluation mode."""
     model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
     model.train(False)
@@ -29,7 +29,7 @@ def load(directory: Path) -> LlamaForCausalLM:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Reads the tokenizer as anybody does, through `AutoTokenizer`."""
+    """Loads the tokenizer through `AutoTokenizer`."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer

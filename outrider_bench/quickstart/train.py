@@ -1,9 +1,8 @@
-"""Trains the quickstart pair from nothing: tokenizer, target, distilled draft, on disk.
+"""Trains the quickstart pair from scratch: tokenizer, target, distilled draft, files.
 
-Owns the order of the work, the seeds and the files. Repeatable: the same seed, the same
-standard library and the same number of steps give the same pair, up to floating-point order;
-a wall-clock limit that cuts training short does not repeat. Measuring is `evaluate`'s work, the
-command line is `make`'s.
+Owns the order of the work, the seeds and the files. Reproducible up to floating-point order: the
+same seed, standard library and number of steps give the same pair. A wall-clock limit that ends
+training early is not reproducible. `evaluate` measures; `make` is used by the command line.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from outrider_bench.quickstart.distill import DistillConfig, distill, write_roll
 from outrider_bench.quickstart.optimise import Interrupted, Limits, Optimiser, Progress, optimise
 from outrider_bench.quickstart.storage import load, load_tokenizer, save
 
-# Training rows x tokens: mostly short, some as long as the positions go, so that 2048 tokens
-# of context are not new to the target. Every entry costs about the same.
+# Training rows x tokens: mostly short, some as long as the positions, so that the target has seen
+# 2048 tokens of context. Every entry costs about the same.
 _WINDOWS = ((8, 512), (8, 512), (8, 512), (4, 1024), (8, 512), (8, 512), (8, 512), (2, 2048))
 _TARGET_LIMITS = Limits(num_steps=1100, time_budget_s=3600.0)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides a pair; the defaults take as long as the shipped one did, or longer.
+    """Everything that determines a pair. The defaults train at least as long as the shipped pair.
 
-    The shipped pair was cut short by wall-clock limits: its `CARD.md` says after how many steps.
+    The shipped pair was stopped by wall-clock limits; its `CARD.md` has the number of steps.
     """
 
     seed: int = 1
@@ -62,9 +61,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The steps taken, which wall-clock limits may have cut; 0 for a target that was kept.
+    """Steps taken, which wall-clock limits may have cut; 0 for a target that was not trained.
 
-    `is_cut`: Ctrl-C ended the training; a model with steps is on disk as it was then.
+    `is_cut`: Ctrl-C ended the training; a model with steps was saved in its state then.
     """
 
     num_target_steps: int
@@ -72,6 +71,7 @@ class TrainingResult:
     is_cut: bool = False
 
     def sentence(self) -> str:
+        """One sentence for the card."""
         end = " Interrupted by Ctrl-C." if self.is_cut else ""
         steps = f"target {self.num_target_steps:,}, draft {self.num_draft_steps:,}"
         return f"Steps taken: {steps}.{end}"
@@ -87,8 +87,8 @@ def train(
 ) -> TrainingResult:
     """Trains a pair and writes `output_dir/target` and `output_dir/draft`.
 
-    With `trained_target` (a directory of an earlier run) that target and tokenizer are kept and
-    only the draft is trained. Ctrl-C saves the model that is trained then and ends the training.
+    With `trained_target` (a directory of an earlier run) that target and tokenizer are used, and
+    only the draft is trained. Ctrl-C saves the model in training and ends the training.
     """
     config = config or TrainingConfig()
     num_target_steps = num_draft_steps = 0
@@ -113,7 +113,7 @@ def train(
             num_target_steps = error.num_steps
         else:
             num_draft_steps = error.num_steps
-    except KeyboardInterrupt:  # where there is nothing to save
+    except KeyboardInterrupt:  # nothing to save yet
         pass
     else:
         return TrainingResult(num_target_steps, num_draft_steps)
@@ -177,7 +177,7 @@ def _train_draft(
     generator: torch.Generator,
     progress: Progress | None,
 ) -> int:
-    # The teacher is the target as shipped, rounded to bfloat16, not as trained.
+    # The teacher is the target as saved, rounded to bfloat16, not as trained.
     target = load(output_dir / "target")
     rollouts = write_rollouts(target, stream, config.distill, generator, progress)
     draft = new_model(_config(config.draft_shape, tokenizer), config.seed + 1)
@@ -191,7 +191,7 @@ def _train_draft(
 
 
 def next_token_loss(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats a token over `token_ids`: int64 [rows, tokens]."""
+    """Cross-entropy in nats per token over `token_ids`: int64 [rows, tokens]."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), token_ids[:, 1:].flatten())

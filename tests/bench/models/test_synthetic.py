@@ -1,4 +1,4 @@
-"""Synthetic pairs: what `pair.json` says is what the two checkpoints do."""
+"""Synthetic pairs: the checkpoints behave as `pair.json` reports."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PairReport]:
     return directory, make_pair(directory, "tiny", alpha=_ALPHA)
 
 
-def test_the_checkpoints_agree_as_often_as_reported(made: tuple[Path, PairReport]) -> None:
-    """Loaded apart and asked for other prompts: α of 3,072 positions, each a coin of α = 0.8.
+def test_checkpoints_have_the_reported_acceptance_rate(made: tuple[Path, PairReport]) -> None:
+    """Loaded separately, with other prompts: α over 3,072 positions, each of probability α = 0.8.
 
-    Standard deviation 0.0072, plus 0.01 that the search may be off: 0.05 is over five of them,
-    so a false alarm is rarer than one in a million.
+    Standard deviation 0.0072, plus up to 0.01 from the search: 0.05 is over five of them, so a
+    false alarm is rarer than one in a million.
     """
     directory, report = made
     agreed = _greedy_agreement(directory, num_prompts=64, num_tokens=48)
@@ -40,7 +40,7 @@ def test_the_checkpoints_agree_as_often_as_reported(made: tuple[Path, PairReport
 
 @torch.inference_mode()
 def _greedy_agreement(directory: Path, *, num_prompts: int, num_tokens: int) -> float:
-    """The share of equal argmaxes along the target's own greedy continuations."""
+    """Share of equal argmaxes along the target's own greedy continuations."""
     models = [AutoModelForCausalLM.from_pretrained(directory / n) for n in ("target", "draft")]
     caches = [{cache_argument(model): DynamicCache(config=model.config)} for model in models]
     shape, generator = (num_prompts, 16), torch.Generator().manual_seed(1234)
@@ -56,8 +56,8 @@ def _greedy_agreement(directory: Path, *, num_prompts: int, num_tokens: int) -> 
     return float(torch.stack(agreed).mean())
 
 
-def test_the_report_is_written_last_and_whole(made: tuple[Path, PairReport]) -> None:
-    """`pair.json` is the report; the draft is smaller; logits are peaked like a real model's."""
+def test_pair_json_is_the_report(made: tuple[Path, PairReport]) -> None:
+    """The draft is smaller; logits are peaked like a real model's."""
     directory, report = made
     assert PairReport(**json.loads((directory / "pair.json").read_text())) == report
     assert report.draft_parameters < report.target_parameters
@@ -65,8 +65,8 @@ def test_the_report_is_written_last_and_whole(made: tuple[Path, PairReport]) -> 
     assert 0 < report.sampled_acceptance < 1
 
 
-def test_a_seed_makes_the_same_files_again(made: tuple[Path, PairReport], tmp_path: Path) -> None:
-    """Byte for byte, whatever torch's global generator has done before."""
+def test_same_seed_gives_the_same_files(made: tuple[Path, PairReport], tmp_path: Path) -> None:
+    """Byte for byte, whatever the state of torch's global generator."""
     directory, report = made
     torch.randn(3)
     before = torch.get_rng_state()
@@ -77,25 +77,25 @@ def test_a_seed_makes_the_same_files_again(made: tuple[Path, PairReport], tmp_pa
         assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
 
 
-def test_alpha_may_be_that_of_rejection_sampling(tmp_path: Path) -> None:
-    """At temperature 1, for a vocabulary of its own."""
+def test_alpha_can_be_chosen_at_temperature_1(tmp_path: Path) -> None:
+    """Acceptance rate of rejection sampling; with a given vocabulary size."""
     report = make_pair(tmp_path, "tiny", alpha=0.6, temperature=1.0, vocab_size=300)
     assert abs(report.sampled_acceptance - 0.6) <= 0.01
     assert report.vocab_size == 300
 
 
 def test_a_given_epsilon_is_not_searched(tmp_path: Path) -> None:
-    """It is taken, measured once at each temperature, and no α was asked for. At 0 all agree."""
-    heard: list[dict[str, float]] = []
-    report = make_pair(tmp_path, "tiny", epsilon=0.0, progress=heard.append)
-    assert heard == [{"epsilon": 0.0, "alpha": 1.0}]
+    """It is measured once per temperature; α is not reported as requested. At 0 all agree."""
+    measurements: list[dict[str, float]] = []
+    report = make_pair(tmp_path, "tiny", epsilon=0.0, progress=measurements.append)
+    assert measurements == [{"epsilon": 0.0, "alpha": 1.0}]
     assert report.alpha is None
     assert report.greedy_acceptance == 1.0
     assert report.sampled_acceptance == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_pair_in_the_making_has_no_report(tmp_path: Path) -> None:
-    """That of an earlier pair is gone before anything of it is overwritten."""
+def test_incomplete_pair_has_no_report(tmp_path: Path) -> None:
+    """The report of an earlier pair is deleted before any of its files is overwritten."""
     make_pair(tmp_path, "tiny", epsilon=0.1)
     seen = []
     make_pair(
@@ -109,7 +109,7 @@ def test_a_pair_in_the_making_has_no_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("arguments", "message"),
     [
         ({"size": "huge"}, "size: 'huge'"),
         ({"alpha": 1.0}, "alpha: 1"),
@@ -118,25 +118,25 @@ def test_a_pair_in_the_making_has_no_report(tmp_path: Path) -> None:
         ({"vocab_size": 2}, "vocab_size: 2"),
     ],
 )
-def test_what_cannot_be_made_is_refused_by_name(
-    tmp_path: Path, wrong: dict[str, object], named: str
+def test_invalid_arguments_are_rejected_by_name(
+    tmp_path: Path, arguments: dict[str, object], message: str
 ) -> None:
     """Before anything is built."""
-    with pytest.raises(ConfigError, match=named):
-        make_pair(tmp_path, **{"size": "tiny", **wrong})
+    with pytest.raises(ConfigError, match=message):
+        make_pair(tmp_path, **{"size": "tiny", **arguments})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_the_program_tells_each_measurement_then_the_report(tmp_path: Path) -> None:
-    """JSON lines on standard output; status 2 and the name of what is wrong."""
-    flags = ["--size=tiny", "--num-threads=1"]  # threads that wait for each other's cores are slow
+def test_program_prints_each_measurement_then_the_report(tmp_path: Path) -> None:
+    """JSON lines on standard output; exit status 2 and the name of the invalid argument."""
+    flags = ["--size=tiny", "--num-threads=1"]  # more threads are slow on a busy machine
     module = [sys.executable, "-m", "outrider_bench.models.synthetic", str(tmp_path), *flags]
     ended = subprocess.run(module, capture_output=True, text=True, check=True)
     *measured, report = [json.loads(line) for line in ended.stdout.splitlines()]
     assert measured
     assert all(set(line) == {"epsilon", "alpha"} for line in measured)
     assert report == json.loads((tmp_path / "pair.json").read_text())
-    refused = subprocess.run([*module, "--alpha=2"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "alpha: 2" in refused.stderr
+    rejected = subprocess.run([*module, "--alpha=2"], capture_output=True, text=True, check=False)
+    assert rejected.returncode == 2
+    assert "alpha: 2" in rejected.stderr

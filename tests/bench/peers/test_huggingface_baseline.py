@@ -1,4 +1,4 @@
-"""The Hugging Face baseline: the same model's tokens, whichever way it is asked for them."""
+"""Hugging Face baseline: plain and assisted generation give the same tokens."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def baseline(pair: Path) -> HuggingFaceBaseline:
     return HuggingFaceBaseline(pair / "target", pair / "draft")
 
 
-def _ask(baseline: HuggingFaceBaseline, **fields: Any) -> dict[str, Any]:
-    asked = {"prompt": _PROMPT, "max_new_tokens": _NUM_TOKENS, **fields}
-    (answer,) = serve(baseline, [json.dumps(asked)])
+def _generate(baseline: HuggingFaceBaseline, **fields: Any) -> dict[str, Any]:
+    request = {"prompt": _PROMPT, "max_new_tokens": _NUM_TOKENS, **fields}
+    (answer,) = serve(baseline, [json.dumps(request)])
     return answer
 
 
@@ -45,9 +45,9 @@ def _ask(baseline: HuggingFaceBaseline, **fields: Any) -> dict[str, Any]:
 def test_assisted_greedy_is_plain_greedy(
     baseline: HuggingFaceBaseline, settings: dict[str, Any]
 ) -> None:
-    """Token for token; with fewer passes of the target, and some of the draft."""
-    plain = _ask(baseline)
-    assisted = _ask(baseline, variant="assisted", **settings)
+    """Token for token, with fewer target passes and some draft passes."""
+    plain = _generate(baseline)
+    assisted = _generate(baseline, variant="assisted", **settings)
     assert len(plain["token_ids"]) == _NUM_TOKENS
     assert assisted["token_ids"] == plain["token_ids"]
     assert plain["num_target_forwards"] == _NUM_TOKENS
@@ -56,52 +56,53 @@ def test_assisted_greedy_is_plain_greedy(
     assert assisted["num_draft_forwards"] > 0
 
 
-def test_times_are_of_this_generation(baseline: HuggingFaceBaseline) -> None:
-    """The rate counts what came after the first tokens; of one token there is none."""
-    answer = _ask(baseline)
+def test_times_belong_to_one_generation(baseline: HuggingFaceBaseline) -> None:
+    """The rate counts tokens after the first ones; with one token there is no rate."""
+    answer = _generate(baseline)
     assert 0 < answer["seconds_to_first"] < answer["seconds"]
     later = answer["seconds"] - answer["seconds_to_first"]
     assert answer["tokens_per_s"] == pytest.approx((_NUM_TOKENS - 1) / later)
-    assert _ask(baseline, max_new_tokens=1)["tokens_per_s"] is None
+    assert _generate(baseline, max_new_tokens=1)["tokens_per_s"] is None
 
 
 @pytest.mark.parametrize("variant", ["plain", "assisted"])
 def test_sampled_outputs_follow_the_seed(baseline: HuggingFaceBaseline, variant: str) -> None:
-    """The same again for a seed, another for another."""
+    """The same seed gives the same output, another seed another."""
     first, again, other = (
-        _ask(baseline, variant=variant, temperature=1, seed=seed)["token_ids"] for seed in (1, 1, 2)
+        _generate(baseline, variant=variant, temperature=1, seed=seed)["token_ids"]
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("fields", "message"),
     [
         ({"prompt": []}, "prompt: "),
-        ({"prompt": [512]}, "prompt: has ids beyond"),
-        ({"prompt": 0}, "prompt: there are 0"),
+        ({"prompt": [512]}, "prompt: has ids outside"),
+        ({"prompt": 0}, "prompt: index out of range; there are 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: "),
         ({"max_new_tokens": 20_000}, "max_new_tokens: 20006 tokens"),
         ({"variant": "magic"}, "variant: "),
-        ({"schedule": "constant"}, "variant: plain decoding"),
+        ({"schedule": "constant"}, "variant: plain accepts no"),
         ({"variant": "assisted", "schedule": "never"}, "schedule: "),
         ({"temperature": -1}, "temperature: "),
         ({"top_k": 3}, "top_k: is unknown"),
     ],
 )
-def test_a_wrong_request_is_answered_by_name(
-    baseline: HuggingFaceBaseline, wrong: dict[str, Any], named: str
+def test_invalid_request_is_answered_with_the_field(
+    baseline: HuggingFaceBaseline, fields: dict[str, Any], message: str
 ) -> None:
-    """And alone: the next one is served."""
-    (error,) = _ask(baseline, **wrong).items()
+    """The next request is served."""
+    (error,) = _generate(baseline, **fields).items()
     assert error[0] == "error"
-    assert error[1].startswith(named)
-    assert "token_ids" in _ask(baseline, max_new_tokens=1)
+    assert error[1].startswith(message)
+    assert "token_ids" in _generate(baseline, max_new_tokens=1)
 
 
 @pytest.mark.slow
-def test_the_program_serves_lines(pair: Path, tmp_path: Path) -> None:
-    """A ready line, then an answer for each line; prompts of a file by their number."""
+def test_program_answers_each_line(pair: Path, tmp_path: Path) -> None:
+    """A ready line, then one answer per line. Prompts of a file are named by index."""
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([_PROMPT]))
     flags = ["--dtype=bfloat16", f"--prompts={prompts}"]
@@ -117,4 +118,4 @@ def test_the_program_serves_lines(pair: Path, tmp_path: Path) -> None:
     assert ready["ready"] is True
     assert ready["num_prompts"] == 1
     assert len(answer["token_ids"]) == 3
-    assert errors == [{"error": "prompt: is missing"}, {"error": "request: is no JSON"}]
+    assert errors == [{"error": "prompt: is missing"}, {"error": "request: must be JSON"}]

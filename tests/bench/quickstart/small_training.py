@@ -27,7 +27,8 @@ PROMPTS = (
 CORPUS = Corpus(train=PROMPTS * 4, held_out=PROMPTS * 4)
 SHORT = EvaluationConfig(num_prompts=4, num_prompt_tokens=8, num_new_tokens=8)
 ENDLESS = 10_000_000
-# The rate of learning falls with the share of it that has passed: only without is it repeatable.
+# The learning rate depends on the elapsed share of the time limit: only without one is it
+# reproducible.
 NO_LIMIT_S = 1e9
 
 

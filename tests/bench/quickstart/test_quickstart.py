@@ -1,7 +1,7 @@
-"""The quickstart pair: lossless tokenizer, exact inflation, small files, agreeing models.
+"""Quickstart pair: lossless tokenizer, exact inflation, small files, draft agrees with target.
 
-Uses the shipped weights and the CPU; no network. The prompts are embedded, because the standard
-library of another Python is another text.
+Uses the shipped weights on the CPU; no network. The prompts are embedded, because the standard
+library differs between Python versions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NUM_PROMPT_TOKENS = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Two threads on models this small wait for each other, for minutes on a busy machine."""
+    """With two threads, models this small take minutes on a busy machine."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def test_tokenizer_is_lossless(tokenizer: PreTrainedTokenizerFast, text: str) ->
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_both_directories_hold_the_same_tokenizer() -> None:
+def test_target_and_draft_have_the_same_tokenizer() -> None:
     name = "tokenizer.json"
     assert (TARGET_PATH / name).read_bytes() == (DRAFT_PATH / name).read_bytes()
 
@@ -85,7 +85,7 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_finding_the_pair_needs_no_torch() -> None:
-    """The module alone: its parent `outrider.engine` imports torch for everybody."""
+    """Runs the module alone, without its parent package."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, quickstart.__file__], check=True)
 
@@ -154,7 +154,7 @@ def test_inflation_below_the_models_own_size_is_refused(target: LlamaForCausalLM
         inflate(target, 1_000_000)
 
 
-def test_training_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
+def test_training_is_reproducible(tmp_path: Path) -> None:
     corpus, config = CORPUS, small(num_target_steps=6, num_draft_steps=4)
     events: list[TrainingEvent] = []
     result = train(tmp_path / "first", config, corpus=corpus, progress=events.append)
@@ -172,37 +172,37 @@ def test_training_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["target", "draft"])
-def test_ctrl_c_in_a_training_saves_what_there_is(stage: str, tmp_path: Path) -> None:
-    """The model is saved as it is, the card says so; a target can be given a draft later."""
+def test_ctrl_c_during_training_saves_the_models(stage: str, tmp_path: Path) -> None:
+    """The model is saved as it is and the card reports it; a draft can be trained later."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.bench.quickstart.small_training", tmp_path, stage],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
-            said = []
+            lines = []
             for line in process.stdout:
-                said.append(line)
+                lines.append(line)
                 if line.startswith(f"{stage} 25/"):
                     break
             process.send_signal(signal.SIGINT)
-            said.append(process.stdout.read())
+            lines.append(process.stdout.read())
             status = process.wait(TIMEOUT_S)
         finally:
             process.kill()
-    words = "".join(said)
-    assert status == 128 + signal.SIGINT, words
-    assert "takes at most " in said[0]
-    assert "Ctrl-C saves what there is" in said[0]
-    assert " left of this stage" in words
-    assert "interrupted: " in words
-    assert "Traceback" not in words
+    output = "".join(lines)
+    assert status == 128 + signal.SIGINT, output
+    assert "takes at most " in lines[0]
+    assert "Ctrl-C saves the models trained so far" in lines[0]
+    assert " left of this stage" in output
+    assert "interrupted: " in output
+    assert "Traceback" not in output
     card = (tmp_path / "CARD.md").read_text("utf-8")
     assert "Interrupted by Ctrl-C." in card
     assert load(tmp_path / "target").num_parameters() > 0
     assert (tmp_path / "draft").exists() == (stage == "draft")
     if stage == "target":
-        assert f"--target {tmp_path / 'target'}" in words
+        assert f"--target {tmp_path / 'target'}" in output
         assert "last training loss" in card
     else:
         assert "held-out loss" in card
