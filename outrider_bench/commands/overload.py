@@ -201,10 +201,10 @@ def _workload(options: OverloadOptions) -> Workload:
 
 
 def _phase(options: OverloadOptions, orchestrator: Subject, number: int) -> Phase:
-    from outrider_bench.loadtest.asking import Ask
     from outrider_bench.loadtest.driver import Phase
+    from outrider_bench.loadtest.requests import RequestOptions
 
-    return Phase(orchestrator, Ask(), number=number, seed=options.seed, run=options.name)
+    return Phase(orchestrator, RequestOptions(), number=number, seed=options.seed, run=options.name)
 
 
 async def at_capacity(
@@ -213,7 +213,7 @@ async def at_capacity(
     """Closed loop with as many clients as running generations: full, but nothing is queued."""
     from outrider_bench.loadtest.plan import endless
 
-    visits = endless(_workload(options).visits(1024))
+    visits = endless(_workload(options).conversations(1024))
     phase = _phase(options, orchestrator, number)
     await phase.closed_loop(visits, options.generations, until_s=seconds)
     return phase
@@ -227,7 +227,7 @@ async def beyond_capacity(
 
     num = max(1, round(rate * options.seconds))
     visits = timed(
-        _workload(options).visits(num), rate, options.burstiness, seed=options.seed + number
+        _workload(options).conversations(num), rate, options.burstiness, seed=options.seed + number
     )
     phase = _phase(options, orchestrator, number)
     await phase.open_loop(visits)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider.cli.failures import Signalled
-    from outrider_bench.loadtest.campaign import Campaign, Manner
-    from outrider_bench.loadtest.plan import Visit
+    from outrider_bench.loadtest.campaign import Campaign, LoadPattern
+    from outrider_bench.loadtest.phase_results import Passes
+    from outrider_bench.loadtest.plan import Conversation
     from outrider_bench.loadtest.records import Record
     from outrider_bench.loadtest.slo import Slo
-    from outrider_bench.loadtest.stretches import Passes
 
 
 @takes(ServeOptions)
@@ -54,7 +54,7 @@ def serve(options: ServeOptions) -> None:
 
 
 async def _measure(
-    options: ServeOptions, planned: Sequence[Visit], slo: Slo | None, console: Console
+    options: ServeOptions, planned: Sequence[Conversation], slo: Slo | None, console: Console
 ) -> tuple[Campaign, Signalled | None]:
     """Runs the campaign; returns it, and the signal that ended it early. Raises CallFailed."""
     import grpc
@@ -89,14 +89,14 @@ async def _measure(
             try:
                 await _run(options, campaign, planned, slo, manner(options), console)
             except asyncio.CancelledError:
-                if not any(stretch.records for stretch in campaign.all_stretches):
+                if not any(stretch.records for stretch in campaign.all_results):
                     console.print("[yellow]stopped: nothing has been measured[/]")
                     raise
                 return campaign, survive_signal()
     return campaign, None
 
 
-def _check_prompts(planned: Sequence[Visit], max_context_len: int) -> None:
+def _check_prompts(planned: Sequence[Conversation], max_context_len: int) -> None:
     """Raises ConfigError if a prompt exceeds the context, before anything is sent."""
     longest = max(job.prompt_len for visit in planned for job in visit.jobs)
     if longest >= max_context_len:
@@ -108,19 +108,19 @@ def _check_prompts(planned: Sequence[Visit], max_context_len: int) -> None:
 async def _run(
     options: ServeOptions,
     campaign: Campaign,
-    planned: Sequence[Visit],
+    planned: Sequence[Conversation],
     slo: Slo | None,
-    arrivals: Manner,
+    arrivals: LoadPattern,
     console: Console,
 ) -> None:
-    from outrider_bench.loadtest.campaign import expected_s, warm_up_callers
+    from outrider_bench.loadtest.campaign import expected_s, warm_up_clients
     from outrider_bench.measuring.show import duration
 
     ways, visit_s = variants(options), None
     if options.warm_up:
         began_at, first = time.monotonic(), planned[: options.warm_up]
         await campaign.warm_up(ways, first)
-        visit_s = (time.monotonic() - began_at) * warm_up_callers(first) / len(ways) / len(first)
+        visit_s = (time.monotonic() - began_at) * warm_up_clients(first) / len(ways) / len(first)
     if not options.sweep:
         seconds = expected_s(len(ways), planned, arrivals, options.repetitions, visit_s)
         _note(console, _announcement(len(ways), planned, arrivals, seconds))
@@ -141,7 +141,7 @@ async def _run(
         return sum(map(slo.is_met, records)) / max(1, len(records))
 
     for way in ways:
-        campaign.found[way.name] = await campaign.search(
+        campaign.searches[way.name] = await campaign.search(
             way,
             planned,
             arrivals.rate,
@@ -153,7 +153,7 @@ async def _run(
 
 
 def _announcement(
-    num_ways: int, planned: Sequence[Visit], arrivals: Manner, seconds: float | None
+    num_ways: int, planned: Sequence[Conversation], arrivals: LoadPattern, seconds: float | None
 ) -> str:
     """Announcement of the expected duration."""
     from outrider_bench.measuring.show import duration
@@ -162,7 +162,7 @@ def _announcement(
     until = f"{num_ways} x {num} requests"
     if seconds is None:
         until += " run until all have ended"
-    elif arrivals.num_callers is not None:
+    elif arrivals.num_clients is not None:
         until += f" take about {duration(seconds)}, estimated from the warm-up"
     else:
         source = "the trace" if arrivals.rate is None else f"{arrivals.rate:g} requests/s"
@@ -185,7 +185,7 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
 
     from outrider.client.client import call_failed
     from outrider.settings.addresses import require_endpoint
-    from outrider_bench.loadtest.stretches import Passes
+    from outrider_bench.loadtest.phase_results import Passes
     from outrider_bench.measuring.tiers import target_info
 
     parts = (part.strip() for part in options.target_endpoint.split(","))

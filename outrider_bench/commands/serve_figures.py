@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from outrider_bench.commands.serve_options import ON
 from outrider_bench.loadtest.measures import Drafting, mean_running
+from outrider_bench.loadtest.phase_results import PhaseResult, Probe
 from outrider_bench.loadtest.records import Record
-from outrider_bench.loadtest.stretches import Probe, Stretch
 from outrider_bench.measuring.plots import Line, Panel, svg
 
 _NUM_POINTS = 200
 
 # Stretches by variant.
-Stretches = dict[str, list[Stretch]]
+Stretches = dict[str, list[PhaseResult]]
 
 
 def figures(by_variant: Stretches, probes: Sequence[Probe], attain: float) -> list[tuple[str, str]]:
@@ -31,8 +31,8 @@ def figures(by_variant: Stretches, probes: Sequence[Probe], attain: float) -> li
     return [(title, svg("", panels)) for title, panels in full if panels]
 
 
-def _records(stretches: Iterable[Stretch]) -> list[Record]:
-    return [record for stretch in stretches for record in stretch.records if record.is_ok]
+def _records(results: Iterable[PhaseResult]) -> list[Record]:
+    return [record for result in results for record in result.records if record.is_ok]
 
 
 def _shares(name: str, values: Iterable[float | None], scale: float = 1.0) -> list[Line]:
@@ -49,8 +49,8 @@ def _latency_panels(by_variant: Stretches) -> list[Panel]:
     def lines(value: Callable[[Record], float | None], scale: float) -> list[Line]:
         return [
             line
-            for name, stretches in by_variant.items()
-            for line in _shares(name, map(value, _records(stretches)), scale)
+            for name, results in by_variant.items()
+            for line in _shares(name, map(value, _records(results)), scale)
         ]
 
     return [
@@ -64,8 +64,8 @@ def _gap_panels(by_variant: Stretches) -> list[Panel]:
     def lines(gaps: Callable[[Record], list[float]]) -> list[Line]:
         return [
             line
-            for name, stretches in by_variant.items()
-            for line in _shares(name, (g for r in _records(stretches) for g in gaps(r)), 1e3)
+            for name, results in by_variant.items()
+            for line in _shares(name, (g for r in _records(results) for g in gaps(r)), 1e3)
         ]
 
     return [
@@ -77,15 +77,15 @@ def _gap_panels(by_variant: Stretches) -> list[Panel]:
 def _time_panels(by_variant: Stretches) -> list[Panel]:
     """Tokens in each second, and the mean number of running requests in it."""
     rates, loads = [], []
-    for name, stretches in by_variant.items():
-        for stretch in stretches[:1]:
+    for name, results in by_variant.items():
+        for result in results[:1]:
             seconds: Counter[int] = Counter()
-            for record in stretch.records:
+            for record in result.records:
                 for chunk in record.chunks:
                     seconds[math.floor(chunk.at_s)] += chunk.num_tokens
-            xs = range(math.floor(stretch.duration_s))  # without the last, partial second
+            xs = range(math.floor(result.duration_s))  # without the last, partial second
             if len(xs) > 1:
-                spans = [(r.sent_s, r.ended_s) for r in stretch.records if r.ended_s is not None]
+                spans = [(r.sent_s, r.ended_s) for r in result.records if r.ended_s is not None]
                 running = [mean_running(spans, x, x + 1) for x in xs]
                 rates.append(Line(name, list(xs), [seconds[x] for x in xs], has_marks=False))
                 loads.append(Line(name, list(xs), running, has_marks=False))

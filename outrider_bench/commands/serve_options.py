@@ -15,8 +15,8 @@ from outrider.cli.request import DEFAULT_ENDPOINT, Method
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
-    from outrider_bench.loadtest.campaign import Manner, Variant
-    from outrider_bench.loadtest.plan import Visit
+    from outrider_bench.loadtest.campaign import LoadPattern, Variant
+    from outrider_bench.loadtest.plan import Conversation
     from outrider_bench.loadtest.slo import Slo
 
 ON, OFF = "speculation", "off"
@@ -198,18 +198,20 @@ def parse_slo(options: ServeOptions) -> Slo | None:
     return Slo.parse(options.slo) or None
 
 
-def manner(options: ServeOptions) -> Manner:
+def manner(options: ServeOptions) -> LoadPattern:
     """Arrivals of visits: open loop, trace replay or closed loop."""
-    from outrider_bench.loadtest.campaign import Manner
+    from outrider_bench.loadtest.campaign import LoadPattern
 
     if options.rate is not None:
-        return Manner(rate=options.rate, burstiness=options.burstiness)
+        return LoadPattern(rate=options.rate, burstiness=options.burstiness)
     if options.is_trace_replay:
-        return Manner()
-    return Manner(num_callers=options.concurrency or _DEFAULT_CALLERS)
+        return LoadPattern()
+    return LoadPattern(num_clients=options.concurrency or _DEFAULT_CALLERS)
 
 
-def visits(options: ServeOptions, note: Callable[[str], None] = lambda text: None) -> list[Visit]:
+def visits(
+    options: ServeOptions, note: Callable[[str], None] = lambda text: None
+) -> list[Conversation]:
     """Visits to run. `note` receives a message about skipped requests of a trace.
 
     Raises ConfigError.
@@ -232,9 +234,9 @@ def visits(options: ServeOptions, note: Callable[[str], None] = lambda text: Non
         )
         if trace.num_left_out:
             note(f"{trace.num_left_out} requests of the trace have no output and are skipped")
-        if options.is_trace_replay and trace.visits[0].at_s is None:
+        if options.is_trace_replay and trace.conversations[0].at_s is None:
             raise ConfigError(f"--trace: {options.trace} has no times; add --rate or --concurrency")
-        return trace.visits
+        return trace.conversations
     workload = Workload(
         input_len=Lengths.parse(options.input_len, "--input-len"),
         output_len=Lengths.parse(options.output_len, "--output-len"),
@@ -243,7 +245,7 @@ def visits(options: ServeOptions, note: Callable[[str], None] = lambda text: Non
         priority=options.priority,
         seed=options.seed,
     )
-    return workload.visits(options.requests or _DEFAULT_REQUESTS)
+    return workload.conversations(options.requests or _DEFAULT_REQUESTS)
 
 
 def _texts(path: Path) -> list[str]:
@@ -262,11 +264,11 @@ def variants(options: ServeOptions) -> list[Variant]:
     from dataclasses import replace
 
     from outrider.sampling.params import Verification
-    from outrider_bench.loadtest.asking import Ask
     from outrider_bench.loadtest.campaign import Variant
+    from outrider_bench.loadtest.requests import RequestOptions
 
     method = options.verification
-    ask = Ask(
+    request_options = RequestOptions(
         gamma=options.gamma,
         lookahead=options.lookahead,
         fan_out=options.fan_out,
@@ -276,5 +278,5 @@ def variants(options: ServeOptions) -> list[Variant]:
         ignores_eos=not options.stop_at_eos,
         timeout_s=options.timeout,
     )
-    off = replace(ask, gamma=0, lookahead=None, fan_out=None)
-    return [Variant(ON, ask), Variant(OFF, off)]
+    off = replace(request_options, gamma=0, lookahead=None, fan_out=None)
+    return [Variant(ON, request_options), Variant(OFF, off)]

@@ -14,6 +14,7 @@ from outrider.errors import CallFailed, ConfigError
 from outrider_bench.commands.serve_options import OFF, ON, ServeOptions, manner
 from outrider_bench.loadtest.campaign import Campaign
 from outrider_bench.loadtest.measures import Summary
+from outrider_bench.loadtest.phase_results import PhaseResult
 from outrider_bench.loadtest.results import (
     own_shape,
     probe_shape,
@@ -23,7 +24,6 @@ from outrider_bench.loadtest.results import (
     vllm_shape,
 )
 from outrider_bench.loadtest.slo import Slo
-from outrider_bench.loadtest.stretches import Stretch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +38,7 @@ def report(
 ) -> None:
     """Writes the files and prints the tables. Raises CallFailed if a variant had no response."""
     by_variant = {name: _stretches(campaign, name) for name in (ON, OFF)}
-    summaries = {
-        name: summary_of(stretches, slo) for name, stretches in by_variant.items() if stretches
-    }
+    summaries = {name: summary_of(results, slo) for name, results in by_variant.items() if results}
     document = _document(options, campaign, slo, by_variant, summaries, is_cut)
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -63,35 +61,37 @@ def _print_path(path: Path, console: Console) -> None:
     console.print(str(path), style="dim", soft_wrap=True, highlight=False, markup=False)
 
 
-def _failures(by_variant: dict[str, list[Stretch]], summaries: dict[str, Summary]) -> Iterator[str]:
+def _failures(
+    by_variant: dict[str, list[PhaseResult]], summaries: dict[str, Summary]
+) -> Iterator[str]:
     """Lines with the count of each error status and the detail of its first occurrence."""
     from rich.markup import escape
 
     for name, summary in summaries.items():
-        records = [record for stretch in by_variant[name] for record in stretch.records]
+        records = [record for result in by_variant[name] for record in result.records]
         for status, num in sorted(summary.errors.items()):
             detail = next(record.detail for record in records if record.status == status)
             yield f"[red]{name}: {num} × {status}: {escape(detail)}[/]"
 
 
-def _stretches(campaign: Campaign, variant: str) -> list[Stretch]:
+def _stretches(campaign: Campaign, variant: str) -> list[PhaseResult]:
     """Stretches of a variant to report.
 
     For a search: the highest rate that passed, otherwise the last rate tried.
     """
     if not campaign.probes:
-        return [s for s in campaign.all_stretches if s.variant == variant and s.records]
+        return [s for s in campaign.all_results if s.variant == variant and s.records]
     own = [probe for probe in campaign.probes if probe.variant == variant]
     passed = [probe for probe in own if probe.has_passed]
     best = max(passed, key=lambda probe: probe.rate) if passed else own[-1] if own else None
-    return [best.stretch] if best is not None else []
+    return [best.result] if best is not None else []
 
 
 def _document(
     options: ServeOptions,
     campaign: Campaign,
     slo: Slo | None,
-    by_variant: dict[str, list[Stretch]],
+    by_variant: dict[str, list[PhaseResult]],
     summaries: dict[str, Summary],
     is_cut: bool,
 ) -> dict[str, Any]:
@@ -116,24 +116,24 @@ def _document(
     if campaign.probes:
         assert slo is not None, "checked"
         own["sweep"] = {
-            "highest_rate": {name: found.rate for name, found in campaign.found.items()},
-            "lowest_failing_rate": {name: found.bound for name, found in campaign.found.items()},
+            "highest_rate": {name: found.rate for name, found in campaign.searches.items()},
+            "lowest_failing_rate": {name: found.bound for name, found in campaign.searches.items()},
             "probes": [probe_shape(probe, slo) for probe in campaign.probes],
         }
     own["samples"] = [
-        {"variant": stretch.variant, "repetition": stretch.repetition} | sample(record)
-        for stretches in by_variant.values()
-        for stretch in stretches
-        for record in stretch.records
+        {"variant": result.variant, "repetition": result.repetition} | sample(record)
+        for results in by_variant.values()
+        for result in results
+        for record in result.records
     ]
     return _head(options, campaign, by_variant) | shape(ON) | {"outrider": own}
 
 
 def _head(
-    options: ServeOptions, campaign: Campaign, by_variant: dict[str, list[Stretch]]
+    options: ServeOptions, campaign: Campaign, by_variant: dict[str, list[PhaseResult]]
 ) -> dict[str, Any]:
     """The first keys of `vllm bench serve`."""
-    rates = [stretch.rate for stretch in by_variant[ON] if stretch.rate is not None]
+    rates = [result.rate for result in by_variant[ON] if result.rate is not None]
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": "outrider",
@@ -141,10 +141,10 @@ def _head(
         "label": options.label,
         "model_id": campaign.subject.info.target.name,
         "tokenizer_id": None,
-        "num_prompts": sum(len(stretch.records) for stretch in by_variant[ON]),
+        "num_prompts": sum(len(result.records) for result in by_variant[ON]),
         "request_rate": rates[0] if rates else "inf",
         "burstiness": options.burstiness,
-        "max_concurrency": manner(options).num_callers,
+        "max_concurrency": manner(options).num_clients,
     }
 
 
@@ -231,7 +231,7 @@ def _write_page(
     options: ServeOptions,
     campaign: Campaign,
     document: dict[str, Any],
-    by_variant: dict[str, list[Stretch]],
+    by_variant: dict[str, list[PhaseResult]],
     console: Console,
 ) -> None:
     from outrider_bench.commands.serve_figures import figures

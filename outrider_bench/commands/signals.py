@@ -129,11 +129,11 @@ async def measured_point(
     options: SignalsOptions, regime: Regime, seen: Watch, channel: grpc.aio.Channel, number: int
 ) -> Point:
     """Runs a closed loop of the regime's sessions and measures it after the settling time."""
-    from outrider_bench.loadtest.asking import Ask
     from outrider_bench.loadtest.driver import Phase, subject
     from outrider_bench.loadtest.lengths import Lengths
     from outrider_bench.loadtest.measures import Summary, tokens_per_s
     from outrider_bench.loadtest.plan import Workload, endless
+    from outrider_bench.loadtest.requests import RequestOptions
 
     workload = Workload(
         input_len=Lengths.parse(str(options.prompt_len), "--prompt-len"),
@@ -142,10 +142,12 @@ async def measured_point(
         seed=options.seed,
     )
     orchestrator = await subject(channel)
-    phase = Phase(orchestrator, Ask(), number=number, seed=options.seed, run=options.name)
+    phase = Phase(
+        orchestrator, RequestOptions(), number=number, seed=options.seed, run=options.name
+    )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(seen.watch(options.settle, options.seconds))
-        visits = endless(workload.visits(512))
+        visits = endless(workload.conversations(512))
         await phase.closed_loop(visits, regime.num_sessions, until_s=options.seconds)
     # Requests sent early in the settling time still reflect the previous state.
     own = [record for record in phase.records if record.intended_s >= options.settle / 2]

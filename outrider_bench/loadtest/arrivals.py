@@ -1,7 +1,4 @@
-"""When requests are meant to be sent: a renewal process with gamma-distributed gaps. Pure.
-
-Knows nothing of what is sent, nor of whether it was.
-"""
+"""Arrival times: a renewal process with gamma-distributed gaps. Pure."""
 
 from __future__ import annotations
 
@@ -16,18 +13,18 @@ from outrider.errors import ConfigError
 def arrival_times(
     rate: float, num: int, generator: np.random.Generator, *, burstiness: float = 1.0
 ) -> npt.NDArray[np.float64]:
-    """Seconds from the begin, float64 [num], rising; the last is at num / `rate`.
+    """Send times in seconds from the start, float64 [num], increasing; the last is at num / `rate`.
 
-    `burstiness` is the shape of the gamma-distributed gaps, as in `vllm bench serve`: 1 is a
-    Poisson process; less comes in bursts, more is steadier, infinity is a clock. Gaps are scaled so
-    that num come in num / `rate` seconds: a Poisson process of which that is known.
+    `burstiness`: shape of the gamma-distributed gaps, as in `vllm bench serve`. 1 is a Poisson
+    process; smaller is burstier, larger is steadier, infinity gives constant gaps. Gaps are scaled
+    so that num requests arrive in num / `rate` seconds: a Poisson process conditioned on that.
 
-    Raises ConfigError for what is not above 0.
+    Raises ConfigError unless both are positive.
     """
     if not rate > 0 or math.isinf(rate):
-        raise ConfigError(f"--rate: {rate:g}: requests per second, above 0")
+        raise ConfigError(f"--rate: {rate:g}; requests per second must be positive and finite")
     if not burstiness > 0:
-        raise ConfigError(f"--burstiness: {burstiness:g}: above 0; 1 is a Poisson process")
+        raise ConfigError(f"--burstiness: {burstiness:g}; must be positive; 1 is a Poisson process")
     if num == 0:
         return np.zeros(0)
     if math.isinf(burstiness):

@@ -1,7 +1,7 @@
-"""A load test: phases with speculation and without it in turn, or a search for a rate.
+"""Load test: alternating phases with and without speculation, or a search for the highest rate.
 
-Owns which phase comes when and what is kept of each; how a visit is made is for `driver`. What was
-measured so far is there at any time, so that a test can be cut short.
+Owns the order of phases and their results; `driver` runs a phase. Results are available at any
+time, so that a test can be interrupted.
 """
 
 from __future__ import annotations
@@ -9,67 +9,70 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from outrider_bench.loadtest.asking import Ask
 from outrider_bench.loadtest.driver import Phase, Subject
-from outrider_bench.loadtest.plan import Visit, slices, timed, without_times
+from outrider_bench.loadtest.phase_results import Passes, PhaseResult, Probe
+from outrider_bench.loadtest.plan import Conversation, slices, timed, without_times
 from outrider_bench.loadtest.records import Record
-from outrider_bench.loadtest.stretches import Passes, Probe, Stretch
-from outrider_bench.loadtest.sweep import Found, highest_rate
+from outrider_bench.loadtest.requests import RequestOptions
+from outrider_bench.loadtest.sweep import SearchResult, highest_rate
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve the same load."""
+    """Options to serve the same load with."""
 
     name: str
-    ask: Ask
+    options: RequestOptions
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How visits come: `num_callers` in a closed loop, `rate` per second, or at their own times."""
+class LoadPattern:
+    """Arrival of conversations: a closed loop of `num_clients`, `rate` per second, or a trace."""
 
-    num_callers: int | None = None
+    num_clients: int | None = None
     rate: float | None = None
     burstiness: float = 1.0
 
 
-def warm_up_callers(visits: Sequence[Visit]) -> int:
-    """Of the closed loop that warms up."""
-    return max(1, len(visits) // 2)
+def warm_up_clients(conversations: Sequence[Conversation]) -> int:
+    """Number of clients of the warm-up's closed loop."""
+    return max(1, len(conversations) // 2)
 
 
 def expected_s(
     num_variants: int,
-    visits: Sequence[Visit],
-    manner: Manner,
+    conversations: Sequence[Conversation],
+    pattern: LoadPattern,
     repetitions: int,
-    visit_s: float | None,
+    conversation_s: float | None,
 ) -> float | None:
-    """About how long `Campaign.compare` takes; None: that is not known.
+    """Expected seconds of `Campaign.compare`; None: unknown.
 
-    Of a trace and of an open loop the time in which requests are sent; a system that cannot keep
-    up takes longer. Of a closed loop by `visit_s`, the time of one visit, where it was measured.
+    For a trace or an open loop: the time in which requests are sent; an overloaded system takes
+    longer. For a closed loop: from `conversation_s`, the measured time of one conversation.
     """
-    if manner.rate is not None:
-        return num_variants * sum(len(visit.jobs) for visit in visits) / manner.rate
-    parts = slices(visits, repetitions)
-    if manner.num_callers is None:
+    if pattern.rate is not None:
+        return num_variants * sum(len(c.jobs) for c in conversations) / pattern.rate
+    parts = slices(conversations, repetitions)
+    if pattern.num_clients is None:
         return num_variants * sum(map(_span_s, parts))
-    if visit_s is None:
+    if conversation_s is None:
         return None
-    rounds = sum(len(part) / min(manner.num_callers, len(part)) for part in parts)
-    return num_variants * rounds * visit_s
+    rounds = sum(len(part) / min(pattern.num_clients, len(part)) for part in parts)
+    return num_variants * rounds * conversation_s
 
 
-def _span_s(visits: Sequence[Visit]) -> float:
-    """From the first to the last request, by a trace's times."""
-    return max(max(visit.at_s or 0.0, visit.jobs[-1].not_before_s) for visit in visits)
+def _span_s(conversations: Sequence[Conversation]) -> float:
+    """Seconds to the last request, by a trace's times."""
+    return max(max(c.at_s or 0.0, c.jobs[-1].not_before_s) for c in conversations)
 
 
 @dataclass
 class Campaign:
-    """`read_passes` asks the target replicas; `on_phase` is told of each phase before it begins."""
+    """Phases of one load test.
+
+    `read_passes`: reads the counters of the target replicas. `on_phase`: called before each phase.
+    """
 
     subject: Subject
     run: str
@@ -77,91 +80,93 @@ class Campaign:
     read_passes: Callable[[], Awaitable[Passes]] | None = None
     on_phase: Callable[[str, int], None] = lambda name, num_requests: None
     on_end: Callable[[Record], None] = lambda record: None
-    stretches: list[Stretch] = field(default_factory=list)
+    results: list[PhaseResult] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
-    found: dict[str, Found] = field(default_factory=dict)
-    _unfinished: list[Stretch] = field(default_factory=list)
+    searches: dict[str, SearchResult] = field(default_factory=dict)
+    _unfinished: list[PhaseResult] = field(default_factory=list)
     _num_phases: int = 0
 
     @property
-    def all_stretches(self) -> list[Stretch]:
-        """Also those of a search, and of one that was cut short."""
-        return [*self.stretches, *(probe.stretch for probe in self.probes), *self._unfinished]
+    def all_results(self) -> list[PhaseResult]:
+        """Results including those of a search and of an interrupted phase."""
+        return [*self.results, *(probe.result for probe in self.probes), *self._unfinished]
 
-    async def warm_up(self, variants: Sequence[Variant], visits: Sequence[Visit]) -> None:
-        """Each variant once, in a closed loop; nothing is kept of it."""
+    async def warm_up(
+        self, variants: Sequence[Variant], conversations: Sequence[Conversation]
+    ) -> None:
+        """Runs each variant once, in a closed loop. Discards the results."""
         for variant in variants:
-            manner = Manner(num_callers=warm_up_callers(visits))
-            await self._phase(variant, visits, manner, -1, [])
+            pattern = LoadPattern(num_clients=warm_up_clients(conversations))
+            await self._phase(variant, conversations, pattern, -1, [])
 
     async def compare(
         self,
         variants: Sequence[Variant],
-        visits: Sequence[Visit],
-        manner: Manner,
+        conversations: Sequence[Conversation],
+        pattern: LoadPattern,
         repetitions: int,
     ) -> None:
-        """The visits in so many slices, each slice by every variant, in both orders in turn."""
-        for repetition, part in enumerate(slices(visits, repetitions)):
+        """Runs each of `repetitions` slices with every variant, in alternating order."""
+        for repetition, part in enumerate(slices(conversations, repetitions)):
             ordered = variants if repetition % 2 == 0 else list(reversed(variants))
             for variant in ordered:
-                await self._phase(variant, part, manner, repetition, self.stretches)
+                await self._phase(variant, part, pattern, repetition, self.results)
 
     async def search(
         self,
         variant: Variant,
-        visits: Sequence[Visit],
+        conversations: Sequence[Conversation],
         start: float,
-        attains: Callable[[Sequence[Record]], float],
-        least: float,
+        attained_share: Callable[[Sequence[Record]], float],
+        min_share: float,
         burstiness: float,
         precision: float,
-    ) -> Found:
-        """The highest rate at which at least a share `least` of the requests attains."""
+    ) -> SearchResult:
+        """Searches the highest rate at which a share `min_share` of the requests meets the SLO."""
 
-        async def passes(rate: float) -> bool:
-            manner = Manner(rate=rate, burstiness=burstiness)
-            # Not numbered on: arrivals differ in their rate only.
-            await self._phase(variant, visits, manner, 0, self._unfinished)
-            stretch = self._unfinished.pop()
-            attained = attains(stretch.records)
-            probe = Probe(variant.name, rate, attained, attained >= least, stretch)
+        async def is_attained(rate: float) -> bool:
+            pattern = LoadPattern(rate=rate, burstiness=burstiness)
+            # The same seed for all rates: arrivals differ in their rate only.
+            await self._phase(variant, conversations, pattern, 0, self._unfinished)
+            result = self._unfinished.pop()
+            attained = attained_share(result.records)
+            probe = Probe(variant.name, rate, attained, attained >= min_share, result)
             self.probes.append(probe)
             return probe.has_passed
 
-        return await highest_rate(passes, start, precision=precision)
+        return await highest_rate(is_attained, start, precision=precision)
 
     async def _phase(
         self,
         variant: Variant,
-        visits: Sequence[Visit],
-        manner: Manner,
+        conversations: Sequence[Conversation],
+        pattern: LoadPattern,
         repetition: int,
-        kept: list[Stretch],
+        results: list[PhaseResult],
     ) -> None:
-        if manner.rate is not None:
+        if pattern.rate is not None:
             # The same arrivals for every variant of a repetition.
             seed = self.seed + repetition + 1
-            visits = timed(visits, manner.rate, manner.burstiness, seed)
-        self.on_phase(variant.name, sum(len(visit.jobs) for visit in visits))
+            conversations = timed(conversations, pattern.rate, pattern.burstiness, seed)
+        self.on_phase(variant.name, sum(len(c.jobs) for c in conversations))
         before = await self.read_passes() if self.read_passes else None
         number, self._num_phases = self._num_phases, self._num_phases + 1
         phase = Phase(
             self.subject,
-            variant.ask,
+            variant.options,
             number=number,
             seed=self.seed,
             run=self.run,
             on_end=self.on_end,
         )
-        stretch = Stretch(variant.name, repetition, phase.records, manner.rate)
-        kept.append(stretch)
+        result = PhaseResult(variant.name, repetition, phase.records, pattern.rate)
+        results.append(result)
         try:
-            if manner.num_callers is not None:
-                await phase.closed_loop(iter(without_times(visits)), manner.num_callers)
+            if pattern.num_clients is not None:
+                await phase.closed_loop(iter(without_times(conversations)), pattern.num_clients)
             else:
-                await phase.open_loop(visits)
+                await phase.open_loop(conversations)
         finally:
-            stretch.duration_s = phase.now_s
+            result.duration_s = phase.now_s
         if self.read_passes is not None and before is not None:
-            stretch.passes = (await self.read_passes()).since(before)
+            result.passes = (await self.read_passes()).since(before)

@@ -1,7 +1,7 @@
-"""The calls and their clock: visits are made when they are due, or as fast as they are answered.
+"""Runs one phase of load: sends requests when due, or in a closed loop, and records messages.
 
-Owns the streams of one phase; every message is noted the moment it comes. What the times mean is
-for `records`. One event loop drives thousands of streams.
+Every message is recorded when it arrives. One event loop drives thousands of streams. `records`
+defines the metrics.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy.typing as npt
 from outrider.errors import ConfigError
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 from outrider.vocabulary import Vocabulary
-from outrider_bench.loadtest.asking import Ask, note_failure, note_message
-from outrider_bench.loadtest.plan import Job, Visit, prompt_ids
+from outrider_bench.loadtest.plan import Conversation, Job, prompt_ids
 from outrider_bench.loadtest.records import CUT, OK, Record
+from outrider_bench.loadtest.requests import RequestOptions, note_failure, note_message
 
-# Of the short calls. A server that does not answer a deletion loses a clean-up.
+# Timeout of unary calls. If a deletion times out, its session expires later.
 _SHORT_TIMEOUT_S = 10.0
 
 Stub = orchestrator_pb2_grpc.OrchestratorServiceStub
@@ -32,18 +32,19 @@ Stub = orchestrator_pb2_grpc.OrchestratorServiceStub
 
 @dataclass(frozen=True)
 class Subject:
-    """Whom a phase asks, and what it says of itself. Visits take the connections in turn."""
+    """The orchestrators under test and their model. Conversations use the connections in turn."""
 
     stubs: Sequence[Stub]
     info: orchestrator_pb2.GetModelInfoResponse
     ordinary_ids: npt.NDArray[np.int64]
 
-    def stub(self, visit: Visit) -> Stub:
-        return self.stubs[visit.jobs[0].index % len(self.stubs)]
+    def stub(self, conversation: Conversation) -> Stub:
+        """Stub for a conversation."""
+        return self.stubs[conversation.jobs[0].index % len(self.stubs)]
 
 
 async def subject(*channels: grpc.aio.Channel) -> Subject:
-    """Behind these channels. Raises grpc.aio.AioRpcError where nobody answers."""
+    """The orchestrators behind these channels. Raises grpc.aio.AioRpcError if none answers."""
     stubs = [Stub(channel) for channel in channels]
     request = orchestrator_pb2.GetModelInfoRequest(with_token_hashes=True)
     call: Any = stubs[0].GetModelInfo(request, timeout=_SHORT_TIMEOUT_S)
@@ -52,30 +53,30 @@ async def subject(*channels: grpc.aio.Channel) -> Subject:
 
 
 def _ordinary_ids(model: model_pb2.ModelInfo) -> npt.NDArray[np.int64]:
-    """What prompts are made of: tokens that mean a text, and do not end one.
+    """Token ids for random prompts: those that mean a text and do not end an output.
 
-    Without a tokenizer: all of the vocabulary but what ends an output.
+    Without a tokenizer: the whole vocabulary except EOS. Raises ConfigError if none is left.
     """
     ids = np.arange(model.vocab_size)
     if model.token_hashes:
         ids = Vocabulary.from_bytes(model.token_hashes).ordinary_ids
     ids = ids[(ids < model.vocab_size) & ~np.isin(ids, list(model.eos_token_ids))]
     if not len(ids):
-        raise ConfigError(f"{model.name}: its tokenizer has no ordinary token to make prompts of")
+        raise ConfigError(f"{model.name}: its tokenizer has no ordinary tokens for random prompts")
     return ids
 
 
 class Phase:
-    """One stretch of load. Its clock starts when it is made; `records` grows as requests are sent.
+    """One phase of load. Time starts at its creation; `records` grows as requests are sent.
 
-    `number` tells phases of one test apart: in prompts, and in the names of sessions, in which
-    `run` tells tests apart. `on_end` is told of every request that was answered.
+    `number` and `run` distinguish phases and tests, in prompts and session names. `on_end` is
+    called after every answered request.
     """
 
     def __init__(
         self,
         subject: Subject,
-        ask: Ask,
+        options: RequestOptions,
         *,
         number: int,
         seed: int,
@@ -84,7 +85,7 @@ class Phase:
     ) -> None:
         self._subject = subject
         self._on_end = on_end
-        self._ask = ask
+        self._options = options
         self._number = number
         self._seed = seed
         self._run = run
@@ -93,44 +94,44 @@ class Phase:
 
     @property
     def now_s(self) -> float:
-        """Seconds since its begin."""
+        """Seconds since the start of the phase."""
         return time.monotonic() - self._begin
 
-    async def open_loop(self, visits: Iterable[Visit]) -> None:
-        """Every visit at its time, however many are under way; returns when all have ended."""
+    async def open_loop(self, conversations: Iterable[Conversation]) -> None:
+        """Starts every conversation at its time, however many run. Returns when all have ended."""
         async with asyncio.TaskGroup() as tasks:
-            for visit in visits:
-                assert visit.at_s is not None, "it has a time"
-                await asyncio.sleep(max(0.0, visit.at_s - self.now_s))
-                tasks.create_task(self._visit(visit, visit.at_s))
+            for conversation in conversations:
+                assert conversation.at_s is not None, "an open loop has times"
+                await asyncio.sleep(max(0.0, conversation.at_s - self.now_s))
+                tasks.create_task(self._conversation(conversation, conversation.at_s))
 
     async def closed_loop(
-        self, visits: Iterator[Visit], num_callers: int, until_s: float = float("inf")
+        self, conversations: Iterator[Conversation], num_clients: int, until_s: float = float("inf")
     ) -> None:
-        """Each caller makes its next visit when the last has ended; none begins after `until_s`."""
+        """Each client starts its next conversation when its last ends; none after `until_s`."""
 
-        async def caller() -> None:
-            # One iterator for all: nobody waits for the slowest caller's share.
+        async def client() -> None:
+            # One shared iterator: no client waits for the slowest one's share.
             while self.now_s < until_s:
-                visit = next(visits, None)
-                if visit is None:
+                conversation = next(conversations, None)
+                if conversation is None:
                     return
-                if not await self._visit(visit, self.now_s):
-                    # Who was refused would ask again at once, a thousand times a second.
+                if not await self._conversation(conversation, self.now_s):
+                    # A rejected client would retry at once, a thousand times a second.
                     await asyncio.sleep(0.05)
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(num_callers):
-                tasks.create_task(caller())
+            for _ in range(num_clients):
+                tasks.create_task(client())
 
-    async def _visit(self, visit: Visit, at_s: float) -> bool:
-        """All turns, each when the one before has ended; whether all were answered."""
-        session_id = f"load-{self._run}-{self._number}-{visit.jobs[0].index}"
-        session_id = session_id if visit.is_session else ""
+    async def _conversation(self, conversation: Conversation, at_s: float) -> bool:
+        """Sends all turns, each when the previous one has ended. Returns whether all succeeded."""
+        session_id = f"load-{self._run}-{self._number}-{conversation.jobs[0].index}"
+        session_id = session_id if conversation.is_session else ""
         intended_s, is_ok = at_s, True
-        stub = self._subject.stub(visit)
+        stub = self._subject.stub(conversation)
         try:
-            for job in visit.jobs:
+            for job in conversation.jobs:
                 if job.not_before_s > self.now_s:
                     await asyncio.sleep(job.not_before_s - self.now_s)
                     intended_s = job.not_before_s
@@ -145,14 +146,14 @@ class Phase:
         return is_ok
 
     async def _call(self, stub: Stub, job: Job, session_id: str, intended_s: float) -> Record:
-        """Never raises for what the server does: that is noted."""
+        """Makes one call. Failures of the server are recorded, not raised."""
         ids = []
         if job.text is None:
             ids = prompt_ids(job, self._subject.ordinary_ids, self._seed, self._number)
-        request = self._ask.request(job, ids, session_id, seed=self._seed + job.index)
+        request = self._options.request(job, ids, session_id, seed=self._seed + job.index)
         record = Record(job.index, intended_s, prompt_len=len(ids), sent_s=self.now_s)
         self.records.append(record)
-        call: Any = stub.Generate(request, timeout=self._ask.timeout_s)
+        call: Any = stub.Generate(request, timeout=self._options.timeout_s)
         try:
             async for message in call:
                 note_message(record, message, self.now_s)
@@ -165,7 +166,7 @@ class Phase:
             else:
                 record.ended_s = record.ended_s or self.now_s
                 self._on_end(record)
-            call.cancel()  # leaving the loop does not cancel it: the server would go on
+            call.cancel()  # leaving the loop does not cancel the call
         return record
 
     async def _delete(self, stub: Stub, session_id: str) -> None:

@@ -1,6 +1,6 @@
-"""Files of requests, as they are published: which field is what, and in which unit a time is.
+"""Published formats of request traces: names of fields and units of time.
 
-Pure but for the reading of files. `loadtest.trace` makes requests of the fields.
+Pure except for reading files. `trace` turns the fields into requests.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from outrider.errors import ConfigError
 
-# As the orchestrator takes it: characters.
+# Longest text that the orchestrator accepts, in characters.
 MAX_TEXT = 4_000_000
-# What a token of ordinary English is about, where only the text of an answer is known.
+# Characters per token of English text, if only the text of an answer is known.
 _CHARS_PER_TOKEN = 4
 FIELDS = ("timestamp", "input_length", "output_length", "text", "session_id", "priority")
 
@@ -26,10 +26,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Format:
-    """`names`: the file's name of each of our fields. `others`: fields that say nothing to us.
+    """`names`: the file's name of each of our fields. `others`: ignored fields.
 
-    `has_times`: where not, the load needs a rate. `skips_failures`: without output a request had
-    failed. `to_seconds` raises ValueError.
+    `has_times` False: the load needs a rate. `skips_failures`: a request without output had failed.
+    `to_seconds` raises ValueError.
     """
 
     names: Mapping[str, str]
@@ -39,6 +39,7 @@ class Format:
     to_seconds: Callable[[Any], float] = float
 
     def fits(self, fields: Row) -> bool:
+        """Whether the fields are those of this format."""
         required = {self.names[name] for name in ("timestamp", "output_length")}
         return required <= fields.keys()
 
@@ -48,7 +49,10 @@ def _milliseconds(value: Any) -> float:
 
 
 def _datetime(value: Any) -> float:
-    """`2023-11-16 18:15:46.6805900`: seven digits, which Python's own reader may not take."""
+    """Seconds of `2023-11-16 18:15:46.6805900`.
+
+    Seven fractional digits, which `datetime.fromisoformat` may reject.
+    """
     whole, point, rest = str(value).strip().partition(".")
     num_digits = len(rest) - len(rest.lstrip("0123456789"))
     fraction, zone = rest[:num_digits], rest[num_digits:]
@@ -61,10 +65,10 @@ def _datetime(value: Any) -> float:
 
 
 OUTRIDER = "outrider"
-# By the names of --trace-format.
+# By name of --trace-format.
 FORMATS: dict[str, Format] = {
     OUTRIDER: Format(dict(zip(FIELDS, FIELDS, strict=True))),
-    # github.com/kvcache-ai/Mooncake: JSONL, milliseconds, and blocks of 512 tokens that are shared.
+    # github.com/kvcache-ai/Mooncake: JSONL, milliseconds, shared blocks of 512 tokens.
     "mooncake": Format(
         {
             "timestamp": "timestamp",
@@ -84,7 +88,7 @@ FORMATS: dict[str, Format] = {
         skips_failures=True,
         to_seconds=_datetime,
     ),
-    # github.com/HPMLL/BurstGPT: CSV, seconds. Its sessions' prompts hold the turns before them.
+    # github.com/HPMLL/BurstGPT: CSV, seconds. Prompts of its sessions include the earlier turns.
     "burstgpt": Format(
         {
             "timestamp": "Timestamp",
@@ -94,7 +98,7 @@ FORMATS: dict[str, Format] = {
         others=frozenset(("Model", "Total tokens", "Log Type", "Session ID", "Elapsed time")),
         skips_failures=True,
     ),
-    # The first question and answer of each conversation, as in other load tests; JSON, no times.
+    # First question and answer of each conversation, as in other load tests; JSON, no times.
     "sharegpt": Format(
         {"timestamp": "timestamp", "text": "text", "output_length": "output_length"},
         has_times=False,
@@ -103,15 +107,15 @@ FORMATS: dict[str, Format] = {
 
 
 def rows(path: Path, name: str | None) -> Iterator[tuple[str, Row, Format]]:
-    """Where each request stands, its fields, and the format: named, or found by its first fields.
+    """Yields for each request its place, its fields and the format (named, or detected from them).
 
     Raises ConfigError.
     """
     if name is not None and name not in FORMATS:
-        raise ConfigError(f"--trace-format: {name!r} is none of {', '.join(FORMATS)}")
+        raise ConfigError(f"--trace-format: {name!r} is unknown; allowed: {', '.join(FORMATS)}")
     found: Format | None = None
     try:
-        # With the mark that spreadsheets put before the first name.
+        # utf-8-sig: spreadsheets write a byte order mark.
         with path.open(encoding="utf-8-sig", newline="") as file:
             start = file.read(1)
             while start.isspace():
@@ -129,7 +133,7 @@ def rows(path: Path, name: str | None) -> Iterator[tuple[str, Row, Format]]:
 
 
 def _format_of(fields: Row) -> Format:
-    """Ours, where nothing else fits: its errors name what is missing."""
+    """Format of the fields; ours if no other fits: its errors name what is missing."""
     if "hash_ids" in fields:
         return FORMATS["mooncake"]
     for name in ("azure", "burstgpt"):
@@ -157,28 +161,28 @@ def _object(line: str, where: str) -> Row:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise ConfigError(f"--trace: {where}: {line[:60].strip()!r} is no JSON object")
+        raise ConfigError(f"--trace: {where}: {line[:60].strip()!r} is not a JSON object")
     return fields
 
 
 def _conversations(text: str, path: Path) -> Iterator[tuple[str, Row, Format]]:
-    """Those that begin with a question and its answer; others have no request in them."""
+    """Yields those that begin with a question and its answer; others have no request."""
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--trace: {path}: is no JSON: {error}") from None
+        raise ConfigError(f"--trace: {path}: is not JSON: {error}") from None
     if not isinstance(entries, list):
-        raise ConfigError(f"--trace: {path}: is no JSON list of conversations")
+        raise ConfigError(f"--trace: {path}: is not a JSON list of conversations")
     for number, entry in enumerate(entries, start=1):
         where = f"{path}: conversation {number}"
         turns = entry.get("conversations") if isinstance(entry, dict) else None
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ConfigError(f"--trace: {where}: conversations is no list of turns")
+            raise ConfigError(f"--trace: {where}: conversations is not a list of turns")
         if len(turns) < 2 or turns[0].get("from") not in ("human", "user"):
             continue
         for index, turn in enumerate(turns[:2]):
             if not isinstance(turn.get("value"), str):
-                raise ConfigError(f"--trace: {where}: conversations[{index}].value is no text")
+                raise ConfigError(f"--trace: {where}: conversations[{index}].value is not a text")
         question, answer = (turn["value"] for turn in turns[:2])
         if question.strip() and answer:
             length = max(1, round(len(answer) / _CHARS_PER_TOKEN))

@@ -1,7 +1,4 @@
-"""How long prompts and outputs are: a distribution read from one word. Pure.
-
-Lengths are tokens. Knows nothing of prompts.
-"""
+"""Distributions of prompt and output lengths in tokens, parsed from a flag. Pure."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ _FORMS = "128, uniform:64:256, lognormal:MEDIAN:SIGMA or lognormal:MEDIAN:SIGMA:
 
 
 class Shape(Enum):
+    """Kind of a length distribution."""
+
     FIXED = "fixed"
     UNIFORM = "uniform"
     LOGNORMAL = "lognormal"
@@ -23,7 +22,9 @@ class Shape(Enum):
 
 @dataclass(frozen=True)
 class Lengths:
-    """`median` and `sigma` of a lognormal; least and most are the bounds of every shape."""
+    """Distribution of lengths. `least` and `most` bound every shape; `median` and `sigma`:
+    lognormal.
+    """
 
     shape: Shape
     least: int
@@ -33,7 +34,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Lengths:
-        """`128`, `uniform:64:256`, `lognormal:128:0.8[:2048]`. Raises ConfigError."""
+        """Parses `128`, `uniform:64:256`, `lognormal:128:0.8[:2048]`. Raises ConfigError."""
         kind, *parts = text.split(":")
         try:
             if not parts:
@@ -42,12 +43,12 @@ class Lengths:
                 return cls._checked(Shape.UNIFORM, int(parts[0]), int(parts[1]))
             if kind == Shape.LOGNORMAL.value and len(parts) in (2, 3):
                 median, sigma = float(parts[0]), float(parts[1])
-                # Without a bound one draw in a million could be beyond any context.
+                # Without a bound one sample in a million could exceed any context.
                 most = int(parts[2]) if len(parts) == 3 else round(16 * median)
                 return cls._checked(Shape.LOGNORMAL, 1, most, median, sigma)
         except (ValueError, OverflowError):
             pass
-        raise ConfigError(f"{flag}: {text!r} is no length such as {_FORMS}")
+        raise ConfigError(f"{flag}: {text!r} is not a length; allowed: {_FORMS}")
 
     @classmethod
     def _checked(
@@ -59,7 +60,7 @@ class Lengths:
         return cls(shape, least, most, median, sigma)
 
     def draw(self, num: int, generator: np.random.Generator) -> list[int]:
-        """[num], each from least to most."""
+        """Samples `num` lengths."""
         if self.shape is Shape.FIXED:
             return [self.least] * num
         if self.shape is Shape.UNIFORM:

@@ -1,7 +1,7 @@
-"""What the records of a phase meant: latencies, throughput, goodput, acceptance. Pure.
+"""Metrics of a phase's records: latencies, throughput, goodput, acceptance. Pure.
 
-Names as in the field: α, the share of judged draft tokens that were accepted; τ, tokens of a
-drafted round. Percentiles as numpy's default has them: linear between the two nearest.
+α: accepted draft tokens over accepted plus rejected ones. τ: tokens per round with a draft.
+Percentiles are numpy's default: linear between the two nearest values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of seconds. `percentiles`: by PERCENTILES."""
+    """Distribution of times in seconds. `percentiles`: by PERCENTILES."""
 
     num: int
     mean: float
@@ -30,7 +30,7 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
-        """None without values."""
+        """None if there are no values."""
         if not values:
             return None
         found = np.percentile(values, PERCENTILES)
@@ -52,7 +52,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of finished requests only; None: nobody had such a time. `itl_*`: see records."""
+    """Latencies of finished requests; None: no request has s. See `records` for `itl_*`."""
 
     ttft: Distribution | None
     tpot: Distribution | None
@@ -78,7 +78,7 @@ class Latencies:
 
 @dataclass(frozen=True)
 class Drafting:
-    """Sums over finished requests, as shares and means; None: there was nothing to divide by."""
+    """Speculation over all finished requests; None: nothing to divide by."""
 
     num_drafts: int
     num_draft_tokens: int
@@ -93,37 +93,37 @@ class Drafting:
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Drafting | None:
-        told = [r.speculation for r in records if r.is_ok and r.speculation is not None]
-        if not told:
+        stats = [r.speculation for r in records if r.is_ok and r.speculation is not None]
+        if not stats:
             return None
-        num_drafts, accepted = _sum(told, "num_drafts"), _sum(told, "num_accepted_tokens")
-        rounds = [count for one in told for count in enumerate(one.num_rounds_per_gamma)]
-        waited, verified = _sum(told, "draft_wait_s"), _sum(told, "verify_s")
-        rows = [one.num_rows for one in told if one.num_rows is not None]
+        num_drafts, accepted = _sum(stats, "num_drafts"), _sum(stats, "num_accepted_tokens")
+        rounds = [count for s in stats for count in enumerate(s.num_rounds_per_gamma)]
+        waited, verified = _sum(stats, "draft_wait_s"), _sum(stats, "verify_s")
+        rows = [s.num_rows for s in stats if s.num_rows is not None]
         return cls(
             num_drafts=int(num_drafts),
-            num_draft_tokens=int(_sum(told, "num_draft_tokens")),
+            num_draft_tokens=int(_sum(stats, "num_draft_tokens")),
             num_accepted_tokens=int(accepted),
-            alpha=_ratio(accepted, accepted + _sum(told, "num_rejected_tokens")),
+            alpha=_ratio(accepted, accepted + _sum(stats, "num_rejected_tokens")),
             tau=None if num_drafts == 0 else 1 + accepted / num_drafts,
             mean_gamma=_ratio(sum(g * n for g, n in rounds), sum(n for _, n in rounds)),
-            hit_rate=_ratio(_sum(told, "num_lookahead_hits"), num_drafts),
+            hit_rate=_ratio(_sum(stats, "num_lookahead_hits"), num_drafts),
             draft_wait_share=_ratio(waited, waited + verified),
             verify_rows=float(np.mean(rows)) if rows else None,
-            per_position=_per_position(told, num_drafts),
+            per_position=_per_position(stats, num_drafts),
         )
 
 
-def _sum(told: Sequence[Speculation], name: str) -> float:
-    return float(sum(getattr(one, name) for one in told))
+def _sum(stats: Sequence[Speculation], name: str) -> float:
+    return float(sum(getattr(s, name) for s in stats))
 
 
-def _per_position(told: Sequence[Speculation], num_drafts: float) -> tuple[float, ...]:
-    """[i]: share of the drafted rounds in which draft token i was accepted."""
-    most = max(len(one.num_accepted_per_pos) for one in told)
+def _per_position(stats: Sequence[Speculation], num_drafts: float) -> tuple[float, ...]:
+    """[i]: share of the rounds with a draft in which draft token i was accepted."""
+    most = max(len(s.num_accepted_per_pos) for s in stats)
     sums = [0] * most
-    for one in told:
-        for place, num in enumerate(one.num_accepted_per_pos):
+    for s in stats:
+        for place, num in enumerate(s.num_accepted_per_pos):
             sums[place] += num
     return tuple(num / num_drafts for num in sums) if num_drafts else ()
 
@@ -134,10 +134,10 @@ def _ratio(part: float, whole: float) -> float | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """A phase, or several of one variant. Rates are per second of `duration_s`.
+    """Metrics of one phase, or of several of one variant. Rates are per second of `duration_s`.
 
-    Tokens of failed and cut requests count as tokens that were sent, their times as nothing.
-    `attained`: share of the answered requests that kept the SLO.
+    Tokens of failed and cut requests count as sent tokens; their latencies are left out.
+    `attained`: share of the answered requests that met the SLO.
     """
 
     duration_s: float
@@ -184,7 +184,7 @@ class Summary:
 
 
 def tokens_per_s(records: Iterable[Record], begin_s: float, end_s: float) -> float:
-    """Of all that came in [begin_s, end_s), whoever it was for."""
+    """Tokens per second received in [begin_s, end_s), of all requests."""
     num = sum(
         chunk.num_tokens
         for record in records
@@ -194,8 +194,8 @@ def tokens_per_s(records: Iterable[Record], begin_s: float, end_s: float) -> flo
     return num / max(end_s - begin_s, 1e-9)
 
 
-def most_running(spans: Iterable[tuple[float, float]]) -> int:
-    """The most of the half-open spans that cover one moment."""
+def max_overlapping(spans: Iterable[tuple[float, float]]) -> int:
+    """Maximum number of half-open spans that overlap at one moment."""
     changes: Counter[float] = Counter()
     for begin, end in spans:
         changes[begin] += 1
@@ -204,6 +204,6 @@ def most_running(spans: Iterable[tuple[float, float]]) -> int:
 
 
 def mean_running(spans: Iterable[tuple[float, float]], begin_s: float, end_s: float) -> float:
-    """How many of the spans cover a moment of [begin_s, end_s), in the mean."""
+    """Mean number of spans that overlap a moment of [begin_s, end_s)."""
     covered = sum(max(0.0, min(end, end_s) - max(begin, begin_s)) for begin, end in spans)
     return covered / (end_s - begin_s)

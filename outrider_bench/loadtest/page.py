@@ -1,6 +1,6 @@
-"""A load test as one page of HTML: figures, tables and plots, with nothing to fetch. Pure.
+"""HTML page of a load test: figures, tables and plots; fetches nothing. Pure.
 
-Made of the same document that the JSON is; plots come as SVG text.
+Its input is the document written to JSON; plots are SVG text.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ _PAGE = """<!doctype html>
 {%- for p in percentiles %}<td>{{ ms(found[p]) }}</td>{% endfor %}<td>{{ found.num }}</td></tr>
 {%- endfor %}{% endfor %}
 </tbody></table></div>
-<p class="dim">Of answered requests, from the time each was meant to be sent; one that could only be
-sent late has waited all the same. A message carries the tokens of a round: per token, its gap is
-shared evenly by them.</p>
+<p class="dim">Answered requests only. Times count from the intended send time: a request sent late
+has waited too. A message carries the tokens of a round; per token, its gap is divided evenly
+among them.</p>
 <h2>Requests</h2>
 <div class="scroll"><table>
-<thead><tr><th></th><th>answered</th><th>requests/s</th><th>tokens/s</th><th>kept the SLO</th>
+<thead><tr><th></th><th>answered</th><th>requests/s</th><th>tokens/s</th><th>met the SLO</th>
 <th>goodput/s</th><th>not answered</th></tr></thead>
 <tbody>
 {%- for variant, shape, mine in variants %}
@@ -85,9 +85,9 @@ shared evenly by them.</p>
 <h2>{{ title }}</h2>
 <figure>{{ drawing }}</figure>
 {%- else %}
-<p class="dim">No plots: matplotlib was missing where this was written, or nothing was answered.</p>
+<p class="dim">No plots: matplotlib is not installed, or no request was answered.</p>
 {%- endfor %}
-<h2>How it was made</h2>
+<h2>Command and machine</h2>
 <p><code>{{ own.command }}</code></p>
 <p class="dim">{{ own.machine.cpu }}, {{ own.machine.num_cores }} cores, {{ own.machine.platform }};
 {% for name, version in own.versions.items() %}{{ name }} {{ version }}
@@ -100,7 +100,7 @@ requests {{ ms(own.send_lateness_s.p99) if own.send_lateness_s else "?" }} ms la
 
 
 def page(document: dict[str, Any], figures: Sequence[tuple[str, str]]) -> str:
-    """The HTML. `document`: as written to JSON; `figures`: titles and SVG."""
+    """The HTML page. `document`: as written to JSON; `figures`: titles and SVG."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     own = document["outrider"]
     variants = [("speculation", document, own)] if "completed" in document else []
@@ -114,7 +114,7 @@ def page(document: dict[str, Any], figures: Sequence[tuple[str, str]]) -> str:
         variants=variants,
         times=_times(variants),
         percentiles=_PERCENTILES,
-        # The SVG is matplotlib's own: from its first tag on it is part of a page.
+        # matplotlib's SVG: valid HTML from its first tag on.
         figures=[(title, Markup(drawing[drawing.index("<svg") :])) for title, drawing in figures],
         ms=lambda seconds: f"{1e3 * seconds:.1f}",
     )
@@ -126,7 +126,7 @@ def _times(
     rows = []
     for name, title in _TIMES:
         found = [(variant, own["latencies_s"][name]) for variant, _, own in variants]
-        known = [(variant, one) for variant, one in found if one is not None]
+        known = [(variant, times) for variant, times in found if times is not None]
         if known:
             rows.append((title, known))
     return rows
@@ -135,7 +135,7 @@ def _times(
 def _load(document: dict[str, Any]) -> str:
     options = document["outrider"]["options"]
     if document["max_concurrency"] is not None:
-        return f"closed loop, {document['max_concurrency']} callers"
+        return f"closed loop, {document['max_concurrency']} clients"
     if document["request_rate"] == "inf":
         return f"trace {options['trace']}"
     burstiness = document["burstiness"]
@@ -144,18 +144,18 @@ def _load(document: dict[str, Any]) -> str:
 
 
 def _cards(document: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures a reader wants first: (name, value, note)."""
+    """The most important figures: (name, value, note)."""
     own = document["outrider"]
     gains, drafting = own.get("speed_up") or {}, own.get("drafting") or {}
-    told = [
+    cards = [
         ("Output", document.get("output_throughput"), "{:.1f}", "tokens/s"),
         ("Speed-up", gains.get("tokens_per_s"), "{:.2f}×", "tokens/s over speculation off"),
         ("Speed-up", gains.get("tpot_p50"), "{:.2f}×", "time per token, p50"),
-        ("Acceptance α", drafting.get("alpha"), "{:.0%}", "of judged draft tokens"),
-        ("τ", drafting.get("tau"), "{:.2f}", "tokens of a drafted round"),
-        ("Verify batch", (own.get("verify_batch") or {}).get("rows"), "{:.1f}", "rows of a pass"),
-        ("SLO kept", own.get("slo_attained"), "{:.1%}", "of requests"),
+        ("Acceptance α", drafting.get("alpha"), "{:.0%}", "of verified draft tokens"),
+        ("τ", drafting.get("tau"), "{:.2f}", "tokens per round with a draft"),
+        ("Verify batch", (own.get("verify_batch") or {}).get("rows"), "{:.1f}", "rows per pass"),
+        ("SLO met", own.get("slo_attained"), "{:.1%}", "of requests"),
     ]
     for name, rate in (own.get("sweep") or {}).get("highest_rate", {}).items():
-        told.append((f"Highest rate, {name}", rate, "{:.3g}/s", "that keeps the SLO"))
-    return [(name, form.format(v), note) for name, v, form, note in told if v is not None]
+        cards.append((f"Highest rate, {name}", rate, "{:.3g}/s", "that meets the SLO"))
+    return [(name, form.format(v), note) for name, v, form, note in cards if v is not None]

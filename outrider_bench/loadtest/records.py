@@ -1,8 +1,8 @@
-"""One request as its caller lived through it, and what the field calls the times of it. Pure.
+"""Record of one request as its client saw it, and its latencies. Pure.
 
-Times are seconds from the begin of the phase that the request was part of. Every latency is counted
-from when the request was *meant* to be sent: a caller who came late because the one before was slow
-has waited, too ("coordinated omission" leaves that out). Knows no wire.
+Times are seconds from the start of the request's phase. Latencies count from the *intended* send
+time: a request sent late because of a slow one before it has waited too. Otherwise the test would
+suffer from coordinated omission.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 OK = "OK"
-# Not an answer of the server: the test was stopped while the request ran.
+# The test was stopped while the request ran.
 CUT = "CUT"
 
 
 class Chunk(NamedTuple):
-    """A message with tokens: when it came, how many it had."""
+    """A message with tokens: arrival time and number of tokens."""
 
     at_s: float
     num_tokens: int
@@ -25,9 +25,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Speculation:
-    """What the orchestrator says of one finished generation; counts as in SpeculationStats.
+    """Speculation statistics of a finished generation; counts as in SpeculationStats.
 
-    `num_rows`: rows of a verification pass, lately; None without a draft.
+    `num_rows`: recent mean rows per verification pass; None without a draft.
     """
 
     num_drafts: int = 0
@@ -46,10 +46,10 @@ class Speculation:
 
 @dataclass
 class Record:
-    """Written by the call that lives it; complete once `ended_s` is set.
+    """One request; complete once `ended_s` is set.
 
-    `status`: OK, the name of a gRPC status, or CUT. `prompt_len`: tokens sent; the model reads
-    more where a conversation stands before them.
+    `status`: OK, the name of a gRPC status, or CUT. `prompt_len`: tokens sent; the model reads more
+    if a conversation precedes them.
     """
 
     index: int
@@ -67,25 +67,27 @@ class Record:
 
     @property
     def is_ok(self) -> bool:
+        """Whether the request was answered completely."""
         return self.status == OK
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens received."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
     def lateness_s(self) -> float:
-        """How much later than meant it was sent: the load generator's own fault."""
+        """Delay of sending after the intended time, caused by the load generator."""
         return self.sent_s - self.intended_s
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token; None where none came."""
+        """Time to first token; None if none was received."""
         return self.chunks[0].at_s - self.intended_s if self.chunks else None
 
     @property
     def e2e_s(self) -> float | None:
-        """End-to-end: to the message that ends the output, or the failure; None while it runs."""
+        """End-to-end latency, until the last message or the failure; None while it runs."""
         return None if self.ended_s is None else self.ended_s - self.intended_s
 
     @property
@@ -100,12 +102,12 @@ class Record:
 
     @property
     def chunk_gaps_s(self) -> list[float]:
-        """Inter-token latency per chunk: from message to message. What a peer's `itl` is."""
+        """Inter-token latency per chunk: from message to message. Equals `itl` of other tools."""
         return [after.at_s - before.at_s for before, after in pairwise(self.chunks)]
 
     @property
     def token_gaps_s(self) -> list[float]:
-        """Inter-token latency per token: a message's gap is shared evenly by its tokens."""
+        """Inter-token latency per token: a message's gap is divided evenly among its tokens."""
         return [
             gap / chunk.num_tokens
             for gap, chunk in zip(self.chunk_gaps_s, self.chunks[1:], strict=True)

@@ -1,4 +1,4 @@
-"""Results as JSON: in the shape of `vllm bench serve`, and what that has no keys for. Pure."""
+"""Results as JSON: the keys of `vllm bench serve`, and our own. Pure."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from outrider_bench.loadtest.measures import (
     Distribution,
     Drafting,
     Summary,
-    most_running,
+    max_overlapping,
 )
+from outrider_bench.loadtest.phase_results import PhaseResult, Probe
 from outrider_bench.loadtest.records import Record
 from outrider_bench.loadtest.slo import Slo
-from outrider_bench.loadtest.stretches import Probe, Stretch
 
 
-def summary_of(stretches: Sequence[Stretch], slo: Slo | None) -> Summary:
-    """Of one variant's stretches together."""
-    records = [record for stretch in stretches for record in stretch.records]
-    return Summary.of(records, sum(stretch.duration_s for stretch in stretches), slo)
+def summary_of(results: Sequence[PhaseResult], slo: Slo | None) -> Summary:
+    """Summary of all results of p variant."""
+    records = [record for result in results for record in result.records]
+    return Summary.of(records, sum(result.duration_s for result in results), slo)
 
 
 def vllm_shape(
-    summary: Summary, stretches: Sequence[Stretch], *, is_detailed: bool
+    summary: Summary, results: Sequence[PhaseResult], *, is_detailed: bool
 ) -> dict[str, Any]:
-    """The keys of `vllm bench serve --save-result`, and with `is_detailed` of `--save-detailed`.
+    """The keys of `vllm bench serve --save-result`, with `is_detailed` also of `--save-detailed`.
 
-    `itl` is theirs, from message to message. Times in milliseconds, but for the detailed ones.
+    `itl` is measured from message to message, as there. Times are in milliseconds, those of
+    `--save-detailed` in seconds.
     """
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "duration": summary.duration_s,
         "completed": summary.num_completed,
         "failed": summary.num_requests - summary.num_completed - summary.num_cut,
@@ -43,30 +44,33 @@ def vllm_shape(
         "output_throughput": summary.tokens_per_s,
         "total_token_throughput": (summary.num_prompt_tokens + summary.num_tokens)
         / max(summary.duration_s, 1e-9),
-        "max_output_tokens_per_s": max(map(_most_tokens_in_a_second, stretches), default=0),
-        "max_concurrent_requests": max(map(_most_at_a_time, stretches), default=0),
+        "max_output_tokens_per_s": max(map(_most_tokens_in_a_second, results), default=0),
+        "max_concurrent_requests": max(map(_most_at_a_time, results), default=0),
     }
     latencies = summary.latencies
-    for name, found in (
+    for name, times in (
         ("ttft", latencies.ttft), ("tpot", latencies.tpot),
         ("itl", latencies.itl_chunk), ("e2el", latencies.e2e),
     ):  # fmt: skip
-        told |= _times_ms(name, found)
-    told |= _spec_decode(summary.drafting)
-    return told | (_detailed(stretches) if is_detailed else {})
+        document |= _times_ms(name, times)
+    document |= _spec_decode(summary.drafting)
+    return document | (_detailed(results) if is_detailed else {})
 
 
-def _times_ms(name: str, found: Distribution | None) -> dict[str, float | None]:
+def _times_ms(name: str, times: Distribution | None) -> dict[str, float | None]:
     keys = [f"{kind}_{name}_ms" for kind in ("mean", "median", "std")]
     keys += [f"p{percentile}_{name}_ms" for percentile in PERCENTILES]
-    if found is None:
+    if times is None:
         return dict.fromkeys(keys)
-    values = [found.mean, found.p50, found.std, *found.percentiles.values()]
+    values = [times.mean, times.p50, times.std, *times.percentiles.values()]
     return {key: 1e3 * value for key, value in zip(keys, values, strict=True)}
 
 
 def _spec_decode(drafting: Drafting | None) -> dict[str, Any]:
-    """Theirs: the share of all draft tokens, in per cent; those behind a rejection included."""
+    """vLLM's definition: accepted over all draft tokens, in percent.
+
+    All includes draft tokens after a rejection.
+    """
     if drafting is None or not drafting.num_drafts:
         return {}
     return {
@@ -81,8 +85,8 @@ def _spec_decode(drafting: Drafting | None) -> dict[str, Any]:
     }
 
 
-def _detailed(stretches: Sequence[Stretch]) -> dict[str, Any]:
-    records = [record for stretch in stretches for record in stretch.records]
+def _detailed(results: Sequence[PhaseResult]) -> dict[str, Any]:
+    records = [record for result in results for record in result.records]
     return {
         "input_lens": [record.prompt_len for record in records],
         "output_lens": [record.num_tokens for record in records],
@@ -93,8 +97,8 @@ def _detailed(stretches: Sequence[Stretch]) -> dict[str, Any]:
     }
 
 
-def own_shape(summary: Summary, stretches: Sequence[Stretch]) -> dict[str, Any]:
-    """What vLLM's result has no keys for; times in seconds."""
+def own_shape(summary: Summary, results: Sequence[PhaseResult]) -> dict[str, Any]:
+    """Keys that vLLM's result does not have; times in seconds."""
     latencies = summary.latencies
     return {
         "latencies_s": {name: distribution(d) for name, d in vars(latencies).items()},
@@ -104,27 +108,31 @@ def own_shape(summary: Summary, stretches: Sequence[Stretch]) -> dict[str, Any]:
         "num_cached_prompt_tokens": summary.num_cached_tokens,
         "send_lateness_s": distribution(summary.lateness),
         "drafting": None if summary.drafting is None else vars(summary.drafting),
-        "verify_batch": verify_batch(stretches, summary.drafting),
+        "verify_batch": verify_batch(results, summary.drafting),
     }
 
 
-def distribution(found: Distribution | None) -> dict[str, float] | None:
-    if found is None:
+def distribution(times: Distribution | None) -> dict[str, float] | None:
+    """The distribution as JSON."""
+    if times is None:
         return None
-    percentiles = {f"p{p}": value for p, value in found.percentiles.items()}
-    return {"num": found.num, "mean": found.mean, "std": found.std} | percentiles
+    percentiles = {f"p{p}": value for p, value in times.percentiles.items()}
+    return {"num": times.num, "mean": times.mean, "std": times.std} | percentiles
 
 
 def verify_batch(
-    stretches: Sequence[Stretch], drafting: Drafting | None
+    results: Sequence[PhaseResult], drafting: Drafting | None
 ) -> dict[str, float | str | None]:
-    """Rows and tokens of a target pass: counted by the replicas, else as orchestrators saw it."""
-    passes = [stretch.passes for stretch in stretches if stretch.passes is not None]
-    num_steps = sum(one.num_steps for one in passes)
+    """Mean rows and tokens per target pass.
+
+    Counted by the replicas; otherwise as the orchestrators report it.
+    """
+    passes = [result.passes for result in results if result.passes is not None]
+    num_steps = sum(p.num_steps for p in passes)
     if num_steps:
         return {
-            "rows": sum(one.num_rows for one in passes) / num_steps,
-            "tokens": sum(one.num_tokens for one in passes) / num_steps,
+            "rows": sum(p.num_rows for p in passes) / num_steps,
+            "tokens": sum(p.num_tokens for p in passes) / num_steps,
             "source": "target replicas",
         }
     rows = drafting.verify_rows if drafting is not None else None
@@ -132,7 +140,7 @@ def verify_batch(
 
 
 def speed_up(on: Summary, off: Summary) -> dict[str, float | None]:
-    """How many times as good; throughput says something only where callers wait for answers."""
+    """Ratios of the metrics, on over off. Throughput is meaningful in a closed loop only."""
 
     def ratio(name: str, percentile: int) -> float | None:
         times = getattr(on.latencies, name), getattr(off.latencies, name)
@@ -140,17 +148,17 @@ def speed_up(on: Summary, off: Summary) -> dict[str, float | None]:
             return None
         return float(times[1].percentiles[percentile] / times[0].percentiles[percentile])
 
-    told: dict[str, float | None] = {
+    ratios: dict[str, float | None] = {
         "tokens_per_s": on.tokens_per_s / off.tokens_per_s if off.tokens_per_s else None
     }
     for name in ("tpot", "e2e", "ttft"):
-        told |= {f"{name}_p50": ratio(name, 50), f"{name}_p99": ratio(name, 99)}
-    return told
+        ratios |= {f"{name}_p50": ratio(name, 50), f"{name}_p99": ratio(name, 99)}
+    return ratios
 
 
 def probe_shape(probe: Probe, slo: Slo) -> dict[str, Any]:
-    """A rate of a search."""
-    summary = summary_of([probe.stretch], slo)
+    """A probed rate as JSON."""
+    summary = summary_of([probe.result], slo)
     return {
         "variant": probe.variant,
         "rate": probe.rate,
@@ -165,7 +173,7 @@ def probe_shape(probe: Probe, slo: Slo) -> dict[str, Any]:
 
 def sample(record: Record) -> dict[str, Any]:
     """One request, short; times in seconds, rounded to the microsecond."""
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "index": record.index,
         "status": record.status,
         "intended_s": _micro(record.intended_s),
@@ -178,24 +186,24 @@ def sample(record: Record) -> dict[str, Any]:
         "num_chunks": len(record.chunks),
     }
     if record.retry_after_s is not None:
-        told["retry_after_s"] = _micro(record.retry_after_s)
+        document["retry_after_s"] = _micro(record.retry_after_s)
     if record.detail:
-        told["detail"] = record.detail
-    return told
+        document["detail"] = record.detail
+    return document
 
 
 def _micro(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
 
 
-def _most_tokens_in_a_second(stretch: Stretch) -> int:
-    """Of the full seconds of its clock."""
+def _most_tokens_in_a_second(result: PhaseResult) -> int:
+    """Most tokens in one full second of the phase."""
     seconds: Counter[int] = Counter()
-    for record in stretch.records:
+    for record in result.records:
         for chunk in record.chunks:
             seconds[math.floor(chunk.at_s)] += chunk.num_tokens
     return max(seconds.values(), default=0)
 
 
-def _most_at_a_time(stretch: Stretch) -> int:
-    return most_running((r.sent_s, r.ended_s) for r in stretch.records if r.ended_s is not None)
+def _most_at_a_time(result: PhaseResult) -> int:
+    return max_overlapping((r.sent_s, r.ended_s) for r in result.records if r.ended_s is not None)

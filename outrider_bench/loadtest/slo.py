@@ -1,4 +1,4 @@
-"""What latency was promised: `ttft=200ms,tpot=30ms,e2e=2s`; whether a request kept to it. Pure."""
+"""Latency SLO such as `ttft=200ms,tpot=30ms,e2e=2s`, and whether a request met it. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Slo:
-    """Most seconds of each; None: nothing was promised."""
+    """Limits in seconds; None: no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -20,14 +20,14 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str, flag: str = "--slo") -> Slo:
-        """Raises ConfigError naming the flag."""
+        """Raises ConfigError with the flag."""
         limits: dict[str, float] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = part.partition("=")
             if name not in ("ttft", "tpot", "e2e"):
-                raise ConfigError(f"{flag}: {part!r}; expected ttft=, tpot= or e2e=")
+                raise ConfigError(f"{flag}: {part!r} is unknown; allowed: ttft=, tpot=, e2e=")
             if f"{name}_s" in limits:
-                raise ConfigError(f"{flag}: {name}: stands twice")
+                raise ConfigError(f"{flag}: {name}: is given twice")
             limits[f"{name}_s"] = _seconds(value, f"{flag}: {name}")
         return cls(**limits)
 
@@ -35,7 +35,10 @@ class Slo:
         return any(limit is not None for limit in vars(self).values())
 
     def is_met(self, record: Record) -> bool:
-        """Refused, failed and cut requests keep no promise; one token has no time per token."""
+        """Whether the request met all limits.
+
+        Rejected, failed and cut requests did not. With a single token there is no time per token.
+        """
         if not record.is_ok:
             return False
         return all(
@@ -52,5 +55,5 @@ def _seconds(text: str, what: str) -> float:
     except (ValueError, KeyError):
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{what}: {text!r} is no time such as 200ms or 2s")
+        raise ConfigError(f"{what}: {text!r} is not a positive time such as 200ms or 2s")
     return seconds

@@ -1,7 +1,4 @@
-"""The highest rate that keeps the promise, in few probes: doubling, then bisection.
-
-Pure, but for the probe that it is given.
-"""
+"""Search of the highest rate that meets the SLO: doubling, then bisection. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-# Below a thousandth of the first rate nothing will ever be served in time.
+# The search stops below a thousandth of the first rate.
 _MAX_HALVINGS = 10
 
 
 @dataclass(frozen=True)
-class Found:
-    """`rate`: the highest that passed; None: none did. `bound`: the lowest that did not."""
+class SearchResult:
+    """`rate`: highest that passed; None: none did. `bound`: lowest that failed."""
 
     rate: float | None
     bound: float | None
@@ -28,11 +25,11 @@ async def highest_rate(
     *,
     precision: float = 0.1,
     max_probes: int = 8,
-) -> Found:
-    """From `start` (above 0) by factors of two to where it changes, then by bisection between.
+) -> SearchResult:
+    """Searches the highest rate: from `start` (above 0) by factors of two, then by bisection.
 
-    Ends when the two are within `precision` of each other, or after `max_probes`. What passes at a
-    rate is taken to pass below it. The middle of two rates is their geometric mean.
+    Ends when the bounds are within `precision` of each other, or after `max_probes`. A rate that
+    passes implies that lower ones do. Bisection uses the geometric mean.
     """
     good: float | None = None
     bad: float | None = None
@@ -55,4 +52,4 @@ async def highest_rate(
             break
         else:
             rate = math.sqrt(good * bad)
-    return Found(good, bad, tuple(probes))
+    return SearchResult(good, bad, tuple(probes))

@@ -1,6 +1,6 @@
-"""Requests as they once came: a trace, read into visits. Sends nothing.
+"""Traces: recorded requests, read into conversations.
 
-`outrider_bench.loadtest.formats` reads the file; here its fields become requests, or are refused.
+`formats` reads the file. This module turns its fields into requests or rejects them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from outrider.errors import ConfigError
 from outrider_bench.loadtest.formats import MAX_TEXT, Format, rows
-from outrider_bench.loadtest.plan import BLOCK_TOKENS, Job, Visit
+from outrider_bench.loadtest.plan import BLOCK_TOKENS, Conversation, Job
 
 _MOST_PRIORITY = 2**31 - 1
 
@@ -25,53 +25,53 @@ class _Entry(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """`num_left_out`: requests without output, which had failed."""
+    """`num_left_out`: number of failed requests, which have no output."""
 
-    visits: list[Visit]
+    conversations: list[Conversation]
     num_left_out: int
 
 
 def read_trace(
     path: Path, *, name: str | None = None, speed: float = 1.0, num_requests: int | None = None
 ) -> Trace:
-    """In the order of their first requests; times from the first one on, divided by `speed`.
+    """Reads a trace, in order of the first requests. Times start at 0 and are divided by `speed`.
 
-    `name`: of the format; None: found by its fields. `num_requests`: the first so many only. In our
-    own format times are seconds (`speed` 1000 makes them milliseconds), and the lines of one
-    `session_id` are the turns of a session. Raises ConfigError that names file, line and field.
+    `name`: of the format; None: detected. `num_requests`: read only the first ones. In our own
+    format times are seconds (with `speed` 1000, milliseconds), and the lines of one `session_id`
+    are the turns of a session. Raises ConfigError with file, line and field.
     """
     if not speed > 0:
-        raise ConfigError(f"--trace-speed: {speed:g}: above 0")
+        raise ConfigError(f"--trace-speed: {speed:g}; must be positive")
     entries: list[_Entry] = []
     num_left_out = 0
     has_times = True
-    for where, fields, kind in rows(path, name):
+    for where, row, kind in rows(path, name):
         if num_requests is not None and len(entries) >= num_requests:
             break
         has_times = kind.has_times
-        given = _Given(fields, kind, where)
-        if kind.skips_failures and not given.number("output_length"):
+        fields = _Fields(row, kind, where)
+        if kind.skips_failures and not fields.number("output_length"):
             num_left_out += 1
         else:
-            entries.append(_entry(given, len(entries)))
+            entries.append(_entry(fields, len(entries)))
     if not entries:
-        raise ConfigError(f"--trace: {path}: no requests in it")
+        raise ConfigError(f"--trace: {path}: has no requests")
     if num_requests is not None and len(entries) < num_requests:
         raise ConfigError(f"--requests: {path} has only {len(entries)}")
     if not has_times:
-        return Trace([Visit((entry.job,)) for entry in entries], num_left_out)
+        return Trace([Conversation((entry.job,)) for entry in entries], num_left_out)
     entries.sort(key=lambda entry: entry.at_s)
     first = entries[0].at_s
     timed = [entry._replace(at_s=(entry.at_s - first) / speed) for entry in entries]
     return Trace(_visits(timed), num_left_out)
 
 
-def _visits(entries: list[_Entry]) -> list[Visit]:
+def _visits(entries: list[_Entry]) -> list[Conversation]:
     groups: dict[str, list[_Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.session_id or f"\0{entry.job.index}", []).append(entry)
     return [
-        Visit(
+        Conversation(
             jobs=tuple(replace(entry.job, not_before_s=entry.at_s) for entry in group),
             at_s=group[0].at_s,
             is_session=bool(group[0].session_id),
@@ -80,109 +80,111 @@ def _visits(entries: list[_Entry]) -> list[Visit]:
     ]
 
 
-class _Given:
-    """A request's fields by our names; errors have the file's."""
+class _Fields:
+    """Fields of one request by our names. Errors use the file's names."""
 
-    def __init__(self, fields: Mapping[str, Any], kind: Format, where: str) -> None:
+    def __init__(self, row: Mapping[str, Any], kind: Format, where: str) -> None:
         self._kind = kind
         self._where = where
-        given = {name: value for name, value in fields.items() if value not in (None, "")}
+        fields = {name: value for name, value in row.items() if value not in (None, "")}
         known = [*kind.names.values(), *kind.others]
-        for name in given:
+        for name in fields:
             if name is None:
-                raise self.refused("more fields than the first line names")
+                raise self.line_error("more fields than the first line names")
             if name not in known:
-                raise self.refused(f"{name!r}; expected {', '.join(known)}")
-        self._given = {
-            ours: given[theirs] for ours, theirs in kind.names.items() if theirs in given
+                raise self.line_error(f"{name!r}; expected {', '.join(known)}")
+        self._values = {
+            ours: fields[theirs] for ours, theirs in kind.names.items() if theirs in fields
         }
 
-    def refused(self, why: str) -> ConfigError:
+    def line_error(self, why: str) -> ConfigError:
         return ConfigError(f"--trace: {self._where}: {why}")
 
-    def wrong(self, name: str, why: str) -> ConfigError:
-        return self.refused(f"{self._kind.names[name]}: {why}")
+    def field_error(self, name: str, why: str) -> ConfigError:
+        return self.line_error(f"{self._kind.names[name]}: {why}")
 
-    def may_have(self, name: str) -> bool:
+    def has_field(self, name: str) -> bool:
         """Whether the format has this field."""
         return name in self._kind.names
 
     def __contains__(self, name: str) -> bool:
-        return name in self._given
+        return name in self._values
 
     def get(self, name: str) -> Any:
-        """None where it is not given."""
-        return self._given.get(name)
+        """None if missing."""
+        return self._values.get(name)
 
     def number(self, name: str) -> float:
-        """Of any field but a time. Raises ConfigError."""
-        return self._converted(name, float, "no number")
+        """Value of a numeric field. Raises ConfigError."""
+        return self._converted(name, float, "not a number")
 
     def seconds(self) -> float:
-        """Raises ConfigError."""
-        return self._converted("timestamp", self._kind.to_seconds, "no number and no time")
+        """Value of the time field in seconds. Raises ConfigError."""
+        return self._converted("timestamp", self._kind.to_seconds, "not a number or time")
 
     def _converted(self, name: str, convert: Any, why: str) -> float:
-        if name not in self._given:
-            raise self.refused(f"{self._kind.names[name]} is missing")
-        value = self._given[name]
+        if name not in self._values:
+            raise self.line_error(f"{self._kind.names[name]} is missing")
+        value = self._values[name]
         try:
             number = float(convert(value))
             if math.isfinite(number):
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
-        raise self.wrong(name, f"{str(value)[:60]!r} is {why}")
+        raise self.field_error(name, f"{str(value)[:60]!r} is {why}")
 
     def length(self, name: str) -> int:
-        """A number of tokens. Raises ConfigError."""
+        """Value of a field that is a number of tokens. Raises ConfigError."""
         value = self.number(name)
         if value < 1 or value != int(value):
-            raise self.wrong(name, f"{value:g} is no number of tokens")
+            raise self.field_error(name, f"{value:g} is not a positive number of tokens")
         return int(value)
 
 
-def _entry(given: _Given, index: int) -> _Entry:
-    text = given.get("text")
+def _entry(fields: _Fields, index: int) -> _Entry:
+    text = fields.get("text")
     if text is not None and not (isinstance(text, str) and _is_sendable(text)):
-        raise given.wrong("text", f"{str(text)[:60]!r} is no text")
-    if given.may_have("text") and (text is None) == ("input_length" not in given):
-        raise given.refused("needs either text or input_length")
-    at_s = given.seconds()
+        raise fields.field_error("text", f"{str(text)[:60]!r} is not a text")
+    if fields.has_field("text") and (text is None) == ("input_length" not in fields):
+        raise fields.line_error("needs either text or input_length")
+    at_s = fields.seconds()
     job = Job(
         index=index,
-        prompt_len=0 if text is not None else given.length("input_length"),
-        max_tokens=given.length("output_length"),
+        prompt_len=0 if text is not None else fields.length("input_length"),
+        max_tokens=fields.length("output_length"),
         text=text,
-        priority=_priority(given) if "priority" in given else None,
-        block_ids=_block_ids(given),
+        priority=_priority(fields) if "priority" in fields else None,
+        block_ids=_block_ids(fields),
     )
-    return _Entry(at_s, job, str(given.get("session_id") or ""))
+    return _Entry(at_s, job, str(fields.get("session_id") or ""))
 
 
-def _block_ids(given: _Given) -> tuple[int, ...]:
-    blocks = given.get("block_ids")
+def _block_ids(fields: _Fields) -> tuple[int, ...]:
+    blocks = fields.get("block_ids")
     if blocks is None:
         return ()
     if not isinstance(blocks, list) or not all(type(b) is int and b >= 0 for b in blocks):
-        raise given.wrong("block_ids", f"{str(blocks)[:60]} is no list of whole numbers from 0 on")
-    needed = math.ceil(given.length("input_length") / BLOCK_TOKENS)
+        raise fields.field_error(
+            "block_ids", f"{str(blocks)[:60]} is not a list of integers from 0"
+        )
+    needed = math.ceil(fields.length("input_length") / BLOCK_TOKENS)
     if len(blocks) < needed:
-        raise given.wrong(
+        raise fields.field_error(
             "block_ids", f"{len(blocks)} blocks of {BLOCK_TOKENS} tokens; {needed} needed"
         )
     return tuple(blocks)
 
 
-def _priority(given: _Given) -> int:
-    value = given.number("priority")
+def _priority(fields: _Fields) -> int:
+    value = fields.number("priority")
     if not abs(value) <= _MOST_PRIORITY or value != int(value):
-        raise given.wrong("priority", f"{value:g} is no whole number of 32 bits")
+        raise fields.field_error("priority", f"{value:g} is not a 32-bit integer")
     return int(value)
 
 
 def _is_sendable(text: str) -> bool:
-    """Half of a surrogate pair, which JSON may hold, is no UTF-8."""
+    """Whether the text fits and is valid UTF-8; JSON may contain half of a surrogate pair."""
     if len(text) > MAX_TEXT:
         return False
     try:

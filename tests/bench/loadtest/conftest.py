@@ -1,4 +1,4 @@
-"""A simulated system for each test that wants one: real services, real gRPC, a real Redis."""
+"""Simulated system for tests: real services, real gRPC, a real Redis."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _QUICK: dict[str, Any] = {"port": 0, "kv_cache_tokens": 65_536, "calibration_s":
 async def simulated(
     redis_url: str, *, target: str = "step_ms=4", draft: str = "step_ms=0.5", **settings: Any
 ) -> AsyncIterator[System]:
-    """`settings` are the orchestrator's; no more than a chain is drafted ahead: one process."""
-    # A machine that stalls for a second takes Redis for away: what is asked here goes on.
+    """`settings`: the orchestrator's. Drafts ahead only a chain: all runs in one process."""
+    # If the machine stalls for a second, Redis counts as unreachable: generations continue
+    # unrecorded.
     settings = {"lookahead": 1, "fan_out": 1, "without_redis": "unrecorded"} | settings
     async with (
         target_service.app.serving(

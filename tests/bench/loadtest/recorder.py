@@ -1,8 +1,9 @@
-"""Two independent recorders of a load test's times: on the client's channel, and between the two.
+"""Two recorders of a load test's times: on the client's channel, and a proxy in front of the
+orchestrator.
 
-They note when requests and messages pass, independently of `outrider_bench.loadtest`. As a program
-(`python -m tests.bench.loadtest.recorder HOST:PORT SECONDS`) it is a proxy before an orchestrator,
-in a process of its own, that prints what went through it.
+They record when requests and messages pass, independently of `outrider_bench.loadtest`. `python -m
+tests.bench.loadtest.recorder HOST:PORT SECONDS` runs the proxy in a process of its own and prints
+what passed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from outrider.v1 import orchestrator_pb2_grpc
 
 
 @dataclass
-class Seen:
+class CallTimes:
     """One Generate call: time.monotonic() of the request, each message with tokens, and the end."""
 
     asked: float
@@ -56,25 +57,25 @@ class Seen:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """p50 and p99, by sorting: of n values the one at (n - 1) · p, between neighbours linear."""
-    ordered, told = sorted(values), {}
+    """p50 and p99 by sorting: value at (n - 1) · p of n values, linear between neighbours."""
+    ordered, found = sorted(values), {}
     for percent in (50, 99):
         place = (len(ordered) - 1) * percent / 100
         low = int(place)
         high = min(low + 1, len(ordered) - 1)
-        told[f"p{percent}"] = ordered[low] + (place - low) * (ordered[high] - ordered[low])
-    return told
+        found[f"p{percent}"] = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return found
 
 
 class Recorder:
-    """A client's channel that notes its streams; to be handed out in the channel's place.
+    """Wraps a client's channel and records its streams.
 
-    No interceptor: those run in a task of their own, so a turn or more of the event loop later.
+    Not an interceptor: those run in a task of their own, so a turn or more of the event loop later.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
-        self.seen: list[Seen] = []
+        self.seen: list[CallTimes] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
@@ -83,7 +84,7 @@ class Recorder:
         method: Any = self._channel.unary_stream(*args, **kwargs)
 
         def ask(*args: Any, **kwargs: Any) -> Recorded:
-            seen = Seen(time.monotonic())
+            seen = CallTimes(time.monotonic())
             self.seen.append(seen)
             return Recorded(method(*args, **kwargs), seen)
 
@@ -91,9 +92,9 @@ class Recorder:
 
 
 class Recorded:
-    """A call of it, as far as a load test knows calls."""
+    """A recorded call, with the methods that the load test uses."""
 
-    def __init__(self, call: Any, seen: Seen) -> None:
+    def __init__(self, call: Any, seen: CallTimes) -> None:
         self._call = call
         self._seen = seen
 
@@ -107,14 +108,14 @@ class Recorded:
 
 
 class Proxy(orchestrator_pb2_grpc.OrchestratorServiceServicer):
-    """Between a client and an orchestrator."""
+    """Proxy between a client and an orchestrator."""
 
     def __init__(self, stub: Any) -> None:
         self._stub = stub
-        self.seen: list[Seen] = []
+        self.seen: list[CallTimes] = []
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        seen = Seen(time.monotonic())
+        seen = CallTimes(time.monotonic())
         self.seen.append(seen)
         async for message in self._stub.Generate(request):
             seen.note(message)
@@ -128,7 +129,7 @@ class Proxy(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
 
 async def main(endpoint: str, seconds: float) -> None:
-    """Serves for so long, then prints what it saw as JSON."""
+    """Serves for `seconds`, then prints the recorded calls as JSON."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
         proxy = Proxy(orchestrator_pb2_grpc.OrchestratorServiceStub(channel))
         server = grpc.aio.server(options=SERVER_OPTIONS)

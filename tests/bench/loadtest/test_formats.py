@@ -75,10 +75,10 @@ def read(folder: Path, file: str, text: str, name: str | None = None) -> Trace:
 
 
 def shape(trace: Trace) -> list[tuple[float | None, int, int]]:
-    """Time, and lengths of prompt and output, of requests that are no sessions."""
-    assert not any(visit.is_session for visit in trace.visits)
-    jobs = [job for visit in trace.visits for job in visit.jobs]
-    times = [None if v.at_s is None else round(v.at_s, 6) for v in trace.visits]
+    """Time, prompt length and output length of requests without sessions."""
+    assert not any(visit.is_session for visit in trace.conversations)
+    jobs = [job for visit in trace.conversations for job in visit.jobs]
+    times = [None if v.at_s is None else round(v.at_s, 6) for v in trace.conversations]
     return [(at, j.prompt_len, j.max_tokens) for at, j in zip(times, jobs, strict=True)]
 
 
@@ -87,14 +87,14 @@ def test_mooncake(tmp_path: Path) -> None:
     trace = read(tmp_path, "m.jsonl", MOONCAKE)
     assert shape(trace) == [(0.0, 1024, 500), (3.052, 700, 26)]
     ordinary = np.arange(10, 900)
-    first, second = (prompt_ids(v.jobs[0], ordinary, 0, 1) for v in trace.visits)
+    first, second = (prompt_ids(v.jobs[0], ordinary, 0, 1) for v in trace.conversations)
     assert (len(first), len(second)) == (1024, 700)
     assert first[:BLOCK_TOKENS] == second[:BLOCK_TOKENS]
     assert first[BLOCK_TOKENS:700] != second[BLOCK_TOKENS:]
-    again = prompt_ids(trace.visits[0].jobs[0], ordinary, 0, 2)
+    again = prompt_ids(trace.conversations[0].jobs[0], ordinary, 0, 2)
     assert not set(zip(again[:50], range(50), strict=True)) >= set(
         zip(first[:50], range(50), strict=True)
-    ), "not the former phase's, which is cached"
+    ), "not those of the previous phase, which are cached"
 
 
 def test_azure(tmp_path: Path) -> None:
@@ -105,22 +105,22 @@ def test_azure(tmp_path: Path) -> None:
 
 
 def test_burstgpt(tmp_path: Path) -> None:
-    """Seconds; what had failed is left out, and counted."""
+    """Seconds; failed requests are left out and counted."""
     trace = read(tmp_path, "b.csv", BURSTGPT)
     assert shape(trace) == [(0.0, 472, 18), (113.0, 417, 276)]
     assert trace.num_left_out == 1
     trace = read(tmp_path, "c.csv", BURSTGPT_SESSIONS)
     assert shape(trace) == [(0.0, 472, 18), (113.0, 417, 276)]
-    said: list[str] = []
-    visits(ServeOptions(trace=tmp_path / "b.csv"), said.append)
-    assert said == ["1 requests of the trace have no output and are skipped"]
+    message: list[str] = []
+    visits(ServeOptions(trace=tmp_path / "b.csv"), message.append)
+    assert message == ["1 requests of the trace have no output and are skipped"]
 
 
 def test_sharegpt(tmp_path: Path) -> None:
-    """First question and answer; it has no times."""
+    """First question and answer; without times."""
     trace = read(tmp_path, "s.json", SHAREGPT)
     assert shape(trace) == [(None, 0, 40), (None, 0, 1)]
-    assert [v.jobs[0].text for v in trace.visits] == ["What is a page table?", "Hi"]
+    assert [v.jobs[0].text for v in trace.conversations] == ["What is a page table?", "Hi"]
     path = tmp_path / "s.json"
     with pytest.raises(ConfigError, match="no times; add --rate or --concurrency"):
         visits(ServeOptions(trace=path))
@@ -128,20 +128,22 @@ def test_sharegpt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_format_is_the_same_by_name(name: str, tmp_path: Path) -> None:
+def test_named_format_equals_the_detected_one(name: str, tmp_path: Path) -> None:
     file, text = FILES[name]
     assert read(tmp_path, file, text, name) == read(tmp_path, file, text)
-    with pytest.raises(ConfigError, match=r"^--trace-format: 'x' is none of outrider, mooncake"):
+    with pytest.raises(
+        ConfigError, match=r"^--trace-format: 'x' is unknown; allowed: outrider, mooncake"
+    ):
         read(tmp_path, file, text, "x")
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
-        ("m.jsonl", MOONCAKE.replace("700", '"x"'), "line 2: input_length: 'x' is no number"),
+        ("m.jsonl", MOONCAKE.replace("700", '"x"'), "line 2: input_length: 'x' is not a number"),
         ("m.jsonl", MOONCAKE.replace("[0, 7]", "[0]"), "line 2: hash_ids: 1 blocks of 512"),
-        ("m.jsonl", MOONCAKE.replace("[0, 7]", '"0"'), "line 2: hash_ids: 0 is no list"),
-        ("m.jsonl", MOONCAKE + "{", "line 3: '{' is no JSON object"),
+        ("m.jsonl", MOONCAKE.replace("[0, 7]", '"0"'), "line 2: hash_ids: 0 is not a list"),
+        ("m.jsonl", MOONCAKE + "{", "line 3: '{' is not a JSON object"),
         ("a.csv", AZURE_2023.replace("50.99", "5x.99"), "line 3: TIMESTAMP: "),
         (
             "a.csv",
@@ -149,20 +151,22 @@ def test_a_format_is_the_same_by_name(name: str, tmp_path: Path) -> None:
             "line 3: ContextTokens is missing",
         ),
         ("a.csv", AZURE_2023.replace(",109", ",many"), "line 3: GeneratedTokens: 'many'"),
-        ("b.csv", BURSTGPT.replace("417", "-1"), "line 4: Request tokens: -1 is no number of tok"),
-        ("b.csv", BURSTGPT.replace("118,", "soon,"), "line 4: Timestamp: 'soon' is no number"),
+        (
+            "b.csv",
+            BURSTGPT.replace("417", "-1"),
+            "line 4: Request tokens: -1 is not a positive number of tok",
+        ),
+        ("b.csv", BURSTGPT.replace("118,", "soon,"), "line 4: Timestamp: 'soon' is not a number"),
         (
             "s.json",
             SHAREGPT.replace('"value": "Hey"', '"value": 3'),
-            r"conversation 4: conversations\[1\]\.value is no text",
+            r"conversation 4: conversations\[1\]\.value is not a text",
         ),
         ("s.json", '{"conversations": []}', "line 1: 'conversations'; expected timestamp"),
-        ("s.json", "[1]", "conversation 1: conversations is no list"),
-        ("s.json", "[{", "is no JSON"),
+        ("s.json", "[1]", "conversation 1: conversations is not a list"),
+        ("s.json", "[{", "is not JSON"),
     ],
 )
-def test_what_is_wrong_is_said_by_line_and_field(
-    file: str, text: str, said: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_errors_name_line_and_field(file: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         read(tmp_path, file, text)

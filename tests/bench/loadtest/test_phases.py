@@ -1,4 +1,4 @@
-"""Phases of load against a real system: what is noted of every call, however it ends."""
+"""Phases of load against a simulated system: what is recorded of every call, however it ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import pytest
 import tokenizers
 
 from outrider.v1 import orchestrator_pb2
-from outrider_bench.loadtest.asking import Ask
-from outrider_bench.loadtest.campaign import Campaign, Manner, Variant
+from outrider_bench.loadtest.campaign import Campaign, LoadPattern, Variant
 from outrider_bench.loadtest.driver import Phase, Subject, subject
 from outrider_bench.loadtest.lengths import Lengths
 from outrider_bench.loadtest.measures import Distribution, Latencies
-from outrider_bench.loadtest.plan import Job, Visit, Workload, prompt_ids
+from outrider_bench.loadtest.phase_results import Passes
+from outrider_bench.loadtest.plan import Conversation, Job, Workload, prompt_ids
 from outrider_bench.loadtest.records import Record
+from outrider_bench.loadtest.requests import RequestOptions
 from outrider_bench.loadtest.results import speed_up, summary_of, verify_batch
 from outrider_bench.loadtest.slo import Slo
-from outrider_bench.loadtest.stretches import Passes
 from tests.bench.loadtest.conftest import simulated
-from tests.bench.loadtest.recorder import Recorder, Seen, percentiles
+from tests.bench.loadtest.recorder import CallTimes, Recorder, percentiles
 from tests.services.parts import Pair, both_tiers, nothing_held, orchestrating, refusal
 from tests.services.tokenizer_files import write_tokenizer
 from tests.stack import eventually
@@ -41,30 +41,30 @@ def workload(output_len: str = "8", num_turns: str = "1") -> Workload:
     )
 
 
-def phase(whom: Subject, ask: Ask | None = None, number: int = 0) -> Phase:
-    return Phase(whom, ask or Ask(), number=number, seed=0, run="test")
+def phase(orchestrator: Subject, options: RequestOptions | None = None, number: int = 0) -> Phase:
+    return Phase(orchestrator, options or RequestOptions(), number=number, seed=0, run="test")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0, 3])
-async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url: str) -> None:
-    """Within 5 %, of every request of the same run and of p50 and p99 over them; no code is shared.
+async def test_times_match_an_independent_recorder(gamma: int, redis_url: str) -> None:
+    """Within 5 % for every request, and at p50 and p99; no code is shared.
 
-    Both read the clock in the same turn of the event loop. Where the machine takes the process
-    away between the two readings they differ by as much as it likes: so it is half of the requests
-    that must agree, and percentiles are compared over the same times.
+    Both read the clock in the same turn of the event loop. If the process is descheduled between
+    the two readings they differ arbitrarily. So half of the requests must agree, and percentiles
+    are compared over the same times.
     """
     async with (
         simulated(redis_url, target="step_ms=8") as system,
         grpc.aio.insecure_channel(system.endpoint) as channel,
     ):
         recorder = Recorder(channel)
-        load = phase(await subject(cast(grpc.aio.Channel, recorder)), Ask(gamma=gamma))
-        visits = workload("uniform:4:24").visits(60)
-        await load.closed_loop(iter(visits), num_callers=6)
+        load = phase(await subject(cast(grpc.aio.Channel, recorder)), RequestOptions(gamma=gamma))
+        conversations = workload("uniform:4:24").conversations(60)
+        await load.closed_loop(iter(conversations), num_clients=6)
     assert len(recorder.seen) == len(load.records) == 60
     found = Latencies.of(load.records)
-    per_request: dict[str, tuple[Callable[[Record], Any], Callable[[Seen], Any]]] = {
+    per_request: dict[str, tuple[Callable[[Record], Any], Callable[[CallTimes], Any]]] = {
         "ttft": (lambda record: [record.ttft_s], lambda call: [call.ttft]),
         "tpot": (lambda record: [record.tpot_s], lambda call: [call.tpot]),
         "e2e": (lambda record: [record.e2e_s], lambda call: [call.e2e]),
@@ -73,8 +73,8 @@ async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url:
     for name, (our, their) in per_request.items():
         ours = [value for record in load.records for value in our(record)]
         theirs = [value for call in recorder.seen for value in their(call)]
-        apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
-        assert statistics.median(apart) < 0.05, name
+        deviations = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+        assert statistics.median(deviations) < 0.05, name
         distribution: Distribution = getattr(found, name)
         expected = percentiles(ours)
         assert distribution.p50 == pytest.approx(expected["p50"]), name
@@ -83,13 +83,15 @@ async def test_times_are_those_of_an_independent_recorder(gamma: int, redis_url:
     assert tokens == sum(record.num_tokens for record in load.records)
 
 
-async def test_who_could_only_be_asked_late_has_waited(redis_url: str) -> None:
-    """No coordinated omission: latencies count from when the request was meant to be sent."""
+async def test_latency_counts_from_the_intended_send_time(redis_url: str) -> None:
+    """No coordinated omission."""
     async with simulated(redis_url) as system:
         load = phase(await subject(system.channel))
         await asyncio.sleep(0.3)
         jobs = (Job(0, 4, 4), Job(1, 4, 4))
-        await load.open_loop([Visit((jobs[0],), at_s=0.0), Visit((jobs[1],), at_s=0.1)])
+        await load.open_loop(
+            [Conversation((jobs[0],), at_s=0.0), Conversation((jobs[1],), at_s=0.1)]
+        )
     for record in load.records:
         assert record.is_ok
         assert record.lateness_s >= 0.19
@@ -97,11 +99,11 @@ async def test_who_could_only_be_asked_late_has_waited(redis_url: str) -> None:
         assert record.ttft_s > record.lateness_s
 
 
-async def test_an_open_loop_does_not_wait_for_answers(redis_url: str) -> None:
-    """One at a time is served, all are asked at once: the last has waited for all others."""
+async def test_open_loop_does_not_wait_for_responses(redis_url: str) -> None:
+    """One is served at a time, all are sent at once: the last waits for all others."""
     async with simulated(redis_url, max_generations=1, max_waiting=16) as system:
         load = phase(await subject(system.channel))
-        await load.open_loop([Visit((Job(i, 4, 6),), at_s=0.0) for i in range(6)])
+        await load.open_loop([Conversation((Job(i, 4, 6),), at_s=0.0) for i in range(6)])
     assert all(record.is_ok for record in load.records)
     first, *_, last = sorted(record.e2e_s or 0.0 for record in load.records)
     served = [record.chunks[-1].at_s - record.chunks[0].at_s for record in load.records]
@@ -109,12 +111,12 @@ async def test_an_open_loop_does_not_wait_for_answers(redis_url: str) -> None:
     assert last > first
 
 
-async def test_turns_follow_each_other_in_their_session(redis_url: str) -> None:
-    """Each when the one before has ended; keys and values are re-used; nothing is left."""
+async def test_turns_of_a_session_run_in_order(redis_url: str) -> None:
+    """Each when the previous one has ended; KV is reused; nothing is left open."""
     async with simulated(redis_url) as system:
         load = phase(await subject(system.channel))
-        visits = workload(num_turns="3").visits(6)
-        await load.closed_loop(iter(visits), num_callers=2)
+        conversations = workload(num_turns="3").conversations(6)
+        await load.closed_loop(iter(conversations), num_clients=2)
         turns = [load.records[i] for i in range(6)]
         gone = [
             await refusal(
@@ -135,34 +137,34 @@ async def test_turns_follow_each_other_in_their_session(redis_url: str) -> None:
     assert [answer.code for answer in gone] == [grpc.StatusCode.NOT_FOUND] * 2
 
 
-async def test_refusals_are_counted_by_their_status(redis_url: str) -> None:
-    """With when to come again; whoever was let in is served."""
-    # The first is at it until the others have asked, even if one of them is late by a second.
+async def test_rejections_are_recorded_with_status_and_retry_hint(redis_url: str) -> None:
+    """Admitted requests are served."""
+    # The first runs until the others were sent, even if one of them is late by a second.
     slow = "step_ms=40"
     async with simulated(redis_url, target=slow, max_generations=1, max_waiting=0) as system:
-        load = phase(await subject(system.channel), Ask(gamma=0))
-        await load.open_loop([Visit((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
-    told = sorted(record.status for record in load.records)
-    assert told == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4
+        load = phase(await subject(system.channel), RequestOptions(gamma=0))
+        await load.open_loop([Conversation((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
+    statuses = sorted(record.status for record in load.records)
+    assert statuses == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4
     refused = [record for record in load.records if not record.is_ok]
     assert all(record.retry_after_s is not None for record in refused)
     assert all(record.ended_s is not None for record in refused)
 
 
-async def test_deadlines_are_the_requests_own(redis_url: str) -> None:
+async def test_each_request_has_its_own_deadline(redis_url: str) -> None:
     async with simulated(redis_url, target="step_ms=150") as system:
-        load = phase(await subject(system.channel), Ask(timeout_s=0.05))
-        await load.open_loop([Visit((Job(0, 4, 40),), at_s=0.0)])
+        load = phase(await subject(system.channel), RequestOptions(timeout_s=0.05))
+        await load.open_loop([Conversation((Job(0, 4, 40),), at_s=0.0)])
         await eventually(lambda: nothing_held(system))
     (record,) = load.records
     assert record.status == "DEADLINE_EXCEEDED"
 
 
-async def test_what_was_cut_is_kept_as_such(redis_url: str) -> None:
-    """Cancelled in mid-stream: what had come is there, and the server lets go of it."""
+async def test_cancelled_request_is_recorded_as_cut(redis_url: str) -> None:
+    """Tokens received so far are kept, and the server releases the generation."""
     async with simulated(redis_url) as system:
         load = phase(await subject(system.channel))
-        running = asyncio.create_task(load.open_loop([Visit((Job(0, 4, 5_000),), at_s=0.0)]))
+        running = asyncio.create_task(load.open_loop([Conversation((Job(0, 4, 5_000),), at_s=0.0)]))
 
         async def has_tokens() -> bool:
             return bool(load.records) and load.records[0].num_tokens > 3
@@ -176,46 +178,51 @@ async def test_what_was_cut_is_kept_as_such(redis_url: str) -> None:
 
 
 @pytest.mark.slow
-async def test_a_campaign_compares_in_both_orders(redis_url: str) -> None:
-    """The same visits by both variants, with as many tokens; passes counted by the target."""
+async def test_campaign_alternates_the_order_of_variants(redis_url: str) -> None:
+    """The same conversations for both variants, with the same lengths; passes counted by the
+    target.
+    """
     async with simulated(redis_url) as system:
 
         async def passes() -> Passes:
             load = await system.target_load()
             return Passes(load.num_steps_total, load.num_rows_total, load.num_tokens_total)
 
-        begun: list[str] = []
+        started: list[str] = []
         campaign = Campaign(await subject(system.channel), "test", seed=0, read_passes=passes)
-        campaign.on_phase = lambda name, num: begun.append(f"{name} {num}")
-        variants = [Variant("on", Ask(gamma=4)), Variant("off", Ask(gamma=0))]
-        visits = workload("uniform:8:16").visits(12)
-        await campaign.warm_up(variants, visits[:2])
-        await campaign.compare(variants, visits, Manner(num_callers=3), repetitions=2)
-    assert begun == ["on 2", "off 2", "on 6", "off 6", "off 6", "on 6"]
-    kept: dict[str, Any] = {
-        name: [s for s in campaign.stretches if s.variant == name] for name in ("on", "off")
+        campaign.on_phase = lambda name, num: started.append(f"{name} {num}")
+        variants = [Variant("on", RequestOptions(gamma=4)), Variant("off", RequestOptions(gamma=0))]
+        conversations = workload("uniform:8:16").conversations(12)
+        await campaign.warm_up(variants, conversations[:2])
+        await campaign.compare(variants, conversations, LoadPattern(num_clients=3), repetitions=2)
+    assert started == ["on 2", "off 2", "on 6", "off 6", "off 6", "on 6"]
+    by_variant: dict[str, Any] = {
+        name: [s for s in campaign.results if s.variant == name] for name in ("on", "off")
     }
     lengths = {
-        n: sorted((r.index, r.num_tokens) for s in k for r in s.records) for n, k in kept.items()
+        n: sorted((r.index, r.num_tokens) for s in k for r in s.records)
+        for n, k in by_variant.items()
     }
     assert lengths["on"] == lengths["off"]
-    on, off = (summary_of(kept[name], Slo.parse("e2e=100s")) for name in ("on", "off"))
+    on, off = (summary_of(by_variant[name], Slo.parse("e2e=100s")) for name in ("on", "off"))
     assert on.num_completed == off.num_completed == 12
     assert on.attained == off.attained == 1.0
     assert on.drafting is not None
     assert on.drafting.num_drafts > 0
     assert off.drafting is not None
     assert off.drafting.num_drafts == 0
-    # Without drafts each token but a prompt's first is a row; with them fewer rows do.
-    rows = {name: sum(stretch.passes.num_rows for stretch in kept[name]) for name in kept}
+    # Without drafts each token except a prompt's first is a row; with drafts there are fewer rows.
+    rows = {
+        name: sum(stretch.passes.num_rows for stretch in by_variant[name]) for name in by_variant
+    }
     assert rows["off"] == off.num_tokens > rows["on"]
-    assert verify_batch(kept["off"], off.drafting)["source"] == "target replicas"
+    assert verify_batch(by_variant["off"], off.drafting)["source"] == "target replicas"
     assert set(speed_up(on, off)) >= {"tokens_per_s", "tpot_p50", "e2e_p99"}
 
 
 @pytest.mark.slow
-async def test_random_prompts_are_of_ordinary_tokens(redis_url: str, tmp_path: Path) -> None:
-    """The vocabulary is padded: no special, EOS or padding id, none without a token."""
+async def test_random_prompts_have_ordinary_tokens_only(redis_url: str, tmp_path: Path) -> None:
+    """The vocabulary is padded: no special, EOS or padding id, and no id without a token."""
     directory = make_tiny_model("llama", tmp_path / "target", vocab_size=320)
     write_tokenizer(directory)
     backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -228,9 +235,9 @@ async def test_random_prompts_are_of_ordinary_tokens(redis_url: str, tmp_path: P
             both_tiers(Pair(directory, directory), draft_kv=None) as tiers,
             orchestrating(tiers, redis_url, tokenizer=tokenizer) as system,
         ):
-            whom = await subject(cast(grpc.aio.Channel, system.channel))
+            orchestrator = await subject(cast(grpc.aio.Channel, system.channel))
         assert len(special) >= 4
         expected = set(range(backend.get_vocab_size())) - special - {7, 319}
-        assert set(whom.ordinary_ids.tolist()) == expected
+        assert set(orchestrator.ordinary_ids.tolist()) == expected
         job = Job(index=0, prompt_len=5_000, max_tokens=1)
-        assert set(prompt_ids(job, whom.ordinary_ids, 0, 1)) == expected
+        assert set(prompt_ids(job, orchestrator.ordinary_ids, 0, 1)) == expected

@@ -1,4 +1,4 @@
-"""`outrider bench serve` as users run it: a real process against a real system."""
+"""`outrider bench serve` end to end: a real process against a simulated system."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The requests of a load test and what is in their answers: the orchestrator's contract.
-
-Owns the translation both ways. Sends nothing.
-"""
+"""Requests of a load test and their responses: translates to and from protobuf."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ from outrider_bench.loadtest.records import Chunk, Record, Speculation
 
 
 @dataclass(frozen=True)
-class Ask:
-    """How all requests of a variant are made. None: the server's default.
+class RequestOptions:
+    """Options of all requests of a variant. None: the server's default.
 
-    `ignores_eos`: outputs are as long as they were asked to be.
+    `ignores_eos`: outputs have the requested length.
     """
 
     gamma: int | None = None
@@ -39,7 +36,7 @@ class Ask:
     def request(
         self, job: Job, token_ids: Sequence[int], session_id: str, seed: int
     ) -> orchestrator_pb2.GenerateRequest:
-        """`token_ids` are unused where the job has a text."""
+        """The protobuf request. `token_ids` are unused if the job has a text."""
         request = orchestrator_pb2.GenerateRequest(
             gamma=self.gamma,
             lookahead=self.lookahead,
@@ -66,7 +63,7 @@ class Ask:
 
 
 def note_message(record: Record, message: orchestrator_pb2.GenerateResponse, at_s: float) -> None:
-    """A message of the stream, that came at `at_s`."""
+    """Adds a message of the stream, received at `at_s`, to the record."""
     if message.token_ids:
         record.chunks.append(Chunk(at_s, len(message.token_ids)))
     if message.HasField("result"):
@@ -74,19 +71,19 @@ def note_message(record: Record, message: orchestrator_pb2.GenerateResponse, at_
         name = orchestrator_pb2.FinishReason.Name(result.finish_reason)
         record.finish_reason = name.removeprefix("FINISH_REASON_").lower()
         record.num_cached_tokens = result.usage.cached_tokens
-        # Of a text only the server knows how many tokens it is.
+        # Only the server knows the number of tokens of a text.
         record.prompt_len = record.prompt_len or result.usage.prompt_tokens
         record.speculation = _speculation(result.speculation)
 
 
 def note_failure(record: Record, error: grpc.aio.AioRpcError) -> None:
-    """The status by name, what it said, and when it says to come again."""
+    """Adds a failure to the record: status, message and retry hint."""
     record.status = error.code().name
     record.detail = " ".join((error.details() or "").split())
-    call: Any = error  # it has what is read of a call
+    call: Any = error  # has the attributes that from_call reads
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # the rich status says another code: not one of our servers'
+    except ValueError:  # the rich status has another code: not one of our servers
         return
     for detail in status.details if status is not None else ():
         hint = error_details_pb2.RetryInfo()

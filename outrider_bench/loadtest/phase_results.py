@@ -1,7 +1,4 @@
-"""What is kept of a load test: stretches of load, and rates that were tried. Plain data.
-
-Knows neither who made the load nor what it meant.
-"""
+"""Results of a load test: phases, and probed rates of a search. Plain data."""
 
 from __future__ import annotations
 
@@ -12,13 +9,14 @@ from outrider_bench.loadtest.records import Record
 
 @dataclass(frozen=True)
 class Passes:
-    """Counters of the target replicas, in sum: passes, rows and tokens run so far."""
+    """Counters of the target replicas, summed: passes, rows and tokens so far."""
 
     num_steps: int
     num_rows: int
     num_tokens: int
 
     def since(self, before: Passes) -> Passes:
+        """Difference to earlier counters."""
         return Passes(
             self.num_steps - before.num_steps,
             self.num_rows - before.num_rows,
@@ -27,10 +25,10 @@ class Passes:
 
 
 @dataclass
-class Stretch:
-    """One phase as it was kept. `rate`: requests per second meant, None without one.
+class PhaseResult:
+    """Result of one phase. `rate`: intended requests per second; None: no rate.
 
-    `passes`: what the target replicas ran in it, None where nobody was asked.
+    `passes`: what the target replicas ran in it; None if their counters were not read.
     """
 
     variant: str
@@ -43,10 +41,10 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Probe:
-    """A rate that was tried in a search, and what came of it."""
+    """A probed rate of a search and its result."""
 
     variant: str
     rate: float
     attained: float
     has_passed: bool
-    stretch: Stretch
+    result: PhaseResult
