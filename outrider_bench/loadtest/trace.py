@@ -63,10 +63,10 @@ def read_trace(
     entries.sort(key=lambda entry: entry.at_s)
     first = entries[0].at_s
     timed = [entry._replace(at_s=(entry.at_s - first) / speed) for entry in entries]
-    return Trace(_visits(timed), num_left_out)
+    return Trace(_conversations(timed), num_left_out)
 
 
-def _visits(entries: list[_Entry]) -> list[Conversation]:
+def _conversations(entries: list[_Entry]) -> list[Conversation]:
     groups: dict[str, list[_Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.session_id or f"\0{entry.job.index}", []).append(entry)

@@ -111,9 +111,9 @@ def test_burstgpt(tmp_path: Path) -> None:
     assert trace.num_left_out == 1
     trace = read(tmp_path, "c.csv", BURSTGPT_SESSIONS)
     assert shape(trace) == [(0.0, 472, 18), (113.0, 417, 276)]
-    message: list[str] = []
-    visits(ServeOptions(trace=tmp_path / "b.csv"), message.append)
-    assert message == ["1 requests of the trace have no output and are skipped"]
+    messages: list[str] = []
+    visits(ServeOptions(trace=tmp_path / "b.csv"), messages.append)
+    assert messages == ["1 requests of the trace have no output and are skipped"]
 
 
 def test_sharegpt(tmp_path: Path) -> None:

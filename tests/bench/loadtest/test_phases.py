@@ -212,9 +212,7 @@ async def test_campaign_alternates_the_order_of_variants(redis_url: str) -> None
     assert off.drafting is not None
     assert off.drafting.num_drafts == 0
     # Without drafts each token except a prompt's first is a row; with drafts there are fewer rows.
-    rows = {
-        name: sum(stretch.passes.num_rows for stretch in by_variant[name]) for name in by_variant
-    }
+    rows = {name: sum(result.passes.num_rows for result in by_variant[name]) for name in by_variant}
     assert rows["off"] == off.num_tokens > rows["on"]
     assert verify_batch(by_variant["off"], off.drafting)["source"] == "target replicas"
     assert set(speed_up(on, off)) >= {"tokens_per_s", "tpot_p50", "e2e_p99"}
