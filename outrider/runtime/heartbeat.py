@@ -18,8 +18,8 @@ MIN_INTERVAL_MS = 100
 MAX_INTERVAL_MS = 60_000
 # A client leaves an orchestrator that sends nothing for 10 s: it is frozen or cut off. One that
 # starts 1,000 streams on a busy machine was seen to need more than 5 s for its first message.
-CLIENT_HEARTBEAT_MS = 1_000
-_CLIENT_MAX_MISSED = 10
+CLIENT_HEARTBEAT_MS = 2_000
+_CLIENT_MAX_MISSED = 5
 
 
 class Heartbeat:
