@@ -12,8 +12,8 @@ OutriderError
  ├─ UnreadableRecord     a session's record in Redis cannot be used by this version
  ├─ LeaseLost            the session has a later owner; this writer is fenced off
  ├─ CapacityExceeded     no capacity now; may be retried later
- │   └─ KVFull           no KV pages for it now
- ├─ KVNeverFits          longer than the whole KV budget
+ │   └─ KVFull           no free KV pages for the sequence now
+ ├─ KVNeverFits          the sequence is longer than the replica's whole KV cache
  ├─ ClientStalled        the client has not read its stream for too long
  ├─ KVLost               KV that the request refers to is gone
  ├─ Unavailable          a tier or the store cannot be reached

@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 @dataclass(eq=False)
 class _Generation:
-    """The target's state of a generation. From `is_begun` on: fields of the waiting request."""
+    """The target's state of a generation; fields from `is_begun` on: of the waiting request."""
 
     key: GenerationKey
     sampler: Sampler
@@ -59,7 +59,7 @@ class _Generation:
 
 @dataclass(frozen=True)
 class _PlannedRequest:
-    """The part of a verify request that is in the next pass; `is_last`: it completes it."""
+    """The part of a verify request that is in the next pass; `is_last`: this part completes it."""
 
     live: LiveGeneration[_Generation]
     request: Verify

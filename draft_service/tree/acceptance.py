@@ -4,7 +4,7 @@ Greedy and coupled: a softmax of the draft's scores. Its sharpness is learnt fro
 that predicted and observed acceptance rates agree. Rejection and block: probabilities by rank only.
 The scores contain the noise that recovered and bonus tokens are sampled with, and the order of
 drafting must not depend on the noise of tokens still to be verified (docs/concepts/exactness.md).
-Pure. The probabilities only order the drafting: a wrong one costs speed, not exactness.
+No I/O. The probabilities only order the drafting: a wrong one costs speed, not exactness.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DraftAcceptance:
     def observe(self, verified: Sequence[tuple[float, bool]], *, has_supports: bool) -> None:
         """Learns from verified draft tokens: (predicted probability, whether it was accepted).
 
-        Probability 1 is skipped: there was a single candidate, or no prediction.
+        Without supports a prediction of 1 is skipped: there was one candidate, or no prediction.
         """
         for prob, is_accepted in verified:
             if has_supports:

@@ -74,7 +74,7 @@ def current_client() -> ApiClient:
 
 
 class ApiKeyInterceptor(AccessInterceptor):
-    """Requires a known API key and counts streams. Lives on the event loop.
+    """Requires a known API key and counts streams. For use on the event loop only.
 
     `metered`: full name of the method whose calls count as streams.
     """

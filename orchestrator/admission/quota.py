@@ -20,7 +20,7 @@ _STREAM_RETRY_S = 1.0
 
 
 class Quota:
-    """Usage of one API key. Lives on the event loop. `name`: of the key; `clock`: in seconds."""
+    """Usage of one API key. Used on the event loop only. `name`: of the key; `clock`: seconds."""
 
     def __init__(
         self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic

@@ -52,7 +52,7 @@ SCRIPTS = (RESERVE, RELEASE_IF_GONE)
 
 
 class SessionLimit:
-    """Counts the sessions of API keys in Redis. Lives on the event loop.
+    """Counts the sessions of API keys in Redis. For use on the event loop only.
 
     While Redis is away it refuses nothing: no session can be created then.
     """

@@ -3,8 +3,8 @@
 Owns the keys `outrider:key:*:streams` and `outrider:key:*:tokens`. A request enters with one
 round trip to Redis. What it uses is reported by a task, once a second, and never delays a token. A
 stream is a lease: those of an orchestrator that died expire. Each orchestrator also counts its own
-usage (`admission.quota`); while Redis is away, only that limit holds. Lives on the event loop.
-ADR 20 explains why this is not the library `limits`.
+usage (`admission.quota`); while Redis is away, only that limit holds. Used on the event
+loop only. ADR 20 explains why this is not the library `limits`.
 """
 
 from __future__ import annotations

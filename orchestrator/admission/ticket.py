@@ -36,7 +36,7 @@ class AdmissionTicket:
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Why a generation was displaced while it waited for room.
         self.displaced: CapacityExceeded | None = None
-        # Targets that it fits into, while it waits for room.
+        # Targets whose KV cache is large enough, while the generation waits for free KV pages.
         self.rooms: Rooms = frozenset
         self._arrived_at = time.monotonic()
         self._queue = queue

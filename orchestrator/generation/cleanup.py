@@ -1,6 +1,6 @@
 """Cleanup of requests: work that must finish although the request was cancelled.
 
-Lives on the event loop. The orchestrator waits for it before it stops.
+For use on the event loop only. The orchestrator waits for it before it stops.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class _Queue:
 
 
 class PromptEncoding:
-    """Bounds how many requests are validated and encoded at a time. Lives on the event loop."""
+    """Bounds how many requests are validated and encoded at a time. Event loop only."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(_NUM_SHORT_THREADS, "encode")

@@ -157,8 +157,8 @@ class SessionStore:
         """Begins a turn: keeps the first `keep_len` committed tokens and appends `token_ids`.
 
         Call it once per lease. Raises LeaseLost. After Unavailable only the same call or release
-        may follow. It succeeds even after later leases, if none of them is current or has begun a
-        turn (orphans, in `lua`).
+        may follow. It succeeds even if other leases came later, provided that none is held now
+        and none began a turn (orphans, in `lua`).
         """
         cursor = lease.cursor
         async with cursor.lock:
@@ -214,7 +214,7 @@ class SessionStore:
             cursor.counters = counters
 
     async def renew(self, lease: Lease) -> None:
-        """Extends the lease during a round that takes longer than it. Raises LeaseLost."""
+        """Extends the lease during a round that takes longer than its TTL. Raises LeaseLost."""
         await self._write(lua.RENEW, lease, *self._ttls)
 
     async def release(
@@ -226,7 +226,7 @@ class SessionStore:
         messages: Sequence[dict[str, str]] | None = None,
         delete: bool = False,
     ) -> None:
-        """Ends the lease after all writes before it. Raises LeaseLost.
+        """Releases the lease, after all its earlier writes. Raises LeaseLost.
 
         `messages` None: leave them unchanged. `delete`: delete the session, even a malformed one.
         Shield this call from cancellation: otherwise the lease may remain until it expires.

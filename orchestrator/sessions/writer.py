@@ -48,7 +48,7 @@ class _PendingCommand:
 
 
 class PipelineWriter:
-    """Owns one task and one connection, from `start` to `close`. Lives on the event loop."""
+    """Owns one task and one connection, from `start` to `close`. For use on the event loop only."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""Acceptance model: probability that draft tokens are accepted, by position in the block. Pure.
+"""Acceptance model: probability that draft tokens are accepted, by position in the block.
 
 Counts of recent rounds, combined with a prior. The prior of a generation is the model of all
 generations; the prior of that one is a constant.

@@ -1,4 +1,4 @@
-"""Cost book: the measured costs of every replica by its address. Pure."""
+"""Cost book: the measured costs of every replica by its address."""
 
 from __future__ import annotations
 

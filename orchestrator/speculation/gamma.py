@@ -1,4 +1,4 @@
-"""γ policy: chooses the number of draft tokens of a round and the longest wait for them. Pure.
+"""γ policy: chooses the number of draft tokens of a round and the longest wait for them.
 
 The γ of the most tokens per second is chosen (`round_values`), for a few rounds at a time. Waiting
 for a late proposal is worth it while its tokens outweigh, at that rate, the time it takes. γ = 0 is

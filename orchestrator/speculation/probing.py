@@ -1,4 +1,4 @@
-"""Probe schedule: while γ = 0, one round in N tries draft tokens. Pure.
+"""Probe schedule: while γ = 0, one round in N tries draft tokens.
 
 Without draft tokens nothing is learned about the acceptance rate. N doubles from 32 to 512 as long
 as probes do not pay.

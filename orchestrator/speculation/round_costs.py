@@ -1,4 +1,4 @@
-"""Measured costs of rounds: what replicas report and what is measured beyond it. Pure.
+"""Measured costs of rounds: what replicas report and what is measured beyond it.
 
 Each replica reports how long its passes take (`CostReport`). Overhead is what a round takes beyond
 these passes: network, queues, and scheduling. `round_values` makes tokens per second of both.

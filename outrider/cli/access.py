@@ -1,4 +1,4 @@
-"""Flags for TLS and the API key of commands that connect to an orchestrator. Light to import.
+"""Flags for TLS and the API key of commands that connect to an orchestrator.
 
 The key is read from a file or the environment, never from a flag: all users of a machine can read
 command lines.

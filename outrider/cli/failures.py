@@ -1,4 +1,4 @@
-"""Errors that end a command, and their messages on standard error. Light to import."""
+"""Errors that end a command, and their messages on standard error. Imports no heavy package."""
 
 from __future__ import annotations
 

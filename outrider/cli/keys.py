@@ -36,8 +36,8 @@ def new(
     min_priority: Annotated[
         int | None,
         typer.Option(
-            help="Smallest priority number that counts against other keys; lower runs first. "
-            "Default: 0."
+            help="Smallest priority number that the key may use against other keys; smaller "
+            "ones order its own requests only. Lower runs first. Default: 0."
         ),
     ] = None,
     file: Annotated[

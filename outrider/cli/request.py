@@ -107,7 +107,7 @@ class GenerateOptions(AccessOptions):
         int | None, typer.Option(help="Maximum rounds drafted ahead of verification; 0: none.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(help="Maximum outcomes of one round to draft ahead for.")
+        int | None, typer.Option(help="Maximum verify outcomes per round that are drafted ahead.")
     ] = None
     draft_wait: Annotated[
         DraftWait | None, typer.Option(help="Wait for draft tokens while it pays, or always.")
@@ -129,9 +129,15 @@ class GenerateOptions(AccessOptions):
     min_tokens: Annotated[
         int | None, typer.Option(help="Minimum tokens before the output may end.")
     ] = None
-    presence_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None
-    frequency_penalty: Annotated[float | None, typer.Option(help="In [-2, 2].")] = None
-    repetition_penalty: Annotated[float | None, typer.Option(help="In (0, 10]; 1: none.")] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Penalty for tokens that the output has, in [-2, 2].")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Penalty for each occurrence in the output, in [-2, 2].")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Factor against tokens of prompt and output, in (0, 10].")
+    ] = None
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(

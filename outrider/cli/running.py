@@ -1,4 +1,4 @@
-"""Event loop of a command; signals cancel it."""
+"""Runs the coroutine of a command in an event loop; a signal cancels the coroutine."""
 
 from __future__ import annotations
 

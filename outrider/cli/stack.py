@@ -120,9 +120,9 @@ def _check_simulation(options: StackOptions) -> None:
             raise ConfigError("--simulate-draft: needs --simulate-target")
         return
     if options.target is not None:
-        raise ConfigError("--simulate-target: not together with --target")
+        raise ConfigError("--simulate-target: cannot be combined with --target")
     if options.draft not in (None, NO_DRAFT) or (options.draft and draft is not None):
-        raise ConfigError("--simulate-target: not together with --draft")
+        raise ConfigError("--simulate-target: cannot be combined with --draft")
     target_simulation = Simulation.parse(target, is_draft=False)
     if draft is not None:
         draft_simulation = Simulation.parse(draft)

@@ -1,4 +1,4 @@
-"""Flags of `outrider up` and of other commands that run a whole system. Light to import."""
+"""Flags of `outrider up` and of other commands that run a system. Imports no heavy package."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ class StackOptions:
         int | None, typer.Option(help="Maximum rounds drafted ahead of verification; 0: none.")
     ] = None
     fan_out: Annotated[
-        int | None, typer.Option(help="Maximum outcomes of one round to draft ahead for.")
+        int | None, typer.Option(help="Maximum verify outcomes per round that are drafted ahead.")
     ] = None
     draft_wait_ms: Annotated[
         float | None,
-        typer.Option(help="Longest wait for draft tokens. Default: adaptive."),
+        typer.Option(help="Longest wait for draft tokens in milliseconds. Default: adaptive."),
     ] = None
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="KV cache size of each model service, in tokens.")

@@ -57,7 +57,7 @@ Report = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Death:
-    """The end of a program that was not stopped by us; `status` as of a child process."""
+    """The end of a program that was not stopped by us; `status`: return code, -n for signal n."""
 
     name: str
     status: int
@@ -160,7 +160,7 @@ class Program:
 
 
 class Supervisor:
-    """Runs programs in the order of their start. `stop` must be called in any case."""
+    """Starts programs, and stops them in reverse order. `stop` must be called in any case."""
 
     def __init__(self, log_dir: Path, report: Report) -> None:
         self._log_dir = log_dir

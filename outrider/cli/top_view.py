@@ -89,7 +89,7 @@ def _speculation(change: Change) -> Group:
     tokens = change.increase("outrider_tokens_total")
     speculation = [
         ("acceptance", _share(accepted, verified)),
-        ("tokens/draft", f"{1 + accepted / drafts:.2f}" if drafts else "–"),
+        ("tokens/drafted round", f"{1 + accepted / drafts:.2f}" if drafts else "–"),
         ("γ", _number(change.after.total("outrider_gamma"))),
         ("look-ahead hits", _share(hits, lookups)),
         ("draft wait p50", _time(change.quantile("outrider_draft_round_trip_seconds", 0.5))),

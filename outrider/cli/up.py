@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from outrider.cli.stack import Stack
     from outrider.cli.view import StackView
 
-# Between two requests for the pairing of a draft that has not connected yet.
+# Delay between two requests for the pairing of a draft that has not connected yet.
 _POLL_INTERVAL_S = 0.5
 
 

@@ -16,12 +16,12 @@ from outrider.client.client import Client, Output, Show
 from outrider.errors import CallFailed, InternalError
 from outrider.v1 import orchestrator_pb2
 
-# Between two requests while no orchestrator resumes the stream.
+# Delay between two requests while no orchestrator resumes the stream.
 _RETRY_INTERVAL_S = 0.2
 # A broken stream keeps its session in use until its orchestrator notices the break.
 _DELETE_TIMEOUT_S = 5.0
-# Statuses after which a stream or a first request is sent to another orchestrator. ABORTED is none
-# of them: there it means that another client uses the session.
+# Statuses after which a stream or a first request is sent to another orchestrator. ABORTED is not
+# among them: it means that another client uses the session.
 _BROKEN = ("UNAVAILABLE",)
 # While a broken stream is being resumed, these may be temporary as well.
 _TEMPORARY = (*_BROKEN, "ABORTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")
@@ -85,7 +85,7 @@ class StreamFollower:
         self._output = Output()
         # Index of the orchestrator in use, modulo their number.
         self._index = 0
-        # Requests that may have reached an orchestrator; those in a row that did not.
+        # Requests that may have reached an orchestrator; consecutive ones that reached none.
         self._num_delivered = self._num_undelivered = 0
         self._num_turns_before = 0
         self._may_have_started = False

@@ -1,7 +1,7 @@
 """Interface between a model service and its engine: sample requests, score requests and results.
 
-Plain data without torch. The service names the rows of logits of each generation; the engine
-samples for all generations together. `sampling/sampler.py` implements it with a model,
+Plain data without torch. The service states which rows of logits belong to which request; the
+engine samples for all generations together. `sampling/sampler.py` implements it with a model,
 `simulated.py` without one.
 """
 
@@ -104,7 +104,7 @@ class BlockScores:
 
 
 class Sampler(Protocol):
-    """Sampling state of one generation, fixed, made by an engine."""
+    """Immutable sampling parameters of one generation, created by an engine."""
 
     @property
     def params(self) -> SamplingParams: ...

@@ -1,7 +1,7 @@
 """Registry announcement of this replica, from the moment its server listens.
 
 Owns the replica's id and its advertised address. The Redis side is in `outrider.redis.registry`.
-Lives on the event loop.
+For use on the event loop only.
 """
 
 from __future__ import annotations

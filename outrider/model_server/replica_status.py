@@ -1,6 +1,6 @@
 """State of a replica: the single source for health probes, the registry and every stream.
 
-Lives on the event loop.
+For use on the event loop only.
 """
 
 from __future__ import annotations

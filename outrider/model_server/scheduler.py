@@ -2,7 +2,7 @@
 
 Owns the hand-over between event loop and device thread, and routes results to their streams. A
 service may wait briefly for the generations it has just answered. What a step does is up to the
-`Worker`. Lives on the event loop.
+`Worker`. For use on the event loop only.
 """
 
 from __future__ import annotations

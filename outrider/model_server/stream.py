@@ -1,7 +1,7 @@
 """An orchestrator's stream at a model service: frames in, results out, cleanup at the end.
 
 Handles the parts of a frame that both tiers share: opens, closes, sessions to forget. Subclasses
-read the items. Lives on the event loop.
+parse the tier's own opens and requests. For use on the event loop only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Frame = Any
 
 # Opens, requests, commits, closes and session ids together. An orchestrator sends at most 256.
 MAX_FRAME_ITEMS = 16_384
-# Open, or rejected and not closed. A replica has fewer KV pages and rejects more than those.
+# Counts open generations and rejected ones not yet closed. A replica has fewer KV pages than this,
+# and rejects generations beyond them.
 MAX_OPEN_GENERATIONS = 65_536
 # Heartbeats that an orchestrator may miss before its stream ends: 10 s at its 0.5 s interval. A
 # frame with a long context may delay heartbeats, and a dead orchestrator's KV blocks nobody.

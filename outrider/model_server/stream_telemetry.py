@@ -1,7 +1,7 @@
 """Telemetry of a model service's streams: counts failures and traces requests.
 
 Observes frames and results without changing them. Reads only the fields that both tiers' frames
-share: opens, requests, closes. Lives on the event loop.
+share: opens, requests, closes. For use on the event loop only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two halves of a bidirectional stream: an outbox to send from, and a reader task.
 
-Independent of message types. Lives on the event loop.
+Independent of message types. For use on the event loop only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ MAX_PENDING = 65_536
 class Outbox(Generic[Item]):
     """Queue of items to send: `put` never waits, and a batch contains everything pending.
 
-    Its users bound it: a generation has at most one request and one answer in flight, and gives up
-    a peer that does not answer. A sender whose peer decides how much to send awaits `room` first.
+    Its users bound its size: a generation has at most one request and one answer in flight, and
+    leaves a peer that does not answer. A sender whose peer decides how much to send awaits `room`
+    first.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Outbox(Generic[Item]):
         self._ready.set()
 
     async def room(self) -> None:
-        """Waits until fewer than MAX_PENDING items are pending. For one waiter."""
+        """Waits until fewer than MAX_PENDING items are pending. Only one task may wait."""
         while len(self._items) >= MAX_PENDING:
             self._taken.clear()
             await self._taken.wait()
@@ -51,7 +52,7 @@ class Outbox(Generic[Item]):
         self._ready.set()
 
     async def batches(self) -> AsyncIterator[list[Item]]:
-        """Yields everything pending, repeatedly. For one consumer."""
+        """Yields everything pending, repeatedly. Only one task may iterate."""
         while True:
             await self._ready.wait()
             if not self._closed:  # stays set after `close`, so that the end is noticed
@@ -69,8 +70,8 @@ class StreamCall(Generic[Item]):
     """Reads a bidirectional stream in a task, while the handler writes.
 
     `read` gets each frame and may wait; flow control then stops the peer. At the end of the stream
-    the outbox is closed, which ends the writing half, too. Leaving the block raises what `read`
-    raised.
+    the outbox is closed, which ends the writing half, too. Leaving the block raises the
+    exception that `read` raised.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Heartbeats of a bidirectional stream: each side sends a frame at least once per interval.
 
 An empty frame is enough. HTTP/2 pings do not work: by default, servers and proxies close
-connections that send more than a few pings without data. Lives on the event loop.
+connections that send more than a few pings without data. For use on the event loop only.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Reason(Enum):
 class Refusals:
     """Counts rejected calls and logs at most one per second, so that clients cannot flood the log.
 
-    Lives on the event loop; `by_reason` may be read on any thread.
+    Used on the event loop only; `by_reason` may be read on any thread.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Logits to the distribution that is sampled from, in vLLM's order.
+"""Converts logits to the sampling distribution; the steps are in vLLM's order.
 
 Allowed tokens, logit bias, min_tokens and penalties, then temperature, min_p, top_k and top_p
 (`warp`). A cut is represented by its floor, the least logit kept. Array-API functions: numpy or
@@ -38,7 +38,7 @@ class Cuts(NamedTuple):
 
 
 def needs_adjustment(params: SamplingParams) -> bool:
-    """Whether logits change before `warp`; without `min_tokens`, which depends on position."""
+    """Whether logits change before `warp`. Ignores `min_tokens`, which depends on the position."""
     return bool(params.penalises or params.logit_bias or params.allowed_token_ids)
 
 
@@ -79,8 +79,8 @@ def log_min_p(params: SamplingParams) -> float:
 def limit_floor(ordered: Array, cuts: Cuts) -> Array:
     """The least logit that min_p and top_k keep, float64 [n, 1]; -inf: all are kept.
 
-    `ordered` float64 [n, m]: each row's greatest m scaled logits (`scale`), descending. m is at
-    least every top_k below the vocabulary's size.
+    `ordered` float64 [n, m]: each row's greatest m scaled logits (`scale`), descending. m must
+    be at least the largest top_k that is below the vocabulary's size.
     """
     xp = array_namespace(ordered)
     column = xp.clip(cuts.top_k, 1, ordered.shape[-1]) - 1
@@ -90,7 +90,7 @@ def limit_floor(ordered: Array, cuts: Cuts) -> Array:
 
 
 def nucleus_floor(ordered: Array, floor: Array, mass: Array, cuts: Cuts) -> tuple[Array, Array]:
-    """(floor, ends): the least logit that top_p keeps as well, float64 [n, 1], and its validity.
+    """(floor, ends): lowest logit kept by min_p, top_k and top_p, float64 [n, 1]; whether final.
 
     `floor` from `limit_floor`. `mass` float64 [n, 1]: sum of exp of the row's logits >= floor.
     `ends`, bool: False if the nucleus does not end within `ordered`; then more logits are needed.
@@ -117,7 +117,7 @@ def scale(logits: Array, temperature: Array) -> Array:
 def warp(logits: Array, params: SamplingParams) -> Array:
     """Log-probabilities float64 [n, vocab] after temperature, min_p, top_k and top_p.
 
-    Excluded tokens have -inf. A cut keeps all tokens with the same logit. Temperature must be > 0.
+    Excluded tokens have -inf. Tokens tied with the last kept one are kept. Temperature must be > 0.
     """
     xp = array_namespace(logits)
     logits = scale(logits, params.temperature)

@@ -143,7 +143,7 @@ class _Schema:
             present = self._renamed[former]
             if present in given:
                 raise ConfigError(
-                    f"{written(former)}: not together with {written(present)}, its new name"
+                    f"{written(former)}: cannot be combined with {written(present)}, its new name"
                 )
             values[present] = values.pop(former)
             if on_renamed is not None:

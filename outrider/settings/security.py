@@ -137,4 +137,4 @@ def _require_both(settings: object, first: str, second: str) -> None:
 
 
 def _require_alone(value: str | None, is_in_url: bool, name: str, what: str) -> None:
-    require(value is None or not is_in_url, name, f"not together with {what} in redis_url")
+    require(value is None or not is_in_url, name, f"cannot be combined with {what} in redis_url")

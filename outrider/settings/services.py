@@ -82,7 +82,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     )
     stuck_after_s: float = setting(
         3.0,
-        "a pass this many seconds longer than ten times the usual makes the replica not ready",
+        "a replica is not ready while a pass exceeds 10 times its usual duration by these seconds",
     )
     stuck_exit_s: float = setting(
         300.0, "the program exits when a pass is stuck for this many seconds"
@@ -95,14 +95,14 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
         if self.simulate is None:
             require(bool(self.model), "model", "is required: a directory or a Hub name")
         else:
-            require(not self.model, "simulate", "not together with a model")
+            require(not self.model, "simulate", "cannot be combined with a model")
             Simulation.parse(self.simulate, is_draft=isinstance(self, DraftConfig))
             for entry in fields(self):
                 is_default = getattr(self, entry.name) == entry.default
                 require(
                     is_default or entry.name not in _MODEL_SETTINGS,
                     entry.name,
-                    "not together with simulate, which loads no model",
+                    "cannot be combined with simulate, which loads no model",
                 )
         _require_listen_host(self.host)
         require_port(self.port)
@@ -156,11 +156,11 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
 
     target_endpoint: str = setting(
         "127.0.0.1:50052",
-        "host:port of each target replica, comma-separated; or registry, to find them in Redis",
+        "host:port of each target replica, comma-separated; or the word registry: in Redis",
     )
     draft_endpoint: str | None = setting(
         "127.0.0.1:50053",
-        "host:port of each draft replica, comma-separated; or registry; empty: no drafts",
+        "host:port of each draft replica, comma-separated; or the word registry; empty: no drafts",
     )
     tokenizer: str | None = setting(
         None, "local directory or Hub name of the tokenizer; unset: token ids only"
@@ -171,7 +171,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     )
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0",
-        "Redis that stores the sessions; also read from REDIS_URL",
+        "URL of the Redis that stores the sessions; also read from REDIS_URL",
         env="REDIS_URL",
         may_be_secret=True,
     )
@@ -182,7 +182,9 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     )
     max_gamma: int = setting(16, "maximum draft tokens per round that a request may set")
     lookahead: int = setting(4, "maximum rounds drafted ahead of the one being verified")
-    fan_out: int = setting(32, "maximum outcomes of one round to draft ahead for")
+    fan_out: int = setting(
+        32, "maximum verify outcomes (accepted length, next token) per round that are drafted ahead"
+    )
     default_max_tokens: int = setting(256, "max_tokens of requests that set none")
     max_generations: int = setting(256, "maximum generations that run at a time")
     max_waiting: int = setting(64, "maximum queued requests; further ones are rejected")
@@ -203,14 +205,14 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         15.0, "longest wait in seconds for a target replica while none is available"
     )
     write_timeout_s: float = setting(
-        30.0, "seconds after which a stream is ended whose client does not read"
+        30.0, "seconds after which a stream is ended if its client does not read"
     )
     connection_age_s: float = setting(
         300.0,
         "age in seconds at which a client connection is asked to reconnect; 0: never",
     )
     connection_age_grace_s: float = setting(
-        3600.0, "seconds that the requests of such a connection may still run"
+        3600.0, "seconds that requests may still run on a connection of connection_age_s"
     )
     durability: str = setting(
         "durable",
@@ -218,7 +220,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
     )
     without_redis: str = setting(
         "refuse",
-        "new generations without a session while Redis is down: refuse, or run them unrecorded",
+        "generations without a session while Redis is down: refuse them; or unrecorded: run them",
     )
     stop_grace_s: float = setting(2.0, "seconds that running generations may take at shutdown")
     redis_wait_s: float = setting(0.0, "seconds to wait at start for a Redis that is down")

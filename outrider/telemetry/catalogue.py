@@ -115,13 +115,13 @@ REPLAYED_TOKENS = _counter(
 )
 TIME_TO_FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
-    "From the start of the call to its first chunk.",
+    "Time from the start of the call to its first chunk.",
     _FIRST_TOKEN_S,
     vllm="time_to_first_token_seconds",
 )
 INTER_TOKEN_LATENCY = _histogram(
     "inter_token_latency_seconds",
-    "Between two chunks of a stream, whatever their number of tokens.",
+    "Time between two chunks of a stream, whatever their number of tokens.",
     _TOKEN_S,
     vllm="inter_token_latency_seconds",
 )
@@ -133,13 +133,13 @@ TIME_PER_OUTPUT_TOKEN = _histogram(
 )
 E2E_REQUEST_LATENCY = _histogram(
     "e2e_request_latency_seconds",
-    "From the start of the call to its last chunk.",
+    "Time from the start of the call to its last chunk.",
     _REQUEST_S,
     vllm="e2e_request_latency_seconds",
 )
 REQUEST_QUEUE_TIME = _histogram(
     "request_queue_time_seconds",
-    "From the start of the call to its first verify request: admission, session and replica.",
+    "Time from the start of the call to its first verify request (queue, lease, replica).",
     _REQUEST_S,
     vllm="request_queue_time_seconds",
 )
@@ -178,7 +178,7 @@ NUM_REJECTED_TOKENS = _counter(
 ROUNDS = _counter("rounds", "Rounds by their number of draft tokens.", "gamma")
 LOOKAHEAD_ROUNDS = _counter(
     "lookahead_rounds",
-    "Rounds with drafts: hit, the proposal was ready when the verify result arrived; miss, not.",
+    "Rounds with drafts: hit, the proposal was ready when the result came; miss, it was not.",
     "outcome",
 )
 GAMMA = _gauge("gamma", "Draft tokens of the last round, averaged over the running requests.")
@@ -188,11 +188,13 @@ LOOKAHEAD_HIT_RATE = _gauge(
 )
 DRAFT_ROUND_TRIP = _histogram(
     "draft_round_trip_seconds",
-    "From a commit to its proposal, if the orchestrator waited for it.",
+    "Time from a commit to its proposal, of proposals that were waited for.",
     _STEP_S,
 )
 VERIFY_ROUND_TRIP = _histogram(
-    "verify_round_trip_seconds", "From a verify request to its result, without prompts.", _STEP_S
+    "verify_round_trip_seconds",
+    "Time from a verify request to its result; requests with a prompt are not counted.",
+    _STEP_S,
 )
 
 # --- Orchestrator: replicas and Redis ---

@@ -1,6 +1,6 @@
 """One Generate call as its client sees it: tokens, times and how it ended.
 
-`client` decides whether a call may end that way.
+`outrider_bench.chaos.client` decides whether a call may end that way.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _POLL_S = 0.05
 
 
 class Place(NamedTuple):
-    """A process. Redis is replica 0 of its tier."""
+    """Tier and number of a process. Redis is replica 0 of its tier."""
 
     tier: Tier
     replica: int
@@ -63,7 +63,7 @@ class Size:
 class System:
     """Async context manager: serves on entering; leaves no process and no socket.
 
-    `on_death` is called with the reason when a program exits that no fault has stopped. Entering
+    `on_death` is called with the reason when a program exits although no fault stopped it. Entering
     and `__init__` raise ConfigError; entering also ProgramFailed. Use it on the event loop of the
     main thread (`outrider.runtime.child_process`).
     """

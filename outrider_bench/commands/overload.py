@@ -40,11 +40,11 @@ class OverloadOptions(BenchOptions):
 
     simulate_target: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="As in `outrider up`; not together with --target."),
+        typer.Option(metavar="SPEC", help="As in `outrider up`; cannot be combined with --target."),
     ] = _TARGET
     simulate_draft: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="As in `outrider up`; not together with --target."),
+        typer.Option(metavar="SPEC", help="As in `outrider up`; cannot be combined with --target."),
     ] = _DRAFT
     cores: Annotated[
         CoreUse, typer.Option(help="shared: no pinning; simulated passes need no core.")

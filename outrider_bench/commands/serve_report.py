@@ -43,7 +43,7 @@ def report(
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if is_cut:
-        console.print("[yellow]stopped: reports the results so far[/]")
+        console.print("[yellow]stopped early: these are the results so far[/]")
     if summaries:
         console.print(_table(summaries))
         console.print()
@@ -75,7 +75,7 @@ def _failures(
 
 
 def _stretches(campaign: Campaign, variant: str) -> list[PhaseResult]:
-    """Stretches of a variant to report.
+    """Phase results of a variant to report.
 
     For a search: the highest rate that passed, otherwise the last rate tried.
     """
@@ -132,7 +132,7 @@ def _document(
 def _head(
     options: ServeOptions, campaign: Campaign, by_variant: dict[str, list[PhaseResult]]
 ) -> dict[str, Any]:
-    """The first keys of `vllm bench serve`."""
+    """The first keys of the JSON that `vllm bench serve` writes."""
     rates = [result.rate for result in by_variant[ON] if result.rate is not None]
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),

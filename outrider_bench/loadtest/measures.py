@@ -52,7 +52,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Latencies of finished requests; None: no request has s. See `records` for `itl_*`."""
+    """Latencies of finished requests; None: no request has it. See `records` for `itl_*`."""
 
     ttft: Distribution | None
     tpot: Distribution | None

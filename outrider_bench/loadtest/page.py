@@ -63,8 +63,8 @@ _PAGE = """<!doctype html>
 {%- endfor %}{% endfor %}
 </tbody></table></div>
 <p class="dim">Answered requests only. Times count from the intended send time: a request sent late
-has waited too. A message carries the tokens of a round; per token, its gap is divided evenly
-among them.</p>
+has waited too. A message carries the tokens of a round. Latency per token: the gap before
+a message, divided by its number of tokens.</p>
 <h2>Requests</h2>
 <div class="scroll"><table>
 <thead><tr><th></th><th>answered</th><th>requests/s</th><th>tokens/s</th><th>met the SLO</th>

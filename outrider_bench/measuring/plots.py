@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """A median and its range. `is_peer`: drawn in another colour."""
+    """A median and its range. `is_peer`: of another system, drawn in another colour."""
 
     name: str
     value: float

@@ -56,8 +56,8 @@ def test_the_former_name_works_and_is_reported(
 @pytest.mark.parametrize(
     ("argv", "environ", "message"),
     [
-        ([f"{FLAG}=7", f"{FORMER_FLAG}=7"], {}, f"{FORMER_FLAG}: not together with {FLAG}"),
-        ([], {VARIABLE: "7", FORMER_VARIABLE: "7"}, f"{FORMER_VARIABLE}: not together with "),
+        ([f"{FLAG}=7", f"{FORMER_FLAG}=7"], {}, f"{FORMER_FLAG}: cannot be combined with {FLAG}"),
+        ([], {VARIABLE: "7", FORMER_VARIABLE: "7"}, f"{FORMER_VARIABLE}: cannot be combined with "),
         ([f"{FORMER_FLAG}=soon"], {}, "verdict_timeout_s: 'soon' is not of type float"),
         ([], {FORMER_VARIABLE: "soon"}, f"{FORMER_VARIABLE}: 'soon' is not of type float"),
     ],

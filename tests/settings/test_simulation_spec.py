@@ -111,7 +111,7 @@ def test_a_target_refuses_keys_of_drafts() -> None:
 
 
 def test_a_simulated_tier_has_no_model() -> None:
-    with pytest.raises(ConfigError, match="simulate: not together with a model"):
+    with pytest.raises(ConfigError, match="simulate: cannot be combined with a model"):
         TargetConfig(model="m", simulate="step_ms=1")
 
 
@@ -119,11 +119,11 @@ def test_a_simulated_tier_has_no_model() -> None:
     ("options", "named"),
     [
         (StackOptions(simulate_draft="step_ms=1"), "--simulate-draft: needs --simulate-target"),
-        (StackOptions(simulate_target="step_ms=1", target="m"), "not together with --target"),
-        (StackOptions(simulate_target="step_ms=1", draft="m"), "not together with --draft"),
+        (StackOptions(simulate_target="step_ms=1", target="m"), "cannot be combined with --target"),
+        (StackOptions(simulate_target="step_ms=1", draft="m"), "cannot be combined with --draft"),
         (
             StackOptions(simulate_target="step_ms=1", simulate_draft="step_ms=1", draft="none"),
-            "not together with --draft",
+            "cannot be combined with --draft",
         ),
         (StackOptions(simulate_target="survival=1"), "simulate: 'survival=1'"),
         (

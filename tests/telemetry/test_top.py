@@ -54,7 +54,7 @@ async def test_it_shows_requests_speculation_and_replicas(redis_url: str) -> Non
     for words in ("streams 0", "queued 0", "failed 0", "redis up", "target ready 1"):
         assert words in text
     assert re.search(r"acceptance \d+%", text)
-    assert re.search(r"tokens/draft \d\.\d\d", text)
+    assert re.search(r"tokens/drafted round \d\.\d\d", text)
     assert re.search(r"target 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
     assert re.search(r"draft 127\.0\.0\.1:\d+ ready 0 0 0% 0 ", text)
 
