@@ -175,7 +175,7 @@ async def test_a_signal_reports_what_was_measured(redis_url: str, tmp_path: Path
         await eventually(lambda: nothing_held(system))
     assert process.returncode == 128 + signal.SIGINT, failed.decode()
     assert "requests run until all have ended; Ctrl-C reports" in said.decode()
-    assert "stopped: reports the results so far" in said.decode()
+    assert "stopped early: these are the results so far" in said.decode()
     assert " × " not in said.decode(), "who was cut off has not failed"
     told = json.loads((tmp_path / "serve.json").read_text("utf-8"))
     assert told["outrider"]["is_cut"]
