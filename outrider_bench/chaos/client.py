@@ -20,6 +20,9 @@ from outrider_bench.chaos.jobs import ClientBehaviour, Job
 _RETRY_S = 0.1
 
 _Code = grpc.StatusCode
+# Statuses of a request to an orchestrator that a fault ended. CANCELLED: from gRPC's core, for
+# requests that arrive while the server stops.
+_BROKEN = (_Code.UNAVAILABLE, _Code.ABORTED, _Code.CANCELLED)
 
 
 class FaultHistory(Protocol):
@@ -214,7 +217,7 @@ class ResumingClient:
             stream.num_fenced += 1
         elif code is _Code.INVALID_ARGUMENT and redis_faulted and num_received:
             stream.is_not_resumable = True  # its last tokens were sent while Redis was unreachable
-        elif not (code in (_Code.UNAVAILABLE, _Code.ABORTED) and orchestrator_faulted):
+        elif code not in _BROKEN or not orchestrator_faulted:
             how = f"{code.name}: {attempt.detail}"
             stream.problems.append(f"{where} failed at token {len(stream.token_ids)}: {how}")
 

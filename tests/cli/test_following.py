@@ -16,7 +16,9 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
@@ -362,6 +364,34 @@ async def test_first_endpoint_unreachable(place: Place) -> None:
     assert output.token_ids == place.whole.token_ids
     (message,) = following.messages
     assert f"nothing answers at {UNUSED}" in message
+
+
+async def test_request_cancelled_by_a_stopping_server(place: Place) -> None:
+    """gRPC's core ends a request with CANCELLED that arrives as the server stops."""
+
+    async def cancel(request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+
+    async def not_found(request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no such session")
+
+    stopping = grpc.aio.server()
+    handlers = {
+        "Generate": grpc.unary_stream_rpc_method_handler(cancel),
+        "GetSession": grpc.unary_unary_rpc_method_handler(not_found),
+    }
+    stopping.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("outrider.v1.OrchestratorService", handlers),)
+    )
+    port = stopping.add_insecure_port("127.0.0.1:0")
+    await stopping.start()
+    following = Following()
+    try:
+        output = await following.run([f"127.0.0.1:{port}", place.steady], "stopping")
+    finally:
+        await stopping.stop(0)
+    assert output.token_ids == place.whole.token_ids
+    assert any("CANCELLED" in message for message in following.messages)
 
 
 async def test_all_endpoints_unreachable() -> None:
