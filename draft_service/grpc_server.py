@@ -9,13 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from draft_service.messages import (
-    Command,
-    Commit,
-    Event,
-    OpenDraft,
-    Proposed,
-)
+from draft_service.messages import Command, Commit, Event, OpenDraft, Proposed
 from outrider.model_server.messages import FailureReason
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.servicer import ModelServicer, add_failure

@@ -171,7 +171,7 @@ class DraftRow:
     def append(self, num_tokens: int, num_known: int) -> Append:
         """The first `num_tokens` pending tokens. `num_known` is the draft's vocabulary size.
 
-        Token 0 stands for ids outside that vocabulary, which a padded target may emit.
+        Token 0 replaces ids outside that vocabulary, which a padded target may emit.
         """
         sequence = self.block.branch.sequence
         pending = self.drafting.tree.tokens(self.block, sequence.length)

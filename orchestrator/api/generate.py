@@ -77,7 +77,7 @@ class Chunks:
 
 
 class Generate:
-    """The use case. One per orchestrator; lives on the event loop.
+    """The use case. One per orchestrator; used on the event loop only.
 
     `limits` returns the limits for a request that arrives now. `needs_redis` False: generations
     without a session run unrecorded while Redis is unreachable.

@@ -29,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
-    """gRPC handlers of the orchestrator. One per service; lives on the event loop.
+    """gRPC handlers of the orchestrator. One per service; used on the event loop only.
 
     `limits` returns the limits for a request that arrives now. A stream ends when its client has
     not read for `write_timeout_s`.

@@ -8,11 +8,7 @@ from math import inf
 
 import structlog
 
-from orchestrator.replicas.draft_client import (
-    UNRESPONSIVE_RETRY_S,
-    DraftHandle,
-    DraftLink,
-)
+from orchestrator.replicas.draft_client import UNRESPONSIVE_RETRY_S, DraftHandle, DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal

@@ -157,7 +157,7 @@ class SessionStore:
         """Begins a turn: keeps the first `keep_len` committed tokens and appends `token_ids`.
 
         Call it once per lease. Raises LeaseLost. After Unavailable only the same call or release
-        may follow. It succeeds even if other leases came later, provided that none is held now
+        may follow. It succeeds even if other leases came later, provided that none exists now
         and none began a turn (orphans, in `lua`).
         """
         cursor = lease.cursor

@@ -22,7 +22,7 @@ Result = TypeVar("Result", bound=Keyed)
 
 
 class ModelServicer(Generic[Command, Result]):
-    """One per service; lives on the event loop. Subclasses implement the tier's methods."""
+    """Base class; one per service, on the event loop. Subclasses implement the tier's methods."""
 
     def __init__(
         self,

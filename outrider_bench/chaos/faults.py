@@ -30,9 +30,9 @@ class FaultKind(StrEnum):
     STOP = "stop"
     # Adds latency in both directions.
     SLOW = "slow"
-    # Data is held back, then delivered late.
+    # Data is delayed, then delivered.
     HOLD = "hold"
-    # Data is held back, then the connections break.
+    # Data is delayed, then the connections break.
     DROP = "drop"
     # One end receives an end of stream; what the other sends is dropped.
     HALF_CLOSE = "half-close"

@@ -37,7 +37,7 @@ def report(
     options: ServeOptions, campaign: Campaign, slo: Slo | None, console: Console, *, is_cut: bool
 ) -> None:
     """Writes the files and prints the tables. Raises CallFailed if a variant had no response."""
-    by_variant = {name: _stretches(campaign, name) for name in (ON, OFF)}
+    by_variant = {name: _reported_results(campaign, name) for name in (ON, OFF)}
     summaries = {name: summary_of(results, slo) for name, results in by_variant.items() if results}
     document = _document(options, campaign, slo, by_variant, summaries, is_cut)
     path = options.out / f"{options.name}.json"
@@ -74,7 +74,7 @@ def _failures(
             yield f"[red]{name}: {num} × {status}: {escape(detail)}[/]"
 
 
-def _stretches(campaign: Campaign, variant: str) -> list[PhaseResult]:
+def _reported_results(campaign: Campaign, variant: str) -> list[PhaseResult]:
     """Phase results of a variant to report.
 
     For a search: the highest rate that passed, otherwise the last rate tried.

@@ -147,7 +147,7 @@ def _may_miss(lowest: Doubles, bounds: npt.NDArray[np.float32]) -> npt.NDArray[n
 def _floors(
     logits: torch.Tensor, temperatures: Doubles, params: Sequence[SamplingParams]
 ) -> Doubles | None:
-    """Float64 [n]: smallest (scaled logit - peak) that is kept; None: nothing is cut off."""
+    """Float64 [n]: smallest (scaled logit - peak) after min_p, top_k, top_p; None: no cut."""
     rows = np.array([i for i, p in enumerate(params) if warp.cuts_off(p)], np.int64)
     if not len(rows):
         return None
