@@ -13,6 +13,7 @@ from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.tier_drafts import TierDrafts
 from orchestrator.speculation.draft_source import DraftSource, NoDrafts
+from orchestrator.speculation.lookup import LookupDrafts, MatchAcceptance
 from outrider.runtime.protobuf import UINT32, pack, unpack
 from outrider.v1 import draft_pb2, model_pb2
 from tests.orchestrator.replicas.requests import draft_request
@@ -20,13 +21,20 @@ from tests.orchestrator.replicas.test_replica_stream import any_model
 from tests.services.fake_draft import FakeDraft, faking
 
 GAMMA = 3
-PROMPT = [1, 2, 3]
+# The tokens 1 to 8 in turn. A replica proposes them by a rule, a lookup finds them in the prompt.
+PERIOD = 8
+PROMPT = [*range(1, PERIOD + 1), 1, 2, 3]
 MakeSource = Callable[[list[int]], DraftSource]
 Request = draft_pb2.DraftOpen | draft_pb2.DraftCommit
 
 
+def following(last: int, num_tokens: int) -> tuple[int, ...]:
+    """The tokens after `last`."""
+    return tuple((last + k) % PERIOD + 1 for k in range(num_tokens))
+
+
 class CountingDraft:
-    """Proposes the integers after the last committed token."""
+    """Proposes the tokens after the last committed one."""
 
     def __init__(self) -> None:
         self._context: list[int] = []
@@ -38,8 +46,7 @@ class CountingDraft:
         self.gammas.append(gamma)
         if not gamma:
             return []
-        last = self._context[-1]
-        ids = pack(range(last + 1, last + 1 + gamma), UINT32)
+        ids = pack(following(self._context[-1], gamma), UINT32)
         return [
             draft_pb2.Proposal(
                 generation_id=request.generation_id, base_len=len(self._context), token_ids=ids
@@ -68,7 +75,12 @@ async def no_drafts() -> AsyncIterator[MakeSource]:
     yield lambda token_ids: NoDrafts()
 
 
-SOURCES = {"draft tier": tier_drafts, "none": no_drafts}
+@contextlib.asynccontextmanager
+async def lookup_drafts() -> AsyncIterator[MakeSource]:
+    yield lambda token_ids: LookupDrafts(draft_request(token_ids), MatchAcceptance())
+
+
+SOURCES = {"draft tier": tier_drafts, "lookup": lookup_drafts, "none": no_drafts}
 
 
 @pytest.fixture(params=SOURCES)
@@ -100,7 +112,7 @@ async def test_gamma_0_does_not_open_it(make: MakeSource) -> None:
 async def test_open_succeeds_if_may_open(make: MakeSource) -> None:
     source = make(list(PROMPT))
     assert source.open(GAMMA, 1) == source.may_open == source.is_open
-    assert (source.replica is not None) == source.is_open
+    assert source.replica is None or source.is_open
     source.close(keep=False)
 
 
@@ -111,18 +123,18 @@ async def test_proposals_continue_the_committed_tokens(make: MakeSource) -> None
     source.open(GAMMA, 1)
     assert source.num_behind == (len(PROMPT) if source.is_open else 0)
     for _ in range(3):
-        context.append(context[-1] + 1)
+        context += following(context[-1], 1)
         source.refresh()
         source.commit(GAMMA, GAMMA)
         proposal = await source.wait(60.0) if source.is_open else source.propose()
         assert (proposal is not None) == source.is_open
         if proposal is None:
             continue
-        assert proposal.token_ids == tuple(range(context[-1] + 1, context[-1] + 1 + GAMMA))
+        assert proposal.token_ids == following(context[-1], GAMMA)
         assert source.propose() == proposal
         context += proposal.token_ids
     assert source.num_behind == (GAMMA if source.is_open else 0)
-    assert (source.wire_bytes > 0) == source.is_open
+    assert (source.wire_bytes > 0) == (source.replica is not None)
     source.close(keep=True)
 
 
@@ -130,7 +142,7 @@ async def test_proposals_that_assumed_other_tokens_are_dropped(make: MakeSource)
     context = list(PROMPT)
     source = make(context)
     source.open(GAMMA, 1)
-    context.append(context[-1] + 1)
+    context += following(context[-1], 1)
     source.commit(GAMMA, GAMMA)
     if source.is_open:
         assert await source.wait(60.0) is not None
@@ -143,7 +155,7 @@ async def test_a_shorter_proposal_than_requested_is_not_returned(make: MakeSourc
     context = list(PROMPT)
     source = make(context)
     source.open(GAMMA, 1)
-    context.append(context[-1] + 1)
+    context += following(context[-1], 1)
     source.commit(GAMMA, GAMMA)
     if source.is_open:
         assert await source.wait(60.0, GAMMA) is not None

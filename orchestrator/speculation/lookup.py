@@ -1,0 +1,239 @@
+"""Prompt lookup: draft tokens from earlier text of the same context, without a model. Pure.
+
+`PromptLookup` finds the longest suffix of the context that occurred before, and proposes the tokens
+that followed it there (prompt lookup decoding, Saxena 2023; vLLM's n-gram speculation).
+`MatchAcceptance` is the probability that such tokens are right, by the length of the match.
+`LookupDrafts` is the `DraftSource` of them.
+
+The index is that of LZ77 compressors (Deflate, RFC 1951, section 4): the last occurrence of every
+token pair, and a chain to earlier ones. It takes constant time and 9 bytes a token. A suffix
+automaton finds the same matches; in Python it takes 7 times the time and 490 bytes a token.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from orchestrator.speculation.draft_source import DraftRequest
+from orchestrator.speculation.verification import Proposal
+from outrider.sampling.support import Support
+
+# Tokens that `update` adds to the index per call: about 3 ms. Longer prompts take several rounds.
+_MAX_INDEXED = 8192
+# Slots of the table: the next power of 2 above the context's length, within these bounds.
+_MIN_SLOTS, _MAX_SLOTS = 1 << 8, 1 << 17
+# Of the hash of a token pair. Choice: an odd prime.
+_MULTIPLIER = 31_013
+# Earlier occurrences of the last pair that are compared, the most recent ones. Choice: 4 and 64
+# gave the same rate on Python source.
+_MAX_CANDIDATES = 8
+# Tokens that are compared at most. Choice: the highest level of `MatchAcceptance`.
+_MAX_COMPARED = 33
+# A match of this length is followed without looking for a longer one. Choice.
+_GOOD_MATCH = 16
+
+# Acceptance by level before anything is measured. Choice: below the rates in Python source, so that
+# free text is not slowed down.
+_FIRST_RATES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Factor on the counts of a level per observation. Choice: about the last 50 count, as in
+# `acceptance`.
+_DECAY = 0.98
+# Weight of the prior, in observations. Choice: as in `acceptance`.
+_PRIOR_WEIGHT = 8.0
+
+
+class PromptLookup:
+    """Lookup in one context, a list of token ids that its owner extends. Used by one task.
+
+    Call `update` after the context has grown, then `propose`. `observe` is called with the match
+    length and whether the next token of the context was the one after the match: for every token
+    that could have been proposed, used or not. `max_len`: expected final length of the context.
+    """
+
+    def __init__(
+        self,
+        context: Sequence[int],
+        max_len: int,
+        observe: Callable[[int, bool], None] = lambda match_len, is_right: None,
+    ) -> None:
+        self._context = context
+        self._observe = observe
+        num_slots = min(max(1 << max_len.bit_length(), _MIN_SLOTS), _MAX_SLOTS)
+        self._mask = num_slots - 1
+        # By hash of two tokens: position after their last occurrence; 0: none.
+        self._last = array("i", [0]) * num_slots
+        # By position: the one after the occurrence before.
+        self._before = array("i")
+        # Position of the token after the match, if `match_len` is not 0.
+        self._source = 0
+        # Length of the match: the last tokens of the context that equal those before the source.
+        self.match_len = 0
+
+    @property
+    def num_indexed(self) -> int:
+        """Tokens of the context that the index has."""
+        return len(self._before)
+
+    def update(self) -> None:
+        """Adds new tokens of the context to the index, then looks for the longest match."""
+        context, before, last, mask = self._context, self._before, self._last, self._mask
+        begin, end = len(before), min(len(context), len(before) + _MAX_INDEXED)
+        if begin == end:
+            return
+        for position in range(begin, end):
+            if self.match_len:
+                self._follow(context[position])
+            if position < 2:
+                before.append(0)
+                continue
+            slot = (context[position - 2] * _MULTIPLIER + context[position - 1]) & mask
+            before.append(last[slot])
+            last[slot] = position
+        if end < len(context):
+            self.match_len = 0
+        elif self.match_len < _GOOD_MATCH and end >= 2:
+            self._search()
+
+    def propose(self, num_tokens: int) -> tuple[int, ...]:
+        """The `num_tokens` tokens after the match; empty without a match.
+
+        A copy that reaches the end of the context goes on with its own tokens, as in LZ77.
+        """
+        if not self.match_len:
+            return ()
+        found = list(self._context[self._source : self._source + num_tokens])
+        period = len(self._context) - self._source
+        while len(found) < num_tokens:
+            found.append(found[-period])
+        return tuple(found)
+
+    def _follow(self, token_id: int) -> None:
+        """Compares a new token of the context with the one after the match."""
+        is_right = self._context[self._source] == token_id
+        self._observe(self.match_len, is_right)
+        self._source += 1
+        self.match_len = self.match_len + 1 if is_right else 0
+
+    def _search(self) -> None:
+        """Takes the longest match that is longer than the current one; of equals the last."""
+        context = self._context
+        previous, newest = context[-2], context[-1]
+        candidate = self._last[(previous * _MULTIPLIER + newest) & self._mask]
+        for _ in range(_MAX_CANDIDATES):
+            if not candidate:
+                return
+            if context[candidate - 1] == newest and context[candidate - 2] == previous:
+                length, longest = 2, min(candidate, _MAX_COMPARED)
+                while length < longest and context[candidate - length - 1] == context[-length - 1]:
+                    length += 1
+                if length > self.match_len:
+                    self.match_len, self._source = length, candidate
+            candidate = self._before[candidate]
+
+
+class MatchAcceptance:
+    """Probability that the token after a match is right, by level: the length in powers of 2.
+
+    Counts of recent tokens, combined with a prior. The prior of a generation is the model of all
+    generations; the prior of that one is a constant.
+    """
+
+    def __init__(self, prior: MatchAcceptance | None = None) -> None:
+        self._prior = prior
+        self._num_seen = [0.0] * len(_FIRST_RATES)
+        self._num_right = [0.0] * len(_FIRST_RATES)
+
+    def observe(self, match_len: int, is_right: bool) -> None:
+        """Counts a token after a match of `match_len` tokens."""
+        level = _level(match_len)
+        self._num_seen[level] = _DECAY * self._num_seen[level] + 1
+        self._num_right[level] = _DECAY * self._num_right[level] + is_right
+        if self._prior is not None:
+            self._prior.observe(match_len, is_right)
+
+    def rates(self) -> list[float]:
+        """[level]: acceptance rate."""
+        priors = self._prior.rates() if self._prior is not None else _FIRST_RATES
+        return [
+            (right + _PRIOR_WEIGHT * prior) / (seen + _PRIOR_WEIGHT)
+            for seen, right, prior in zip(self._num_seen, self._num_right, priors, strict=True)
+        ]
+
+    def survival(self, match_len: int, gamma: int) -> list[float]:
+        """[k]: probability that at least k + 1 tokens after the match are right."""
+        rates = self.rates()
+        product, survival = 1.0, []
+        for length in range(match_len, match_len + gamma):
+            product *= rates[_level(length)]
+            survival.append(product)
+        return survival
+
+
+def _level(match_len: int) -> int:
+    """0, 1, 2, … for 2, 3 to 4, 5 to 8, … tokens."""
+    return min((match_len - 1).bit_length(), len(_FIRST_RATES)) - 1
+
+
+class LookupDrafts:
+    """`DraftSource` of prompt lookup. Its proposals are ready at once, so it never waits.
+
+    A proposal is a function of the committed tokens: the distribution of each draft token has all
+    its mass on that token, so verification is exact as for any other draft.
+    """
+
+    replica: str | None = None
+    cached_len = wire_bytes = 0
+
+    def __init__(self, request: DraftRequest, shared: MatchAcceptance) -> None:
+        self.acceptance = MatchAcceptance(shared)
+        self._context = request.token_ids
+        self._has_supports = request.params.needs_supports(request.verification)
+        self._lookup = PromptLookup(request.token_ids, request.max_len, self.acceptance.observe)
+        self._gamma = 0
+        self.may_open, self.is_open = True, False
+
+    @property
+    def num_behind(self) -> int:
+        return len(self._context) - self._lookup.num_indexed if self.is_open else 0
+
+    @property
+    def match_len(self) -> int:
+        """Length of the match that `propose` continues; 0: there is none."""
+        return self._lookup.match_len
+
+    def open(self, gamma: int, lookahead: int) -> bool:
+        self._gamma, self.is_open = gamma, gamma > 0 and self.may_open
+        return self.is_open
+
+    def refresh(self) -> None:
+        pass
+
+    def propose(self, min_tokens: int = 1) -> Proposal | None:
+        if not self.is_open or self._gamma < min_tokens:
+            return None
+        self._lookup.update()
+        token_ids = self._lookup.propose(self._gamma)
+        if not token_ids:
+            return None
+        supports = tuple(map(_certain, token_ids)) if self._has_supports else None
+        return Proposal(len(self._context), token_ids, supports)
+
+    def commit(self, gamma: int, ahead_gamma: int) -> None:
+        if self.is_open:
+            self._gamma = max(gamma, ahead_gamma)
+
+    async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
+        return self.propose(min_tokens)
+
+    def suspend(self) -> None:
+        self.may_open = self.is_open = False
+
+    def close(self, *, keep: bool) -> None:
+        self.is_open = False
+
+
+def _certain(token_id: int) -> Support:
+    return Support(np.array([token_id], np.int64), np.ones(1))
