@@ -111,6 +111,20 @@ class Tokenizer:
         """Text of a special token, which `decode` leaves out; None for other tokens."""
         return self._special_texts.get(token_id)
 
+    @property
+    def tokens(self) -> frozenset[str]:
+        """All entries of the vocabulary, added tokens included."""
+        return frozenset(self._backend.get_vocab(with_added_tokens=True))
+
+    def token(self, token_id: int) -> str | None:
+        """Entry of the vocabulary, as its file has it; None: no token has this id."""
+        found: str | None = self._backend.id_to_token(token_id)
+        return found
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
     def split_at_special_tokens(self, text: str) -> list[str | int]:
         """The text's characters, with each special token's text replaced by its id."""
         if self._special_pattern is None:

@@ -76,12 +76,22 @@ class Vocabulary:
         is_ordinary = (self._hashes != 0) & ((self._hashes & _IS_ADDED) == 0)
         return np.flatnonzero(is_ordinary).astype(np.int64)
 
+    def differing_ids(self, other: Vocabulary) -> npt.NDArray[np.int64]:
+        """Ids whose tokens differ, or with a token on one side only; ascending; int64."""
+        return np.flatnonzero(_differs(*self._aligned(other))).astype(np.int64)
+
+    def _aligned(self, other: Vocabulary) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        """Both arrays of hashes, padded to the same length."""
+        size = max(len(self._hashes), len(other._hashes))
+        return (
+            np.pad(self._hashes, (0, size - len(self._hashes))),
+            np.pad(other._hashes, (0, size - len(other._hashes))),
+        )
+
     def difference(self, other: Vocabulary) -> Difference:
         """Counts the ids whose tokens differ."""
-        size = max(len(self._hashes), len(other._hashes))
-        ours, theirs = (np.pad(v._hashes, (0, size - len(v._hashes))) for v in (self, other))
-        # A token that is added on one side and ordinary on the other is the same token.
-        differs = (ours | _IS_ADDED) != (theirs | _IS_ADDED)
+        ours, theirs = self._aligned(other)
+        differs = _differs(ours, theirs)
         is_added = ((ours | theirs) & _IS_ADDED) != 0
         is_ordinary = ((ours | theirs) != 0) & ~is_added
         return Difference(
@@ -90,3 +100,9 @@ class Vocabulary:
             num_ordinary=int((differs & is_ordinary).sum()),
             num_ordinary_total=int(is_ordinary.sum()),
         )
+
+
+def _differs(ours: npt.NDArray[np.uint32], theirs: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """Whether the tokens differ, by id. The same token may be an added one on one side only."""
+    differs: npt.NDArray[np.bool_] = (ours | _IS_ADDED) != (theirs | _IS_ADDED)
+    return differs

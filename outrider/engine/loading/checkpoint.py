@@ -42,7 +42,7 @@ def load_config(name: str) -> Any:
     """Configuration of a causal language model. Raises ModelError."""
     location, local = _locate(name)
     try:
-        with _quiet():
+        with quiet():
             config = _untyped.AutoConfig.from_pretrained(location, local_files_only=local)
     except _LOAD_ERRORS as error:
         raise _as_model_error(name, local, "its configuration", error) from error
@@ -66,7 +66,7 @@ def load_weights(
     location, local = _locate(name)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
-        with _quiet():
+        with quiet():
             model, report = _untyped.AutoModelForCausalLM.from_pretrained(
                 location,
                 config=config,
@@ -144,7 +144,7 @@ def _as_model_error(name: str, local: bool, what: str, error: Exception) -> Mode
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress progress bars and training advice of transformers."""
     logs = _untyped.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()

@@ -178,17 +178,19 @@ def _device(options: EngineOptions) -> torch.device:
     return device
 
 
+def served_dtype(name: str, device_type: str) -> torch.dtype | str:
+    """dtype of the weights on such a device; "auto": the checkpoint's. Raises ConfigError."""
+    if name != "auto" and name not in _DTYPES:
+        raise ConfigError(f"dtype: {name!r} is unknown; expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES.get(name, torch.float32 if device_type == "cpu" else "auto")
+
+
 def _load_module(options: EngineOptions, config: Any, device: torch.device) -> Any:
     """Load the weights, inflate them if asked, and place them on the device or by `device_map`."""
-    if options.dtype != "auto" and options.dtype not in _DTYPES:
-        raise ConfigError(
-            f"dtype: {options.dtype!r} is unknown; expected auto, {', '.join(_DTYPES)}"
-        )
-    auto: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     module = checkpoint.load_weights(
         options.model,
         config,
-        dtype=_DTYPES.get(options.dtype, auto),
+        dtype=served_dtype(options.dtype, device.type),
         attention=ATTENTION_NAME,
         device_map=options.device_map,
     )
