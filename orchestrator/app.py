@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import chain
 from typing import Any
@@ -21,6 +20,7 @@ from orchestrator.api.request_telemetry import RequestTelemetry
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
+from orchestrator.observing import Observing
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.models import check_shared, limits
 from orchestrator.replicas.pairing import Pairing
@@ -29,8 +29,9 @@ from orchestrator.replicas.replica_stream import FetchTokenHashes
 from orchestrator.replicas.target_client import TargetLink
 from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
+from orchestrator.startup import reach_redis, settle_draft, settle_target
 from outrider.client.channel import OpenChannel
-from outrider.errors import ConfigError, Unavailable
+from outrider.errors import ConfigError
 from outrider.redis.registry import Replica, Watcher
 from outrider.replica import CostReport
 from outrider.runtime.grpc_server import REDIS, Server
@@ -53,12 +54,6 @@ STOP_GRACE_S = 2.0
 # Longest wait for the cleanup of cancelled calls while Redis stalls. After it, their leases remain
 # until they expire.
 CLEANUP_WAIT_S = 5.0
-# Longest wait for a draft at the start. After it, serve without one; a draft may join later.
-DRAFT_START_TIMEOUT_S = 5.0
-# Interval of the warning that no target is connected.
-TARGET_WARNING_S = 10.0
-# Interval of attempts to reach Redis at the start.
-REDIS_RETRY_S = 1.0
 # Interval of checks whether Redis accepts writes.
 REDIS_CHECK_S = 1.0
 
@@ -77,7 +72,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         connection_age_s=config.connection_age_s,
         connection_age_grace_s=config.connection_age_grace_s,
     )
-    resources = await _resources(config, security.open_channel)
+    resources, observing = await _resources(config, security.open_channel)
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
     admission.rooms = resources.targets.candidates
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
@@ -86,16 +81,17 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         await server.set_health(REDIS, False)
         async with telemetry("orchestrator", config.host, config) as exporters:
             # Metrics are exposed during the start, too.
-            meter = _meter(exporters, admission, resources, security.protection)
+            meter = _meter(exporters, admission, resources, observing, security.protection)
             server.metrics_port = exporters.exposition.port
             server.services.awaited = "Redis"
-            await _start(resources.store, config.redis_wait_s)
+            await reach_redis(resources.store, config.redis_wait_s)
             server.services.awaited = "a target replica"
             async with (
                 security.reloading(lambda: _renew(pools)),
                 _discovering(config.redis, pools),
                 _connected(resources, exporters.exposition),
                 _checking_redis(resources.store, server),
+                observing.running(),
                 _answering(config, server, resources, admission, meter, exporters.tracing),
             ):
                 yield server
@@ -110,10 +106,10 @@ async def _connected(resources: GenerationContext, exposition: Exposition) -> As
     """Connects to a target, and to a draft if one answers in time, for the block."""
     targets, drafts = resources.targets, resources.drafts
     async with targets.running():
-        await _settle_target(targets)
+        await settle_target(targets)
         exposition.model_name = targets.model.name if targets.model else ""
         async with drafts.running() if drafts is not None else contextlib.nullcontext():
-            await _settle_draft(drafts)
+            await settle_draft(drafts)
             yield
 
 
@@ -173,8 +169,13 @@ def _pools(
     return targets, drafts
 
 
-async def _resources(config: OrchestratorConfig, open_channel: OpenChannel) -> GenerationContext:
-    """Resources of all generations, not connected yet. Raises ConfigError for `tokenizer`."""
+async def _resources(
+    config: OrchestratorConfig, open_channel: OpenChannel
+) -> tuple[GenerationContext, Observing]:
+    """Resources of all generations, not connected yet, and what observes them.
+
+    Raises ConfigError for `tokenizer` and `traffic_dir`.
+    """
     tokenizer = None
     if config.tokenizer:
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
@@ -192,15 +193,26 @@ async def _resources(config: OrchestratorConfig, open_channel: OpenChannel) -> G
         target=targets.costs_of,
         draft=drafts.costs_of if drafts is not None else lambda _: CostReport(),
     )
-    return GenerationContext(
-        targets, drafts, pairing, store, tokenizer, PromptEncoding(), timeouts, costs
+    observing = Observing(config, lambda: targets.model)
+    context = GenerationContext(
+        targets,
+        drafts,
+        pairing,
+        store,
+        tokenizer,
+        PromptEncoding(),
+        timeouts,
+        costs,
+        observers=observing.observers,
     )
+    return context, observing
 
 
 def _meter(
     exporters: Telemetry,
     admission: AdmissionQueue,
     resources: GenerationContext,
+    observing: Observing,
     protection: ServerProtection,
 ) -> OrchestratorMetrics | None:
     """Metrics of the orchestrator; None if they are not exported."""
@@ -211,6 +223,7 @@ def _meter(
     resources.costs.shared.draft_round_trip = meter.distributions[metrics.DRAFT_ROUND_TRIP]
     exporters.exposition.source = lambda: chain(
         readings(meter, admission, resources),
+        observing.readings(),
         protection.readings(admission.rejected, resources.store.certificate_expires_at),
     )
     return meter
@@ -244,40 +257,6 @@ async def _discovering(
         finally:
             for task in watching:
                 task.cancel()
-
-
-async def _start(store: SessionStore, wait_s: float) -> None:
-    """Connects to Redis within `wait_s`. Raises ConfigError for `redis_url`."""
-    give_up_at = time.monotonic() + wait_s
-    while True:
-        try:
-            return await store.start()
-        except Unavailable as error:
-            if time.monotonic() >= give_up_at:
-                raise ConfigError(f"redis_url: {error}") from error
-            log.warning("waiting_for_redis", why=str(error))
-            await asyncio.sleep(REDIS_RETRY_S)
-
-
-async def _settle_target(targets: ReplicaPool[TargetLink]) -> None:
-    """Waits for a target without a limit. Raises ConfigError if all replicas are refused."""
-    while True:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TARGET_WARNING_S):
-                return await targets.settled()
-        conditions = {link.endpoint: link.condition for link in targets.links.values()}
-        log.warning("waiting_for_target", replicas=conditions or "none known")
-
-
-async def _settle_draft(drafts: ReplicaPool[DraftLink] | None) -> None:
-    """Waits for a draft for some seconds."""
-    if drafts is None:
-        return
-    try:
-        async with asyncio.timeout(DRAFT_START_TIMEOUT_S):
-            await drafts.settled()
-    except (TimeoutError, ConfigError) as error:
-        log.warning("serving_without_draft", why=str(error) or "no draft replica answers")
 
 
 async def _update_health(targets: ReplicaPool[TargetLink], server: Server) -> None:

@@ -16,6 +16,7 @@ import orchestrator.app
 import orchestrator.replicas.draft_client
 import orchestrator.replicas.replica_stream
 import orchestrator.replicas.target_client
+import orchestrator.startup
 import outrider.model_server.stream
 import outrider.redis.embedded
 import outrider.runtime.heartbeat
@@ -35,7 +36,7 @@ def patient() -> Iterator[None]:
         patch.setattr(outrider.runtime.heartbeat, "_CLIENT_MAX_MISSED", _MANY_BEATS)
         patch.setattr(orchestrator.replicas.draft_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.replicas.target_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
-        patch.setattr(orchestrator.app, "DRAFT_START_TIMEOUT_S", _LONG_S)
+        patch.setattr(orchestrator.startup, "DRAFT_START_TIMEOUT_S", _LONG_S)
         store_options = partial(StoreOptions, socket_timeout_s=_LONG_S)
         patch.setattr(orchestrator.app, "StoreOptions", store_options)
         patch.setattr(outrider.redis.embedded, "START_TIMEOUT_S", _LONG_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from orchestrator.generation.cleanup import Cleanup
+from orchestrator.generation.observation import MakeObservers, unobserved
 from orchestrator.generation.prompt_encoder import PromptEncoding
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pairing import Pairing
@@ -40,3 +41,4 @@ class GenerationContext:
     timeouts: Timeouts
     costs: CostBook
     cleanup: Cleanup = field(default_factory=Cleanup)
+    observers: MakeObservers = unobserved

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from orchestrator.admission.ticket import AdmissionTicket
 from orchestrator.generation.context import GenerationContext
+from orchestrator.generation.observation import Observation, ObservedRound
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.preparation import PreparedTurn
 from orchestrator.generation.recorder import MAX_CHUNK_TOKENS, Recorder
@@ -51,6 +52,7 @@ class Generation:
         self._lease = lease
         self._turn = prepared.turn
         self._state = prepared.state
+        self._observation = Observation(context.observers(prepared, lease))
         self._policy = GammaPolicy(
             context.costs.pair(),
             request.max_gamma,
@@ -113,12 +115,14 @@ class Generation:
         return TierDrafts(context.drafts, draft_request, replica)
 
     def _target_request(self, priority: int) -> TargetRequest:
+        params = self._request.params
+        num_logprobs = self._observation.num_logprobs(params.logprobs)
         return TargetRequest(
             session_id=self._lease.scoped_id,
             epoch=self._lease.epoch,
             prompt_len=self._state.prompt_len,
             max_len=self._state.max_len,
-            params=self._request.params,
+            params=replace(params, logprobs=num_logprobs),
             priority=priority,
         )
 
@@ -213,7 +217,10 @@ class Generation:
 
     def _commit(self, result: VerifyResult) -> Commitment:
         base_len = self._state.committed_len
-        commitment = self._state.commit(self._target.proposal, result)
+        proposal, replica = self._target.proposal, self._target.replica
+        commitment = self._state.commit(proposal, result)
+        if (outcome := self._state.outcome) is not None:
+            self._observation.observe(ObservedRound(base_len, proposal, result, outcome, replica))
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)
         num_cached = min(commitment.num_accepted_tokens, result.num_run)
@@ -282,6 +289,7 @@ class Generation:
             target_kv, draft_kv = self._target.kv(epoch), self._draft_kv()
         self._target.close(keep=keep)
         self._drafting.close(keep=keep)
+        self._observation.ended(self._state)
         recorder = self._recorder
         if not await recorder.release(target_kv, draft_kv, is_named=is_named, is_done=is_done):
             self._context.cleanup.in_background(recorder.retry_release())

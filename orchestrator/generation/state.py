@@ -20,6 +20,7 @@ from orchestrator.speculation.verification import (
 )
 from outrider.errors import InternalError
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.verify import VerifyOutcome
 
 
 class TokenOrigin(Enum):
@@ -161,6 +162,8 @@ class GenerationState:
         self.verification = verification
         self.counts = SpeculationCounts()
         self.finish: Finish | None = None
+        # Of the last round, before it was cut at a stop.
+        self.outcome: VerifyOutcome | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._text = text
 
@@ -191,13 +194,14 @@ class GenerationState:
             raise InternalError("the generation has already ended")
         base_len = self.committed_len
         outcome = verify_proposal(proposal, reply, self.params, self.verification, base_len)
+        self.outcome = outcome
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []
         text_ends: list[int] = []
         own_token = () if outcome.next_token is None else (outcome.next_token,)
         for position, token_id in enumerate((*drafts[: outcome.num_accepted], *own_token)):
             origin = _origin(position, outcome.num_accepted, len(drafts))
-            logprobs = logprobs_of(token_id, position, proposal, reply)
+            logprobs = logprobs_of(token_id, position, proposal, reply, self.params.logprobs)
             tokens.append(EmittedToken(token_id, origin, logprobs))
             self.token_ids.append(token_id)
             self.finish = self._finish_at(token_id)

@@ -141,11 +141,20 @@ def verify_proposal(
 
 
 def logprobs_of(
-    token_id: int, position: int, proposal: Proposal | None, result: VerifyResult
+    token_id: int,
+    position: int,
+    proposal: Proposal | None,
+    result: VerifyResult,
+    num_top: int | None,
 ) -> TokenLogprobs | None:
-    """Log-probabilities of the token emitted at a position of the block; None unless requested."""
-    if result.sample_logprobs is None or result.top_ids is None or result.top_logprobs is None:
+    """Log-probabilities of the token emitted at a position of the block, and of the `num_top` best.
+
+    None if `num_top` is None. The result may have more: for an observer of the generation.
+    """
+    if num_top is None or result.sample_logprobs is None:
         return None
+    assert result.top_ids is not None, "they come together"
+    assert result.top_logprobs is not None, "they come together"
     logprob = float(result.sample_logprobs[position])
     supports = proposal.supports if proposal is not None else None
     if supports is not None and result.support_logprobs is not None and position < len(supports):
@@ -154,6 +163,6 @@ def logprobs_of(
             logprob = float(result.support_logprobs[position][index])
     return TokenLogprobs(
         logprob,
-        tuple(result.top_ids[position].tolist()),
-        tuple(result.top_logprobs[position].tolist()),
+        tuple(result.top_ids[position, :num_top].tolist()),
+        tuple(result.top_logprobs[position, :num_top].tolist()),
     )

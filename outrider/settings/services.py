@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from outrider.settings.addresses import require_address, require_endpoint, require_host
 from outrider.settings.fields import require, require_port, setting
+from outrider.settings.observation import ObservationSettings
 from outrider.settings.redis_address import RedisAddress
 from outrider.settings.security import OrchestratorSettings, TierSettings
 from outrider.settings.simulation import Simulation
@@ -151,7 +152,7 @@ class DraftConfig(ModelServiceConfig):
 
 
 @dataclass(frozen=True)
-class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
+class OrchestratorConfig(OrchestratorSettings, ObservationSettings, TelemetrySettings):
     """`python -m orchestrator`."""
 
     target_endpoint: str = setting(
@@ -267,6 +268,7 @@ class OrchestratorConfig(OrchestratorSettings, TelemetrySettings):
         require(self.redis_wait_s >= 0, "redis_wait_s", "must be 0 or more")
         self.check_server()
         self.check_telemetry()
+        self.check_observation()
         self.redis_at(self.redis_url)  # raises where the settings do not fit it
         for name, values in _CHOICES:
             require(getattr(self, name) in values, name, f"must be {' or '.join(values)}")

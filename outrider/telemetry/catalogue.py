@@ -213,6 +213,14 @@ REDIS_UP = _gauge(
     "1 if the last Redis command succeeded; 0: records are buffered until Redis is back.",
 )
 
+# --- Orchestrator: observation ---
+TRAFFIC_RECORDS = _counter(
+    "traffic_records",
+    "Generations sampled for traffic_dir: written; or dropped, because writing was too slow or "
+    "failed.",
+    "outcome",
+)
+
 # --- Both model services ---
 REPLICA_STATE = _gauge(
     "replica_state", "1 for the replica's current state, 0 for the others.", "tier", "state"

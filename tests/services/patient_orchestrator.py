@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 import orchestrator.app
+import orchestrator.startup
 from outrider.runtime.main import run_until_signalled
 from outrider.settings.services import OrchestratorConfig
 
 if __name__ == "__main__":
-    orchestrator.app.DRAFT_START_TIMEOUT_S = 60.0
+    orchestrator.startup.DRAFT_START_TIMEOUT_S = 60.0
     sys.exit(run_until_signalled("orchestrator", OrchestratorConfig, orchestrator.app.serving))

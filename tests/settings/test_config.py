@@ -110,6 +110,12 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
         {"stop_grace_s": -1.0},
         {"durability": "sometimes"},
         {"without_redis": "pray"},
+        {"traffic_dir": ""},
+        {"traffic_share": 0.0},
+        {"traffic_share": 1.5},
+        {"traffic_top_tokens": 21},
+        {"traffic_max_mb": 1},
+        {"traffic_max_age_h": 0.0},
     ],
 )
 def test_settings_out_of_range_are_named(given: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import orchestrator.app
+import orchestrator.startup
 from outrider.errors import Unavailable
 from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry.scraping import Scrape
@@ -63,7 +64,7 @@ async def starting(**settings: Any) -> AsyncIterator[Starting]:
 
 async def test_without_a_target(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No replica is ready, Redis is up. The log repeats what is missing."""
-    monkeypatch.setattr(orchestrator.app, "TARGET_WARNING_S", 0.1)
+    monkeypatch.setattr(orchestrator.startup, "TARGET_WARNING_S", 0.1)
     async with starting(redis_url=redis_url) as started:
 
         async def is_logged() -> bool:

@@ -1,0 +1,40 @@
+"""Settings of recorded traffic and of the losslessness audit, a base class for `services`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.sampling.params import MAX_LOGPROBS
+from outrider.settings.fields import require, setting
+
+MAX_PLANTED_BIAS = 0.5
+
+
+@dataclass(frozen=True)
+class ObservationSettings:
+    """What the orchestrator records of its traffic, and what it checks. Both are off by default."""
+
+    traffic_dir: str | None = setting(
+        None,
+        "directory to record sampled generations in, for outrider distill: token ids and the "
+        "target's most likely tokens; unset: nothing is recorded",
+    )
+    traffic_share: float = setting(0.01, "share of the generations to record in traffic_dir")
+    traffic_top_tokens: int = setting(
+        MAX_LOGPROBS, "most likely tokens to record at each position of an output"
+    )
+    traffic_max_mb: int = setting(
+        1024, "megabytes of recorded traffic to keep; the oldest files are deleted first"
+    )
+    traffic_max_age_h: float = setting(
+        168.0, "hours after which a file of recorded traffic is deleted"
+    )
+
+    def check_observation(self) -> None:
+        """Checks these settings. Raises ConfigError."""
+        require(self.traffic_dir != "", "traffic_dir", "must be a directory, or unset")
+        require(0 < self.traffic_share <= 1, "traffic_share", "must be in (0, 1]")
+        is_allowed = 1 <= self.traffic_top_tokens <= MAX_LOGPROBS
+        require(is_allowed, "traffic_top_tokens", f"must be 1 to {MAX_LOGPROBS}")
+        require(self.traffic_max_mb >= 16, "traffic_max_mb", "must be 16 or more")
+        require(self.traffic_max_age_h > 0, "traffic_max_age_h", "must be more than 0")
