@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from draft_service.messages import Command, Commit, Event, OpenDraft, Proposed
+from draft_service.messages import Command, Commit, Event, OpenDraft, Proposed, TargetIdentity
+from outrider.errors import InvalidRequest
 from outrider.model_server.messages import FailureReason
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.servicer import ModelServicer, add_failure
@@ -34,6 +35,10 @@ _REASONS = {
     FailureReason.NON_FINITE: draft_pb2.DraftLost.REASON_INTERNAL,
     FailureReason.DRAINING: draft_pb2.DraftLost.REASON_DRAINING,
 }
+
+# Characters of a target's name or fingerprint, and those of the fingerprint in session keys.
+_MAX_NAME_CHARS = 1024
+_SHORT = 12
 
 
 class DraftServicer(ModelServicer[Command, Event], draft_pb2_grpc.DraftServiceServicer):
@@ -68,9 +73,20 @@ class _Peer(StreamPeer[Command, Event]):
     def __init__(self, peer_id: int, max_context_len: int) -> None:
         super().__init__(peer_id)
         self._max_context_len = max_context_len
+        self._target = TargetIdentity()
+
+    def commands(self, frame: draft_pb2.ProposeRequest) -> list[Command]:
+        if frame.HasField("target"):
+            self._target = _target(frame.target)
+        return super().commands(frame)
+
+    def session_key(self, session_id: str) -> str:
+        """Sessions of two targets may have the same id."""
+        return f"{self._target.model_fingerprint[:_SHORT]}:{session_id}"
 
     def opening(self, key: GenerationKey, item: draft_pb2.DraftOpen) -> OpenDraft:
-        return _open(key, item, self._max_context_len)
+        session_id = self.session_key(session_id_from_proto(item.session_id))
+        return _open(key, item, session_id, self._target, self._max_context_len)
 
     def requests(self, frame: draft_pb2.ProposeRequest) -> Iterable[draft_pb2.DraftCommit]:
         return frame.commits
@@ -79,10 +95,26 @@ class _Peer(StreamPeer[Command, Event]):
         return _commit(key, item, self._max_context_len)
 
 
-def _open(key: GenerationKey, item: draft_pb2.DraftOpen, max_tokens: int) -> OpenDraft:
+def _target(message: draft_pb2.DraftTarget) -> TargetIdentity:
+    for name, text in (
+        ("target.name", message.name),
+        ("target.model_fingerprint", message.model_fingerprint),
+    ):
+        if len(text) > _MAX_NAME_CHARS:
+            raise InvalidRequest(name, f"{len(text)} characters; at most {_MAX_NAME_CHARS}")
+    return TargetIdentity(message.name, message.model_fingerprint)
+
+
+def _open(
+    key: GenerationKey,
+    item: draft_pb2.DraftOpen,
+    session_id: str,
+    target: TargetIdentity,
+    max_tokens: int,
+) -> OpenDraft:
     return OpenDraft(
         key=key,
-        session_id=session_id_from_proto(item.session_id),
+        session_id=session_id,
         epoch=item.epoch,
         token_ids=unpack(item.token_ids, UINT32, "token_ids", max_tokens).astype(np.int64),
         prompt_len=item.prompt_len,
@@ -95,6 +127,7 @@ def _open(key: GenerationKey, item: draft_pb2.DraftOpen, max_tokens: int) -> Ope
         fan_out=item.fan_out,
         vocab_size=item.vocab_size,
         tells_unlikely=item.tells_unlikely,
+        target=target,
     )
 
 

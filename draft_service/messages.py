@@ -31,6 +31,14 @@ class SupportWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TargetIdentity:
+    """Target that a stream's generations belong to. Mirrors draft.proto's DraftTarget."""
+
+    name: str = ""
+    model_fingerprint: str = ""
+
+
+@dataclass(frozen=True)
 class OpenDraft:
     key: GenerationKey
     session_id: str
@@ -46,6 +54,7 @@ class OpenDraft:
     fan_out: int
     vocab_size: int
     tells_unlikely: bool = False
+    target: TargetIdentity = TargetIdentity()
 
     def check(self, max_gamma: int) -> None:
         """Raises InvalidRequest if a field is out of range. `max_gamma` is the replica's."""
@@ -87,10 +96,24 @@ Command = OpenDraft | Commit | Close | Forget
 
 
 @dataclass(frozen=True)
+class TargetStatistics:
+    """Mirrors draft.proto's DraftTargetLoad."""
+
+    name: str
+    model_fingerprint: str
+    num_open_generations: int
+    num_waiting_generations: int
+    num_run_tokens_total: int
+    num_compared_tokens_total: int
+    num_agreed_tokens_total: int
+
+
+@dataclass(frozen=True)
 class DraftStatistics(ServiceStatistics):
     """Mirrors draft.proto's DraftLoad."""
 
     num_waiting_generations: int = 0
+    targets: tuple[TargetStatistics, ...] = ()
 
 
 @dataclass(frozen=True)

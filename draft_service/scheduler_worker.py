@@ -1,8 +1,9 @@
 """Worker of the draft tier: sessions, speculation trees, one batched forward pass for all of them.
 
 A step applies the new commands first, so outdated drafting stops within one step. It then samples
-one token per row: first for the blocks that orchestrators wait for, oldest first, then for the
-most likely blocks drafted ahead of a verify result, within the row budget (`tree.row_budget`).
+one token per row: first for the blocks that orchestrators wait for, then for the most likely blocks
+drafted ahead of a verify result, within the row budget (`tree.row_budget`) and in the order of
+`work_queues`. Targets share rows, tokens and KV pages fairly.
 Every method runs on the device thread.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from draft_service.fair_kv import FairKVWorker
 from draft_service.messages import (
     Command,
     Commit,
@@ -22,25 +24,23 @@ from draft_service.messages import (
     Proposed,
     SupportWeights,
 )
-from draft_service.tree.acceptance import DraftAcceptance
 from draft_service.tree.block import DraftBlock
-from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession
-from draft_service.tree.row_budget import RowBudget, best_extensions
+from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession, sample_rows
+from draft_service.tree.row_budget import RowBudget
+from draft_service.work_queues import WorkQueues
 from outrider.engine import Append, SampledToken, ServedEngine
 from outrider.engine import Sequence as KVSequence
-from outrider.engine.interface import Logits
-from outrider.errors import InvalidRequest, NonFiniteLogits
+from outrider.errors import InvalidRequest
 from outrider.model_server.messages import Close, Failure, Forget
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
 from outrider.model_server.step_costs import StepCosts
-from outrider.model_server.worker import GenerationWorker, Reclaimable
 
 # A row with more pending tokens than this is a prompt: it is processed in chunks.
 _MAX_ROW_TOKENS = 16
 
 
-class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
+class Proposer(FairKVWorker):
     """Drafts for all open generations; owns their KV. `DraftConfig` describes the settings."""
 
     def __init__(
@@ -61,23 +61,22 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
             prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
-        self._drafting: dict[GenerationKey, DraftSession] = {}
-        # Generations whose root block is incomplete, oldest first.
-        self._needed: dict[GenerationKey, DraftSession] = {}
-        # Generations that may have something to draft ahead.
-        self._ahead: dict[GenerationKey, DraftSession] = {}
+        self._queues = WorkQueues(max_step_tokens)
         self._budget = RowBudget(self.costs, max_branches)
-        self._acceptance = DraftAcceptance()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._needed or self._ahead)
+        return bool(self._queues)
 
     def _keys_with_work(self) -> list[GenerationKey]:
-        return list({**self._needed, **self._ahead})
+        return self._queues.keys()
 
     def statistics(self) -> DraftStatistics:
-        return DraftStatistics(**self._counts(), num_waiting_generations=len(self._needed))
+        return DraftStatistics(
+            **self._counts(),
+            num_waiting_generations=self._queues.num_needed,
+            targets=self._targets.statistics(),
+        )
 
     def _context_of(self, command: Command) -> Ids | None:
         return command.token_ids if isinstance(command, OpenDraft) else None
@@ -105,7 +104,10 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
                 "token_ids", f"{committed_len} leave no room for drafts; at most {max_len - 2}"
             )
         sampler = self._engine.sampler(command.params, command.prompt_len, command.vocab_size)
-        generation = DraftGeneration(command.key, sampler, command.verification, command.vocab_size)
+        target = self._targets.get(command.target)
+        generation = DraftGeneration(
+            command.key, sampler, command.verification, command.vocab_size, target
+        )
         live = self._opened(
             command.session_id, command.epoch, None, max_len, (0, time.monotonic()), generation
         )
@@ -115,15 +117,8 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         live.token_ids[:committed_len] = command.token_ids
         drafting = DraftSession(self._engine.store, live, command)
         self._drafting[command.key] = drafting
-        self._enqueue(drafting)
-
-    def _reclaims(
-        self, live: LiveGeneration[DraftGeneration], *, preempts: bool
-    ) -> list[Reclaimable]:
-        """Branches go first, a tree at a time: that of the oldest commit first."""
-        trees = sorted(self._drafting.values(), key=lambda drafting: drafting.committed_at)
-        branches = [Reclaimable(tree.branch_sequences, tree.prune) for tree in trees]
-        return [*branches, *super()._reclaims(live, preempts=preempts)]
+        target.num_open += 1
+        self._queues.update(drafting)
 
     def _sequences_of(self, live: LiveGeneration[DraftGeneration]) -> Collection[KVSequence]:
         return (live.sequence, *self._drafting[live.state.key].branch_sequences)
@@ -139,40 +134,32 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
             return []
         command.check(self._max_gamma, drafting.live.state.vocab_size)
         walk = drafting.commit(command)
-        self._acceptance.observe(walk.verified, has_supports=drafting.live.state.has_supports)
+        target = drafting.target
+        target.observe(walk.verified, has_supports=drafting.live.state.has_supports)
         now = time.monotonic()
         if command.gamma:
-            self._budget.observe_round(now - drafting.committed_at, command.ahead_gamma)
+            target.pace.observe(now - drafting.committed_at, command.ahead_gamma)
         drafting.committed_at = now
-        self._enqueue(drafting)
+        self._queues.update(drafting)
         return [drafting.proposed(block) for block in drafting.tree.updates()]
-
-    def _enqueue(self, drafting: DraftSession) -> None:
-        """Updates both queues after a change. A generation already queued keeps its place."""
-        key = drafting.key
-        if not drafting.tree.is_needed:
-            self._needed.pop(key, None)
-        elif key not in self._needed:
-            self._needed[key] = drafting
-        self._ahead[key] = drafting
 
     def _close(self, key: GenerationKey, *, keep: bool) -> None:
         drafting = self._drafting.pop(key, None)
         if drafting is None:
             return
-        self._needed.pop(key, None)
-        self._ahead.pop(key, None)
+        self._queues.remove(key)
+        drafting.target.num_open -= 1
         drafting.end()
         self._table.cache_prefix(drafting.live, drafting.tree.committed_len)
         self._table.close(drafting.live, keep=keep)
 
     def _gather(self) -> list[DraftRow]:
         """The rows of the next pass: needed blocks first, then the most likely extensions."""
-        num_needed, num_rows = self._budget.num_rows(len(self._needed))
+        paces = [target.pace for target in self._targets.active]
+        num_needed, num_rows = self._budget.num_rows(self._queues.num_needed, paces)
         if not num_rows:  # nothing is needed or allowed: idle until the next command
-            self._ahead.clear()
-        needed = list(self._needed.values())[:num_needed]
-        rows = self._with_room([DraftRow(drafting, drafting.tree.root) for drafting in needed])
+            self._queues.clear_ahead()
+        rows = self._with_room(self._queues.needed(num_needed))
         ahead = self._gather_ahead(num_rows - len(rows))
         # Rows gathered later may have preempted the generations of earlier ones.
         return [row for row in rows if row.key in self._drafting] + ahead
@@ -197,7 +184,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         if num_rows <= 0:
             return []
         rows: list[DraftRow] = []
-        for drafting, extension in best_extensions(self._ahead, num_rows):
+        for drafting, extension in self._queues.ahead(num_rows):
             if not drafting.is_begun and not self._begin(drafting):
                 continue
             if not self._is_open(drafting, extension.block):
@@ -207,7 +194,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
                 if block is not None and drafting.has_room(block):
                     rows.append(DraftRow(drafting, block))
                 elif not extension.opens:  # nothing is drafted ahead until something changes
-                    self._ahead.pop(drafting.key, None)
+                    self._queues.drop_ahead(drafting.key)
         return [row for row in rows if self._is_open(row.drafting, row.block)]
 
     def _is_open(self, drafting: DraftSession, block: DraftBlock) -> bool:
@@ -226,7 +213,7 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         """Runs one forward pass: a token for every short row, prompts within their budget."""
         started_at = time.perf_counter()
         appends: list[Append] = []
-        sampling_rows: list[DraftRow] = []
+        ran: list[tuple[DraftRow, int]] = []
         rows = [row for row in work if row.num_pending <= _MAX_ROW_TOKENS]
         prompts = [row for row in work if row.num_pending > _MAX_ROW_TOKENS]
         budget = self._prompt_budget(rows)
@@ -238,12 +225,16 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
             if not num_tokens:
                 break
             appends.append(row.append(num_tokens, self._engine.info.vocab_size))
-            if appends[-1].num_logits:
-                sampling_rows.append(row)
+            ran.append((row, num_tokens))
+        self._queues.settle(ran)
+        sampling_rows = [
+            row for (row, _), part in zip(ran, appends, strict=True) if part.num_logits
+        ]
         logits = self._engine.forward(appends)
         for row in prompts:
             self._table.cache_prefix(row.drafting.live, row.drafting.tree.committed_len)
-        events = self._apply(sampling_rows, self._sample(sampling_rows, logits))
+        sampled = sample_rows(self._engine, self.health, sampling_rows, logits)
+        events = self._apply(sampling_rows, sampled)
         # The time includes sampling: it decides, too, how many rows fit into a round.
         self._observe(appends, time.perf_counter() - started_at)
         return events
@@ -267,25 +258,6 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
             return True
         return False
 
-    def _sample(self, rows: Sequence[DraftRow], logits: Logits) -> list[SampledToken | Exception]:
-        """Samples a token for each row; a row's own error in its place.
-
-        NaN or infinite logits after draft tokens give a placeholder instead of an error: dropping
-        the draft tokens would bias the output (docs/concepts/exactness.md). Such rows do not count
-        as failed passes.
-        """
-        results: list[SampledToken | Exception] = []
-        observed: list[SampledToken | Exception] = []
-        sampled = self._engine.sample([row.ask() for row in rows], logits)
-        for row, token in zip(rows, sampled, strict=True):
-            if isinstance(token, NonFiniteLogits) and not row.is_committed:
-                results.append(row.placeholder(token))
-            else:
-                results.append(token)
-                observed.append(token)
-        self.health.observe(observed)
-        return results
-
     def _apply(
         self, rows: Sequence[DraftRow], sampled: Sequence[SampledToken | Exception]
     ) -> list[Proposed | Failure]:
@@ -306,10 +278,11 @@ class Proposer(GenerationWorker[Command, Proposed, DraftGeneration, DraftRow]):
         tree, generation = row.drafting.tree, row.drafting.live.state
         candidates: Sequence[tuple[int, float]] = ()
         if tree.looks_ahead:
-            candidates = self._acceptance.estimate(token, has_supports=generation.has_supports)
+            acceptance = row.drafting.target.acceptance
+            candidates = acceptance.estimate(token, has_supports=generation.has_supports)
         support = SupportWeights(*token.support) if token.support else None
         has_update = tree.add(row.block, token.token_id, support, candidates)
-        self._enqueue(row.drafting)
+        self._queues.update(row.drafting)
         return [row.drafting.proposed(row.block)] if has_update else []
 
 

@@ -162,7 +162,7 @@ def _pools(
     drafts = ReplicaPool(
         "draft",
         lambda endpoint, on_change: DraftLink(
-            endpoint, pairing.check_draft, on_change, open_channel
+            endpoint, pairing.check_draft, on_change, open_channel, pairing.paired_target
         ),
         config.draft_endpoints,
     )

@@ -7,18 +7,29 @@ other generations are `scheduler_worker`'s. Device thread only.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
 from draft_service.messages import Commit, OpenDraft, Proposed
+from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch, KVBranches
 from draft_service.tree.tree import SpeculationTree, Walk
-from outrider.engine import Append, KVStore, SampledToken, Sampler, SampleRequest, Sequence
-from outrider.engine.interface import NUM_CANDIDATES
+from outrider.engine import (
+    Append,
+    KVStore,
+    SampledToken,
+    Sampler,
+    SampleRequest,
+    Sequence,
+    ServedEngine,
+)
+from outrider.engine.interface import NUM_CANDIDATES, Logits
 from outrider.errors import KVFull, NonFiniteLogits
+from outrider.model_server.failure_policy import PassHealth
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
 from outrider.sampling.params import Verification
@@ -37,6 +48,7 @@ class DraftGeneration:
     sampler: Sampler
     verification: Verification
     vocab_size: int
+    target: ServedTarget
 
     @property
     def has_supports(self) -> bool:
@@ -71,6 +83,10 @@ class DraftSession:
     @property
     def key(self) -> GenerationKey:
         return self.live.state.key
+
+    @property
+    def target(self) -> ServedTarget:
+        return self.live.state.target
 
     def commit(self, command: Commit) -> Walk:
         """Like SpeculationTree.commit; also frees the KV of dropped blocks."""
@@ -205,3 +221,25 @@ class DraftRow:
         candidates = np.arange(num_candidates if generation.has_supports else 0)
         scores = np.zeros(len(candidates), np.float32)
         return SampledToken(0, certain if has_support else None, candidates, scores)
+
+
+def sample_rows(
+    engine: ServedEngine, health: PassHealth, rows: Seq[DraftRow], logits: Logits
+) -> list[SampledToken | Exception]:
+    """Samples a token for each row; a row's own error in its place.
+
+    NaN or infinite logits after draft tokens give a placeholder instead of an error: dropping the
+    draft tokens would bias the output (docs/concepts/exactness.md). Such rows do not count as
+    failed passes.
+    """
+    results: list[SampledToken | Exception] = []
+    observed: list[SampledToken | Exception] = []
+    sampled = engine.sample([row.ask() for row in rows], logits)
+    for row, token in zip(rows, sampled, strict=True):
+        if isinstance(token, NonFiniteLogits) and not row.is_committed:
+            results.append(row.placeholder(token))
+        else:
+            results.append(token)
+            observed.append(token)
+    health.observe(observed)
+    return results

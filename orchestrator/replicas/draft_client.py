@@ -9,15 +9,18 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import grpc
 import structlog
 
+from orchestrator.replicas.pairing import PairedTarget
 from orchestrator.replicas.proposal_message import proposal_from_proto
-from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ReplicaLink
+from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ModelCheck, ReplicaLink
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
+from outrider.client.channel import OpenChannel, open_plain
 from outrider.errors import InvalidRequest
 from outrider.runtime.protobuf import (
     UINT32,
@@ -215,6 +218,20 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
     open_type = draft_pb2.DraftOpen
     close_type = draft_pb2.DraftClose
     _round_trip_s = 0.0
+    # Whether the stream's first frame, which names the target, is still to be sent.
+    _is_first_frame = False
+
+    def __init__(
+        self,
+        endpoint: str,
+        check_model: ModelCheck,
+        on_change: Callable[[], None],
+        open_channel: OpenChannel = open_plain,
+        find_target: Callable[[], PairedTarget | None] = lambda: None,
+    ) -> None:
+        """As ReplicaLink. `find_target`: the orchestrator's target; None: not known."""
+        super().__init__(endpoint, check_model, on_change, open_channel)
+        self._find_target = find_target
 
     def open(self, request: DraftRequest, gamma: int, lookahead: int) -> DraftHandle:
         """Open a generation. `gamma`: draft tokens per round from its second round on.
@@ -272,10 +289,14 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         return await stub.GetModelInfo(request, timeout=MODEL_INFO_TIMEOUT_S)
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
+        self._is_first_frame = True
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()
 
     def _frame(self, items: list[Item]) -> draft_pb2.ProposeRequest:
+        target = self._find_target() if self._is_first_frame else None
+        self._is_first_frame = False
         return draft_pb2.ProposeRequest(
+            target=None if target is None else draft_pb2.DraftTarget(**asdict(target)),
             opens=[item for item in items if isinstance(item, draft_pb2.DraftOpen)],
             commits=[item for item in items if isinstance(item, draft_pb2.DraftCommit)],
             closes=[item for item in items if isinstance(item, draft_pb2.DraftClose)],

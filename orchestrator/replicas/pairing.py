@@ -30,6 +30,14 @@ class DraftMatch:
     is_assumed: bool = False
 
 
+@dataclass(frozen=True)
+class PairedTarget:
+    """The target as a draft replica is told of it. Mirrors draft.proto's DraftTarget."""
+
+    name: str
+    model_fingerprint: str
+
+
 class Pairing:
     """Checks that links make at each connection. Runs on the event loop."""
 
@@ -119,6 +127,11 @@ class Pairing:
             )
         log.warning("draft_vocabulary_differs", model=model.name, num_ids=difference.num_ids)
         self.draft = DraftMatch(difference.num_ids)
+
+    def paired_target(self) -> PairedTarget | None:
+        """The target, for a draft that `check_draft` accepted; None before a target connects."""
+        served = self._served
+        return PairedTarget(served.name, served.model_fingerprint) if served is not None else None
 
     async def _difference(
         self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from outrider.model_server.messages import ServiceStatistics
@@ -32,7 +32,7 @@ class Announcement:
     def __init__(self, tier: str, address: str, status: ReplicaStatus) -> None:
         self._status = status
         self._statistics: Callable[[], ServiceStatistics] = ServiceStatistics
-        self._announcer: Announcer | None = None
+        self._announcers: list[Announcer] = []
         # The id names a process, not an address: a restarted replica is a new one.
         replica_id = secrets.token_hex(6)
         self._replica = Replica(tier, replica_id, address, status.state)
@@ -52,8 +52,8 @@ class Announcement:
 
     def renew(self) -> None:
         """Announces the current state at once, without waiting for the next interval."""
-        if self._announcer is not None:
-            self._announcer.renew()
+        for announcer in self._announcers:
+            announcer.renew()
 
     def replica(self) -> Replica:
         """The record as of now."""
@@ -66,21 +66,19 @@ class Announcement:
         )
 
     @contextlib.asynccontextmanager
-    async def announced(self, redis: RedisAddress | None) -> AsyncIterator[None]:
-        """Announces the replica for the time of a block; does nothing where `redis` is None.
+    async def announced(self, registries: Sequence[RedisAddress]) -> AsyncIterator[None]:
+        """Announces the replica in each registry for the time of a block.
 
-        Raises ConfigError if the address is invalid.
+        Raises ConfigError if an address is invalid.
         """
-        if redis is None:
-            yield
-            return
-        self._announcer = Announcer(redis, self.replica)
+        self._announcers = [Announcer(redis, self.replica) for redis in registries]
         async with asyncio.TaskGroup() as tasks:
-            announcing = tasks.create_task(self._announcer.run(), name="announcer")
+            running = [tasks.create_task(each.run(), name="announcer") for each in self._announcers]
             try:
                 yield
             finally:
-                announcing.cancel()
+                for announcing in running:
+                    announcing.cancel()
 
 
 def advertised_address(config: ModelServiceConfig, port: int) -> str:

@@ -91,7 +91,7 @@ async def model_serving(
         announcement = Announcement(tier, advertised_address(config, server.port), status)
         async with (
             telemetry(tier, config.host, config) as exporters,
-            announcement.announced(config.redis),
+            announcement.announced(config.registries),
         ):
             meter = _meter(exporters, tier, status, protection)
             watch = ReplicaTelemetry(meter, exporters.tracing)

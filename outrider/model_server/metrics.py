@@ -27,6 +27,16 @@ _STATISTICS = {
     metrics.NUM_PREEMPTIONS: "num_preempted_total",
     metrics.DRAFT_QUEUE: "num_waiting_generations",
 }
+# Metrics by target, of the draft tier.
+_TARGET_STATISTICS = {
+    metrics.DRAFT_TARGET_OPEN: "num_open_generations",
+    metrics.DRAFT_TARGET_QUEUE: "num_waiting_generations",
+    metrics.DRAFT_TARGET_TOKENS: "num_run_tokens_total",
+    metrics.DRAFT_TARGET_COMPARED: "num_compared_tokens_total",
+    metrics.DRAFT_TARGET_AGREED: "num_agreed_tokens_total",
+}
+# Characters of a fingerprint, as in logs.
+_SHORT = 12
 
 
 class ModelServerMetrics:
@@ -80,3 +90,9 @@ class ModelServerMetrics:
             if (value := getattr(statistics, field, None)) is not None:
                 labels = (self._tier,) if metric.labels else ()
                 yield Reading(metric, {labels: value})
+        targets = {
+            (target.name, target.model_fingerprint[:_SHORT]): target
+            for target in getattr(statistics, "targets", ())
+        }
+        for metric, field in _TARGET_STATISTICS.items() if targets else ():
+            yield Reading(metric, {names: getattr(t, field) for names, t in targets.items()})

@@ -99,7 +99,12 @@ class StreamPeer(ABC, Generic[Command, Result]):
             self.open_keys.discard(key)
             commands.append(Close(key, keep=item.keep))
         no_generation = GenerationKey(self.id, 0)
-        return commands + [Forget(no_generation, name) for name in frame.forget_session_ids]
+        sessions = [self.session_key(session_id) for session_id in frame.forget_session_ids]
+        return commands + [Forget(no_generation, session) for session in sessions]
+
+    def session_key(self, session_id: str) -> str:
+        """Name of the session at this replica."""
+        return session_id
 
     def closing(self) -> list[Command]:
         """Commands that close every open generation, for the end of the stream."""

@@ -231,7 +231,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         Those it may preempt do not count: reserving room for them could block it indefinitely.
         """
         num_running = sum(
-            other.has_pages and not (preempts and other.urgency > live.urgency)
+            other.has_pages and not self._may_preempt(live, other, preempts=preempts)
             for other in self._table.live_sessions()
         )
         if not num_running:
@@ -252,19 +252,19 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         A preempted generation is recomputed: its orchestrator opens it again when there is room.
         The order is total, so the first one always continues and every one is served eventually.
         """
-        if not (live.has_pages or preempts):
-            return []
-        others = [
-            other
-            for other in self._table.live_sessions()
-            if other.has_pages and other.urgency > live.urgency and other is not live
-        ]
+        others = [other for other in self._table.live_sessions() if other.has_pages]
+        others = [other for other in others if self._may_preempt(live, other, preempts=preempts)]
         others.sort(key=lambda other: other.urgency, reverse=True)
         return [Reclaimable(self._sequences_of(o), partial(self._preempt, o)) for o in others]
 
+    def _may_preempt(
+        self, live: LiveGeneration[State], other: LiveGeneration[State], *, preempts: bool
+    ) -> bool:
+        return (live.has_pages or preempts) and other.urgency > live.urgency
+
     def _preempt(self, victim: LiveGeneration[State]) -> None:
         self._num_preempted += 1
-        why = "preempted by a generation that is more urgent or began earlier"
+        why = "preempted by a generation that is more urgent, earlier, or within its target's share"
         self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
 
     def _sequences_of(self, live: LiveGeneration[State]) -> Collection[KVSequence]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -18,6 +19,10 @@ from outrider.settings.telemetry import TelemetrySettings
 
 Config = TypeVar("Config")
 
+
+MAX_REGISTRIES = 16
+# A password may contain commas.
+_BETWEEN_URLS = re.compile(r",(?=\s*[a-z]+://)")
 
 # Settings that a simulated tier does not take.
 _MODEL_SETTINGS = (
@@ -76,7 +81,9 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     prefix_cache: bool = setting(True, "reuse the KV of prompts with a common prefix")
     calibration_s: float = setting(3.0, "seconds spent at start measuring forward passes")
     redis_url: str | None = setting(
-        None, "Redis in which the replica registers itself; unset: no registry", may_be_secret=True
+        None,
+        "Redis in which the replica registers itself; several, comma-separated; unset: no registry",
+        may_be_secret=True,
     )
     advertise: str | None = setting(
         None, "host:port at which orchestrators reach this replica; unset: where it listens"
@@ -120,16 +127,17 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
             require_address(self.advertise, "advertise")
         self.check_server()
         self.check_telemetry()
-        if self.redis_url is not None:
-            self.redis_at(self.redis_url)  # raises where the settings do not fit it
+        num_registries = len(self.registries)  # raises where the settings do not fit a URL
+        require(num_registries <= MAX_REGISTRIES, "redis_url", f"at most {MAX_REGISTRIES} URLs")
         for name, least in (("kv_cache_tokens", 16), ("num_threads", 1), ("max_model_len", 2)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
 
     @property
-    def redis(self) -> RedisAddress | None:
-        """Address of the registry's Redis; None: no registry."""
-        return self.redis_at(self.redis_url) if self.redis_url is not None else None
+    def registries(self) -> tuple[RedisAddress, ...]:
+        """Each Redis in which the replica registers itself: one for each target that it serves."""
+        urls = _BETWEEN_URLS.split(self.redis_url) if self.redis_url is not None else ()
+        return tuple(self.redis_at(url.strip()) for url in urls)
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,34 @@ NUM_PREEMPTIONS = _counter(
     "num_preemptions", "Generations preempted by more urgent or earlier ones.", vllm=True
 )
 DRAFT_QUEUE = _gauge("draft_queue", "Generations waiting for draft tokens.")
+# By the target's model name and the start of its fingerprint.
+DRAFT_TARGET_OPEN = _gauge(
+    "draft_target_generations", "Open generations by target.", "target", "fingerprint"
+)
+DRAFT_TARGET_QUEUE = _gauge(
+    "draft_target_queue",
+    "Generations waiting for draft tokens, by target.",
+    "target",
+    "fingerprint",
+)
+DRAFT_TARGET_TOKENS = _counter(
+    "draft_target_tokens",
+    "Tokens run for a target: context, draft tokens, and those drafted ahead.",
+    "target",
+    "fingerprint",
+)
+DRAFT_TARGET_COMPARED = _counter(
+    "draft_target_compared_tokens",
+    "Draft tokens compared with committed ones, up to the first that differs, by target.",
+    "target",
+    "fingerprint",
+)
+DRAFT_TARGET_AGREED = _counter(
+    "draft_target_agreed_tokens",
+    "Compared draft tokens that were equal to the committed ones, by target.",
+    "target",
+    "fingerprint",
+)
 
 # --- All three programs ---
 CALLS_REFUSED = _counter(

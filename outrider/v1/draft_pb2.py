@@ -26,7 +26,7 @@ from outrider.v1 import model_pb2 as outrider_dot_v1_dot_model__pb2
 from outrider.v1 import sampling_pb2 as outrider_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/draft.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"<\n\x1f\x44raftServiceGetModelInfoRequest\x12\x19\n\x11with_token_hashes\x18\x01 \x01(\x08\"\xc0\x01\n DraftServiceGetModelInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.outrider.v1.DraftLoad\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xa1\x02\n\tDraftLoad\x12\x1c\n\x14num_open_generations\x18\x01 \x01(\r\x12\x19\n\x11num_idle_sessions\x18\x02 \x01(\r\x12\x18\n\x10num_opened_total\x18\x03 \x01(\x04\x12\x18\n\x10num_closed_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12 \n\x18num_prefill_tokens_total\x18\x06 \x01(\x04\x12\'\n\x1fnum_prefix_queried_tokens_total\x18\x07 \x01(\x04\x12#\n\x1bnum_prefix_hit_tokens_total\x18\x08 \x01(\x04\x12\x1f\n\x17num_waiting_generations\x18\t \x01(\r\"\xbd\x01\n\x0eProposeRequest\x12%\n\x05opens\x18\x01 \x03(\x0b\x32\x16.outrider.v1.DraftOpen\x12)\n\x07\x63ommits\x18\x02 \x03(\x0b\x32\x18.outrider.v1.DraftCommit\x12\'\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x17.outrider.v1.DraftClose\x12\x1a\n\x12\x66orget_session_ids\x18\x04 \x03(\t\x12\x14\n\x0cheartbeat_ms\x18\x05 \x01(\r\"\xe6\x02\n\tDraftOpen\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x12\n\nprompt_len\x18\x05 \x01(\r\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12/\n\x0cverification\x18\x08 \x01(\x0e\x32\x19.outrider.v1.Verification\x12\r\n\x05gamma\x18\t \x01(\r\x12\x11\n\tlookahead\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x13\n\x0b\x61head_gamma\x18\x0c \x01(\r\x12\x0f\n\x07\x66\x61n_out\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x16\n\x0etells_unlikely\x18\x0f \x01(\x08\"r\n\x0b\x44raftCommit\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\r\n\x05gamma\x18\x04 \x01(\r\x12\x13\n\x0b\x61head_gamma\x18\x05 \x01(\r\"1\n\nDraftClose\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x0c\n\x04keep\x18\x02 \x01(\x08\"\xb4\x01\n\x0fProposeResponse\x12(\n\tproposals\x18\x01 \x03(\x0b\x32\x15.outrider.v1.Proposal\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.outrider.v1.DraftLost\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xa4\x01\n\x08Proposal\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x19\n\x11\x61ssumed_token_ids\x18\x02 \x01(\x0c\x12\x10\n\x08\x62\x61se_len\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x15\n\rsupport_sizes\x18\x05 \x01(\x0c\x12\x13\n\x0bsupport_ids\x18\x06 \x01(\x0c\x12\x15\n\rsupport_probs\x18\x07 \x01(\x0c\"\xf0\x01\n\tDraftLost\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.outrider.v1.DraftLost.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x8c\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_KV_FULL\x10\x01\x12\x16\n\x12REASON_BAD_MESSAGE\x10\x02\x12\x14\n\x10REASON_DISPLACED\x10\x03\x12\x13\n\x0fREASON_INTERNAL\x10\x04\x12\x13\n\x0fREASON_DRAINING\x10\x05\x32\xc5\x01\n\x0c\x44raftService\x12H\n\x07Propose\x12\x1b.outrider.v1.ProposeRequest\x1a\x1c.outrider.v1.ProposeResponse(\x01\x30\x01\x12k\n\x0cGetModelInfo\x12,.outrider.v1.DraftServiceGetModelInfoRequest\x1a-.outrider.v1.DraftServiceGetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/draft.proto\x12\x0boutrider.v1\x1a\x17outrider/v1/model.proto\x1a\x1aoutrider/v1/sampling.proto\"<\n\x1f\x44raftServiceGetModelInfoRequest\x12\x19\n\x11with_token_hashes\x18\x01 \x01(\x08\"\xc0\x01\n DraftServiceGetModelInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.outrider.v1.ModelInfo\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.outrider.v1.DraftLoad\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xd0\x02\n\tDraftLoad\x12\x1c\n\x14num_open_generations\x18\x01 \x01(\r\x12\x19\n\x11num_idle_sessions\x18\x02 \x01(\r\x12\x18\n\x10num_opened_total\x18\x03 \x01(\x04\x12\x18\n\x10num_closed_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12 \n\x18num_prefill_tokens_total\x18\x06 \x01(\x04\x12\'\n\x1fnum_prefix_queried_tokens_total\x18\x07 \x01(\x04\x12#\n\x1bnum_prefix_hit_tokens_total\x18\x08 \x01(\x04\x12\x1f\n\x17num_waiting_generations\x18\t \x01(\r\x12-\n\x07targets\x18\n \x03(\x0b\x32\x1c.outrider.v1.DraftTargetLoad\"\xdb\x01\n\x0f\x44raftTargetLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1c\n\x14num_open_generations\x18\x03 \x01(\r\x12\x1f\n\x17num_waiting_generations\x18\x04 \x01(\r\x12\x1c\n\x14num_run_tokens_total\x18\x05 \x01(\x04\x12!\n\x19num_compared_tokens_total\x18\x06 \x01(\x04\x12\x1f\n\x17num_agreed_tokens_total\x18\x07 \x01(\x04\"6\n\x0b\x44raftTarget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"\xe7\x01\n\x0eProposeRequest\x12%\n\x05opens\x18\x01 \x03(\x0b\x32\x16.outrider.v1.DraftOpen\x12)\n\x07\x63ommits\x18\x02 \x03(\x0b\x32\x18.outrider.v1.DraftCommit\x12\'\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x17.outrider.v1.DraftClose\x12\x1a\n\x12\x66orget_session_ids\x18\x04 \x03(\t\x12\x14\n\x0cheartbeat_ms\x18\x05 \x01(\r\x12(\n\x06target\x18\x06 \x01(\x0b\x32\x18.outrider.v1.DraftTarget\"\xe6\x02\n\tDraftOpen\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x12\n\nprompt_len\x18\x05 \x01(\r\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12/\n\x0cverification\x18\x08 \x01(\x0e\x32\x19.outrider.v1.Verification\x12\r\n\x05gamma\x18\t \x01(\r\x12\x11\n\tlookahead\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x13\n\x0b\x61head_gamma\x18\x0c \x01(\r\x12\x0f\n\x07\x66\x61n_out\x18\r \x01(\r\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x16\n\x0etells_unlikely\x18\x0f \x01(\x08\"r\n\x0b\x44raftCommit\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\r\n\x05gamma\x18\x04 \x01(\r\x12\x13\n\x0b\x61head_gamma\x18\x05 \x01(\r\"1\n\nDraftClose\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x0c\n\x04keep\x18\x02 \x01(\x08\"\xb4\x01\n\x0fProposeResponse\x12(\n\tproposals\x18\x01 \x03(\x0b\x32\x15.outrider.v1.Proposal\x12&\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x16.outrider.v1.DraftLost\x12%\n\x05\x63osts\x18\x03 \x01(\x0b\x32\x16.outrider.v1.StepCosts\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.outrider.v1.ReplicaState\"\xa4\x01\n\x08Proposal\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12\x19\n\x11\x61ssumed_token_ids\x18\x02 \x01(\x0c\x12\x10\n\x08\x62\x61se_len\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x15\n\rsupport_sizes\x18\x05 \x01(\x0c\x12\x13\n\x0bsupport_ids\x18\x06 \x01(\x0c\x12\x15\n\rsupport_probs\x18\x07 \x01(\x0c\"\xf0\x01\n\tDraftLost\x12\x15\n\rgeneration_id\x18\x01 \x01(\r\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.outrider.v1.DraftLost.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x8c\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_KV_FULL\x10\x01\x12\x16\n\x12REASON_BAD_MESSAGE\x10\x02\x12\x14\n\x10REASON_DISPLACED\x10\x03\x12\x13\n\x0fREASON_INTERNAL\x10\x04\x12\x13\n\x0fREASON_DRAINING\x10\x05\x32\xc5\x01\n\x0c\x44raftService\x12H\n\x07Propose\x12\x1b.outrider.v1.ProposeRequest\x1a\x1c.outrider.v1.ProposeResponse(\x01\x30\x01\x12k\n\x0cGetModelInfo\x12,.outrider.v1.DraftServiceGetModelInfoRequest\x1a-.outrider.v1.DraftServiceGetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTSERVICEGETMODELINFORESPONSE']._serialized_start=156
   _globals['_DRAFTSERVICEGETMODELINFORESPONSE']._serialized_end=348
   _globals['_DRAFTLOAD']._serialized_start=351
-  _globals['_DRAFTLOAD']._serialized_end=640
-  _globals['_PROPOSEREQUEST']._serialized_start=643
-  _globals['_PROPOSEREQUEST']._serialized_end=832
-  _globals['_DRAFTOPEN']._serialized_start=835
-  _globals['_DRAFTOPEN']._serialized_end=1193
-  _globals['_DRAFTCOMMIT']._serialized_start=1195
-  _globals['_DRAFTCOMMIT']._serialized_end=1309
-  _globals['_DRAFTCLOSE']._serialized_start=1311
-  _globals['_DRAFTCLOSE']._serialized_end=1360
-  _globals['_PROPOSERESPONSE']._serialized_start=1363
-  _globals['_PROPOSERESPONSE']._serialized_end=1543
-  _globals['_PROPOSAL']._serialized_start=1546
-  _globals['_PROPOSAL']._serialized_end=1710
-  _globals['_DRAFTLOST']._serialized_start=1713
-  _globals['_DRAFTLOST']._serialized_end=1953
-  _globals['_DRAFTLOST_REASON']._serialized_start=1813
-  _globals['_DRAFTLOST_REASON']._serialized_end=1953
-  _globals['_DRAFTSERVICE']._serialized_start=1956
-  _globals['_DRAFTSERVICE']._serialized_end=2153
+  _globals['_DRAFTLOAD']._serialized_end=687
+  _globals['_DRAFTTARGETLOAD']._serialized_start=690
+  _globals['_DRAFTTARGETLOAD']._serialized_end=909
+  _globals['_DRAFTTARGET']._serialized_start=911
+  _globals['_DRAFTTARGET']._serialized_end=965
+  _globals['_PROPOSEREQUEST']._serialized_start=968
+  _globals['_PROPOSEREQUEST']._serialized_end=1199
+  _globals['_DRAFTOPEN']._serialized_start=1202
+  _globals['_DRAFTOPEN']._serialized_end=1560
+  _globals['_DRAFTCOMMIT']._serialized_start=1562
+  _globals['_DRAFTCOMMIT']._serialized_end=1676
+  _globals['_DRAFTCLOSE']._serialized_start=1678
+  _globals['_DRAFTCLOSE']._serialized_end=1727
+  _globals['_PROPOSERESPONSE']._serialized_start=1730
+  _globals['_PROPOSERESPONSE']._serialized_end=1910
+  _globals['_PROPOSAL']._serialized_start=1913
+  _globals['_PROPOSAL']._serialized_end=2077
+  _globals['_DRAFTLOST']._serialized_start=2080
+  _globals['_DRAFTLOST']._serialized_end=2320
+  _globals['_DRAFTLOST_REASON']._serialized_start=2180
+  _globals['_DRAFTLOST_REASON']._serialized_end=2320
+  _globals['_DRAFTSERVICE']._serialized_start=2323
+  _globals['_DRAFTSERVICE']._serialized_end=2520
 # @@protoc_insertion_point(module_scope)

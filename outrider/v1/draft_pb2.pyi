@@ -28,7 +28,7 @@ class DraftServiceGetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., load: _Optional[_Union[DraftLoad, _Mapping]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class DraftLoad(_message.Message):
-    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total", "num_waiting_generations")
+    __slots__ = ("num_open_generations", "num_idle_sessions", "num_opened_total", "num_closed_total", "kv_used_tokens", "num_prefill_tokens_total", "num_prefix_queried_tokens_total", "num_prefix_hit_tokens_total", "num_waiting_generations", "targets")
     NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IDLE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPENED_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class DraftLoad(_message.Message):
     NUM_PREFIX_QUERIED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
     num_open_generations: int
     num_idle_sessions: int
     num_opened_total: int
@@ -47,21 +48,50 @@ class DraftLoad(_message.Message):
     num_prefix_queried_tokens_total: int
     num_prefix_hit_tokens_total: int
     num_waiting_generations: int
-    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ..., num_waiting_generations: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[DraftTargetLoad]
+    def __init__(self, num_open_generations: _Optional[int] = ..., num_idle_sessions: _Optional[int] = ..., num_opened_total: _Optional[int] = ..., num_closed_total: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., num_prefill_tokens_total: _Optional[int] = ..., num_prefix_queried_tokens_total: _Optional[int] = ..., num_prefix_hit_tokens_total: _Optional[int] = ..., num_waiting_generations: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[DraftTargetLoad, _Mapping]]] = ...) -> None: ...
+
+class DraftTargetLoad(_message.Message):
+    __slots__ = ("name", "model_fingerprint", "num_open_generations", "num_waiting_generations", "num_run_tokens_total", "num_compared_tokens_total", "num_agreed_tokens_total")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUN_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPARED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_AGREED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    model_fingerprint: str
+    num_open_generations: int
+    num_waiting_generations: int
+    num_run_tokens_total: int
+    num_compared_tokens_total: int
+    num_agreed_tokens_total: int
+    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_open_generations: _Optional[int] = ..., num_waiting_generations: _Optional[int] = ..., num_run_tokens_total: _Optional[int] = ..., num_compared_tokens_total: _Optional[int] = ..., num_agreed_tokens_total: _Optional[int] = ...) -> None: ...
+
+class DraftTarget(_message.Message):
+    __slots__ = ("name", "model_fingerprint")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    model_fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
 
 class ProposeRequest(_message.Message):
-    __slots__ = ("opens", "commits", "closes", "forget_session_ids", "heartbeat_ms")
+    __slots__ = ("opens", "commits", "closes", "forget_session_ids", "heartbeat_ms", "target")
     OPENS_FIELD_NUMBER: _ClassVar[int]
     COMMITS_FIELD_NUMBER: _ClassVar[int]
     CLOSES_FIELD_NUMBER: _ClassVar[int]
     FORGET_SESSION_IDS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     opens: _containers.RepeatedCompositeFieldContainer[DraftOpen]
     commits: _containers.RepeatedCompositeFieldContainer[DraftCommit]
     closes: _containers.RepeatedCompositeFieldContainer[DraftClose]
     forget_session_ids: _containers.RepeatedScalarFieldContainer[str]
     heartbeat_ms: int
-    def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
+    target: DraftTarget
+    def __init__(self, opens: _Optional[_Iterable[_Union[DraftOpen, _Mapping]]] = ..., commits: _Optional[_Iterable[_Union[DraftCommit, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[DraftClose, _Mapping]]] = ..., forget_session_ids: _Optional[_Iterable[str]] = ..., heartbeat_ms: _Optional[int] = ..., target: _Optional[_Union[DraftTarget, _Mapping]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
     __slots__ = ("generation_id", "session_id", "epoch", "token_ids", "prompt_len", "max_len", "sampling", "verification", "gamma", "lookahead", "vocab_size", "ahead_gamma", "fan_out", "traceparent", "tells_unlikely")

@@ -67,7 +67,7 @@ def test_an_error_of_no_generation_fails_all_that_have_work(
     """The worker goes on, and the error counts as a failed pass."""
     draft.run(*(opening(number, lookahead=0) for number in (1, 2, 3)))
 
-    def fail(num_waiting: int) -> tuple[int, int]:
+    def fail(num_waiting: int, paces: object) -> tuple[int, int]:
         raise RuntimeError("no budget")
 
     errors: list[Exception] = []

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from draft_service.messages import Commit, OpenDraft
+from draft_service.messages import Commit, OpenDraft, TargetIdentity
+from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession
 from outrider.engine import Append, EngineOptions, Sequence, load_engine
@@ -78,7 +79,8 @@ class Play:
         self.num_full = 0
         ids = self.prob.integers(VOCAB_SIZE, size=self.prompt_len)
         sampler = self.engine.sampler(SAMPLING, self.prompt_len, VOCAB_SIZE)
-        state = DraftGeneration(KEY, sampler, Verification.REJECTION, VOCAB_SIZE)
+        target = ServedTarget(TargetIdentity())
+        state = DraftGeneration(KEY, sampler, Verification.REJECTION, VOCAB_SIZE, target)
         self.table: SessionTable[DraftGeneration] = SessionTable(store, 60.0)
         self.live = self.table.open("s", 1, None, MAX_LEN, (0, 0.0), state)
         self.live.token_ids[: self.prompt_len] = ids

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from draft_service.fair_share import FairShare
 from draft_service.tree.kv_branches import Branch
-from draft_service.tree.row_budget import RowBudget, best_extensions
+from draft_service.tree.row_budget import RoundPace, RowBudget, best_extensions
 from draft_service.tree.tree import SpeculationTree
 from outrider.engine import Engine, EngineOptions, KVStore, load_engine
 from outrider.model_server import step_costs as costs
@@ -63,20 +65,31 @@ def test_rows_that_take_time_are_for_waiting_generations(budgets: Budgets) -> No
 
 def test_drafting_ahead_takes_at_most_a_round(budgets: Budgets) -> None:
     for round_s, fewest, most in ((0.01, 1, 1), (0.1, 8, 16), (10.0, MAX_BRANCHES, MAX_BRANCHES)):
-        budget = budgets.of(BY_ROWS)
+        budget, pace = budgets.of(BY_ROWS), RoundPace()
         for _ in range(100):
-            budget.observe_round(round_s, 4)
-        waiting, total = budget.num_rows(0)
+            pace.observe(round_s, 4)
+        waiting, total = budget.num_rows(0, [pace])
         assert waiting == 0
         assert fewest <= total <= most
 
 
 def test_a_pause_does_not_count_as_a_long_round(budgets: Budgets) -> None:
-    budget = budgets.of(BY_ROWS)
+    budget, pace = budgets.of(BY_ROWS), RoundPace()
     for _ in range(100):
-        budget.observe_round(0.01, 4)
-    budget.observe_round(1000.0, 4)
-    assert budget.num_rows(0) == (0, 1)
+        pace.observe(0.01, 4)
+    pace.observe(1000.0, 4)
+    assert budget.num_rows(0, [pace]) == (0, 1)
+
+
+def test_the_target_with_the_shortest_rounds_limits_drafting_ahead(budgets: Budgets) -> None:
+    """Rows for the other must not make its blocks late. A target without a round does not count."""
+    budget, fast, slow = budgets.of(BY_ROWS), RoundPace(), RoundPace()
+    for _ in range(100):
+        fast.observe(0.1, 4)
+        slow.observe(1.0, 4)
+    of_fast, of_slow = (budget.num_rows(0, [pace]) for pace in (fast, slow))
+    assert of_fast < of_slow
+    assert budget.num_rows(0, [slow, RoundPace(), fast]) == of_fast
 
 
 @pytest.mark.parametrize("seconds", [FLAT, BY_ROWS])
@@ -94,9 +107,10 @@ def test_without_measured_costs_all_rows_are_taken() -> None:
 @dataclass(eq=False)
 class Owner:
     tree: SpeculationTree
+    target: str = "one"
 
 
-def owner(*probs: float, fan_out: int = 8) -> Owner:
+def owner(*probs: float, fan_out: int = 8, target: str = "one") -> Owner:
     """An owner whose prompt was run; `probs`: probabilities of the next token."""
     tree = SpeculationTree(
         np.zeros(64, np.int64),
@@ -108,13 +122,15 @@ def owner(*probs: float, fan_out: int = 8) -> Owner:
         fan_out=fan_out,
     )
     tree.add(tree.root, 0, None, list(enumerate(probs)))
-    return Owner(tree)
+    return Owner(tree, target)
 
 
-def taken(owners: dict[str, Owner], num_rows: int) -> list[float]:
+def taken(
+    owners: dict[str, Owner], num_rows: int, share: FairShare[Hashable] | None = None
+) -> list[float]:
     """The probabilities of the rows; opens the alternatives."""
     rows = []
-    for made, extension in best_extensions(owners, num_rows):
+    for made, extension in best_extensions(owners, num_rows, share or FairShare()):
         rows.append(round(extension.prob, 6))
         if extension.opens:
             made.tree.open(extension.block, extension.block.branch)
@@ -127,6 +143,18 @@ def test_the_most_likely_of_all_trees_come_first() -> None:
     assert [len(made.tree.root.children) for made in owners.values()] == [2, 2]
     # What is open goes on; the rest has its turn after it.
     assert taken(owners, 100) == [0.6, 0.5, 0.4, 0.2, 0.1, 0.05]
+
+
+def test_targets_take_turns_whatever_their_probabilities() -> None:
+    """So a target that accepts less is drafted ahead for as well."""
+    a, b, c = owner(0.6, 0.2), owner(0.5, 0.4), owner(0.3, 0.1, target="other")
+    assert taken({"a": a, "b": b, "c": c}, 4) == [0.6, 0.3, 0.5, 0.1]
+    share: FairShare[Hashable] = FairShare()
+    singles = [
+        taken({"a": owner(0.6, 0.2), "c": owner(0.3, 0.1, target="other")}, 1, share)
+        for _ in range(4)
+    ]
+    assert sorted(singles) == [[0.3], [0.3], [0.6], [0.6]], "one row a pass: they alternate"
 
 
 def test_fan_out_limits_the_openings_of_a_step() -> None:
