@@ -176,6 +176,10 @@ async def call_failed(
         return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} did not respond in time")
     if status := _HTTP_STATUS.search(words):
         return CallFailed(f"{code}: {_http_response(endpoint, status[1])}")
+    if error.code() is grpc.StatusCode.CANCELLED:
+        # Not by an orchestrator, whose errors have trailers: by a proxy, or by gRPC's core in a
+        # server that stops, for requests that no handler has taken yet.
+        return CallFailed(f"UNAVAILABLE: {endpoint} is stopping: it cancelled the request")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return CallFailed(
             f"{code}: {endpoint} is not an orchestrator of this version (a model service?): "

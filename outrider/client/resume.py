@@ -21,8 +21,8 @@ _RETRY_INTERVAL_S = 0.2
 # A broken stream keeps its session in use until its orchestrator notices the break.
 _DELETE_TIMEOUT_S = 5.0
 # Statuses after which a stream or a first request is sent to another orchestrator. ABORTED is not
-# among them: it means that another client uses the session. CANCELLED is: not this client cancelled
-# but a proxy, or gRPC's core in a server that stops, for requests that no handler has taken yet.
+# among them: it means that another client uses the session. CANCELLED is: this client did not read
+# for a while, because it was suspended.
 _BROKEN = ("UNAVAILABLE", "CANCELLED")
 # While a broken stream is being resumed, these may be temporary as well.
 _TEMPORARY = (*_BROKEN, "ABORTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")

@@ -140,6 +140,22 @@ async def test_a_broken_connection_is_diagnosed() -> None:
     assert "the connection to 127.0.0.1:1 broke; nothing answers at 127.0.0.1:1" in str(failed)
 
 
+async def test_a_foreign_cancellation_is_unavailable() -> None:
+    """gRPC's core cancels requests that arrive while a server stops."""
+    code = grpc.StatusCode.CANCELLED
+    error = grpc.aio.AioRpcError(code, NOTHING, NOTHING, details="CANCELLED")
+    failed = await call_failed(error, "host:1")
+    assert str(failed) == "UNAVAILABLE: host:1 is stopping: it cancelled the request"
+    assert failed.was_heard
+
+
+async def test_a_cancellation_by_an_orchestrator_keeps_its_status() -> None:
+    code = grpc.StatusCode.CANCELLED
+    trailers = grpc.aio.Metadata(("grpc-status-details-bin", b""))
+    error = grpc.aio.AioRpcError(code, NOTHING, trailers, details="unread for 30 s")
+    assert str(await call_failed(error, "host:1")) == "CANCELLED: unread for 30 s"
+
+
 class Gateway(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """Fails every short request with its own message, as a proxy does; a Generate never ends."""
 
