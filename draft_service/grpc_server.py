@@ -56,7 +56,7 @@ class DraftServicer(ModelServicer[Command, Event], draft_pb2_grpc.DraftServiceSe
         request_iterator: AsyncIterator[draft_pb2.ProposeRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        peer = _Peer(next(self._peer_ids), self._model.max_context_len)
+        peer = _DraftPeer(next(self._peer_ids), self._model.max_context_len)
         await self._serve("draft", peer, request_iterator, context, _frame, _requests)
 
 
@@ -67,7 +67,7 @@ def _requests(frame: draft_pb2.ProposeRequest) -> Iterator[tuple[draft_pb2.Draft
             yield commit, commit.gamma
 
 
-class _Peer(StreamPeer[Command, Event]):
+class _DraftPeer(StreamPeer[Command, Event]):
     """Parses the frames of one orchestrator's stream. `max_context_len` in tokens."""
 
     def __init__(self, peer_id: int, max_context_len: int) -> None:

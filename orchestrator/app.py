@@ -16,7 +16,7 @@ from orchestrator.admission.security import Security
 from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
 from orchestrator.api.metrics import OrchestratorMetrics, readings
-from orchestrator.api.request_telemetry import RequestTelemetry
+from orchestrator.api.request_telemetry import ApiTelemetry
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
@@ -74,7 +74,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     )
     resources, observing = await _resources(config, security.open_channel)
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
-    admission.rooms = resources.targets.candidates
+    admission.targets = resources.targets.candidates
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
     try:
         await server.start(config.host, config.port)
@@ -130,7 +130,7 @@ async def _answering(
         use_case,
         resources,
         current_limits,
-        RequestTelemetry(meter, tracing),
+        ApiTelemetry(meter, tracing),
         write_timeout_s=config.write_timeout_s,
     )
     log.info("serving", port=server.port)

@@ -166,12 +166,12 @@ class NonFiniteLogits(InternalError):
 class CallFailed(OutriderError):
     """A call failed: status code, then the server's message.
 
-    `was_heard`: False if no server can have received the call.
+    `was_delivered`: False if no server can have received the call.
     """
 
-    def __init__(self, message: str, *, was_heard: bool = True) -> None:
+    def __init__(self, message: str, *, was_delivered: bool = True) -> None:
         super().__init__(message)
-        self.was_heard = was_heard
+        self.was_delivered = was_delivered
 
     @property
     def code(self) -> str:

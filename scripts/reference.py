@@ -159,12 +159,11 @@ def commands() -> str:
 
 
 def _leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    inner = getattr(command, "commands", None)
-    if inner is None:
+    if not hasattr(command, "list_commands"):
         yield path, command
         return
-    for name in sorted(inner):
-        yield from _leaves(inner[name], (*path, name))
+    for name in sorted(command.list_commands(None)):
+        yield from _leaves(command.get_command(None, name), (*path, name))
 
 
 def _first_paragraph(text: str) -> str:

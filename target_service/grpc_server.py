@@ -54,7 +54,7 @@ class TargetServicer(ModelServicer[Command, Event], target_pb2_grpc.TargetServic
         request_iterator: AsyncIterator[target_pb2.VerifyRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        peer = _Peer(next(self._peer_ids), self._model.max_gamma)
+        peer = _TargetPeer(next(self._peer_ids), self._model.max_gamma)
         await self._serve("verify", peer, request_iterator, context, _frame, _requests)
 
 
@@ -64,7 +64,7 @@ def _requests(frame: target_pb2.VerifyRequest) -> Iterator[tuple[target_pb2.Veri
         yield row, len(row.draft_token_ids) // UINT32.itemsize
 
 
-class _Peer(StreamPeer[Command, Event]):
+class _TargetPeer(StreamPeer[Command, Event]):
     """Parses the frames of one orchestrator's stream. `max_gamma`: draft tokens per request."""
 
     def __init__(self, peer_id: int, max_gamma: int) -> None:

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 @dataclass(eq=False)
-class _Generation:
+class _OpenGeneration:
     """The target's state of a generation; fields from `is_begun` on: of the waiting request."""
 
     key: GenerationKey
@@ -61,7 +61,7 @@ class _Generation:
 class _PlannedRequest:
     """The part of a verify request that is in the next pass; `is_last`: this part completes it."""
 
-    live: LiveGeneration[_Generation]
+    live: LiveGeneration[_OpenGeneration]
     request: Verify
     append: Append
     is_last: bool
@@ -81,7 +81,7 @@ class _PlannedRequest:
         )
 
 
-class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]):
+class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequest]):
     """Verifies for all open generations; owns their KV. `TargetConfig` describes the settings."""
 
     def __init__(
@@ -101,8 +101,8 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
             prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
-        self._generations: dict[GenerationKey, LiveGeneration[_Generation]] = {}
-        self._waiting: dict[GenerationKey, LiveGeneration[_Generation]] = {}
+        self._generations: dict[GenerationKey, LiveGeneration[_OpenGeneration]] = {}
+        self._waiting: dict[GenerationKey, LiveGeneration[_OpenGeneration]] = {}
         self._num_steps = self._num_requests = self._num_tokens = 0
 
     @property
@@ -156,7 +156,7 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
             command.kept_epoch,
             command.max_len,
             (command.priority, time.monotonic() - command.age_s),
-            _Generation(command.key, sampler, command.preempts),
+            _OpenGeneration(command.key, sampler, command.preempts),
         )
 
     def _enqueue(self, request: Verify) -> None:
@@ -189,7 +189,7 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
         Prompts get at least a quarter of the token budget, so verifications cannot starve them.
         """
         plan: list[_PlannedRequest] = []
-        prompts: list[LiveGeneration[_Generation]] = []
+        prompts: list[LiveGeneration[_OpenGeneration]] = []
         budget = self._max_step_tokens
         for live in tuple(self._waiting.values()):
             if self._is_prompt(live):
@@ -207,18 +207,18 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
         # Later ones may have preempted some of these.
         return [planned for planned in plan if planned.key in self._waiting]
 
-    def _is_prompt(self, live: LiveGeneration[_Generation]) -> bool:
+    def _is_prompt(self, live: LiveGeneration[_OpenGeneration]) -> bool:
         """Whether the request may run in chunks: it is longer than any verification."""
         return _num_tokens_left(live) > 1 + self._max_gamma
 
-    def _plan(self, live: LiveGeneration[_Generation], budget: int) -> _PlannedRequest | None:
+    def _plan(self, live: LiveGeneration[_OpenGeneration], budget: int) -> _PlannedRequest | None:
         """The request's part of the next pass; None if it has failed. `budget` is for prompts."""
         with self._failing_alone(live.state.key):
             if self._begin(live):  # after it little of a prompt may be left to run
                 return _planned(live, budget if self._is_prompt(live) else _num_tokens_left(live))
         return None
 
-    def _begin(self, live: LiveGeneration[_Generation]) -> bool:
+    def _begin(self, live: LiveGeneration[_OpenGeneration]) -> bool:
         """Reserves KV for a new request; False if the generation has failed.
 
         Called right before the first pass, because earlier passes may still cache its prefix.
@@ -298,17 +298,17 @@ class Verifier(GenerationWorker[Command, Verified, _Generation, _PlannedRequest]
         return True
 
 
-def _waiting(live: LiveGeneration[_Generation]) -> Verify:
+def _waiting(live: LiveGeneration[_OpenGeneration]) -> Verify:
     request = live.state.waiting
     assert request is not None, "a waiting generation has a request"
     return request
 
 
-def _num_tokens_left(live: LiveGeneration[_Generation]) -> int:
+def _num_tokens_left(live: LiveGeneration[_OpenGeneration]) -> int:
     return _waiting(live).num_tokens - live.sequence.length
 
 
-def _planned(live: LiveGeneration[_Generation], max_tokens: int) -> _PlannedRequest:
+def _planned(live: LiveGeneration[_OpenGeneration], max_tokens: int) -> _PlannedRequest:
     """The request's next tokens, at most `max_tokens`; all of its logits come from one pass."""
     request, start, num_left = _waiting(live), live.sequence.length, _num_tokens_left(live)
     num_logits = 1 + len(request.draft_token_ids)

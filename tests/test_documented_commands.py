@@ -34,6 +34,10 @@ def commands(page: Path) -> Iterator[str]:
     yield from (" ".join(span.split()) for span in CODE.findall(FENCE.sub("", text)))
 
 
+def subcommands(command: Any) -> list[str]:
+    return command.list_commands(None) if hasattr(command, "list_commands") else []
+
+
 def problems(line: str) -> Iterator[str]:
     """What is wrong with a command of `outrider` or of a service."""
     for service, entries in SERVICES.items():
@@ -45,9 +49,9 @@ def problems(line: str) -> Iterator[str]:
         return
     command = OUTRIDER
     words = line.split()[1:]
-    while getattr(command, "commands", None) and words and words[0] in command.commands:
-        command = command.commands[words.pop(0)]
-    if getattr(command, "commands", None):
+    while words and words[0] in subcommands(command):
+        command = command.get_command(None, words.pop(0))
+    if subcommands(command):
         if words and words[0].isalpha():
             yield f"no command {words[0]}"
         return

@@ -17,7 +17,7 @@ from draft_service.messages import Commit, OpenDraft, Proposed
 from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch, KVBranches
-from draft_service.tree.tree import SpeculationTree, Walk
+from draft_service.tree.tree import CommitOutcome, SpeculationTree
 from outrider.engine import (
     Append,
     KVStore,
@@ -88,7 +88,7 @@ class DraftSession:
     def target(self) -> ServedTarget:
         return self.live.state.target
 
-    def commit(self, command: Commit) -> Walk:
+    def commit(self, command: Commit) -> CommitOutcome:
         """Like SpeculationTree.commit; also frees the KV of dropped blocks."""
         walk = self.tree.commit(
             command.token_ids, command.committed_len, command.gamma, command.ahead_gamma

@@ -26,7 +26,7 @@ from outrider.errors import InvalidRequest
 MIN_PROB = 0.005
 
 
-class Walk(NamedTuple):
+class CommitOutcome(NamedTuple):
     """Result of a commit: the first `num_right` tokens of the KV branch of `source` are valid.
 
     `verified`: (predicted probability, whether it was accepted) of each verified draft token.
@@ -242,7 +242,7 @@ class SpeculationTree:
 
     def commit(
         self, token_ids: Sequence[int], committed_len: int, gamma: int, ahead_gamma: int
-    ) -> Walk:
+    ) -> CommitOutcome:
         """Applies committed tokens. The block that they lead to becomes the root, or a new block.
 
         Raises InvalidRequest if the lengths do not match what is committed here.
@@ -265,9 +265,9 @@ class SpeculationTree:
         if num_matched < len(token_ids) or is_used_up:
             self.root, self._num_root_tokens = self._fresh(block.branch), 0
             # At least the last token is run again: the next one is sampled from its logits.
-            return Walk(block, min(num_right, committed_len - 1), verified)
+            return CommitOutcome(block, min(num_right, committed_len - 1), verified)
         self._take_root(block, position)
-        return Walk(block, len(self._buffer), verified)
+        return CommitOutcome(block, len(self._buffer), verified)
 
     def _verified(self, token_ids: Sequence[int]) -> list[tuple[float, bool]]:
         root, verified = self.root, []

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from enum import Enum
 
-from orchestrator.admission.ticket import AdmissionTicket, Rooms, of_same_client, renumber
+from orchestrator.admission.ticket import AdmissionTicket, FittingTargets, of_same_client, renumber
 from outrider.errors import CapacityExceeded, OutriderError, Unavailable
 
 # Weight of the newest generation in the mean duration, from which waits are estimated.
@@ -37,14 +37,14 @@ class Rejection(Enum):
 class AdmissionQueue:
     """Admits at most `max_running` generations and queues at most `max_waiting`.
 
-    `rooms`: all targets. A generation that waits for room claims the targets that it fits into. A
+    `targets`: all targets. A generation that waits for room claims the targets that it fits into. A
     later request is admitted only while a target is unclaimed.
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self.rooms: Rooms = frozenset
+        self.targets: FittingTargets = frozenset
         self._numbers = itertools.count()
         self._queue: list[AdmissionTicket] = []
         # Running generations that wait for room; of these, the ones that have sent no token yet.
@@ -169,12 +169,12 @@ class AdmissionQueue:
             return False
         if not self._short or ticket < self._short[0]:
             return True
-        return bool(frozenset(self.rooms()) - self._claimed_before(ticket))
+        return bool(frozenset(self.targets()) - self._claimed_before(ticket))
 
     def _claimed_before(self, ticket: AdmissionTicket) -> frozenset[str]:
         """Targets claimed by generations that wait for room and go before `ticket`."""
         ahead = itertools.takewhile(lambda short: short < ticket, self._short)
-        return frozenset().union(*(short.rooms() for short in ahead))
+        return frozenset().union(*(short.fitting_targets() for short in ahead))
 
     async def _wait(self, ticket: AdmissionTicket, time_left_s: float | None) -> None:
         try:
@@ -231,14 +231,14 @@ class AdmissionQueue:
 
     @contextlib.contextmanager
     def short_of_room(
-        self, ticket: AdmissionTicket, rooms: Rooms, *, has_begun: bool
+        self, ticket: AdmissionTicket, targets: FittingTargets, *, has_begun: bool
     ) -> Iterator[None]:
-        """Marks a running generation as waiting for KV in one of `rooms`, for the block.
+        """Marks a running generation as waiting for KV at one of `targets`, for the block.
 
         `has_begun`: it has sent tokens to its client, so it is never rejected or displaced. Raises
         CapacityExceeded when it has not begun, the queue is full and nothing in it is less urgent.
         """
-        ticket.rooms = rooms
+        ticket.fitting_targets = targets
         ticket.displaced = None  # set during an earlier wait, which found room all the same
         if not has_begun:
             self._reserve_slot(ticket, " and there is no room for keys and values")
@@ -251,9 +251,9 @@ class AdmissionQueue:
             self._capacity_freed()
 
     async def turn_for_room(self, ticket: AdmissionTicket, *, at_once: bool) -> frozenset[str]:
-        """Waits until `ticket` is first in the order for some of its rooms, and returns these.
+        """Waits until `ticket` is first in the order for targets that it fits, and returns these.
 
-        Returns the empty set when no room fits it any more. `at_once` False: it has just failed
+        Returns the empty set when it fits no target any more. `at_once` False: it has just failed
         there, so wait first until a generation ends or `_ROOM_RETRY_S` have passed. Raises
         CapacityExceeded when a more urgent request has displaced it.
         """
@@ -267,7 +267,7 @@ class AdmissionQueue:
             at_once = False
             if ticket.displaced is not None:
                 raise ticket.displaced
-            rooms = frozenset(ticket.rooms())
-            unclaimed = rooms - self._claimed_before(ticket)
-            if unclaimed or not rooms:
+            fitting = frozenset(ticket.fitting_targets())
+            unclaimed = fitting - self._claimed_before(ticket)
+            if unclaimed or not fitting:
                 return unclaimed

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.admission.queue import AdmissionQueue
 
 # Endpoints of the targets whose KV cache is large enough for a generation.
-Rooms = Callable[[], Collection[str]]
+FittingTargets = Callable[[], Collection[str]]
 
 
 class AdmissionTicket:
@@ -37,7 +37,7 @@ class AdmissionTicket:
         # Why a generation was displaced while it waited for room.
         self.displaced: CapacityExceeded | None = None
         # Targets whose KV cache is large enough, while the generation waits for free KV pages.
-        self.rooms: Rooms = frozenset
+        self.fitting_targets: FittingTargets = frozenset
         self._arrived_at = time.monotonic()
         self._queue = queue
 
@@ -49,9 +49,11 @@ class AdmissionTicket:
     def __lt__(self, other: AdmissionTicket) -> bool:
         return (self.priority, self.number) < (other.priority, other.number)
 
-    def short_of_room(self, rooms: Rooms, *, has_begun: bool) -> AbstractContextManager[None]:
+    def short_of_room(
+        self, targets: FittingTargets, *, has_begun: bool
+    ) -> AbstractContextManager[None]:
         """See `AdmissionQueue.short_of_room`."""
-        return self._queue.short_of_room(self, rooms, has_begun=has_begun)
+        return self._queue.short_of_room(self, targets, has_begun=has_begun)
 
     async def turn_for_room(self, *, at_once: bool) -> frozenset[str]:
         """See `AdmissionQueue.turn_for_room`."""

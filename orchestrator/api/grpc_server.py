@@ -18,7 +18,7 @@ from orchestrator.api.grpc_response import (
     session_response,
     sessions_response,
 )
-from orchestrator.api.request_telemetry import RequestTelemetry, TrackedRequest
+from orchestrator.api.request_telemetry import ApiTelemetry, RequestTelemetry
 from orchestrator.generation.context import GenerationContext
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import scoped_id, validate_session_id
@@ -40,7 +40,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         use_case: Generate,
         resources: GenerationContext,
         limits: Callable[[], Limits],
-        telemetry: RequestTelemetry,
+        telemetry: ApiTelemetry,
         *,
         write_timeout_s: float,
     ) -> None:
@@ -51,11 +51,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._write_timeout_s = write_timeout_s
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
-        async with translated(context), self._telemetry.tracked(context) as events:
+        async with translated(context), self._telemetry.of_request(context) as events:
             await self._generate(request, events, context)
 
     async def _generate(
-        self, message: orchestrator_pb2.GenerateRequest, events: TrackedRequest, context: Context
+        self, message: orchestrator_pb2.GenerateRequest, events: RequestTelemetry, context: Context
     ) -> None:
         resources = self._resources
         parse = functools.partial(parse_request, message, self._limits(), resources.tokenizer)

@@ -57,7 +57,7 @@ class SentTokens:
 
 
 class OrchestratorMetrics:
-    """Counters and histograms of one orchestrator, updated by `RequestTelemetry`."""
+    """Counters and histograms of one orchestrator, updated by `ApiTelemetry`."""
 
     def __init__(self) -> None:
         self.tokens = SentTokens()

@@ -37,7 +37,7 @@ _QUOTED = re.compile(r"""(['"]).*\1""", re.DOTALL)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class RequestTelemetry:
+class ApiTelemetry:
     """Creates the telemetry of each request. `meter` None: no metrics are counted."""
 
     def __init__(
@@ -46,15 +46,15 @@ class RequestTelemetry:
         self._meter = meter
         self._tracing = tracing
 
-    def tracked(self, context: Context) -> TrackedRequest:
+    def of_request(self, context: Context) -> RequestTelemetry:
         """Returns the telemetry to enter with `async with`, in the task of the handler."""
         metadata = {key: value for key, value in context.invocation_metadata() or ()}
         request_id = str(metadata.get(REQUEST_ID_KEY) or secrets.token_hex(8))[:_MAX_ID_CHARS]
         span = self._tracing.request("Generate", str(metadata.get(TRACEPARENT_KEY, "")))
-        return TrackedRequest(request_id, context, self._meter, span)
+        return RequestTelemetry(request_id, context, self._meter, span)
 
 
-class TrackedRequest:
+class RequestTelemetry:
     """Telemetry of one request; implements `RequestEvents`."""
 
     def __init__(
@@ -75,7 +75,7 @@ class TrackedRequest:
         self._num_tokens = self._num_first = self._num_prompt = 0
         self._result: Result | None = None
 
-    async def __aenter__(self) -> TrackedRequest:
+    async def __aenter__(self) -> RequestTelemetry:
         # The variables are those of the request's task and the tasks that it starts.
         structlog.contextvars.bind_contextvars(request_id=self._request_id)
         if self._span is not None:

@@ -212,7 +212,7 @@ class TargetSession:
                 self._too_small.add(replica)
             if isinstance(error, KVFull):
                 attempts.full.add(replica)
-            if attempts.full and not self._rooms() - attempts.full:
+            if attempts.full and not self._fitting_targets() - attempts.full:
                 await self._wait_for_room(error, attempts, waiting)
             await self._move(error, {*attempts.full, *attempts.lost}, preempts=attempts.is_short)
 
@@ -222,11 +222,13 @@ class TargetSession:
         # A generation that was just preempted does not find room at once.
         at_once = not attempts.is_short and not self._has_begun
         if not attempts.is_short:
-            short = self._ticket.short_of_room(self._rooms, has_begun=self._has_begun)
+            short = self._ticket.short_of_room(self._fitting_targets, has_begun=self._has_begun)
             waiting.enter_context(short)
             log.info("short_of_room", why=str(error))
         attempts.is_short = True
-        attempts.full = set(self._rooms() - await self._ticket.turn_for_room(at_once=at_once))
+        attempts.full = set(
+            self._fitting_targets() - await self._ticket.turn_for_room(at_once=at_once)
+        )
 
     def committed(self, cached_len: int) -> None:
         """Sets how many tokens of the context are committed and in the replica's KV cache."""
@@ -248,7 +250,7 @@ class TargetSession:
         """Whether the client may have received tokens, also of a request that this one resumes."""
         return self._state.num_output_tokens > 0
 
-    def _rooms(self) -> frozenset[str]:
+    def _fitting_targets(self) -> frozenset[str]:
         """Replicas whose KV cache is large enough, whether or not they have room now."""
         return self._pool.candidates(self._state.max_len) - self._too_small
 

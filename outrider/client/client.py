@@ -190,7 +190,7 @@ async def call_failed(
     if words.startswith(_NO_CONNECTION):
         why = await asyncio.to_thread(connection_fault, endpoint, access)
         why = why or f"{endpoint} could not be reached a moment ago, but can be now: try again"
-        return CallFailed(f"{code}: {why}", was_heard=False)
+        return CallFailed(f"{code}: {why}", was_delivered=False)
     if words and not _BROKEN.fullmatch(words):
         return CallFailed(
             f"{code}: {endpoint} answered: {details} (not an orchestrator's message: check the "

@@ -163,8 +163,8 @@ class StreamFollower:
             raise self._resume_failed(str(error), can_resume=False) from error
         if error.code not in (_BROKEN if self._broke_at is None else _TEMPORARY):
             raise error
-        self._num_delivered += error.was_heard
-        self._num_undelivered = 0 if error.was_heard else self._num_undelivered + 1
+        self._num_delivered += error.was_delivered
+        self._num_undelivered = 0 if error.was_delivered else self._num_undelivered + 1
         if self._num_delivered:
             self._note_break(error)
         else:

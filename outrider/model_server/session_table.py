@@ -118,7 +118,7 @@ class SessionTable(Generic[State]):
             sequence = self._store.open(0, max_len)
         else:
             sequence = idle.sequence
-            self._store.unpark(sequence, max_len)
+            self._store.make_active(sequence, max_len)
             cached_len = min(sequence.length, max_len)
             token_ids[:cached_len] = idle.token_ids[:cached_len]
         urgency = (*started, self.num_opened)
@@ -167,7 +167,7 @@ class SessionTable(Generic[State]):
                     store.extend(sequence, num_tokens, margin=margin)
                 break
             except KVFull as error:
-                if not self._idle or store.to_free((), error) is None:
+                if not self._idle or store.choose_victims((), error) is None:
                     raise
                 self._evict()
         live.has_pages = True
@@ -204,7 +204,7 @@ class SessionTable(Generic[State]):
         self.num_closed += 1
         if keep and live.sequence.length:  # pages reserved for more tokens are freed
             self._store.shrink(live.sequence, live.sequence.length)
-            self._store.park(live.sequence)
+            self._store.make_evictable(live.sequence)
             self._idle[live.session_id] = _CachedSession(live.epoch, live.sequence, live.token_ids)
         else:
             self._store.free(live.sequence)

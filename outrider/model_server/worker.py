@@ -241,7 +241,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
     def _make_room(self, live: LiveGeneration[State], error: KVFull, *, preempts: bool) -> bool:
         """Frees no more than is needed, and nothing if all of it is not enough."""
         reclaims = self._reclaims(live, preempts=preempts)
-        chosen = self._engine.store.to_free([each.sequences for each in reclaims], error)
+        chosen = self._engine.store.choose_victims([each.sequences for each in reclaims], error)
         for index in chosen or ():
             reclaims[index].give_up()
         return bool(chosen)

@@ -72,7 +72,7 @@ def check(data: bytes, shape: MessageShape) -> Iterator[None]:
     if len(data) <= SMALL_BYTES:
         return
     try:
-        yield from _Walk(data, shape).run()
+        yield from _Scan(data, shape).run()
     except (IndexError, _Malformed):
         raise InvalidRequest("frame", "cannot be read: malformed message") from None
 
@@ -81,7 +81,7 @@ class _Malformed(Exception):
     """The message cannot be followed. It is rejected, because the parser might accept it."""
 
 
-class _Walk:
+class _Scan:
     """One pass over a message, in the parser's order."""
 
     def __init__(self, data: bytes, shape: MessageShape) -> None:

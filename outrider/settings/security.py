@@ -39,6 +39,11 @@ class RedisSettings:
         )  # fmt: skip
         require_url_host(url, "redis_url")
         parts = urlsplit(url)
+        database = parts.path.strip("/")
+        require(
+            parts.scheme == "unix" or not database or database.isdecimal(), "redis_url",
+            "the part after the last / must be the number of a database, for instance 0",
+        )  # fmt: skip
         for name in ("redis_ca", "redis_cert", "redis_key"):
             has_use = getattr(self, name) is None or parts.scheme == "rediss"
             require(has_use, name, "only with a redis_url of rediss://")

@@ -12,38 +12,57 @@ growth, scaling (trials, busy), signals (bottlenecks, fleet), overload (overload
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from outrider_bench.commands.attacks import attacks
-from outrider_bench.commands.concurrency import concurrency
-from outrider_bench.commands.delay import delay
-from outrider_bench.commands.explain import explain_gamma
-from outrider_bench.commands.growth import growth
-from outrider_bench.commands.overload import overload
-from outrider_bench.commands.pair import pair
-from outrider_bench.commands.rounds import rounds
-from outrider_bench.commands.scaling import scaling
-from outrider_bench.commands.serve import serve
-from outrider_bench.commands.signals import signals
-from outrider_bench.commands.speed import speed
-from outrider_bench.commands.twin import twin
-from outrider_bench.commands.wire import wire
+# Subcommands in the order of the help text, with the modules that define them.
+_MODULES = {
+    "speed": "speed",
+    "concurrency": "concurrency",
+    "delay": "delay",
+    "rounds": "rounds",
+    "growth": "growth",
+    "scaling": "scaling",
+    "overload": "overload",
+    "attacks": "attacks",
+    "serve": "serve",
+    "signals": "signals",
+    "twin": "twin",
+    "wire": "wire",
+    "pair": "pair",
+    "explain-gamma": "explain",
+}
 
-bench = typer.Typer(help="Benchmarks and load tests.", no_args_is_help=True)
-for command in (
-    speed,
-    concurrency,
-    delay,
-    rounds,
-    growth,
-    scaling,
-    overload,
-    attacks,
-    serve,
-    signals,
-    twin,
-    wire,
-    pair,
-):
-    bench.command()(command)
-bench.command("explain-gamma")(explain_gamma)
+
+class _Subcommands(TyperGroup):
+    """Subcommands that are imported when they run, so that `outrider --help` starts fast."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self.commands = {name: _command(name) for name in _MODULES}
+        return list(self.commands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        if cmd_name in _MODULES:
+            return _command(cmd_name)
+        self.list_commands(ctx)  # the error message suggests one of them
+        return None
+
+
+def _command(name: str) -> TyperCommand:
+    module = import_module(f"outrider_bench.commands.{_MODULES[name]}")
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(getattr(module, name.replace("-", "_")))
+    command = typer.main.get_command(alone)
+    assert isinstance(command, TyperCommand), "one command, not a group"
+    return command
+
+
+bench = typer.Typer(cls=_Subcommands, help="Benchmarks and load tests.", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Benchmarks and load tests."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider_bench.commands.overload_phases import PhaseResult
-    from outrider_bench.loadtest.driver import Phase, Subject
+    from outrider_bench.loadtest.driver import LoadedOrchestrators, Phase
     from outrider_bench.loadtest.plan import Workload
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import Step
@@ -126,7 +126,7 @@ async def _measure(
     options: OverloadOptions, console: Console, document: Document
 ) -> list[PhaseResult]:
     from outrider.client.channel import open_channel
-    from outrider_bench.loadtest.driver import subject
+    from outrider_bench.loadtest.driver import loaded_orchestrators
     from outrider_bench.measuring.show import progress
 
     changes: dict[str, Any] = {
@@ -139,7 +139,7 @@ async def _measure(
         death = asyncio.create_task(system.stack.next_death())
         try:
             async with open_channel(system.stack.endpoint) as channel:
-                orchestrator = await subject(channel)
+                orchestrator = await loaded_orchestrators(channel)
                 num_steps = 2 + 2 * options.repetitions
                 expected_s = _WARM_UP_S + (num_steps - 1) * options.seconds
                 with progress(console, num_steps, document, results, expected_s=expected_s) as step:
@@ -155,7 +155,7 @@ async def _measure(
 async def _phases(
     options: OverloadOptions,
     system: System,
-    orchestrator: Subject,
+    orchestrator: LoadedOrchestrators,
     document: Document,
     step: Step,
     results: list[PhaseResult],
@@ -200,7 +200,7 @@ def _workload(options: OverloadOptions) -> Workload:
     )
 
 
-def _phase(options: OverloadOptions, orchestrator: Subject, number: int) -> Phase:
+def _phase(options: OverloadOptions, orchestrator: LoadedOrchestrators, number: int) -> Phase:
     from outrider_bench.loadtest.driver import Phase
     from outrider_bench.loadtest.requests import RequestOptions
 
@@ -208,7 +208,7 @@ def _phase(options: OverloadOptions, orchestrator: Subject, number: int) -> Phas
 
 
 async def at_capacity(
-    options: OverloadOptions, orchestrator: Subject, number: int, seconds: float
+    options: OverloadOptions, orchestrator: LoadedOrchestrators, number: int, seconds: float
 ) -> Phase:
     """Closed loop with as many clients as running generations: full, but nothing is queued."""
     from outrider_bench.loadtest.plan import endless
@@ -220,7 +220,7 @@ async def at_capacity(
 
 
 async def beyond_capacity(
-    options: OverloadOptions, orchestrator: Subject, number: int, rate: float
+    options: OverloadOptions, orchestrator: LoadedOrchestrators, number: int, rate: float
 ) -> Phase:
     """Open loop at `rate` requests per second."""
     from outrider_bench.loadtest.plan import timed

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from outrider.cli.options import takes
 from outrider.cli.request import endpoints_of
 from outrider.errors import ConfigError
-from outrider_bench.commands.serve_options import ServeOptions, manner, parse_slo, variants, visits
+from outrider_bench.commands.serve_options import (
+    ServeOptions,
+    load_pattern,
+    parse_slo,
+    planned_visits,
+    variants,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +48,7 @@ def serve(options: ServeOptions) -> None:
 
     options.check()
     console = bench_console()
-    slo, planned = parse_slo(options), visits(options, console.print)
+    slo, planned = parse_slo(options), planned_visits(options, console.print)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +69,7 @@ async def _measure(
     from outrider.client.channel import open_channel
     from outrider.client.client import call_failed
     from outrider_bench.loadtest.campaign import Campaign
-    from outrider_bench.loadtest.driver import subject
+    from outrider_bench.loadtest.driver import loaded_orchestrators
 
     async with contextlib.AsyncExitStack() as stack:
         endpoints = endpoints_of(options.endpoint)
@@ -73,12 +79,12 @@ async def _measure(
             for endpoint in endpoints
         ]
         try:
-            orchestrator = await subject(*channels)
+            orchestrator = await loaded_orchestrators(*channels)
         except grpc.aio.AioRpcError as error:
             raise await call_failed(error, endpoints[0], options.access) from error
         _check_prompts(planned, orchestrator.info.target.max_context_len)
         campaign = Campaign(
-            subject=orchestrator,
+            orchestrators=orchestrator,
             run=secrets.token_hex(4),
             seed=options.seed,
             read_passes=_pass_reader(options),
@@ -87,7 +93,7 @@ async def _measure(
             console.print("[yellow]no draft replica is connected: both variants are plain[/]")
         with _progress(console, campaign):
             try:
-                await _run(options, campaign, planned, slo, manner(options), console)
+                await _run(options, campaign, planned, slo, load_pattern(options), console)
             except asyncio.CancelledError:
                 if not any(stretch.records for stretch in campaign.all_results):
                     console.print("[yellow]stopped: nothing has been measured[/]")

@@ -198,7 +198,7 @@ def parse_slo(options: ServeOptions) -> Slo | None:
     return Slo.parse(options.slo) or None
 
 
-def manner(options: ServeOptions) -> LoadPattern:
+def load_pattern(options: ServeOptions) -> LoadPattern:
     """Arrivals of visits: open loop, trace replay or closed loop."""
     from outrider_bench.loadtest.campaign import LoadPattern
 
@@ -209,7 +209,7 @@ def manner(options: ServeOptions) -> LoadPattern:
     return LoadPattern(num_clients=options.concurrency or _DEFAULT_CALLERS)
 
 
-def visits(
+def planned_visits(
     options: ServeOptions, note: Callable[[str], None] = lambda text: None
 ) -> list[Conversation]:
     """Visits to run. `note` receives a message about skipped requests of a trace.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outrider.errors import CallFailed, ConfigError
-from outrider_bench.commands.serve_options import OFF, ON, ServeOptions, manner
+from outrider_bench.commands.serve_options import OFF, ON, ServeOptions, load_pattern
 from outrider_bench.loadtest.campaign import Campaign
 from outrider_bench.loadtest.measures import Summary
 from outrider_bench.loadtest.phase_results import PhaseResult
@@ -139,12 +139,12 @@ def _head(
         "endpoint_type": "outrider",
         "backend": "outrider",
         "label": options.label,
-        "model_id": campaign.subject.info.target.name,
+        "model_id": campaign.orchestrators.info.target.name,
         "tokenizer_id": None,
         "num_prompts": sum(len(result.records) for result in by_variant[ON]),
         "request_rate": rates[0] if rates else "inf",
         "burstiness": options.burstiness,
-        "max_concurrency": manner(options).num_clients,
+        "max_concurrency": load_pattern(options).num_clients,
     }
 
 
@@ -155,7 +155,7 @@ def _environment(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dic
     return {
         "command": shlex.join(["outrider", *sys.argv[1:]]),
         "options": {k: None if v is None else str(v) for k, v in vars(options).items()},
-        "models": plain(campaign.subject.info),
+        "models": plain(campaign.orchestrators.info),
         "machine": machine(),
         "versions": versions(),
         "git_commit": git_commit(),

@@ -129,7 +129,7 @@ async def measured_point(
     options: SignalsOptions, regime: Regime, seen: Watch, channel: grpc.aio.Channel, number: int
 ) -> Point:
     """Runs a closed loop of the regime's sessions and measures it after the settling time."""
-    from outrider_bench.loadtest.driver import Phase, subject
+    from outrider_bench.loadtest.driver import Phase, loaded_orchestrators
     from outrider_bench.loadtest.lengths import Lengths
     from outrider_bench.loadtest.measures import Summary, tokens_per_s
     from outrider_bench.loadtest.plan import Workload, endless
@@ -141,7 +141,7 @@ async def measured_point(
         num_turns=Lengths.parse("1", "turns"),
         seed=options.seed,
     )
-    orchestrator = await subject(channel)
+    orchestrator = await loaded_orchestrators(channel)
     phase = Phase(
         orchestrator, RequestOptions(), number=number, seed=options.seed, run=options.name
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from outrider_bench.loadtest.driver import Phase, Subject
+from outrider_bench.loadtest.driver import LoadedOrchestrators, Phase
 from outrider_bench.loadtest.phase_results import Passes, PhaseResult, Probe
 from outrider_bench.loadtest.plan import Conversation, slices, timed, without_times
 from outrider_bench.loadtest.records import Record
@@ -74,7 +74,7 @@ class Campaign:
     `read_passes`: reads the counters of the target replicas. `on_phase`: called before each phase.
     """
 
-    subject: Subject
+    orchestrators: LoadedOrchestrators
     run: str
     seed: int
     read_passes: Callable[[], Awaitable[Passes]] | None = None
@@ -152,7 +152,7 @@ class Campaign:
         before = await self.read_passes() if self.read_passes else None
         number, self._num_phases = self._num_phases, self._num_phases + 1
         phase = Phase(
-            self.subject,
+            self.orchestrators,
             variant.options,
             number=number,
             seed=self.seed,

@@ -31,7 +31,7 @@ Stub = orchestrator_pb2_grpc.OrchestratorServiceStub
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedOrchestrators:
     """The orchestrators under test and their model. Conversations use the connections in turn."""
 
     stubs: Sequence[Stub]
@@ -43,13 +43,13 @@ class Subject:
         return self.stubs[conversation.jobs[0].index % len(self.stubs)]
 
 
-async def subject(*channels: grpc.aio.Channel) -> Subject:
+async def loaded_orchestrators(*channels: grpc.aio.Channel) -> LoadedOrchestrators:
     """The orchestrators behind these channels. Raises grpc.aio.AioRpcError if none answers."""
     stubs = [Stub(channel) for channel in channels]
     request = orchestrator_pb2.GetModelInfoRequest(with_token_hashes=True)
     call: Any = stubs[0].GetModelInfo(request, timeout=_SHORT_TIMEOUT_S)
     info = await call
-    return Subject(stubs, info, _ordinary_ids(info.target))
+    return LoadedOrchestrators(stubs, info, _ordinary_ids(info.target))
 
 
 def _ordinary_ids(model: model_pb2.ModelInfo) -> npt.NDArray[np.int64]:
@@ -75,7 +75,7 @@ class Phase:
 
     def __init__(
         self,
-        subject: Subject,
+        orchestrators: LoadedOrchestrators,
         options: RequestOptions,
         *,
         number: int,
@@ -83,7 +83,7 @@ class Phase:
         run: str,
         on_end: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        self._subject = subject
+        self._orchestrators = orchestrators
         self._on_end = on_end
         self._options = options
         self._number = number
@@ -129,7 +129,7 @@ class Phase:
         session_id = f"load-{self._run}-{self._number}-{conversation.jobs[0].index}"
         session_id = session_id if conversation.is_session else ""
         intended_s, is_ok = at_s, True
-        stub = self._subject.stub(conversation)
+        stub = self._orchestrators.stub(conversation)
         try:
             for job in conversation.jobs:
                 if job.not_before_s > self.now_s:
@@ -149,7 +149,7 @@ class Phase:
         """Makes one call. Failures of the server are recorded, not raised."""
         ids = []
         if job.text is None:
-            ids = prompt_ids(job, self._subject.ordinary_ids, self._seed, self._number)
+            ids = prompt_ids(job, self._orchestrators.ordinary_ids, self._seed, self._number)
         request = self._options.request(job, ids, session_id, seed=self._seed + job.index)
         record = Record(job.index, intended_s, prompt_len=len(ids), sent_s=self.now_s)
         self.records.append(record)

@@ -136,7 +136,7 @@ async def test_a_broken_connection_is_diagnosed() -> None:
     code = grpc.StatusCode.UNAVAILABLE
     error = grpc.aio.AioRpcError(code, NOTHING, NOTHING, details="Socket closed")
     failed = await call_failed(error, "127.0.0.1:1")
-    assert failed.was_heard
+    assert failed.was_delivered
     assert "the connection to 127.0.0.1:1 broke; nothing answers at 127.0.0.1:1" in str(failed)
 
 
@@ -146,7 +146,7 @@ async def test_a_foreign_cancellation_is_unavailable() -> None:
     error = grpc.aio.AioRpcError(code, NOTHING, NOTHING, details="CANCELLED")
     failed = await call_failed(error, "host:1")
     assert str(failed) == "UNAVAILABLE: host:1 is stopping: it cancelled the request"
-    assert failed.was_heard
+    assert failed.was_delivered
 
 
 async def test_a_cancellation_by_an_orchestrator_keeps_its_status() -> None:
@@ -232,7 +232,7 @@ async def failure_of_a_broken_stream(
         await cut()
         with pytest.raises(CallFailed) as caught:
             await call
-    assert caught.value.was_heard
+    assert caught.value.was_delivered
     message = str(caught.value)
     assert not any(word in message for word in INTERNAL), message
     return message
@@ -312,7 +312,7 @@ async def test_a_proxys_own_message_is_shown(words: str, has_tls: bool, tmp_path
     message = str(caught.value)
     assert message.startswith(f"UNAVAILABLE: localhost:{port} answered: {words} (")
     assert "check the proxy or gateway" in message
-    assert caught.value.was_heard
+    assert caught.value.was_delivered
 
 
 async def test_a_proxys_message_with_another_status() -> None:

@@ -150,6 +150,21 @@ def test_a_refused_redis_url_is_not_shown(url: str) -> None:
     assert "sec" not in message
 
 
+@pytest.mark.parametrize("path", ["cache", "0/1", "-1", "0;x"])
+def test_a_redis_database_is_a_number(path: str) -> None:
+    """redis-py would use database 0 without a word."""
+    argv = [f"--redis-url=redis://localhost:6379/{path}"]
+    message = refusal(lambda: load(OrchestratorConfig, "orchestrator", argv, {}))
+    assert message.startswith("redis_url: the part after the last / must be the number")
+
+
+@pytest.mark.parametrize("path", ["", "/", "/0", "/15", "/0/"])
+def test_a_redis_database_may_be_left_out(path: str) -> None:
+    url = f"redis://localhost:6379{path}"
+    config = load(OrchestratorConfig, "orchestrator", [f"--redis-url={url}"], {})
+    assert config.redis_url == url
+
+
 @each_bad_host
 async def test_outrider_up_refuses_a_malformed_host(host: str, fault: str) -> None:
     stack = Stack(StackOptions(simulate_target="step_ms=1", host=host), lambda event: None)

@@ -66,21 +66,21 @@ class Placement:
     def release_from(self, sequence: Sequence, num_pages: int) -> None:
         """Release all pages from index `num_pages` on, and all spare pages."""
         self._release_spare(sequence, sequence.num_spare)
-        self._cache.release(sequence._pages[num_pages:], pinned=not sequence.is_parked)
+        self._cache.release(sequence._pages[num_pages:], pinned=not sequence.is_evictable)
         del sequence._pages[num_pages:]
         sequence._num_maybe_shared = min(sequence._num_maybe_shared, num_pages)
         sequence.num_leading = min(sequence.num_leading, num_pages)
 
-    def park(self, sequence: Sequence) -> None:
+    def make_evictable(self, sequence: Sequence) -> None:
         """Unpin the pages of a sequence, so that they do not count as used; release spare ones."""
         self._release_spare(sequence, sequence.num_spare)
         self._allocator.unpin(sequence._pages)
-        sequence.is_parked = True
+        sequence.is_evictable = True
 
-    def unpark(self, sequence: Sequence) -> None:
-        """Pin the pages of a parked sequence again. Always possible."""
+    def make_active(self, sequence: Sequence) -> None:
+        """Pin the pages of an evictable sequence again. Always possible."""
         self._allocator.pin(sequence._pages)
-        sequence.is_parked = False
+        sequence.is_evictable = False
 
     def compact(self, sequence: Sequence) -> None:
         """Implements KVStore.compact."""

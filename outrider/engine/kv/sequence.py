@@ -20,7 +20,7 @@ class Sequence:
         "_pages",
         "_store",
         "expected_len",
-        "is_parked",
+        "is_evictable",
         "length",
         "max_len",
         "num_leading",
@@ -42,7 +42,7 @@ class Sequence:
         """Reserved tokens: appends up to this length never fail."""
         self.expected_len = 0
         """Length the sequence may grow to; spare pages are useful up to it."""
-        self.is_parked = False
+        self.is_evictable = False
         """Whether the sequence may be evicted; its pages then do not count as used."""
 
     @property
@@ -53,7 +53,7 @@ class Sequence:
     @property
     def pinned_pages(self) -> list[int]:
         """Pages that cannot be taken while the sequence is open."""
-        return [] if self.is_parked else self._pages[: self.num_reserved]
+        return [] if self.is_evictable else self._pages[: self.num_reserved]
 
     @property
     def first_row(self) -> int:
@@ -93,7 +93,7 @@ class Sequence:
         pages = self._pages
         assert 0 <= self.length <= self.max_len <= self.expected_len, f"{self} is too long"
         assert pages_for(self.max_len) <= self.num_reserved, f"{self}: pages missing"
-        assert not (self.is_parked and self.num_spare), f"{self} is parked with spare pages"
+        assert not (self.is_evictable and self.num_spare), f"{self} is evictable with spare pages"
         assert self.num_leading == leading_run(pages), f"{self}: wrong run"
         for page in pages[self._num_maybe_shared :]:
             assert num_owners(page) == 1, f"{self}: page {page} is shared"

@@ -47,10 +47,10 @@ class KVStore:
     def num_pages(self) -> int:
         return self._allocator.num_pages
 
-    def to_free(self, groups: Seq[Collection[Sequence]], error: KVFull) -> list[int] | None:
+    def choose_victims(self, groups: Seq[Collection[Sequence]], error: KVFull) -> list[int] | None:
         """Indices of the groups of sequences to free so that the request that raised `error` fits.
 
-        Earlier groups come first, and no more than needed; empty if evicting parked sequences is
+        Earlier groups come first, and no more than needed; empty if evicting evictable sequences is
         enough. None if freeing all groups is not enough. Pages the request would share do not
         count.
         """
@@ -69,7 +69,7 @@ class KVStore:
     def used_tokens(self) -> int:
         """Tokens in reserved pages; a page shared by several sequences counts once.
 
-        Cached, parked and spare pages do not count: they can be taken. May be read on any thread.
+        Cached, evictable and spare pages do not count: they can be reused. Read on any thread.
         """
         return self._allocator.num_pinned * PAGE_SIZE
 
@@ -127,17 +127,17 @@ class KVStore:
             sequence.max_len = min(sequence.max_len, max_len)
             sequence.expected_len = sequence.max_len
 
-    def park(self, sequence: Sequence) -> None:
+    def make_evictable(self, sequence: Sequence) -> None:
         """Mark a sequence as evictable: from now on its pages do not count as used."""
         with self._lock:
             self._check_alive(sequence)
-            self._placement.park(sequence)
+            self._placement.make_evictable(sequence)
 
-    def unpark(self, sequence: Sequence, expected_len: int) -> None:
-        """Take a parked sequence into use again; it may grow to `expected_len` tokens."""
+    def make_active(self, sequence: Sequence, expected_len: int) -> None:
+        """Take an evictable sequence into use again; it may grow to `expected_len` tokens."""
         with self._lock:
             self._check_alive(sequence)
-            self._placement.unpark(sequence)
+            self._placement.make_active(sequence)
             sequence.expected_len = max(sequence.max_len, expected_len)
 
     def fork(self, sequence: Sequence, max_len: int, length: int | None = None) -> Sequence:
@@ -296,7 +296,7 @@ class KVStore:
         """Assert that pages, owners, reservations and lengths agree."""
         with self._lock:
             owned = [sequence._pages for sequence in self._sequences]
-            pinned = [s._pages[: s.num_reserved] for s in self._sequences if not s.is_parked]
+            pinned = [s._pages[: s.num_reserved] for s in self._sequences if not s.is_evictable]
             self._allocator.check_integrity([*owned, self._cache.pages], pinned)
             self._cache.check_integrity()
             self._placement.check_integrity()

@@ -16,7 +16,7 @@ from outrider_bench.commands.overload import OverloadOptions, at_capacity, beyon
 from outrider_bench.commands.overload_phases import PhaseResult
 from outrider_bench.commands.overload_phases import goals as overload_goals
 from outrider_bench.commands.signals import SignalsOptions, Watch, measured_point
-from outrider_bench.loadtest.driver import subject
+from outrider_bench.loadtest.driver import loaded_orchestrators
 from outrider_bench.loadtest.records import Chunk, Record
 from tests.bench.loadtest.conftest import simulated
 from tests.cli.processes import run
@@ -70,11 +70,11 @@ async def test_overload_serves_some_requests_and_rejects_the_rest_with_a_hint(
 ) -> None:
     options = OverloadOptions(generations=2, output_len="8", seconds=0.5, settle=0.0, prompt_len=4)
     async with simulated(redis_url, max_generations=2, max_waiting=1) as system:
-        whom = await subject(system.channel)
-        served = await at_capacity(options, whom, 0, 0.5)
+        orchestrators = await loaded_orchestrators(system.channel)
+        served = await at_capacity(options, orchestrators, 0, 0.5)
         capacity = PhaseResult.of("capacity", served.records, 0.0, 0.5)
         # Beyond what passes of 4 ms can do on any machine.
-        offered = await beyond_capacity(options, whom, 1, rate=800.0)
+        offered = await beyond_capacity(options, orchestrators, 1, rate=800.0)
         over = PhaseResult.of("overload", offered.records, 0.0, 0.5)
     assert capacity.num_accepted > 0
     assert capacity.num_refused == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from outrider.errors import ConfigError
-from outrider_bench.commands.serve_options import ServeOptions, visits
+from outrider_bench.commands.serve_options import ServeOptions, planned_visits
 from outrider_bench.loadtest.plan import BLOCK_TOKENS, prompt_ids
 from outrider_bench.loadtest.trace import Trace, read_trace
 
@@ -112,7 +112,7 @@ def test_burstgpt(tmp_path: Path) -> None:
     trace = read(tmp_path, "c.csv", BURSTGPT_SESSIONS)
     assert shape(trace) == [(0.0, 472, 18), (113.0, 417, 276)]
     messages: list[str] = []
-    visits(ServeOptions(trace=tmp_path / "b.csv"), messages.append)
+    planned_visits(ServeOptions(trace=tmp_path / "b.csv"), messages.append)
     assert messages == ["1 requests of the trace have no output and are skipped"]
 
 
@@ -123,8 +123,8 @@ def test_sharegpt(tmp_path: Path) -> None:
     assert [v.jobs[0].text for v in trace.conversations] == ["What is a page table?", "Hi"]
     path = tmp_path / "s.json"
     with pytest.raises(ConfigError, match="no times; add --rate or --concurrency"):
-        visits(ServeOptions(trace=path))
-    assert len(visits(ServeOptions(trace=path, concurrency=2))) == 2
+        planned_visits(ServeOptions(trace=path))
+    assert len(planned_visits(ServeOptions(trace=path, concurrency=2))) == 2
 
 
 @pytest.mark.parametrize("name", FILES)

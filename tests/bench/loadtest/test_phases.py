@@ -16,7 +16,7 @@ import tokenizers
 
 from outrider.v1 import orchestrator_pb2
 from outrider_bench.loadtest.campaign import Campaign, LoadPattern, Variant
-from outrider_bench.loadtest.driver import Phase, Subject, subject
+from outrider_bench.loadtest.driver import LoadedOrchestrators, Phase, loaded_orchestrators
 from outrider_bench.loadtest.lengths import Lengths
 from outrider_bench.loadtest.measures import Distribution, Latencies
 from outrider_bench.loadtest.phase_results import Passes
@@ -41,7 +41,9 @@ def workload(output_len: str = "8", num_turns: str = "1") -> Workload:
     )
 
 
-def phase(orchestrator: Subject, options: RequestOptions | None = None, number: int = 0) -> Phase:
+def phase(
+    orchestrator: LoadedOrchestrators, options: RequestOptions | None = None, number: int = 0
+) -> Phase:
     return Phase(orchestrator, options or RequestOptions(), number=number, seed=0, run="test")
 
 
@@ -59,7 +61,10 @@ async def test_times_match_an_independent_recorder(gamma: int, redis_url: str) -
         grpc.aio.insecure_channel(system.endpoint) as channel,
     ):
         recorder = Recorder(channel)
-        load = phase(await subject(cast(grpc.aio.Channel, recorder)), RequestOptions(gamma=gamma))
+        load = phase(
+            await loaded_orchestrators(cast(grpc.aio.Channel, recorder)),
+            RequestOptions(gamma=gamma),
+        )
         conversations = workload("uniform:4:24").conversations(60)
         await load.closed_loop(iter(conversations), num_clients=6)
     assert len(recorder.seen) == len(load.records) == 60
@@ -86,7 +91,7 @@ async def test_times_match_an_independent_recorder(gamma: int, redis_url: str) -
 async def test_latency_counts_from_the_intended_send_time(redis_url: str) -> None:
     """No coordinated omission."""
     async with simulated(redis_url) as system:
-        load = phase(await subject(system.channel))
+        load = phase(await loaded_orchestrators(system.channel))
         await asyncio.sleep(0.3)
         jobs = (Job(0, 4, 4), Job(1, 4, 4))
         await load.open_loop(
@@ -102,7 +107,7 @@ async def test_latency_counts_from_the_intended_send_time(redis_url: str) -> Non
 async def test_open_loop_does_not_wait_for_responses(redis_url: str) -> None:
     """One is served at a time, all are sent at once: the last waits for all others."""
     async with simulated(redis_url, max_generations=1, max_waiting=16) as system:
-        load = phase(await subject(system.channel))
+        load = phase(await loaded_orchestrators(system.channel))
         await load.open_loop([Conversation((Job(i, 4, 6),), at_s=0.0) for i in range(6)])
     assert all(record.is_ok for record in load.records)
     first, *_, last = sorted(record.e2e_s or 0.0 for record in load.records)
@@ -114,7 +119,7 @@ async def test_open_loop_does_not_wait_for_responses(redis_url: str) -> None:
 async def test_turns_of_a_session_run_in_order(redis_url: str) -> None:
     """Each when the previous one has ended; KV is reused; nothing is left open."""
     async with simulated(redis_url) as system:
-        load = phase(await subject(system.channel))
+        load = phase(await loaded_orchestrators(system.channel))
         conversations = workload(num_turns="3").conversations(6)
         await load.closed_loop(iter(conversations), num_clients=2)
         turns = [load.records[i] for i in range(6)]
@@ -142,7 +147,7 @@ async def test_rejections_are_recorded_with_status_and_retry_hint(redis_url: str
     # The first runs until the others were sent, even if one of them is late by a second.
     slow = "step_ms=40"
     async with simulated(redis_url, target=slow, max_generations=1, max_waiting=0) as system:
-        load = phase(await subject(system.channel), RequestOptions(gamma=0))
+        load = phase(await loaded_orchestrators(system.channel), RequestOptions(gamma=0))
         await load.open_loop([Conversation((Job(i, 4, 40),), at_s=0.0) for i in range(5)])
     statuses = sorted(record.status for record in load.records)
     assert statuses == ["OK"] + ["RESOURCE_EXHAUSTED"] * 4
@@ -153,7 +158,7 @@ async def test_rejections_are_recorded_with_status_and_retry_hint(redis_url: str
 
 async def test_each_request_has_its_own_deadline(redis_url: str) -> None:
     async with simulated(redis_url, target="step_ms=150") as system:
-        load = phase(await subject(system.channel), RequestOptions(timeout_s=0.05))
+        load = phase(await loaded_orchestrators(system.channel), RequestOptions(timeout_s=0.05))
         await load.open_loop([Conversation((Job(0, 4, 40),), at_s=0.0)])
         await eventually(lambda: nothing_held(system))
     (record,) = load.records
@@ -163,7 +168,7 @@ async def test_each_request_has_its_own_deadline(redis_url: str) -> None:
 async def test_cancelled_request_is_recorded_as_cut(redis_url: str) -> None:
     """Tokens received so far are kept, and the server releases the generation."""
     async with simulated(redis_url) as system:
-        load = phase(await subject(system.channel))
+        load = phase(await loaded_orchestrators(system.channel))
         running = asyncio.create_task(load.open_loop([Conversation((Job(0, 4, 5_000),), at_s=0.0)]))
 
         async def has_tokens() -> bool:
@@ -189,7 +194,9 @@ async def test_campaign_alternates_the_order_of_variants(redis_url: str) -> None
             return Passes(load.num_steps_total, load.num_rows_total, load.num_tokens_total)
 
         started: list[str] = []
-        campaign = Campaign(await subject(system.channel), "test", seed=0, read_passes=passes)
+        campaign = Campaign(
+            await loaded_orchestrators(system.channel), "test", seed=0, read_passes=passes
+        )
         campaign.on_phase = lambda name, num: started.append(f"{name} {num}")
         variants = [Variant("on", RequestOptions(gamma=4)), Variant("off", RequestOptions(gamma=0))]
         conversations = workload("uniform:8:16").conversations(12)
@@ -233,7 +240,7 @@ async def test_random_prompts_have_ordinary_tokens_only(redis_url: str, tmp_path
             both_tiers(Pair(directory, directory), draft_kv=None) as tiers,
             orchestrating(tiers, redis_url, tokenizer=tokenizer) as system,
         ):
-            orchestrator = await subject(cast(grpc.aio.Channel, system.channel))
+            orchestrator = await loaded_orchestrators(cast(grpc.aio.Channel, system.channel))
         assert len(special) >= 4
         expected = set(range(backend.get_vocab_size())) - special - {7, 319}
         assert set(orchestrator.ordinary_ids.tolist()) == expected

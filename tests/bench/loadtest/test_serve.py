@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from outrider.errors import ConfigError
-from outrider_bench.commands.serve_options import ServeOptions, visits
+from outrider_bench.commands.serve_options import ServeOptions, planned_visits
 from tests.bench.loadtest.conftest import simulated
 from tests.cli.processes import ROOT, command, environment
 from tests.services.parts import System, nothing_held
@@ -236,7 +236,7 @@ def test_what_makes_no_sense_is_refused_by_name(given: dict[str, Any], named: st
 
     def plan() -> None:
         options.check()
-        visits(options)
+        planned_visits(options)
 
     with pytest.raises(ConfigError, match=re.escape(named)):
         plan()
@@ -245,5 +245,5 @@ def test_what_makes_no_sense_is_refused_by_name(given: dict[str, Any], named: st
 def test_texts_are_prompts_in_turn(tmp_path: Path) -> None:
     path = tmp_path / "texts"
     path.write_text("one\n\ntwo\n")
-    asked = visits(ServeOptions(texts=path, requests=3))
+    asked = planned_visits(ServeOptions(texts=path, requests=3))
     assert [visit.jobs[0].text for visit in asked] == ["one", "two", "one"]

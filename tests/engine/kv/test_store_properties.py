@@ -29,8 +29,8 @@ class StoreMachine(RuleBasedStateMachine):
         return list(self.values_of)[index % len(self.values_of)]
 
     def pick_running(self, index: int) -> Sequence | None:
-        """A sequence that is not parked."""
-        running = [sequence for sequence in self.values_of if not sequence.is_parked]
+        """A sequence that is not evictable."""
+        running = [sequence for sequence in self.values_of if not sequence.is_evictable]
         return running[index % len(running)] if running else None
 
     def snapshot(self) -> tuple[int, list[tuple[int, int]]]:
@@ -99,13 +99,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.values_of)
     @rule(index=st.integers(0, 9))
-    def park(self, index: int) -> None:
+    def make_evictable(self, index: int) -> None:
         """Its pages do not count as used, but remain its own."""
         sequence = self.pick(index)
-        if sequence.is_parked:
-            self.store.unpark(sequence, sequence.length + 100)
+        if sequence.is_evictable:
+            self.store.make_active(sequence, sequence.length + 100)
         else:
-            self.store.park(sequence)
+            self.store.make_evictable(sequence)
 
     @precondition(lambda self: self.values_of)
     @rule(index=st.integers(0, 9), more=st.integers(0, 60))
@@ -152,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
     def everything_agrees(self) -> None:
         self.store.check_integrity()
         assert self.store.num_sequences == len(self.values_of)
-        running = self.pages_of(s for s in self.values_of if not s.is_parked)
+        running = self.pages_of(s for s in self.values_of if not s.is_evictable)
         assert self.store.used_tokens == len(running) * PAGE_SIZE, (
             "exactly reserved pages count as used"
         )
@@ -164,8 +164,8 @@ class StoreMachine(RuleBasedStateMachine):
         for sequence in sequences[1:]:
             self.store.free(sequence)
         for sequence in sequences[:1]:
-            if sequence.is_parked:
-                self.store.unpark(sequence, sequence.max_len)
+            if sequence.is_evictable:
+                self.store.make_active(sequence, sequence.max_len)
             self.store.extend(sequence, self.store.capacity_tokens)
             assert contents(self.store, sequence) == self.values_of[sequence]
             self.store.check_integrity()

@@ -159,7 +159,7 @@ async def test_generations_short_of_room_go_before_the_queue() -> None:
 async def test_no_request_waits_for_one_that_needs_another_target() -> None:
     """Each claims the targets that it fits into; the other targets are free for later requests."""
     admission = AdmissionQueue(4, 8)
-    admission.rooms = lambda: rooms
+    admission.targets = lambda: rooms
     rooms = frozenset({"large", "small"})
     long, short = await arrivals(admission, 0, 0)
     assert long.ticket is not None
