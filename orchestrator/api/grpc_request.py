@@ -104,9 +104,8 @@ def _waits_for_draft(message: orchestrator_pb2.GenerateRequest, limits: Limits) 
 
 def _params(message: orchestrator_pb2.GenerateRequest, limits: Limits) -> SamplingParams:
     check_entries(message.sampling)
-    sampling = sampling_pb2.SamplingParams()
-    sampling.CopyFrom(limits.sampling_defaults)
-    sampling.ClearField("max_tokens")  # `limits.default_max_tokens` includes it
+    defaults: Any = limits.sampling_defaults
+    sampling = sampling_pb2.SamplingParams(**defaults)
     sampling.MergeFrom(message.sampling)
     return sampling_from_proto(
         sampling,

@@ -6,7 +6,7 @@ must agree in everything that outputs depend on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.replicas.draft_client import DraftLink
@@ -36,10 +36,8 @@ class Limits:
     lookahead: int
     fan_out: int
     default_max_tokens: int
-    # The model's own defaults; fields of a request override them.
-    sampling_defaults: sampling_pb2.SamplingParams = field(
-        default_factory=sampling_pb2.SamplingParams
-    )
+    # The model's own defaults by name, without max_tokens; fields of a request override them.
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     is_durable: bool = True
     waits_for_draft: bool = False
     # Whether `max_context_len` is the size of a target's KV cache, not the model's context.
@@ -72,11 +70,17 @@ def limits(
         lookahead=config.lookahead,
         fan_out=config.fan_out,
         default_max_tokens=model.sampling_defaults.max_tokens or config.default_max_tokens,
-        sampling_defaults=model.sampling_defaults,
+        sampling_defaults=_sampling_defaults(model.sampling_defaults),
         is_durable=config.durability == "durable",
         is_kv_bound=targets.max_len < model.max_context_len,
         waits_for_draft=config.draft_wait == "always",
     )
+
+
+def _sampling_defaults(message: sampling_pb2.SamplingParams) -> dict[str, float]:
+    given = {field.name: value for field, value in message.ListFields()}
+    given.pop("max_tokens", None)  # `default_max_tokens` includes it
+    return given
 
 
 def check_shared(model: model_pb2.ModelInfo, others: Sequence[model_pb2.ModelInfo]) -> None:

@@ -29,7 +29,7 @@ LIMITS = Limits(
     lookahead=2,
     fan_out=16,
     default_max_tokens=64,
-    sampling_defaults=sampling_pb2.SamplingParams(temperature=0.6, top_k=20, max_tokens=64),
+    sampling_defaults={"temperature": 0.6, "top_k": 20},
     is_durable=False,
     waits_for_draft=True,
 )
