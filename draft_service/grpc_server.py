@@ -23,6 +23,7 @@ from outrider.runtime.protobuf import (
     sampling_from_proto,
     session_id_from_proto,
     unpack,
+    unpack_ranges,
     verification_from_proto,
 )
 from outrider.v1 import draft_pb2, draft_pb2_grpc
@@ -36,6 +37,8 @@ _REASONS = {
     FailureReason.DRAINING: draft_pb2.DraftLost.REASON_DRAINING,
 }
 
+# Ranges of token ids that draft and target do not share.
+_MAX_RANGES = 65_536
 # Characters of a target's name or fingerprint, and those of the fingerprint in session keys.
 _MAX_NAME_CHARS = 1024
 _SHORT = 12
@@ -102,7 +105,8 @@ def _target(message: draft_pb2.DraftTarget) -> TargetIdentity:
     ):
         if len(text) > _MAX_NAME_CHARS:
             raise InvalidRequest(name, f"{len(text)} characters; at most {_MAX_NAME_CHARS}")
-    return TargetIdentity(message.name, message.model_fingerprint)
+    unpack_ranges(message.unshared_ids, "target.unshared_ids", _MAX_RANGES)
+    return TargetIdentity(message.name, message.model_fingerprint, message.unshared_ids)
 
 
 def _open(

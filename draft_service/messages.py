@@ -36,6 +36,8 @@ class TargetIdentity:
 
     name: str = ""
     model_fingerprint: str = ""
+    # As in DraftTarget; can be unpacked.
+    unshared_ids: bytes = b""
 
 
 @dataclass(frozen=True)

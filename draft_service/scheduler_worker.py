@@ -103,8 +103,11 @@ class Proposer(FairKVWorker):
             raise InvalidRequest(
                 "token_ids", f"{committed_len} leave no room for drafts; at most {max_len - 2}"
             )
-        sampler = self._engine.sampler(command.params, command.prompt_len, command.vocab_size)
         target = self._targets.get(command.target)
+        vocab_size = min(command.vocab_size, self._engine.info.vocab_size)
+        sampler = self._engine.sampler(
+            command.params, command.prompt_len, vocab_size, target.forbidden_ids(vocab_size)
+        )
         generation = DraftGeneration(
             command.key, sampler, command.verification, command.vocab_size, target
         )

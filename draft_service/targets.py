@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from draft_service.messages import TargetIdentity, TargetStatistics
+from draft_service.messages import Ids, TargetIdentity, TargetStatistics
 from draft_service.tree.acceptance import DraftAcceptance
 from draft_service.tree.row_budget import RoundPace
+from outrider.runtime.protobuf import unpack_ranges
 
 # Targets without open generations are forgotten beyond this number, the earliest first. Bounds the
 # metrics: names come from the orchestrators.
@@ -22,6 +23,8 @@ class ServedTarget:
 
     def __init__(self, identity: TargetIdentity) -> None:
         self.identity = identity
+        self._unshared_ids = unpack_ranges(identity.unshared_ids, "unshared_ids")
+        self._forbidden_ids: dict[int, Ids] = {}
         self.acceptance = DraftAcceptance()
         self.pace = RoundPace()
         self.num_open = 0
@@ -29,6 +32,18 @@ class ServedTarget:
         self.num_run_tokens = 0
         self._num_compared = 0
         self._num_agreed = 0
+
+    def forbidden_ids(self, vocab_size: int) -> Ids | None:
+        """Ids below `vocab_size`, of the draft and the target, that are not drafted; int64.
+
+        The same array for the same size. None: all are drafted.
+        """
+        if not len(self._unshared_ids):
+            return None
+        if vocab_size not in self._forbidden_ids:
+            ids = self._unshared_ids
+            self._forbidden_ids[vocab_size] = ids[ids < vocab_size]
+        return self._forbidden_ids[vocab_size]
 
     def observe(self, verified: Sequence[tuple[float, bool]], *, has_supports: bool) -> None:
         """Records a commit; `verified` as in DraftAcceptance.observe."""

@@ -80,13 +80,15 @@ class Vocabulary:
         """Ids whose tokens differ, or with a token on one side only; ascending; int64."""
         return np.flatnonzero(_differs(*self._aligned(other))).astype(np.int64)
 
+    def unshared_ids(self, other: Vocabulary, size: int) -> npt.NDArray[np.int64]:
+        """Ids below `size` that do not have the same token in both; ascending; int64."""
+        ours, theirs = (_padded(v._hashes, size)[:size] for v in (self, other))
+        return np.flatnonzero(_differs(ours, theirs) | (ours == 0)).astype(np.int64)
+
     def _aligned(self, other: Vocabulary) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
         """Both arrays of hashes, padded to the same length."""
         size = max(len(self._hashes), len(other._hashes))
-        return (
-            np.pad(self._hashes, (0, size - len(self._hashes))),
-            np.pad(other._hashes, (0, size - len(other._hashes))),
-        )
+        return _padded(self._hashes, size), _padded(other._hashes, size)
 
     def difference(self, other: Vocabulary) -> Difference:
         """Counts the ids whose tokens differ."""
@@ -100,6 +102,10 @@ class Vocabulary:
             num_ordinary=int((differs & is_ordinary).sum()),
             num_ordinary_total=int(is_ordinary.sum()),
         )
+
+
+def _padded(hashes: npt.NDArray[np.uint32], size: int) -> npt.NDArray[np.uint32]:
+    return np.pad(hashes, (0, max(0, size - len(hashes))))
 
 
 def _differs(ours: npt.NDArray[np.uint32], theirs: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:

@@ -227,9 +227,9 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         check_model: ModelCheck,
         on_change: Callable[[], None],
         open_channel: OpenChannel = open_plain,
-        find_target: Callable[[], PairedTarget | None] = lambda: None,
+        find_target: Callable[[model_pb2.ModelInfo], PairedTarget | None] = lambda _: None,
     ) -> None:
-        """As ReplicaLink. `find_target`: the orchestrator's target; None: not known."""
+        """As ReplicaLink. `find_target`: the target, for this replica's model; None: not known."""
         super().__init__(endpoint, check_model, on_change, open_channel)
         self._find_target = find_target
 
@@ -293,8 +293,9 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         return draft_pb2_grpc.DraftServiceStub(channel).Propose()
 
     def _frame(self, items: list[Item]) -> draft_pb2.ProposeRequest:
-        target = self._find_target() if self._is_first_frame else None
-        self._is_first_frame = False
+        target = None
+        if self._is_first_frame and self.model is not None:
+            target, self._is_first_frame = self._find_target(self.model), False
         return draft_pb2.ProposeRequest(
             target=None if target is None else draft_pb2.DraftTarget(**asdict(target)),
             opens=[item for item in items if isinstance(item, draft_pb2.DraftOpen)],

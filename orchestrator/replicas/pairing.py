@@ -13,6 +13,7 @@ import structlog
 
 from orchestrator.replicas.replica_stream import FetchTokenHashes
 from outrider.errors import IncompatiblePair, InvalidRequest
+from outrider.runtime.protobuf import pack_ranges
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2
 from outrider.vocabulary import Difference, Vocabulary
@@ -36,6 +37,7 @@ class PairedTarget:
 
     name: str
     model_fingerprint: str
+    unshared_ids: bytes = b""
 
 
 class Pairing:
@@ -49,7 +51,9 @@ class Pairing:
         self._served: model_pb2.ModelInfo | None = None
         self._fingerprint = ""  # the target tokenizer's
         self._vocabulary: Vocabulary | None = None
-        self._differences: dict[str, Difference] = {}  # by the draft tokenizer's fingerprint
+        # By the draft tokenizer's fingerprint.
+        self._differences: dict[str, Difference] = {}
+        self._unshared_ids: dict[str, bytes] = {}
 
     async def token_hashes(self) -> bytes:
         """Token hashes of the target's vocabulary; empty if the target has no tokenizer."""
@@ -66,6 +70,7 @@ class Pairing:
             self._vocabulary = await self._check_own_tokenizer(model, token_hashes)
             self._fingerprint = fingerprint
             self._differences.clear()
+            self._unshared_ids.clear()
         self._served = model
 
     def _check_same_model(self, model: model_pb2.ModelInfo) -> None:
@@ -128,10 +133,13 @@ class Pairing:
         log.warning("draft_vocabulary_differs", model=model.name, num_ids=difference.num_ids)
         self.draft = DraftMatch(difference.num_ids)
 
-    def paired_target(self) -> PairedTarget | None:
+    def paired_target(self, model: model_pb2.ModelInfo) -> PairedTarget | None:
         """The target, for a draft that `check_draft` accepted; None before a target connects."""
         served = self._served
-        return PairedTarget(served.name, served.model_fingerprint) if served is not None else None
+        if served is None:
+            return None
+        unshared = self._unshared_ids.get(model.tokenizer_fingerprint, b"")
+        return PairedTarget(served.name, served.model_fingerprint, unshared)
 
     async def _difference(
         self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes
@@ -141,6 +149,9 @@ class Pairing:
             assert self._vocabulary is not None, "the target has a tokenizer"
             vocabulary = await _fetched(model, token_hashes)
             self._differences[fingerprint] = self._vocabulary.difference(vocabulary)
+            size = self._served.vocab_size if self._served is not None else 0
+            ids = self._vocabulary.unshared_ids(vocabulary, size)
+            self._unshared_ids[fingerprint] = pack_ranges(ids)
         return self._differences[fingerprint]
 
 

@@ -16,7 +16,7 @@ import torch
 from outrider.engine.attention.cuda_graphs import GraphedSteps
 from outrider.engine.attention.interface import attending
 from outrider.engine.attention.segments import Backend, Segment
-from outrider.engine.interface import BlockScores, SampledToken, SampleRequest, ScoreRequest
+from outrider.engine.interface import BlockScores, Ids, SampledToken, SampleRequest, ScoreRequest
 from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
@@ -132,15 +132,24 @@ class Engine:
         return logits.float()
 
     def sampler(
-        self, params: SamplingParams, prompt_len: int, vocab_size: int
+        self,
+        params: SamplingParams,
+        prompt_len: int,
+        vocab_size: int,
+        forbidden_ids: Ids | None = None,
     ) -> GenerationSampler:
-        """A generation's sampling state; tokens at or beyond `vocab_size` are never sampled."""
+        """A generation's sampling state.
+
+        Tokens at or beyond `vocab_size` and `forbidden_ids` (int64) are never sampled. Generations
+        with the same array of `forbidden_ids` are sampled together.
+        """
         return GenerationSampler(
             params,
             prompt_len=prompt_len,
             vocab_size=min(vocab_size, self.info.vocab_size),
             eos_token_ids=self.info.eos_token_ids,
             device=self.info.device,
+            forbidden_ids=forbidden_ids,
         )
 
     def sample(

@@ -126,7 +126,13 @@ class ServedEngine(Protocol):
 
     def forward(self, appends: Sequence[Any]) -> Logits: ...
 
-    def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler: ...
+    def sampler(
+        self,
+        params: SamplingParams,
+        prompt_len: int,
+        vocab_size: int,
+        forbidden_ids: Ids | None = None,
+    ) -> Sampler: ...
 
     def sample(
         self, requests: Sequence[SampleRequest], logits: Logits

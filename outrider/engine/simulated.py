@@ -53,7 +53,7 @@ class SimulatedEngine:
         self._fails_at = time.monotonic() + simulation.fails_after_s
         self.store = KVStore([], (kv_cache_tokens or _DEFAULT_KV_TOKENS) // PAGE_SIZE)
         self.info = EngineInfo(
-            name="simulated",
+            name=simulation.name,
             architecture="simulated",
             vocab_size=simulation.vocab_size,
             max_context_len=simulation.context_len,
@@ -88,7 +88,13 @@ class SimulatedEngine:
         for sequence, token_ids, _ in appends:
             sequence.length += len(token_ids)
 
-    def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> SimulatedSampler:
+    def sampler(
+        self,
+        params: SamplingParams,
+        prompt_len: int,
+        vocab_size: int,
+        forbidden_ids: Ids | None = None,
+    ) -> SimulatedSampler:
         """Raises InvalidRequest naming the field if a parameter cannot be simulated."""
         for name, is_set in (
             ("logprobs", params.logprobs is not None),

@@ -22,7 +22,7 @@ from outrider.engine import (
     ServedEngine,
 )
 from outrider.engine.device_thread import Activity
-from outrider.engine.interface import BlockScores, Logits
+from outrider.engine.interface import BlockScores, Ids, Logits
 from outrider.errors import InternalError
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.replica import CostReport
@@ -54,8 +54,14 @@ class WatchedEngine:
         self._note("forward")
         return self._engine.forward(appends)
 
-    def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler:
-        return self._engine.sampler(params, prompt_len, vocab_size)
+    def sampler(
+        self,
+        params: SamplingParams,
+        prompt_len: int,
+        vocab_size: int,
+        forbidden_ids: Ids | None = None,
+    ) -> Sampler:
+        return self._engine.sampler(params, prompt_len, vocab_size, forbidden_ids)
 
     def sample(
         self, asks: Sequence[SampleRequest], logits: Logits

@@ -86,6 +86,29 @@ def unpack(
     return np.frombuffer(data, dtype=dtype)
 
 
+# More than any vocabulary has.
+MAX_RANGED_IDS = 1 << 22
+
+
+def pack_ranges(ids: npt.NDArray[np.int64]) -> bytes:
+    """Ascending ids as uint32 pairs: the first id of each run and the number of its ids."""
+    starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+    sizes = np.diff(np.append(starts, len(ids)))
+    return pack(np.column_stack((ids[starts], sizes)).reshape(-1), UINT32)
+
+
+def unpack_ranges(data: bytes, field: str, most: int | None = None) -> npt.NDArray[np.int64]:
+    """The ids of `pack_ranges`, with at most `most` runs. Raises InvalidRequest naming `field`."""
+    values = unpack(data, UINT32, field, None if most is None else 2 * most).astype(np.int64)
+    starts, sizes = values[0::2], values[1::2]
+    if len(values) % 2 or not sizes.all() or (starts[1:] < (starts + sizes)[:-1]).any():
+        raise InvalidRequest(field, "must be pairs of first id and number, ascending")
+    if sizes.sum() > MAX_RANGED_IDS:
+        raise InvalidRequest(field, f"{sizes.sum()} ids; at most {MAX_RANGED_IDS}")
+    firsts = np.repeat(starts - np.append(0, sizes.cumsum()[:-1]), sizes)
+    return np.asarray(firsts + np.arange(sizes.sum()), np.int64)
+
+
 def unpack_supports(sizes: bytes, ids: bytes, probs: bytes) -> tuple[Support, ...]:
     """Supports of draft.proto's Proposal. Raises InvalidRequest if the fields are inconsistent."""
     counts = unpack(sizes, UINT16, "support_sizes").astype(np.int64)

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -32,7 +33,7 @@ class Simulation:
     that draft token k is accepted if those before it were; the last value holds for later tokens.
     `ranks`: where it is rejected, the probability that the target emits the draft's second, third …
     candidate. `fails_after_s`: seconds since the start after which every pass raises, as on a
-    broken device.
+    broken device. `name`: the model's name, which tells simulated targets apart.
     """
 
     step_ms: tuple[tuple[int, float], ...] = ((1, 10.0),)
@@ -43,6 +44,7 @@ class Simulation:
     survival: tuple[float, ...] = (0.8,)
     ranks: tuple[float, ...] = (0.5, 0.2, 0.1)
     fails_after_s: float = math.inf
+    name: str = "simulated"
 
     @classmethod
     def parse(cls, text: str, *, is_draft: bool = True) -> Simulation:
@@ -86,7 +88,7 @@ class Simulation:
 
 def _written(value: Any) -> str:
     if not isinstance(value, tuple):
-        return repr(value)
+        return value if isinstance(value, str) else repr(value)
     points = (point if isinstance(point, tuple) else (point,) for point in value)
     return "/".join(":".join(map(repr, point)) for point in points)
 
@@ -108,6 +110,12 @@ def _time_ms(text: str) -> float:
     if not 0 <= value <= _MAX_TIME_MS:
         raise ValueError(text)
     return value
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise ValueError(text)
+    return text
 
 
 def _at_least(least: int, text: str) -> int:
@@ -160,6 +168,7 @@ _VALUES: dict[str, _Value] = {
     "vocab_size": _Value(_vocab_size, f"16 to {1 << 24}"),
     "context_len": _Value(lambda text: _at_least(16, text), "16 or more"),
     "seed": _Value(int, "an integer"),
+    "name": _Value(_name, "1 to 64 of letters, digits and ._-"),
     "survival": _Value(
         _probabilities, f"1 to {_MAX_SURVIVAL} probabilities in [0, 1], as in 0.8/0.75"
     ),

@@ -70,12 +70,16 @@ class DraftTargetLoad(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_open_generations: _Optional[int] = ..., num_waiting_generations: _Optional[int] = ..., num_run_tokens_total: _Optional[int] = ..., num_compared_tokens_total: _Optional[int] = ..., num_agreed_tokens_total: _Optional[int] = ...) -> None: ...
 
 class DraftTarget(_message.Message):
-    __slots__ = ("name", "model_fingerprint")
+    __slots__ = ("name", "model_fingerprint", "unshared_ids", "tokenizer_fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    UNSHARED_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     model_fingerprint: str
-    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+    unshared_ids: bytes
+    tokenizer_fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., unshared_ids: _Optional[bytes] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class ProposeRequest(_message.Message):
     __slots__ = ("opens", "commits", "closes", "forget_session_ids", "heartbeat_ms", "target")

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+import pytest
+
 from draft_service.messages import OpenDraft, Proposed, TargetIdentity
 from outrider.engine import Engine
 from outrider.model_server.messages import Failure, FailureReason
+from outrider.runtime.protobuf import pack_ranges
 from tests.draft_service.draft_worker import PROMPT, Draft, key, opening
 from tests.services.noting import Clock
 from tests.services.parts import Greedy
@@ -173,3 +177,22 @@ def test_idle_targets_are_forgotten(draft: Draft) -> None:
         draft.run(opening(1, target=TargetIdentity(f"models/{number}"), lookahead=0))
         draft.close()
     assert len(draft.proposer.statistics().targets) <= 33
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_draft_and_target_do_not_share_are_never_proposed(
+    temperature: float, draft: Draft, truth: Greedy
+) -> None:
+    """Not even those that the draft likes best, and only for the target that lacks them."""
+    liked = sorted({*truth(PROMPT, 4), *truth([*PROMPT, 9], 4)})
+    lacking = TargetIdentity("models/lacking", "1" * 64, pack_ranges(np.array(liked)))
+    fields = {"gamma": 3, "fan_out": 8, "sampling": {"temperature": temperature}}
+    proposals = draft.proposals(opening(1, target=lacking, **fields))
+    proposals += draft.proposals(draft.commit(1, [9]))
+    assert len(proposals) > 2
+    for proposal in proposals:
+        assert not {*proposal.token_ids, *proposal.assumed_token_ids} & {*liked}
+        for support in proposal.supports or ():
+            assert not {*support.token_ids.tolist()} & {*liked}
+    with_all = draft.proposals(opening(2, target=BIG, gamma=3))
+    assert list(with_all[0].token_ids) == truth(PROMPT, 3)

@@ -71,8 +71,10 @@ class NotingEngine:
         self.clock.now += self.base_s + num_tokens * self.token_s + (len(fed) - 1) * self.row_s
         return self.engine.forward(appends)
 
-    def sampler(self, params: SamplingParams, prompt_len: int, vocab_size: int) -> Sampler:
-        return self.engine.sampler(params, prompt_len, vocab_size)
+    def sampler(
+        self, params: SamplingParams, prompt_len: int, vocab_size: int, forbidden_ids: Any = None
+    ) -> Sampler:
+        return self.engine.sampler(params, prompt_len, vocab_size, forbidden_ids)
 
     def sample(self, asks: Sequence[SampleRequest], logits: Any) -> list[SampledToken | Exception]:
         return self.engine.sample(asks, logits)

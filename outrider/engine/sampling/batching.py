@@ -61,13 +61,19 @@ class RequestGroup(NamedTuple):
         return stream_keys(np.repeat(seeds, sizes), Purpose.TARGET, positions)
 
     def raw(self, logits: torch.Tensor) -> torch.Tensor:
-        """The group's rows of `logits`, cut to its vocabulary; a view if they are consecutive."""
+        """The group's rows of `logits`, cut to its vocabulary; a view if they are consecutive.
+
+        Forbidden tokens get -inf, in `logits` itself.
+        """
         first, last = int(self.rows[0]), int(self.rows[-1])
         if last - first + 1 == len(self.rows):
             logits = logits[first : last + 1]
         else:
             logits = logits.index_select(0, torch.from_numpy(self.rows).to(logits.device))
-        return logits[:, : self.samplers[0].vocab_size]
+        logits = logits[:, : self.samplers[0].vocab_size]
+        if (forbidden := self.samplers[0].forbidden_ids) is not None:
+            logits.index_fill_(1, torch.from_numpy(forbidden).to(logits.device), -torch.inf)
+        return logits
 
     def adjusted(self, raw: torch.Tensor, histories: Sequence[Callable[[], Ids]]) -> torch.Tensor:
         """`raw` after the logits processors; `raw` itself without any. `histories`: per request."""
@@ -87,10 +93,12 @@ class RequestGroup(NamedTuple):
 def grouped(
     requests: Sequence[Request], sizes: Sequence[int], kind: Callable[[Request], Kind]
 ) -> Mapping[Kind, Sequence[RequestGroup]]:
-    """Groups by kind and vocabulary size, in request order. `sizes`: rows per request."""
-    members: dict[tuple[Kind, int], list[int]] = {}
+    """Groups by kind and vocabulary, in request order. `sizes`: rows per request."""
+    members: dict[tuple[Kind, tuple[int, int]], list[int]] = {}
     for index, request in enumerate(requests):
-        members.setdefault((kind(request), sampler_of(request).vocab_size), []).append(index)
+        sampler = sampler_of(request)
+        vocabulary = (sampler.vocab_size, id(sampler.forbidden_ids))
+        members.setdefault((kind(request), vocabulary), []).append(index)
     stops = list(itertools.accumulate(sizes))
     groups: dict[Kind, list[RequestGroup]] = {}
     for (name, _), member_indices in members.items():

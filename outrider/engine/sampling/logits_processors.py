@@ -22,7 +22,8 @@ from outrider.sampling.params import SamplingParams
 class GenerationSampler:
     """Sampling state of one generation: its parameters and what is derived from them.
 
-    `vocab_size` cuts the logits: tokens at or beyond it are never sampled or drafted.
+    `vocab_size` cuts the logits: tokens at or beyond it are never sampled or drafted. Nor are
+    `forbidden_ids`, int64 below it; None: no others.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class GenerationSampler:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         device: str,
+        forbidden_ids: Ids | None = None,
     ) -> None:
         self.params = params
+        self.forbidden_ids = forbidden_ids
         self.prompt_len = prompt_len
         self.vocab_size = vocab_size
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
