@@ -26,13 +26,16 @@ from orchestrator.replicas.models import check_shared, limits
 from orchestrator.replicas.pairing import Pairing
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.replica_stream import FetchTokenHashes
+from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.replicas.target_client import TargetLink
+from orchestrator.replicas.tier_drafts import num_replicas
 from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
 from orchestrator.startup import reach_redis, settle_draft, settle_target
 from outrider.client.channel import OpenChannel
 from outrider.errors import ConfigError
 from outrider.redis.registry import Replica, Watcher
+from outrider.redis.rollout_store import RolloutStore
 from outrider.replica import CostReport
 from outrider.runtime.grpc_server import REDIS, Server
 from outrider.runtime.server_security import ServerProtection
@@ -89,7 +92,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
             async with (
                 security.reloading(lambda: _renew(pools)),
                 _discovering(config.redis, pools),
-                _connected(resources, exporters.exposition),
+                _connected(config.redis, resources, exporters.exposition),
                 _checking_redis(resources.store, server),
                 observing.running(),
                 _answering(config, server, resources, admission, meter, exporters.tracing),
@@ -102,14 +105,21 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
 
 
 @contextlib.asynccontextmanager
-async def _connected(resources: GenerationContext, exposition: Exposition) -> AsyncIterator[None]:
+async def _connected(
+    redis: RedisAddress, resources: GenerationContext, exposition: Exposition
+) -> AsyncIterator[None]:
     """Connects to a target, and to a draft if one answers in time, for the block."""
     targets, drafts = resources.targets, resources.drafts
     async with targets.running():
         await settle_target(targets)
         exposition.model_name = targets.model.name if targets.model else ""
-        async with drafts.running() if drafts is not None else contextlib.nullcontext():
-            await settle_draft(drafts)
+        async with contextlib.AsyncExitStack() as stack:
+            if drafts is not None and resources.rollout is not None:
+                await stack.enter_async_context(drafts.running())
+                fingerprint = targets.model.model_fingerprint if targets.model else ""
+                rollouts = RolloutStore(redis, fingerprint)
+                await stack.enter_async_context(resources.rollout.running(rollouts))
+                await settle_draft(drafts)
             yield
 
 
@@ -193,6 +203,9 @@ async def _resources(
         target=targets.costs_of,
         draft=drafts.costs_of if drafts is not None else lambda _: CostReport(),
     )
+    rollout = None
+    if drafts is not None:
+        rollout = DraftRollout(functools.partial(num_replicas, drafts), config)
     observing = Observing(config, lambda: targets.model)
     context = GenerationContext(
         targets,
@@ -203,6 +216,7 @@ async def _resources(
         PromptEncoding(),
         timeouts,
         costs,
+        rollout,
         observers=observing.observers,
     )
     return context, observing

@@ -10,6 +10,7 @@ from orchestrator.generation.prompt_encoder import PromptEncoding
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pairing import Pairing
 from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.replicas.target_client import TargetLink
 from orchestrator.sessions import SessionStore
 from orchestrator.speculation.cost_book import CostBook
@@ -40,5 +41,6 @@ class GenerationContext:
     encoding: PromptEncoding
     timeouts: Timeouts
     costs: CostBook
+    rollout: DraftRollout | None = None
     cleanup: Cleanup = field(default_factory=Cleanup)
     observers: MakeObservers = unobserved

@@ -112,7 +112,7 @@ class Generation:
         )
         previous = lease.record.draft_kv
         replica = previous.replica if previous is not None else None
-        return TierDrafts(context.drafts, draft_request, replica)
+        return TierDrafts(context.drafts, draft_request, replica, context.rollout)
 
     def _target_request(self, priority: int) -> TargetRequest:
         params = self._request.params
@@ -226,6 +226,11 @@ class Generation:
         num_cached = min(commitment.num_accepted_tokens, result.num_run)
         self._target.committed(base_len + num_cached)
         self._policy.observe_round(
+            commitment.num_draft_tokens,
+            commitment.num_accepted_tokens,
+            is_rejected=commitment.is_rejected,
+        )
+        self._source.observe_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,
             is_rejected=commitment.is_rejected,

@@ -101,13 +101,17 @@ class ReplicaPool(Generic[Link]):
         return link.costs if link is not None else CostReport()
 
     def pick(
-        self, preferred: str | None = None, avoid: Collection[str] = (), max_len: int = 0
+        self,
+        preferred: str | None = None,
+        avoid: Collection[str] = (),
+        max_len: int = 0,
+        rank: Callable[[Link], int] | None = None,
     ) -> Link | None:
         """The replica for a new generation of at most `max_len` tokens.
 
         `preferred` if it takes generations, otherwise the least loaded one, of several a random
-        one. A replica with an open circuit is used only without any other. None if the generation
-        fits no replica outside `avoid`.
+        one. A replica with an open circuit is used only without any other, then one of a higher
+        `rank` only without one of a lower. None if the generation fits no replica outside `avoid`.
         """
         open_links = [
             link
@@ -115,6 +119,10 @@ class ReplicaPool(Generic[Link]):
             if link.takes_generations and endpoint not in avoid and max_len <= link.max_len
         ]
         open_links = [link for link in open_links if link.breaker.allows] or open_links
+        if rank is not None and open_links:
+            ranks = [rank(link) for link in open_links]
+            lowest = min(ranks)
+            open_links = [link for link, r in zip(open_links, ranks, strict=True) if r == lowest]
         if preferred is not None:
             for link in open_links:
                 if link.endpoint == preferred:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from math import inf
 
@@ -10,6 +11,7 @@ import structlog
 
 from orchestrator.replicas.draft_client import UNRESPONSIVE_RETRY_S, DraftHandle, DraftLink
 from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 
@@ -22,10 +24,17 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 
 
+def num_replicas(pool: ReplicaPool[DraftLink]) -> Counter[str]:
+    """Connected replicas by draft revision; may be called on any thread."""
+    links = list(pool.links.values())
+    return Counter(link.revision for link in links if link.is_connected)
+
+
 class TierDrafts:
     """`DraftSource` of the draft tier. After a loss it moves to another replica.
 
-    `preferred`: the replica that may have the session's KV from the turn before. `clock`: seconds.
+    `preferred`: the replica that may have the session's KV from the turn before. `rollout`: which
+    draft revision it uses; None: any. `clock`: seconds.
     """
 
     def __init__(
@@ -33,6 +42,7 @@ class TierDrafts:
         pool: ReplicaPool[DraftLink],
         request: DraftRequest,
         preferred: str | None = None,
+        rollout: DraftRollout | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
@@ -48,6 +58,13 @@ class TierDrafts:
         self._open_at = 0.0
         self._backoff_s = 0.0
         self._former_wire_bytes = 0
+        self._rollout = rollout or DraftRollout()
+        self._assignment = self._rollout.assign()
+        # Of the rollout, when this generation last followed it; and when it follows a change.
+        self._epoch = self._rollout.epoch
+        self._follow_at: float | None = None
+        # Verified draft tokens of the assigned revision, since the assignment.
+        self._num_accepted = self._num_rejected = 0
 
     @property
     def is_open(self) -> bool:
@@ -85,13 +102,19 @@ class TierDrafts:
         now = self._clock()
         if gamma == 0 or now < self._open_at:
             return False
-        avoided = [endpoint for endpoint, at in self._retry_at.items() if now < at]
-        self._link = self._pool.pick(self._preferred, avoid=avoided)
+        self._link = self._pool.pick(self._preferred, self._avoided(), rank=self._rank)
         if self._link is None:
             return False
         self._opened_at = now
         self._handle = self._link.open(self._request, gamma, lookahead)
         return True
+
+    def _avoided(self) -> list[str]:
+        now = self._clock()
+        return [endpoint for endpoint, at in self._retry_at.items() if now < at]
+
+    def _rank(self, link: DraftLink) -> int:
+        return self._rollout.rank(link.revision, self._assignment)
 
     def _note_loss(self, handle: DraftHandle) -> None:
         """Sets when this replica and, after a failure, any replica may be used again."""
@@ -107,9 +130,43 @@ class TierDrafts:
         self._backoff_s = min(max(2 * self._backoff_s, FIRST_BACKOFF_S), MAX_BACKOFF_S)
 
     def refresh(self) -> None:
+        if self._epoch != self._rollout.epoch:
+            self._epoch = self._rollout.epoch
+            self._follow_at = self._clock() + self._rollout.move_delay_s()
+        if self._follow_at is not None and self._clock() >= self._follow_at:
+            self._follow_at = None
+            self._follow_rollout()
         is_draining = self._link is not None and not self._link.takes_generations
         if self.is_open and is_draining and self._pool.pick() is not None:
             self._leave()
+
+    def _follow_rollout(self) -> None:
+        """Takes a new assignment after a change, and leaves a replica if there is a better one.
+
+        The proposals dropped here have not been verified, and nothing depended on their tokens.
+        """
+        if self._assignment.version != self._rollout.record.version:
+            self._report()
+            self._assignment = self._rollout.assign()
+        if self._link is None or not self.is_open:
+            return
+        better = self._pool.pick(avoid=self._avoided(), rank=self._rank)
+        if better is not None and self._rank(better) < self._rank(self._link):
+            self._leave()
+
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        if not num_draft_tokens or self._link is None:
+            return
+        revision = self._link.revision
+        self._rollout.count(revision, num_draft_tokens, num_accepted, is_rejected)
+        if revision == self._assignment.revision:
+            self._num_accepted += num_accepted
+            self._num_rejected += is_rejected
+
+    def _report(self) -> None:
+        """Reports the acceptance of the assigned revision, once."""
+        self._rollout.observe(self._assignment, self._num_accepted, self._num_rejected)
+        self._num_accepted = self._num_rejected = 0
 
     def propose(self, min_tokens: int = 1) -> Proposal | None:
         return self._handle.proposal(min_tokens) if self._handle is not None else None
@@ -127,6 +184,7 @@ class TierDrafts:
             self._leave()
 
     def close(self, *, keep: bool) -> None:
+        self._report()
         if self._handle is not None:
             self._handle.close(keep=keep)
 

@@ -37,8 +37,8 @@ class DraftSource(Protocol):
     """Draft tokens of one generation. Used by the generation's task only.
 
     A source reads the committed tokens from the generation's own list. It raises nothing: without
-    proposals the generation decodes plainly. Each round calls `refresh`, `propose` and `commit`,
-    and `wait` if there was no proposal.
+    proposals the generation decodes plainly. Each round calls `observe_round`, `refresh`,
+    `propose` and `commit`, and `wait` if there was no proposal.
     """
 
     @property
@@ -88,6 +88,9 @@ class DraftSource(Protocol):
     async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
         """As `propose`, but waits at most `timeout_s` for the proposal."""
 
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        """A round was verified; its draft tokens, if any, are the last proposal of this source."""
+
     def suspend(self) -> None:
         """Leave a replica that proposes nothing; it is not used again for a while."""
 
@@ -116,6 +119,9 @@ class NoDrafts:
 
     async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
         return None
+
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        pass
 
     def suspend(self) -> None:
         pass

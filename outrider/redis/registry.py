@@ -57,8 +57,8 @@ def _record_key(tier: str, replica_id: str) -> bytes:
     return f"outrider:replica:{tier}:{replica_id}".encode()
 
 
-class _RegistryConnection:
-    """Connection to the registry; logs once when Redis is lost and once when it is back."""
+class LoggedConnection:
+    """Connection that logs once when Redis is lost and once when it is back."""
 
     def __init__(self, redis: RedisAddress | str, name: str) -> None:
         self._connection = RedisConnection(redis, timeout_s=REDIS_TIMEOUT_S, preamble=())
@@ -92,7 +92,7 @@ class Announcer:
     def __init__(self, redis: RedisAddress | str, describe: Callable[[], Replica]) -> None:
         """`describe` returns the replica's current record; its id is fixed. Raises ConfigError."""
         self._describe = describe
-        self._connection = _RegistryConnection(redis, "announcer")
+        self._connection = LoggedConnection(redis, "announcer")
         self._renewal = asyncio.Event()
 
     def renew(self) -> None:
@@ -146,7 +146,7 @@ class Watcher:
         """
         self._tier = tier
         self._on_change = on_change
-        self._connection = _RegistryConnection(redis, f"watcher of {tier}")
+        self._connection = LoggedConnection(redis, f"watcher of {tier}")
         self._replicas: list[Replica] | None = None
         self._malformed: set[bytes] = set()
 

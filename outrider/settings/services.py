@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from outrider.settings.addresses import require_address, require_endpoint, require_host
+from outrider.settings.draft_canary import DraftCanarySettings
 from outrider.settings.fields import require, require_port, setting
 from outrider.settings.observation import ObservationSettings
 from outrider.settings.redis_address import RedisAddress
@@ -160,7 +161,9 @@ class DraftConfig(ModelServiceConfig):
 
 
 @dataclass(frozen=True)
-class OrchestratorConfig(OrchestratorSettings, ObservationSettings, TelemetrySettings):
+class OrchestratorConfig(
+    OrchestratorSettings, DraftCanarySettings, ObservationSettings, TelemetrySettings
+):
     """`python -m orchestrator`."""
 
     target_endpoint: str = setting(
@@ -277,6 +280,7 @@ class OrchestratorConfig(OrchestratorSettings, ObservationSettings, TelemetrySet
         self.check_server()
         self.check_telemetry()
         self.check_observation()
+        self.check_draft_canary()
         self.redis_at(self.redis_url)  # raises where the settings do not fit it
         for name, values in _CHOICES:
             require(getattr(self, name) in values, name, f"must be {' or '.join(values)}")
