@@ -85,6 +85,12 @@ class Rollout:
             return Role.ROLLED_BACK
         return Role.SUPERSEDED if revision in self.superseded else Role.WAITING
 
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """All revisions that have a role, the current one first."""
+        named = (self.current, self.trial, *self.rolled_back, *self.superseded)
+        return tuple(filter(None, named))
+
     def change(
         self,
         decision: str,

@@ -20,6 +20,7 @@ def test_roles() -> None:
     canary = Rollout(1, current="a", trial="b", superseded=("c",), rolled_back=("d",))
     roles = [canary.role(name) for name in "abcde"]
     assert roles == [Role.CURRENT, Role.CANARY, Role.SUPERSEDED, Role.ROLLED_BACK, Role.WAITING]
+    assert canary.revisions == ("a", "b", "d", "c")
     assert Rollout(1, current="b", trial="a", is_promoted=True).role("a") is Role.CONTROL
 
 

@@ -9,11 +9,13 @@ from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.state import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.replicas.pairing import DraftMatch
+from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.sessions import KvHandle, SessionPage, SessionRecord
 from orchestrator.speculation.gamma import GammaDecision
+from outrider.draft_rollout import AcceptanceSums, revision_name
 from outrider.errors import ConfigError
 from outrider.runtime.protobuf import verification_to_proto
-from outrider.v1 import orchestrator_pb2
+from outrider.v1 import model_pb2, orchestrator_pb2
 
 _ORIGINS = {
     TokenOrigin.ACCEPTED: orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
@@ -43,6 +45,27 @@ def pairing_response(
         is_assumed=match is not None and match.is_assumed,
         refused=str(refused[-1]) if refused else "",
     )
+
+
+def rollout_response(
+    rollout: DraftRollout, models: Sequence[model_pb2.ModelInfo]
+) -> orchestrator_pb2.DraftRollout:
+    """`models`: of the connected draft replicas."""
+    record, num_replicas = rollout.record, rollout.num_replicas()
+    names = {revision_name(model.model_fingerprint): model.name for model in models}
+    revisions = dict.fromkeys((*record.revisions, *sorted(num_replicas)))
+    message = orchestrator_pb2.DraftRollout(version=record.version, decision=record.decision)
+    for revision in revisions:
+        sums = rollout.sums.get(revision, AcceptanceSums())
+        message.revisions.add(
+            revision=revision,
+            model=names.get(revision, ""),
+            role=orchestrator_pb2.DraftRole.Value(f"DRAFT_ROLE_{record.role(revision).name}"),
+            num_replicas=num_replicas.get(revision, 0),
+            num_generations=sums.num,
+            acceptance_rate=sums.mean if sums.num else None,
+        )
+    return message
 
 
 def generate_response(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,15 +15,19 @@ from orchestrator.api.grpc_request import is_long, parse_page_token, parse_reque
 from orchestrator.api.grpc_response import (
     generate_response,
     pairing_response,
+    rollout_response,
     session_response,
     sessions_response,
 )
 from orchestrator.api.request_telemetry import ApiTelemetry, RequestTelemetry
 from orchestrator.generation.context import GenerationContext
 from orchestrator.replicas.models import Limits
+from orchestrator.replicas.pool import pooled_model
+from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.sessions import scoped_id, validate_session_id
+from outrider.draft_rollout import revision_name
 from outrider.runtime.grpc_status import StreamWriter, translated
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -112,16 +116,29 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         resources, limits = self._resources, self._limits()
         drafts = resources.drafts
         links = list(drafts.links.values()) if drafts is not None else []
+        models = drafts.models if drafts is not None else []
+        rollout = resources.rollout
         response = orchestrator_pb2.GetModelInfoResponse(
             target=resources.targets.model,
-            draft=drafts.model if drafts is not None and drafts.num_connected else None,
+            draft=_current(models, rollout),
             default_gamma=limits.gamma,
             max_gamma=limits.max_gamma,
             draft_pairing=pairing_response(
                 resources.pairing.draft,
                 [error for link in links if (error := link.refusal.error) is not None],
             ),
+            draft_rollout=rollout_response(rollout, models) if rollout is not None else None,
         )
         if request.with_token_hashes:
             response.target.token_hashes = await resources.pairing.token_hashes()
         return response
+
+
+def _current(
+    models: Sequence[model_pb2.ModelInfo], rollout: DraftRollout | None
+) -> model_pb2.ModelInfo | None:
+    """The current draft revision, or all of them if it is not connected; None without a draft."""
+    if not models or rollout is None:
+        return None
+    current = [m for m in models if revision_name(m.model_fingerprint) == rollout.record.current]
+    return pooled_model(current or models)

@@ -22,6 +22,7 @@ from outrider.telemetry.exposition import Reading, Value
 if TYPE_CHECKING:
     from orchestrator.admission.queue import AdmissionQueue
     from orchestrator.generation.context import GenerationContext
+    from orchestrator.replicas.rollout import DraftRollout
 
 # vLLM's finish reason for a cancelled request.
 ABORT = "abort"
@@ -42,6 +43,12 @@ _DISTRIBUTIONS = (
     metrics.DRAFT_ROUND_TRIP,
     metrics.VERIFY_ROUND_TRIP,
 )
+_REVISION_COUNTS = {
+    metrics.DRAFT_REVISION_DRAFTS: "num_drafts",
+    metrics.DRAFT_REVISION_DRAFT_TOKENS: "num_draft_tokens",
+    metrics.DRAFT_REVISION_ACCEPTED_TOKENS: "num_accepted_tokens",
+    metrics.DRAFT_REVISION_REJECTED_TOKENS: "num_rejected_tokens",
+}
 
 
 @dataclass
@@ -161,9 +168,26 @@ def readings(
     if costs.num_lookahead_hits or costs.num_lookahead_misses:
         yield Reading.one(metrics.LOOKAHEAD_HIT_RATE, costs.lookahead_hit_rate)
     yield Reading.one(metrics.REDIS_UP, float(not context.store.is_away))
+    if context.rollout is not None:
+        yield from _revisions(context.rollout)
     pools = [pool for pool in (context.targets, context.drafts) if pool is not None]
     links = [(pool.tier, link) for pool in pools for link in list(pool.links.values())]
     yield from _replicas(links, [pool.tier for pool in pools])
+
+
+def _revisions(rollout: DraftRollout) -> Iterator[Reading]:
+    role, counts = rollout.record.role, dict(rollout.counts)
+    replicas: dict[tuple[str, ...], Value] = {
+        (name, role(name).value): num for name, num in rollout.num_replicas().items()
+    }
+    yield Reading(metrics.DRAFT_REVISION_REPLICAS, replicas)
+    for metric, field in _REVISION_COUNTS.items():
+        yield Reading.by(metric, {name: getattr(each, field) for name, each in counts.items()})
+    sums = dict(rollout.sums)
+    yield Reading.by(metrics.DRAFT_REVISION_COMPARED, {name: s.num for name, s in sums.items()})
+    rates = {name: s.mean for name, s in sums.items() if s.num}
+    yield Reading.by(metrics.DRAFT_REVISION_COMPARED_RATE, rates)
+    yield Reading.by(metrics.DRAFT_ROLLOUT_DECISIONS, dict(rollout.decisions))
 
 
 def _replicas(links: list[tuple[str, Any]], tiers: list[str]) -> Iterator[Reading]:

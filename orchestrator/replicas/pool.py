@@ -231,12 +231,12 @@ class ReplicaPool(Generic[Link]):
 
     def _notify(self) -> None:
         if models := self.models:
-            self.model = _pooled(models)
+            self.model = pooled_model(models)
             self.max_len = max(link.max_len for link in self.links.values() if link.is_connected)
         self._changed.set()
 
 
-def _pooled(models: Sequence[model_pb2.ModelInfo]) -> model_pb2.ModelInfo:
+def pooled_model(models: Sequence[model_pb2.ModelInfo]) -> model_pb2.ModelInfo:
     """One description of several replicas.
 
     The smallest max_gamma, because every replica must accept it. The longest context and the most

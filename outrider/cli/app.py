@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider import __version__
+from outrider.cli.drafts import drafts
 from outrider.cli.generate import generate
 from outrider.cli.keys import keys
 from outrider.cli.models import convert_tokenizer, model
@@ -57,6 +58,7 @@ _app.command("model")(model)
 _app.command("top")(top)
 _app.command("convert-tokenizer")(convert_tokenizer)
 _app.add_typer(sessions, name="session")
+_app.add_typer(drafts, name="drafts")
 _app.add_typer(keys, name="keys")
 _OWN_COMMANDS = {command.name for command in _app.registered_commands}
 _OWN_COMMANDS |= {group.name for group in _app.registered_groups}

@@ -213,6 +213,46 @@ REDIS_UP = _gauge(
     "1 if the last Redis command succeeded; 0: records are buffered until Redis is back.",
 )
 
+# --- Orchestrator: draft revisions ---
+DRAFT_REVISION_REPLICAS = _gauge(
+    "draft_revision_replicas",
+    "Connected draft replicas by revision (first 12 characters of the model's fingerprint) and its "
+    "role: current, canary, control, waiting, superseded, rolled_back.",
+    "revision",
+    "role",
+)
+DRAFT_REVISION_DRAFTS = _counter(
+    "draft_revision_drafts", "Rounds with draft tokens of a draft revision.", "revision"
+)
+DRAFT_REVISION_DRAFT_TOKENS = _counter(
+    "draft_revision_draft_tokens", "Draft tokens of a draft revision.", "revision"
+)
+DRAFT_REVISION_ACCEPTED_TOKENS = _counter(
+    "draft_revision_accepted_tokens", "Accepted draft tokens of a draft revision.", "revision"
+)
+DRAFT_REVISION_REJECTED_TOKENS = _counter(
+    "draft_revision_rejected_tokens",
+    "Rejected draft tokens of a draft revision, without those after a rejected one. The acceptance "
+    "rate is accepted / (accepted + rejected).",
+    "revision",
+)
+DRAFT_REVISION_COMPARED = _gauge(
+    "draft_revision_compared_generations",
+    "Generations of a draft revision in the current comparison, of all orchestrators.",
+    "revision",
+)
+DRAFT_REVISION_COMPARED_RATE = _gauge(
+    "draft_revision_compared_acceptance_rate",
+    "Mean acceptance rate of these generations.",
+    "revision",
+)
+DRAFT_ROLLOUT_DECISIONS = _counter(
+    "draft_rollout_decisions",
+    "Changes of the current draft revision that this orchestrator made for all: promoted, "
+    "confirmed (nothing is compared any more), rolled_back, replaced (no replica was left).",
+    "decision",
+)
+
 # --- Orchestrator: observation ---
 TRAFFIC_RECORDS = _counter(
     "traffic_records",

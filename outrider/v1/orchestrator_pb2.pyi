@@ -35,6 +35,16 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+
+class DraftRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAFT_ROLE_UNSPECIFIED: _ClassVar[DraftRole]
+    DRAFT_ROLE_CURRENT: _ClassVar[DraftRole]
+    DRAFT_ROLE_CANARY: _ClassVar[DraftRole]
+    DRAFT_ROLE_CONTROL: _ClassVar[DraftRole]
+    DRAFT_ROLE_WAITING: _ClassVar[DraftRole]
+    DRAFT_ROLE_SUPERSEDED: _ClassVar[DraftRole]
+    DRAFT_ROLE_ROLLED_BACK: _ClassVar[DraftRole]
 DRAFT_WAIT_UNSPECIFIED: DraftWait
 DRAFT_WAIT_ADAPTIVE: DraftWait
 DRAFT_WAIT_ALWAYS: DraftWait
@@ -50,6 +60,13 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
+DRAFT_ROLE_UNSPECIFIED: DraftRole
+DRAFT_ROLE_CURRENT: DraftRole
+DRAFT_ROLE_CANARY: DraftRole
+DRAFT_ROLE_CONTROL: DraftRole
+DRAFT_ROLE_WAITING: DraftRole
+DRAFT_ROLE_SUPERSEDED: DraftRole
+DRAFT_ROLE_ROLLED_BACK: DraftRole
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -330,18 +347,46 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, with_token_hashes: bool = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("target", "draft", "default_gamma", "max_gamma", "draft_pairing")
+    __slots__ = ("target", "draft", "default_gamma", "max_gamma", "draft_pairing", "draft_rollout")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_GAMMA_FIELD_NUMBER: _ClassVar[int]
     MAX_GAMMA_FIELD_NUMBER: _ClassVar[int]
     DRAFT_PAIRING_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     target: _model_pb2.ModelInfo
     draft: _model_pb2.ModelInfo
     default_gamma: int
     max_gamma: int
     draft_pairing: DraftPairing
-    def __init__(self, target: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., draft: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., default_gamma: _Optional[int] = ..., max_gamma: _Optional[int] = ..., draft_pairing: _Optional[_Union[DraftPairing, _Mapping]] = ...) -> None: ...
+    draft_rollout: DraftRollout
+    def __init__(self, target: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., draft: _Optional[_Union[_model_pb2.ModelInfo, _Mapping]] = ..., default_gamma: _Optional[int] = ..., max_gamma: _Optional[int] = ..., draft_pairing: _Optional[_Union[DraftPairing, _Mapping]] = ..., draft_rollout: _Optional[_Union[DraftRollout, _Mapping]] = ...) -> None: ...
+
+class DraftRollout(_message.Message):
+    __slots__ = ("version", "revisions", "decision")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    revisions: _containers.RepeatedCompositeFieldContainer[DraftRevision]
+    decision: str
+    def __init__(self, version: _Optional[int] = ..., revisions: _Optional[_Iterable[_Union[DraftRevision, _Mapping]]] = ..., decision: _Optional[str] = ...) -> None: ...
+
+class DraftRevision(_message.Message):
+    __slots__ = ("revision", "model", "role", "num_replicas", "num_generations", "acceptance_rate")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_RATE_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    model: str
+    role: DraftRole
+    num_replicas: int
+    num_generations: int
+    acceptance_rate: float
+    def __init__(self, revision: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[DraftRole, str]] = ..., num_replicas: _Optional[int] = ..., num_generations: _Optional[int] = ..., acceptance_rate: _Optional[float] = ...) -> None: ...
 
 class DraftPairing(_message.Message):
     __slots__ = ("num_differing_ids", "is_assumed", "refused")
