@@ -53,14 +53,14 @@ class Generation:
         self._turn = prepared.turn
         self._state = prepared.state
         self._observation = Observation(context.observers(prepared, lease))
+        self._source = self._draft_source()
         self._policy = GammaPolicy(
-            context.costs.pair(),
+            context.costs.pair(self._source.revision),
             request.max_gamma,
             fixed=request.gamma,
             fixed_wait_s=context.timeouts.draft_wait_s,
             waits_always=request.waits_for_draft,
         )
-        self._source = self._draft_source()
         self._drafting = Drafting(self._source, self._policy, context.costs, request.lookahead)
         self._target = TargetSession(
             context.targets,

@@ -99,7 +99,8 @@ class DraftRollout:
         self.num_replicas = num_replicas
         self._clock = clock
         self._draw = draw
-        self._additions: dict[str, AcceptanceSums] = {}
+        # Of this orchestrator, since the last exchange with Redis.
+        self.unsent: dict[str, AcceptanceSums] = {}
         self._started_at = clock()
         # Replicas of each revision that are connected, and when a revision was last seen.
         self._num_replicas: Counter[str] = Counter()
@@ -139,8 +140,8 @@ class DraftRollout:
         if assignment.version != self.record.version or not self.record.trial:
             return
         if num_verified >= MIN_VERIFIED:
-            sums = self._additions.get(assignment.revision, AcceptanceSums())
-            self._additions[assignment.revision] = sums.plus(num_accepted / num_verified)
+            sums = self.unsent.get(assignment.revision, AcceptanceSums())
+            self.unsent[assignment.revision] = sums.plus(num_accepted / num_verified)
 
     @contextlib.asynccontextmanager
     async def running(self, store: RolloutStore) -> AsyncIterator[None]:
@@ -163,12 +164,12 @@ class DraftRollout:
     async def exchange(self, store: RolloutStore) -> None:
         """Notes which revisions are connected, shares the measurements, and decides."""
         self._look()
-        additions, self._additions = self._additions, {}
+        additions, self.unsent = self.unsent, {}
         stored = await store.sync(self.record.version, additions)
         if stored is None:  # Redis is away: nothing is decided
             return
         if stored.rollout is not None and stored.version > self.record.version:
-            self._adopt(stored.rollout)
+            self.adopt(stored.rollout)
         elif stored.version < self.record.version:  # Redis has lost it
             await store.replace(stored.version, self.record)
             return
@@ -181,7 +182,7 @@ class DraftRollout:
             if decision:
                 self.decisions[decision] += 1
             self.sums = {}
-            self._adopt(rollout)
+            self.adopt(rollout)
 
     def _look(self) -> None:
         found = Counter(self.num_replicas())
@@ -190,9 +191,10 @@ class DraftRollout:
             self.epoch += 1
         self._num_replicas = found
 
-    def _adopt(self, rollout: Rollout) -> None:
+    def adopt(self, rollout: Rollout) -> None:
+        """Follow a version of the rollout that this or another orchestrator has stored."""
         self.record = rollout
-        self._additions.clear()
+        self.unsent.clear()
         self.epoch += 1
         log.info(
             "draft_rollout",

@@ -79,6 +79,10 @@ class TierDrafts:
         return self._handle.replica if self._handle is not None and self.is_open else None
 
     @property
+    def revision(self) -> str:
+        return self._link.revision if self._link is not None else self._assignment.revision
+
+    @property
     def cached_len(self) -> int:
         return self._handle.cached_len if self._handle is not None else 0
 

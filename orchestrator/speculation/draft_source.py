@@ -54,6 +54,10 @@ class DraftSource(Protocol):
         """Address of the replica in use; None if there is none."""
 
     @property
+    def revision(self) -> str:
+        """Name of the model that proposes, or will; empty if there is none."""
+
+    @property
     def cached_len(self) -> int:
         """Committed tokens whose keys and values the replica is known to have."""
 
@@ -103,6 +107,7 @@ class NoDrafts:
 
     is_open = may_open = False
     replica: str | None = None
+    revision = ""
     cached_len = num_behind = wire_bytes = 0
 
     def open(self, gamma: int, lookahead: int) -> bool:

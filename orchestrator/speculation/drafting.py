@@ -46,6 +46,7 @@ class Drafting:
             return
         if source.open(policy.decision.gamma, policy.lookahead(self._lookahead)):
             policy.costs.draft = self._costs.draft(source.replica)
+            policy.use_model(self._costs.model(source.revision))
             self._is_paused = False
             self._expect_prompt()
 

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 from orchestrator.speculation.acceptance import AcceptanceModel
 from orchestrator.speculation.probing import ProbeSchedule
-from orchestrator.speculation.round_costs import PROBE_SMOOTHING, SMOOTHING, PairCosts
+from orchestrator.speculation.round_costs import (
+    PROBE_SMOOTHING,
+    SMOOTHING,
+    DraftStatistics,
+    PairCosts,
+)
 from orchestrator.speculation.round_values import RoundValues
 
 # Another γ must be this much better. Covers costs that vary by 2 % between reports.
@@ -96,16 +101,16 @@ class GammaPolicy:
         self._max_gamma = max_gamma
         self._fixed = fixed
         self._fixed_wait_s = fixed_wait_s
-        shared = costs.shared
-        self._acceptance = AcceptanceModel(shared.acceptance)
-        self._hit_rate = shared.lookahead_hit_rate
+        model = costs.model
+        self._acceptance = AcceptanceModel(model.acceptance)
+        self._hit_rate = costs.shared.lookahead_hit_rate
         self._decision: GammaDecision | None = None
         self._num_rounds_left = 0  # of the decision
         # The γ chosen last; probes are not choices. None: draft tokens have paid so far, or nothing
         # is known.
-        self._choice: int | None = 0 if shared.probes.num_plain_rounds else None
+        self._choice: int | None = 0 if model.probes.num_plain_rounds else None
         # Its own schedule besides the shared one: its acceptance may be better than that of others.
-        self._probes = ProbeSchedule(shared.probes.interval)
+        self._probes = ProbeSchedule(model.probes.interval)
         self._num_probe_rounds_left = 0
         # All draft tokens of the last round were accepted.
         self._is_promising = False
@@ -117,6 +122,14 @@ class GammaPolicy:
             self._num_rounds_left = _ROUNDS_PER_DECISION
             self._decision = self._decide()
         return self._decision
+
+    def use_model(self, model: DraftStatistics) -> None:
+        """The draft tokens now come from another draft model, if it is another one."""
+        if model is not self.costs.model:
+            self.costs.model = model
+            self._acceptance = AcceptanceModel(model.acceptance)
+            self._probes = ProbeSchedule(model.probes.interval)
+            self._num_rounds_left = 0
 
     def lookahead(self, max_rounds: int) -> int:
         """Rounds that the draft should work ahead, so that its proposals are ready in time.
@@ -140,7 +153,7 @@ class GammaPolicy:
             self._num_probe_rounds_left = 0
             if self._decision is not None and self._decision.gamma > _PROBE_GAMMA:
                 self._probes.reset()
-                self.costs.shared.probes.reset()
+                self.costs.model.probes.reset()
             self._acceptance.observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
     def observe_lookahead(self, *, is_hit: bool) -> None:
@@ -222,7 +235,7 @@ class GammaPolicy:
 
     def _starts_probe(self) -> bool:
         """Starts a probe if one is due, or if all draft tokens of the last one were accepted."""
-        schedules = (self._probes, self.costs.shared.probes)
+        schedules = (self._probes, self.costs.model.probes)
         is_due = [schedule.advance(_ROUNDS_PER_DECISION) for schedule in schedules]
         if not any(is_due) and not self._is_promising:
             return False

@@ -112,12 +112,18 @@ class DraftCosts:
 
 
 @dataclass
-class PairStatistics:
-    """Statistics of the two models over all generations, whichever replicas serve them."""
+class DraftStatistics:
+    """Statistics of one draft model over all generations, whichever replicas serve it."""
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
     # Short generations together probe as often as one long one.
     probes: ProbeSchedule = field(default_factory=ProbeSchedule)
+
+
+@dataclass
+class PairStatistics:
+    """Statistics of both tiers over all generations, whichever replicas serve them."""
+
     # New generations start with this rate. Choice for the first one: no preference.
     lookahead_hit_rate: float = 0.5
     # For metrics only.
@@ -134,17 +140,22 @@ class PairStatistics:
 
 
 class PairCosts:
-    """Costs of one generation's rounds. `target` and `draft` change when it moves."""
+    """Costs of one generation's rounds. `target`, `draft` and `model` change when it moves.
+
+    `model`: statistics of the draft model in use.
+    """
 
     def __init__(
         self,
         target: TargetCosts | None = None,
         draft: DraftCosts | None = None,
         shared: PairStatistics | None = None,
+        model: DraftStatistics | None = None,
     ) -> None:
         self.target = target or TargetCosts()
         self.draft = draft or DraftCosts()
         self.shared = shared or PairStatistics()
+        self.model = model or DraftStatistics()
 
     def observe_result(self, latency_s: float, step_s: float, *, has_waited: bool) -> None:
         """A verify result came `latency_s` after its request; its pass took `step_s`.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from structlog.testing import capture_logs
 
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
+from orchestrator.replicas.rollout import DraftRollout, RolloutTiming
 from orchestrator.replicas.tier_drafts import FIRST_BACKOFF_S, MAX_BACKOFF_S, TierDrafts
 from orchestrator.speculation.cost_book import CostBook
 from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.gamma import GammaPolicy
+from outrider.draft_rollout import AcceptanceSums, Rollout
 from outrider.replica import CostReport
 from outrider.runtime.protobuf import UINT32, pack
 from outrider.v1 import draft_pb2, model_pb2
@@ -40,14 +43,19 @@ def failure(request: Request, reason: Any) -> draft_pb2.DraftLost:
 
 
 @contextlib.asynccontextmanager
-async def pool_of(answers: list[Answer]) -> AsyncIterator[ReplicaPool[DraftLink]]:
-    """Connected fake replicas, one for each of the answers."""
+async def pool_of(
+    answers: list[Answer], fingerprints: Sequence[str] = ()
+) -> AsyncIterator[ReplicaPool[DraftLink]]:
+    """Connected fake replicas, one for each of the answers; `fingerprints` of their models."""
 
     def make_link(endpoint: str, on_change: Callable[[], None]) -> DraftLink:
         return DraftLink(endpoint, any_model, on_change)
 
     async with asyncio.timeout(100), contextlib.AsyncExitStack() as stack:
-        fakes = [FakeDraft(model_pb2.ModelInfo(max_gamma=8), answer) for answer in answers]
+        fakes = [
+            FakeDraft(model_pb2.ModelInfo(max_gamma=8, model_fingerprint=fingerprint), answer)
+            for answer, fingerprint in itertools.zip_longest(answers, fingerprints, fillvalue="")
+        ]
         endpoints = [await stack.enter_async_context(faking(fake)) for fake in fakes]
         pool = ReplicaPool("draft", make_link, endpoints)
         await stack.enter_async_context(pool.running())
@@ -161,3 +169,59 @@ async def test_proposals_are_used_although_their_generation_failed_at_the_draft(
         draft_pb2.DraftOpen,
         draft_pb2.DraftCommit,
     ]
+
+
+def answers_nothing(request: Request) -> list[draft_pb2.Proposal]:
+    return []
+
+
+async def test_a_generation_moves_to_the_revision_that_the_rollout_assigns() -> None:
+    """At each change, after a delay; and only if a replica of that revision is there."""
+    clock, drawn = Clock(), [0.9]
+    async with pool_of([answers_nothing] * 2, ["old", "new"]) as pool:
+        rollout = DraftRollout(draw=lambda: drawn[0])
+        source = TierDrafts(pool, draft_request([1, 2, 3]), rollout=rollout, clock=clock)
+
+        def revision_after(record: Rollout, draw: float) -> str:
+            drawn[0] = draw
+            rollout.adopt(record)
+            former = source.revision
+            source.refresh()
+            assert source.revision == former, "not all generations move at once"
+            clock.now += RolloutTiming().spread_s
+            source.refresh()
+            assert source.open(4, 1)
+            return source.revision
+
+        assert source.open(4, 1)
+        assert revision_after(Rollout(1, current="old"), 0.9) == "old"
+        assert revision_after(Rollout(2, current="old", trial="new"), 0.01) == "new"
+        assert revision_after(Rollout(3, current="old", rolled_back=("new",)), 0.01) == "old"
+        assert revision_after(Rollout(4, current="new"), 0.01) == "new"
+        assert revision_after(Rollout(5, current="gone", trial="old"), 0.9) == "old"
+        source.close(keep=False)
+
+
+async def test_the_acceptance_of_each_assignment_is_reported_once() -> None:
+    """Draft tokens of a replica of another revision do not count."""
+    clock, drawn = Clock(), [0.9]
+    async with pool_of([answers_nothing], ["old"]) as pool:
+        rollout = DraftRollout(draw=lambda: drawn[0])
+        rollout.adopt(Rollout(1, current="old", trial="new"))
+        source = TierDrafts(pool, draft_request([1, 2, 3]), rollout=rollout, clock=clock)
+        assert source.open(4, 1)
+        for _ in range(10):
+            source.observe_round(4, 3, is_rejected=True)
+        source.observe_round(0, 0, is_rejected=False)
+        source.close(keep=False)
+        source.close(keep=False)
+        assert rollout.unsent == {"old": AcceptanceSums().plus(30 / 40)}
+
+        drawn[0] = 0.01
+        source = TierDrafts(pool, draft_request([1, 2, 3]), rollout=rollout, clock=clock)
+        assert source.open(4, 1), "without the canary, at the current revision"
+        for _ in range(10):
+            source.observe_round(4, 3, is_rejected=True)
+        source.close(keep=False)
+        assert list(rollout.unsent) == ["old"]
+        assert rollout.counts["old"].num_draft_tokens == 80

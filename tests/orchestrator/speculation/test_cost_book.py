@@ -44,11 +44,20 @@ def test_a_generation_that_moves_uses_the_costs_known_of_the_new_replica() -> No
     assert pair.target.overhead_s == known
 
 
-def test_statistics_of_the_models_are_shared() -> None:
+def test_statistics_are_shared_by_the_generations_of_a_draft_model() -> None:
+    book = CostBook(report, report)
+    one, other, another = book.pair("a"), book.pair("a"), book.pair("b")
+    assert one.model is other.model is book.model("a")
+    assert another.model is book.model("b") is not one.model
+    for number in range(100):
+        book.model(f"model {number}")
+    assert book.model("a") is not one.model, "the least recently used are forgotten"
+
+
+def test_statistics_of_the_tiers_are_shared() -> None:
     book = CostBook(report, report)
     one, other = book.pair(), book.pair()
     for _ in range(50):
-        one.shared.acceptance.observe(4, 4, is_rejected=False)
         one.shared.observe_lookahead(is_hit=True)
     assert other.shared is one.shared is book.shared
     assert book.shared.lookahead_hit_rate > 0.6

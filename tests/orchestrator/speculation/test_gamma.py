@@ -16,7 +16,12 @@ import pytest
 from hypothesis import given, settings
 
 from orchestrator.speculation.gamma import GammaDecision, GammaPolicy
-from orchestrator.speculation.round_costs import DraftCosts, PairCosts, TargetCosts
+from orchestrator.speculation.round_costs import (
+    DraftCosts,
+    DraftStatistics,
+    PairCosts,
+    TargetCosts,
+)
 from outrider.replica import CostReport
 
 MAX_GAMMA = 16
@@ -159,7 +164,7 @@ def test_gamma_rises_with_the_acceptance_rate(
         for number in range(100):
             num_accepted = MAX_GAMMA if number % 20 < share else 0
             is_rejected = num_accepted < MAX_GAMMA
-            costs.shared.acceptance.observe(MAX_GAMMA, num_accepted, is_rejected=is_rejected)
+            costs.model.acceptance.observe(MAX_GAMMA, num_accepted, is_rejected=is_rejected)
         chosen.append(GammaPolicy(costs, MAX_GAMMA).decision.gamma)
     assert chosen == sorted(chosen)
 
@@ -432,3 +437,19 @@ def _flat(value: object) -> list[float]:
         return [float(x) for x in value]
     assert isinstance(value, int | float)
     return [float(value)]
+
+
+def test_another_draft_model_has_its_own_acceptance() -> None:
+    """As when a generation moves to a replica with another draft revision."""
+    costs = Tiers(token_s=0.02 * PASS_S).costs()
+    policy = GammaPolicy(costs, MAX_GAMMA)
+    play(policy, 300, 0.0, is_hit=True)
+    assert policy.decision.survival[0] < 0.2
+    policy.use_model(costs.model)
+    assert policy.decision.survival[0] < 0.2, "it is the same one"
+    other = DraftStatistics()
+    policy.use_model(other)
+    assert policy.decision.survival[0] > 0.5
+    play(policy, 300, 0.9, is_hit=True)
+    assert other.acceptance.survival(1)[0] > 0.7
+    assert GammaPolicy(costs, MAX_GAMMA).decision.survival[0] > 0.7, "its costs have that model now"
