@@ -27,7 +27,8 @@ from outrider import errors
 from outrider.cli.app import app
 from outrider.runtime.grpc_status import status_of
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
-from outrider.telemetry.catalogue import CATALOGUE, VLLM_PREFIX, Metric, MetricKind
+from outrider.telemetry.catalogue import CATALOGUE
+from outrider.telemetry.metric import VLLM_PREFIX, Metric, MetricKind
 
 DIRECTORY = Path(__file__).parent.parent / "docs/reference"
 COMMAND = ".venv/bin/python scripts/reference.py"

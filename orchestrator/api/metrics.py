@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.generation.state import Commitment, FinishReason, TokenOrigin
 from outrider.runtime.grpc_status import STATUS_NAMES
 from outrider.telemetry import catalogue as metrics
-from outrider.telemetry.catalogue import Metric
 from outrider.telemetry.distribution import Distribution
 from outrider.telemetry.exposition import Reading, Value
+from outrider.telemetry.metric import Metric
 
 if TYPE_CHECKING:
     from orchestrator.admission.queue import AdmissionQueue
@@ -176,15 +176,16 @@ def readings(
 
 
 def _revisions(rollout: DraftRollout) -> Iterator[Reading]:
-    role, counts = rollout.record.role, dict(rollout.counts)
+    role, counts, num_replicas = rollout.record.role, dict(rollout.counts), rollout.num_replicas()
     replicas: dict[tuple[str, ...], Value] = {
-        (name, role(name).value): num for name, num in rollout.num_replicas().items()
+        (name, role(name).value): num for name, num in num_replicas.items()
     }
     yield Reading(metrics.DRAFT_REVISION_REPLICAS, replicas)
     for metric, field in _REVISION_COUNTS.items():
         yield Reading.by(metric, {name: getattr(each, field) for name, each in counts.items()})
     sums = dict(rollout.sums)
-    yield Reading.by(metrics.DRAFT_REVISION_COMPARED, {name: s.num for name, s in sums.items()})
+    compared = dict.fromkeys(num_replicas, 0) | {name: s.num for name, s in sums.items()}
+    yield Reading.by(metrics.DRAFT_REVISION_COMPARED, compared)
     rates = {name: s.mean for name, s in sums.items() if s.num}
     yield Reading.by(metrics.DRAFT_REVISION_COMPARED_RATE, rates)
     yield Reading.by(metrics.DRAFT_ROLLOUT_DECISIONS, dict(rollout.decisions))

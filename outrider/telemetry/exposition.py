@@ -23,8 +23,8 @@ from prometheus_client.registry import Collector
 
 from outrider.errors import ConfigError
 from outrider.settings.telemetry import TelemetrySettings
-from outrider.telemetry.catalogue import PREFIX, VLLM_PREFIX, Metric, MetricKind
 from outrider.telemetry.distribution import Distribution
+from outrider.telemetry.metric import PREFIX, VLLM_PREFIX, Metric, MetricKind
 from outrider.telemetry.scrapes import ScrapeServer
 
 log = structlog.get_logger()

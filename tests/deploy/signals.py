@@ -12,7 +12,8 @@ from typing import Any
 
 from outrider.replica import ReplicaState
 from outrider.runtime.grpc_status import STATUS_NAMES
-from outrider.telemetry.catalogue import CATALOGUE, PREFIX, Metric, MetricKind
+from outrider.telemetry.catalogue import CATALOGUE
+from outrider.telemetry.metric import PREFIX, Metric, MetricKind
 from tests.deploy.manifests import Manifests, strings, title
 
 _NAME = re.compile(r"\boutrider[_:][a-z0-9_:]+")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from outrider.telemetry.catalogue import BY_NAME, CATALOGUE, MetricKind
+from outrider.telemetry.catalogue import BY_NAME, CATALOGUE
+from outrider.telemetry.metric import MetricKind
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("reference/metrics", "how-to/observe", "how-to/troubleshoot", "how-to/deploy")
