@@ -21,7 +21,6 @@ from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ModelChec
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 from outrider.client.channel import OpenChannel, open_plain
-from outrider.draft_rollout import revision_name
 from outrider.errors import InvalidRequest
 from outrider.runtime.protobuf import (
     UINT32,
@@ -233,11 +232,6 @@ class DraftLink(ReplicaLink[Item, DraftHandle]):
         """As ReplicaLink. `find_target`: the target, for this replica's model; None: not known."""
         super().__init__(endpoint, check_model, on_change, open_channel)
         self._find_target = find_target
-
-    @property
-    def revision(self) -> str:
-        """Name of the revision that the replica serves; empty before it is connected."""
-        return revision_name(self.model.model_fingerprint) if self.model is not None else ""
 
     def open(self, request: DraftRequest, gamma: int, lookahead: int) -> DraftHandle:
         """Open a generation. `gamma`: draft tokens per round from its second round on.

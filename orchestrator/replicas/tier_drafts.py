@@ -14,6 +14,7 @@ from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
+from outrider.draft_rollout import revision_name
 
 log = structlog.get_logger()
 
@@ -24,10 +25,15 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 
 
+def revision_of(link: DraftLink) -> str:
+    """Name of the draft revision that a replica serves; empty before it is connected."""
+    return revision_name(link.model.model_fingerprint) if link.model is not None else ""
+
+
 def num_replicas(pool: ReplicaPool[DraftLink]) -> Counter[str]:
     """Connected replicas by draft revision; may be called on any thread."""
     links = list(pool.links.values())
-    return Counter(link.revision for link in links if link.is_connected)
+    return Counter(revision_of(link) for link in links if link.is_connected)
 
 
 class TierDrafts:
@@ -80,7 +86,7 @@ class TierDrafts:
 
     @property
     def revision(self) -> str:
-        return self._link.revision if self._link is not None else self._assignment.revision
+        return revision_of(self._link) if self._link is not None else self._assignment.revision
 
     @property
     def cached_len(self) -> int:
@@ -118,7 +124,7 @@ class TierDrafts:
         return [endpoint for endpoint, at in self._retry_at.items() if now < at]
 
     def _rank(self, link: DraftLink) -> int:
-        return self._rollout.rank(link.revision, self._assignment)
+        return self._rollout.rank(revision_of(link), self._assignment)
 
     def _note_loss(self, handle: DraftHandle) -> None:
         """Sets when this replica and, after a failure, any replica may be used again."""
@@ -161,7 +167,7 @@ class TierDrafts:
     def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
         if not num_draft_tokens or self._link is None:
             return
-        revision = self._link.revision
+        revision = revision_of(self._link)
         self._rollout.count(revision, num_draft_tokens, num_accepted, is_rejected)
         if revision == self._assignment.revision:
             self._num_accepted += num_accepted
