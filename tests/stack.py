@@ -61,10 +61,13 @@ class Output:
 
 
 class Stack:
-    """Clients of the three services; `channel` is the orchestrator's."""
+    """Clients of the three services; `channel` and `endpoint` are the orchestrator's."""
 
-    def __init__(self, channel: Any, target_channel: Any, draft_channel: Any | None) -> None:
+    def __init__(
+        self, channel: Any, target_channel: Any, draft_channel: Any | None, *, endpoint: str
+    ) -> None:
         self.channel = channel
+        self.endpoint = endpoint
         self.client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         self.target = target_pb2_grpc.TargetServiceStub(target_channel)
         self.draft = draft_pb2_grpc.DraftServiceStub(draft_channel) if draft_channel else None
@@ -152,7 +155,7 @@ async def running_stack(
                 draft_endpoint,
             )
         ]
-        yield Stack(*channels)
+        yield Stack(*channels, endpoint=f"127.0.0.1:{server.port}")
 
 
 async def eventually(condition: Any, timeout_s: float = 60.0) -> None:

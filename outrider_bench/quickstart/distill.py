@@ -1,7 +1,7 @@
 """Distillation: trains the draft to predict the target's distribution.
 
-Owns the training data (half corpus windows, half the target's own greedy and sampled continuations
-of corpus prompts) and the loss.
+Owns the training data: half corpus windows, half the target's own greedy and sampled continuations
+of corpus prompts. The training itself is that of `outrider distill`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from outrider_bench.distill.checkpoint import Checkpoint
+from outrider_bench.distill.losses import forward_kl
+from outrider_bench.distill.optimise import Limits, Optimiser, Progress, TrainingEvent
+from outrider_bench.distill.rows import Batch
+from outrider_bench.distill.train import train_draft
 from outrider_bench.quickstart.corpus import random_windows
-from outrider_bench.quickstart.optimise import Limits, Optimiser, Progress, TrainingEvent, optimise
 from outrider_bench.quickstart.rollout import continue_rows
 
 # The draft runs along the target's own text. Users run greedy and temperature 1; 0.7 is between.
@@ -70,41 +73,34 @@ def write_rollouts(
     return torch.cat(batches).clone()  # inference tensors cannot be indexed later
 
 
-def distillation_loss(
-    target: LlamaForCausalLM, draft: LlamaForCausalLM, token_ids: torch.Tensor
-) -> torch.Tensor:
-    """Mean KL(target || draft) over all positions of `token_ids`: int64 [rows, tokens]."""
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            target_logits = target(input_ids=token_ids, use_cache=False).logits
-        draft_logits = draft(input_ids=token_ids, use_cache=False).logits
-    return F.kl_div(
-        draft_logits.float().flatten(0, 1).log_softmax(-1),
-        target_logits.float().flatten(0, 1).log_softmax(-1),
-        log_target=True,
-        reduction="batchmean",
-    )
-
-
 def distill(
     target: LlamaForCausalLM,
     draft: LlamaForCausalLM,
     stream: torch.Tensor,
     rollouts: torch.Tensor,
     config: DistillConfig,
+    checkpoint: Checkpoint,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> int:
-    """Trains `draft` in place towards `target`. Returns the number of steps. Raises Interrupted."""
-    draft.train()
+    """Trains `draft` in place towards `target`, from the checkpoint on if there is one.
 
-    def loss_of_step(step: int) -> torch.Tensor:
+    Returns the number of steps of all runs together. Raises Interrupted.
+    """
+
+    def batch_of_step(step: int) -> Batch:
         if step % 2:
             chosen = torch.randint(0, len(rollouts), (config.rows,), generator=generator)
-            token_ids = rollouts[chosen]
-        else:
-            token_ids = random_windows(stream, config.rows, config.num_window_tokens, generator)
-        return distillation_loss(target, draft, token_ids)
+            return Batch(rollouts[chosen])
+        return Batch(random_windows(stream, config.rows, config.num_window_tokens, generator))
 
-    optimiser = Optimiser(draft, matrix_rate=config.matrix_rate, other_rate=config.other_rate)
-    return optimise("draft", optimiser, loss_of_step, config.limits, progress=progress)
+    return train_draft(
+        target,
+        draft,
+        batch_of_step,
+        loss=forward_kl,
+        optimiser=Optimiser(draft, matrix_rate=config.matrix_rate, other_rate=config.other_rate),
+        limits=config.limits,
+        checkpoint=checkpoint,
+        progress=progress,
+    ).num_steps

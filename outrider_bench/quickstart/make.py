@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from outrider_bench.distill.optimise import TrainingEvent
 from outrider_bench.quickstart.card import write_card, write_cut_card
 from outrider_bench.quickstart.corpus import Corpus
 from outrider_bench.quickstart.evaluate import EvaluationConfig, evaluate
-from outrider_bench.quickstart.optimise import TrainingEvent
 from outrider_bench.quickstart.train import TrainingConfig, TrainingResult, train
 
 _MINUTE_S = 60.0
@@ -61,8 +61,9 @@ def _remaining_files(result: TrainingResult, output_dir: Path) -> str:
     if result.num_target_steps:
         target = output_dir / "target"
         return (
-            f"the target is in {target} after {result.num_target_steps} steps; there is no draft; "
-            f"train one with: outrider quickstart train --out {output_dir} --target {target}"
+            f"the target is in {target} after {result.num_target_steps} steps; there is no draft. "
+            "The same command goes on. To train a draft for the target as it is: "
+            f"outrider quickstart train --out {output_dir} --target {target}"
         )
     return "nothing has been trained yet"
 

@@ -7,6 +7,7 @@ training early is not reproducible. `evaluate` measures; `make` is used by the c
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from outrider_bench.distill.checkpoint import Checkpoint
+from outrider_bench.distill.optimise import (
+    Interrupted,
+    Limits,
+    Optimiser,
+    Position,
+    Progress,
+    optimise,
+)
 from outrider_bench.quickstart.architecture import (
     DRAFT_SHAPE,
     TARGET_SHAPE,
@@ -32,7 +42,6 @@ from outrider_bench.quickstart.corpus import (
     train_tokenizer,
 )
 from outrider_bench.quickstart.distill import DistillConfig, distill, write_rollouts
-from outrider_bench.quickstart.optimise import Interrupted, Limits, Optimiser, Progress, optimise
 from outrider_bench.quickstart.storage import load, load_tokenizer, save
 
 # Training rows x tokens: mostly short, some as long as the positions, so that the target has seen
@@ -88,36 +97,41 @@ def train(
     """Trains a pair and writes `output_dir/target` and `output_dir/draft`.
 
     With `trained_target` (a directory of an earlier run) that target and tokenizer are used, and
-    only the draft is trained. Ctrl-C saves the model in training and ends the training.
+    only the draft is trained. Ctrl-C saves the model in training and ends the training. A run that
+    was interrupted or killed goes on with the same call: its state is in `output_dir/checkpoints`
+    until the pair is complete.
     """
     config = config or TrainingConfig()
-    num_target_steps = num_draft_steps = 0
+    steps = {"target": 0, "draft": 0}
+    generator = torch.Generator().manual_seed(config.seed)
+    checkpoints = {
+        part: Checkpoint(output_dir / "checkpoints" / f"{part}.pt", generator) for part in steps
+    }
     try:
         corpus = corpus or load_corpus()
         target_dir = output_dir / "target"
-        generator = torch.Generator().manual_seed(config.seed)
+        known = trained_target or (target_dir if checkpoints["target"].exists else None)
+        tokenizer = (
+            load_tokenizer(known) if known else train_tokenizer(corpus.train, config.vocab_size)
+        )
+        stream = _training_stream(tokenizer, corpus)
         if trained_target is None:
-            tokenizer = train_tokenizer(corpus.train, config.vocab_size)
-            stream = _training_stream(tokenizer, corpus)
-            num_target_steps = _train_target(
-                tokenizer, stream, config, target_dir, generator, progress
+            steps["target"] = _train_target(
+                tokenizer, stream, config, target_dir, checkpoints["target"], generator, progress
             )
-        else:
-            tokenizer = load_tokenizer(trained_target)
-            stream = _training_stream(tokenizer, corpus)
-            if trained_target.resolve() != target_dir.resolve():
-                save(load(trained_target), tokenizer, target_dir)
-        num_draft_steps = _train_draft(tokenizer, stream, config, output_dir, generator, progress)
+        elif trained_target.resolve() != target_dir.resolve():
+            save(load(trained_target), tokenizer, target_dir)
+        steps["draft"] = _train_draft(
+            tokenizer, stream, config, output_dir, checkpoints["draft"], generator, progress
+        )
     except Interrupted as error:
-        if error.stage == "target":
-            num_target_steps = error.num_steps
-        else:
-            num_draft_steps = error.num_steps
+        steps[error.stage] = error.num_steps
     except KeyboardInterrupt:  # nothing to save yet
         pass
     else:
-        return TrainingResult(num_target_steps, num_draft_steps)
-    return TrainingResult(num_target_steps, num_draft_steps, is_cut=True)
+        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+        return TrainingResult(steps["target"], steps["draft"])
+    return TrainingResult(steps["target"], steps["draft"], is_cut=True)
 
 
 def _training_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> torch.Tensor:
@@ -144,29 +158,32 @@ def _train_target(
     stream: torch.Tensor,
     config: TrainingConfig,
     target_dir: Path,
+    checkpoint: Checkpoint,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> int:
     model = new_model(_config(config.target_shape, tokenizer), config.seed)
+    optimiser = Optimiser(model, matrix_rate=config.matrix_rate, other_rate=config.other_rate)
 
     def loss_of_step(step: int) -> torch.Tensor:
         rows, tokens = config.windows[step % len(config.windows)]
         return next_token_loss(model, random_windows(stream, rows, tokens + 1, generator))
 
-    try:
-        num_steps = optimise(
-            "target",
-            Optimiser(model, matrix_rate=config.matrix_rate, other_rate=config.other_rate),
-            loss_of_step,
-            config.target_limits,
-            progress=progress,
-            checkpoint=lambda: save(model, tokenizer, target_dir),
-        )
-    except Interrupted:
+    def save_both(position: Position) -> None:
         save(model, tokenizer, target_dir)
-        raise
-    save(model, tokenizer, target_dir)
-    return num_steps
+        checkpoint.save(model, optimiser, position)
+
+    position = optimise(
+        "target",
+        optimiser,
+        loss_of_step,
+        config.target_limits,
+        start=checkpoint.load(model, optimiser),
+        progress=progress,
+        checkpoint=save_both,
+    )
+    save_both(position)
+    return position.num_steps
 
 
 def _train_draft(
@@ -174,6 +191,7 @@ def _train_draft(
     stream: torch.Tensor,
     config: TrainingConfig,
     output_dir: Path,
+    checkpoint: Checkpoint,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> int:
@@ -182,7 +200,9 @@ def _train_draft(
     rollouts = write_rollouts(target, stream, config.distill, generator, progress)
     draft = new_model(_config(config.draft_shape, tokenizer), config.seed + 1)
     try:
-        num_steps = distill(target, draft, stream, rollouts, config.distill, generator, progress)
+        num_steps = distill(
+            target, draft, stream, rollouts, config.distill, checkpoint, generator, progress
+        )
     except Interrupted:
         save(draft, tokenizer, output_dir / "draft")
         raise

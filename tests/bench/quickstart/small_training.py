@@ -7,11 +7,11 @@ from pathlib import Path
 
 from outrider.cli.failures import Signalled
 from outrider_bench.commands.quickstart import made
+from outrider_bench.distill.optimise import Limits
 from outrider_bench.quickstart.architecture import ModelShape
 from outrider_bench.quickstart.corpus import Corpus
 from outrider_bench.quickstart.distill import DistillConfig
 from outrider_bench.quickstart.evaluate import EvaluationConfig
-from outrider_bench.quickstart.optimise import Limits
 from outrider_bench.quickstart.train import TrainingConfig
 
 PROMPTS = (

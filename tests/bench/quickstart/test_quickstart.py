@@ -21,10 +21,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from outrider import quickstart_pair as quickstart
 from outrider.engine.loading.inflate import compare, inflate, inflated_config
 from outrider.quickstart_pair import DRAFT_PATH, PAIR_PATH, TARGET_PATH
+from outrider_bench.distill.optimise import TrainingEvent
 from outrider_bench.quickstart.architecture import num_parameters
 from outrider_bench.quickstart.corpus import SPECIAL_TOKENS
 from outrider_bench.quickstart.evaluate import evaluate, greedy_alpha, sampled_alpha
-from outrider_bench.quickstart.optimise import TrainingEvent
 from outrider_bench.quickstart.rollout import continue_rows
 from outrider_bench.quickstart.storage import load, load_tokenizer
 from outrider_bench.quickstart.train import TrainingResult, train
