@@ -40,10 +40,11 @@ class DistillOptions(AccessOptions):
             "messages or token_ids."
         ),
     ] = None
-    records: Annotated[
+    traffic: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded text instead of --prompts: a .jsonl file, or a folder with such files."
+            help="Recorded traffic instead of --prompts: the folder of --traffic-dir of the "
+            "orchestrators."
         ),
     ] = None
     endpoint: Annotated[

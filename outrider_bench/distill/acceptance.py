@@ -27,8 +27,8 @@ class Acceptance:
     """Acceptance rates: means over positions, and over each row.
 
     `sampled`: Σ min(target_probs, draft_probs) at temperature 1 (Leviathan et al. 2023, Corollary
-    3.6), along sampled text. `greedy`: share of equal argmaxes, along greedy text. Rows of unknown
-    temperature, such as recorded ones, count for both.
+    3.6), along sampled text. `greedy`: share of equal argmaxes, along greedy text. If all rows have
+    the same kind of text, both rates are measured along it.
     """
 
     sampled: float
@@ -47,10 +47,9 @@ class Acceptance:
         by_row = {name: tuple(values[name]) for name in ("sampled_by_row", "greedy_by_row")}
         return cls(**{**values, **by_row})
 
-    def summary(self) -> dict[str, float | None]:
-        """The rates, without the rows; None for one that no row counts for."""
-        rates = {"sampled": self.sampled, "greedy": self.greedy}
-        return {name: None if math.isnan(rate) else rate for name, rate in rates.items()}
+    def summary(self) -> dict[str, float]:
+        """The rates, without the rows."""
+        return {"sampled": self.sampled, "greedy": self.greedy}
 
 
 @torch.inference_mode()
@@ -60,6 +59,7 @@ def measure_acceptance(target: Any, draft: Any, rows: Sequence[Row]) -> Acceptan
     sampled: list[tuple[float, int]] = []
     greedy: list[tuple[float, int]] = []
     num_positions = 0
+    kinds = {row.temperature > 0 for row in rows}
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         chosen = rows[start : start + _ROWS_AT_ONCE]
         batch = Batch.of(chosen, device)
@@ -76,9 +76,9 @@ def measure_acceptance(target: Any, draft: Any, rows: Sequence[Row]) -> Acceptan
             chosen, torch.split(accepted, lengths), torch.split(equal, lengths), strict=True
         )
         for row, of_sampling, of_greedy in parts:
-            if row.temperature != 0:
+            if row.temperature > 0 or len(kinds) == 1:
                 sampled.append((of_sampling.sum().item(), len(of_sampling)))
-            if not row.temperature:
+            if row.temperature == 0 or len(kinds) == 1:
                 greedy.append((of_greedy.sum().item(), len(of_greedy)))
     return Acceptance(
         _mean(sampled), _mean(greedy), num_positions, _by_row(sampled), _by_row(greedy)
@@ -86,9 +86,7 @@ def measure_acceptance(target: Any, draft: Any, rows: Sequence[Row]) -> Acceptan
 
 
 def _mean(sums: list[tuple[float, int]]) -> float:
-    """NaN without rows."""
-    count = sum(n for _, n in sums)
-    return sum(total for total, _ in sums) / count if count else math.nan
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 def _by_row(sums: list[tuple[float, int]]) -> tuple[float, ...]:

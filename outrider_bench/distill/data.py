@@ -1,4 +1,4 @@
-"""Rows of a distillation: recorded, or generated from prompts; to train on, and held out.
+"""Rows of a distillation: recorded traffic, or generated from prompts; and held-out rows.
 
 Written to the run's folder as they come. A run that goes on reads them from there.
 """
@@ -23,7 +23,7 @@ from outrider_bench.distill.generate import (
 from outrider_bench.distill.optimise import CtrlC, Interrupted
 from outrider_bench.distill.processes import Processes
 from outrider_bench.distill.prompts import held_out, read_prompts
-from outrider_bench.distill.rows import Row, RowFile, read_records
+from outrider_bench.distill.rows import Row, RowFile, read_traffic, without_leaks
 from outrider_bench.distill.settings import DistillSettings
 
 Show = Callable[[str], None]
@@ -50,17 +50,26 @@ class Collection:
         self._processes = processes
         self._show = show
 
-    def recorded(self) -> Data:
-        """The rows of `--records`, copied first: the recorder may go on writing."""
+    def recorded(self, tokenizer: Tokenizer | None) -> Data:
+        """The rows of `--traffic`, copied first: the recorder goes on writing and deleting."""
         settings, kept = self._settings, RowFile(self._folder / "rows-0.jsonl")
         if self._processes.is_main and not (self._folder / _HELD_OUT_FILE).exists():
-            assert settings.records is not None, "checked with the settings"
-            longest = settings.max_prompt_tokens + settings.max_tokens
-            rows = read_records(settings.records, max_tokens=longest)
+            assert settings.traffic is not None, "checked with the settings"
+            rows = read_traffic(
+                settings.traffic,
+                tokenizer="" if tokenizer is None else tokenizer.fingerprint,
+                max_prompt_tokens=settings.max_prompt_tokens,
+                max_rows=settings.samples,
+            )
             train, chosen = held_out(rows, settings.seed)
+            train = without_leaks(train, chosen)
             kept.clear()
-            kept.append(train[: settings.samples])
+            kept.append(train)
             RowFile(self._folder / _HELD_OUT_FILE).append(chosen)
+            self._show(
+                f"{len(rows)} recorded generations: {len(train)} to train on, {len(chosen)} held "
+                "out"
+            )
         self._processes.wait()
         return self._read()
 
@@ -122,7 +131,7 @@ class Collection:
         ]
         chosen = [row for row in RowFile(self._folder / _HELD_OUT_FILE).read() if row.has_output]
         if not train or not chosen:
-            raise ConfigError("the target ends every prompt at once: there is nothing to learn")
+            raise ConfigError("no output to train on: the target ends its prompts at once")
         return Data(train, chosen)
 
 

@@ -1,41 +1,39 @@
 """Training data of a distillation: token rows, their file, batches, held-out rows.
 
-A row is a prompt with the target's continuation. Files are JSON lines: `{"token_ids": [...],
-"prompt_len": n}`, with an optional `temperature`. Other fields are ignored.
+A row is a prompt with the target's continuation, generated or recorded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.traffic.record import read_records
 from outrider.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a prompt and of the target's continuation. `temperature`: None if unknown."""
+    """Tokens of a prompt and of the target's continuation. `temperature` 0 is greedy."""
 
     token_ids: tuple[int, ...]
     prompt_len: int
-    temperature: float | None = None
+    temperature: float
 
     def to_json(self) -> str:
         """One line of a file, with its end."""
-        fields = {"token_ids": self.token_ids, "prompt_len": self.prompt_len}
-        if self.temperature is not None:
-            fields |= {"temperature": self.temperature}
-        return json.dumps(fields) + "\n"
+        return json.dumps([self.token_ids, self.prompt_len, self.temperature]) + "\n"
 
-    def cut(self, num_tokens: int) -> Row:
-        """The row's first tokens, at most this many."""
-        return Row(self.token_ids[:num_tokens], self.prompt_len, self.temperature)
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """The inverse of `to_json`."""
+        token_ids, prompt_len, temperature = json.loads(line)
+        return cls(tuple(token_ids), prompt_len, temperature)
 
     @property
     def has_output(self) -> bool:
@@ -70,51 +68,45 @@ class Batch:
         return logits.flatten(0, 1) if self.mask is None else logits[self.mask]
 
 
-def read_records(path: Path, *, max_tokens: int) -> list[Row]:
-    """Rows of a file, or of all .jsonl files below a directory, cut to `max_tokens`.
+def read_traffic(
+    directory: Path, *, tokenizer: str, max_prompt_tokens: int, max_rows: int
+) -> list[Row]:
+    """The latest different rows of recorded traffic (`--traffic-dir` of the orchestrator).
 
-    Left out: rows without output, and a last line that is cut off because its writer was killed.
-    Raises ConfigError for any other line that is not a row, and if there are fewer than two rows.
+    Prompts keep their last tokens. `tokenizer`: fingerprint; records of another one are left out.
+    Raises ConfigError for files that are not recorded traffic, and for fewer than two rows.
     """
-    paths = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     rows: dict[tuple[int, ...], Row] = {}
-    for file in paths:
-        for number, line in enumerate(_complete_lines(file), 1):
-            row = _row(line, f"{file}, line {number}").cut(max_tokens)
-            if row.has_output:
-                rows[row.token_ids] = row
+    num_others = 0
+    try:
+        for record in read_records(directory):
+            if record["tokenizer"] != tokenizer:
+                num_others += 1
+                continue
+            prompt = record["prompt_token_ids"][-max_prompt_tokens:]
+            token_ids = (*prompt, *record["output_token_ids"])
+            row = Row(token_ids, len(prompt), float(record["temperature"]))
+            if row.has_output and len(rows) < max_rows:
+                rows[token_ids] = row
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--traffic: {directory}: not recorded traffic: {error}") from error
     if len(rows) < 2:
+        others = f", and {num_others} of another tokenizer" if num_others else ""
         raise ConfigError(
-            f"{path} has {len(rows)} different rows with output, in {len(paths)} .jsonl files; "
-            "at least 2: one is held out"
+            f"--traffic: {directory} has {len(rows)} different generations of this target's "
+            f"tokenizer{others}; at least 2: one is held out"
         )
     return list(rows.values())
 
 
-def _complete_lines(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            yield line
+def without_leaks(train: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
+    """The rows to train on that show no part of a held-out output.
 
-
-def _row(line: str, place: str) -> Row:
-    try:
-        fields: dict[str, Any] = json.loads(line)
-        temperature = fields.get("temperature")
-        return Row(
-            tuple(int(i) for i in fields["token_ids"]),
-            int(fields["prompt_len"]),
-            None if temperature is None else float(temperature),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{place}: not a record: {error!r}; a record has token_ids (a list of ids) and "
-            "prompt_len (a number)"
-        ) from error
+    Turns of a conversation are records of their own, each with the earlier ones as its prompt.
+    """
+    starts = {row.token_ids[: row.prompt_len + 1] for row in held_out}
+    lengths = {len(start) for start in starts}
+    return [row for row in train if not any(row.token_ids[:length] in starts for length in lengths)]
 
 
 class RowFile:
@@ -131,7 +123,7 @@ class RowFile:
         complete = data[: data.rfind(b"\n") + 1]
         if len(complete) < len(data):
             self._path.write_bytes(complete)
-        return [_row(line, str(self._path)) for line in complete.decode().splitlines()]
+        return [Row.from_json(line) for line in complete.decode().splitlines()]
 
     def clear(self) -> None:
         """Deletes the file, if there is one."""

@@ -7,7 +7,6 @@ that was interrupted or killed goes on with the same settings: its state is in `
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -143,8 +142,8 @@ class _Run:
         dtype = stored_dtype(target, settings.draft or settings.target)
         self._show(_described(target, draft))
         collection = Collection(settings, self._folder, self._processes, self._show)
-        if settings.records is not None:
-            data = collection.recorded()
+        if settings.traffic is not None:
+            data = collection.recorded(tokenizer)
         else:
             generate = self._generator(target)
             data = collection.generated(tokenizer, generate, budget_s=self._budget_s(True))
@@ -201,7 +200,7 @@ class _Run:
 
     def _budget_s(self, generation: bool) -> float:
         total_s = self._settings.minutes * _MINUTE_S
-        if self._settings.records is not None:
+        if self._settings.traffic is not None:
             return total_s
         return total_s * (_GENERATION_SHARE if generation else 1.0 - _GENERATION_SHARE)
 
@@ -286,5 +285,4 @@ def _described(target: Any, draft: Any) -> str:
 
 
 def _rates(acceptance: Acceptance) -> str:
-    parts = (("at T = 1", acceptance.sampled), ("greedy", acceptance.greedy))
-    return "α " + ", ".join(f"{rate:.3f} {name}" for name, rate in parts if not math.isnan(rate))
+    return f"α {acceptance.sampled:.3f} at T = 1, {acceptance.greedy:.3f} greedy"

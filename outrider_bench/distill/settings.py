@@ -23,7 +23,7 @@ class DistillSettings:
     draft: str | None = None
     from_layers: int | None = None
     prompts: Path | None = None
-    records: Path | None = None
+    traffic: Path | None = None
     endpoint: str | None = None
     access: Access | None = None
     loss: str = "kl"
@@ -42,12 +42,12 @@ class DistillSettings:
     def check(self) -> None:
         """Raises ConfigError, naming the flag."""
         _exactly_one("--draft", self.draft, "--from-layers", self.from_layers)
-        _exactly_one("--prompts", self.prompts, "--records", self.records)
-        if self.records is not None and self.endpoint is not None:
-            raise ConfigError("--endpoint: not used with --records, which is already text")
+        _exactly_one("--prompts", self.prompts, "--traffic", self.traffic)
+        if self.traffic is not None and self.endpoint is not None:
+            raise ConfigError("--endpoint: not used with --traffic, which has outputs already")
         if self.loss not in LOSSES:
             raise ConfigError(f"--loss: {self.loss!r} is unknown; allowed: {', '.join(LOSSES)}")
-        for path, flag in ((self.prompts, "--prompts"), (self.records, "--records")):
+        for path, flag in ((self.prompts, "--prompts"), (self.traffic, "--traffic")):
             if path is not None and not path.exists():
                 raise ConfigError(f"{flag}: {path} does not exist")
         if (self.out / "config.json").exists():
@@ -67,7 +67,7 @@ class DistillSettings:
             "draft": self.draft,
             "from_layers": self.from_layers,
             "prompts": _digest(self.prompts),
-            "records": None if self.records is None else str(self.records),
+            "traffic": None if self.traffic is None else str(self.traffic),
             "loss": self.loss,
             "samples": self.samples,
             "max_tokens": self.max_tokens,

@@ -22,7 +22,6 @@ from outrider.redis.embedded import RedisServer
 from outrider.tokenizer import Tokenizer
 from outrider_bench.distill.generate import Job, OwnTarget, RunningService
 from outrider_bench.distill.models import load_model
-from outrider_bench.distill.rows import Row, RowFile
 from outrider_bench.distill.run import REPORT, distill
 from outrider_bench.distill.settings import DistillSettings
 from outrider_bench.quickstart.architecture import ModelShape
@@ -228,18 +227,21 @@ def test_a_draft_that_got_worse_is_not_written(target: Path, prompts: Path, tmp_
     assert not (out / "config.json").exists()
 
 
-def test_recorded_rows_are_trained_on(
-    target: Path, token_ids: list[list[int]], tmp_path: Path
+async def test_recorded_traffic_is_trained_on(
+    target: Path, token_ids: list[list[int]], redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    """Without generation, and with rows of unknown temperature."""
-    own = OwnTarget(load_model(str(target), torch.device("cpu")), max_tokens=24)
-    rows = [row for seed in range(3) for row in own([Job(tuple(i), 1.0) for i in token_ids], seed)]
-    file = RowFile(tmp_path / "records" / "a.jsonl")
-    file.append([Row(row.token_ids, row.prompt_len) for row in rows])
-    out = tmp_path / "out"
+    """Recorded by the orchestrator; nothing is generated."""
+    traffic, out = tmp_path / "traffic", tmp_path / "out"
+    recording = {"traffic_dir": str(traffic), "traffic_share": 1.0}
+    async with running_stack(target, None, redis_server.url, **recording) as stack:
+        sampling = {"temperature": 1.0, "max_tokens": 24}
+        for _ in range(3):
+            async with asyncio.TaskGroup() as tasks:
+                for ids in token_ids:
+                    tasks.create_task(stack.generate(ids, sampling=sampling))
     settings = DistillSettings(
-        target=str(target), from_layers=1, records=tmp_path / "records", out=out, steps=30,
-        batch=20, learning_rate=3e-3, device="cpu", loss="lk-lambda",
+        target=str(target), from_layers=1, traffic=traffic, out=out, steps=30, batch=20,
+        learning_rate=3e-3, device="cpu", loss="lk-lambda",
     )  # fmt: skip
     report = distill(settings)
     assert report is not None
@@ -256,7 +258,7 @@ def test_recorded_rows_are_trained_on(
     [
         ({"draft": "x"}, "--draft, --from-layers: both are given; give one"),
         ({"from_layers": None}, "--draft, --from-layers: neither is given; give one"),
-        ({"prompts": None}, "--prompts, --records: neither is given; give one"),
+        ({"prompts": None}, "--prompts, --traffic: neither is given; give one"),
         ({"prompts": Path("/absent")}, "--prompts: /absent does not exist"),
         ({"loss": "mse"}, "--loss: 'mse' is unknown; allowed: kl, reverse-kl, tv, lk-alpha, "),
         ({"minutes": 0.0}, "--minutes: 0 is too small; above 0"),

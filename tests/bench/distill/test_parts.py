@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.traffic.record import FORMAT
 from outrider.errors import ConfigError
 from outrider.tokenizer import Tokenizer
 from outrider_bench.distill.acceptance import Acceptance, measure_acceptance, worse
@@ -19,7 +20,14 @@ from outrider_bench.distill.losses import forward_kl
 from outrider_bench.distill.models import first_layers
 from outrider_bench.distill.optimise import Limits, Optimiser, Position
 from outrider_bench.distill.prompts import held_out, read_prompts
-from outrider_bench.distill.rows import Batch, Row, RowFile, read_records, shuffled_batch
+from outrider_bench.distill.rows import (
+    Batch,
+    Row,
+    RowFile,
+    read_traffic,
+    shuffled_batch,
+    without_leaks,
+)
 from outrider_bench.distill.train import distillation_loss, train_draft
 from tests.services.tokenizer_files import write_tokenizer
 from tests.tiny_models import build_tiny_model, make_tiny_model
@@ -103,24 +111,42 @@ def test_a_killed_writer_loses_its_last_line_alone(tmp_path: Path) -> None:
     assert file.read() == ROWS[:4]
 
 
-def test_records_are_read_from_a_folder(tmp_path: Path) -> None:
-    """Other fields are ignored; rows without output, repeated rows and a torn line are left out."""
-    (tmp_path / "deep").mkdir()
-    lines = [row.to_json() for row in ROWS[:3]]
-    lines[0] = json.dumps({**json.loads(lines[0]), "session_id": "x"}) + "\n"
-    (tmp_path / "a.jsonl").write_text("".join(lines) + '{"token_ids": [1, 2', "utf-8")
-    more = [ROWS[0].to_json(), '{"token_ids": [1, 2], "prompt_len": 2}\n', ROWS[3].to_json()]
-    (tmp_path / "deep" / "b.jsonl").write_text("".join(more), "utf-8")
-    assert read_records(tmp_path, max_tokens=100) == ROWS[:4]
-    cut = read_records(tmp_path, max_tokens=5)
-    assert [row.token_ids for row in cut] == [row.token_ids[:5] for row in ROWS[:4]]
+def recorded(row: Row, **changes: Any) -> str:
+    """A line of recorded traffic."""
+    fields = {
+        "format": FORMAT, "tokenizer": "t", "temperature": row.temperature,
+        "prompt_token_ids": row.token_ids[: row.prompt_len],
+        "output_token_ids": row.token_ids[row.prompt_len :],
+    }  # fmt: skip
+    return json.dumps({**fields, **changes}) + "\n"
 
 
-def test_a_bad_record_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(ROWS[0].to_json() + '{"token_ids": [1, 2]}\n', "utf-8")
-    with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: not a record: .*prompt_len"):
-        read_records(path, max_tokens=100)
+def test_recorded_traffic_is_read(tmp_path: Path) -> None:
+    """The latest file first; each generation once, without those of another tokenizer."""
+    (tmp_path / "traffic-2.jsonl").write_text(recorded(ROWS[1]) + recorded(ROWS[2]), "utf-8")
+    other = recorded(ROWS[4], tokenizer="another")
+    (tmp_path / "traffic-1.jsonl").write_text(
+        recorded(ROWS[3]) + other + recorded(ROWS[1]) + recorded(ROWS[5])[:-3], "utf-8"
+    )
+    rows = read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=100, max_rows=10)
+    assert rows == [ROWS[1], ROWS[2], ROWS[3]]
+    (cut, *_) = read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=3, max_rows=2)
+    assert cut == Row(ROWS[1].token_ids[1:], 3, ROWS[1].temperature)
+    with pytest.raises(ConfigError, match=r"has 1 different generations .*, and 4 of another"):
+        read_traffic(tmp_path, tokenizer="another", max_prompt_tokens=9, max_rows=9)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "traffic-1.jsonl").write_text(recorded(ROWS[0], format="other/2"), "utf-8")
+    with pytest.raises(ConfigError, match=r"--traffic: .*: not recorded traffic: .*other/2"):
+        read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=9, max_rows=9)
+
+
+def test_later_turns_of_a_held_out_conversation_are_not_trained_on() -> None:
+    turn = Row((1, 2, 3, 4, 5), 3, 0.0)
+    later = Row((1, 2, 3, 4, 5, 6, 7, 8), 6, 0.0)
+    other = Row((1, 2, 3, 9, 9), 3, 0.0)  # the same prompt, another output
+    assert without_leaks([later, other, ROWS[0]], [turn]) == [other, ROWS[0]]
 
 
 def test_each_row_is_in_one_batch_per_epoch() -> None:
@@ -298,7 +324,6 @@ def test_acceptance_is_that_of_each_row_alone(target: Any) -> None:
                 if row.temperature
                 else float(p[position].argmax() == q[position].argmax())
             )
-            assert row.temperature is not None
             sums[row.temperature][0] += agreed
             sums[row.temperature][1] += 1
     measured = measure_acceptance(target, draft, ROWS)
