@@ -60,6 +60,7 @@ class Generation:
             fixed=request.gamma,
             fixed_wait_s=context.timeouts.draft_wait_s,
             waits_always=request.waits_for_draft,
+            num_measured_rounds=self._source.num_measured_rounds,
         )
         self._drafting = Drafting(self._source, self._policy, context.costs, request.lookahead)
         self._target = TargetSession(

@@ -30,6 +30,9 @@ log = structlog.get_logger()
 _FALLBACK = (
     Role.CURRENT, Role.CONTROL, Role.CANARY, Role.SUPERSEDED, Role.WAITING, Role.ROLLED_BACK,
 )  # fmt: skip
+# Compared generations of the current revision for each of the canary's or control's. Choice: more
+# would hardly make the comparison shorter, and cost time where drafting does not pay.
+_OTHERS_PER_TRIAL = 3
 # After a promotion the former revision remains the control for this many times
 # draft_canary_min_generations of its generations. Choice: long enough to notice a mistake, and soon
 # all generations have the better draft.
@@ -67,10 +70,14 @@ class RevisionCounts:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Revision of one generation, by the rollout of that version. Empty: any revision."""
+    """Revision of one generation, by the rollout of that version. Empty: any revision.
+
+    `is_compared`: its acceptance rate counts, so it is measured even if drafting does not pay.
+    """
 
     revision: str = ""
     version: int = 0
+    is_compared: bool = False
 
 
 class DraftRollout:
@@ -108,9 +115,13 @@ class DraftRollout:
 
     def assign(self) -> Assignment:
         """The revision for a generation that starts now, or for the rest of a running one."""
-        record = self.record
-        takes_trial = record.trial and self._draw() < self._settings.draft_canary_share
-        return Assignment(record.trial if takes_trial else record.current, record.version)
+        record, share = self.record, self._settings.draft_canary_share
+        if not record.trial:
+            return Assignment(record.current, record.version)
+        drawn = self._draw()
+        revision = record.trial if drawn < share else record.current
+        is_compared = drawn < (1 + _OTHERS_PER_TRIAL) * share
+        return Assignment(revision, record.version, is_compared)
 
     def rank(self, revision: str, assignment: Assignment) -> int:
         """Order in which a generation uses revisions; lower is used first."""
@@ -137,7 +148,7 @@ class DraftRollout:
     def observe(self, assignment: Assignment, num_accepted: int, num_rejected: int) -> None:
         """The verified draft tokens of a generation, or of the part of it with this assignment."""
         num_verified = num_accepted + num_rejected
-        if assignment.version != self.record.version or not self.record.trial:
+        if assignment.version != self.record.version or not assignment.is_compared:
             return
         if num_verified >= MIN_VERIFIED:
             sums = self.unsent.get(assignment.revision, AcceptanceSums())

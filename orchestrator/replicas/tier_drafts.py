@@ -12,6 +12,7 @@ import structlog
 from orchestrator.replicas.draft_client import UNRESPONSIVE_RETRY_S, DraftHandle, DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.rollout import DraftRollout
+from orchestrator.speculation.comparison import NUM_MEASURED_ROUNDS
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal
 from outrider.draft_rollout import revision_name
@@ -87,6 +88,10 @@ class TierDrafts:
     @property
     def revision(self) -> str:
         return revision_of(self._link) if self._link is not None else self._assignment.revision
+
+    @property
+    def num_measured_rounds(self) -> int:
+        return NUM_MEASURED_ROUNDS if self._assignment.is_compared else 0
 
     @property
     def cached_len(self) -> int:

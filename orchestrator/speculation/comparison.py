@@ -16,6 +16,9 @@ from outrider.draft_rollout import AcceptanceSums
 FALSE_DECISION_RATE = 0.01
 # Verified draft tokens of a generation that counts. Choice: with fewer its rate is mostly noise.
 MIN_VERIFIED = 8
+# Rounds in which a compared generation has draft tokens in any case. Otherwise a bad draft would
+# soon get no rounds, and never a decision. Choice: in half of them a proposal is in time.
+NUM_MEASURED_ROUNDS = 2 * MIN_VERIFIED
 # Standard deviation of the mixture: the differences that the test finds soonest. Choice.
 _TYPICAL_DIFFERENCE = 0.1
 # Added to each sum of squared deviations, so that a few similar generations do not look certain.
@@ -36,7 +39,7 @@ def difference_interval(arm: AcceptanceSums, other: AcceptanceSums) -> tuple[flo
     log_bound = 0.5 * math.log1p(mixture / variance) - math.log(FALSE_DECISION_RATE)
     half = math.sqrt(2 * variance * (1 + variance / mixture) * log_bound)
     difference = arm.mean - other.mean
-    return difference - half, difference + half
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def _variance(sums: AcceptanceSums) -> float:

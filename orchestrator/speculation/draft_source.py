@@ -58,6 +58,10 @@ class DraftSource(Protocol):
         """Name of the model that proposes, or will; empty if there is none."""
 
     @property
+    def num_measured_rounds(self) -> int:
+        """Rounds that must have draft tokens, because the acceptance of its model is measured."""
+
+    @property
     def cached_len(self) -> int:
         """Committed tokens whose keys and values the replica is known to have."""
 
@@ -108,7 +112,7 @@ class NoDrafts:
     is_open = may_open = False
     replica: str | None = None
     revision = ""
-    cached_len = num_behind = wire_bytes = 0
+    cached_len = num_behind = wire_bytes = num_measured_rounds = 0
 
     def open(self, gamma: int, lookahead: int) -> bool:
         return False

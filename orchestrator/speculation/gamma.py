@@ -82,7 +82,8 @@ class GammaPolicy:
     """γ policy of one generation.
 
     `fixed`: the request's own γ. `fixed_wait_s`: the operator's longest wait. `waits_always`: every
-    round waits for its draft tokens, whatever that costs.
+    round waits for its draft tokens, whatever that costs. `num_measured_rounds`: so many rounds
+    have draft tokens although they do not pay, because the draft's acceptance is to be known.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class GammaPolicy:
         fixed: int | None = None,
         fixed_wait_s: float | None = None,
         waits_always: bool = False,
+        num_measured_rounds: int = 0,
     ) -> None:
         self.costs = costs
+        self._num_measured_rounds_left = num_measured_rounds
         self.waits_always = waits_always
         if waits_always and fixed_wait_s is None:
             fixed_wait_s = _ALWAYS_WAIT_S
@@ -148,6 +151,7 @@ class GammaPolicy:
         """A round was verified. `is_rejected`: one of its draft tokens was rejected."""
         self._num_rounds_left -= 1
         self._num_probe_rounds_left -= 1
+        self._num_measured_rounds_left -= 1
         self._is_promising = num_draft_tokens > 0 and not is_rejected
         if num_draft_tokens:
             self._num_probe_rounds_left = 0
@@ -185,7 +189,7 @@ class GammaPolicy:
             return GammaDecision(gamma, gamma, wait_s, is_fixed, survival)
         values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
         gamma = self._choice = self._best_gamma(values.tokens_per_s)
-        is_probe = gamma == 0 and not is_fixed and values.may_pay and self._is_probing()
+        is_probe = gamma == 0 and not is_fixed and self._is_probing(values)
         if is_probe:
             gamma, self._num_rounds_left = min(_PROBE_GAMMA, self._max_gamma), 1
         waiting_gamma, is_trial = gamma, is_probe
@@ -229,9 +233,11 @@ class GammaPolicy:
         is_trial = self._is_promising and self._hit_rate < _MIN_HIT_RATE
         return (gamma, True) if is_trial else (0, False)
 
-    def _is_probing(self) -> bool:
+    def _is_probing(self, values: RoundValues) -> bool:
         """Called at a decision for γ = 0: whether a probe goes on or starts."""
-        return self._num_probe_rounds_left > 0 or self._starts_probe()
+        if self._num_measured_rounds_left > 0:
+            return True
+        return values.may_pay and (self._num_probe_rounds_left > 0 or self._starts_probe())
 
     def _starts_probe(self) -> bool:
         """Starts a probe if one is due, or if all draft tokens of the last one were accepted."""

@@ -144,7 +144,6 @@ async def test_a_better_draft_takes_over_under_load_and_a_bad_one_is_rolled_back
         "draft_endpoint": "registry",
         "draft_canary_share": 0.5,
         "draft_canary_min_generations": 5,
-        "gamma": 3,
     }
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context

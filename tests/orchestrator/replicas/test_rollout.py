@@ -19,12 +19,8 @@ from orchestrator.replicas.rollout import (
 )
 from outrider.draft_rollout import Role
 from outrider.redis.connection import RedisConnection
-from outrider.redis.embedded import RedisServer
 from outrider.redis.rollout_store import RolloutStore, stored_targets
 from outrider.settings.draft_canary import DraftCanarySettings
-from tests import redis_fixture
-
-redis_server = redis_fixture.redis_server
 
 TARGET = "target"
 OLD, NEW = "old", "new"
@@ -93,6 +89,10 @@ class Tier:
                 await self.exchange(num_times=1)
         await self.exchange()
 
+    async def close(self) -> None:
+        for store in self.stores:
+            await store.close()
+
     def roles(self) -> dict[str, str]:
         """Roles by revision; all orchestrators agree."""
         roles = [{name: r.record.role(name).value for name in (OLD, NEW)} for r in self.rollouts]
@@ -104,28 +104,32 @@ class Tier:
 
 
 @pytest.fixture
-async def redis(redis_server: RedisServer) -> str:
-    connection = RedisConnection(redis_server.url, timeout_s=10.0, preamble=())
-    await connection.exchange([(b"FLUSHALL",)])
-    await connection.close()
-    return redis_server.url
-
-
-@pytest.fixture
-async def tier(redis: str) -> Any:
-    tier = Tier(redis)
+async def tier(redis_url: str) -> Any:
+    tier = Tier(redis_url)
     await tier.begin()
     yield tier
-    for store in tier.stores:
-        await store.close()
+    await tier.close()
 
 
 async def test_a_new_revision_becomes_the_canary_and_gets_its_share(tier: Tier) -> None:
     assert tier.roles() == {OLD: "current", NEW: "canary"}
     num = 4_000
-    num_canary = sum(tier.first.assign().revision == NEW for _ in range(num))
+    assigned = [tier.first.assign() for _ in range(num)]
+    num_canary = sum(assignment.revision == NEW for assignment in assigned)
     # Six standard deviations: wrong with a probability of 2e-9.
     assert abs(num_canary - _SHARE * num) < 6 * (num * _SHARE * (1 - _SHARE)) ** 0.5
+
+
+async def test_a_small_share_compares_with_a_part_of_the_others(redis_url: str) -> None:
+    """Compared generations draft even if that does not pay."""
+    tier = Tier(redis_url, draft_canary_share=0.1)
+    await tier.begin()
+    num = 4_000
+    assigned = [tier.first.assign() for _ in range(num)]
+    compared = [assignment.revision for assignment in assigned if assignment.is_compared]
+    assert compared.count(NEW) == sum(assignment.revision == NEW for assignment in assigned)
+    assert abs(compared.count(OLD) - 0.3 * num) < 6 * (num * 0.3 * 0.7) ** 0.5
+    await tier.close()
 
 
 async def test_a_better_revision_is_promoted_and_the_former_one_is_the_control(tier: Tier) -> None:
@@ -164,44 +168,43 @@ async def test_all_generations_use_a_revision_that_is_confirmed(tier: Tier) -> N
     assert {tier.first.assign().revision for _ in range(1_000)} == {NEW}
 
 
-async def test_measurements_of_all_orchestrators_count_together(redis: str) -> None:
-    tier = Tier(redis, num_orchestrators=3)
+async def test_measurements_of_all_orchestrators_count_together(redis_url: str) -> None:
+    tier = Tier(redis_url, num_orchestrators=3)
     await tier.begin()
     for rollout in tier.rollouts:
         for rate in (0.25, 0.75):
-            rollout.observe(Assignment(NEW, rollout.record.version), round(40 * rate), 10)
+            rollout.observe(Assignment(NEW, rollout.record.version, True), round(40 * rate), 10)
     await tier.exchange()
     sums = [rollout.sums[NEW] for rollout in tier.rollouts]
     assert [s.num for s in sums] == [6, 6, 6]
     assert sums[0].mean == pytest.approx((0.5 + 0.75) / 2, abs=1e-5)
-    for store in tier.stores:
-        await store.close()
+    await tier.close()
 
 
-async def test_short_and_outdated_generations_do_not_count(tier: Tier) -> None:
+async def test_short_outdated_and_other_generations_do_not_count(tier: Tier) -> None:
     version = tier.first.record.version
-    tier.first.observe(Assignment(NEW, version), 4, 3)
-    tier.first.observe(Assignment(NEW, version - 1), 40, 3)
+    tier.first.observe(Assignment(NEW, version, True), 4, 3)
+    tier.first.observe(Assignment(NEW, version - 1, True), 40, 3)
+    tier.first.observe(Assignment(OLD, version), 40, 3)
     await tier.exchange()
     assert tier.first.sums == {}
 
 
-async def test_no_decision_before_the_minimum_number_of_generations(redis: str) -> None:
-    tier = Tier(redis, draft_canary_min_generations=1_000)
+async def test_no_decision_before_the_minimum_number_of_generations(redis_url: str) -> None:
+    tier = Tier(redis_url, draft_canary_min_generations=1_000)
     await tier.begin()
     await tier.generate({OLD: 0.9, NEW: 0.1}, 400)
     assert tier.roles() == {OLD: "current", NEW: "canary"}
-    for store in tier.stores:
-        await store.close()
+    await tier.close()
 
 
-async def test_with_share_0_only_the_operator_promotes(redis: str) -> None:
-    tier = Tier(redis, draft_canary_share=0.0)
+async def test_with_share_0_only_the_operator_promotes(redis_url: str) -> None:
+    tier = Tier(redis_url, draft_canary_share=0.0)
     await tier.begin()
     assert tier.roles() == {OLD: "current", NEW: "canary"}
     assert {tier.first.assign().revision for _ in range(1_000)} == {OLD}
-    assert await stored_targets(redis) == [TARGET]
-    operator = RolloutStore(redis, TARGET)
+    assert await stored_targets(redis_url) == [TARGET]
+    operator = RolloutStore(redis_url, TARGET)
     stored = await operator.sync(0, {})
     assert stored is not None
     assert stored.rollout is not None
@@ -210,8 +213,7 @@ async def test_with_share_0_only_the_operator_promotes(redis: str) -> None:
     await operator.close()
     await tier.exchange()
     assert tier.roles() == {OLD: "superseded", NEW: "current"}
-    for store in tier.stores:
-        await store.close()
+    await tier.close()
 
 
 async def test_the_canary_leaves(tier: Tier) -> None:
@@ -250,9 +252,9 @@ async def test_revisions_are_used_in_the_order_of_their_roles(tier: Tier) -> Non
     assert len(set(ranks)) == 3
 
 
-async def test_redis_that_lost_the_rollout_gets_it_again(tier: Tier, redis: str) -> None:
+async def test_redis_that_lost_the_rollout_gets_it_again(tier: Tier, redis_url: str) -> None:
     await tier.generate({OLD: 0.6, NEW: 0.1}, 200)
-    connection = RedisConnection(redis, timeout_s=10.0, preamble=())
+    connection = RedisConnection(redis_url, timeout_s=10.0, preamble=())
     await connection.exchange([(b"FLUSHALL",)])
     await connection.close()
     later = tier.add()
@@ -262,15 +264,15 @@ async def test_redis_that_lost_the_rollout_gets_it_again(tier: Tier, redis: str)
 
 
 @pytest.mark.parametrize("record", [b"{", b'{"version": "x"}'])
-async def test_a_record_that_cannot_be_read_is_left_alone(redis: str, record: bytes) -> None:
-    connection = RedisConnection(redis, timeout_s=10.0, preamble=())
+async def test_a_record_that_cannot_be_read_is_left_alone(redis_url: str, record: bytes) -> None:
+    connection = RedisConnection(redis_url, timeout_s=10.0, preamble=())
     key = b"outrider:draft_rollout:" + TARGET.encode()
     await connection.exchange([(b"HSET", key, b"version", b"7", b"rollout", record)])
-    tier = Tier(redis, num_orchestrators=1)
+    tier = Tier(redis_url, num_orchestrators=1)
     with capture_logs() as logs:
         await tier.begin()
     assert tier.first.record.version == 0
     assert [entry["event"] for entry in logs].count("draft_rollout_malformed") == 1
     assert await connection.exchange([(b"HGET", key, b"rollout")]) == [record]
     await connection.close()
-    await tier.stores[0].close()
+    await tier.close()

@@ -204,7 +204,7 @@ async def test_a_generation_moves_to_the_revision_that_the_rollout_assigns() -> 
 
 async def test_the_acceptance_of_each_assignment_is_reported_once() -> None:
     """Draft tokens of a replica of another revision do not count."""
-    clock, drawn = Clock(), [0.9]
+    clock, drawn = Clock(), [0.3]
     async with pool_of([answers_nothing], ["old"]) as pool:
         rollout = DraftRollout(draw=lambda: drawn[0])
         rollout.adopt(Rollout(1, current="old", trial="new"))

@@ -15,6 +15,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from orchestrator.speculation.comparison import NUM_MEASURED_ROUNDS
 from orchestrator.speculation.gamma import GammaDecision, GammaPolicy
 from orchestrator.speculation.round_costs import (
     DraftCosts,
@@ -453,3 +454,15 @@ def test_another_draft_model_has_its_own_acceptance() -> None:
     play(policy, 300, 0.9, is_hit=True)
     assert other.acceptance.survival(1)[0] > 0.7
     assert GammaPolicy(costs, MAX_GAMMA).decision.survival[0] > 0.7, "its costs have that model now"
+
+
+def test_a_compared_generation_measures_a_draft_that_does_not_pay() -> None:
+    """Otherwise a bad draft would get no more draft tokens, and its comparison would never end."""
+    costs = Tiers(token_s=PASS_S).costs()
+    play(GammaPolicy(costs, MAX_GAMMA), 1_000, 0.1)
+    assert GammaPolicy(costs, MAX_GAMMA).decision.gamma == 0
+    policy = GammaPolicy(costs, MAX_GAMMA, num_measured_rounds=NUM_MEASURED_ROUNDS)
+    decisions = play(policy, 200, 0.1)
+    waited = [decision.waiting_gamma > 0 for decision in decisions]
+    assert all(waited[:NUM_MEASURED_ROUNDS])
+    assert not any(waited[NUM_MEASURED_ROUNDS : NUM_MEASURED_ROUNDS + 20])
