@@ -217,6 +217,7 @@ async def _resources(
         timeouts,
         costs,
         rollout,
+        has_lookup=config.prompt_lookup,
         observers=observing.observers,
     )
     return context, observing

@@ -18,6 +18,7 @@ from orchestrator.generation.validation import (
     validate,
 )
 from orchestrator.replicas.models import Limits
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
 from outrider.runtime.heartbeat import check_interval
 from outrider.runtime.protobuf import (
@@ -29,6 +30,14 @@ from outrider.runtime.protobuf import (
 from outrider.sampling.params import SamplingParams, check_entries
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2, sampling_pb2
+
+_SOURCES = {
+    orchestrator_pb2.DRAFT_SOURCE_UNSPECIFIED: SourceName.AUTO,
+    orchestrator_pb2.DRAFT_SOURCE_AUTO: SourceName.AUTO,
+    orchestrator_pb2.DRAFT_SOURCE_MODEL: SourceName.MODEL,
+    orchestrator_pb2.DRAFT_SOURCE_LOOKUP: SourceName.LOOKUP,
+    orchestrator_pb2.DRAFT_SOURCE_NONE: SourceName.NONE,
+}
 
 
 def is_long(message: orchestrator_pb2.GenerateRequest) -> bool:
@@ -57,12 +66,14 @@ def request_from_proto(
     params = _params(message, limits)
     if message.heartbeat_ms:
         check_interval(message.heartbeat_ms)
+    draft_source = _draft_source(message)
+    gamma = 0 if draft_source is SourceName.NONE else limits.gamma
     return GenerationRequest(
         **_input(message, limits),
         params=params,
         max_tokens=params.max_tokens if message.sampling.HasField("max_tokens") else None,
         verification=verification_from_proto(message.verification),
-        gamma=message.gamma if message.HasField("gamma") else limits.gamma,
+        gamma=message.gamma if message.HasField("gamma") else gamma,
         max_gamma=limits.max_gamma,
         lookahead=message.lookahead if message.HasField("lookahead") else limits.lookahead,
         fan_out=message.fan_out if message.HasField("fan_out") else limits.fan_out,
@@ -70,6 +81,7 @@ def request_from_proto(
         create_session=message.create_session,
         is_durable=_is_durable(message, limits),
         waits_for_draft=_waits_for_draft(message, limits),
+        draft_source=draft_source,
         resume_from=message.resume_from if message.HasField("resume_from") else None,
         priority=message.priority,
     )
@@ -100,6 +112,12 @@ def _waits_for_draft(message: orchestrator_pb2.GenerateRequest, limits: Limits) 
     if message.draft_wait == orchestrator_pb2.DRAFT_WAIT_UNSPECIFIED:
         return limits.waits_for_draft
     return message.draft_wait == orchestrator_pb2.DRAFT_WAIT_ALWAYS
+
+
+def _draft_source(message: orchestrator_pb2.GenerateRequest) -> SourceName:
+    if message.draft_source not in _SOURCES:
+        raise InvalidRequest("draft_source", f"{message.draft_source} is not one of its values")
+    return _SOURCES[message.draft_source]
 
 
 def _params(message: orchestrator_pb2.GenerateRequest, limits: Limits) -> SamplingParams:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.state import EmittedToken, FinishReason, TokenOrigin
+from orchestrator.generation.state import DraftCounts, EmittedToken, FinishReason, TokenOrigin
 from orchestrator.replicas.pairing import DraftMatch
 from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.sessions import KvHandle, SessionPage, SessionRecord
 from orchestrator.speculation.gamma import GammaDecision
+from orchestrator.speculation.verification import SourceName
 from outrider.draft_rollout import AcceptanceSums, revision_name
 from outrider.errors import ConfigError
 from outrider.runtime.protobuf import verification_to_proto
@@ -126,11 +127,34 @@ def _result(result: Result, request: GenerationRequest) -> orchestrator_pb2.Gene
             verify_s=result.verify_s,
             draft_wait_s=result.draft_wait_s,
             decision=_decision(result.decision) if result.decision else None,
+            sources=_sources(result),
         ),
         seed=request.params.seed,
         recorded=result.recorded,
         interrupted_answer_tokens=result.num_interrupted_tokens,
     )
+
+
+def _sources(result: Result) -> Iterator[orchestrator_pb2.SourceStats]:
+    """Statistics of the sources that were chosen or whose draft tokens were verified."""
+    by_source, expected = result.counts.by_source, result.expected_tokens_per_s
+    chosen = {source for source, _ in result.choices}
+    for source in SourceName:
+        if source not in chosen and source not in by_source:
+            continue
+        counts = by_source.get(source, DraftCounts())
+        yield orchestrator_pb2.SourceStats(
+            source=f"DRAFT_SOURCE_{source.name}",
+            num_rounds_by_reason={
+                reason: num for (name, reason), num in result.choices.items() if name == source
+            },
+            num_drafts=counts.num_drafts,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
+            num_rejected_tokens=counts.num_rejected_tokens,
+            acceptance_rate=counts.acceptance_rate,
+            expected_tokens_per_s=expected.get(source),
+        )
 
 
 def _decision(decision: GammaDecision) -> orchestrator_pb2.GammaDecision:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.generation.state import Commitment, FinishReason, TokenOrigin
+from orchestrator.speculation.verification import SourceName
 from outrider.runtime.grpc_status import STATUS_NAMES
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.distribution import Distribution
@@ -32,6 +33,7 @@ _FINISHED = {
     FinishReason.CANCELLED: ABORT,
 }
 _STATES = ("ready", "draining", "stuck", "failing", "starting", "silent", "refused", "away")
+_SOURCES = (SourceName.MODEL, SourceName.LOOKUP)
 _DISTRIBUTIONS = (
     metrics.TIME_TO_FIRST_TOKEN,
     metrics.INTER_TOKEN_LATENCY,
@@ -73,6 +75,10 @@ class OrchestratorMetrics:
         self.rounds: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
         self.num_rejected = 0
+        # Draft tokens by source, accepted or rejected.
+        self.by_source: Counter[tuple[str, ...]] = Counter(
+            dict.fromkeys(product(_SOURCES, ("accepted", "rejected")), 0)
+        )
         # All labels start at 0: a series that begins with its first error has no rate.
         self.statuses: Counter[str] = Counter(dict.fromkeys(STATUS_NAMES, 0))
         self.finished: Counter[str] = Counter(dict.fromkeys(_FINISHED.values(), 0))
@@ -98,6 +104,8 @@ class OrchestratorMetrics:
             if gamma:
                 self.accepted[commitment.num_accepted_tokens] += 1
                 self.num_rejected += commitment.is_rejected
+                self.by_source[commitment.source, "accepted"] += commitment.num_accepted_tokens
+                self.by_source[commitment.source, "rejected"] += commitment.is_rejected
         return gamma
 
     def _add_tokens(self, last: TokenOrigin, num: int) -> None:
@@ -142,6 +150,7 @@ class OrchestratorMetrics:
     def _speculation(self) -> Iterator[Reading]:
         rounds, accepted = dict(self.rounds), dict(self.accepted)
         yield Reading.by(metrics.ROUNDS, {str(g): rounds[g] for g in sorted(rounds)})
+        yield Reading(metrics.DRAFT_SOURCE_TOKENS, dict(self.by_source))
         yield Reading.one(metrics.NUM_DRAFTS, sum(accepted.values()))
         yield Reading.one(metrics.NUM_DRAFT_TOKENS, sum(g * num for g, num in rounds.items()))
         yield Reading.one(metrics.NUM_ACCEPTED_TOKENS, sum(k * n for k, n in accepted.items()))
@@ -165,6 +174,7 @@ def readings(
     costs = context.costs.shared
     hits, misses = costs.num_lookahead_hits, costs.num_lookahead_misses
     yield Reading.by(metrics.LOOKAHEAD_ROUNDS, {"hit": hits, "miss": misses})
+    yield Reading(metrics.DRAFT_SOURCE_ROUNDS, dict(costs.choices))
     if costs.num_lookahead_hits or costs.num_lookahead_misses:
         yield Reading.one(metrics.LOOKAHEAD_HIT_RATE, costs.lookahead_hit_rate)
     yield Reading.one(metrics.REDIS_UP, float(not context.store.is_away))

@@ -42,5 +42,7 @@ class GenerationContext:
     timeouts: Timeouts
     costs: CostBook
     rollout: DraftRollout | None = None
+    has_lookup: bool = False
+    """Whether prompt lookup is on."""
     cleanup: Cleanup = field(default_factory=Cleanup)
     observers: MakeObservers = unobserved

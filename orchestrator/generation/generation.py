@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from orchestrator.admission.ticket import AdmissionTicket
 from orchestrator.generation.context import GenerationContext
+from orchestrator.generation.draft_sources import DraftSources
 from orchestrator.generation.observation import Observation, ObservedRound
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.preparation import PreparedTurn
@@ -21,10 +22,7 @@ from orchestrator.generation.recorder import MAX_CHUNK_TOKENS, Recorder
 from orchestrator.generation.state import Commitment, Finish
 from orchestrator.generation.target_session import TargetSession
 from orchestrator.replicas.target_client import TargetRequest
-from orchestrator.replicas.tier_drafts import TierDrafts
 from orchestrator.sessions import Counters, KvHandle, Lease, RoundRecord
-from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
-from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.gamma import GammaPolicy
 from orchestrator.speculation.verification import VerifyResult
 from outrider.errors import OutriderError
@@ -53,7 +51,9 @@ class Generation:
         self._turn = prepared.turn
         self._state = prepared.state
         self._observation = Observation(context.observers(prepared, lease))
-        self._source = self._draft_source()
+        sources = DraftSources(context, request, lease, prepared.state)
+        self._may_draft = sources.may_draft
+        self._source = sources.tier()
         self._policy = GammaPolicy(
             context.costs.pair(self._source.revision),
             request.max_gamma,
@@ -62,7 +62,7 @@ class Generation:
             waits_always=request.waits_for_draft,
             num_measured_rounds=self._source.num_measured_rounds,
         )
-        self._drafting = Drafting(self._source, self._policy, context.costs, request.lookahead)
+        self._drafting = sources.router(self._source, self._policy)
         self._target = TargetSession(
             context.targets,
             self._target_request(ticket.priority),
@@ -88,32 +88,6 @@ class Generation:
         self._is_stopping = False
         # Sums over the rounds after the prompt's.
         self._target_step_s = self._verify_s = 0.0
-
-    @property
-    def may_draft(self) -> bool:
-        """Whether rounds may have draft tokens."""
-        request = self._request
-        return self._context.drafts is not None and request.max_gamma > 0 and request.gamma != 0
-
-    def _draft_source(self) -> DraftSource:
-        context, request, lease = self._context, self._request, self._lease
-        if context.drafts is None or not self.may_draft:
-            return NoDrafts()
-        assert context.targets.model is not None, "a target was connected"
-        draft_request = DraftRequest(
-            session_id=lease.scoped_id,
-            epoch=lease.epoch,
-            token_ids=self._state.token_ids,
-            prompt_len=self._state.prompt_len,
-            max_len=self._state.max_len,
-            params=request.params,
-            verification=request.verification,
-            fan_out=request.fan_out,
-            vocab_size=context.targets.model.vocab_size,
-        )
-        previous = lease.record.draft_kv
-        replica = previous.replica if previous is not None else None
-        return TierDrafts(context.drafts, draft_request, replica, context.rollout)
 
     def _target_request(self, priority: int) -> TargetRequest:
         params = self._request.params
@@ -226,15 +200,11 @@ class Generation:
             commitment = self._state.cancel(commitment)
         num_cached = min(commitment.num_accepted_tokens, result.num_run)
         self._target.committed(base_len + num_cached)
-        self._policy.observe_round(
+        self._drafting.observe_round(
             commitment.num_draft_tokens,
             commitment.num_accepted_tokens,
             is_rejected=commitment.is_rejected,
-        )
-        self._source.observe_round(
-            commitment.num_draft_tokens,
-            commitment.num_accepted_tokens,
-            is_rejected=commitment.is_rejected,
+            source=commitment.source,
         )
         return commitment
 
@@ -281,7 +251,9 @@ class Generation:
             target_step_s=self._target_step_s,
             verify_s=self._verify_s,
             draft_wait_s=self._drafting.waited_s,
-            decision=self._policy.decision if self.may_draft else None,
+            decision=self._policy.decision if self._may_draft else None,
+            choices=self._drafting.choices,
+            expected_tokens_per_s=self._drafting.expected,
             num_interrupted_tokens=self._turn.num_interrupted_tokens,
         )
 

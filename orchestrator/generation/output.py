@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from orchestrator.generation.state import Commitment, EmittedToken, Finish, SpeculationCounts
 from orchestrator.speculation.gamma import GammaDecision
+from orchestrator.speculation.verification import Choices, SourceName
 
 
 @dataclass(frozen=True)
 class Result:
     """Result of a whole generation. Times in seconds; bytes of both directions.
 
+    `choices`, `expected_tokens_per_s`: as in `Router`.
     `num_interrupted_tokens`: as in `conversation.Turn`.
     """
 
@@ -31,6 +33,8 @@ class Result:
     verify_s: float
     draft_wait_s: float
     decision: GammaDecision | None
+    choices: Choices
+    expected_tokens_per_s: dict[SourceName, float]
     num_interrupted_tokens: int | None = None
 
 

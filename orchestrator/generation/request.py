@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.speculation.verification import SourceName
 from outrider.sampling.params import SamplingParams, Verification
 
 Message = dict[str, str]
@@ -39,6 +40,8 @@ class GenerationRequest:
     """Whether tokens are recorded before they are sent."""
     waits_for_draft: bool = False
     """Whether each round waits for all its draft tokens, even if that costs time."""
+    draft_source: SourceName = SourceName.AUTO
+    """Where draft tokens come from; AUTO: chosen for each round."""
     resume_from: int | None = None
     """Number of tokens of the session's last turn that the client has received.
 

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from orchestrator.generation.conversation import Turn
 from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.sessions import SessionRecord
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest, SessionNotFound, UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
 
@@ -60,6 +61,7 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
             # dataclasses.asdict would copy the lists entry by entry.
             "params": {entry.name: getattr(params, entry.name) for entry in fields(params)},
             "verification": request.verification.value,
+            "draft_source": request.draft_source.value,
             **{name: getattr(request, name) for name in _DEFAULTS},
         }
     )
@@ -160,6 +162,7 @@ def _request(stored: dict[str, Any]) -> GenerationRequest:
         params=params,
         max_tokens=params.max_tokens,
         verification=Verification(stored.get("verification", Verification.REJECTION.value)),
+        draft_source=SourceName(stored.get("draft_source", SourceName.AUTO)),
         create_session=False,
         **values,
     )

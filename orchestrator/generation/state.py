@@ -13,6 +13,7 @@ from enum import Enum
 from orchestrator.generation.stop_strings import OutputText
 from orchestrator.speculation.verification import (
     Proposal,
+    SourceName,
     TokenLogprobs,
     VerifyResult,
     logprobs_of,
@@ -65,7 +66,8 @@ class EmittedToken:
 class Commitment:
     """Tokens and text that one round added.
 
-    `text_ends[i]`: number of characters of `text` that are final after token i.
+    `text_ends[i]`: number of characters of `text` that are final after token i. `source`: where the
+    draft tokens came from; NONE without draft tokens.
     """
 
     tokens: tuple[EmittedToken, ...]
@@ -75,6 +77,7 @@ class Commitment:
     num_accepted_tokens: int
     is_rejected: bool
     finish: Finish | None
+    source: SourceName = SourceName.NONE
 
     def parts(self, num_tokens: int) -> Iterator[Commitment]:
         """Splits a replayed output, which has no draft tokens, into parts of `num_tokens`."""
@@ -93,20 +96,13 @@ class Commitment:
 
 
 @dataclass
-class SpeculationCounts:
-    """Counts of rounds and draft tokens of one generation.
+class DraftCounts:
+    """Counts of draft tokens; `num_drafts`: rounds with draft tokens."""
 
-    `num_accepted_per_pos[i]`: rounds in which draft token i was accepted.
-    `num_rounds_per_gamma[g]`: rounds with g draft tokens, without the prompt's round.
-    """
-
-    num_rounds: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
-    num_accepted_per_pos: list[int] = field(default_factory=list)
-    num_rounds_per_gamma: list[int] = field(default_factory=list)
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -118,12 +114,35 @@ class SpeculationCounts:
         num_verified = self.num_accepted_tokens + self.num_rejected_tokens
         return self.num_accepted_tokens / num_verified if num_verified else None
 
+    def add_draft(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        """Counts a round with draft tokens."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted
+        self.num_rejected_tokens += is_rejected
+
+
+@dataclass
+class SpeculationCounts(DraftCounts):
+    """Counts of rounds and draft tokens of one generation.
+
+    `num_accepted_per_pos[i]`: rounds in which draft token i was accepted.
+    `num_rounds_per_gamma[g]`: rounds with g draft tokens, without the prompt's round.
+    """
+
+    num_rounds: int = 0
+    num_accepted_per_pos: list[int] = field(default_factory=list)
+    num_rounds_per_gamma: list[int] = field(default_factory=list)
+    by_source: dict[SourceName, DraftCounts] = field(default_factory=dict)
+
     @property
     def mean_acceptance_length(self) -> float | None:
         """Mean acceptance length τ: tokens per round with drafts; None without such rounds."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
-    def add(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+    def add(
+        self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool, source: SourceName
+    ) -> None:
         """Counts a round. `is_rejected`: its last token replaces a rejected draft token."""
         self.num_rounds += 1
         if self.num_rounds > 1:
@@ -132,10 +151,9 @@ class SpeculationCounts:
             self.num_rounds_per_gamma[num_draft_tokens] += 1
         if not num_draft_tokens:
             return
-        self.num_drafts += 1
-        self.num_draft_tokens += num_draft_tokens
-        self.num_accepted_tokens += num_accepted
-        self.num_rejected_tokens += is_rejected
+        self.add_draft(num_draft_tokens, num_accepted, is_rejected=is_rejected)
+        own = self.by_source.setdefault(source, DraftCounts())
+        own.add_draft(num_draft_tokens, num_accepted, is_rejected=is_rejected)
         missing = num_draft_tokens - len(self.num_accepted_per_pos)
         self.num_accepted_per_pos += [0] * missing
         for position in range(num_accepted):
@@ -210,7 +228,8 @@ class GenerationState:
                 break
         num_accepted = sum(token.origin is TokenOrigin.ACCEPTED for token in tokens)
         is_rejected = tokens[-1].origin is TokenOrigin.RECOVERED
-        self.counts.add(len(drafts), num_accepted, is_rejected=is_rejected)
+        source = proposal.source if proposal is not None else SourceName.NONE
+        self.counts.add(len(drafts), num_accepted, is_rejected=is_rejected, source=source)
         if self.finish is not None and self.finish.stop_text is None:
             self._text.finish()
             text_ends[-1] = self._text.num_ready
@@ -222,6 +241,7 @@ class GenerationState:
             num_accepted_tokens=num_accepted,
             is_rejected=is_rejected,
             finish=self.finish,
+            source=source,
         )
 
     def replay(self, output_ids: Sequence[int], num_received: int) -> tuple[str, Commitment | None]:

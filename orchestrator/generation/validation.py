@@ -16,6 +16,7 @@ from typing import NewType
 from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import validate_session_id
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams
 from outrider.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ def validate(
     _check_sampling(request.params, limits, tokenizer)
     if request.gamma is not None:
         _check_range("gamma", request.gamma, 0, limits.max_gamma)
+    _check_draft_source(request, limits)
     _check_range("lookahead", request.lookahead, 0, MAX_LOOKAHEAD)
     _check_range("fan_out", request.fan_out, 1, MAX_FAN_OUT)
     _check_range("priority", request.priority, -_MAX_INT32 - 1, _MAX_INT32)
@@ -119,6 +121,18 @@ def _check_sampling(params: SamplingParams, limits: Limits, tokenizer: Tokenizer
         raise InvalidRequest(
             "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
         )
+
+
+def _check_draft_source(request: GenerationRequest, limits: Limits) -> None:
+    source = request.draft_source
+    if source is SourceName.NONE and request.gamma:
+        raise InvalidRequest("gamma", f"{request.gamma} with draft_source none; 0 or unset")
+    if source is SourceName.MODEL and not limits.has_draft_tier:
+        why = "model: there is no draft tier (draft_endpoint); auto, lookup or none"
+        raise InvalidRequest("draft_source", why)
+    if source is SourceName.LOOKUP and not limits.has_lookup:
+        why = "lookup: prompt lookup is off (prompt_lookup); auto, model or none"
+        raise InvalidRequest("draft_source", why)
 
 
 def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenizer | None) -> None:

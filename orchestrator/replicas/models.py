@@ -40,6 +40,8 @@ class Limits:
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     is_durable: bool = True
     waits_for_draft: bool = False
+    has_draft_tier: bool = True
+    has_lookup: bool = True
     # Whether `max_context_len` is the size of a target's KV cache, not the model's context.
     is_kv_bound: bool = False
 
@@ -74,6 +76,8 @@ def limits(
         is_durable=config.durability == "durable",
         is_kv_bound=targets.max_len < model.max_context_len,
         waits_for_draft=config.draft_wait == "always",
+        has_draft_tier=drafts is not None,
+        has_lookup=config.prompt_lookup,
     )
 
 

@@ -9,6 +9,11 @@ The γ policy, in reading order:
 5. `gamma`: the choice of γ and of the longest wait for draft tokens.
 6. `drafting`: applies the choice to a `draft_source`.
 
+Draft tokens without a model, and the choice among sources:
+
+7. `lookup`: draft tokens from earlier text of the context, and their acceptance.
+8. `router`: the source of each round, `drafting` or `lookup`.
+
 Constants marked "Choice" were set by hand, neither fitted nor taken from a paper.
 
 `verification` accepts or rejects the draft tokens of a round. Only `drafting` reads a clock.

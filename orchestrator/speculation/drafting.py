@@ -39,6 +39,11 @@ class Drafting:
         self.num_lookahead_hits = 0
         self.waited_s = 0.0
 
+    @property
+    def is_drafting(self) -> bool:
+        """Whether rounds get draft tokens: the source is open, and γ is not 0."""
+        return self._source.is_open and self._policy.decision.gamma > 0
+
     def open(self) -> None:
         """Open the source if it is not open, at another replica if the last one was lost."""
         source, policy = self._source, self._policy
@@ -76,9 +81,7 @@ class Drafting:
             self.num_lookahead_hits += 1
             source.commit(0, decision.gamma)
             return proposal.head(min(max_draft_tokens, decision.gamma))
-        is_late = self._prompt_until - time.monotonic() > decision.wait_s
-        is_at_prompt = is_late and not self._policy.waits_always
-        waiting_gamma = 0 if is_at_prompt else decision.waiting_gamma
+        waiting_gamma = 0 if self._is_at_prompt else decision.waiting_gamma
         self._is_waiting = waiting_gamma > 0
         source.commit(waiting_gamma, decision.gamma)
         return None
@@ -96,6 +99,41 @@ class Drafting:
         self.num_lookahead_hits += 1
         return proposal.head(min(max_draft_tokens, self._policy.decision.gamma))
 
+    def expected_tokens_per_s(self, max_draft_tokens: int) -> float | None:
+        """Expected tokens per second of the next round; None while the target reports no costs.
+
+        With a proposal that has arrived, or with one that the round would wait for, or plain.
+        """
+        decision, values = self._policy.decision, self._policy.values
+        if values is None:
+            return None
+        proposal = self._source.propose(self._min_tokens(max_draft_tokens))
+        if proposal is not None:
+            gamma = min(len(proposal.token_ids), decision.gamma, max_draft_tokens)
+            return values.tokens[gamma] / values.round_s[gamma]
+        is_waited_for = self._source.is_open and not self._is_at_prompt
+        return values.waiting_tokens_per_s[decision.waiting_gamma if is_waited_for else 0]
+
+    def skip(self, *, pauses: bool) -> None:
+        """The next round has draft tokens of another source. `pauses`: ask for none meanwhile.
+
+        Otherwise the source keeps drafting, so that a later round finds its proposal ready.
+        """
+        source, decision = self._source, self._policy.decision
+        self._is_waiting = False
+        source.refresh()
+        if not source.is_open:
+            self.open()
+        elif not self._is_paused:
+            self._is_paused = pauses or decision.gamma == 0
+            source.commit(0, 0 if self._is_paused else decision.gamma)
+
+    @property
+    def _is_at_prompt(self) -> bool:
+        """Whether the source is still expected to process the prompt for longer than a wait."""
+        is_late = self._prompt_until - time.monotonic() > self._policy.decision.wait_s
+        return is_late and not self._policy.waits_always
+
     def _min_tokens(self, max_draft_tokens: int) -> int:
         """How many draft tokens a proposal must have.
 
@@ -105,6 +143,11 @@ class Drafting:
         decision = self._policy.decision
         takes_whole = self._policy.waits_always and decision.is_fixed
         return min(max_draft_tokens, decision.gamma) if takes_whole else 1
+
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        """A round without draft tokens of another source was verified."""
+        for observe in (self._policy.observe_round, self._source.observe_round):
+            observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
     @property
     def has_waited(self) -> bool:

@@ -23,11 +23,11 @@ from orchestrator.speculation.round_costs import (
 from orchestrator.speculation.round_values import RoundValues
 
 # Another γ must be this much better. Covers costs that vary by 2 % between reports.
-_HYSTERESIS = 1.03
+HYSTERESIS = 1.03
 # The same for leaving γ = 0: the costs of rounds are estimated no better than to about 10 %.
-_PLAIN_HYSTERESIS = 1.1
+PLAIN_HYSTERESIS = 1.1
 # Choice: costs and acceptance change little in four rounds.
-_ROUNDS_PER_DECISION = 4
+ROUNDS_PER_DECISION = 4
 
 # Draft tokens of a probe. Choice: few, for most probes fail.
 _PROBE_GAMMA = 2
@@ -108,6 +108,8 @@ class GammaPolicy:
         self._acceptance = AcceptanceModel(model.acceptance)
         self._hit_rate = costs.shared.lookahead_hit_rate
         self._decision: GammaDecision | None = None
+        # What the decision was made from; None while the target reports no costs.
+        self.values: RoundValues | None = None
         self._num_rounds_left = 0  # of the decision
         # The γ chosen last; probes are not choices. None: draft tokens have paid so far, or nothing
         # is known.
@@ -122,7 +124,7 @@ class GammaPolicy:
     def decision(self) -> GammaDecision:
         """The current decision; a new one every few rounds."""
         if self._decision is None or self._num_rounds_left <= 0:
-            self._num_rounds_left = _ROUNDS_PER_DECISION
+            self._num_rounds_left = ROUNDS_PER_DECISION
             self._decision = self._decide()
         return self._decision
 
@@ -160,6 +162,10 @@ class GammaPolicy:
                 self.costs.model.probes.reset()
             self._acceptance.observe(num_draft_tokens, num_accepted, is_rejected=is_rejected)
 
+    def observe_other_round(self) -> None:
+        """A round had draft tokens of another source."""
+        self._num_rounds_left -= 1
+
     def observe_lookahead(self, *, is_hit: bool) -> None:
         """Whether a round's proposal had arrived before the verify result that it follows."""
         is_probe = is_hit and self._num_probe_rounds_left > 0
@@ -187,7 +193,7 @@ class GammaPolicy:
             gamma = min(_FIRST_GAMMA, self._max_gamma) if self._fixed is None else self._fixed
             wait_s = _FIRST_WAIT_S if self._fixed_wait_s is None else self._fixed_wait_s
             return GammaDecision(gamma, gamma, wait_s, is_fixed, survival)
-        values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
+        values = self.values = RoundValues.of(costs, steps_s, survival, 1 - self._hit_rate)
         gamma = self._choice = self._best_gamma(values.tokens_per_s)
         is_probe = gamma == 0 and not is_fixed and self._is_probing(values)
         if is_probe:
@@ -218,7 +224,7 @@ class GammaPolicy:
         best, last = max(range(len(rates)), key=lambda gamma: (rates[gamma], -gamma)), self._choice
         if last is None:
             return best
-        hysteresis = _HYSTERESIS if last else _PLAIN_HYSTERESIS
+        hysteresis = HYSTERESIS if last else PLAIN_HYSTERESIS
         if rates[best] >= hysteresis * rates[last]:
             return best
         return last if rates[last] >= rates[0] else 0
@@ -242,7 +248,7 @@ class GammaPolicy:
     def _starts_probe(self) -> bool:
         """Starts a probe if one is due, or if all draft tokens of the last one were accepted."""
         schedules = (self._probes, self.costs.model.probes)
-        is_due = [schedule.advance(_ROUNDS_PER_DECISION) for schedule in schedules]
+        is_due = [schedule.advance(ROUNDS_PER_DECISION) for schedule in schedules]
         if not any(is_due) and not self._is_promising:
             return False
         for schedule in schedules:

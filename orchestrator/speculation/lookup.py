@@ -2,8 +2,8 @@
 
 `PromptLookup` finds the longest suffix of the context that occurred before, and proposes the tokens
 that followed it there (prompt lookup decoding, Saxena 2023; vLLM's n-gram speculation).
-`MatchAcceptance` is the probability that such tokens are right, by the length of the match.
-`LookupDrafts` is the `DraftSource` of them.
+`LookupDrafts` is the `DraftSource` of them; `acceptance.MatchAcceptance` predicts whether they are
+right.
 
 The index is that of LZ77 compressors (Deflate, RFC 1951, section 4): the last occurrence of every
 token pair, and a chain to earlier ones. It takes constant time and 9 bytes a token. A suffix
@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from orchestrator.speculation.acceptance import MatchAcceptance
 from orchestrator.speculation.draft_source import DraftRequest
-from orchestrator.speculation.verification import Proposal
+from orchestrator.speculation.verification import Proposal, SourceName
 from outrider.sampling.support import Support
 
 # Tokens that `update` adds to the index per call: about 3 ms. Longer prompts take several rounds.
@@ -34,15 +35,6 @@ _MAX_CANDIDATES = 8
 _MAX_COMPARED = 33
 # A match of this length is followed without looking for a longer one. Choice.
 _GOOD_MATCH = 16
-
-# Acceptance by level before anything is measured. Choice: below the rates in Python source, so that
-# free text is not slowed down.
-_FIRST_RATES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Factor on the counts of a level per observation. Choice: about the last 50 count, as in
-# `acceptance`.
-_DECAY = 0.98
-# Weight of the prior, in observations. Choice: as in `acceptance`.
-_PRIOR_WEIGHT = 8.0
 
 
 class PromptLookup:
@@ -134,49 +126,6 @@ class PromptLookup:
             candidate = self._before[candidate]
 
 
-class MatchAcceptance:
-    """Probability that the token after a match is right, by level: the length in powers of 2.
-
-    Counts of recent tokens, combined with a prior. The prior of a generation is the model of all
-    generations; the prior of that one is a constant.
-    """
-
-    def __init__(self, prior: MatchAcceptance | None = None) -> None:
-        self._prior = prior
-        self._num_seen = [0.0] * len(_FIRST_RATES)
-        self._num_right = [0.0] * len(_FIRST_RATES)
-
-    def observe(self, match_len: int, is_right: bool) -> None:
-        """Counts a token after a match of `match_len` tokens."""
-        level = _level(match_len)
-        self._num_seen[level] = _DECAY * self._num_seen[level] + 1
-        self._num_right[level] = _DECAY * self._num_right[level] + is_right
-        if self._prior is not None:
-            self._prior.observe(match_len, is_right)
-
-    def rates(self) -> list[float]:
-        """[level]: acceptance rate."""
-        priors = self._prior.rates() if self._prior is not None else _FIRST_RATES
-        return [
-            (right + _PRIOR_WEIGHT * prior) / (seen + _PRIOR_WEIGHT)
-            for seen, right, prior in zip(self._num_seen, self._num_right, priors, strict=True)
-        ]
-
-    def survival(self, match_len: int, gamma: int) -> list[float]:
-        """[k]: probability that at least k + 1 tokens after the match are right."""
-        rates = self.rates()
-        product, survival = 1.0, []
-        for length in range(match_len, match_len + gamma):
-            product *= rates[_level(length)]
-            survival.append(product)
-        return survival
-
-
-def _level(match_len: int) -> int:
-    """0, 1, 2, … for 2, 3 to 4, 5 to 8, … tokens."""
-    return min((match_len - 1).bit_length(), len(_FIRST_RATES)) - 1
-
-
 class LookupDrafts:
     """`DraftSource` of prompt lookup. Its proposals are ready at once, so it never waits.
 
@@ -185,6 +134,7 @@ class LookupDrafts:
     """
 
     replica: str | None = None
+    revision = ""
     cached_len = wire_bytes = 0
 
     def __init__(self, request: DraftRequest, shared: MatchAcceptance) -> None:
@@ -219,7 +169,7 @@ class LookupDrafts:
         if not token_ids:
             return None
         supports = tuple(map(_certain, token_ids)) if self._has_supports else None
-        return Proposal(len(self._context), token_ids, supports)
+        return Proposal(len(self._context), token_ids, supports, source=SourceName.LOOKUP)
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
         if self.is_open:
@@ -227,6 +177,9 @@ class LookupDrafts:
 
     async def wait(self, timeout_s: float, min_tokens: int = 1) -> Proposal | None:
         return self.propose(min_tokens)
+
+    def observe_round(self, num_draft_tokens: int, num_accepted: int, *, is_rejected: bool) -> None:
+        pass  # `propose` compares all committed tokens
 
     def suspend(self) -> None:
         self.may_open = self.is_open = False

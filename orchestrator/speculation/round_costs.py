@@ -6,11 +6,13 @@ these passes: network, queues, and scheduling. `round_values` makes tokens per s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.speculation.acceptance import AcceptanceModel
+from orchestrator.speculation.acceptance import AcceptanceModel, MatchAcceptance
 from orchestrator.speculation.probing import ProbeSchedule
+from orchestrator.speculation.verification import Choices
 from outrider.replica import CostReport
 from outrider.telemetry.distribution import Distribution
 
@@ -124,11 +126,15 @@ class DraftStatistics:
 class PairStatistics:
     """Statistics of both tiers over all generations, whichever replicas serve them."""
 
+    # Acceptance of prompt lookup, which needs no draft.
+    matches: MatchAcceptance = field(default_factory=MatchAcceptance)
     # New generations start with this rate. Choice for the first one: no preference.
     lookahead_hit_rate: float = 0.5
     # For metrics only.
     num_lookahead_hits: int = 0
     num_lookahead_misses: int = 0
+    # Rounds by chosen source and reason, see `router`.
+    choices: Choices = field(default_factory=Counter)
     verify_round_trip: Distribution | None = None
     draft_round_trip: Distribution | None = None
 

@@ -57,10 +57,8 @@ class RoundValues:
         added_s = tuple(_added_wait_s(target, wait) if wait else 0.0 for wait in wait_s)
         # The draft works during the round: γ tokens and its guess of the token after them.
         drafting_s = tuple((g + 1) * draft_step_s for g in gammas)
-        round_s = (
-            _plain_round_s(target, steps_s[0]),
-            *(max(_verify_s(target, steps_s[g]), drafting_s[g]) for g in gammas[1:]),
-        )
+        verify_s = verify_round_s(target, steps_s)
+        round_s = (verify_s[0], *(max(verify_s[g], drafting_s[g]) for g in gammas[1:]))
         ready = tuple(tokens[g] / (round_s[g] + miss_rate * added_s[g]) for g in gammas)
         waiting = tuple(tokens[g] / (round_s[g] + added_s[g]) for g in gammas)
         # All draft tokens are accepted, and arrive without overhead.
@@ -88,6 +86,14 @@ class RoundValues:
         """The wait for γ draft tokens that brings as much as no wait. Queue time is free."""
         gain = self.waiting_gain(gamma) - self.waiting_gain(0)
         return self.added_wait_s[gamma] + gain / max(self.tokens_per_s) + self.queue_s
+
+
+def verify_round_s(target: TargetCosts, steps_s: tuple[float, ...]) -> tuple[float, ...]:
+    """[γ]: seconds of a round whose draft tokens are ready and took no time."""
+    return (
+        _plain_round_s(target, steps_s[0]),
+        *(_verify_s(target, step_s) for step_s in steps_s[1:]),
+    )
 
 
 def _verify_s(target: TargetCosts, step_s: float) -> float:

@@ -6,8 +6,10 @@ commits them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,19 @@ from outrider.sampling.verify import (
 Floats = npt.NDArray[np.float32]
 
 
+class SourceName(StrEnum):
+    """Where draft tokens come from. AUTO stands in requests only: a source for each round."""
+
+    AUTO = "auto"
+    MODEL = "model"
+    LOOKUP = "lookup"
+    NONE = "none"
+
+
+# Rounds by (chosen source, reason), see `router`.
+Choices = Counter[tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Proposal:
     """Draft tokens that continue a context of `base_len` tokens.
@@ -38,6 +53,7 @@ class Proposal:
     token_ids: tuple[int, ...]
     supports: tuple[Support, ...] | None
     assumed_token_ids: tuple[int, ...] = ()
+    source: SourceName = SourceName.MODEL
 
     def agrees(self, context: Sequence[int]) -> bool:
         """Whether it continues the context, or may continue it later, with at least one token."""
@@ -56,14 +72,14 @@ class Proposal:
         if not 0 <= skipped < len(self.token_ids):
             return None
         supports = self.supports[skipped:] if self.supports is not None else None
-        return Proposal(context_len, self.token_ids[skipped:], supports)
+        return Proposal(context_len, self.token_ids[skipped:], supports, source=self.source)
 
     def head(self, num_tokens: int) -> Proposal:
         """The proposal cut to at most `num_tokens` tokens."""
         if len(self.token_ids) <= num_tokens:
             return self
         supports = self.supports[:num_tokens] if self.supports is not None else None
-        return Proposal(self.base_len, self.token_ids[:num_tokens], supports)
+        return Proposal(self.base_len, self.token_ids[:num_tokens], supports, source=self.source)
 
     def run_without(self, num_left_out: int) -> Proposal | None:
         """The draft tokens that are verified if the target does not run the last `num_left_out`.

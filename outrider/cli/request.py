@@ -55,6 +55,15 @@ class DraftWait(StrEnum):
     always = "always"
 
 
+class DraftSource(StrEnum):
+    """Where draft tokens come from, named as in GenerateRequest's DraftSource."""
+
+    auto = "auto"
+    model = "model"
+    lookup = "lookup"
+    none = "none"
+
+
 class Durability(StrEnum):
     """When tokens are written to Redis, named as in GenerateRequest's Durability."""
 
@@ -111,6 +120,10 @@ class GenerateOptions(AccessOptions):
     ] = None
     draft_wait: Annotated[
         DraftWait | None, typer.Option(help="Wait for draft tokens while it pays, or always.")
+    ] = None
+    draft_source: Annotated[
+        DraftSource | None,
+        typer.Option(help="Draft tier (model), earlier text (lookup), the faster (auto) or none."),
     ] = None
     priority: Annotated[int | None, typer.Option(help="Lower runs first. Default: 0.")] = None
     durability: Annotated[
@@ -202,12 +215,13 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
         _set(request, name, getattr(options, name))
     if options.verification is not None:
         request.verification = verification_to_proto(Verification(options.verification.value))
-    if options.durability is not None:
-        name = f"DURABILITY_{options.durability.name.upper()}"
-        _set(request, "durability", orchestrator_pb2.Durability.Value(name))
-    if options.draft_wait is not None:
-        name = f"DRAFT_WAIT_{options.draft_wait.name.upper()}"
-        _set(request, "draft_wait", orchestrator_pb2.DraftWait.Value(name))
+    for name, values in (
+        ("durability", orchestrator_pb2.Durability),
+        ("draft_wait", orchestrator_pb2.DraftWait),
+        ("draft_source", orchestrator_pb2.DraftSource),
+    ):
+        if (choice := getattr(options, name)) is not None:
+            setattr(request, name, values.Value(f"{name}_{choice.name}".upper()))
     sampling = sampling_pb2.SamplingParams()
     _set_sampling(sampling, options)
     if sampling.ListFields():

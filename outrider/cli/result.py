@@ -52,6 +52,7 @@ def summary(output: Output) -> list[tuple[str, str]]:
         tau = f"τ {stats.mean_acceptance_length:.2f} tokens per round with drafts"
         how = f"γ {_gamma(stats)}, {_verification(result)}"
         rows.append(("drafts", f"{alpha}, {tau}, {how}"))
+        rows += _sources(stats)
         drafted = f"{stats.num_drafts} with drafts, {stats.num_lookahead_hits} drafted ahead"
         rows.append(("rounds", f"{stats.num_rounds}, {drafted}"))
     else:
@@ -66,6 +67,18 @@ def summary(output: Output) -> list[tuple[str, str]]:
     if not result.recorded:
         rows.append(("WARNING", "Redis is down: the session lacks tokens of this output"))
     return rows
+
+
+def _sources(stats: orchestrator_pb2.SpeculationStats) -> list[tuple[str, str]]:
+    """Line about the sources of the draft tokens, if there is another one than the draft tier."""
+    parts = []
+    for source in stats.sources:
+        if source.num_drafts:
+            name = orchestrator_pb2.DraftSource.Name(source.source)
+            name = name.removeprefix("DRAFT_SOURCE_").lower()
+            parts.append(f"{name} {source.num_drafts} rounds, α {source.acceptance_rate:.2f}")
+    is_shown = any(s.source == orchestrator_pb2.DRAFT_SOURCE_LOOKUP for s in stats.sources)
+    return [("sources", "; ".join(parts))] if is_shown and parts else []
 
 
 def _gamma(stats: orchestrator_pb2.SpeculationStats) -> str:

@@ -98,6 +98,7 @@ def orchestrator_arguments(
         *_flag("lookahead", options.lookahead),
         *_flag("fan-out", options.fan_out),
         *_flag("draft-wait-ms", options.draft_wait_ms),
+        *_switch("prompt-lookup", options.prompt_lookup),
         *_flag("max-generations", options.max_generations),
         *_flag("max-waiting", options.max_waiting),
     ]
@@ -129,6 +130,10 @@ def _check_simulation(options: StackOptions) -> None:
         for name in ("vocab_size", "seed"):
             if getattr(target_simulation, name) != getattr(draft_simulation, name):
                 raise ConfigError(f"--simulate-draft: its {name} must be the target's")
+
+
+def _switch(name: str, is_on: bool | None) -> list[str]:
+    return [] if is_on is None else [f"--{name}" if is_on else f"--no-{name}"]
 
 
 def _flag(name: str, value: object | None) -> list[str]:

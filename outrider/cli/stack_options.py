@@ -92,6 +92,9 @@ class StackOptions:
         float | None,
         typer.Option(help="Longest wait for draft tokens in milliseconds. Default: adaptive."),
     ] = None
+    prompt_lookup: Annotated[
+        bool | None, typer.Option(help="Draft tokens from earlier text, where that is faster.")
+    ] = None
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="KV cache size of each model service, in tokens.")
     ] = None

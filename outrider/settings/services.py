@@ -115,8 +115,8 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
                 )
         _require_listen_host(self.host)
         require_port(self.port)
-        is_known = self.generation_config in ("auto", "none")
-        require(is_known, "generation_config", "must be auto or none")
+        known = ("auto", "none")
+        require(self.generation_config in known, "generation_config", "must be auto or none")
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
@@ -200,6 +200,7 @@ class OrchestratorConfig(
     default_max_tokens: int = setting(256, "max_tokens of requests that set none")
     max_generations: int = setting(256, "maximum generations that run at a time")
     max_waiting: int = setting(64, "maximum queued requests; further ones are rejected")
+    prompt_lookup: bool = setting(False, "draft tokens from earlier text, where that is faster")
     draft_wait: str = setting(
         "adaptive",
         "how long a round waits for draft tokens: adaptive (while it pays) or always",
@@ -257,11 +258,8 @@ class OrchestratorConfig(
             "gamma",
             f"must be 0 to max_gamma ({self.max_gamma})",
         )
-        require(
-            self.draft_wait_ms is None or self.draft_wait_ms >= 0,
-            "draft_wait_ms",
-            "must be 0 or more",
-        )
+        wait_ms = self.draft_wait_ms
+        require(wait_ms is None or wait_ms >= 0, "draft_wait_ms", "must be 0 or more")
         require(0 <= self.lookahead <= 4, "lookahead", "must be 0 to 4")
         require(1 <= self.fan_out <= 64, "fan_out", "must be 1 to 64")
         require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")

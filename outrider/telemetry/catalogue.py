@@ -117,6 +117,19 @@ NUM_REJECTED_TOKENS = counter(
     "rejected).",
 )
 ROUNDS = counter("rounds", "Rounds by their number of draft tokens.", "gamma")
+DRAFT_SOURCE_ROUNDS = counter(
+    "draft_source_rounds",
+    "Rounds by the source chosen for their draft tokens (model, lookup, none) and the reason: "
+    "requested, only (there is no other), no match (lookup has no proposal), faster.",
+    "source",
+    "reason",
+)
+DRAFT_SOURCE_TOKENS = counter(
+    "draft_source_tokens",
+    "Draft tokens by source (model, lookup): accepted or rejected.",
+    "source",
+    "outcome",
+)
 LOOKAHEAD_ROUNDS = counter(
     "lookahead_rounds",
     "Rounds with drafts: hit, the proposal was ready when the result came; miss, it was not.",

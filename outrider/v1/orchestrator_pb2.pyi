@@ -9,6 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DraftSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAFT_SOURCE_UNSPECIFIED: _ClassVar[DraftSource]
+    DRAFT_SOURCE_AUTO: _ClassVar[DraftSource]
+    DRAFT_SOURCE_MODEL: _ClassVar[DraftSource]
+    DRAFT_SOURCE_LOOKUP: _ClassVar[DraftSource]
+    DRAFT_SOURCE_NONE: _ClassVar[DraftSource]
+
 class DraftWait(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DRAFT_WAIT_UNSPECIFIED: _ClassVar[DraftWait]
@@ -45,6 +53,11 @@ class DraftRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_ROLE_WAITING: _ClassVar[DraftRole]
     DRAFT_ROLE_SUPERSEDED: _ClassVar[DraftRole]
     DRAFT_ROLE_ROLLED_BACK: _ClassVar[DraftRole]
+DRAFT_SOURCE_UNSPECIFIED: DraftSource
+DRAFT_SOURCE_AUTO: DraftSource
+DRAFT_SOURCE_MODEL: DraftSource
+DRAFT_SOURCE_LOOKUP: DraftSource
+DRAFT_SOURCE_NONE: DraftSource
 DRAFT_WAIT_UNSPECIFIED: DraftWait
 DRAFT_WAIT_ADAPTIVE: DraftWait
 DRAFT_WAIT_ALWAYS: DraftWait
@@ -89,7 +102,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead", "fan_out", "resume_from", "durability", "priority", "heartbeat_ms", "draft_wait")
+    __slots__ = ("text", "token_ids", "chat", "sampling", "gamma", "verification", "session_id", "create_session", "lookahead", "fan_out", "resume_from", "durability", "priority", "heartbeat_ms", "draft_wait", "draft_source")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +118,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_WAIT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SOURCE_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     chat: ChatMessages
@@ -120,7 +134,8 @@ class GenerateRequest(_message.Message):
     priority: int
     heartbeat_ms: int
     draft_wait: DraftWait
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ..., fan_out: _Optional[int] = ..., resume_from: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., priority: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., draft_wait: _Optional[_Union[DraftWait, str]] = ...) -> None: ...
+    draft_source: DraftSource
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., session_id: _Optional[str] = ..., create_session: bool = ..., lookahead: _Optional[int] = ..., fan_out: _Optional[int] = ..., resume_from: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., priority: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., draft_wait: _Optional[_Union[DraftWait, str]] = ..., draft_source: _Optional[_Union[DraftSource, str]] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -183,7 +198,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits", "num_rejected_tokens", "num_rounds_per_gamma", "target_step_s", "verify_s", "draft_wait_s", "decision")
+    __slots__ = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "acceptance_rate", "mean_acceptance_length", "num_rounds", "time_to_first_token_s", "duration_s", "tokens_per_s", "gamma", "verification", "draft_wire_bytes", "target_wire_bytes", "num_lookahead_hits", "num_rejected_tokens", "num_rounds_per_gamma", "target_step_s", "verify_s", "draft_wait_s", "decision", "sources")
     NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +220,7 @@ class SpeculationStats(_message.Message):
     VERIFY_S_FIELD_NUMBER: _ClassVar[int]
     DRAFT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
@@ -226,7 +242,35 @@ class SpeculationStats(_message.Message):
     verify_s: float
     draft_wait_s: float
     decision: GammaDecision
-    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ..., num_rounds_per_gamma: _Optional[_Iterable[int]] = ..., target_step_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., draft_wait_s: _Optional[float] = ..., decision: _Optional[_Union[GammaDecision, _Mapping]] = ...) -> None: ...
+    sources: _containers.RepeatedCompositeFieldContainer[SourceStats]
+    def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., acceptance_rate: _Optional[float] = ..., mean_acceptance_length: _Optional[float] = ..., num_rounds: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., gamma: _Optional[int] = ..., verification: _Optional[_Union[_sampling_pb2.Verification, str]] = ..., draft_wire_bytes: _Optional[int] = ..., target_wire_bytes: _Optional[int] = ..., num_lookahead_hits: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ..., num_rounds_per_gamma: _Optional[_Iterable[int]] = ..., target_step_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., draft_wait_s: _Optional[float] = ..., decision: _Optional[_Union[GammaDecision, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[SourceStats, _Mapping]]] = ...) -> None: ...
+
+class SourceStats(_message.Message):
+    __slots__ = ("source", "num_rounds_by_reason", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_rejected_tokens", "acceptance_rate", "expected_tokens_per_s")
+    class NumRoundsByReasonEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROUNDS_BY_REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_RATE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    source: DraftSource
+    num_rounds_by_reason: _containers.ScalarMap[str, int]
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_rejected_tokens: int
+    acceptance_rate: float
+    expected_tokens_per_s: float
+    def __init__(self, source: _Optional[_Union[DraftSource, str]] = ..., num_rounds_by_reason: _Optional[_Mapping[str, int]] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_rejected_tokens: _Optional[int] = ..., acceptance_rate: _Optional[float] = ..., expected_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class GammaDecision(_message.Message):
     __slots__ = ("gamma", "waiting_gamma", "is_fixed", "survival", "target_step_s", "mean_num_rows", "draft_step_s", "draft_overhead_s", "target_overhead_s", "lookahead_hit_rate", "tokens_per_s", "waiting_tokens_per_s")

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from outrider.cli.paint import pieces
-from outrider.cli.request import DraftWait, Durability, GenerateOptions, Method, build_request
+from outrider.cli.request import (
+    DraftSource,
+    DraftWait,
+    Durability,
+    GenerateOptions,
+    Method,
+    build_request,
+)
 from outrider.errors import ConfigError, InvalidRequest
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.cli.processes import ROOT, command, environment, run
@@ -163,12 +170,13 @@ def test_every_flag_becomes_its_field() -> None:
         stop_token_ids="1, 2", ignore_eos=True, min_tokens=1, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, logit_bias=["5=-2.5"],
         allowed_token_ids="8,9", logprobs=0, priority=-3, durability=Durability.fast,
-        draft_wait=DraftWait.always,
+        draft_wait=DraftWait.always, draft_source=DraftSource.lookup,
     )  # fmt: skip
     assert build_request(options) == orchestrator_pb2.GenerateRequest(
         text="p", session_id="s", create_session=True, gamma=2, lookahead=0, priority=-3,
         durability=orchestrator_pb2.DURABILITY_FAST,
         draft_wait=orchestrator_pb2.DRAFT_WAIT_ALWAYS,
+        draft_source=orchestrator_pb2.DRAFT_SOURCE_LOOKUP,
         verification=sampling_pb2.VERIFICATION_BLOCK,
         sampling=sampling_pb2.SamplingParams(
             max_tokens=1, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=7,

@@ -13,6 +13,7 @@ from orchestrator.api.grpc_request import (
     request_from_proto,
 )
 from orchestrator.replicas.models import Limits
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
 from outrider.runtime.protobuf import LONG_LIST
 from outrider.sampling.params import MAX_ENTRIES, Verification
@@ -46,6 +47,15 @@ def test_unset_fields_get_the_servers_defaults() -> None:
     assert 0 <= request.params.seed < 1 << 63
 
 
+def test_draft_source_none_means_no_draft_tokens() -> None:
+    """Also where the server's default is a fixed γ; γ of the request itself is not changed."""
+    request = request_from_proto(message_of([1], draft_source=pb.DRAFT_SOURCE_NONE), LIMITS)
+    assert (request.gamma, request.draft_source) == (0, SourceName.NONE)
+    message = message_of([1], draft_source=pb.DRAFT_SOURCE_NONE, gamma=2)
+    assert request_from_proto(message, LIMITS).gamma == 2
+    assert request_from_proto(message_of([1]), LIMITS).draft_source is SourceName.AUTO
+
+
 def test_fields_that_are_set_win_even_with_the_value_zero() -> None:
     message = message_of(
         [1, 2],
@@ -55,6 +65,7 @@ def test_fields_that_are_set_win_even_with_the_value_zero() -> None:
         fan_out=1,
         durability=pb.DURABILITY_DURABLE,
         draft_wait=pb.DRAFT_WAIT_ADAPTIVE,
+        draft_source=pb.DRAFT_SOURCE_LOOKUP,
         verification=sampling_pb2.VERIFICATION_COUPLED,
         session_id="s",
         create_session=True,
@@ -63,6 +74,7 @@ def test_fields_that_are_set_win_even_with_the_value_zero() -> None:
     request = request_from_proto(message, LIMITS)
     assert (request.gamma, request.lookahead, request.fan_out) == (0, 0, 1)
     assert (request.is_durable, request.waits_for_draft) == (True, False)
+    assert request.draft_source is SourceName.LOOKUP
     assert (request.params.temperature, request.params.top_k, request.params.seed) == (0.0, 0, 0)
     assert (request.max_tokens, request.params.max_tokens) == (5, 5)
     assert request.verification is Verification.COUPLED
@@ -80,7 +92,7 @@ def test_inputs_are_plain_values() -> None:
     assert (none.text, none.token_ids, none.messages) == (None, None, None)
 
 
-@pytest.mark.parametrize("field", ["durability", "draft_wait", "verification"])
+@pytest.mark.parametrize("field", ["durability", "draft_wait", "draft_source", "verification"])
 def test_unknown_enum_numbers_are_refused(field: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         request_from_proto(message_of([1], **{field: 9}), LIMITS)
@@ -123,6 +135,7 @@ OTHER_FIELDS: dict[str, Any] = {
     "fan_out": 1,
     "durability": pb.DURABILITY_FAST,
     "draft_wait": pb.DRAFT_WAIT_ALWAYS,
+    "draft_source": pb.DRAFT_SOURCE_NONE,
 }
 ALLOWED_FIELDS = {"session_id": "s", "resume_from": 3, "priority": 1, "heartbeat_ms": 100}
 

@@ -12,6 +12,7 @@ from orchestrator.generation.conversation import Turn
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.resume import interrupted_turn, resume_turn, turn_json
 from orchestrator.sessions import SessionStore
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
 from tests.orchestrator.sessions.parts import MODEL, round_of
@@ -37,6 +38,7 @@ REQUEST = GenerationRequest(
     session_id="s",
     create_session=False,
     is_durable=False,
+    draft_source=SourceName.LOOKUP,
 )
 # Value of each field in a turn that was recorded before the field existed.
 NEUTRAL = {
@@ -48,6 +50,7 @@ NEUTRAL = {
     "fan_out": 1,
     "session_id": None,
     "is_durable": True,
+    "draft_source": SourceName.AUTO,
 }
 NEEDED = ("prompt_len", "params", "params.temperature", "params.seed", "params.max_tokens")
 

@@ -19,6 +19,7 @@ from orchestrator.generation.validation import (
     validate,
 )
 from orchestrator.replicas.models import Limits
+from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("chat.messages.role", "at most 64 characters", chat("r" * (MAX_ROLE_CHARS + 1))),
     ("gamma", "17 is not in [0, 16]", {"gamma": MAX_GAMMA + 1}),
     ("gamma", "-1 is not in [0, 16]", {"gamma": -1}),
+    ("gamma", "2 with draft_source none", {"gamma": 2, "draft_source": SourceName.NONE}),
     ("lookahead", "5 is not in [0, 4]", {"lookahead": MAX_LOOKAHEAD + 1}),
     ("lookahead", "-1 is not in [0, 4]", {"lookahead": -1}),
     ("fan_out", "0 is not in [1, 64]", {"fan_out": 0}),
@@ -138,6 +140,9 @@ VALID: list[dict[str, Any]] = [
     chat("system", "user", "assistant", "r" * MAX_ROLE_CHARS, "Tool_2-b"),
     chat(*["user"] * MAX_CHAT_MESSAGES, content=""),
     {"gamma": 0},
+    {"gamma": 0, "draft_source": SourceName.NONE},
+    {"gamma": 0, "draft_source": SourceName.MODEL},
+    {"draft_source": SourceName.LOOKUP},
     {"gamma": MAX_GAMMA, "lookahead": MAX_LOOKAHEAD, "fan_out": MAX_FAN_OUT},
     {"lookahead": 0, "fan_out": 1},
     {"priority": (1 << 31) - 1},
@@ -150,6 +155,24 @@ VALID: list[dict[str, Any]] = [
     sampled(allowed_token_ids=(EOS,), min_tokens=1, ignore_eos=True),
     sampled(allowed_token_ids=(EOS, 3), min_tokens=1),
 ]
+
+
+@pytest.mark.parametrize(
+    ("source", "missing", "why"),
+    [
+        (SourceName.MODEL, "has_draft_tier", "there is no draft tier (draft_endpoint)"),
+        (SourceName.LOOKUP, "has_lookup", "prompt lookup is off (prompt_lookup)"),
+    ],
+)
+def test_a_draft_source_that_is_not_there_is_refused(
+    source: SourceName, missing: str, why: str
+) -> None:
+    request = replace(REQUEST, draft_source=source)
+    assert validate(request, LIMITS, None) == request
+    with pytest.raises(InvalidRequest) as refused:
+        validate(request, replace(LIMITS, **{missing: False}), None)
+    assert refused.value.field == "draft_source"
+    assert why in refused.value.why
 
 
 @pytest.mark.parametrize("fields", VALID, ids=range(len(VALID)))

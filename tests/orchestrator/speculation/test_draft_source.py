@@ -12,8 +12,9 @@ import pytest
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.tier_drafts import TierDrafts
+from orchestrator.speculation.acceptance import MatchAcceptance
 from orchestrator.speculation.draft_source import DraftSource, NoDrafts
-from orchestrator.speculation.lookup import LookupDrafts, MatchAcceptance
+from orchestrator.speculation.lookup import LookupDrafts
 from outrider.runtime.protobuf import UINT32, pack, unpack
 from outrider.v1 import draft_pb2, model_pb2
 from tests.orchestrator.replicas.requests import draft_request

@@ -10,11 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.speculation.lookup import (
-    LookupDrafts,
-    MatchAcceptance,
-    PromptLookup,
-)
+from orchestrator.speculation.acceptance import MatchAcceptance
+from orchestrator.speculation.lookup import LookupDrafts, PromptLookup
 from outrider.sampling.params import SamplingParams, Verification
 from tests.orchestrator.replicas.requests import draft_request
 

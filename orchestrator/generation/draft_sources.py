@@ -1,0 +1,86 @@
+"""Draft sources of one generation, created from its request and the orchestrator's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.generation.context import GenerationContext
+from orchestrator.generation.request import GenerationRequest
+from orchestrator.generation.state import GenerationState
+from orchestrator.replicas.tier_drafts import TierDrafts
+from orchestrator.sessions import Lease
+from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
+from orchestrator.speculation.drafting import Drafting
+from orchestrator.speculation.gamma import GammaPolicy
+from orchestrator.speculation.lookup import LookupDrafts
+from orchestrator.speculation.router import Router
+from orchestrator.speculation.verification import SourceName
+
+
+@dataclass(frozen=True)
+class DraftSources:
+    """Creates the draft sources that a request allows, and the router among them."""
+
+    context: GenerationContext
+    request: GenerationRequest
+    lease: Lease
+    state: GenerationState
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether rounds may have draft tokens of the draft tier."""
+        return self.context.drafts is not None and self._allows(SourceName.MODEL)
+
+    @property
+    def may_look_up(self) -> bool:
+        """Whether rounds may have draft tokens of prompt lookup.
+
+        A request that waits for all its draft tokens gets them from the draft tier.
+        """
+        is_left_out = self.request.waits_for_draft and self.may_draft
+        return self.context.has_lookup and self._allows(SourceName.LOOKUP) and not is_left_out
+
+    def _allows(self, source: SourceName) -> bool:
+        request = self.request
+        is_named = request.draft_source in (SourceName.AUTO, source)
+        return is_named and request.max_gamma > 0 and request.gamma != 0
+
+    def tier(self) -> DraftSource:
+        """The draft tier, if the request may use it."""
+        drafts, previous = self.context.drafts, self.lease.record.draft_kv
+        if drafts is None or not self.may_draft:
+            return NoDrafts()
+        replica = previous.replica if previous is not None else None
+        return TierDrafts(drafts, self._draft_request(), replica, self.context.rollout)
+
+    def router(self, tier: DraftSource, policy: GammaPolicy) -> Router:
+        """The router among `tier`, prompt lookup and plain decoding."""
+        request, costs = self.request, self.context.costs
+        lookup = None
+        if self.may_look_up:
+            lookup = LookupDrafts(self._draft_request(), costs.shared.matches)
+        return Router(
+            Drafting(tier, policy, costs, request.lookahead),
+            lookup,
+            policy,
+            costs.shared.choices,
+            max_gamma=request.max_gamma,
+            fixed_gamma=request.gamma,
+            is_requested=request.draft_source is not SourceName.AUTO,
+        )
+
+    def _draft_request(self) -> DraftRequest:
+        request, state = self.request, self.state
+        model = self.context.targets.model
+        assert model is not None, "a target was connected"
+        return DraftRequest(
+            session_id=self.lease.scoped_id,
+            epoch=self.lease.epoch,
+            token_ids=state.token_ids,
+            prompt_len=state.prompt_len,
+            max_len=state.max_len,
+            params=request.params,
+            verification=request.verification,
+            fan_out=request.fan_out,
+            vocab_size=model.vocab_size,
+        )
