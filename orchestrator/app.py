@@ -17,6 +17,7 @@ from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
 from orchestrator.api.metrics import OrchestratorMetrics, readings
 from orchestrator.api.request_telemetry import ApiTelemetry
+from orchestrator.audit.auditor import Auditor
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
@@ -75,8 +76,8 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         connection_age_s=config.connection_age_s,
         connection_age_grace_s=config.connection_age_grace_s,
     )
-    resources, observing = await _resources(config, security.open_channel)
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
+    resources, observing = await _resources(config, security.open_channel, admission)
     admission.targets = resources.targets.candidates
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
     try:
@@ -95,7 +96,15 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 _connected(config.redis, resources, exporters.exposition),
                 _checking_redis(resources.store, server),
                 observing.running(),
-                _answering(config, server, resources, admission, meter, exporters.tracing),
+                _answering(
+                    config,
+                    server,
+                    resources,
+                    admission,
+                    observing.auditor,
+                    meter,
+                    exporters.tracing,
+                ),
             ):
                 yield server
     finally:
@@ -129,6 +138,7 @@ async def _answering(
     server: Server,
     resources: GenerationContext,
     admission: AdmissionQueue,
+    auditor: Auditor,
     meter: OrchestratorMetrics | None,
     tracing: Tracing,
 ) -> AsyncIterator[None]:
@@ -141,6 +151,7 @@ async def _answering(
         resources,
         current_limits,
         ApiTelemetry(meter, tracing),
+        auditor,
         write_timeout_s=config.write_timeout_s,
     )
     log.info("serving", port=server.port)
@@ -180,7 +191,7 @@ def _pools(
 
 
 async def _resources(
-    config: OrchestratorConfig, open_channel: OpenChannel
+    config: OrchestratorConfig, open_channel: OpenChannel, admission: AdmissionQueue
 ) -> tuple[GenerationContext, Observing]:
     """Resources of all generations, not connected yet, and what observes them.
 
@@ -206,7 +217,7 @@ async def _resources(
     rollout = None
     if drafts is not None:
         rollout = DraftRollout(functools.partial(num_replicas, drafts), config)
-    observing = Observing(config, lambda: targets.model)
+    observing = Observing(config, targets, lambda: admission.is_busy)
     context = GenerationContext(
         targets,
         drafts,
@@ -219,6 +230,7 @@ async def _resources(
         rollout,
         has_lookup=config.prompt_lookup,
         observers=observing.observers,
+        planted_bias=config.audit_planted_bias,
     )
     return context, observing
 

@@ -65,6 +65,11 @@ class AdmissionQueue:
         """Running generations without those that wait for room before their first token."""
         return self.num_running - len(self._unbegun)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests wait, for admission or for room, or the next one would."""
+        return bool(self._queue or self._short) or self.num_running >= self._max_running
+
     @contextlib.asynccontextmanager
     async def admitted(
         self,

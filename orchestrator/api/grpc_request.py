@@ -63,6 +63,7 @@ def request_from_proto(
     Raises InvalidRequest for enum numbers without a name, lists too long to be copied and
     `heartbeat_ms`, which belongs to the transport.
     """
+    is_seeded = message.sampling.HasField("seed") or "seed" in limits.sampling_defaults
     params = _params(message, limits)
     if message.heartbeat_ms:
         check_interval(message.heartbeat_ms)
@@ -84,6 +85,7 @@ def request_from_proto(
         draft_source=draft_source,
         resume_from=message.resume_from if message.HasField("resume_from") else None,
         priority=message.priority,
+        is_seeded=is_seeded,
     )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from orchestrator.audit.auditor import Auditor
+from orchestrator.audit.report import Failure
+from orchestrator.audit.sampled_tests import PERIOD_S, SampledTests, SequentialTest
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.state import DraftCounts, EmittedToken, FinishReason, TokenOrigin
@@ -193,4 +196,58 @@ def _kv(handle: KvHandle | None) -> orchestrator_pb2.KvHandle | None:
         return None
     return orchestrator_pb2.KvHandle(
         replica=handle.replica, epoch=handle.epoch, cached_len=handle.cached_len
+    )
+
+
+def audit_response(auditor: Auditor, client: str) -> orchestrator_pb2.GetAuditResponse:
+    """Results of the audit. Failures are those of the client's own sessions, latest first."""
+    report, tests = auditor.report, auditor.tests
+    return orchestrator_pb2.GetAuditResponse(
+        share=auditor.share,
+        tolerance=auditor.tolerance,
+        num_generations=report.generations,
+        num_dropped=report.dropped,
+        num_tokens=report.num_positions,
+        num_near_ties=report.num_near_ties,
+        max_gap=report.max_gap,
+        tests=[_audit_test(test, tests) for test in tests.tests.values()],
+        failures=[
+            _audit_failure(failure)
+            for failure in reversed(report.failures)
+            if failure.client == client
+        ],
+        planted_bias=auditor.planted_bias,
+    )
+
+
+def _audit_test(test: SequentialTest, tests: SampledTests) -> orchestrator_pb2.AuditTest:
+    return orchestrator_pb2.AuditTest(
+        name=test.name,
+        num_trials=test.num_trials,
+        age_s=tests.age_s,
+        observed=test.observed,
+        expected=test.expected,
+        log_evidence=test.evidence.log_evidence,
+        max_log_evidence=test.evidence.max_log_evidence,
+        alarm_log_evidence=test.alarm_at,
+        num_alarms=test.num_alarms,
+        false_alarm_probability=tests.false_alarm_probability / len(tests.tests),
+        period_s=PERIOD_S,
+        expected_trials=test.expected_trials,
+    )
+
+
+def _audit_failure(failure: Failure) -> orchestrator_pb2.AuditFailure:
+    return orchestrator_pb2.AuditFailure(
+        time_s=failure.time,
+        session_id=failure.session_id,
+        verification=failure.verification,
+        index=failure.index,
+        prompt_len=failure.prompt_len,
+        gap=failure.gap,
+        num_differing_tokens=failure.num_divergences,
+        replicas=failure.replicas,
+        rerun_replica=failure.rerun_replica,
+        token_id=failure.token_id,
+        expected_id=failure.expected_id,
     )

@@ -13,6 +13,7 @@ from orchestrator.admission.api_keys import current_client
 from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_request import is_long, parse_page_token, parse_request
 from orchestrator.api.grpc_response import (
+    audit_response,
     generate_response,
     pairing_response,
     rollout_response,
@@ -20,6 +21,7 @@ from orchestrator.api.grpc_response import (
     sessions_response,
 )
 from orchestrator.api.request_telemetry import ApiTelemetry, RequestTelemetry
+from orchestrator.audit.auditor import Auditor
 from orchestrator.generation.context import GenerationContext
 from orchestrator.replicas.models import Limits
 from orchestrator.replicas.pool import pooled_model
@@ -45,6 +47,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         resources: GenerationContext,
         limits: Callable[[], Limits],
         telemetry: ApiTelemetry,
+        auditor: Auditor,
         *,
         write_timeout_s: float,
     ) -> None:
@@ -52,6 +55,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._resources = resources
         self._limits = limits
         self._telemetry = telemetry
+        self._auditor = auditor
         self._write_timeout_s = write_timeout_s
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
@@ -132,6 +136,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         if request.with_token_hashes:
             response.target.token_hashes = await resources.pairing.token_hashes()
         return response
+
+    async def GetAudit(
+        self, request: orchestrator_pb2.GetAuditRequest, context: Context
+    ) -> orchestrator_pb2.GetAuditResponse:
+        return audit_response(self._auditor, current_client().name)
 
 
 def _current(

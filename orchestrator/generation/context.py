@@ -46,3 +46,5 @@ class GenerationContext:
     """Whether prompt lookup is on."""
     cleanup: Cleanup = field(default_factory=Cleanup)
     observers: MakeObservers = unobserved
+    planted_bias: float = 0.0
+    """Of `verify_proposal`: not 0 only to try the audit."""

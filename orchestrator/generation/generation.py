@@ -50,6 +50,7 @@ class Generation:
         self._lease = lease
         self._turn = prepared.turn
         self._state = prepared.state
+        self._state.planted_bias = context.planted_bias
         self._observation = Observation(context.observers(prepared, lease))
         sources = DraftSources(context, request, lease, prepared.state)
         self._may_draft = sources.may_draft

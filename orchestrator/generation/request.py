@@ -49,6 +49,8 @@ class GenerationRequest:
     """
     priority: int = 0
     """Lower runs first."""
+    is_seeded: bool = False
+    """Whether the seed is the client's or the model's default; otherwise it is random."""
 
     @property
     def input_field(self) -> str:

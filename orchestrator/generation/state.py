@@ -182,6 +182,8 @@ class GenerationState:
         self.finish: Finish | None = None
         # Of the last round, before it was cut at a stop.
         self.outcome: VerifyOutcome | None = None
+        # See `verify_proposal`.
+        self.planted_bias = 0.0
         self._eos_token_ids = frozenset(eos_token_ids)
         self._text = text
 
@@ -211,7 +213,9 @@ class GenerationState:
         if self.finish is not None:
             raise InternalError("the generation has already ended")
         base_len = self.committed_len
-        outcome = verify_proposal(proposal, reply, self.params, self.verification, base_len)
+        outcome = verify_proposal(
+            proposal, reply, self.params, self.verification, base_len, self.planted_bias
+        )
         self.outcome = outcome
         drafts = proposal.token_ids if proposal is not None else ()
         tokens: list[EmittedToken] = []

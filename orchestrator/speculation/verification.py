@@ -136,8 +136,13 @@ def verify_proposal(
     params: SamplingParams,
     verification: Verification,
     committed_len: int,
+    planted_bias: float = 0.0,
 ) -> VerifyOutcome:
-    """Accepts or rejects draft tokens that continue a context of `committed_len` tokens."""
+    """Accepts or rejects draft tokens that continue a context of `committed_len` tokens.
+
+    `planted_bias`: a defect to try the audit with. It makes sampled outputs wrong: the uniforms of
+    acceptance are scaled by 1 - bias, so acceptance probabilities by 1 / (1 - bias), at most to 1.
+    """
     if proposal is None:
         return VerifyOutcome(0, result.sample_ids[0])
     if proposal.supports is None:
@@ -151,7 +156,7 @@ def verify_proposal(
         proposal.token_ids,
         proposal.supports,
         target,
-        uniforms(params.seed, Purpose.ACCEPT, positions, committed_len),
+        (1 - planted_bias) * uniforms(params.seed, Purpose.ACCEPT, positions, committed_len),
         lambda i, token_ids: target_gumbels(params.seed, committed_len + i, token_ids),
     )
 

@@ -153,6 +153,13 @@ class Client:
         )
         return response
 
+    async def audit(self) -> orchestrator_pb2.GetAuditResponse:
+        """Results of the orchestrator's losslessness audit. Raises CallFailed."""
+        response: orchestrator_pb2.GetAuditResponse = await self._send(
+            self._stub.GetAudit, orchestrator_pb2.GetAuditRequest()
+        )
+        return response
+
     async def _send(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, timeout=SHORT_TIMEOUT_S)

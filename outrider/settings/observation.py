@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from outrider.sampling.params import MAX_LOGPROBS
@@ -30,6 +31,28 @@ class ObservationSettings:
         168.0, "hours after which a file of recorded traffic is deleted"
     )
 
+    audit_share: float = setting(
+        0.0,
+        "share of the generations to audit: re-run without drafts in the background while no "
+        "request waits, and compared; 0: none",
+    )
+    audit_tolerance: float | None = setting(
+        None,
+        "greatest difference of logits, between a generation and its re-run, that counts as "
+        "rounding; unset: by the target's dtype",
+    )
+    audit_shows_tokens: bool = setting(
+        False, "put the differing token ids into the evidence of failed audits"
+    )
+    audit_false_alarm_probability: float = setting(
+        1e-4, "bound on the probability that the audit's tests raise a false alarm in a day"
+    )
+    audit_planted_bias: float = setting(
+        0.0,
+        "plant a defect to try the audit: acceptance probabilities are divided by 1 minus this; "
+        "makes sampled outputs WRONG",
+    )
+
     def check_observation(self) -> None:
         """Checks these settings. Raises ConfigError."""
         require(self.traffic_dir != "", "traffic_dir", "must be a directory, or unset")
@@ -38,3 +61,14 @@ class ObservationSettings:
         require(is_allowed, "traffic_top_tokens", f"must be 1 to {MAX_LOGPROBS}")
         require(self.traffic_max_mb >= 16, "traffic_max_mb", "must be 16 or more")
         require(self.traffic_max_age_h > 0, "traffic_max_age_h", "must be more than 0")
+        require(0 <= self.audit_share <= 1, "audit_share", "must be in [0, 1]")
+        tolerance = self.audit_tolerance
+        is_allowed = tolerance is None or 0 <= tolerance < math.inf
+        require(is_allowed, "audit_tolerance", "must be 0 or more")
+        probability = self.audit_false_alarm_probability
+        is_allowed = 0 < probability < 1
+        require(is_allowed, "audit_false_alarm_probability", "must be between 0 and 1")
+        is_allowed = 0 <= self.audit_planted_bias <= MAX_PLANTED_BIAS
+        require(is_allowed, "audit_planted_bias", f"must be in [0, {MAX_PLANTED_BIAS}]")
+        is_audited = self.audit_planted_bias == 0 or self.audit_share > 0
+        require(is_audited, "audit_planted_bias", "needs audit_share")

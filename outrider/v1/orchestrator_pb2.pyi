@@ -441,3 +441,99 @@ class DraftPairing(_message.Message):
     is_assumed: bool
     refused: str
     def __init__(self, num_differing_ids: _Optional[int] = ..., is_assumed: bool = ..., refused: _Optional[str] = ...) -> None: ...
+
+class GetAuditRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetAuditResponse(_message.Message):
+    __slots__ = ("share", "tolerance", "num_generations", "num_dropped", "num_tokens", "num_near_ties", "max_gap", "tests", "failures", "planted_bias")
+    class NumGenerationsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class NumDroppedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_NEAR_TIES_FIELD_NUMBER: _ClassVar[int]
+    MAX_GAP_FIELD_NUMBER: _ClassVar[int]
+    TESTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    PLANTED_BIAS_FIELD_NUMBER: _ClassVar[int]
+    share: float
+    tolerance: float
+    num_generations: _containers.ScalarMap[str, int]
+    num_dropped: _containers.ScalarMap[str, int]
+    num_tokens: int
+    num_near_ties: int
+    max_gap: float
+    tests: _containers.RepeatedCompositeFieldContainer[AuditTest]
+    failures: _containers.RepeatedCompositeFieldContainer[AuditFailure]
+    planted_bias: float
+    def __init__(self, share: _Optional[float] = ..., tolerance: _Optional[float] = ..., num_generations: _Optional[_Mapping[str, int]] = ..., num_dropped: _Optional[_Mapping[str, int]] = ..., num_tokens: _Optional[int] = ..., num_near_ties: _Optional[int] = ..., max_gap: _Optional[float] = ..., tests: _Optional[_Iterable[_Union[AuditTest, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[AuditFailure, _Mapping]]] = ..., planted_bias: _Optional[float] = ...) -> None: ...
+
+class AuditTest(_message.Message):
+    __slots__ = ("name", "num_trials", "age_s", "observed", "expected", "log_evidence", "max_log_evidence", "alarm_log_evidence", "num_alarms", "false_alarm_probability", "period_s", "expected_trials")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRIALS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    OBSERVED_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    LOG_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOG_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    ALARM_LOG_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ALARMS_FIELD_NUMBER: _ClassVar[int]
+    FALSE_ALARM_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TRIALS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_trials: int
+    age_s: float
+    observed: float
+    expected: float
+    log_evidence: float
+    max_log_evidence: float
+    alarm_log_evidence: float
+    num_alarms: int
+    false_alarm_probability: float
+    period_s: float
+    expected_trials: float
+    def __init__(self, name: _Optional[str] = ..., num_trials: _Optional[int] = ..., age_s: _Optional[float] = ..., observed: _Optional[float] = ..., expected: _Optional[float] = ..., log_evidence: _Optional[float] = ..., max_log_evidence: _Optional[float] = ..., alarm_log_evidence: _Optional[float] = ..., num_alarms: _Optional[int] = ..., false_alarm_probability: _Optional[float] = ..., period_s: _Optional[float] = ..., expected_trials: _Optional[float] = ...) -> None: ...
+
+class AuditFailure(_message.Message):
+    __slots__ = ("time_s", "session_id", "verification", "index", "prompt_len", "gap", "num_differing_tokens", "replicas", "rerun_replica", "token_id", "expected_id")
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
+    GAP_FIELD_NUMBER: _ClassVar[int]
+    NUM_DIFFERING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    RERUN_REPLICA_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_ID_FIELD_NUMBER: _ClassVar[int]
+    time_s: float
+    session_id: str
+    verification: str
+    index: int
+    prompt_len: int
+    gap: float
+    num_differing_tokens: int
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    rerun_replica: str
+    token_id: int
+    expected_id: int
+    def __init__(self, time_s: _Optional[float] = ..., session_id: _Optional[str] = ..., verification: _Optional[str] = ..., index: _Optional[int] = ..., prompt_len: _Optional[int] = ..., gap: _Optional[float] = ..., num_differing_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[str]] = ..., rerun_replica: _Optional[str] = ..., token_id: _Optional[int] = ..., expected_id: _Optional[int] = ...) -> None: ...

@@ -59,6 +59,11 @@ class OrchestratorServiceStub(object):
                 request_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetAudit = channel.unary_unary(
+                '/outrider.v1.OrchestratorService/GetAudit',
+                request_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetAuditRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetAuditResponse.FromString,
+                _registered_method=True)
 
 
 class OrchestratorServiceServicer(object):
@@ -95,6 +100,13 @@ class OrchestratorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAudit(self, request, context):
+        """Results of the losslessness audit of this orchestrator since its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrchestratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -122,6 +134,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAudit,
+                    request_deserializer=outrider_dot_v1_dot_orchestrator__pb2.GetAuditRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_orchestrator__pb2.GetAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -259,6 +276,33 @@ class OrchestratorService(object):
             '/outrider.v1.OrchestratorService/GetModelInfo',
             outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoRequest.SerializeToString,
             outrider_dot_v1_dot_orchestrator__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OrchestratorService/GetAudit',
+            outrider_dot_v1_dot_orchestrator__pb2.GetAuditRequest.SerializeToString,
+            outrider_dot_v1_dot_orchestrator__pb2.GetAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

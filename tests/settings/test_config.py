@@ -116,6 +116,10 @@ def test_a_bad_variable_is_named(name: str, value: str) -> None:
         {"traffic_top_tokens": 21},
         {"traffic_max_mb": 1},
         {"traffic_max_age_h": 0.0},
+        {"audit_share": 1.5},
+        {"audit_tolerance": -1.0},
+        {"audit_false_alarm_probability": 0.0},
+        {"audit_planted_bias": 0.1},
     ],
 )
 def test_settings_out_of_range_are_named(given: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Losslessness audit: checks a share of the generations in the background."""
