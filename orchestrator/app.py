@@ -17,7 +17,6 @@ from orchestrator.api.generate import Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
 from orchestrator.api.metrics import OrchestratorMetrics, readings
 from orchestrator.api.request_telemetry import ApiTelemetry
-from orchestrator.audit.auditor import Auditor
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
@@ -45,7 +44,6 @@ from outrider.settings.services import OrchestratorConfig
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.exposition import Exposition
 from outrider.telemetry.telemetry import Telemetry, telemetry
-from outrider.telemetry.tracing import Tracing
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
@@ -86,6 +84,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
         async with telemetry("orchestrator", config.host, config) as exporters:
             # Metrics are exposed during the start, too.
             meter = _meter(exporters, admission, resources, observing, security.protection)
+            api_telemetry = ApiTelemetry(meter, exporters.tracing)
             server.metrics_port = exporters.exposition.port
             server.services.awaited = "Redis"
             await reach_redis(resources.store, config.redis_wait_s)
@@ -96,15 +95,7 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 _connected(config.redis, resources, exporters.exposition),
                 _checking_redis(resources.store, server),
                 observing.running(),
-                _answering(
-                    config,
-                    server,
-                    resources,
-                    admission,
-                    observing.auditor,
-                    meter,
-                    exporters.tracing,
-                ),
+                _answering(config, server, resources, admission, observing, api_telemetry),
             ):
                 yield server
     finally:
@@ -138,9 +129,8 @@ async def _answering(
     server: Server,
     resources: GenerationContext,
     admission: AdmissionQueue,
-    auditor: Auditor,
-    meter: OrchestratorMetrics | None,
-    tracing: Tracing,
+    observing: Observing,
+    api_telemetry: ApiTelemetry,
 ) -> AsyncIterator[None]:
     """Answers requests for the block, then ends the running ones within `stop_grace_s`."""
     current_limits = functools.partial(limits, config, resources.targets, resources.drafts)
@@ -150,8 +140,8 @@ async def _answering(
         use_case,
         resources,
         current_limits,
-        ApiTelemetry(meter, tracing),
-        auditor,
+        api_telemetry,
+        observing.auditor,
         write_timeout_s=config.write_timeout_s,
     )
     log.info("serving", port=server.port)
