@@ -14,7 +14,7 @@ from orchestrator.sessions import Lease
 from orchestrator.traffic.record import ModelNames
 from orchestrator.traffic.recorder import NO_RECORDS, TrafficRecorder
 from outrider.settings.observation import ObservationSettings
-from outrider.telemetry import catalogue as metrics
+from outrider.telemetry import observation_metrics as metrics
 from outrider.telemetry.exposition import Reading
 
 

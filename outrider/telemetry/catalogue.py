@@ -18,6 +18,7 @@ from outrider.telemetry.metric import (
     gauge,
     histogram,
 )
+from outrider.telemetry.observation_metrics import OBSERVATION_METRICS
 
 # --- Orchestrator: requests ---
 NUM_REQUESTS_RUNNING = gauge("num_requests_running", "Running requests (streams).", vllm=True)
@@ -207,49 +208,6 @@ DRAFT_ROLLOUT_DECISIONS = counter(
     "decision",
 )
 
-# --- Orchestrator: observation ---
-TRAFFIC_RECORDS = counter(
-    "traffic_records",
-    "Generations sampled for traffic_dir: written; or dropped, because writing was too slow or "
-    "failed.",
-    "outcome",
-)
-AUDITED_GENERATIONS = counter(
-    "audited_generations",
-    "Generations that were re-run without drafts: same; near_tie, different tokens whose scores "
-    "differ by rounding only; mismatch, a defect.",
-    "outcome",
-)
-AUDITS_DROPPED = counter(
-    "audits_dropped",
-    "Sampled generations that were not re-run to the end: queue_full, busy (requests waited), "
-    "no_target, failed (the target's error), stopping.",
-    "reason",
-)
-AUDITED_TOKENS = counter("audited_tokens", "Tokens that were compared with a re-run.")
-AUDIT_NEAR_TIES = counter(
-    "audit_near_ties", "Tokens that differ from a re-run by rounding only (audit_tolerance)."
-)
-AUDIT_MAX_GAP = gauge(
-    "audit_max_gap", "Greatest difference of scores at a near tie since the start, in logits."
-)
-AUDIT_TRIALS = gauge(
-    "audit_trials",
-    "Trials of each test of sampled verification in the present day: acceptance, identity "
-    "(draft tokens), position (emitted tokens).",
-    "test",
-)
-AUDIT_EVIDENCE = gauge(
-    "audit_log_evidence",
-    "Greatest logarithm of the evidence against exact verification in the present day, by test.",
-    "test",
-)
-AUDIT_ALARMS = counter(
-    "audit_alarms",
-    "Alarms of the tests of sampled verification, at most one a day each.",
-    "test",
-)
-
 # --- Both model services ---
 REPLICA_STATE = gauge(
     "replica_state", "1 for the replica's current state, 0 for the others.", "tier", "state"
@@ -340,7 +298,11 @@ CERTIFICATE_EXPIRES_AT = gauge(
     "use",
 )
 
-CATALOGUE: tuple[Metric, ...] = tuple(
-    value for value in list(globals().values()) if isinstance(value, Metric)
+_OWN = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
+_NUM_OF_ORCHESTRATOR = _OWN.index(REPLICA_STATE)
+CATALOGUE: tuple[Metric, ...] = (
+    *_OWN[:_NUM_OF_ORCHESTRATOR],
+    *OBSERVATION_METRICS,
+    *_OWN[_NUM_OF_ORCHESTRATOR:],
 )
 BY_NAME = {metric.name: metric for metric in CATALOGUE}
