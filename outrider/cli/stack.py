@@ -127,7 +127,7 @@ def _check_simulation(options: StackOptions) -> None:
     target_simulation = Simulation.parse(target, is_draft=False)
     if draft is not None:
         draft_simulation = Simulation.parse(draft)
-        for name in ("vocab_size", "seed"):
+        for name in ("vocab_size", "seed", "texts"):
             if getattr(target_simulation, name) != getattr(draft_simulation, name):
                 raise ConfigError(f"--simulate-draft: its {name} must be the target's")
 

@@ -1,17 +1,19 @@
 """Simulated engine: passes take a configured time, draft tokens match at a configured rate.
 
 Used to study other hardware, loads and networks with the real services. The target's token at
-position n after token t is a pure function of (seed, n, t), known to both tiers. The draft ranks it
-first, second, … or not at all, at random. The engine imitates costs and acceptance, not
-distributions: at any temperature the target emits its fixed token.
+position n after token t is a pure function of (seed, n, t), or that of a given text; both tiers
+know it. The draft ranks it first, second, … or not at all, at random. The engine imitates costs
+and acceptance, not distributions: at any temperature the target emits its fixed token.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from outrider.engine.interface import (
 )
 from outrider.engine.kv.store import PAGE_SIZE, KVStore
 from outrider.engine.options import EngineInfo
-from outrider.errors import InvalidRequest
+from outrider.errors import ConfigError, InvalidRequest
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.random import Purpose, stream_key, uniform
 from outrider.settings.simulation import Simulation
@@ -35,6 +37,8 @@ from outrider.settings.simulation import Simulation
 _FILLER_PROB = 1e-4
 # Default KV capacity. A simulation stores no keys or values, so it costs nothing.
 _DEFAULT_KV_TOKENS = 4_194_304
+# Tokens at the begin of a context that identify its text.
+_HEAD_LEN = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class SimulatedEngine:
         self._simulation = simulation
         self._costs = simulation.costs
         self._fails_at = time.monotonic() + simulation.fails_after_s
+        self._texts = _load_texts(simulation.texts)
         self.store = KVStore([], (kv_cache_tokens or _DEFAULT_KV_TOKENS) // PAGE_SIZE)
         self.info = EngineInfo(
             name=simulation.name,
@@ -110,9 +115,16 @@ class SimulatedEngine:
         return SimulatedSampler(params)
 
     def truth(self, position: int, previous: int) -> int:
-        """The target's token at `position` after token `previous`."""
+        """The target's token at `position` after token `previous`, outside given texts."""
         key = stream_key(self._simulation.seed, Purpose.TARGET, position, previous)
         return int(uniform(key) * self._simulation.vocab_size)
+
+    def _next(self, position: int, history: Ids) -> int:
+        """The target's token at `position` of a context that begins with `history`."""
+        text = self._texts.get(tuple(history[:_HEAD_LEN].tolist())) if self._texts else None
+        if text is not None and position < len(text):
+            return text[position]
+        return self.truth(position, int(history[position - 1]))
 
     def sample(
         self, requests: Sequence[SampleRequest], logits: None
@@ -121,8 +133,9 @@ class SimulatedEngine:
 
     def _sampled(self, request: SampleRequest) -> SampledToken:
         survival, ranks = self._simulation.survival, self._simulation.ranks
-        previous = int(request.history()[request.position - 1])
-        truth = self.truth(request.position, previous)
+        history = request.history()
+        previous = int(history[request.position - 1])
+        truth = self._next(request.position, history)
         index = min(request.position - request.base_len, len(survival) - 1)
         accepted = survival[index]
         probs = [accepted, *((1 - accepted) * prob for prob in ranks)]
@@ -152,10 +165,8 @@ class SimulatedEngine:
         return [self._scored(request) for request in requests]
 
     def _scored(self, request: ScoreRequest) -> BlockScores:
-        history = request.history[
-            request.position - 1 : request.position - 1 + request.num_rows
-        ].tolist()
-        truths = [self.truth(request.position + i, previous) for i, previous in enumerate(history)]
+        positions = range(request.position, request.position + request.num_rows)
+        truths = [self._next(position, request.history) for position in positions]
         if request.supports is None:
             empty = np.zeros(0, np.float32)
             return BlockScores(np.array(truths), empty, empty, empty, None)
@@ -172,3 +183,14 @@ class SimulatedEngine:
         while token_id in support:  # all mass is inside the support: any token outside it
             token_id = (token_id + 1) % self._simulation.vocab_size
         return token_id
+
+
+def _load_texts(path: str) -> dict[tuple[int, ...], list[int]]:
+    """Texts by their first tokens. Raises ConfigError."""
+    if not path:
+        return {}
+    try:
+        texts = json.loads(Path(path).read_text())
+        return {tuple(map(int, text[:_HEAD_LEN])): list(map(int, text)) for text in texts}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"simulate: texts: {path}: {error}") from error

@@ -33,7 +33,9 @@ class Simulation:
     that draft token k is accepted if those before it were; the last value holds for later tokens.
     `ranks`: where it is rejected, the probability that the target emits the draft's second, third …
     candidate. `fails_after_s`: seconds since the start after which every pass raises, as on a
-    broken device. `name`: the model's name, which tells simulated targets apart.
+    broken device. `name`: the model's name, which tells simulated targets apart. `texts`: JSON
+    file with lists of token ids; a context that begins like one of them is continued as there. Both
+    tiers must have the same file.
     """
 
     step_ms: tuple[tuple[int, float], ...] = ((1, 10.0),)
@@ -45,6 +47,7 @@ class Simulation:
     ranks: tuple[float, ...] = (0.5, 0.2, 0.1)
     fails_after_s: float = math.inf
     name: str = "simulated"
+    texts: str = ""
 
     @classmethod
     def parse(cls, text: str, *, is_draft: bool = True) -> Simulation:
@@ -168,6 +171,7 @@ _VALUES: dict[str, _Value] = {
     "vocab_size": _Value(_vocab_size, f"16 to {1 << 24}"),
     "context_len": _Value(lambda text: _at_least(16, text), "16 or more"),
     "seed": _Value(int, "an integer"),
+    "texts": _Value(str, "a path without commas"),
     "name": _Value(_name, "1 to 64 of letters, digits and ._-"),
     "survival": _Value(
         _probabilities, f"1 to {_MAX_SURVIVAL} probabilities in [0, 1], as in 0.8/0.75"

@@ -5,9 +5,10 @@ table. It writes NAME.json (settings, machine, versions, results, all samples) a
 `--out`. Only `serve` measures a running system. Commands use the public APIs of the services.
 
 Reading order, in `measuring`: cores, system, workload, load, summary, document, plots, show. Then
-the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, rounds,
-growth, scaling (trials, busy), signals (bottlenecks, fleet), overload (overload_phases), attacks
-(attackers, attack_phases), serve (serve_options, serve_report, serve_figures), twin, wire.
+the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, sources
+(measuring.tasks), rounds, growth, scaling (trials, busy), signals (bottlenecks, fleet), overload
+(overload_phases), attacks (attackers, attack_phases), serve (serve_options, serve_report,
+serve_figures), twin, wire.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _MODULES = {
     "speed": "speed",
     "concurrency": "concurrency",
     "delay": "delay",
+    "sources": "sources",
     "rounds": "rounds",
     "growth": "growth",
     "scaling": "scaling",

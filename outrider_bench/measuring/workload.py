@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outrider.cli.request import Method
+from outrider.cli.request import DraftSource, Method
 from outrider.runtime.protobuf import verification_to_proto
 from outrider.sampling.params import Verification
 from outrider.tokenizer import Tokenizer
@@ -68,13 +68,18 @@ class Variant:
     verification: Method = Method.rejection
     is_fast: bool = False
     waits: bool = False
+    draft_source: DraftSource | None = None
 
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> orchestrator_pb2.GenerateRequest:
         """GenerateRequest that ignores EOS: all outputs have `max_tokens` tokens."""
+        source = "UNSPECIFIED" if self.draft_source is None else self.draft_source.name.upper()
         request = orchestrator_pb2.GenerateRequest(
-            gamma=self.gamma, lookahead=self.lookahead, fan_out=self.fan_out
+            gamma=self.gamma,
+            lookahead=self.lookahead,
+            fan_out=self.fan_out,
+            draft_source=f"DRAFT_SOURCE_{source}",
         )
         request.token_ids.ids.extend(prompt_ids)
         if self.is_fast:

@@ -30,6 +30,7 @@ SIMULATIONS = st.builds(
     ranks=st.lists(st.floats(0, 1 / 7), min_size=1, max_size=7).map(tuple),
     fails_after_s=st.floats(0),
     name=st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True),
+    texts=st.from_regex(r"[A-Za-z0-9._/=-]{0,64}", fullmatch=True),
 )
 
 
@@ -106,7 +107,8 @@ def test_an_error_names_the_allowed_values(line: str, named: str) -> None:
 def test_a_target_refuses_keys_of_drafts() -> None:
     """They would have no effect."""
     with pytest.raises(
-        ConfigError, match=r"'survival=0.5'; expected KEY=VALUE of .*seed, fails_after_s, name$"
+        ConfigError,
+        match=r"'survival=0.5'; expected KEY=VALUE of .*seed, fails_after_s, name, texts$",
     ):
         load(TargetConfig, "target", ["--simulate=survival=0.5"], {})
 

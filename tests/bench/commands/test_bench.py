@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from outrider_bench.measuring.tasks import TaskTexts, edited
 from tests.cli.processes import interrupted, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -58,6 +59,24 @@ def test_concurrency_runs_every_variant_with_every_number_of_streams(tmp_path: P
     rows = [(result["num_streams"], result["variant"]) for result in document["results"]]
     assert rows == [(num, variant) for num in (1, 2) for variant in ("plain", "full", "γ 2")]
     assert all(result["over_plain"] > 0 for result in document["results"])
+
+
+@pytest.mark.parametrize("flags", [(), ("--alone",)], ids=["beside a draft tier", "alone"])
+def test_sources_runs_every_task_with_every_source(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The simulated target writes the texts, whatever the source of the draft tokens."""
+    document = bench("sources", tmp_path, *flags)
+    sources = ("plain", "lookup") if flags else ("plain", "lookup", "model", "router")
+    tasks = (*TaskTexts.TASKS, "all tasks")
+    rows = [(result["task"], result["variant"]) for result in document["results"]]
+    assert rows == [(task, source) for task in tasks for source in sources]
+    assert all(not result["num_different"] for result in document["results"])
+    quoting = next(r for r in document["results"] if r["variant"] == "lookup")
+    assert quoting["lookup_alpha"] > 0.5
+
+
+def test_an_edited_text_has_other_names_and_no_comments() -> None:
+    text = "# first\ncount = size\n    # second\nprint(count, size, count)  # kept\n"
+    assert edited(text) == "new_count = new_size\nprint(new_count, new_size, new_count)  # kept\n"
 
 
 def test_delay_reports_the_loss_relative_to_no_delay(tmp_path: Path) -> None:
