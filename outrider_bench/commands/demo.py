@@ -12,6 +12,7 @@ import typer
 
 from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
+from outrider.cli.running import survive_signal
 from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, private_stack
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ PROMPTS = (
     'def fibonacci(n):\n    """Return',
     "import os\n\nclass Cache:\n    def __init__(self, size):\n",
 )
+# Greedy text of so small a model repeats itself; sampled text reads like code.
+_TEMPERATURES = (0.0, 0.7)
 _NUM_WARM_UP_TOKENS = 16
 _SEED = 1
 
@@ -43,21 +46,26 @@ class DemoOptions:
     ] = None
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 128
     rounds: Annotated[
-        int, typer.Option(min=1, help="Outputs of each prompt with drafts, and as many without.")
+        int,
+        typer.Option(
+            min=1, help="Outputs of each prompt and temperature with drafts, and as many without."
+        ),
     ] = 3
     seconds: Annotated[
         float,
-        typer.Option(help="Time limit; every prompt is run at least once with and without drafts."),
+        typer.Option(help="Time limit; the first prompt is run at least once in each way."),
     ] = 45.0
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompt instead of the built-in ones; repeatable.")
     ] = None
     temperature: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="0 is greedy; above 0: seeded sampling with coupled verification."
+            min=0,
+            help="0 is greedy; above 0: seeded sampling with coupled verification. Default: both, "
+            "at 0 and 0.7.",
         ),
-    ] = 0.0
+    ] = None
     # Equality is guaranteed in float32 only: at lower precision, rounding depends on the batch.
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
@@ -65,20 +73,38 @@ class DemoOptions:
 
 @dataclass
 class Comparison:
-    """Outputs of each prompt, with and without drafts. `stopped`: signal that ended the demo."""
+    """Outputs of one prompt at one temperature, with and without drafts."""
 
-    drafted: list[list[Output]] = field(default_factory=list)
-    plain: list[list[Output]] = field(default_factory=list)
+    prompt: str
+    temperature: float
+    drafted: list[Output] = field(default_factory=list)
+    plain: list[Output] = field(default_factory=list)
+
+    @property
+    def identical(self) -> bool:
+        """Whether all outputs have the same tokens."""
+        return len({tuple(output.token_ids) for output in (*self.drafted, *self.plain)}) <= 1
+
+
+@dataclass
+class Results:
+    """All comparisons, those of the first prompt first. `stopped`: signal that ended the demo."""
+
+    comparisons: list[Comparison]
     stopped: Signalled | None = None
 
     @property
     def identical(self) -> bool:
-        """Whether all outputs of each prompt have the same tokens."""
-        return all(
-            len({tuple(output.token_ids) for output in (*drafted, *plain)}) == 1
-            for drafted, plain in zip(self.drafted, self.plain, strict=True)
-            if drafted or plain
-        )
+        """Whether drafts changed no output."""
+        return all(comparison.identical for comparison in self.comparisons)
+
+    def by_temperature(self) -> dict[float, list[Comparison]]:
+        """The comparisons that have outputs."""
+        found: dict[float, list[Comparison]] = {}
+        for comparison in self.comparisons:
+            if comparison.plain:
+                found.setdefault(comparison.temperature, []).append(comparison)
+        return found
 
 
 @takes(DemoOptions)
@@ -88,13 +114,13 @@ def demo(options: DemoOptions) -> None:
 
     from outrider.cli.running import run
 
-    comparison = run(_demo(options, Console()))
-    if comparison.stopped is not None:
-        raise comparison.stopped
-    raise typer.Exit(0 if comparison.identical else 1)
+    results = run(_demo(options, Console()))
+    if results.stopped is not None:
+        raise results.stopped
+    raise typer.Exit(0 if results.identical else 1)
 
 
-async def _demo(options: DemoOptions, console: Console) -> Comparison:
+async def _demo(options: DemoOptions, console: Console) -> Results:
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
     from outrider.client.client import connected
@@ -112,17 +138,46 @@ async def _demo(options: DemoOptions, console: Console) -> Comparison:
         shown_stack(stack_options, view) as stack,
         connected(stack.endpoint) as client,
     ):
-        comparison = await compare(client, options, console)
-    console.print(_table(comparison, options))
-    console.print(_summary(comparison), highlight=False)
-    return comparison
+        results = await compare(client, options, console)
+    console.print(_table(results, options))
+    console.print(_summary(results), highlight=False)
+    return results
 
 
-async def compare(client: Client, options: DemoOptions, console: Console) -> Comparison:
+async def compare(client: Client, options: DemoOptions, console: Console) -> Results:
     """Runs each prompt with and without drafts alternately.
 
     A busy machine then slows down both equally.
     """
+    deadline = time.monotonic() + options.seconds
+    temperatures = _TEMPERATURES if options.temperature is None else (options.temperature,)
+    results = Results([Comparison(p, t) for p in options.prompt or PROMPTS for t in temperatures])
+    shown = results.comparisons[: len(temperatures)]
+    for gamma in (options.gamma, 0):
+        warm_up = replace(options, max_tokens=_NUM_WARM_UP_TOKENS)
+        await client.generate(_request(shown[0], gamma, warm_up))
+    for comparison in shown:
+        comparison.drafted.append(await _show_one(client, comparison, options, console))
+        comparison.plain.append(await client.generate(_request(comparison, 0, options)))
+    runs = (results.comparisons * options.rounds)[len(shown) :]
+    left_s = max(0.0, deadline - time.monotonic())
+    console.print(f"[dim]about {left_s:.0f} s more; Ctrl-C compares the outputs so far[/]")
+    try:
+        await _run_all(client, runs, deadline, options, console)
+    except asyncio.CancelledError:
+        results.stopped = survive_signal()
+        console.print("[yellow]stopped: compares the outputs so far[/]")
+    return results
+
+
+async def _run_all(
+    client: Client,
+    runs: list[Comparison],
+    deadline: float,
+    options: DemoOptions,
+    console: Console,
+) -> None:
+    """Adds an output of each kind to each comparison, until the deadline."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -131,88 +186,86 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Com
         TimeRemainingColumn,
     )
 
-    from outrider.cli.running import survive_signal
-
-    deadline = time.monotonic() + options.seconds
-    prompts = options.prompt or list(PROMPTS)
-    comparison = Comparison([[] for _ in prompts], [[] for _ in prompts])
-    for gamma in (options.gamma, 0):
-        warm_up = replace(options, max_tokens=_NUM_WARM_UP_TOKENS)
-        await client.generate(_request(prompts[0], gamma, warm_up))
-    comparison.drafted[0].append(await _show_one(client, prompts[0], options, console))
-    comparison.plain[0].append(await client.generate(_request(prompts[0], 0, options)))
     columns = (TextColumn("[dim]measuring[/]"), BarColumn(), MofNCompleteColumn())
     left = (TextColumn("[dim]left[/]"), TimeRemainingColumn())
-    console.print(f"[dim]about {options.seconds:.0f} s more; Ctrl-C compares the outputs so far[/]")
     with Progress(*columns, *left, console=console, transient=True) as progress:
-        runs = [i for _ in range(options.rounds) for i in range(len(prompts))][1:]
-        try:
-            for i in progress.track(runs):
-                if comparison.plain[i] and time.monotonic() > deadline:
-                    break
-                for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
-                    outputs[i].append(await client.generate(_request(prompts[i], gamma, options)))
-        except asyncio.CancelledError:
-            comparison.stopped = survive_signal()
-            console.print("[yellow]stopped: compares the outputs so far[/]")
-    return comparison
+        for comparison in progress.track(runs):
+            if time.monotonic() > deadline:
+                break
+            for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
+                outputs.append(await client.generate(_request(comparison, gamma, options)))
 
 
-async def _show_one(client: Client, prompt: str, options: DemoOptions, console: Console) -> Output:
+async def _show_one(
+    client: Client, comparison: Comparison, options: DemoOptions, console: Console
+) -> Output:
     from outrider.cli.paint import ColourWriter, legend
 
     painter = ColourWriter(console)
     console.print()
+    console.print(f"[bold]{_way(comparison.temperature)}[/]", highlight=False)
     console.print(legend())
-    console.print(prompt, end="", style="dim", highlight=False, markup=False, soft_wrap=True)
-    request = _request(prompt, options.gamma, options)
+    console.print(
+        comparison.prompt, end="", style="dim", highlight=False, markup=False, soft_wrap=True
+    )
+    request = _request(comparison, options.gamma, options)
     output = await client.generate(request, show=painter.show)
     painter.end_line()
     console.print()
     return output
 
 
-def _request(prompt: str, gamma: int | None, options: DemoOptions) -> GenerateRequest:
+def _way(temperature: float) -> str:
+    return f"sampled at T = {temperature:g}, seed {_SEED}" if temperature else "greedy"
+
+
+def _request(comparison: Comparison, gamma: int | None, options: DemoOptions) -> GenerateRequest:
     """Greedy or coupled seeded request: in both cases drafts must not change the output."""
     from outrider.v1 import orchestrator_pb2, sampling_pb2
 
-    request = orchestrator_pb2.GenerateRequest(text=prompt, gamma=gamma)
+    request = orchestrator_pb2.GenerateRequest(text=comparison.prompt, gamma=gamma)
     request.verification = sampling_pb2.VERIFICATION_COUPLED
-    request.sampling.temperature = options.temperature
+    request.sampling.temperature = comparison.temperature
     request.sampling.seed = _SEED
     request.sampling.max_tokens = options.max_tokens
     request.sampling.ignore_eos = True  # all outputs have the same length
     return request
 
 
-def _speed(outputs: list[list[Output]]) -> float:
-    """Median over all outputs of tokens per second after the first message."""
-    return statistics.median(o.result.speculation.tokens_per_s for os in outputs for o in os)
+def _speed(outputs: list[Output]) -> float:
+    """Median of tokens per second after the first message."""
+    return statistics.median(output.result.speculation.tokens_per_s for output in outputs)
 
 
-def _table(comparison: Comparison, options: DemoOptions) -> Table:
+def _table(results: Results, options: DemoOptions) -> Table:
     from rich.table import Table
 
-    stats = [o.result.speculation for outputs in comparison.drafted for o in outputs]
-    num_drafts = sum(s.num_drafts for s in stats)
-    num_accepted = sum(s.num_accepted_tokens for s in stats)
-    alpha = num_accepted / max(1, num_accepted + sum(s.num_rejected_tokens for s in stats))
-    tau = 1 + num_accepted / max(1, num_drafts)
-    drafted, plain = _speed(comparison.drafted), _speed(comparison.plain)
     table = Table(show_edge=False, header_style="bold")
     for name in ("", "tokens/s", "speed-up", "α accepted", "τ tokens per round"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_row("plain decoding", f"{plain:.1f}", "1.00×", "", "1.00")
-    colour = "green" if drafted > plain else "red"
-    speed_up = f"[bold {colour}]{drafted / plain:.2f}×[/]"
-    name = "speculative" if options.gamma is None else f"speculative, γ {options.gamma}"
-    table.add_row(name, f"{drafted:.1f}", speed_up, f"{alpha:.2f}", f"{tau:.2f}")
+    gamma = "" if options.gamma is None else f", γ {options.gamma}"
+    for temperature, comparisons in results.by_temperature().items():
+        way = f"T = {temperature:g}" if temperature else "greedy"
+        drafted_outputs = [output for one in comparisons for output in one.drafted]
+        drafted = _speed(drafted_outputs)
+        plain = _speed([output for one in comparisons for output in one.plain])
+        stats = [output.result.speculation for output in drafted_outputs]
+        num_accepted = sum(s.num_accepted_tokens for s in stats)
+        num_verified = num_accepted + sum(s.num_rejected_tokens for s in stats)
+        alpha = num_accepted / max(1, num_verified)
+        tau = 1 + num_accepted / max(1, sum(s.num_drafts for s in stats))
+        colour = "green" if drafted > plain else "red"
+        speed_up = f"[bold {colour}]{drafted / plain:.2f}×[/]"
+        table.add_row(f"plain, {way}", f"{plain:.1f}", "1.00×", "", "1.00")
+        table.add_row(
+            f"speculative, {way}{gamma}", f"{drafted:.1f}", speed_up, f"{alpha:.2f}", f"{tau:.2f}"
+        )
     return table
 
 
-def _summary(comparison: Comparison) -> str:
-    num_outputs = sum(map(len, comparison.drafted))
-    if comparison.identical:
+def _summary(results: Results) -> str:
+    num_outputs = sum(len(comparison.drafted) for comparison in results.comparisons)
+    if results.identical:
         return (
             f"[green]✔[/] {num_outputs} outputs each way, identical token for token "
             "[dim](medians of interleaved runs)[/]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,14 +29,29 @@ def train(
         Path | None,
         typer.Option(help="Target of an earlier run: train only a draft for it."),
     ] = None,
+    packages: Annotated[
+        str,
+        typer.Option(help="Installed packages to train on beside the standard library: a,b,c."),
+    ] = "",
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Train about this long. Default: up to 2 h 15 min."),
+    ] = None,
 ) -> None:
-    """Train the pair from scratch on this machine; takes up to 2 h 15 min on two cores."""
+    """Train the pair from scratch on this machine.
+
+    A run that was interrupted or killed goes on with the same command.
+    """
     require_engine()
     if target is not None and not (target / "config.json").exists():
         raise ConfigError(f"--target: {target} is not a model directory: it has no config.json")
     from outrider_bench.quickstart.train import TrainingConfig
 
-    config = TrainingConfig() if seed is None else TrainingConfig(seed=seed)
+    config = TrainingConfig(packages=tuple(name for name in packages.split(",") if name))
+    if seed is not None:
+        config = replace(config, seed=seed)
+    if hours is not None:
+        config = config.lasting(hours)
     made(out, config, trained_target=target)
 
 

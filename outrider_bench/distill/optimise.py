@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Number of steps of a training that only its time limit ends.
+ENDLESS = 10**9
+
 _WARMUP_STEPS = 40
 _DECAY_FROM = 0.5  # share of the training with a constant rate; then linear to zero
 _PROGRESS_EVERY = 25

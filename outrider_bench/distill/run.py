@@ -31,6 +31,7 @@ from outrider_bench.distill.models import (
     write_draft,
 )
 from outrider_bench.distill.optimise import (
+    ENDLESS,
     Interrupted,
     Limits,
     Optimiser,
@@ -47,8 +48,6 @@ _STATE = "distillation"
 # Share of `minutes` for generating rows; the rest is for training.
 _GENERATION_SHARE = 0.25
 _MINUTE_S = 60.0
-# A number of steps that only a time limit ends.
-_ENDLESS = 10**9
 # Muon's rate for matrices, relative to AdamW's: as for the quickstart draft.
 _MATRIX_RATE = 4.0
 
@@ -222,7 +221,7 @@ class _Run:
 
     def _train(self, target: Any, draft: Any, data: Data) -> Position:
         settings, processes = self._settings, self._processes
-        limits = Limits(settings.steps or _ENDLESS, self._budget_s(False))
+        limits = Limits(settings.steps or ENDLESS, self._budget_s(False))
         draft.requires_grad_(True)
         rows = settings.batch * processes.count
 

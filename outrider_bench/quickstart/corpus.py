@@ -1,4 +1,4 @@
-"""Training text: this machine's Python standard library, its tokenizer and token windows.
+"""Training text: Python sources of this machine, their tokenizer and token windows.
 
 Owns the choice of files and held-out files, the byte-level BPE tokenizer with its chat template,
 and the split of documents into token windows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from outrider.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 USER = "<|user|>"
@@ -56,23 +59,32 @@ class Corpus:
     held_out: tuple[str, ...]
 
 
-def load_corpus(root: Path | None = None) -> Corpus:
-    """Reads the standard library's `*.py` files under `root` (default: this Python's).
+def load_corpus(root: Path | None = None, *, packages: Sequence[str] = ()) -> Corpus:
+    """Reads the `*.py` files of the standard library and of installed packages.
 
-    Raises ValueError if there are too few.
+    `root`: the standard library (default: this Python's). Raises ConfigError for a package that is
+    not installed, and ValueError if there are too few files.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     train: list[str] = []
     held_out: list[str] = []
-    for path in _source_files(root):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a few modules declare another encoding; skip them
-        (held_out if _is_held_out(path.relative_to(root)) else train).append(text)
+    for folder in (root, *map(_package_folder, packages)):
+        for path in _source_files(folder):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # a few modules declare another encoding; skip them
+            (held_out if _is_held_out(path.relative_to(folder)) else train).append(text)
     if not train or not held_out:
         raise ValueError(f"too few Python files under {root} to train on and to hold out")
     return Corpus(tuple(train), tuple(held_out))
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"--packages: {name!r} is not an installed package with modules")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _source_files(root: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from outrider_bench.distill.optimise import TrainingEvent
+from outrider_bench.distill.optimise import ENDLESS, TrainingEvent
 from outrider_bench.quickstart.card import write_card, write_cut_card
 from outrider_bench.quickstart.corpus import Corpus
 from outrider_bench.quickstart.evaluate import EvaluationConfig, evaluate
@@ -48,7 +48,7 @@ def make(
     except KeyboardInterrupt:
         write_cut_card(output_dir, result.sentence(), printer.losses)
         raise
-    write_card(output_dir, report, vocab_size=config.vocab_size, steps=result.sentence())
+    write_card(output_dir, report, config, steps=result.sentence())
     _print(f"{result.sentence()}\n{report}")
     return result
 
@@ -100,7 +100,8 @@ class _ProgressPrinter:
         left = "" if left_s is None else f", {_minutes(left_s)} left of this stage"
         if later_s and left_s is not None:
             left += f", at most {_minutes(left_s + later_s)} in all"
-        _print(f"{event.stage} {event.step}/{event.num_steps}{loss} {event.elapsed_s:.0f} s{left}")
+        of = f"/{event.num_steps}" if event.num_steps < ENDLESS else ""
+        _print(f"{event.stage} {event.step}{of}{loss} {event.elapsed_s:.0f} s{left}")
 
     def _stage_left_s(self, event: TrainingEvent) -> float | None:
         """Seconds left of the stage, from its rate so far; at most its limit. None: unknown."""

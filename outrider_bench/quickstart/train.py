@@ -8,7 +8,7 @@ training early is not reproducible. `evaluate` measures; `make` is used by the c
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outrider_bench.distill.checkpoint import Checkpoint
 from outrider_bench.distill.optimise import (
+    ENDLESS,
     Interrupted,
     Limits,
     Optimiser,
@@ -48,6 +49,8 @@ from outrider_bench.quickstart.storage import load, load_tokenizer, save
 # 2048 tokens of context. Every entry costs about the same.
 _WINDOWS = ((8, 512), (8, 512), (8, 512), (4, 1024), (8, 512), (8, 512), (8, 512), (2, 2048))
 _TARGET_LIMITS = Limits(num_steps=1100, time_budget_s=3600.0)
+# Of `lasting`: time of the target, of its continuations, and of the draft.
+_SHARES = (0.65, 0.1, 0.25)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,22 @@ class TrainingConfig:
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     distill: DistillConfig = field(default_factory=DistillConfig)
+    # Installed packages whose sources are added to the standard library.
+    packages: tuple[str, ...] = ()
+
+    def lasting(self, hours: float) -> TrainingConfig:
+        """The same training for about this long: limited by time, not by steps."""
+        target_s, rollouts_s, draft_s = (share * hours * 3600.0 for share in _SHARES)
+        return replace(
+            self,
+            target_limits=Limits(ENDLESS, target_s),
+            distill=replace(
+                self.distill,
+                num_rollouts=ENDLESS,
+                rollout_budget_s=rollouts_s,
+                limits=Limits(ENDLESS, draft_s),
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ def train(
         part: Checkpoint(output_dir / "checkpoints" / f"{part}.pt", generator) for part in steps
     }
     try:
-        corpus = corpus or load_corpus()
+        corpus = corpus or load_corpus(packages=config.packages)
         target_dir = output_dir / "target"
         known = trained_target or (target_dir if checkpoints["target"].exists else None)
         tokenizer = (

@@ -208,10 +208,13 @@ def test_ctrl_c_in_wire_reports_the_results_so_far() -> None:
 
 def test_ctrl_c_in_demo_compares_the_outputs_so_far() -> None:
     flags = ("--inflate=0", "--rounds=500", "--seconds=500", "--max-tokens=32")
-    ended = interrupted("demo", *flags, at="about 500 s more")
+    ended = interrupted("demo", *flags, at="about ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "stopped: compares the outputs so far" in ended.stdout
-    assert "speculative" in ended.stdout
+    assert "sampled at T = 0.7, seed 1" in ended.stdout
+    for way in ("greedy", "T = 0.7"):
+        assert f"plain, {way}" in ended.stdout
+        assert f"speculative, {way}" in ended.stdout
     assert "identical token for token" in ended.stdout
 
 

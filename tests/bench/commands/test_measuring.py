@@ -16,7 +16,7 @@ def test_demo_outputs_are_identical_with_and_without_drafts() -> None:
     """Exit status 0, and a table with both rates."""
     ended = run("demo", "--inflate=0", "--max-tokens=24", "--rounds=1", "--temperature=1")
     assert ended.returncode == 0, ended.stderr
-    assert re.search(r"plain decoding\W+[\d.]+ ", ended.stdout)
+    assert re.search(r"plain, T = 1\W+[\d.]+ ", ended.stdout)
     assert "2 outputs each way, identical token for token" in ended.stdout
 
 

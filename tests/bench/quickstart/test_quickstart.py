@@ -20,10 +20,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outrider import quickstart_pair as quickstart
 from outrider.engine.loading.inflate import compare, inflate, inflated_config
+from outrider.errors import ConfigError
 from outrider.quickstart_pair import DRAFT_PATH, PAIR_PATH, TARGET_PATH
 from outrider_bench.distill.optimise import TrainingEvent
 from outrider_bench.quickstart.architecture import num_parameters
-from outrider_bench.quickstart.corpus import SPECIAL_TOKENS
+from outrider_bench.quickstart.corpus import SPECIAL_TOKENS, load_corpus
 from outrider_bench.quickstart.evaluate import evaluate, greedy_alpha, sampled_alpha
 from outrider_bench.quickstart.rollout import continue_rows
 from outrider_bench.quickstart.storage import load, load_tokenizer
@@ -206,3 +207,19 @@ def test_ctrl_c_during_training_saves_the_models(stage: str, tmp_path: Path) -> 
         assert "last training loss" in card
     else:
         assert "held-out loss" in card
+    # The same call goes on, and has enough steps: it finishes the pair.
+    steps = {"target": 6, "draft": 4, stage: 20}
+    config = small(num_target_steps=steps["target"], num_draft_steps=steps["draft"])
+    again = train(tmp_path, config, corpus=CORPUS)
+    taken = {"target": again.num_target_steps, "draft": again.num_draft_steps}
+    assert taken.pop(stage) >= 25
+    assert taken.items() <= steps.items()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_packages_are_added_to_the_standard_library() -> None:
+    both, alone = (load_corpus(packages=packages) for packages in (("rich",), ()))
+    assert set(alone.train) < set(both.train)
+    assert any("from rich" in text for text in both.train)
+    with pytest.raises(ConfigError, match="--packages: 'absent' is not an installed package"):
+        load_corpus(packages=("absent",))
