@@ -216,6 +216,14 @@ class Supervisor:
         self._report(Event(self._watches.pop(first), State.FAILED))
         return first.result()
 
+    async def stop_one(self, name: str) -> None:
+        """Stops one program; its end is not a death."""
+        watch = next(task for task, watched in self._watches.items() if watched == name)
+        del self._watches[watch]
+        watch.cancel()
+        await asyncio.wait([watch])
+        await next(program for program in self._programs if program.name == name).stop()
+
     async def stop(self) -> None:
         """Stops the programs in reverse order; if cancelled, kills them. Leaves no process."""
         try:

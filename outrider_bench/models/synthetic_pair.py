@@ -7,10 +7,12 @@ layer with the same embeddings, norm and head. `synthetic` searches the ε for a
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -198,3 +200,27 @@ def _config(size: PairSize, num_layers: int) -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=_eos_id(size),
     )
+
+
+def linked_copy(model: Path, directory: Path) -> Path:
+    """Directory with links to the model's files, to give the model another name."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for path in model.resolve().iterdir():
+        (directory / path.name).symlink_to(path)
+    return directory
+
+
+def noisy_copy(model: Path, directory: Path, noise: float, seed: int = 0) -> Path:
+    """Copy of a model of one weight file; `noise`: relative to each matrix' standard deviation."""
+    linked_copy(model, directory)
+    path = directory / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights.values():
+        if weight.dim() > 1:
+            added = torch.randn(weight.shape, generator=generator) * weight.float().std() * noise
+            weight.add_(added.to(weight.dtype))
+    path.unlink()
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    return directory

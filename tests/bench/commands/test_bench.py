@@ -86,6 +86,22 @@ def test_delay_reports_the_loss_relative_to_no_delay(tmp_path: Path) -> None:
     assert rows["ahead 1, fan 1", 5]["lost"] is not None
 
 
+def test_swap_promotes_the_better_draft_and_rolls_the_bad_one_back(
+    target: Path, draft: Path, tmp_path: Path
+) -> None:
+    """Real processes under load; the orchestrators decide. No output differs, none fails."""
+    flags = ("--quick", "--phase-s=1", "--max-tokens=24", f"--out={tmp_path}")
+    ended = run("bench", "swap", *flags, f"--target={target}", f"--new={draft}")
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "swap.json").read_text("utf-8"))["results"]
+    phases = {result["phase"]: result for result in results if "phase" in result}
+    assert all(phase["num_generations"] for phase in phases.values())
+    assert not any(phase["num_failed"] or phase["num_different"] for phase in phases.values())
+    words = [result["decision"].split(":")[0].split()[1:] for result in results if "at_s" in result]
+    assert ["promoted"] in words
+    assert ["rolled", "back"] in words
+
+
 def test_twin_compares_every_variant_with_its_simulation(
     target: Path, draft: Path, tmp_path: Path
 ) -> None:
