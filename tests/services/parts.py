@@ -46,9 +46,8 @@ class Tiers(NamedTuple):
 
 
 class System(Stack):
-    """Clients of all three services, and the orchestrator's endpoint."""
+    """Clients of all three services."""
 
-    endpoint: str
     # Port of the orchestrator's metrics, if it has one.
     metrics_port: int | None = None
 
@@ -163,9 +162,7 @@ async def clients(tiers: Tiers, endpoint: str = "127.0.0.1:1") -> AsyncIterator[
             for address in (endpoint, target, draft)
             if address
         ]
-        system = System(channels[0], channels[1], channels[2] if draft else None)
-        system.endpoint = endpoint
-        yield system
+        yield System(channels[0], channels[1], channels[2] if draft else None, endpoint=endpoint)
 
 
 @contextlib.asynccontextmanager
