@@ -232,7 +232,8 @@ class _Swap:
 
     async def _prepared(self, clients: Sequence[Client]) -> Load:
         """The load, with the outputs of all its requests without a draft."""
-        from outrider_bench.measuring.workload import Method, Prompts, Variant
+        from outrider.cli.request import Method
+        from outrider_bench.measuring.workload import Prompts, Variant
 
         options, stack_options = self._options, self._stack_options
         info = await clients[0].model_info()
