@@ -1,20 +1,29 @@
-"""Report of `outrider check`: JSON, tables, verdicts."""
+"""Report of `outrider check`: JSON, plot, verdicts. Tables are in `tables`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from outrider_bench.check.inspection import PairInspection, TokenizerComparison, TokenizerMatch
+from outrider.cli.failures import Signalled
+from outrider.errors import ConfigError
+from outrider_bench.check import results
+from outrider_bench.check.acceptance import Comparison
+from outrider_bench.check.inspection import PairInspection
+from outrider_bench.check.loops import Loops
+from outrider_bench.check.options import CheckOptions
+from outrider_bench.check.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outrider.engine.loading.model_shape import ModelShape
-
-_TIERS = ("target", "draft")
+    from outrider_bench.measuring.plots import Panel
 
 
 @dataclass
@@ -23,120 +32,150 @@ class DraftCheck:
 
     draft: str | None
     inspection: PairInspection
+    options: CheckOptions
+    comparisons: list[Comparison] = field(default_factory=list)
+    loops: Loops = field(default_factory=Loops)
 
     @property
-    def verdict(self) -> str:
-        """One line: what to do."""
-        if self.inspection.refused:
-            return f"do not speculate: {self.inspection.refused[0]}"
-        return "nothing in the files is against this pair; not measured"
+    def speed_ups(self) -> list[results.SpeedUp]:
+        options = self.options
+        return results.speed_ups(
+            self.comparisons,
+            self.loops,
+            options.stream_list,
+            max_gamma=options.max_gamma,
+            rtt_s=options.rtt_ms / 1000,
+        )
 
     @property
-    def is_worth_it(self) -> bool:
-        return not self.inspection.refused
+    def gamma(self) -> int:
+        """γ of the tables: the best one for the first temperature and number of streams."""
+        found = self.speed_ups
+        return max(1, found[0].prediction.best_gamma) if found else min(4, self.options.max_gamma)
+
+    def acceptances(self, *, by_task: bool = False) -> list[results.Acceptance]:
+        return results.acceptances(self.comparisons, self.loops, self.gamma, by_task=by_task)
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict(
+            self.inspection,
+            self.speed_ups,
+            self.acceptances(),
+            results.pass_costs(self.loops),
+            self.options.min_speed_up,
+        )
 
     def to_dict(self) -> dict[str, Any]:
+        costs = results.pass_costs(self.loops)
         return {
             "draft": self.draft,
+            "verdict": self.verdict.text,
+            "is_worth_it": self.verdict.is_worth_it,
+            "score": self.verdict.score,
             "inspection": self.inspection.to_dict(),
-            "verdict": self.verdict,
-            "is_worth_it": self.is_worth_it,
+            "acceptance": [asdict(one) for one in self.acceptances()],
+            "acceptance_by_task": [asdict(one) for one in self.acceptances(by_task=True)],
+            "costs": [asdict(one) | {"ratio": one.ratio} for one in costs],
+            "speed_ups": [
+                asdict(one) | {"predicted": one.prediction.speed_up, "off": one.off}
+                for one in self.speed_ups
+            ],
         }
 
 
 @dataclass
 class CheckReport:
-    """Checks of one target with each draft."""
+    """Checks of one target with each draft. `stopped`: signal that ended the check."""
 
-    target: str
+    options: CheckOptions
     checks: list[DraftCheck] = field(default_factory=list)
+    stopped: Signalled | None = None
+
+    @property
+    def ranked(self) -> list[DraftCheck]:
+        """The best draft first."""
+        return sorted(self.checks, key=lambda check: -check.verdict.score)
 
     @property
     def is_worth_it(self) -> bool:
         """Whether any draft is worth it."""
-        return any(check.is_worth_it for check in self.checks)
+        return any(check.verdict.is_worth_it for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON of the report."""
+        """JSON of the report; the best draft first."""
+        from outrider_bench.measuring.document import git_commit, machine, versions
+
         return {
-            "target": self.target,
+            "command": shlex.join(["outrider", *sys.argv[1:]]),
+            "git_commit": git_commit(),
+            "machine": machine(),
+            "versions": versions(),
+            "target": self.options.target,
+            "is_cut": self.stopped is not None,
             "is_worth_it": self.is_worth_it,
-            "drafts": [check.to_dict() for check in self.checks],
+            "drafts": [check.to_dict() for check in self.ranked],
         }
 
 
 def print_verdicts(console: Console, report: CheckReport) -> None:
-    """Prints one line per draft."""
-    for check in report.checks:
-        colour = "green" if check.is_worth_it else "red"
-        name = f"{escape(check.draft)}: " if check.draft and len(report.checks) > 1 else ""
-        console.print(f"[bold {colour}]{name}{escape(check.verdict)}[/]", soft_wrap=True)
+    """Prints one line per draft, the best one first."""
+    has_several = len(report.checks) > 1
+    for place, check in enumerate(report.ranked, 1):
+        found = check.verdict
+        colour = "green" if found.is_worth_it else "red"
+        name = f"{place}. {escape(check.draft)}: " if check.draft and has_several else ""
+        console.print(f"[bold {colour}]{name}{escape(found.text)}[/]", soft_wrap=True)
 
 
-def print_inspection(console: Console, inspection: PairInspection) -> None:
-    """Prints what the files say: sizes, tokenizers, refusals, notes."""
-    from rich.table import Table
+def write_files(out: Path, report: CheckReport, console: Console) -> None:
+    """Writes check.json and, if matplotlib is installed, check.svg. Raises ConfigError."""
+    from outrider_bench.measuring.plots import draw, require_matplotlib
 
-    shapes = [shape for shape in (inspection.target, inspection.draft) if shape is not None]
-    table = Table(title="before loading", title_justify="left", show_edge=False)
-    table.add_column("")
-    for tier in _TIERS[: len(shapes)]:
-        table.add_column(tier, justify="right")
-    for title, cells in _rows(shapes):
-        table.add_row(title, *cells)
-    console.print(table)
-    if inspection.parameter_ratio is not None:
-        console.print(f"parameters: target / draft = {inspection.parameter_ratio:.1f}")
-    if inspection.tokenizers is not None:
-        console.print(f"tokenizers: {escape(_tokenizer_text(inspection.tokenizers))}")
-    for note in inspection.notes:
-        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
-    for refusal in inspection.refused:
-        console.print(f"[red]refused[/] {escape(refusal)}", soft_wrap=True)
-    console.print()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+        (out / "check.json").write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out: {out}: {error.strerror or error}") from error
+    console.print(f"[dim]{out / 'check.json'}[/]", soft_wrap=True)
+    panels = _panels(report)
+    if not panels:
+        return
+    try:
+        require_matplotlib()
+    except ConfigError as error:
+        console.print(f"[yellow]no plot: {escape(str(error))}[/]", soft_wrap=True)
+        return
+    draw(out / "check.svg", "Speed-up over plain decoding", panels)
+    console.print(f"[dim]{out / 'check.svg'}[/]", soft_wrap=True)
 
 
-def _rows(shapes: list[ModelShape]) -> list[tuple[str, list[str]]]:
+def _panels(report: CheckReport) -> list[Panel]:
+    """Speed-up over γ at the fewest streams, and over streams; none without results."""
+    from outrider_bench.measuring.plots import Line, Panel
+
+    over_gamma, over_streams = [], []
+    for check in report.ranked:
+        name = f"{Path(check.draft or '').name}, " if len(report.checks) > 1 else ""
+        found = check.speed_ups
+        for temperature in dict.fromkeys(one.temperature for one in found):
+            own = [one for one in found if one.temperature == temperature]
+            title, first = f"{name}T = {temperature:g}", own[0].prediction
+            gammas = range(len(first.ahead))
+            over_gamma.append(Line(f"{title}, ahead", gammas, first.ahead, has_marks=False))
+            over_gamma.append(Line(f"{title}, in turn", gammas, first.in_turn, has_marks=False))
+            counts = [one.num_streams for one in own]
+            speeds = [one.prediction.speed_up for one in own]
+            over_streams.append(Line(f"{title}, predicted", counts, speeds))
+            measured = [(one.num_streams, one.measured) for one in own if one.measured is not None]
+            if measured:
+                xs, ys = zip(*measured, strict=True)
+                over_streams.append(Line(f"{title}, measured", xs, ys))
+    if not over_gamma:
+        return []
+    num = min(report.options.stream_list)
     return [
-        ("family", [shape.architecture for shape in shapes]),
-        ("parameters", [millions(shape.num_parameters) for shape in shapes]),
-        ("weights", [f"{mebibytes(s.weight_bytes)} ({s.dtype})" for s in shapes]),
-        ("KV per token", [f"{s.kv_bytes_per_token / 1024:.1f} KiB" for s in shapes]),
-        ("context", [f"{s.max_context_len} tokens" for s in shapes]),
-        ("sliding window", [str(s.sliding_window) if s.sliding_window else "" for s in shapes]),
-        ("vocabulary", [str(s.vocab_size) for s in shapes]),
+        Panel(f"γ ({num} stream{'s' if num > 1 else ''})", "speed-up", over_gamma, level=1.0),
+        Panel("streams", "speed-up", over_streams, is_log_x=True, level=1.0),
     ]
-
-
-def _tokenizer_text(tokenizers: TokenizerComparison) -> str:
-    """How they differ, with the first ids that do."""
-    match = tokenizers.match
-    if match in (TokenizerMatch.same, TokenizerMatch.unknown):
-        return match.value
-    examples = ", ".join(
-        f"{token_id} is {_shown(target)} · {_shown(draft)}"
-        for token_id, target, draft in tokenizers.examples
-    )
-    return (
-        f"{match.value}: {tokenizers.num_differing_ids} of {tokenizers.num_ids} ids, "
-        f"{tokenizers.num_differing_ordinary_ids} of them ordinary tokens; "
-        f"{tokenizers.num_same_tokens} tokens are in both vocabularies; "
-        f"for example {examples} (target · draft)"
-    )
-
-
-def _shown(token: str | None) -> str:
-    return "unused" if token is None else repr(token)
-
-
-def millions(count: int) -> str:
-    """Number of parameters as text."""
-    if not count:
-        return "unknown"
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def mebibytes(num_bytes: int) -> str:
-    """Size as text; MiB, or GiB from one on."""
-    gibibytes = num_bytes / 2**30
-    return f"{gibibytes:.1f} GiB" if gibibytes >= 1 else f"{num_bytes / 2**20:.1f} MiB"

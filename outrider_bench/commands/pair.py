@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.failures import Signalled, require_engine
+from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
-from outrider.errors import ConfigError, InternalError
-from outrider.runtime.child_process import tied_to_this_process
+from outrider_bench.measuring.child import run_child
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,8 +31,6 @@ _MODULE = "outrider_bench.models.synthetic"
 _MAX_MEASUREMENTS = 32
 # Expected duration by size.
 _DURATIONS = {"tiny": "takes seconds", "p1": "takes minutes", "p2": "takes many minutes"}
-# Exit status of the child for a wrong argument; the last line of its stderr is the message.
-_USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
@@ -168,33 +163,15 @@ async def made_pair(
     `on_measurement` receives each measurement of the search: `epsilon` and `alpha`. Cancelling
     stops the child. Raises ConfigError for wrong arguments, InternalError if the child failed.
     """
-    require_engine()
-    process = await asyncio.create_subprocess_exec(
-        *tied_to_this_process([sys.executable, "-m", _MODULE, *_arguments(options)]),
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-    )
-    assert process.stdout is not None, "its output is a pipe"
-    assert process.stderr is not None, "its output is a pipe"
     report: dict[str, Any] = {}
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            stderr = tasks.create_task(process.stderr.read())
-            async for line in process.stdout:
-                report = json.loads(line)
-                if "size" not in report:  # a measurement; the last line is the report
-                    on_measurement(report)
-        await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    message = stderr.result().decode(errors="replace")
-    if process.returncode == _USAGE_STATUS:
-        raise ConfigError(message.rstrip().rpartition("\n")[2])
-    if process.returncode:
-        raise InternalError(f"{_MODULE} failed:\n{message[-2000:]}")
+
+    def on_line(line: dict[str, Any]) -> None:
+        if "size" in line:  # the last one
+            report.update(line)
+        else:
+            on_measurement(line)
+
+    await run_child(_MODULE, _arguments(options), on_line)
     return report
 
 

@@ -209,17 +209,11 @@ async def _simulation_options(
 def survival(block: Block) -> tuple[float, ...]:
     """Acceptance probability of the draft token at each position, if all before it were accepted.
 
-    Counts the rounds that had a draft token at the position; the last rounds of an output have
-    fewer. Raises ConfigError if no round had draft tokens.
+    Raises ConfigError if no round had draft tokens.
     """
-    stats = [sample.stats for sample in block.samples if sample.stats is not None]
-    reached = [1.0]
-    for position in range(max(len(s.num_accepted_tokens_per_pos) for s in stats) if stats else 0):
-        num_had = sum(sum(s.num_rounds_per_gamma[position + 1 :]) for s in stats)
-        num_accepted = sum(
-            sum(s.num_accepted_tokens_per_pos[position : position + 1]) for s in stats
-        )
-        reached.append(num_accepted / num_had)
+    from outrider_bench.measuring.summary import survival_by_position
+
+    reached = [1.0, *survival_by_position(block.samples)]
     if len(reached) == 1:
         raise ConfigError("--draft: no draft token was in time; the acceptance is unknown")
     return tuple(round(min(1.0, b / a), 4) for a, b in pairwise(reached) if a)

@@ -35,10 +35,10 @@ _FILE_WIDTH = 160
 Step = Callable[[str], None]
 
 
-def bench_console() -> Console:
-    """Console for standard output, wide enough for a table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+def bench_console(*, is_stderr: bool = False) -> Console:
+    """Console for standard output or error, wide enough for a table."""
+    console = Console(stderr=is_stderr)
+    return console if console.is_terminal else Console(width=_FILE_WIDTH, stderr=is_stderr)
 
 
 class Report(Protocol):

@@ -81,6 +81,23 @@ class Rounds:
         )
 
 
+def survival_by_position(samples: Iterable[Sample]) -> tuple[float, ...]:
+    """[k]: share of rounds with at least k + 1 accepted draft tokens; empty without draft tokens.
+
+    Counts the rounds that had a draft token at the position; the last rounds of an output have
+    fewer.
+    """
+    stats = [sample.stats for sample in samples if sample.stats is not None]
+    found = []
+    for position in range(max((len(s.num_accepted_tokens_per_pos) for s in stats), default=0)):
+        num_had = sum(sum(s.num_rounds_per_gamma[position + 1 :]) for s in stats)
+        num_accepted = sum(
+            sum(s.num_accepted_tokens_per_pos[position : position + 1]) for s in stats
+        )
+        found.append(num_accepted / num_had)
+    return tuple(found)
+
+
 def mean_gamma(stats: Sequence[orchestrator_pb2.SpeculationStats]) -> float:
     """Mean number of draft tokens per round, including rounds without any."""
     num_rounds = sum(sum(s.num_rounds_per_gamma) for s in stats)

@@ -58,6 +58,8 @@ class Variant:
     """Request settings to compare. None: the server's default.
 
     `waits`: every round waits for all `gamma` draft tokens, however late the draft is.
+    `is_plain_sampling`: nothing but the temperature changes the distribution, whatever the model's
+    own defaults are.
     """
 
     name: str
@@ -69,11 +71,13 @@ class Variant:
     is_fast: bool = False
     waits: bool = False
     draft_source: DraftSource | None = None
+    ignores_eos: bool = True
+    is_plain_sampling: bool = False
 
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> orchestrator_pb2.GenerateRequest:
-        """GenerateRequest that ignores EOS: all outputs have `max_tokens` tokens."""
+        """GenerateRequest. If it ignores EOS, all outputs have `max_tokens` tokens."""
         source = "UNSPECIFIED" if self.draft_source is None else self.draft_source.name.upper()
         request = orchestrator_pb2.GenerateRequest(
             gamma=self.gamma,
@@ -90,7 +94,10 @@ class Variant:
         request.sampling.temperature = self.temperature
         request.sampling.seed = seed
         request.sampling.max_tokens = max_tokens
-        request.sampling.ignore_eos = True
+        request.sampling.ignore_eos = self.ignores_eos
+        if self.is_plain_sampling:
+            request.sampling.top_p, request.sampling.repetition_penalty = 1.0, 1.0
+            request.sampling.top_k, request.sampling.min_p = 0, 0.0
         return request
 
 

@@ -1,0 +1,199 @@
+"""Results of a check, computed from what was measured. Pure functions.
+
+α teacher-forced is the mean of Σ min(target_probs, draft_probs) over the target's own texts; α of
+the loop is accepted draft tokens over accepted and rejected ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from outrider.sampling.formulas import acceptance_band, mean_acceptance_length
+from outrider_bench.check import replay
+from outrider_bench.check.acceptance import Comparison
+from outrider_bench.check.loops import Loops, median_speed_up
+from outrider_bench.check.prediction import Prediction, Situation, predicted
+
+# Batch sizes at which the costs of passes are shown.
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Acceptance along the target's own texts; `task` empty: all tasks.
+
+    `survival` [k] and `tokens_per_round`, `formula_tokens_per_round`: of rounds with `gamma` draft
+    tokens; the latter is (1 - α^(γ+1)) / (1 - α). `loop_alpha`, `loop_survival`: of the real loop;
+    None and empty if it was not measured.
+    """
+
+    task: str
+    temperature: float
+    num_tokens: int
+    alpha: float
+    agreement: float
+    band: str
+    gamma: int
+    survival: tuple[float, ...]
+    tokens_per_round: float
+    formula_tokens_per_round: float
+    loop_alpha: float | None = None
+    loop_survival: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Seconds of one pass over one token of each of `num_rows` sequences."""
+
+    num_rows: int
+    target_s: float
+    draft_s: float
+
+    @property
+    def ratio(self) -> float:
+        return self.draft_s / self.target_s
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """Speed-up over γ = 0 at one temperature and number of streams; None: not measured.
+
+    `tokens_per_s` of all streams together, with the server's defaults. `off`: relative error of the
+    prediction.
+    """
+
+    temperature: float
+    num_streams: int
+    prediction: Prediction
+    measured: float | None = None
+    least: float | None = None
+    most: float | None = None
+    plain_tokens_per_s: float | None = None
+    tokens_per_s: float | None = None
+    mean_gamma: float | None = None
+    hit_rate: float | None = None
+
+    @property
+    def off(self) -> float | None:
+        if self.measured is None:
+            return None
+        return self.prediction.speed_up / self.measured - 1
+
+    @property
+    def value(self) -> float:
+        """Measured if possible, predicted otherwise."""
+        return self.prediction.speed_up if self.measured is None else self.measured
+
+
+def acceptances(
+    comparisons: Sequence[Comparison], loops: Loops, gamma: int, *, by_task: bool
+) -> list[Acceptance]:
+    """One entry per temperature, or per temperature and task."""
+    groups: dict[tuple[str, float], list[Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault((one.task if by_task else "", one.temperature), []).append(one)
+    return [
+        _acceptance(task, temperature, group, loops, gamma)
+        for (task, temperature), group in groups.items()
+        if any(len(one.overlap) > 1 for one in group)
+    ]
+
+
+def _acceptance(
+    task: str, temperature: float, group: Sequence[Comparison], loops: Loops, gamma: int
+) -> Acceptance:
+    overlaps = [value for one in group for value in one.overlap]
+    alpha = statistics.fmean(overlaps)
+    rounds = replay.replayed([one.accepted for one in group], gamma)
+    loop_alpha, loop_survival = (None, ()) if task else _of_loop(loops, temperature)
+    return Acceptance(
+        task=task,
+        temperature=temperature,
+        num_tokens=len(overlaps),
+        alpha=alpha,
+        agreement=statistics.fmean(float(value) for one in group for value in one.agrees),
+        band=acceptance_band(alpha),
+        gamma=gamma,
+        survival=rounds.survival,
+        tokens_per_round=rounds.tokens_per_round,
+        formula_tokens_per_round=mean_acceptance_length(alpha, gamma),
+        loop_alpha=loop_alpha,
+        loop_survival=loop_survival,
+    )
+
+
+def _of_loop(loops: Loops, temperature: float) -> tuple[float | None, tuple[float, ...]]:
+    """α and survival by position over all passes at this temperature."""
+    from outrider_bench.measuring.summary import Rounds, survival_by_position
+
+    samples = [sample for one in loops.at(temperature) for sample in one.served.samples]
+    rounds = Rounds.of(samples)
+    return (None if rounds is None else rounds.alpha), survival_by_position(samples)
+
+
+def pass_costs(loops: Loops) -> list[PassCost]:
+    """Costs by batch size; empty if they are not known."""
+    cost = loops.cost
+    if cost is None:
+        return []
+    sizes = ((num, cost.target.pass_s(num, num), cost.draft.pass_s(num, num))
+             for num in _BATCH_SIZES)  # fmt: skip
+    return [PassCost(num, target_s, draft_s) for num, target_s, draft_s in sizes if target_s > 0]
+
+
+def speed_ups(
+    comparisons: Sequence[Comparison],
+    loops: Loops,
+    streams: Iterable[int],
+    *,
+    max_gamma: int,
+    rtt_s: float,
+    num_drafts: int = 1,
+) -> list[SpeedUp]:
+    """One entry per temperature and number of streams; empty if the costs are not known."""
+    if loops.cost is None:
+        return []
+    found = []
+    for temperature in dict.fromkeys(one.temperature for one in comparisons):
+        group = [one for one in comparisons if one.temperature == temperature]
+        tokens = replay.tokens_by_gamma([one.accepted for one in group], max_gamma)
+        hit_rate = foreseen(group)
+        for num in streams:
+            situation = Situation(num, rtt_s, num_drafts)
+            prediction = predicted(loops.cost, tokens, situation, hit_rate)
+            found.append(_speed_up(temperature, prediction, loops))
+    return found
+
+
+def _speed_up(temperature: float, prediction: Prediction, loops: Loops) -> SpeedUp:
+    from outrider_bench.measuring.summary import Rounds
+
+    num = prediction.situation.num_streams
+    passes = loops.at(temperature, num)
+    if not passes:
+        return SpeedUp(temperature, num, prediction)
+    rounds = Rounds.of(sample for one in passes for sample in one.served.samples)
+    return SpeedUp(
+        temperature,
+        num,
+        prediction,
+        measured=median_speed_up(passes),
+        least=min(one.speed_up for one in passes),
+        most=max(one.speed_up for one in passes),
+        plain_tokens_per_s=statistics.median(one.plain.tokens_per_s for one in passes),
+        tokens_per_s=statistics.median(one.served.tokens_per_s for one in passes),
+        mean_gamma=None if rounds is None else rounds.mean_gamma,
+        hit_rate=None if rounds is None else rounds.hit_rate,
+    )
+
+
+# Outcomes of a round that the draft has time to draft for: its own token, or one of the next.
+_NUM_FORESEEN = 4
+
+
+def foreseen(comparisons: Sequence[Comparison]) -> float:
+    """Share of tokens among the draft's most likely ones, so that work ahead is not in vain."""
+    ranks = [rank for one in comparisons for rank in one.rank]
+    return sum(rank < _NUM_FORESEEN for rank in ranks) / len(ranks) if ranks else 0.0

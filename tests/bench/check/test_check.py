@@ -1,0 +1,98 @@
+"""`outrider check` as a command: a whole check of tiny pairs through the real services."""
+
+from __future__ import annotations
+
+import json
+import signal
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
+from outrider_bench.models.synthetic import make_pair
+from tests.cli.processes import interrupted, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Seconds on an idle machine. Its speed-ups mean nothing.
+SMALL = ("--max-tokens=8", "--streams=1,2", "--repetitions=1", "--outputs=2", "--max-gamma=4")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("check")
+    make_pair(directory, "tiny", epsilon=0.05)
+    return directory
+
+
+def test_a_check_measures_the_pair_and_reports_everything(pair: Path, tmp_path: Path) -> None:
+    ended = run(
+        "check", str(pair / "target"), str(pair / "draft"), "--temperatures=0,1",
+        "--num-prompts=8", *SMALL, "--json", f"--out={tmp_path}",
+    )  # fmt: skip
+    report: dict[str, Any] = json.loads(ended.stdout)
+    assert ended.returncode == (0 if report["is_worth_it"] else 3), ended.stderr
+    (draft,) = report["drafts"]
+    assert [one["temperature"] for one in draft["acceptance"]] == [0, 1]
+    for one in draft["acceptance"]:
+        assert one["num_tokens"] == 8 * 8
+        assert 0 < one["alpha"] < 1
+        assert one["survival"][0] <= 1
+    points = [(one["temperature"], one["num_streams"]) for one in draft["speed_ups"]]
+    assert points == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    for one in draft["speed_ups"]:
+        assert one["predicted"] >= 1
+        assert one["measured"] > 0
+        assert one["off"] == pytest.approx(one["predicted"] / one["measured"] - 1)
+        assert len(one["prediction"]["ahead"]) == len(one["prediction"]["in_turn"]) == 5
+    assert draft["costs"][0]["target_s"] > draft["costs"][0]["draft_s"] > 0
+    assert json.loads((tmp_path / "check.json").read_text("utf-8"))["drafts"] == report["drafts"]
+    plot = xml.etree.ElementTree.parse(tmp_path / "check.svg")
+    assert plot.getroot().tag.endswith("svg")
+
+
+def test_prompts_of_a_file_by_task_and_a_prediction_without_a_measurement(tmp_path: Path) -> None:
+    """`--repetitions 0` starts the services for their costs only."""
+    path = tmp_path / "prompts.jsonl"
+    entries = [{"prompt": "def main():", "task": "x"}, {"prompt": "import os\n", "task": "y"}]
+    path.write_text("\n".join(map(json.dumps, entries)), "utf-8")
+    ended = run(
+        "check", str(TARGET_PATH), str(DRAFT_PATH), f"--prompts={path}", "--temperatures=0.7",
+        "--max-tokens=8", "--repetitions=0", "--streams=3", "--rtt-ms=4",
+    )  # fmt: skip
+    assert ended.returncode in (0, 3), ended.stderr
+    assert "tokenizers: same" in ended.stdout
+    assert "4 ms to the draft and back" in ended.stdout
+    rows = [line.split() for line in ended.stdout.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("x", "y", "all")] == ["x", "y", "all"]
+    assert any(row[:2] == ["0.7,", "3"] for row in rows)
+    last = ended.stdout.strip().splitlines()[-1]
+    assert last.startswith(("use γ ≈", "do not speculate:"))
+
+
+def test_ctrl_c_reports_what_there_is(pair: Path) -> None:
+    ended = interrupted(
+        "check", str(pair / "target"), str(pair / "draft"), "--temperatures=0,1",
+        "--num-prompts=80", *SMALL, at="3/4",
+    )  # fmt: skip
+    assert ended.returncode == 128 + signal.SIGINT, ended.stdout
+    assert "reports the results so far" in ended.stdout
+    assert "T = 0: α (equal argmax)" in ended.stdout
+    assert "its speed was not measured" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--streams=0",), "--streams"),
+        (("--temperatures=x",), "--temperatures"),
+        (("--max-tokens=100000",), "--max-tokens: the longest prompt has 16 tokens"),
+        (("--task=code",), "--prompts, --task: the target has no tokenizer"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(pair: Path, flags: tuple[str, ...], message: str) -> None:
+    ended = run("check", str(pair / "target"), str(pair / "draft"), *flags)
+    assert ended.returncode == 2, ended.stderr
+    assert message in ended.stderr
