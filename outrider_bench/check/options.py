@@ -63,6 +63,13 @@ class CheckOptions:
     outputs: Annotated[
         int, typer.Option(min=1, help="Outputs per measurement; at least one per stream.")
     ] = 6
+    target_cost: Annotated[
+        float | None,
+        typer.Option(min=0, help="Cost of a target replica per hour, in any currency."),
+    ] = None
+    draft_cost: Annotated[
+        float | None, typer.Option(min=0, help="Cost of a draft replica per hour.")
+    ] = None
     min_speed_up: Annotated[
         float, typer.Option(min=1, help="Speed-up from which on a draft is worth it.")
     ] = 1.1
@@ -75,6 +82,13 @@ class CheckOptions:
         CoreUse,
         typer.Option(help="pinned: one core each for target and draft; shared: no pinning."),
     ] = CoreUse.shared
+    self_test: Annotated[
+        bool | None,
+        typer.Option(
+            "--self-test/--no-self-test",
+            help="First compare the engine's logits with plain attention. Default: on a GPU.",
+        ),
+    ] = None
     assume_same_vocabulary: Annotated[
         bool,
         typer.Option(
@@ -90,6 +104,8 @@ class CheckOptions:
 
     def check(self) -> None:
         """Raises ConfigError for a list that cannot be read."""
+        if self.draft_cost is not None and self.target_cost is None:
+            raise ConfigError("--draft-cost: needs --target-cost")
         if not self.temperature_list or not self.stream_list or min(self.stream_list) < 1:
             raise ConfigError("--streams: must be 1 or more")
 

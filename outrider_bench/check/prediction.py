@@ -46,11 +46,17 @@ class Situation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Speed-ups over γ = 0. `in_turn` and `ahead` [γ]; entry 0 is 1."""
+    """Speed-ups over γ = 0. `in_turn` and `ahead` [γ]; entry 0 is 1.
+
+    `plain_tokens_per_s`: of all streams with γ = 0. `draft_shares` [γ]: share of a round in which
+    a draft replica works for this target.
+    """
 
     situation: Situation
     in_turn: tuple[float, ...]
     ahead: tuple[float, ...]
+    plain_tokens_per_s: float = 0.0
+    draft_shares: tuple[float, ...] = ()
 
     @property
     def best_gamma(self) -> int:
@@ -61,6 +67,11 @@ class Prediction:
     def speed_up(self) -> float:
         """Speed-up ahead at the best γ; at least 1, since γ = 0 is always possible."""
         return self.ahead[self.best_gamma]
+
+    @property
+    def draft_share(self) -> float:
+        """Share of a round in which a draft replica works, at the best γ."""
+        return self.draft_shares[self.best_gamma]
 
 
 def predicted(
@@ -88,6 +99,12 @@ def predicted(
         situation,
         in_turn=tuple(t / s / plain for t, s in zip(tokens, in_turn_s, strict=True)),
         ahead=tuple(rate / plain for rate in values.tokens_per_s),
+        plain_tokens_per_s=num * plain,
+        # γ tokens and the guess of the token after them.
+        draft_shares=tuple(
+            (g + 1) * draft.step_s / round_s if g else 0.0
+            for g, round_s in enumerate(values.round_s)
+        ),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,12 @@ from outrider.cli.failures import Signalled
 from outrider.errors import ConfigError
 from outrider_bench.check import results
 from outrider_bench.check.acceptance import Comparison
+from outrider_bench.check.cost import TokenCost, token_costs
 from outrider_bench.check.inspection import PairInspection
 from outrider_bench.check.loops import Loops
 from outrider_bench.check.options import CheckOptions
+from outrider_bench.check.prediction import Prediction
+from outrider_bench.check.self_test import SelfTestResult
 from outrider_bench.check.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
@@ -33,19 +36,51 @@ class DraftCheck:
     draft: str | None
     inspection: PairInspection
     options: CheckOptions
+    self_test: list[SelfTestResult] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     loops: Loops = field(default_factory=Loops)
 
     @property
-    def speed_ups(self) -> list[results.SpeedUp]:
-        options = self.options
-        return results.speed_ups(
-            self.comparisons,
-            self.loops,
-            options.stream_list,
-            max_gamma=options.max_gamma,
-            rtt_s=options.rtt_ms / 1000,
+    def refused(self) -> list[str]:
+        """Why the pair must not be used: refusals of the services, and failed self-tests."""
+        failed = (
+            f"self-test of {one.model}, {one.name}: "
+            + (one.error or f"logits differ by {one.difference:.3g}, allowed are {one.allowed:.3g}")
+            for one in self.self_test
+            if not one.is_passed
         )
+        return [*self.inspection.refused, *failed]
+
+    @property
+    def predictor(self) -> results.Predictor | None:
+        """None as long as the costs are not known."""
+        has_texts = any(len(one.accepted) > 1 for one in self.comparisons)
+        if self.loops.cost is None or not has_texts:
+            return None
+        return results.Predictor(self.comparisons, self.loops.cost, self.options.max_gamma)
+
+    @property
+    def speed_ups(self) -> list[results.SpeedUp]:
+        """Empty as long as the costs are not known."""
+        options, predictor = self.options, self.predictor
+        if predictor is None:
+            return []
+        rtt_s = options.rtt_ms / 1000
+        return results.speed_ups(predictor, self.loops, options.stream_list, rtt_s)
+
+    @property
+    def token_costs(self) -> list[TokenCost]:
+        """Empty without --target-cost."""
+        options, predictor = self.options, self.predictor
+        if predictor is None or options.target_cost is None:
+            return []
+
+        def predict(speed_up: results.SpeedUp, num_drafts: int) -> Prediction:
+            situation = replace(speed_up.prediction.situation, num_drafts=num_drafts)
+            return predictor.predict(speed_up.temperature, situation)
+
+        prices = options.target_cost, options.draft_cost or 0.0
+        return token_costs(self.speed_ups, predict, *prices)
 
     @property
     def gamma(self) -> int:
@@ -59,11 +94,12 @@ class DraftCheck:
     @property
     def verdict(self) -> Verdict:
         return verdict(
-            self.inspection,
+            self.refused,
             self.speed_ups,
             self.acceptances(),
             results.pass_costs(self.loops),
             self.options.min_speed_up,
+            self.token_costs,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,9 +110,11 @@ class DraftCheck:
             "is_worth_it": self.verdict.is_worth_it,
             "score": self.verdict.score,
             "inspection": self.inspection.to_dict(),
+            "self_test": [asdict(one) for one in self.self_test],
             "acceptance": [asdict(one) for one in self.acceptances()],
             "acceptance_by_task": [asdict(one) for one in self.acceptances(by_task=True)],
             "costs": [asdict(one) | {"ratio": one.ratio} for one in costs],
+            "token_costs": [asdict(one) for one in self.token_costs],
             "speed_ups": [
                 asdict(one) | {"predicted": one.prediction.speed_up, "off": one.off}
                 for one in self.speed_ups

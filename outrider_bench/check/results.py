@@ -14,7 +14,7 @@ from outrider.sampling.formulas import acceptance_band, mean_acceptance_length
 from outrider_bench.check import replay
 from outrider_bench.check.acceptance import Comparison
 from outrider_bench.check.loops import Loops, median_speed_up
-from outrider_bench.check.prediction import Prediction, Situation, predicted
+from outrider_bench.check.prediction import PairCost, Prediction, Situation, predicted
 
 # Batch sizes at which the costs of passes are shown.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -143,28 +143,37 @@ def pass_costs(loops: Loops) -> list[PassCost]:
     return [PassCost(num, target_s, draft_s) for num, target_s, draft_s in sizes if target_s > 0]
 
 
+class Predictor:
+    """Predicts speed-ups from the target's texts and the costs of passes."""
+
+    def __init__(self, comparisons: Sequence[Comparison], cost: PairCost, max_gamma: int) -> None:
+        self._cost = cost
+        self._texts: dict[float, list[Comparison]] = {}
+        for one in comparisons:
+            self._texts.setdefault(one.temperature, []).append(one)
+        self._tokens = {
+            temperature: replay.tokens_by_gamma([one.accepted for one in group], max_gamma)
+            for temperature, group in self._texts.items()
+        }
+
+    @property
+    def temperatures(self) -> list[float]:
+        return list(self._texts)
+
+    def predict(self, temperature: float, situation: Situation) -> Prediction:
+        hit_rate = foreseen(self._texts[temperature])
+        return predicted(self._cost, self._tokens[temperature], situation, hit_rate)
+
+
 def speed_ups(
-    comparisons: Sequence[Comparison],
-    loops: Loops,
-    streams: Iterable[int],
-    *,
-    max_gamma: int,
-    rtt_s: float,
-    num_drafts: int = 1,
+    predictor: Predictor, loops: Loops, streams: Iterable[int], rtt_s: float
 ) -> list[SpeedUp]:
-    """One entry per temperature and number of streams; empty if the costs are not known."""
-    if loops.cost is None:
-        return []
-    found = []
-    for temperature in dict.fromkeys(one.temperature for one in comparisons):
-        group = [one for one in comparisons if one.temperature == temperature]
-        tokens = replay.tokens_by_gamma([one.accepted for one in group], max_gamma)
-        hit_rate = foreseen(group)
-        for num in streams:
-            situation = Situation(num, rtt_s, num_drafts)
-            prediction = predicted(loops.cost, tokens, situation, hit_rate)
-            found.append(_speed_up(temperature, prediction, loops))
-    return found
+    """One entry per temperature and number of streams."""
+    return [
+        _speed_up(temperature, predictor.predict(temperature, Situation(num, rtt_s)), loops)
+        for temperature in predictor.temperatures
+        for num in streams
+    ]
 
 
 def _speed_up(temperature: float, prediction: Prediction, loops: Loops) -> SpeedUp:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from outrider_bench.check.cost import TokenCost
 from outrider_bench.check.inspection import PairInspection, TokenizerComparison, TokenizerMatch
 from outrider_bench.check.results import Acceptance, PassCost, SpeedUp
+from outrider_bench.check.self_test import SelfTestResult
 from outrider_bench.measuring.show import number, share, table, times
 
 if TYPE_CHECKING:
@@ -86,6 +88,21 @@ def mebibytes(num_bytes: int) -> str:
     return f"{gibibytes:.1f} GiB" if gibibytes >= 1 else f"{num_bytes / 2**20:.1f} MiB"
 
 
+def self_test_table(results: Iterable[SelfTestResult]) -> Table:
+    """Cases of the self-test, by model."""
+    columns = ("self-test: largest difference from plain attention", "logits", "allowed", "")
+    shown = table("", columns)
+    model = ""
+    for one in results:
+        if one.model != model:
+            model = one.model
+            shown.add_section()
+            shown.add_row(f"[bold]{escape(model)}[/]")
+        mark = "[green]passed[/]" if one.is_passed else f"[red]failed[/] {escape(one.error)}"
+        shown.add_row(one.name, f"{one.difference:.2g}", f"{one.allowed:.2g}", mark)
+    return shown
+
+
 def acceptance_table(by_task: Sequence[Acceptance], overall: Sequence[Acceptance]) -> Table:
     """α and agreement by task and temperature; the last row is over all tasks."""
     temperatures = list(dict.fromkeys(one.temperature for one in overall))
@@ -133,6 +150,19 @@ def cost_table(costs: Iterable[PassCost]) -> Table:
         shown.add_row(
             str(one.num_rows), number(1e3 * one.target_s), number(1e3 * one.draft_s),
             number(one.ratio, 3),
+        )  # fmt: skip
+    return shown
+
+
+def token_cost_table(costs: Sequence[TokenCost]) -> Table:
+    """Cost per million tokens, and draft replicas per target."""
+    columns = ("T, streams", "plain", "with drafts", "ratio", "drafts per target", "or targets")
+    shown = table("cost per million tokens", columns)
+    for one in costs:
+        shown.add_row(
+            f"{one.temperature:g}, {one.num_streams}", f"{one.plain:.3g}",
+            f"{one.with_drafts:.3g}", number(one.with_drafts / one.plain),
+            str(one.num_drafts), f"{one.num_targets} per draft" if one.num_targets > 1 else "",
         )  # fmt: skip
     return shown
 

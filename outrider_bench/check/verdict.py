@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider_bench.check.inspection import PairInspection
+from outrider_bench.check.cost import TokenCost
 from outrider_bench.check.results import Acceptance, PassCost, SpeedUp
 
 
@@ -20,15 +20,16 @@ class Verdict:
 
 
 def verdict(
-    inspection: PairInspection,
+    refused: Sequence[str],
     speed_ups: Sequence[SpeedUp],
     acceptances: Sequence[Acceptance],
     costs: Sequence[PassCost],
     min_speed_up: float,
+    token_costs: Sequence[TokenCost] = (),
 ) -> Verdict:
     """Worth it: at any temperature and number of streams the speed-up is `min_speed_up` or more."""
-    if inspection.refused:
-        return Verdict(f"do not speculate: {inspection.refused[0]}", False, 0.0)
+    if refused:
+        return Verdict(f"do not speculate: {refused[0]}", False, 0.0)
     if not speed_ups:
         text = "nothing in the files is against speculation; its speed was not measured"
         return Verdict(text, True, 1.0)
@@ -37,7 +38,25 @@ def verdict(
     if not good:
         return Verdict(_against(speed_ups, acceptances, costs, min_speed_up), False, score)
     used = [one for one in speed_ups if one.temperature in good]
-    return Verdict(_in_favour(used, speed_ups, good), True, score)
+    text = _in_favour(used, speed_ups, good)
+    prices = [one for one in token_costs if one.temperature in good]
+    return Verdict(text + _price(prices), True, score)
+
+
+def _price(prices: Sequence[TokenCost]) -> str:
+    """Cost per million tokens at the most streams; the mean over temperatures."""
+    if not prices:
+        return ""
+    num = max(one.num_streams for one in prices)
+    own = [one for one in prices if one.num_streams == num]
+    with_drafts, plain = (
+        statistics.fmean(values)
+        for values in ([one.with_drafts for one in own], [one.plain for one in own])
+    )
+    return (
+        f"; a million tokens cost {with_drafts:.3g} instead of {plain:.3g} at {_streams(num)}, "
+        f"with {max(one.num_drafts for one in own)} draft per target"
+    )
 
 
 def _in_favour(used: Sequence[SpeedUp], all_of: Sequence[SpeedUp], good: set[float]) -> str:

@@ -53,7 +53,8 @@ def check(options: CheckOptions) -> None:
 async def _check(report: CheckReport, console: Console) -> None:
     from outrider_bench.check.inspection import InspectOptions, inspect_pair
     from outrider_bench.check.report import DraftCheck
-    from outrider_bench.check.tables import print_inspection
+    from outrider_bench.check.self_test import run_self_test, wants_self_test
+    from outrider_bench.check.tables import print_inspection, self_test_table
 
     drafts: list[str | None] = [*(report.options.drafts or ())] or [None]
     for draft in drafts:
@@ -65,9 +66,14 @@ async def _check(report: CheckReport, console: Console) -> None:
         print_inspection(console, inspection)
         check = DraftCheck(draft, inspection, options)
         report.checks.append(check)
-        if draft is None or options.files_only or inspection.refused:
+        if options.files_only or inspection.refused:
             continue
-        await _measure(check, draft, report, console)
+        if wants_self_test(options):
+            await run_self_test(options, draft, check.self_test, console, report)
+            console.print(self_test_table(check.self_test))
+            console.print()
+        if draft is not None and not check.refused and report.stopped is None:
+            await _measure(check, draft, report, console)
         if report.stopped is not None:
             break
 
@@ -113,6 +119,7 @@ async def _measure(check: DraftCheck, draft: str, report: CheckReport, console: 
         tables.survival_table(overall),
         tables.cost_table(pass_costs(check.loops)),
         tables.speed_table(check.speed_ups, options.rtt_ms),
+        tables.token_cost_table(check.token_costs),
     ):
         if shown.row_count:
             console.print(shown)

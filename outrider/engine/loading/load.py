@@ -51,7 +51,7 @@ def load_engine(options: EngineOptions) -> Engine:
     Raises ModelError, naming the model, if it cannot be loaded or would be served incorrectly, and
     ConfigError for invalid options.
     """
-    device = _device(options)
+    device = served_device(options.device)
     _set_threads(options)
     config = checkpoint.load_config(options.model)
     supported.check_config(options.model, config)
@@ -161,8 +161,8 @@ def _set_threads(options: EngineOptions) -> None:
         torch.set_num_threads(options.num_threads)
 
 
-def _device(options: EngineOptions) -> torch.device:
-    name = options.device
+def served_device(name: str) -> torch.device:
+    """The device by its option. Raises ConfigError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -52,11 +52,21 @@ class LongSelfTest:
 
     def difference(self, name: str, engine: Engine) -> float:
         """Largest difference of a logit. Raises ModelError if rounding cannot explain it."""
-        differences = [
+        return self_test.check_difference(name, self.largest(engine), self.expected, engine)
+
+    def largest(self, engine: Engine) -> float:
+        """Largest difference of a logit."""
+        return max(
             self_test.difference(expected, actual)
             for expected, actual in _steps(engine, self.token_ids, self)
-        ]
-        return self_test.check_difference(name, max(differences), self.expected, engine)
+        )
+
+    @classmethod
+    def of_length(cls, module: Any, length: int) -> LongSelfTest:
+        """Random tokens with their eager logits."""
+        token_ids = self_test.random_tokens(module, length, seed=1)
+        (expected,) = self_test.eager_logits(module, (token_ids,), num_rows=_NUM_ROWS)
+        return cls(token_ids, expected)
 
 
 def prepare_long_self_test(name: str, model: BoundModel) -> LongSelfTest | None:
@@ -69,7 +79,7 @@ def prepare_long_self_test(name: str, model: BoundModel) -> LongSelfTest | None:
         return None
     window = supported.longest_window(model.module.config)
     wanted = min(model.max_context_len, max(_MIN_LEN, window + PAGE_SIZE + 1))
-    length = min(wanted, _affordable_len(model.module))
+    length = min(wanted, affordable_len(model.module))
     if wanted > window >= length:
         _log.warning(
             "%s: the self-test has only %d tokens, limited by time or memory; "
@@ -78,12 +88,10 @@ def prepare_long_self_test(name: str, model: BoundModel) -> LongSelfTest | None:
         )  # fmt: skip
     if length <= _TIMED_LEN:
         return None
-    token_ids = self_test.random_tokens(model.module, length, seed=1)
-    (expected,) = self_test.eager_logits(model.module, (token_ids,), num_rows=_NUM_ROWS)
-    return LongSelfTest(token_ids, expected)
+    return LongSelfTest.of_length(model.module, length)
 
 
-def _affordable_len(module: Any) -> int:
+def affordable_len(module: Any) -> int:
     """Longest sequence that fits the time and memory limits, from one timed pass."""
     started_at = time.perf_counter()
     (logits,) = self_test.eager_logits(

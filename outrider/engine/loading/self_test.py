@@ -83,13 +83,22 @@ def difference(expected_rows: torch.Tensor, actual: torch.Tensor) -> float:
     return float((actual - expected_rows).abs().nan_to_num(torch.inf).max())
 
 
+def allowed_difference(expected: torch.Tensor, engine: Engine) -> float:
+    """The largest difference of a logit that rounding explains."""
+    return _TOLERANCE.get(engine.store.keys[0].dtype, 0.5) * _scale(expected)
+
+
+def _scale(expected: torch.Tensor) -> float:
+    return max(float(expected.std()), 1e-6)
+
+
 def check_difference(name: str, largest: float, expected: torch.Tensor, engine: Engine) -> float:
     """Return `largest`. Raises ModelError if it is more than rounding explains."""
-    scale = max(float(expected.std()), 1e-6)
-    dtype = engine.store.keys[0].dtype
-    if not largest <= _TOLERANCE.get(dtype, 0.5) * scale:
-        raise ModelError(f"{name}: logits differ by {largest:.3g} from plain attention (their "
-                         f"standard deviation is {scale:.3g}): not served correctly")  # fmt: skip
+    if not largest <= allowed_difference(expected, engine):
+        raise ModelError(
+            f"{name}: logits differ by {largest:.3g} from plain attention (their standard "
+            f"deviation is {_scale(expected):.3g}): not served correctly"
+        )
     return largest
 
 

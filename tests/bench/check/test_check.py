@@ -13,6 +13,7 @@ import pytest
 from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider_bench.models.synthetic import make_pair
 from tests.cli.processes import interrupted, run
+from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,7 +31,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_check_measures_the_pair_and_reports_everything(pair: Path, tmp_path: Path) -> None:
     ended = run(
         "check", str(pair / "target"), str(pair / "draft"), "--temperatures=0,1",
-        "--num-prompts=8", *SMALL, "--json", f"--out={tmp_path}",
+        "--num-prompts=8", *SMALL, "--json", f"--out={tmp_path}", "--target-cost=4",
+        "--draft-cost=1",
     )  # fmt: skip
     report: dict[str, Any] = json.loads(ended.stdout)
     assert ended.returncode == (0 if report["is_worth_it"] else 3), ended.stderr
@@ -47,6 +49,7 @@ def test_a_check_measures_the_pair_and_reports_everything(pair: Path, tmp_path: 
         assert one["measured"] > 0
         assert one["off"] == pytest.approx(one["predicted"] / one["measured"] - 1)
         assert len(one["prediction"]["ahead"]) == len(one["prediction"]["in_turn"]) == 5
+    assert [one["plain"] > 0 for one in draft["token_costs"]] == [True] * 4
     assert draft["costs"][0]["target_s"] > draft["costs"][0]["draft_s"] > 0
     assert json.loads((tmp_path / "check.json").read_text("utf-8"))["drafts"] == report["drafts"]
     plot = xml.etree.ElementTree.parse(tmp_path / "check.svg")
@@ -96,3 +99,13 @@ def test_wrong_flags_are_refused_by_name(pair: Path, flags: tuple[str, ...], mes
     ended = run("check", str(pair / "target"), str(pair / "draft"), *flags)
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr
+
+
+def test_a_self_test_of_a_gemma_like_target_alone(tmp_path: Path) -> None:
+    """On a CPU it is run on request. Without a draft nothing else is loaded."""
+    target = make_tiny_model("gemma3", tmp_path, vocab_size=300)
+    ended = run("check", str(target), "--self-test", "--json")
+    assert ended.returncode == 0, ended.stderr
+    cases = json.loads(ended.stdout)["drafts"][0]["self_test"]
+    assert len(cases) >= 6
+    assert all(case["is_passed"] for case in cases)

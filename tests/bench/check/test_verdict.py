@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from outrider.engine.loading.model_shape import ModelShape
-from outrider_bench.check.inspection import PairInspection
+from dataclasses import replace
+
+import pytest
+
+from outrider_bench.check.cost import token_costs
 from outrider_bench.check.prediction import Prediction, Situation
 from outrider_bench.check.results import Acceptance, PassCost, SpeedUp
 from outrider_bench.check.verdict import Verdict, verdict
-
-SHAPE = ModelShape("m", "llama", "float32", 100, 100, 0)
-
-
-def inspection(*refused: str) -> PairInspection:
-    return PairInspection(SHAPE, SHAPE, None, 10.0, refused, ())
 
 
 def speed_up(
@@ -26,7 +23,7 @@ def speed_up(
 def given(*speed_ups: SpeedUp, refused: tuple[str, ...] = ()) -> Verdict:
     alpha = Acceptance("", 0, 100, 0.31, 0.3, "poor", 3, (0.3,), 1.4, 1.4)
     costs = [PassCost(1, 0.020, 0.005)]
-    return verdict(inspection(*refused), speed_ups, [alpha], costs, 1.1)
+    return verdict(refused, speed_ups, [alpha], costs, 1.1)
 
 
 def test_a_good_pair_is_used_with_its_gamma_and_speed_ups() -> None:
@@ -66,3 +63,28 @@ def test_drafts_are_ranked_by_the_mean_of_their_speed_ups() -> None:
     one = given(speed_up(0, 1, 3.0), speed_up(0, 16, 1.0)).score
     two = given(speed_up(0, 1, 2.0), speed_up(0, 16, 1.8)).score
     assert two > one
+
+
+def test_costs_are_per_million_tokens_and_count_the_drafts() -> None:
+    """A target of 100 tokens/s at 3.6 an hour costs 10 per million; a draft adds a tenth."""
+    one = replace(speed_up(0, 1, 2.0, 2.2), plain_tokens_per_s=100.0)
+
+    def predict(of: SpeedUp, num_drafts: int) -> Prediction:
+        more = 2.0 if num_drafts == 1 else 2.05
+        ahead = (1.0, more)
+        return Prediction(of.prediction.situation, ahead, ahead, 100.0, (0.0, 0.3))
+
+    (cost,) = token_costs([one], predict, 3.6, 0.36)
+    assert cost.plain == pytest.approx(10)
+    # A second replica brings 2.5 % and costs 9 %.
+    assert cost.num_drafts == 1
+    assert cost.with_drafts == pytest.approx(11 / 2.2)
+    assert cost.num_targets == 3
+    assert cost.is_measured
+    (free,) = token_costs([one], predict, 3.6, 0.0)
+    assert free.num_drafts == 2
+    assert free.with_drafts == pytest.approx(10 / 2.2 * 2.0 / 2.05)
+    found = verdict([], [one], [], [], 1.1, [cost])
+    assert found.text.endswith(
+        "; a million tokens cost 5 instead of 10 at one stream, with 1 draft per target"
+    )

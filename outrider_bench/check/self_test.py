@@ -1,0 +1,92 @@
+"""Self-test of the engine on this device with these models, in a child process.
+
+`python -m outrider_bench.check.self_test` reads engine options as JSON from standard input and
+prints a line of JSON per case. `outrider/engine/loading/full_self_test.py` has the cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outrider.errors import ModelError, OutriderError
+from outrider_bench.check.options import CheckOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outrider_bench.measuring.show import Report
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """A case of one model's self-test; see `SelfTestCase`. `error`: why the model was refused."""
+
+    model: str
+    name: str
+    difference: float
+    allowed: float
+    is_passed: bool
+    error: str = ""
+
+
+def wants_self_test(options: CheckOptions) -> bool:
+    """As the flag says; without it, where the models would run on a GPU."""
+    if options.self_test is not None:
+        return options.self_test
+    from outrider.engine.loading.load import served_device
+
+    return served_device(options.device).type == "cuda"
+
+
+async def run_self_test(
+    options: CheckOptions,
+    draft: str | None,
+    found: list[SelfTestResult],
+    console: Console,
+    report: Report,
+) -> None:
+    """Adds the cases of both models to `found`. Raises ConfigError if one cannot be loaded."""
+    from outrider_bench.measuring.child import run_child
+    from outrider_bench.measuring.show import progress
+
+    models = [(options.target, options.device)]
+    if draft is not None:
+        models.append((draft, options.draft_device or options.device))
+    with progress(console, len(models), report, found) as step:
+        for model, device in models:
+            step(f"self-test of {model}")
+            how = {"model": model, "dtype": options.dtype, "device": device}
+            await run_child(
+                __name__, [], lambda case: found.append(SelfTestResult(**case)), json.dumps(how)
+            )
+
+
+def main() -> int:
+    """Exit status 2: the model cannot be loaded; the last line of standard error is why."""
+    from outrider.engine.loading.full_self_test import full_self_test
+    from outrider.engine.options import EngineOptions
+
+    options = EngineOptions(**json.load(sys.stdin))
+
+    def show(**case: Any) -> None:
+        print(json.dumps({"model": options.model, **case}), flush=True)
+
+    try:
+        for case in full_self_test(options):
+            show(
+                name=case.name, difference=case.difference, allowed=case.allowed,
+                is_passed=case.is_passed,
+            )  # fmt: skip
+    except ModelError as error:
+        show(name="at load", difference=0.0, allowed=0.0, is_passed=False, error=str(error))
+    except OutriderError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
