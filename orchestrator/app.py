@@ -31,6 +31,7 @@ from orchestrator.replicas.target_client import TargetLink
 from orchestrator.replicas.tier_drafts import num_replicas
 from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
+from orchestrator.speculation.output_pool import OutputPool
 from orchestrator.startup import reach_redis, settle_draft, settle_target
 from outrider.client.channel import OpenChannel
 from outrider.errors import ConfigError
@@ -219,6 +220,7 @@ async def _resources(
         costs,
         rollout,
         has_lookup=config.prompt_lookup,
+        past_outputs=OutputPool(pool) if (pool := config.prompt_lookup_pool) else None,
         observers=observing.observers,
         planted_bias=config.audit_planted_bias,
     )

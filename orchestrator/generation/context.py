@@ -14,6 +14,7 @@ from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.replicas.target_client import TargetLink
 from orchestrator.sessions import SessionStore
 from orchestrator.speculation.cost_book import CostBook
+from orchestrator.speculation.output_pool import OutputPool
 from outrider.tokenizer import Tokenizer
 
 
@@ -44,6 +45,8 @@ class GenerationContext:
     rollout: DraftRollout | None = None
     has_lookup: bool = False
     """Whether prompt lookup is on."""
+    past_outputs: OutputPool | None = None
+    """Past outputs that prompt lookup searches; None: none."""
     cleanup: Cleanup = field(default_factory=Cleanup)
     observers: MakeObservers = unobserved
     planted_bias: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.generation.context import GenerationContext
@@ -12,7 +13,7 @@ from orchestrator.sessions import Lease
 from orchestrator.speculation.draft_source import DraftRequest, DraftSource, NoDrafts
 from orchestrator.speculation.drafting import Drafting
 from orchestrator.speculation.gamma import GammaPolicy
-from orchestrator.speculation.lookup import LookupDrafts
+from orchestrator.speculation.lookup import LookupDrafts, TokenIndex
 from orchestrator.speculation.router import Router
 from orchestrator.speculation.verification import SourceName
 
@@ -58,7 +59,7 @@ class DraftSources:
         request, costs = self.request, self.context.costs
         lookup = None
         if self.may_look_up:
-            lookup = LookupDrafts(self._draft_request(), costs.shared.matches)
+            lookup = LookupDrafts(self._draft_request(), costs.shared.matches, self._past_outputs())
         return Router(
             Drafting(tier, policy, costs, request.lookahead),
             lookup,
@@ -68,6 +69,16 @@ class DraftSources:
             fixed_gamma=request.gamma,
             is_requested=request.draft_source is not SourceName.AUTO,
         )
+
+    def _past_outputs(self) -> Sequence[TokenIndex]:
+        """The client's past outputs, unless they might depend on this generation's seed.
+
+        An output of the same seed has the same noise: as draft tokens of rejection or block
+        verification its tokens would bias the output. A seed of the server's is a new one.
+        """
+        request, pool = self.request, self.context.past_outputs
+        is_biased = request.is_seeded and request.params.needs_supports(request.verification)
+        return pool.indexes(self.lease.client) if pool is not None and not is_biased else ()
 
     def _draft_request(self) -> DraftRequest:
         request, state = self.request, self.state

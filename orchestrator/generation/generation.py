@@ -269,6 +269,8 @@ class Generation:
         self._target.close(keep=keep)
         self._drafting.close(keep=keep)
         self._observation.ended(self._state)
+        if is_done and (pool := self._context.past_outputs) is not None:
+            pool.add(self._lease.client, self._state.token_ids[self._state.prompt_len :])
         recorder = self._recorder
         if not await recorder.release(target_kv, draft_kv, is_named=is_named, is_done=is_done):
             self._context.cleanup.in_background(recorder.retry_release())

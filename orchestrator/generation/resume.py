@@ -164,6 +164,7 @@ def _request(stored: dict[str, Any]) -> GenerationRequest:
         verification=Verification(stored.get("verification", Verification.REJECTION.value)),
         draft_source=SourceName(stored.get("draft_source", SourceName.AUTO)),
         create_session=False,
+        is_seeded=True,  # not recorded; it may be
         **values,
     )
 

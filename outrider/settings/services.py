@@ -201,6 +201,9 @@ class OrchestratorConfig(
     max_generations: int = setting(256, "maximum generations that run at a time")
     max_waiting: int = setting(64, "maximum queued requests; further ones are rejected")
     prompt_lookup: bool = setting(False, "draft tokens from earlier text, where that is faster")
+    prompt_lookup_pool: int = setting(
+        0, "tokens of past outputs that prompt lookup searches, each API key its own; 0: none"
+    )
     draft_wait: str = setting(
         "adaptive",
         "how long a round waits for draft tokens: adaptive (while it pays) or always",
@@ -258,23 +261,21 @@ class OrchestratorConfig(
             "gamma",
             f"must be 0 to max_gamma ({self.max_gamma})",
         )
+        pool = self.prompt_lookup_pool
+        require(pool == 0 or pool >= 16_384, "prompt_lookup_pool", "must be 0, or 16384 or more")
         wait_ms = self.draft_wait_ms
         require(wait_ms is None or wait_ms >= 0, "draft_wait_ms", "must be 0 or more")
         require(0 <= self.lookahead <= 4, "lookahead", "must be 0 to 4")
         require(1 <= self.fan_out <= 64, "fan_out", "must be 1 to 64")
-        require(self.default_max_tokens >= 1, "default_max_tokens", "must be 1 or more")
-        require(self.max_generations >= 1, "max_generations", "must be 1 or more")
-        require(self.max_waiting >= 0, "max_waiting", "must be 0 or more")
-        require(self.session_ttl_s > 0, "session_ttl_s", "must be more than 0")
-        require(self.max_sessions_per_key >= 1, "max_sessions_per_key", "must be 1 or more")
-        require(self.verify_timeout_s > 0, "verify_timeout_s", "must be more than 0")
-        require(self.target_wait_s >= 0, "target_wait_s", "must be 0 or more")
-        require(self.write_timeout_s > 0, "write_timeout_s", "must be more than 0")
+        for name in ("session_ttl_s", "verify_timeout_s", "write_timeout_s"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        for name in ("default_max_tokens", "max_generations", "max_sessions_per_key"):
+            require(getattr(self, name) >= 1, name, "must be 1 or more")
         for name in ("connection_age_s", "connection_age_grace_s"):
             age_s = getattr(self, name)
             require(0 <= age_s <= MAX_AGE_S, name, f"must be from 0 to {MAX_AGE_S:.0f}")
-        require(self.stop_grace_s >= 0, "stop_grace_s", "must be 0 or more")
-        require(self.redis_wait_s >= 0, "redis_wait_s", "must be 0 or more")
+        for name in ("max_waiting", "target_wait_s", "stop_grace_s", "redis_wait_s"):
+            require(getattr(self, name) >= 0, name, "must be 0 or more")
         self.check_server()
         self.check_telemetry()
         self.check_observation()

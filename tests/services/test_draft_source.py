@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from outrider.security.keys import KeyLimits
 from outrider.v1 import orchestrator_pb2 as pb
+from outrider.v1 import sampling_pb2
+from tests.security.parts import write_keys
 from tests.services.parts import GREEDY, refusal
-from tests.stack import Output, Stack, running_stack
+from tests.stack import Output, Stack, request, running_stack
 
 NUM_TOKENS = 40
 # Its tokens do not repeat; those that it has proposed by lookup are rejected.
@@ -102,3 +106,57 @@ async def test_a_resumed_turn_runs_without_a_source_that_is_not_there(redis_url:
         async for chunk in stack.client.Generate(resumed, timeout=200):
             rest.add(chunk)
     assert rest.token_ids == whole.token_ids[5:]
+
+
+# Room for one segment of each of two keys.
+POOL = {"prompt_lookup": True, "prompt_lookup_pool": 32_768}
+NEW_PROMPT = [7, 8, 9, 3]
+
+
+def num_accepted(output: Output) -> int:
+    sources = by_source(output)
+    return sources["LOOKUP"].num_accepted_tokens if "LOOKUP" in sources else 0
+
+
+async def test_past_outputs_are_found_by_their_own_key_only(redis_url: str, tmp_path: Path) -> None:
+    """The same request gives the same output: it is proposed to the key that has received it."""
+    keys = write_keys(tmp_path / "keys", ada=KeyLimits(), bob=KeyLimits())
+    sampling = {**GREEDY, "max_tokens": NUM_TOKENS}
+
+    async def ask(stack: Stack, name: str) -> Output:
+        output, metadata = Output(), (("x-api-key", keys[name]),)
+        asked = request(NEW_PROMPT, sampling, gamma=8)
+        async for chunk in stack.client.Generate(asked, timeout=200, metadata=metadata):
+            output.add(chunk)
+        return output
+
+    async with running_stack(
+        None, None, redis_url,
+        target_settings=SIMULATED, api_keys_file=str(tmp_path / "keys"), **POOL,
+    ) as stack:  # fmt: skip
+        outputs = [await ask(stack, name) for name in ("ada", "bob", "ada", "bob")]
+    assert [num_accepted(output) > 0 for output in outputs] == [False, False, True, True]
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "verification", "is_used"),
+    [
+        ({"temperature": 1.0}, sampling_pb2.VERIFICATION_REJECTION, True),
+        ({"temperature": 1.0, "seed": 5}, sampling_pb2.VERIFICATION_REJECTION, False),
+        ({"temperature": 1.0, "seed": 5}, sampling_pb2.VERIFICATION_BLOCK, False),
+        ({"temperature": 1.0, "seed": 5}, sampling_pb2.VERIFICATION_COUPLED, True),
+        ({"temperature": 0.0, "seed": 5}, sampling_pb2.VERIFICATION_REJECTION, True),
+    ],
+)
+async def test_past_outputs_of_the_same_seed_are_no_draft_tokens_of_rejection(
+    sampling: dict[str, Any], verification: int, is_used: bool, redis_url: str
+) -> None:
+    """They have the same noise, so the output would not have the target's distribution."""
+    given = {**sampling, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    async with running_stack(None, None, redis_url, target_settings=SIMULATED, **POOL) as stack:
+        for _ in range(2):
+            output = await stack.generate(
+                NEW_PROMPT, sampling=given, gamma=8, verification=verification
+            )
+    assert (num_accepted(output) > 0) == is_used

@@ -39,6 +39,7 @@ REQUEST = GenerationRequest(
     create_session=False,
     is_durable=False,
     draft_source=SourceName.LOOKUP,
+    is_seeded=True,
 )
 # Value of each field in a turn that was recorded before the field existed.
 NEUTRAL = {
