@@ -16,7 +16,7 @@ import grpc
 from outrider.runtime.message_limits import SMALL_BYTES
 from outrider.v1 import orchestrator_pb2
 from tests.fuzz.bombs import bombs
-from tests.fuzz.corpus import Dialect, oversize, session_ids
+from tests.fuzz.corpus import Dialect, fingerprints, oversize, session_ids
 from tests.fuzz.feed import Feed, Frame
 from tests.fuzz.findings import Findings
 from tests.fuzz.values import SESSION_IDS
@@ -68,6 +68,7 @@ class Attack(ABC):
         self._findings.sent[frame.kind] += 1
         if frame.message is not None:
             self._findings.session_ids.update(session_ids(frame.message))
+            self._findings.fingerprints.update(fingerprints(frame.message))
         return frame
 
     def _data(self, frame: Frame, chance: random.Random) -> bytes:

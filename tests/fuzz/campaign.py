@@ -117,7 +117,7 @@ async def _check(fronts: Fronts, service: str, before: list[Load], findings: Fin
 
     try:
         await eventually(nothing_is_open, SETTLE_S)
-        await fronts.forget(service, findings.session_ids)
+        await fronts.forget(service, findings.session_ids, findings.fingerprints)
         await eventually(all_is_given_back, SETTLE_S)
         if not await fronts.is_serving(service):
             findings.defect("health does not say SERVING")

@@ -248,3 +248,10 @@ def session_ids(message: Message) -> Sequence[str]:
     if isinstance(message, orchestrator_pb2.GenerateRequest):
         return [message.session_id]
     return [opening.session_id for opening in getattr(message, "opens", ())]
+
+
+def fingerprints(message: Message) -> Sequence[str]:
+    """Fingerprint of the target whose sessions at a draft the message names; usually none."""
+    if isinstance(message, draft_pb2.ProposeRequest) and message.HasField("target"):
+        return [message.target.model_fingerprint]
+    return []

@@ -33,6 +33,8 @@ class Findings:
     defects: list[str] = field(default_factory=list)
     # Names under which sessions may have been left.
     session_ids: set[str] = field(default_factory=set)
+    # Targets whose sessions may have been left at the draft; "": a stream that names none.
+    fingerprints: set[str] = field(default_factory=lambda: {""})
     num_healthy_tokens: int = 0
 
     def defect(self, text: str) -> None:

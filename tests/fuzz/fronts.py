@@ -25,6 +25,8 @@ from outrider.v1 import (
 SERVICES = ("target", "draft", "orchestrator")
 SETTLE_S = 60.0
 _FORGET_AT_ONCE = 1_000
+# Longer fingerprints are refused.
+_MAX_NAME_CHARS = 1_024
 # The client's own limits must not save the server from a message.
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -66,18 +68,32 @@ class Fronts:
         answer = await health.Check(health_pb2.HealthCheckRequest())
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def forget(self, service: str, session_ids: set[str]) -> None:
-        """Whatever was kept under these names goes."""
+    async def forget(self, service: str, session_ids: set[str], fingerprints: set[str]) -> None:
+        """Frees what is cached for these sessions: of all these targets, if at the draft."""
         names = sorted(name for name in session_ids if 1 <= len(name) <= 128)
         if service == "orchestrator":
             for name in names:
                 await self._delete(name)
             return
-        call = self.target.Verify() if service == "target" else self.draft.Propose()
-        frame = target_pb2.VerifyRequest if service == "target" else draft_pb2.ProposeRequest
-        for start in range(0, len(names), _FORGET_AT_ONCE):
-            some = names[start : start + _FORGET_AT_ONCE]
-            await call.write(frame(forget_session_ids=some))
+        parts = [
+            names[start : start + _FORGET_AT_ONCE]
+            for start in range(0, len(names), _FORGET_AT_ONCE)
+        ]
+        frames: list[Any]
+        if service == "target":
+            call = self.target.Verify()
+            frames = [target_pb2.VerifyRequest(forget_session_ids=part) for part in parts]
+        else:
+            call = self.draft.Propose()
+            targets = [draft_pb2.DraftTarget(model_fingerprint=f) for f in sorted(fingerprints)]
+            frames = [
+                draft_pb2.ProposeRequest(target=target, forget_session_ids=part)
+                for target in targets
+                for part in parts
+                if len(target.model_fingerprint) <= _MAX_NAME_CHARS
+            ]
+        for frame in frames:
+            await call.write(frame)
         await call.done_writing()
         async for _ in call:
             pass
