@@ -37,11 +37,12 @@ Floats = npt.NDArray[np.float64]
 class Job:
     """Models and prompts. `temperatures`: each prompt is continued at each of them.
 
-    `num_threads` 0: the engine's default. `ignore_eos`: texts go on after an EOS token.
+    `draft` None: only the target's texts are wanted. `num_threads` 0: the engine's default.
+    `ignore_eos`: texts go on after an EOS token.
     """
 
     target: str
-    draft: str
+    draft: str | None
     dtype: str
     device: str
     draft_device: str
@@ -55,10 +56,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One text of the target. Lists have one entry per generated token.
+    """One text of the target. Lists have one entry per generated token; empty without a draft.
 
-    `overlap`: Σ min(target_probs, draft_probs), the acceptance rate of rejection sampling there
-    (Leviathan et al. 2023, Corollary 3.6); at temperature 0 whether the argmaxes are equal.
+    `prompt`: its index in the job. `overlap`: Σ min(target_probs, draft_probs), the acceptance rate
+    of rejection sampling there (Leviathan et al. 2023, Corollary 3.6); at temperature 0 whether the
+    argmaxes are equal.
     `accepted`: probability that the emitted token was a draft token that was accepted, with the
     draft's distribution cut off as the draft service does. `agrees`: whether both models' most
     likely tokens are equal. `rank`: of the emitted token at the draft; 0 is its most likely token.
@@ -66,6 +68,8 @@ class Comparison:
 
     task: str
     temperature: float
+    prompt: int
+    token_ids: list[int]
     overlap: list[float]
     accepted: list[float]
     agrees: list[bool]
@@ -100,6 +104,7 @@ def compared(job: Job) -> Iterator[list[Comparison]]:
             )
         )
         for model, device in ((job.target, job.device), (job.draft, job.draft_device))
+        if model is not None
     ]
     for number, (temperature, indices) in enumerate(batches(job)):
         batch = _Batch(engines, job, temperature, indices)
@@ -121,7 +126,7 @@ class _Batch:
         self._eos = () if job.ignore_eos else engines[0].info.eos_token_ids
         self._vocab_size = engines[0].info.vocab_size
         self.comparisons = [
-            Comparison(job.prompts[i][0], temperature, [], [], [], []) for i in indices
+            Comparison(job.prompts[i][0], temperature, i, [], [], [], [], []) for i in indices
         ]
         prompts = [job.prompts[i][1] for i in indices]
         # Tokens of each text that the models have not seen; empty: the text has ended.
@@ -135,15 +140,13 @@ class _Batch:
         open_rows = [row for row, ids in enumerate(self._new) if ids]
         if not open_rows:
             return False
-        target, draft = (self._logits(tier, open_rows) for tier in range(2))
-        chosen = self._chosen(target, draft, generator)
-        for row, token_id, overlap, accepted, agrees, rank in zip(open_rows, *chosen, strict=True):
-            comparison = self.comparisons[row]
-            comparison.overlap.append(float(overlap))
-            comparison.accepted.append(float(accepted))
-            comparison.agrees.append(bool(agrees))
-            comparison.rank.append(int(rank))
-            self._new[row] = [] if token_id in self._eos else [int(token_id)]
+        target, *drafts = (self._logits(tier, open_rows) for tier in range(len(self._engines)))
+        token_ids = self._emitted(target, generator)
+        for draft in drafts:
+            self._compare(open_rows, token_ids, target, draft)
+        for row, token_id in zip(open_rows, token_ids.tolist(), strict=True):
+            self.comparisons[row].token_ids.append(token_id)
+            self._new[row] = [] if token_id in self._eos else [token_id]
         return True
 
     def _logits(self, tier: int, rows: Sequence[int]) -> Floats:
@@ -160,26 +163,39 @@ class _Batch:
         logits = np.pad(logits, ((0, 0), (0, max(0, missing))), constant_values=-np.inf)
         return np.asarray(logits[:, : self._vocab_size])
 
-    def _chosen(
-        self, target: Floats, draft: Floats, generator: np.random.Generator
-    ) -> tuple[Any, Any, Any, Any, Any]:
-        """Emitted token, overlap, acceptance probability, agreement and rank of each row."""
-        rows = np.arange(len(target))
-        agrees = target.argmax(-1) == draft.argmax(-1)
+    def _emitted(self, target: Floats, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """The target's next token of each row."""
         if self._params.greedy:
-            token_ids = target.argmax(-1)
-            rank = (draft > draft[rows, token_ids][:, None]).sum(-1)
-            return token_ids, agrees.astype(float), agrees.astype(float), agrees, rank
-        target_probs, draft_probs = (np.exp(warp(x, self._params)) for x in (target, draft))
+            return np.asarray(target.argmax(-1), np.int64)
+        probs = np.exp(warp(target, self._params))
         # Inverse CDF; the last token catches rounding.
-        levels = generator.random((len(rows), 1)) * target_probs.sum(-1, keepdims=True)
-        token_ids = (np.cumsum(target_probs, -1) <= levels).sum(-1).clip(max=target.shape[1] - 1)
-        overlap = np.minimum(target_probs, draft_probs).sum(-1)
-        emitted = target_probs[rows, token_ids]
-        proposed = np.array([_sent(q, t) for q, t in zip(draft_probs, token_ids, strict=True)])
-        accepted = np.minimum(1.0, proposed / np.maximum(emitted, 1e-300))
-        rank = (draft > draft[rows, token_ids][:, None]).sum(-1)
-        return token_ids, overlap, accepted, agrees, rank
+        levels = generator.random((len(probs), 1)) * probs.sum(-1, keepdims=True)
+        found: npt.NDArray[np.int64] = (np.cumsum(probs, -1) <= levels).sum(-1)
+        return found.clip(max=target.shape[1] - 1)
+
+    def _compare(
+        self,
+        rows: Sequence[int],
+        token_ids: npt.NDArray[np.int64],
+        target: Floats,
+        draft: Floats,
+    ) -> None:
+        """Adds overlap, acceptance probability, agreement and rank of each row."""
+        every = np.arange(len(rows))
+        agrees = target.argmax(-1) == draft.argmax(-1)
+        overlap = accepted = agrees.astype(float)
+        if not self._params.greedy:
+            target_probs, draft_probs = (np.exp(warp(x, self._params)) for x in (target, draft))
+            overlap = np.minimum(target_probs, draft_probs).sum(-1)
+            sent = np.array([_sent(q, t) for q, t in zip(draft_probs, token_ids, strict=True)])
+            accepted = np.minimum(1.0, sent / np.maximum(target_probs[every, token_ids], 1e-300))
+        rank = (draft > draft[every, token_ids][:, None]).sum(-1)
+        for place, row in enumerate(rows):
+            comparison = self.comparisons[row]
+            comparison.overlap.append(float(overlap[place]))
+            comparison.accepted.append(float(accepted[place]))
+            comparison.agrees.append(bool(agrees[place]))
+            comparison.rank.append(int(rank[place]))
 
     def close(self) -> list[Comparison]:
         """Frees the memory; returns the comparisons."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider.cli.stack_options import NO_DRAFT
+from outrider.replica import CostReport
 from outrider_bench.check.options import CheckOptions
 from outrider_bench.check.prediction import PairCost
 from outrider_bench.check.prompts import Prompt, Workload
@@ -63,19 +65,22 @@ class Loops:
 
 async def measure_loops(
     options: CheckOptions,
-    draft: str,
+    draft: str | None,
     workload: Workload,
     loops: Loops,
     console: Console,
     report: Report,
 ) -> None:
-    """Fills `loops`. After a signal it returns with the measurements so far (`report.stopped`)."""
+    """Fills `loops`. After a signal it returns with the measurements so far (`report.stopped`).
+
+    `draft` None: prompt lookup alone.
+    """
     from outrider_bench.measuring.load import interleaved
     from outrider_bench.measuring.show import progress
 
     bench = BenchOptions(
         target=options.target,
-        draft=draft,
+        draft=draft or NO_DRAFT,
         dtype=options.dtype,
         device=options.device,
         draft_device=options.draft_device,
@@ -86,10 +91,12 @@ async def measure_loops(
         "max_generations": max(256, *options.stream_list),
         "assume_same_vocabulary": options.assume_same_vocabulary,
         "draft_delay_ms": options.rtt_ms / 2 or None,
+        "prompt_lookup": draft is None,
     }
     points = [(t, num) for t in options.temperature_list for num in options.stream_list]
     async with measured_system(bench, console, **changes) as system:
-        system.require_draft()
+        if draft is not None:
+            system.require_draft()
         # Twice: plain and as served.
         num_steps = 2 + 2 * options.repetitions * len(points)
         with progress(console, num_steps, report, loops) as step:
@@ -126,9 +133,12 @@ async def _warm_up(
     assert rounds is not None, "the orchestrator reports statistics of every output"
     overhead_s = max(0.0, rounds.verify_s - rounds.target_step_s)
     addresses = system.stack.addresses
+    has_draft = "draft" in addresses
     loops.cost = PairCost(
         target=costs_from_proto((await target_info(addresses["target"])).costs),
-        draft=costs_from_proto((await draft_info(addresses["draft"])).costs),
+        draft=costs_from_proto((await draft_info(addresses["draft"])).costs)
+        if has_draft
+        else CostReport(),
         overhead_s=overhead_s,
         draft_overhead_s=overhead_s,
     )

@@ -23,10 +23,13 @@ class CheckOptions:
     target: Annotated[str, typer.Argument(help="Target model: local directory or Hub name.")]
     drafts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DRAFT]...", help="Drafts to check with it; several are ranked."),
+        typer.Argument(
+            metavar="[DRAFT]...",
+            help="Drafts to check with it; several are ranked. None: prompt lookup alone.",
+        ),
     ] = None
     files_only: Annotated[
-        bool, typer.Option("--files-only", help="Check the files; load no model. Takes seconds.")
+        bool, typer.Option("--files-only", help="Check the files; load no model.")
     ] = False
     prompts: Annotated[
         Path | None,

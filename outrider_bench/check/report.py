@@ -20,6 +20,7 @@ from outrider_bench.check.inspection import PairInspection
 from outrider_bench.check.loops import Loops
 from outrider_bench.check.options import CheckOptions
 from outrider_bench.check.prediction import Prediction
+from outrider_bench.check.prompts import Prompt
 from outrider_bench.check.self_test import SelfTestResult
 from outrider_bench.check.verdict import Verdict, verdict
 
@@ -37,6 +38,7 @@ class DraftCheck:
     inspection: PairInspection
     options: CheckOptions
     self_test: list[SelfTestResult] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     loops: Loops = field(default_factory=Loops)
 
@@ -52,12 +54,22 @@ class DraftCheck:
         return [*self.inspection.refused, *failed]
 
     @property
-    def predictor(self) -> results.Predictor | None:
+    def predictor(self) -> results.Predictor | results.LookupPredictor | None:
         """None as long as the costs are not known."""
-        has_texts = any(len(one.accepted) > 1 for one in self.comparisons)
-        if self.loops.cost is None or not has_texts:
+        cost, max_gamma = self.loops.cost, self.options.max_gamma
+        if cost is None or not any(len(one.token_ids) > 1 for one in self.comparisons):
             return None
-        return results.Predictor(self.comparisons, self.loops.cost, self.options.max_gamma)
+        if self.draft is None:
+            return results.LookupPredictor(self.comparisons, self.prompts, cost, max_gamma)
+        return results.Predictor(self.comparisons, cost, max_gamma)
+
+    @property
+    def lookup_uses(self) -> list[results.LookupUse]:
+        """Empty with a draft, and as long as the costs are not known."""
+        cost = self.loops.cost
+        if self.draft is not None or cost is None:
+            return []
+        return results.lookup_uses(self.comparisons, self.prompts, cost, self.options.max_gamma)
 
     @property
     def speed_ups(self) -> list[results.SpeedUp]:
@@ -100,6 +112,7 @@ class DraftCheck:
             results.pass_costs(self.loops),
             self.options.min_speed_up,
             self.token_costs,
+            is_lookup=self.draft is None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,6 +126,7 @@ class DraftCheck:
             "self_test": [asdict(one) for one in self.self_test],
             "acceptance": [asdict(one) for one in self.acceptances()],
             "acceptance_by_task": [asdict(one) for one in self.acceptances(by_task=True)],
+            "lookup": [asdict(one) for one in self.lookup_uses],
             "costs": [asdict(one) | {"ratio": one.ratio} for one in costs],
             "token_costs": [asdict(one) for one in self.token_costs],
             "speed_ups": [

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from outrider.sampling.formulas import acceptance_band, mean_acceptance_length
-from outrider_bench.check import replay
+from outrider_bench.check import lookup, replay
 from outrider_bench.check.acceptance import Comparison
 from outrider_bench.check.loops import Loops, median_speed_up
 from outrider_bench.check.prediction import PairCost, Prediction, Situation, predicted
+from outrider_bench.check.prompts import Prompt
 
 # Batch sizes at which the costs of passes are shown.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -134,9 +135,9 @@ def _of_loop(loops: Loops, temperature: float) -> tuple[float | None, tuple[floa
 
 
 def pass_costs(loops: Loops) -> list[PassCost]:
-    """Costs by batch size; empty if they are not known."""
+    """Costs by batch size; empty if they are not known or there is no draft."""
     cost = loops.cost
-    if cost is None:
+    if cost is None or not cost.draft.step_s[0]:
         return []
     sizes = ((num, cost.target.pass_s(num, num), cost.draft.pass_s(num, num))
              for num in _BATCH_SIZES)  # fmt: skip
@@ -165,8 +166,60 @@ class Predictor:
         return predicted(self._cost, self._tokens[temperature], situation, hit_rate)
 
 
+class LookupPredictor:
+    """Predicts speed-ups of prompt lookup alone, as `Predictor`."""
+
+    def __init__(
+        self,
+        comparisons: Sequence[Comparison],
+        prompts: Sequence[Prompt],
+        cost: PairCost,
+        max_gamma: int,
+    ) -> None:
+        self._cost, self._max_gamma = cost, max_gamma
+        self._texts: dict[float, list[lookup.Text]] = {}
+        for one in comparisons:
+            text = prompts[one.prompt].token_ids, one.token_ids
+            self._texts.setdefault(one.temperature, []).append(text)
+
+    @property
+    def temperatures(self) -> list[float]:
+        return list(self._texts)
+
+    def predict(self, temperature: float, situation: Situation) -> Prediction:
+        texts = self._texts[temperature]
+        return lookup.predicted_lookup(texts, self._cost, situation, self._max_gamma)
+
+
+@dataclass(frozen=True)
+class LookupUse:
+    """Prompt lookup on the target's texts of one task, with one stream; `task` empty: all."""
+
+    task: str
+    temperature: float
+    rounds: lookup.LookupRounds
+
+
+def lookup_uses(
+    comparisons: Sequence[Comparison], prompts: Sequence[Prompt], cost: PairCost, max_gamma: int
+) -> list[LookupUse]:
+    """One entry per temperature and task, then one per temperature."""
+    groups: dict[tuple[str, float], list[lookup.Text]] = {}
+    for one in comparisons:
+        for task in (one.task, ""):
+            text = prompts[one.prompt].token_ids, one.token_ids
+            groups.setdefault((task, one.temperature), []).append(text)
+    round_s = lookup.round_seconds(cost, 1, max_gamma)
+    uses = []
+    for (task, temperature), texts in groups.items():
+        rounds = lookup.replayed(texts, round_s)
+        if rounds is not None:
+            uses.append(LookupUse(task, temperature, rounds))
+    return sorted(uses, key=lambda use: not use.task)
+
+
 def speed_ups(
-    predictor: Predictor, loops: Loops, streams: Iterable[int], rtt_s: float
+    predictor: Predictor | LookupPredictor, loops: Loops, streams: Iterable[int], rtt_s: float
 ) -> list[SpeedUp]:
     """One entry per temperature and number of streams."""
     return [

@@ -33,9 +33,11 @@ class SelfTestResult:
 
 
 def wants_self_test(options: CheckOptions) -> bool:
-    """As the flag says; without it, where the models would run on a GPU."""
+    """As the flag says; without it, if the models will run on a GPU."""
     if options.self_test is not None:
         return options.self_test
+    if options.files_only:
+        return False
     from outrider.engine.loading.load import served_device
 
     return served_device(options.device).type == "cuda"

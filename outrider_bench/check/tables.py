@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from outrider_bench.check.cost import TokenCost
 from outrider_bench.check.inspection import PairInspection, TokenizerComparison, TokenizerMatch
-from outrider_bench.check.results import Acceptance, PassCost, SpeedUp
+from outrider_bench.check.results import Acceptance, LookupUse, PassCost, SpeedUp
 from outrider_bench.check.self_test import SelfTestResult
 from outrider_bench.measuring.show import number, share, table, times
 
@@ -114,7 +114,8 @@ def acceptance_table(by_task: Sequence[Acceptance], overall: Sequence[Acceptance
             own = {one.temperature: one for one in by_task if one.task == task}
             shown.add_row(task, *(_alpha(own.get(t)) for t in temperatures))
         shown.add_section()
-    shown.add_row("all", *(f"{_alpha(one)} {one.band}" for one in overall))
+    if overall:
+        shown.add_row("all", *(f"{_alpha(one)} {one.band}" for one in overall))
     if any(one.loop_alpha is not None for one in overall):
         shown.add_row("real loop", *(number(one.loop_alpha) for one in overall))
     return shown
@@ -122,6 +123,25 @@ def acceptance_table(by_task: Sequence[Acceptance], overall: Sequence[Acceptance
 
 def _alpha(one: Acceptance | None) -> str:
     return "" if one is None else f"{one.alpha:.2f} ({one.agreement:.2f})"
+
+
+def lookup_table(uses: Sequence[LookupUse]) -> Table:
+    """Prompt lookup by task and temperature, with one stream."""
+    temperatures = list(dict.fromkeys(use.temperature for use in uses))
+    columns = [f"T = {t:g}: speed-up (α, rounds with drafts)" for t in temperatures]
+    shown = table("prompt lookup on the target's own text, one stream", ("task", *columns))
+    for task in dict.fromkeys(use.task for use in uses):
+        own = {use.temperature: use.rounds for use in uses if use.task == task}
+        cells = [own.get(t) for t in temperatures]
+        shown.add_row(
+            task or "all",
+            *(
+                "" if one is None
+                else f"{times(one.speed_up)} ({number(one.alpha)}, {share(one.drafted_share)})"
+                for one in cells
+            ),
+        )  # fmt: skip
+    return shown
 
 
 def survival_table(overall: Sequence[Acceptance]) -> Table:

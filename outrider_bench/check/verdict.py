@@ -26,6 +26,8 @@ def verdict(
     costs: Sequence[PassCost],
     min_speed_up: float,
     token_costs: Sequence[TokenCost] = (),
+    *,
+    is_lookup: bool = False,
 ) -> Verdict:
     """Worth it: at any temperature and number of streams the speed-up is `min_speed_up` or more."""
     if refused:
@@ -38,7 +40,8 @@ def verdict(
     if not good:
         return Verdict(_against(speed_ups, acceptances, costs, min_speed_up), False, score)
     used = [one for one in speed_ups if one.temperature in good]
-    text = _in_favour(used, speed_ups, good)
+    what = "prompt lookup" if is_lookup else f"γ ≈ {_best_gamma(used)}"
+    text = f"use {what}: {_in_favour(used, speed_ups, good)}"
     prices = [one for one in token_costs if one.temperature in good]
     return Verdict(text + _price(prices), True, score)
 
@@ -60,10 +63,8 @@ def _price(prices: Sequence[TokenCost]) -> str:
 
 
 def _in_favour(used: Sequence[SpeedUp], all_of: Sequence[SpeedUp], good: set[float]) -> str:
+    """What to use, and what it brings by number of streams."""
     counts = sorted({one.num_streams for one in used})
-    gamma = statistics.median_low(
-        one.prediction.best_gamma for one in used if one.num_streams == counts[0]
-    )
     parts = [
         f"{_range([one.value for one in used if one.num_streams == num])} at {_streams(num)}"
         for num in counts
@@ -71,7 +72,14 @@ def _in_favour(used: Sequence[SpeedUp], all_of: Sequence[SpeedUp], good: set[flo
     how = "measured" if all(one.measured is not None for one in used) else "predicted"
     bad = sorted({one.temperature for one in all_of} - good)
     exception = f"; not at T = {', '.join(f'{t:g}' for t in bad)}" if bad else ""
-    return f"use γ ≈ {max(1, gamma)}: {', '.join(parts)} ({how}){exception}"
+    return f"{', '.join(parts)} ({how}){exception}"
+
+
+def _best_gamma(used: Sequence[SpeedUp]) -> int:
+    """γ for the fewest streams: the median over temperatures, at least 1."""
+    fewest = min(one.num_streams for one in used)
+    gammas = (one.prediction.best_gamma for one in used if one.num_streams == fewest)
+    return max(1, statistics.median_low(gammas))
 
 
 def _against(

@@ -66,14 +66,14 @@ async def _check(report: CheckReport, console: Console) -> None:
         print_inspection(console, inspection)
         check = DraftCheck(draft, inspection, options)
         report.checks.append(check)
-        if options.files_only or inspection.refused:
+        if inspection.refused:
             continue
         if wants_self_test(options):
             await run_self_test(options, draft, check.self_test, console, report)
             console.print(self_test_table(check.self_test))
             console.print()
-        if draft is not None and not check.refused and report.stopped is None:
-            await _measure(check, draft, report, console)
+        if not (options.files_only or check.refused or report.stopped):
+            await _measure(check, report, console)
         if report.stopped is not None:
             break
 
@@ -88,14 +88,15 @@ def _with_vocabulary(options: CheckOptions, draft: str | None) -> CheckOptions:
     return replace(options, assume_same_vocabulary=stack.has_same_vocabulary)
 
 
-async def _measure(check: DraftCheck, draft: str, report: CheckReport, console: Console) -> None:
+async def _measure(check: DraftCheck, report: CheckReport, console: Console) -> None:
     """Acceptance along the target's text, then the real loop; prints the tables."""
     from outrider_bench.check import tables
     from outrider_bench.check.acceptance import Job, measure_acceptance
     from outrider_bench.check.loops import measure_loops
     from outrider_bench.check.results import pass_costs
 
-    options, workload = check.options, _workload(check)
+    options, draft, workload = check.options, check.draft, _workload(check)
+    check.prompts = workload.prompts
     job = Job(
         target=options.target,
         draft=draft,
@@ -112,10 +113,9 @@ async def _measure(check: DraftCheck, draft: str, report: CheckReport, console: 
     if report.stopped is None:
         await measure_loops(options, draft, workload, check.loops, console, report)
     overall = check.acceptances()
-    if not overall:
-        return
     for shown in (
         tables.acceptance_table(check.acceptances(by_task=True), overall),
+        tables.lookup_table(check.lookup_uses),
         tables.survival_table(overall),
         tables.cost_table(pass_costs(check.loops)),
         tables.speed_table(check.speed_ups, options.rtt_ms),
@@ -146,9 +146,8 @@ def _workload(check: DraftCheck) -> Workload:
             own = prompts.built_in(tokenizer, options.task or list(prompts.Task), chat=chat)
         workload = prompts.Workload(own)
     draft = check.inspection.draft
-    assert draft is not None, "measured with a draft only"
     longest = max(len(prompt.token_ids) for prompt in workload.prompts)
-    room = min(shape.max_context_len, draft.max_context_len)
+    room = min(one.max_context_len for one in (shape, draft) if one is not None)
     if longest + options.max_tokens > room:
         raise ConfigError(
             f"--max-tokens: the longest prompt has {longest} tokens, the context {room}; at most "

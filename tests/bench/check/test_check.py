@@ -101,11 +101,29 @@ def test_wrong_flags_are_refused_by_name(pair: Path, flags: tuple[str, ...], mes
     assert message in ended.stderr
 
 
-def test_a_self_test_of_a_gemma_like_target_alone(tmp_path: Path) -> None:
-    """On a CPU it is run on request. Without a draft nothing else is loaded."""
+def test_a_self_test_of_a_gemma_like_target(tmp_path: Path) -> None:
+    """On a CPU it is run on request."""
     target = make_tiny_model("gemma3", tmp_path, vocab_size=300)
-    ended = run("check", str(target), "--self-test", "--json")
+    ended = run("check", str(target), "--self-test", "--files-only", "--json")
     assert ended.returncode == 0, ended.stderr
     cases = json.loads(ended.stdout)["drafts"][0]["self_test"]
     assert len(cases) >= 6
     assert all(case["is_passed"] for case in cases)
+
+
+def test_without_a_draft_prompt_lookup_is_checked() -> None:
+    """Through the services, which propose from the prompt and the output."""
+    ended = run(
+        "check", str(TARGET_PATH), "--task=editing", "--temperatures=0", *SMALL[1:],
+        "--max-tokens=32", "--json",
+    )  # fmt: skip
+    assert ended.returncode in (0, 3), ended.stderr
+    (found,) = json.loads(ended.stdout)["drafts"]
+    assert found["draft"] is None
+    assert found["acceptance"] == found["costs"] == []
+    uses = {use["task"]: use["rounds"] for use in found["lookup"]}
+    assert set(uses) == {"editing", ""}
+    assert uses[""]["tokens_per_round"] >= 1
+    assert [one["num_streams"] for one in found["speed_ups"]] == [1, 2]
+    assert all(one["measured"] > 0 for one in found["speed_ups"])
+    assert found["verdict"].startswith(("use prompt lookup: ", "do not speculate: "))

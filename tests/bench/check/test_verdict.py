@@ -88,3 +88,8 @@ def test_costs_are_per_million_tokens_and_count_the_drafts() -> None:
     assert found.text.endswith(
         "; a million tokens cost 5 instead of 10 at one stream, with 1 draft per target"
     )
+
+
+def test_prompt_lookup_is_named_and_without_gamma() -> None:
+    found = verdict([], [speed_up(0, 1, 1.6)], [], [], 1.1, is_lookup=True)
+    assert found.text == "use prompt lookup: 1.6x at one stream (predicted)"
