@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 from draft_service.grpc_server import DraftServicer
+from draft_service.reencoding import load_reencoders
 from draft_service.scheduler_worker import Proposer
 from outrider.engine import DeviceThread, ServedEngine
 from outrider.model_server.lifecycle import MountedService, model_serving
@@ -18,8 +21,14 @@ from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 
 
-def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
-    """Context of the running draft service; see `model_serving`."""
+@contextlib.asynccontextmanager
+async def serving(config: DraftConfig) -> AsyncIterator[Server]:
+    """Context of the running draft service; see `model_serving`.
+
+    Raises ConfigError, too, if a target's tokenizer cannot be loaded or re-encoded.
+    """
+    targets = config.target_tokenizers
+    reencoders = await asyncio.to_thread(load_reencoders, config.model, targets)
 
     def mount(
         engine: ServedEngine,
@@ -36,7 +45,9 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
             max_branches=config.max_branches,
             idle_session_ttl_s=config.idle_session_ttl_s,
             prefix_cache=config.prefix_cache,
+            reencoders=reencoders,
         )
+        model.target_tokenizer_fingerprints.extend(reencoders)
         proposer.meter = watch.meter
         scheduler = Scheduler(proposer, device)
         mounted = MountedService(
@@ -51,4 +62,5 @@ def serving(config: DraftConfig) -> AbstractAsyncContextManager[Server]:
         draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
         return mounted
 
-    return model_serving(config, "draft", SERVICE_NAME, mount)
+    async with model_serving(config, "draft", SERVICE_NAME, mount) as server:
+        yield server

@@ -102,11 +102,17 @@ def _target(message: draft_pb2.DraftTarget) -> TargetIdentity:
     for name, text in (
         ("target.name", message.name),
         ("target.model_fingerprint", message.model_fingerprint),
+        ("target.tokenizer_fingerprint", message.tokenizer_fingerprint),
     ):
         if len(text) > _MAX_NAME_CHARS:
             raise InvalidRequest(name, f"{len(text)} characters; at most {_MAX_NAME_CHARS}")
     unpack_ranges(message.unshared_ids, "target.unshared_ids", _MAX_RANGES)
-    return TargetIdentity(message.name, message.model_fingerprint, message.unshared_ids)
+    return TargetIdentity(
+        message.name,
+        message.model_fingerprint,
+        message.unshared_ids,
+        message.tokenizer_fingerprint,
+    )
 
 
 def _open(

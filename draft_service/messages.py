@@ -38,6 +38,8 @@ class TargetIdentity:
     model_fingerprint: str = ""
     # As in DraftTarget; can be unpacked.
     unshared_ids: bytes = b""
+    # Of the tokenizer whose text is re-encoded; empty: token ids are the draft's own.
+    tokenizer_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,19 @@ class Commit:
         _check_gamma(self.gamma, self.ahead_gamma, max_gamma)
         if max(self.token_ids, default=0) >= vocab_size:
             raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+
+
+def check_commit(
+    former_len: int, token_ids: Sequence[int], committed_len: int, max_len: int
+) -> None:
+    """Raises InvalidRequest unless the tokens follow `former_len` committed ones."""
+    num = len(token_ids)
+    if not num or committed_len != former_len + num or committed_len > max_len:
+        raise InvalidRequest(
+            "committed_len",
+            f"{committed_len}; must be {former_len} + {num} new tokens (at least 1); max_len is "
+            f"{max_len}",
+        )
 
 
 def _check_gamma(gamma: int, ahead_gamma: int, max_gamma: int) -> None:

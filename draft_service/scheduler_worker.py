@@ -10,7 +10,7 @@ Every method runs on the device thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from draft_service.messages import (
     Proposed,
     SupportWeights,
 )
+from draft_service.opening import Openings
+from draft_service.reencoding import Reencoder
 from draft_service.tree.block import DraftBlock
 from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession, sample_rows
 from draft_service.tree.row_budget import RowBudget
@@ -52,7 +54,9 @@ class Proposer(FairKVWorker):
         max_branches: int,
         idle_session_ttl_s: float,
         prefix_cache: bool = True,
+        reencoders: Mapping[str, Reencoder] | None = None,
     ) -> None:
+        """`reencoders`: for targets with another tokenizer, by its fingerprint."""
         super().__init__(
             engine,
             StepCosts(),
@@ -61,6 +65,7 @@ class Proposer(FairKVWorker):
             prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
+        self._openings = Openings(engine, reencoders or {}, max_gamma)
         self._queues = WorkQueues(max_step_tokens)
         self._budget = RowBudget(self.costs, max_branches)
 
@@ -79,7 +84,9 @@ class Proposer(FairKVWorker):
         )
 
     def _context_of(self, command: Command) -> Ids | None:
-        return command.token_ids if isinstance(command, OpenDraft) else None
+        if isinstance(command, OpenDraft) and not command.target.tokenizer_fingerprint:
+            return command.token_ids
+        return None
 
     def _execute(self, command: Command) -> Sequence[Proposed | Failure]:
         match command:
@@ -96,29 +103,21 @@ class Proposer(FairKVWorker):
     def _open(self, command: OpenDraft) -> None:
         if command.key in self._drafting:
             raise InvalidRequest("generation_id", f"{command.key.generation_id} is already open")
-        command.check(self._max_gamma)
-        committed_len = len(command.token_ids)
-        max_len = min(command.max_len, self._engine.info.max_context_len)
-        if max_len < committed_len + 2:
-            raise InvalidRequest(
-                "token_ids", f"{committed_len} leave no room for drafts; at most {max_len - 2}"
-            )
         target = self._targets.get(command.target)
-        vocab_size = min(command.vocab_size, self._engine.info.vocab_size)
-        sampler = self._engine.sampler(
-            command.params, command.prompt_len, vocab_size, target.forbidden_ids(vocab_size)
-        )
+        opening = self._openings.opening(command, target)
+        token_ids, committed_len = opening.token_ids, len(opening.token_ids)
         generation = DraftGeneration(
-            command.key, sampler, command.verification, command.vocab_size, target
+            command.key, opening.sampler, command.verification, command.vocab_size, target
         )
+        started = (0, time.monotonic())
         live = self._opened(
-            command.session_id, command.epoch, None, max_len, (0, time.monotonic()), generation
+            command.session_id, command.epoch, None, opening.max_len, started, generation
         )
-        num_same = _common_prefix_len(live.token_ids[: live.sequence.length], command.token_ids)
+        num_same = _common_prefix_len(live.token_ids[: live.sequence.length], token_ids)
         # The last token is run again: the next token is sampled from its logits.
         self._table.cut(live, min(num_same, committed_len - 1))
-        live.token_ids[:committed_len] = command.token_ids
-        drafting = DraftSession(self._engine.store, live, command)
+        live.token_ids[:committed_len] = token_ids
+        drafting = DraftSession(self._engine.store, live, command, opening.text)
         self._drafting[command.key] = drafting
         target.num_open += 1
         self._queues.update(drafting)

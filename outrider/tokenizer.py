@@ -107,6 +107,20 @@ class Tokenizer:
             return False
         return self._backend.id_to_token(token_id) is not None
 
+    @property
+    def token_bytes(self) -> TokenBytes | None:
+        """Bytes of each token; None if the decoder does not map tokens to bytes."""
+        return self._token_bytes
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the special tokens by their text."""
+        return self._special_ids
+
+    def special_token(self, name: str) -> str:
+        """Text of a named special token such as `eos_token`; empty if there is none."""
+        return self._special_tokens.get(name, "")
+
     def special_text(self, token_id: int) -> str | None:
         """Text of a special token, which `decode` leaves out; None for other tokens."""
         return self._special_texts.get(token_id)

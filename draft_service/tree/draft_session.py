@@ -17,6 +17,7 @@ from draft_service.messages import Commit, OpenDraft, Proposed
 from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch, KVBranches
+from draft_service.tree.text_tree import TextContext, TextTree
 from draft_service.tree.tree import CommitOutcome, SpeculationTree
 from outrider.engine import (
     Append,
@@ -59,8 +60,13 @@ class DraftSession:
     """Draft of one generation. `live.token_ids` starts with the committed context."""
 
     def __init__(
-        self, store: KVStore, live: LiveGeneration[DraftGeneration], command: OpenDraft
+        self,
+        store: KVStore,
+        live: LiveGeneration[DraftGeneration],
+        command: OpenDraft,
+        text: TextContext | None = None,
     ) -> None:
+        """`text`: the context's text, if the target has another tokenizer."""
         self._store = store
         self.live = live
         self.committed_at = time.monotonic()
@@ -69,6 +75,16 @@ class DraftSession:
         # Whether a token was replaced for want of finite logits; logged once.
         self.has_placeholder = False
         self._branches = KVBranches(store, live.sequence)
+        if text is not None:
+            self.tree: SpeculationTree = TextTree(
+                live.token_ids,
+                len(text.token_ids),
+                self._branches.main,
+                command,
+                text.reencoder,
+                text.rest,
+            )
+            return
         self.tree = SpeculationTree(
             live.token_ids,
             len(command.token_ids),
@@ -147,6 +163,8 @@ class DraftSession:
 
     def proposed(self, block: DraftBlock) -> Proposed:
         """The block's event; marks all of its tokens as sent."""
+        if isinstance(self.tree, TextTree):
+            return self.tree.proposed(self.key)
         block.num_sent = len(block.token_ids)
         return Proposed(
             key=self.key,

@@ -17,10 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from draft_service.messages import SupportWeights
+from draft_service.messages import SupportWeights, check_commit
 from draft_service.tree.block import Alternative, DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch
-from outrider.errors import InvalidRequest
 
 # Less likely extensions are not drafted, not even on an idle device.
 MIN_PROB = 0.005
@@ -247,13 +246,7 @@ class SpeculationTree:
 
         Raises InvalidRequest if the lengths do not match what is committed here.
         """
-        expected = self.committed_len + len(token_ids)
-        if not token_ids or committed_len != expected or expected > len(self._buffer):
-            raise InvalidRequest(
-                "committed_len",
-                f"{committed_len}; must be {self.committed_len} + {len(token_ids)} new tokens (at "
-                f"least 1); max_len is {len(self._buffer)}",
-            )
+        check_commit(self.committed_len, token_ids, committed_len, len(self._buffer))
         self._extensions = None
         verified = self._verified(token_ids)
         block, position, num_matched = self._walk(token_ids)

@@ -47,6 +47,7 @@ def pairing_response(
     return orchestrator_pb2.DraftPairing(
         num_differing_ids=match.num_differing_ids if match else 0,
         is_assumed=match is not None and match.is_assumed,
+        is_reencoded=match is not None and match.is_reencoded,
         refused=str(refused[-1]) if refused else "",
     )
 

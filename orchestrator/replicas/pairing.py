@@ -29,6 +29,7 @@ class DraftMatch:
 
     num_differing_ids: int = 0
     is_assumed: bool = False
+    is_reencoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PairedTarget:
     name: str
     model_fingerprint: str
     unshared_ids: bytes = b""
+    tokenizer_fingerprint: str = ""
 
 
 class Pairing:
@@ -110,7 +112,10 @@ class Pairing:
         return vocabulary
 
     async def check_draft(self, model: model_pb2.ModelInfo, token_hashes: FetchTokenHashes) -> None:
-        """Raises IncompatiblePair if the draft's token ids are not the target's."""
+        """Raises IncompatiblePair if the draft's token ids are not the target's.
+
+        Other ids are accepted from a draft that re-encodes the target's text.
+        """
         fingerprint = model.tokenizer_fingerprint
         if not fingerprint or not self._fingerprint:
             if not self._assume_same:
@@ -125,11 +130,16 @@ class Pairing:
             return
         difference = await self._difference(model, token_hashes)
         if not difference.is_related:
-            raise IncompatiblePair(
-                f"draft {model.name} and target do not share a vocabulary: {difference.num_ids} "
-                f"token ids differ (tokenizers {_short(fingerprint)} and "
-                f"{_short(self._fingerprint)})"
-            )
+            if self._fingerprint not in model.target_tokenizer_fingerprints:
+                raise IncompatiblePair(
+                    f"draft {model.name} and target do not share a vocabulary: "
+                    f"{difference.num_ids} token ids differ (tokenizers {_short(fingerprint)} and "
+                    f"{_short(self._fingerprint)}); to re-encode the text between them, set "
+                    "--target-tokenizer of the draft service to the target's tokenizer"
+                )
+            log.info("draft_reencodes", model=model.name, num_ids=difference.num_ids)
+            self.draft = DraftMatch(difference.num_ids, is_reencoded=True)
+            return
         log.warning("draft_vocabulary_differs", model=model.name, num_ids=difference.num_ids)
         self.draft = DraftMatch(difference.num_ids)
 
@@ -138,7 +148,13 @@ class Pairing:
         served = self._served
         if served is None:
             return None
-        unshared = self._unshared_ids.get(model.tokenizer_fingerprint, b"")
+        fingerprint = model.tokenizer_fingerprint
+        difference = self._differences.get(fingerprint)
+        if difference is not None and not difference.is_related:
+            return PairedTarget(
+                served.name, served.model_fingerprint, tokenizer_fingerprint=self._fingerprint
+            )
+        unshared = self._unshared_ids.get(fingerprint, b"")
         return PairedTarget(served.name, served.model_fingerprint, unshared)
 
     async def _difference(

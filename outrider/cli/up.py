@@ -87,6 +87,8 @@ async def _warn_of_pairing(stack: Stack, view: StackView) -> None:
         pairing = info.draft_pairing
         if pairing.refused:
             warning = f"the draft is not used: {pairing.refused}"
+        elif pairing.is_reencoded:
+            warning = "the draft has another tokenizer and re-encodes the text: same output"
         elif pairing.num_differing_ids:
             num = pairing.num_differing_ids
             warning = f"draft and target differ in {num} token ids: same output, slower"

@@ -6,12 +6,17 @@ secrets. No file is read here (`outrider.security` does that).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from outrider.settings.addresses import require_url_host
 from outrider.settings.fields import require, require_port, setting
 from outrider.settings.redis_address import RedisAddress, has_password, has_stray_login
+
+_MAX_URLS = 16
+# A password may contain commas.
+_BETWEEN_URLS = re.compile(r",(?=\s*[a-z]+://)")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,12 @@ class RedisSettings:
     redis_password_file: str | None = setting(
         None, "file with Redis' password; read at each connection"
     )
+
+    def redis_each(self, urls: str) -> tuple[RedisAddress, ...]:
+        """The addresses of comma-separated URLs, as `redis_at`."""
+        found = tuple(self.redis_at(url.strip()) for url in _BETWEEN_URLS.split(urls))
+        require(len(found) <= _MAX_URLS, "redis_url", f"{len(found)} URLs; at most {_MAX_URLS}")
+        return found
 
     def redis_at(self, url: str) -> RedisAddress:
         """The address with the login. Raises ConfigError for settings that do not fit the URL."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -21,15 +20,11 @@ from outrider.settings.telemetry import TelemetrySettings
 Config = TypeVar("Config")
 
 
-MAX_REGISTRIES = 16
-# A password may contain commas.
-_BETWEEN_URLS = re.compile(r",(?=\s*[a-z]+://)")
-
 # Settings that a simulated tier does not take.
 _MODEL_SETTINGS = (
     "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack", "forbid_kernels",
     "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
-    "tokenizer_eos",
+    "tokenizer_eos", "target_tokenizer",
 )  # fmt: skip
 
 
@@ -128,8 +123,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
             require_address(self.advertise, "advertise")
         self.check_server()
         self.check_telemetry()
-        num_registries = len(self.registries)  # raises where the settings do not fit a URL
-        require(num_registries <= MAX_REGISTRIES, "redis_url", f"at most {MAX_REGISTRIES} URLs")
+        _ = self.registries  # raises where the settings do not fit a URL
         for name, least in (("kv_cache_tokens", 16), ("num_threads", 1), ("max_model_len", 2)):
             value = getattr(self, name)
             require(value is None or value >= least, name, f"must be {least} or more")
@@ -137,8 +131,7 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     @property
     def registries(self) -> tuple[RedisAddress, ...]:
         """Each Redis in which the replica registers itself: one for each target that it serves."""
-        urls = _BETWEEN_URLS.split(self.redis_url) if self.redis_url is not None else ()
-        return tuple(self.redis_at(url.strip()) for url in urls)
+        return self.redis_each(self.redis_url) if self.redis_url is not None else ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +147,13 @@ class DraftConfig(ModelServiceConfig):
 
     port: int = setting(50053, "port to listen on; 0 picks a free one")
     max_branches: int = setting(64, "maximum branches drafted ahead of verification at a time")
+    target_tokenizer: str | None = setting(
+        None, "tokenizers of targets of other families, comma-separated: re-encode their text"
+    )
+
+    @property
+    def target_tokenizers(self) -> tuple[str, ...]:
+        return _parts(self.target_tokenizer or "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,5 +315,9 @@ def _require_listen_host(host: str) -> None:
 
 
 def _endpoints(text: str) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = _parts(text)
     return () if parts == (REGISTRY,) else parts
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

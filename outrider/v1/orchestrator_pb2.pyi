@@ -433,14 +433,16 @@ class DraftRevision(_message.Message):
     def __init__(self, revision: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[DraftRole, str]] = ..., num_replicas: _Optional[int] = ..., num_generations: _Optional[int] = ..., acceptance_rate: _Optional[float] = ...) -> None: ...
 
 class DraftPairing(_message.Message):
-    __slots__ = ("num_differing_ids", "is_assumed", "refused")
+    __slots__ = ("num_differing_ids", "is_assumed", "refused", "is_reencoded")
     NUM_DIFFERING_IDS_FIELD_NUMBER: _ClassVar[int]
     IS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    IS_REENCODED_FIELD_NUMBER: _ClassVar[int]
     num_differing_ids: int
     is_assumed: bool
     refused: str
-    def __init__(self, num_differing_ids: _Optional[int] = ..., is_assumed: bool = ..., refused: _Optional[str] = ...) -> None: ...
+    is_reencoded: bool
+    def __init__(self, num_differing_ids: _Optional[int] = ..., is_assumed: bool = ..., refused: _Optional[str] = ..., is_reencoded: bool = ...) -> None: ...
 
 class GetAuditRequest(_message.Message):
     __slots__ = ()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests.e2e import byte_tokenizer
 from tests.e2e.reference import Reference, Sampling
@@ -91,3 +95,44 @@ def sharpened(directory: Path, factor: float = 2.0) -> Path:
     weights["model.norm.weight"] *= factor
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
     return directory
+
+
+class OtherTokenizerPair:
+    """As SpreadPair, with tokenizers of different ids and tokens, all of letters a to d.
+
+    The draft's rows of the letters are the target's, so it often agrees in the text.
+    """
+
+    TARGET_TOKENS = ("a", "b", "c", "d", "ab", "cd", "da", "</s>")
+    DRAFT_TOKENS = ("</s>", "dc", "d", "bc", "c", "b", "a", "aa")
+
+    def __init__(self, directory: Path) -> None:
+        self.target = make_tiny_model(
+            "llama", directory / "target", vocab_size=VOCAB_SIZE, scale=0.25, num_layers=1
+        )
+        self.draft = sharpened(make_tiny_draft(self.target, directory / "draft", noise=0.1))
+        _write_letter_tokenizer(self.target, self.TARGET_TOKENS)
+        _write_letter_tokenizer(self.draft, self.DRAFT_TOKENS)
+        path = self.draft / "model.safetensors"
+        weights = safetensors.torch.load_file(path)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = weights[name]
+            ids = [
+                self.TARGET_TOKENS.index(token if token in self.TARGET_TOKENS else token[-1])
+                for token in self.DRAFT_TOKENS
+            ]
+            weights[name] = rows[ids].clone()
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        self.reference = Reference(self.target)
+
+
+def _write_letter_tokenizer(directory: Path, tokens: Sequence[str]) -> None:
+    merges = [(token[0], token[1]) for token in tokens if len(token) == 2]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")

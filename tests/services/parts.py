@@ -104,6 +104,7 @@ async def both_tiers(
     *,
     target_kv: int = KV_TOKENS,
     draft_kv: int | None = KV_TOKENS,
+    draft_settings: dict[str, Any] | None = None,
     **target_settings: Any,
 ) -> AsyncIterator[Tiers]:
     """Target and draft replica; draft_kv None: no draft."""
@@ -129,6 +130,7 @@ async def both_tiers(
                         kv_cache_tokens=draft_kv,
                         calibration_s=0.0,
                         stuck_after_s=STUCK_AFTER_S,
+                        **(draft_settings or {}),
                     )
                 )
             )

@@ -152,3 +152,21 @@ async def test_the_orchestrators_own_tokenizer(
         ):
             async with orchestrating(tiers, redis_url, tokenizer=str(renamed)):
                 pass
+
+
+async def test_a_draft_with_another_tokenizer_reencodes_where_it_has_the_targets(
+    chat_pair: Pair, chat_greedy: Greedy, tmp_path: Path, redis_url: str
+) -> None:
+    """The output is the target's own. Without --target-tokenizer the draft is refused."""
+    pair = draft_with(chat_pair, tmp_path / "draft", corpus="zebras quiz quotes")
+    for tokenizer in (None, f"{pair.draft},{pair.target}"):
+        async with (
+            both_tiers(pair, draft_settings={"target_tokenizer": tokenizer}) as tiers,
+            orchestrating(tiers, redis_url, assume_same_vocabulary=False) as system,
+        ):
+            info, _ = await outcome(system, chat_greedy)
+            pairing = info.draft_pairing
+            assert pairing.is_reencoded == (tokenizer is not None)
+            assert ("--target-tokenizer" in pairing.refused) == (tokenizer is None)
+            if tokenizer is not None:
+                assert len(info.draft.target_tokenizer_fingerprints) == 1
