@@ -153,7 +153,8 @@ class DraftConfig(ModelServiceConfig):
 
     @property
     def target_tokenizers(self) -> tuple[str, ...]:
-        return _parts(self.target_tokenizer or "")
+        parts = (part.strip() for part in (self.target_tokenizer or "").split(","))
+        return tuple(filter(None, parts))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,9 +316,5 @@ def _require_listen_host(host: str) -> None:
 
 
 def _endpoints(text: str) -> tuple[str, ...]:
-    parts = _parts(text)
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
     return () if parts == (REGISTRY,) else parts
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
