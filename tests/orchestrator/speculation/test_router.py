@@ -30,14 +30,18 @@ DRAFT = CostReport((1,), (DRAFT_S,), 0.0, 1.0)
 
 
 class ReadyDrafts(NoDrafts):
-    """A draft replica whose proposals are always in time; each token is right with `alpha`."""
+    """A draft replica whose proposals are always in time; each token is right with `alpha`.
+
+    Which tokens are right depends on their position only, so that ways can be compared.
+    """
 
     may_open = True
     replica = "draft:1"
 
     def __init__(self, request: DraftRequest, text: list[int], alpha: float) -> None:
-        self._context, self._text, self._alpha = request.token_ids, text, alpha
-        self._random = random.Random(0)
+        self._context = request.token_ids
+        rng = random.Random(0)
+        self._text = [token if rng.random() < alpha else -1 for token in text]
         self.commits: list[tuple[int, int]] = []
         self.is_open = False
 
@@ -47,8 +51,7 @@ class ReadyDrafts(NoDrafts):
 
     def propose(self, min_tokens: int = 1) -> Proposal | None:
         base_len = len(self._context)
-        right = self._text[base_len : base_len + MAX_GAMMA]
-        tokens = tuple(t if self._random.random() < self._alpha else -1 for t in right)
+        tokens = tuple(self._text[base_len : base_len + MAX_GAMMA])
         return Proposal(base_len, tokens, None) if tokens else None
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
