@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,4 +27,6 @@ def _plain(value: Any, field: Any) -> Any:
         return float(str(np.float32(value)))  # the shortest decimal of a float32
     if isinstance(value, int | float | str):
         return value
+    if isinstance(value, Mapping):  # of a map with plain values
+        return dict(value)
     return [_plain(entry, field) for entry in value]

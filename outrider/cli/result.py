@@ -23,7 +23,14 @@ def to_dict(output: Output) -> dict[str, Any]:
         "finish_reason": finish_reason(result),
         "stopped_by": {matched: getattr(result, matched)} if matched else None,
         "usage": plain(result.usage),
-        "speculation": plain(result.speculation) | {"verification": _verification(result)},
+        "speculation": plain(result.speculation)
+        | {
+            "verification": _verification(result),
+            "sources": [
+                plain(source) | {"source": _source_name(source)}
+                for source in result.speculation.sources
+            ],
+        },
         "verification": _verification(result),
         "seed": result.seed,
         "recorded": result.recorded,
@@ -69,14 +76,19 @@ def summary(output: Output) -> list[tuple[str, str]]:
     return rows
 
 
+def _source_name(source: orchestrator_pb2.SourceStats) -> str:
+    name = orchestrator_pb2.DraftSource.Name(source.source)
+    return name.removeprefix("DRAFT_SOURCE_").lower()
+
+
 def _sources(stats: orchestrator_pb2.SpeculationStats) -> list[tuple[str, str]]:
     """Line about the sources of the draft tokens, if there is another one than the draft tier."""
     parts = []
     for source in stats.sources:
         if source.num_drafts:
-            name = orchestrator_pb2.DraftSource.Name(source.source)
-            name = name.removeprefix("DRAFT_SOURCE_").lower()
-            parts.append(f"{name} {source.num_drafts} rounds, α {source.acceptance_rate:.2f}")
+            parts.append(
+                f"{_source_name(source)} {source.num_drafts} rounds, α {source.acceptance_rate:.2f}"
+            )
     is_shown = any(s.source == orchestrator_pb2.DRAFT_SOURCE_LOOKUP for s in stats.sources)
     return [("sources", "; ".join(parts))] if is_shown and parts else []
 

@@ -7,6 +7,7 @@ prompt lookup is that of these texts, that of the draft tier is given.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,9 +48,10 @@ class SourcesOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A table row. Tokens per second over all prompts; α and rounds of lookup where it was used.
+    """A table row. `tokens_per_s`: as in `_rate`.
 
-    `over_plain`: median over prompts and repetitions of the ratio to plain decoding.
+    `over_better`: of the router, over the better of lookup and draft tier alone. `lookup_share`:
+    share of rounds with draft tokens of lookup; `lookup_alpha`: their acceptance rate.
     """
 
     task: str
@@ -179,10 +181,15 @@ def results(measured: list[tuple[TaskText, Sample]]) -> list[TaskResult]:
 
 
 def _rate(samples: list[Sample], variant: str) -> float:
-    """Tokens per second of all outputs together, one after the other."""
-    own = [sample for sample in samples if sample.variant == variant]
-    num_tokens = sum(len(sample.token_ids) - 1 for sample in own)
-    return num_tokens / sum((len(s.token_ids) - 1) / s.tokens_per_s for s in own)
+    """Tokens per second of all prompts one after the other, each at its median rate.
+
+    All outputs have the same number of tokens.
+    """
+    by_prompt: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.variant == variant:
+            by_prompt.setdefault(sample.prompt, []).append(sample.tokens_per_s)
+    return statistics.harmonic_mean(statistics.median(rates) for rates in by_prompt.values())
 
 
 def _row(

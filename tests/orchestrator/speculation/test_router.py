@@ -95,8 +95,9 @@ def play(
     has_lookup: bool = False,
     gamma: int | None = None,
     is_requested: bool = False,
+    is_bare: bool = False,
 ) -> Played:
-    """`alpha`: of the draft tier; None: there is none."""
+    """`alpha`: of the draft tier; None: there is none. `is_bare`: without the router."""
     whole = [*SOURCE, *TEXTS[text]]
     request = replace(draft_request(whole[: len(SOURCE)]), max_len=len(whole))
     context = request.token_ids
@@ -104,8 +105,9 @@ def play(
     costs = CostBook(lambda _: TARGET, lambda _: DRAFT)
     policy = GammaPolicy(costs.pair(), MAX_GAMMA, fixed=gamma)
     model = ReadyDrafts(request, whole, alpha) if alpha is not None else NoDrafts()
+    drafting = Drafting(model, policy, costs, 1)
     router = Router(
-        Drafting(model, policy, costs, 1),
+        drafting,
         LookupDrafts(request, MatchAcceptance()) if has_lookup else None,
         policy,
         costs.shared.choices,
@@ -113,12 +115,12 @@ def play(
         fixed_gamma=gamma,
         is_requested=is_requested,
     )
-    router.open()
+    drafting.open()
     steps_s = policy.costs.target.steps_s(MAX_GAMMA)
     played = Played(0.0, Counter(), router, model)
     context.append(whole[len(context)])
     while (room := len(whole) - len(context) - 1) >= 0:
-        proposal = router.next(room)
+        proposal = drafting.next(room) if is_bare else router.next(room)
         tokens = proposal.token_ids if proposal is not None else ()
         source = proposal.source if proposal is not None else SourceName.NONE
         num_right = 0
@@ -127,9 +129,11 @@ def play(
         played.seconds += steps_s[len(tokens)]
         played.num_rounds[source] += 1
         context += whole[len(context) : len(context) + num_right + 1]
-        router.observe_round(
-            len(tokens), num_right, is_rejected=num_right < len(tokens), source=source
-        )
+        is_rejected = num_right < len(tokens)
+        if is_bare:
+            drafting.observe_round(len(tokens), num_right, is_rejected=is_rejected)
+        else:
+            router.observe_round(len(tokens), num_right, is_rejected=is_rejected, source=source)
     return played
 
 
@@ -155,6 +159,16 @@ def test_beside_a_draft_the_router_is_as_fast_as_the_better_source(text: str, al
     assert both >= 0.97 * max(model, lookup)
     if text == "mixed":
         assert both > 1.05 * max(model, lookup)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.9])
+def test_without_lookup_every_round_is_as_without_a_router(alpha: float) -> None:
+    """The same draft tokens, the same commits to the draft tier and the same time."""
+    routed, bare = play("mixed", alpha=alpha), play("mixed", alpha=alpha, is_bare=True)
+    assert isinstance(routed.model, ReadyDrafts)
+    assert isinstance(bare.model, ReadyDrafts)
+    assert routed.model.commits == bare.model.commits
+    assert (routed.seconds, routed.num_rounds) == (bare.seconds, bare.num_rounds)
 
 
 def test_without_lookup_rounds_are_those_of_the_draft_tier() -> None:
