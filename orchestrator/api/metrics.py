@@ -13,6 +13,7 @@ from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.generation.state import Commitment, FinishReason, TokenOrigin
+from orchestrator.speculation.router import Reason
 from orchestrator.speculation.verification import SourceName
 from outrider.runtime.grpc_status import STATUS_NAMES
 from outrider.telemetry import catalogue as metrics
@@ -34,6 +35,9 @@ _FINISHED = {
 }
 _STATES = ("ready", "draining", "stuck", "failing", "starting", "silent", "refused", "away")
 _SOURCES = (SourceName.MODEL, SourceName.LOOKUP)
+_NO_CHOICES: dict[tuple[str, ...], Value] = {
+    (source, reason): 0 for source in (*_SOURCES, SourceName.NONE) for reason in Reason
+}
 _DISTRIBUTIONS = (
     metrics.TIME_TO_FIRST_TOKEN,
     metrics.INTER_TOKEN_LATENCY,
@@ -174,7 +178,7 @@ def readings(
     costs = context.costs.shared
     hits, misses = costs.num_lookahead_hits, costs.num_lookahead_misses
     yield Reading.by(metrics.LOOKAHEAD_ROUNDS, {"hit": hits, "miss": misses})
-    yield Reading(metrics.DRAFT_SOURCE_ROUNDS, dict(costs.choices))
+    yield Reading(metrics.DRAFT_SOURCE_ROUNDS, {**_NO_CHOICES, **costs.choices})
     if costs.num_lookahead_hits or costs.num_lookahead_misses:
         yield Reading.one(metrics.LOOKAHEAD_HIT_RATE, costs.lookahead_hit_rate)
     yield Reading.one(metrics.REDIS_UP, float(not context.store.is_away))
