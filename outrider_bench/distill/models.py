@@ -24,16 +24,34 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_model(name: str, device: torch.device) -> Any:
-    """A causal language model in float32, in evaluation mode, without gradients. Raises ModelError.
+def load_target(name: str, device: torch.device) -> Any:
+    """The target as services load it: its checkpoint's dtype on CUDA, float32 on CPU."""
+    return _load(name, device, torch.float32 if device.type == "cpu" else "auto")
+
+
+def load_draft(name: str, device: torch.device) -> Any:
+    """The draft in float32: small steps of a training would be lost in 16 bits."""
+    return _load(name, device, torch.float32)
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """A causal language model in evaluation mode, without gradients. Raises ModelError.
 
     `name`: local directory, or name on the Hugging Face Hub.
     """
     config = checkpoint.load_config(name)
-    model = checkpoint.load_weights(
-        name, config, dtype=torch.float32, attention="sdpa", device_map=None
-    )
+    model = checkpoint.load_weights(name, config, dtype=dtype, attention="sdpa", device_map=None)
     return model.to(device)
+
+
+def check_context(model: Any, name: str, num_tokens: int) -> None:
+    """Raises ConfigError if rows of this length exceed the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and num_tokens > context:
+        raise ConfigError(
+            f"--max-prompt-tokens, --max-tokens: {num_tokens} in all exceed the context of {name} "
+            f"({context})"
+        )
 
 
 def first_layers(target: Any, num_layers: int) -> Any:

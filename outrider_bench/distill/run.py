@@ -23,9 +23,11 @@ from outrider_bench.distill.data import Collection, Data, duration
 from outrider_bench.distill.generate import OwnTarget, RunningService
 from outrider_bench.distill.losses import LOSSES
 from outrider_bench.distill.models import (
+    check_context,
     common_tokenizer,
     first_layers,
-    load_model,
+    load_draft,
+    load_target,
     rounded,
     stored_dtype,
     write_draft,
@@ -132,12 +134,15 @@ class _Run:
         settings = self._settings
         self._claim_folder()
         tokenizer = common_tokenizer(settings.target, settings.draft)
-        target = load_model(settings.target, self._processes.device)
+        target = load_target(settings.target, self._processes.device)
         if settings.draft is not None:
-            draft = load_model(settings.draft, self._processes.device)
+            draft = load_draft(settings.draft, self._processes.device)
         else:
             assert settings.from_layers is not None, "checked with the settings"
             draft = first_layers(target, settings.from_layers)
+        longest = settings.max_prompt_tokens + settings.max_tokens
+        check_context(target, settings.target, longest)
+        check_context(draft, settings.draft or "the draft", longest)
         dtype = stored_dtype(target, settings.draft or settings.target)
         self._show(_described(target, draft))
         collection = Collection(settings, self._folder, self._processes, self._show)

@@ -21,7 +21,7 @@ from outrider.errors import ConfigError
 from outrider.redis.embedded import RedisServer
 from outrider.tokenizer import Tokenizer
 from outrider_bench.distill.generate import Job, OwnTarget, RunningService
-from outrider_bench.distill.models import load_model
+from outrider_bench.distill.models import load_target
 from outrider_bench.distill.run import REPORT, distill
 from outrider_bench.distill.settings import DistillSettings
 from outrider_bench.quickstart.architecture import ModelShape
@@ -145,7 +145,7 @@ async def test_rows_of_a_running_service_are_the_targets_own(
     async with running_stack(target, None, redis_server.url) as stack:
         service = RunningService(stack.endpoint, None, max_tokens=10)
         rows = await asyncio.to_thread(service, jobs, 0)
-    own = OwnTarget(load_model(str(target), torch.device("cpu")), max_tokens=10)
+    own = OwnTarget(load_target(str(target), torch.device("cpu")), max_tokens=10)
     assert rows == own(jobs, 0)
 
 
@@ -287,6 +287,15 @@ def test_a_draft_with_another_tokenizer_is_refused(
         target=str(target), draft=str(other), prompts=prompts, out=tmp_path / "out", device="cpu"
     )
     with pytest.raises(ConfigError, match=r"--draft: the tokenizer of .* is not that of"):
+        distill(settings)
+
+
+def test_rows_beyond_the_context_are_refused(target: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = DistillSettings(
+        target=str(target), from_layers=1, prompts=prompts, out=tmp_path / "out", device="cpu",
+        max_prompt_tokens=2000, max_tokens=100,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"2100 in all exceed the context of .* \(2048\)"):
         distill(settings)
 
 
