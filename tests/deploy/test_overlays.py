@@ -21,6 +21,8 @@ SETS = {"local": ("local", "load-test"), "prod": ("prod", "load-test-prod")}
 # tls and redis-ha together need a third component.
 COMBINATIONS = (
     ("gpu",),
+    ("draft-canary",),
+    ("draft-canary", "gpu", "monitoring", "autoscaling"),
     ("tls",),
     ("policies",),
     ("monitoring",),
