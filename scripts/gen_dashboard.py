@@ -57,6 +57,10 @@ def _ratio(above: str, below: str) -> str:
 
 _ACCEPTED = _rate("spec_decode_num_accepted_tokens_total")
 _REJECTED = _rate("spec_decode_num_rejected_tokens_total")
+_OF_REVISION, _REJECTED_OF_REVISION = (
+    _rate(f"draft_revision_{what}_tokens_total", "revision") for what in ("accepted", "rejected")
+)
+_ALPHA_BY_REVISION = _ratio(_OF_REVISION, f"({_OF_REVISION} + {_REJECTED_OF_REVISION})")
 _DRAFTS = _rate("spec_decode_num_drafts_total")
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
@@ -83,6 +87,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
         "Speculation",
         (
+            Panel("Acceptance α by draft revision", (("{{revision}}", _ALPHA_BY_REVISION),),
+                  "percentunit", "Which revision generations use: outrider drafts list.", 1.0),
             Panel("Acceptance α", (("α", _ratio(_ACCEPTED, f"({_ACCEPTED} + {_REJECTED})")),),
                   "percentunit", "accepted / (accepted + rejected); excellent from 0.7.", 1.0),
             Panel("Tokens per round τ", (("τ", f"1 + {_ratio(_ACCEPTED, _DRAFTS)}"),)),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from outrider.cli.supervisor import Supervisor
     from outrider.client.client import Client
-    from outrider.v1 import orchestrator_pb2
+    from outrider_bench.commands.swap_load import Load
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import Step
 
@@ -35,7 +34,6 @@ _OLD_NOISE, _BAD_NOISE = 0.2, 2.0
 _POLL_S = 0.2
 # Longest wait for a decision.
 _DECISION_TIMEOUT_S = 900.0
-_PHASES = ("old", "new joins", "new", "bad joins", "after")
 
 
 @dataclass(frozen=True)
@@ -64,62 +62,16 @@ class SwapOptions(BenchOptions):
     phase_s: Annotated[float, typer.Option(min=1, help="Seconds of the phases with one draft.")] = (
         30.0
     )
+    gamma: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="γ of all requests, to measure α whatever pays. Default: adaptive."
+        ),
+    ] = None
     prompts: Annotated[int, typer.Option(min=1, help="Number of different prompts.")] = 28
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 64
     cores: Annotated[CoreUse, typer.Option(help="pinned or shared.")] = CoreUse.shared
     name: Annotated[str, typer.Option(help="Name of the JSON file.")] = "swap"
-
-
-@dataclass
-class Load:
-    """Closed loop of streams over all orchestrators; `phase` labels what ends now."""
-
-    clients: Sequence[Client]
-    requests: Sequence[orchestrator_pb2.GenerateRequest]
-    expected: Sequence[list[int]]
-    samples: list[dict[str, Any]]
-    phase: str = _PHASES[0]
-    began_at: float = field(default_factory=time.monotonic)
-
-    @contextlib.asynccontextmanager
-    async def running(self, num_streams: int) -> AsyncIterator[None]:
-        """Runs the streams for the block; they finish their last output."""
-        numbers, stop = itertools.count(), asyncio.Event()
-
-        async def stream() -> None:
-            while not stop.is_set():
-                await self._generate(next(numbers))
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(num_streams):
-                tasks.create_task(stream())
-            try:
-                yield
-            finally:
-                stop.set()
-
-    async def _generate(self, number: int) -> None:
-        from outrider.errors import CallFailed, InternalError
-
-        place = number % len(self.requests)
-        sample: dict[str, Any] = {"number": number, "request": place}
-        try:
-            client = self.clients[number % len(self.clients)]
-            output = await client.generate(self.requests[place])
-        except (CallFailed, InternalError) as error:
-            sample["error"] = str(error)
-        else:
-            stats = output.result.speculation
-            sample |= {
-                "is_equal": output.token_ids == self.expected[place],
-                "num_tokens": len(output.token_ids),
-                "num_accepted": stats.num_accepted_tokens,
-                "num_rejected": stats.num_rejected_tokens,
-                "num_drafts": stats.num_drafts,
-                "num_rounds": stats.num_rounds,
-            }
-        sample |= {"phase": self.phase, "ended_s": round(time.monotonic() - self.began_at, 3)}
-        self.samples.append(sample)
 
 
 @takes(SwapOptions)
@@ -130,6 +82,7 @@ def swap(options: SwapOptions) -> None:
     processes; the orchestrators decide by themselves.
     """
     from outrider.cli.running import run
+    from outrider_bench.commands.swap_load import PHASES
     from outrider_bench.commands.swap_report import events_table, goals, phases_table, summary
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import bench_console, finish, reporting
@@ -140,7 +93,7 @@ def swap(options: SwapOptions) -> None:
     console, document = bench_console(), Document(options.name, options)
     events = run(_measure(options, console, document))
     with reporting(console, document):
-        phases = [summary(phase, document.samples) for phase in _PHASES]
+        phases = [summary(phase, document.samples) for phase in PHASES]
         document.results += [*phases, *events]
         document.add_goals(lambda: goals(document.samples, phases, events))
         document.write()
@@ -151,13 +104,14 @@ async def _measure(
     options: SwapOptions, console: Console, document: Document
 ) -> list[dict[str, Any]]:
     from outrider.cli.supervisor import Supervisor
+    from outrider_bench.commands.swap_load import PHASES
     from outrider_bench.measuring.show import progress
 
     events: list[dict[str, Any]] = []
     supervisor = Supervisor(options.out / "logs", lambda event: None)
     expected_s = 3 * options.phase_s + 120
     try:
-        with progress(console, len(_PHASES), document, events, expected_s=expected_s) as step:
+        with progress(console, len(PHASES), document, events, expected_s=expected_s) as step:
             await _Swap(options, supervisor, document, events).run(step)
     finally:
         await supervisor.stop()
@@ -233,6 +187,7 @@ class _Swap:
     async def _prepared(self, clients: Sequence[Client]) -> Load:
         """The load, with the outputs of all its requests without a draft."""
         from outrider.cli.request import Method
+        from outrider_bench.commands.swap_load import Load, without_draft
         from outrider_bench.measuring.workload import Prompts, Variant
 
         options, stack_options = self._options, self._stack_options
@@ -242,20 +197,16 @@ class _Swap:
             info.target.vocab_size, tokenizer=model, seed=options.seed, length=options.prompt_len
         )
         variants = [
-            Variant("greedy"),
-            Variant("coupled", temperature=1.0, verification=Method.coupled),
+            Variant("greedy", options.gamma),
+            Variant("coupled", options.gamma, temperature=1.0, verification=Method.coupled),
         ]
         requests = [
             variant.request(prompts.ids(index), options.max_tokens, seed=index)
             for index in range(options.prompts)
             for variant in variants
         ]
-        expected = []
-        for request in requests:
-            request.gamma = 0
-            expected.append((await clients[0].generate(request)).token_ids)
-            request.ClearField("gamma")
-        return Load(clients, requests, expected, self._document.samples)
+        outputs = await asyncio.gather(*(without_draft(clients[0], each) for each in requests))
+        return Load(clients, requests, outputs, self._document.samples)
 
     def _begin(self, phase: str, step: Step) -> None:
         assert self._load is not None, "the load runs"

@@ -38,6 +38,21 @@ async def test_a_program_that_does_not_stop_is_killed(
     assert states == [State.LOADING, State.READY, State.STOPPING, State.STOPPED]
 
 
+async def test_one_of_several_programs_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is not reported as a death; the others run on."""
+    monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 0.1)
+    supervisor = Supervisor(tmp_path, lambda event: None)
+    for name in ("one", "other"):
+        await supervisor.start(name, ["tests.cli.stubborn"])
+    await supervisor.stop_one("one")
+    assert [is_alive(supervisor.pid(name)) for name in ("one", "other")] == [False, True]
+    os.kill(supervisor.pid("other"), signal.SIGKILL)
+    assert (await supervisor.next_death()).name == "other"
+    await supervisor.stop()
+
+
 async def test_cancelled_stop_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled while it waits for a program, `stop` kills it."""
     monkeypatch.setattr("outrider.cli.supervisor.STOP_GRACE_S", 1_000.0)
