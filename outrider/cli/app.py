@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider import __version__
+from outrider.cli.audit import audit
 from outrider.cli.drafts import drafts
 from outrider.cli.generate import generate
 from outrider.cli.keys import keys
@@ -55,6 +56,7 @@ def _outrider(
 _app.command("up")(up)
 _app.command("generate")(generate)
 _app.command("model")(model)
+_app.command("audit")(audit)
 _app.command("top")(top)
 _app.command("convert-tokenizer")(convert_tokenizer)
 _app.add_typer(sessions, name="session")

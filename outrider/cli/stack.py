@@ -101,6 +101,8 @@ def orchestrator_arguments(
         *_switch("prompt-lookup", options.prompt_lookup),
         *_flag("max-generations", options.max_generations),
         *_flag("max-waiting", options.max_waiting),
+        *_flag("audit-share", options.audit_share),
+        *_flag("audit-planted-bias", options.audit_planted_bias),
     ]
 
 

@@ -130,6 +130,16 @@ class StackOptions:
     max_waiting: Annotated[
         int | None, typer.Option(help="Maximum queued requests; further ones are rejected.")
     ] = None
+    audit_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the generations to audit: see `outrider audit`. Default: 0."),
+    ] = None
+    audit_planted_bias: Annotated[
+        float | None,
+        typer.Option(
+            help="Plant a defect to try the audit, for instance 0.01: sampled outputs are WRONG."
+        ),
+    ] = None
     metrics: Annotated[
         bool, typer.Option(help="Serve each program's metrics on a free port, for `outrider top`.")
     ] = False

@@ -7,8 +7,8 @@ table. It writes NAME.json (settings, machine, versions, results, all samples) a
 Reading order, in `measuring`: cores, system, workload, load, summary, document, plots, show. Then
 the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, sources
 (measuring.tasks), rounds, growth, scaling (trials, busy), signals (bottlenecks, fleet), overload
-(overload_phases), attacks (attackers, attack_phases), swap (swap_load, swap_report), serve
-(serve_options, serve_report, serve_figures), twin, wire.
+(overload_phases), attacks (attackers, attack_phases), audit, swap (swap_load, swap_report),
+serve (serve_options, serve_report, serve_figures), twin, wire.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _MODULES = {
     "wire": "wire",
     "pair": "pair",
     "explain-gamma": "explain",
+    "audit": "audit",
 }
 
 

@@ -60,6 +60,7 @@ class Variant:
     `waits`: every round waits for all `gamma` draft tokens, however late the draft is.
     `is_plain_sampling`: nothing but the temperature changes the distribution, whatever the model's
     own defaults are.
+    `is_seeded` False: each output has a random seed.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Variant:
     draft_source: DraftSource | None = None
     ignores_eos: bool = True
     is_plain_sampling: bool = False
+    is_seeded: bool = True
 
     def request(
         self, prompt_ids: list[int], max_tokens: int, seed: int
@@ -92,7 +94,8 @@ class Variant:
             request.draft_wait = orchestrator_pb2.DRAFT_WAIT_ALWAYS
         request.verification = verification_to_proto(Verification(self.verification.value))
         request.sampling.temperature = self.temperature
-        request.sampling.seed = seed
+        if self.is_seeded:
+            request.sampling.seed = seed
         request.sampling.max_tokens = max_tokens
         request.sampling.ignore_eos = self.ignores_eos
         if self.is_plain_sampling:

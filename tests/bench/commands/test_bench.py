@@ -122,6 +122,18 @@ def test_rounds_reports_cpu_and_memory_of_the_orchestrator(tmp_path: Path) -> No
         assert result["num_windows"] >= 1
 
 
+def test_audit_looks_for_a_bias_and_reports_its_cost(tmp_path: Path) -> None:
+    """Too few tokens for an alarm; re-runs are counted where generations are audited."""
+    flags = ("--bias=0.1", "--most-tokens=64", *SIMULATED)
+    ended = run("bench", "audit", "--quick", f"--out={tmp_path}", *flags)
+    assert ended.returncode == 0, ended.stderr
+    found, none, all_audited = json.loads((tmp_path / "audit.json").read_text("utf-8"))["results"]
+    assert (found["test"], found["num_tokens"] >= 64) == (None, True)
+    assert found["num_trials"] > 0
+    assert (none["share"], none["num_reruns"], none["num_dropped"]) == (0, 0, 0)
+    assert all_audited["share"] == 1
+
+
 @pytest.mark.parametrize("over", ["context"])
 def test_growth_has_a_result_for_every_point(over: str, tmp_path: Path) -> None:
     document = bench("growth", tmp_path, f"--over={over}", *SIMULATED, file=f"growth-{over}")
