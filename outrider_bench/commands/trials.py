@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outrider.sampling.formulas import mean_acceptance_length
 from outrider.settings.simulation import Simulation
+from outrider_bench.check.prediction import PairCost, Situation, predicted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _TARGET_TOKENS = (64, 256)
 _DRAFT_TOKENS = (16, 64)
 _MAX_GAMMA = 16
+# Of a round, beyond the passes; `outrider bench rounds` measures about this much.
+_OVERHEAD_S = 0.0015
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Run:
 class Outcome:
     """A table row. Ratios are relative to plain decoding of the same number of sessions.
 
-    `hidden` and `in_turn` are the expected gains of `expected_gain`.
+    `hidden` and `in_turn` are the expected gains of `expected_gain`, `predicted` is that of
+    `outrider check`.
     """
 
     trial: Trial
@@ -73,6 +77,7 @@ class Outcome:
     over_plain: float
     hidden: float
     in_turn: float
+    predicted: float
     target_busy: float
     draft_busy: float
     rows_per_pass: float
@@ -115,6 +120,17 @@ def expected_gain(pass_ms: float, trial: Trial, *, is_hidden: bool) -> float:
     return max([1.0, *map(gain, range(1, _MAX_GAMMA + 1))])
 
 
+def predicted_gain(pass_ms: float, trial: Trial) -> float:
+    """Gain over plain decoding as `outrider check` predicts it."""
+    target, draft = simulated_tiers(pass_ms, trial.ratio, trial.alpha)
+    cost = PairCost(target.costs, draft.costs, _OVERHEAD_S, _OVERHEAD_S)
+    tokens = [mean_acceptance_length(trial.alpha, gamma) for gamma in range(_MAX_GAMMA + 1)]
+    situation = Situation(trial.num_sessions, trial.round_trip_ms / 1000, trial.num_drafts)
+    # The target emits the draft's first choice, or one of the next.
+    foreseen = trial.alpha + (1 - trial.alpha) * sum(draft.ranks)
+    return predicted(cost, tokens, situation, foreseen).speed_up
+
+
 def summarised(pass_ms: float, runs: dict[Trial, list[Run]]) -> list[Outcome]:
     """Medians over the repetitions, in the order of the trials."""
     from outrider_bench.measuring.summary import Rounds
@@ -133,6 +149,7 @@ def summarised(pass_ms: float, runs: dict[Trial, list[Run]]) -> list[Outcome]:
                 over_plain=rates[trial] / plain[trial.num_sessions],
                 hidden=1.0 if is_plain else expected_gain(pass_ms, trial, is_hidden=True),
                 in_turn=1.0 if is_plain else expected_gain(pass_ms, trial, is_hidden=False),
+                predicted=1.0 if is_plain else predicted_gain(pass_ms, trial),
                 target_busy=statistics.median(run.busy["target"] for run in own),
                 draft_busy=statistics.median(run.draft_busy for run in own),
                 rows_per_pass=statistics.median(run.rows_per_pass for run in own),
@@ -195,6 +212,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         "over plain",
         "hidden",
         "sequential",
+        "predicted",
     )
     seen = ("γ", "τ", "hits", "waiting", "target busy", "drafts busy", "requests/pass")
     shown = show.table("draft replicas for one target", (*columns, *seen))
@@ -205,6 +223,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             f"{trial.round_trip_ms:g}" if trial.num_drafts else "",
             show.number(outcome.tokens_per_s, 1), show.times(outcome.over_plain),
             show.times(outcome.hidden), show.times(outcome.in_turn),
+            show.times(outcome.predicted),
             show.number(rounds.mean_gamma, 1), show.number(rounds.tokens_per_round, 1),
             show.share(rounds.hit_rate), show.share(rounds.draft_wait_share),
             show.share(outcome.target_busy), show.share(outcome.draft_busy),
