@@ -7,15 +7,14 @@ does. A proposal is deterministic, so a draft token is accepted exactly if it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from orchestrator.speculation.acceptance import MatchAcceptance
 from orchestrator.speculation.gamma import PLAIN_HYSTERESIS
 from orchestrator.speculation.lookup import PromptLookup
-from orchestrator.speculation.round_costs import TargetCosts
 from orchestrator.speculation.round_values import verify_round_s
-from outrider_bench.check.prediction import PairCost, Prediction, Situation
+from outrider_bench.check.prediction import PairCost, Prediction, Situation, target_costs
 
 # (prompt, the target's text after it).
 Text = tuple[Sequence[int], Sequence[int]]
@@ -102,8 +101,7 @@ def _best_gamma(
 
 def round_seconds(cost: PairCost, num_streams: int, max_gamma: int) -> tuple[float, ...]:
     """[γ]: seconds of a round with γ ready draft tokens."""
-    report = replace(cost.target, mean_num_rows=float(num_streams))
-    target = TargetCosts(lambda: report, cost.overhead_s, cost.overhead_s)
+    target = target_costs(cost, num_streams)
     return verify_round_s(target, target.steps_s(max_gamma))
 
 

@@ -68,11 +68,3 @@ def replayed(texts: Sequence[Text], gamma: int) -> Rounds:
         survival=tuple(s / h for s, h in zip(survived, had, strict=True) if h),
         num_rounds=num_rounds,
     )
-
-
-def tokens_by_gamma(texts: Sequence[Text], max_gamma: int) -> tuple[float, ...]:
-    """Tokens per round [γ] for γ = 0 to `max_gamma`."""
-    return tuple(
-        1.0 if gamma == 0 else replayed(texts, gamma).tokens_per_round
-        for gamma in range(max_gamma + 1)
-    )

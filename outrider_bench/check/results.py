@@ -14,9 +14,18 @@ from outrider.sampling.formulas import acceptance_band, mean_acceptance_length
 from outrider_bench.check import lookup, replay
 from outrider_bench.check.acceptance import Comparison
 from outrider_bench.check.loops import Loops, median_speed_up
-from outrider_bench.check.prediction import PairCost, Prediction, Situation, predicted
+from outrider_bench.check.prediction import (
+    PairCost,
+    Prediction,
+    RoundShapes,
+    Situation,
+    predicted,
+)
 from outrider_bench.check.prompts import Prompt
 
+# Candidates that the draft reports with every token, as in `outrider.engine.interface`, which
+# imports torch; a test compares them.
+NUM_CANDIDATES = 8
 # Batch sizes at which the costs of passes are shown.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -152,8 +161,8 @@ class Predictor:
         self._texts: dict[float, list[Comparison]] = {}
         for one in comparisons:
             self._texts.setdefault(one.temperature, []).append(one)
-        self._tokens = {
-            temperature: replay.tokens_by_gamma([one.accepted for one in group], max_gamma)
+        self._shapes = {
+            temperature: round_shapes(group, max_gamma)
             for temperature, group in self._texts.items()
         }
 
@@ -162,8 +171,7 @@ class Predictor:
         return list(self._texts)
 
     def predict(self, temperature: float, situation: Situation) -> Prediction:
-        hit_rate = foreseen(self._texts[temperature])
-        return predicted(self._cost, self._tokens[temperature], situation, hit_rate)
+        return predicted(self._cost, self._shapes[temperature], situation)
 
 
 class LookupPredictor:
@@ -251,11 +259,21 @@ def _speed_up(temperature: float, prediction: Prediction, loops: Loops) -> Speed
     )
 
 
-# Outcomes of a round that the draft has time to draft for: its own token, or one of the next.
-_NUM_FORESEEN = 4
-
-
-def foreseen(comparisons: Sequence[Comparison]) -> float:
-    """Share of tokens among the draft's most likely ones, so that work ahead is not in vain."""
-    ranks = [rank for one in comparisons for rank in one.rank]
-    return sum(rank < _NUM_FORESEEN for rank in ranks) / len(ranks) if ranks else 0.0
+def round_shapes(comparisons: Sequence[Comparison], max_gamma: int) -> RoundShapes:
+    """Rounds replayed along the texts. At least one text must have two tokens."""
+    rounds = [replay.replayed([one.accepted for one in comparisons], gamma)
+              for gamma in range(1, max_gamma + 1)]  # fmt: skip
+    tokens = [(rank, accepted) for one in comparisons
+              for rank, accepted in zip(one.rank, one.accepted, strict=True)]  # fmt: skip
+    rejected = sum(1 - accepted for _, accepted in tokens)
+    foreseen = sum(1 - accepted for rank, accepted in tokens if rank < NUM_CANDIDATES)
+    return RoundShapes(
+        tokens=(1.0, *(one.tokens_per_round for one in rounds)),
+        # Texts too short for so many draft tokens have no such rounds.
+        all_accepted=(
+            1.0,
+            *(one.survival[g] if g < len(one.survival) else 0.0 for g, one in enumerate(rounds)),
+        ),
+        foreseen_rejection=foreseen / rejected if rejected else 1.0,
+        foreseen_bonus=sum(rank < NUM_CANDIDATES for rank, _ in tokens) / len(tokens),
+    )

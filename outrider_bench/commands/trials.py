@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outrider.sampling.formulas import mean_acceptance_length
 from outrider.settings.simulation import Simulation
-from outrider_bench.check.prediction import PairCost, Situation, predicted
+from outrider_bench.check.prediction import PairCost, RoundShapes, Situation, predicted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,11 +124,10 @@ def predicted_gain(pass_ms: float, trial: Trial) -> float:
     """Gain over plain decoding as `outrider check` predicts it."""
     target, draft = simulated_tiers(pass_ms, trial.ratio, trial.alpha)
     cost = PairCost(target.costs, draft.costs, _OVERHEAD_S, _OVERHEAD_S)
-    tokens = [mean_acceptance_length(trial.alpha, gamma) for gamma in range(_MAX_GAMMA + 1)]
-    situation = Situation(trial.num_sessions, trial.round_trip_ms / 1000, trial.num_drafts)
     # The target emits the draft's first choice, or one of the next.
-    foreseen = trial.alpha + (1 - trial.alpha) * sum(draft.ranks)
-    return predicted(cost, tokens, situation, foreseen).speed_up
+    shapes = RoundShapes.of_alpha(trial.alpha, _MAX_GAMMA, sum(draft.ranks))
+    situation = Situation(trial.num_sessions, trial.round_trip_ms / 1000, trial.num_drafts)
+    return predicted(cost, shapes, situation).speed_up
 
 
 def summarised(pass_ms: float, runs: dict[Trial, list[Run]]) -> list[Outcome]:

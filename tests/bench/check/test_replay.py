@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from outrider.sampling.formulas import mean_acceptance_length
-from outrider_bench.check.replay import Text, replayed, tokens_by_gamma
+from outrider_bench.check.replay import Text, replayed
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.9, 1.0])
@@ -71,10 +71,3 @@ def test_texts_are_independent() -> None:
     assert both.num_rounds == pytest.approx(sum(r.num_rounds for r in apart))
     with pytest.raises(ValueError, match="two tokens"):
         replayed([[0.5], []], 2)
-
-
-def test_tokens_by_gamma_start_with_plain_decoding_and_rise() -> None:
-    tokens = tokens_by_gamma([[0.8] * 500], 6)
-    assert tokens[0] == 1.0
-    assert list(tokens) == sorted(tokens)
-    assert len(tokens) == 7
