@@ -117,10 +117,12 @@ async def _measure(
     shares = [0.0, *parse_list(options.shares, "--shares", float)]
     num_runs = options.runs if options.bias else 0
     num_steps = num_runs + options.repetitions * len(shares)
-    with progress(console, num_steps, document, [*found, *blocks]) as step:
+    measured: list[object] = []
+    with progress(console, num_steps, document, measured) as step:
         for _ in range(num_runs):
             step(f"bias {options.bias:g}")
             found.append(await _find(options, console, document))
+            measured.append(found[-1])
         variant = Variant("full", temperature=options.temperature, is_seeded=False)
         cores = core_per_tier(options.cores)  # the same for all: a system pins this process
         async with contextlib.AsyncExitStack() as stack:
@@ -137,6 +139,7 @@ async def _measure(
                 step(f"share {share:g}")
                 block = await _block(options, systems[share], variant, repetition, options.outputs)
                 blocks.append((share, block, await _idle_audit(systems[share])))
+                measured.append(block)
 
 
 async def _idle_audit(system: System) -> GetAuditResponse:
