@@ -182,7 +182,7 @@ def token_cost_table(costs: Sequence[TokenCost]) -> Table:
         shown.add_row(
             f"{one.temperature:g}, {one.num_streams}", f"{one.plain:.3g}",
             f"{one.with_drafts:.3g}", number(one.with_drafts / one.plain),
-            str(one.num_drafts), f"{one.num_targets} per draft" if one.num_targets > 1 else "",
+            str(one.num_drafts), f"{one.num_targets} per draft" if one.num_drafts == 1 else "",
         )  # fmt: skip
     return shown
 
