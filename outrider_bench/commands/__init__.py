@@ -6,8 +6,9 @@ table. It writes NAME.json (settings, machine, versions, results, all samples) a
 
 Reading order, in `measuring`: cores, system, workload, load, summary, document, plots, show. Then
 the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, sources
-(measuring.tasks), rounds, growth, scaling (trials, busy), signals (bottlenecks, fleet), overload
-(overload_phases), attacks (attackers, attack_phases), audit, swap (swap_load, swap_report),
+(measuring.tasks), rounds, growth, scaling (trials, busy), signals (bottlenecks, fleet),
+shared_draft, overload (overload_phases), attacks (attackers, attack_phases), audit, swap
+(swap_load, swap_report),
 serve (serve_options, serve_report, serve_figures), twin, wire.
 """
 
@@ -33,6 +34,7 @@ _MODULES = {
     "swap": "swap",
     "serve": "serve",
     "signals": "signals",
+    "shared-draft": "shared_draft",
     "twin": "twin",
     "wire": "wire",
     "pair": "pair",

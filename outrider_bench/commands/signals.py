@@ -86,10 +86,7 @@ def signals(options: SignalsOptions) -> None:
 def _check(options: SignalsOptions) -> None:
     from outrider_bench.loadtest.lengths import Lengths
 
-    for name in ("target", "draft", "inflate", "simulate_target", "simulate_draft"):
-        if getattr(options, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag}: not allowed: this command simulates the tiers")
+    options.refuse_models()
     if options.settle >= options.seconds:
         raise ConfigError("--settle: must be less than --seconds")
     Lengths.parse(options.output_len, "--output-len")

@@ -87,6 +87,13 @@ class BenchOptions:
     def is_simulated(self) -> bool:
         return self.simulate_target is not None
 
+    def refuse_models(self) -> None:
+        """Raises ConfigError for options of models: the command simulates the tiers."""
+        for name in ("target", "draft", "inflate", "simulate_target", "simulate_draft"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: not allowed: this command simulates the tiers")
+
     def with_quick_defaults(self, **small: Any) -> Self:
         """With `--quick`: `small` values for all options that still have their defaults."""
         if not self.quick:

@@ -8,14 +8,20 @@ false-alarm probability of 2e-6 at most.
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import draft_service.tree.text_tree
 from draft_service.messages import SupportWeights
+from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from tests.e2e.law_tests import p_values, places
 from tests.e2e.pairs import CASES, PROMPT, OtherTokenizerPair
 from tests.e2e.reference import Sampling, assert_greedy, assert_seeded
@@ -152,3 +158,62 @@ async def test_a_wrong_support_is_caught(
         outputs = await drawn(stack, {}, METHODS[method], NUM_TOKENS, NUM_OUTPUTS, HOWS[0])
     found = law_p_values(pair, outputs, {})
     assert min(found.values()) < FALSE_ALARM, f"not caught: {found}"
+
+
+def with_permuted_ids(draft: Path, directory: Path) -> Path:
+    """The draft with other ids for its ordinary tokens: another tokenizer, the same text."""
+    shutil.copytree(draft, directory)
+    path = directory / "tokenizer.json"
+    told = json.loads(path.read_text("utf-8"))
+    vocab = told["model"]["vocab"]
+    added = {token["id"] for token in told["added_tokens"]}
+    ids = np.arange(max(vocab.values()) + 1)
+    ordinary = [i for i in ids if i not in added]
+    ids[ordinary] = np.random.default_rng(0).permutation(ordinary)
+    told["model"]["vocab"] = {token: int(ids[i]) for token, i in vocab.items()}
+    path.write_text(json.dumps(told), "utf-8")
+    rows = torch.from_numpy(np.argsort(ids))
+    weights = safetensors.torch.load_file(directory / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][rows].clone()
+    safetensors.torch.save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.timeout(600)
+async def test_the_quickstart_draft_is_as_good_with_other_ids(tmp_path: Path, redis: str) -> None:
+    """Greedy: re-encoding costs no acceptance on real text. Coupled: the same tokens."""
+    target, draft = Path(TARGET_PATH), Path(DRAFT_PATH)
+    permuted = with_permuted_ids(draft, tmp_path / "permuted")
+    kinds = {"greedy": {"temperature": 0.0}, "coupled": {"temperature": 1.0, "seed": 7}}
+    found: list[dict[str, Output]] = []
+    for model, settings in ((draft, {}), (permuted, {"target_tokenizer": str(target)})):
+        async with running_stack(
+            target,
+            model,
+            redis,
+            draft_settings=settings,
+            tokenizer=str(target),
+            assume_same_vocabulary=False,
+            draft_wait="always",
+            draft_wait_ms=None,
+        ) as stack:
+            outputs = await generate_all(
+                stack,
+                [
+                    {
+                        "prompt": "class Stack:\n    def __init__(self):",
+                        "sampling": {**sampling, "max_tokens": 32, "ignore_eos": True},
+                        "verification": METHODS["coupled"],
+                        "gamma": 4,
+                        "lookahead": 0,
+                    }
+                    for sampling in kinds.values()
+                ],
+            )
+        found.append(dict(zip(kinds, outputs, strict=True)))
+    shared, reencoded = found
+    for kind in kinds:
+        assert reencoded[kind].token_ids == shared[kind].token_ids
+    rates = [each["greedy"].speculation.acceptance_rate for each in (shared, reencoded)]
+    assert rates[1] > rates[0] - 0.1 > 0.3, rates
