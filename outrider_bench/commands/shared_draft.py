@@ -46,7 +46,8 @@ class Case:
 CASES = (
     Case("draft has time", _QUICK_DRAFT, (4, 4)),
     Case("2 streams beside 24", _SLOW_DRAFT, (24, 2), gamma=4),
-    Case("12 streams beside 24", _SLOW_DRAFT, (24, 12), gamma=4),
+    # Each wants more than half: 20 streams, of which most wait for the draft, are more than 8 rows.
+    Case("20 streams beside 40", _SLOW_DRAFT, (40, 20), gamma=4),
 )
 
 
