@@ -8,8 +8,7 @@ Reading order, in `measuring`: cores, system, workload, load, summary, document,
 the commands, with their helpers in brackets: speed (peer, explain), concurrency, delay, sources
 (measuring.tasks), rounds, growth, scaling (trials, busy), signals (bottlenecks, fleet),
 shared_draft, overload (overload_phases), attacks (attackers, attack_phases), audit, swap
-(swap_load, swap_report),
-serve (serve_options, serve_report, serve_figures), twin, wire.
+(swap_load, swap_report), serve (serve_options, serve_report, serve_figures), twin, wire.
 """
 
 from __future__ import annotations
