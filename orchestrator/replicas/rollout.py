@@ -226,18 +226,18 @@ class DraftRollout:
             return self._first()
         if self._is_gone(record.current):
             return self._successor()
-        newest = self._newest(Role.WAITING)
-        if newest and (not record.trial or record.is_promoted or self._is_gone(record.trial)):
+        largest = self._largest(Role.WAITING)
+        if largest and (not record.trial or record.is_promoted or self._is_gone(record.trial)):
             former = record.trial if record.is_promoted else ""
-            why = f"{newest} joined and is compared with {record.current}"
-            return "", record.change(why, current=record.current, trial=newest, superseded=former)
+            why = f"{largest} joined and is compared with {record.current}"
+            return "", record.change(why, current=record.current, trial=largest, superseded=former)
         if record.trial and not record.is_promoted and self._is_gone(record.trial):
             why = f"{record.trial} has left"
             return "", record.change(why, current=record.current)
         return self._compared() if record.trial else None
 
     def _first(self) -> tuple[str, Rollout] | None:
-        first = self._newest(Role.WAITING)
+        first = self._largest(Role.WAITING)
         if not first or self._clock() - self._started_at < self._timing.settle_s:
             return None
         return "", self.record.change(f"{first} is the first revision", current=first)
@@ -248,7 +248,7 @@ class DraftRollout:
         if self._num_replicas[record.trial]:
             successor = record.trial
         else:
-            successor = self._newest(Role.WAITING) or self._newest(Role.SUPERSEDED)
+            successor = self._largest(Role.WAITING) or self._largest(Role.SUPERSEDED)
         if not successor:
             return None
         why = f"{successor} replaces {record.current}, which has no replica"
@@ -286,7 +286,7 @@ class DraftRollout:
             return PROMOTED, record.change(why, current=new, trial=old, is_promoted=True)
         return None
 
-    def _newest(self, role: Role) -> str:
+    def _largest(self, role: Role) -> str:
         """The connected revision in a role that has the most replicas; empty: there is none."""
         names = [name for name in self._num_replicas if self.record.role(name) is role]
         return min(names, key=lambda name: (-self._num_replicas[name], name), default="")
