@@ -70,6 +70,16 @@ class DraftSources:
             is_requested=request.draft_source is not SourceName.AUTO,
         )
 
+    @property
+    def pool_owner(self) -> str:
+        """Owner of the past outputs that lookup may search: this client with this model.
+
+        A model that replaces another one may have other tokens. Names of clients have no slash.
+        """
+        model = self.context.targets.model
+        assert model is not None, "a target was connected"
+        return f"{self.lease.client}/{model.model_fingerprint}"
+
     def _past_outputs(self) -> Sequence[TokenIndex]:
         """The client's past outputs, unless they might depend on this generation's seed.
 
@@ -78,7 +88,7 @@ class DraftSources:
         """
         request, pool = self.request, self.context.past_outputs
         is_biased = request.is_seeded and request.params.needs_supports(request.verification)
-        return pool.indexes(self.lease.client) if pool is not None and not is_biased else ()
+        return pool.indexes(self.pool_owner) if pool is not None and not is_biased else ()
 
     def _draft_request(self) -> DraftRequest:
         request, state = self.request, self.state

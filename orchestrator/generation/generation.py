@@ -54,6 +54,7 @@ class Generation:
         self._observation = Observation(context.observers(prepared, lease))
         sources = DraftSources(context, request, lease, prepared.state)
         self._may_draft = sources.may_draft
+        self._pool_owner = sources.pool_owner
         self._source = sources.tier()
         self._policy = GammaPolicy(
             context.costs.pair(self._source.revision),
@@ -270,7 +271,7 @@ class Generation:
         self._drafting.close(keep=keep)
         self._observation.ended(self._state)
         if is_done and (pool := self._context.past_outputs) is not None:
-            pool.add(self._lease.client, self._state.token_ids[self._state.prompt_len :])
+            pool.add(self._pool_owner, self._state.token_ids[self._state.prompt_len :])
         recorder = self._recorder
         if not await recorder.release(target_kv, draft_kv, is_named=is_named, is_done=is_done):
             self._context.cleanup.in_background(recorder.retry_release())
