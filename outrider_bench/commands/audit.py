@@ -163,7 +163,7 @@ async def _find(options: AuditOptions, console: Console, document: Document) -> 
     ) as system:
         system.require_draft()
         document.about(system)
-        num_outputs = max(1, _TOKENS_PER_LOOK // options.max_tokens)
+        num_outputs = max(1, min(_TOKENS_PER_LOOK, options.most_tokens) // options.max_tokens)
         variant = Variant(
             "γ", gamma=options.gamma, temperature=options.temperature, is_seeded=False
         )
