@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ from outrider.errors import ConfigError
 from outrider.quickstart_pair import DRAFT_PATH, PAIR_PATH, TARGET_PATH
 from outrider_bench.distill.optimise import TrainingEvent
 from outrider_bench.quickstart.architecture import num_parameters
+from outrider_bench.quickstart.card import write_card
 from outrider_bench.quickstart.corpus import SPECIAL_TOKENS, load_corpus
-from outrider_bench.quickstart.evaluate import evaluate, greedy_alpha, sampled_alpha
+from outrider_bench.quickstart.evaluate import PairReport, evaluate, greedy_alpha, sampled_alpha
 from outrider_bench.quickstart.rollout import continue_rows
 from outrider_bench.quickstart.storage import load, load_tokenizer
-from outrider_bench.quickstart.train import TrainingResult, train
+from outrider_bench.quickstart.train import TrainingConfig, TrainingResult, train
 from tests.bench.quickstart.small_training import CORPUS, PROMPTS, SHORT, small
 from tests.cli.processes import ROOT, TIMEOUT_S, environment
 
@@ -223,3 +225,20 @@ def test_packages_are_added_to_the_standard_library() -> None:
     assert any("from rich" in text for text in both.train)
     with pytest.raises(ConfigError, match="--packages: 'absent' is not an installed package"):
         load_corpus(packages=("absent",))
+
+
+def test_a_training_of_hours_is_limited_by_time_alone() -> None:
+    config = TrainingConfig().lasting(2.0)
+    draft = config.distill
+    total_s = config.target_limits.time_budget_s + draft.rollout_budget_s
+    assert total_s + draft.limits.time_budget_s == pytest.approx(7200)
+    assert min(config.target_limits.num_steps, draft.limits.num_steps, draft.num_rollouts) >= 10**9
+
+
+def test_the_card_names_the_packages_and_their_licences(tmp_path: Path) -> None:
+    report = PairReport(0.8, 0.7, 0.6, 2.5, 3.5, 5_000_000, 1_000_000, num_prompts=96)
+    write_card(tmp_path, report, TrainingConfig(packages=("rich",)), steps="Steps taken: 1.")
+    card = (tmp_path / "CARD.md").read_text("utf-8")
+    assert f"and rich {version('rich')}, without tests" in card
+    assert "on rich, under its licence (MIT)" in card
+    assert "`outrider quickstart train --out DIR --packages rich`" in card
