@@ -68,7 +68,11 @@ class DistillOptions(AccessOptions):
     ] = 20.0
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="End after this many training steps.", rich_help_panel=_TRAINING),
+        typer.Option(
+            min=1,
+            help="Training steps. Default: until each row was used four times.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None
     samples: Annotated[
         int, typer.Option(min=1, help="Continuations to train on.", rich_help_panel=_TRAINING)

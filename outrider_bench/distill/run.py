@@ -33,7 +33,6 @@ from outrider_bench.distill.models import (
     write_draft,
 )
 from outrider_bench.distill.optimise import (
-    ENDLESS,
     Interrupted,
     Limits,
     Optimiser,
@@ -226,9 +225,10 @@ class _Run:
 
     def _train(self, target: Any, draft: Any, data: Data) -> Position:
         settings, processes = self._settings, self._processes
-        limits = Limits(settings.steps or ENDLESS, self._budget_s(False))
         draft.requires_grad_(True)
         rows = settings.batch * processes.count
+        num_steps = settings.max_steps(len(data.train), rows_per_step=rows)
+        limits = Limits(num_steps, self._budget_s(False))
 
         def batch_of_step(step: int) -> Batch:
             chosen = shuffled_batch(len(data.train), rows, step, settings.seed)
@@ -244,8 +244,9 @@ class _Run:
         if self._checkpoint.exists:
             self._show("going on from the checkpoint of an earlier run")
         self._show(
-            f"training on {len(data.train)} rows, at most {duration(limits.time_budget_s)}; Ctrl-C "
-            "measures the draft as it is then, and the same command goes on"
+            f"training on {len(data.train)} rows, at most {num_steps} steps or "
+            f"{duration(limits.time_budget_s)}; Ctrl-C measures the draft as it is then, and the "
+            "same command goes on"
         )
         return train_draft(
             target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -28,6 +29,7 @@ from outrider_bench.distill.rows import (
     shuffled_batch,
     without_leaks,
 )
+from outrider_bench.distill.settings import DistillSettings
 from outrider_bench.distill.train import distillation_loss, train_draft
 from tests.services.tokenizer_files import write_tokenizer
 from tests.tiny_models import build_tiny_model, make_tiny_model
@@ -157,6 +159,13 @@ def test_each_row_is_in_one_batch_per_epoch() -> None:
     assert epochs == [list(range(12))] * 2
     assert shuffled_batch(12, 3, 0, seed=5) != shuffled_batch(12, 3, 4, seed=5)
     assert sorted(shuffled_batch(2, 16, 7, seed=5)) == [0, 1]
+
+
+def test_rows_are_used_four_times_unless_steps_are_given() -> None:
+    settings = DistillSettings(target="t", out=Path("o"))
+    assert settings.max_steps(288, rows_per_step=16) == 72
+    assert settings.max_steps(2, rows_per_step=16) == 1
+    assert dataclasses.replace(settings, steps=500).max_steps(288, rows_per_step=16) == 500
 
 
 # Generation
