@@ -147,7 +147,8 @@ def commands() -> str:
         "# Commands of `outrider`\n",
         NOTICE,
         "Exit status: 0 success, 1 failure, 2 wrong flags or settings, 130 after Ctrl-C.\n"
-        "`bench`, `chaos`, `check`, `demo`, `distill` and `quickstart` belong to the distribution `outrider-bench`.\n",
+        "`bench`, `chaos`, `check`, `demo`, `distill` and `quickstart` belong to the distribution "
+        "`outrider-bench`.\n",
     ]
     for path, command in _leaves(typer.main.get_command(app()), ("outrider",)):
         parts.append(f"## `{' '.join(path)}`\n\n{_cell(_first_paragraph(command.help or ''))}\n")

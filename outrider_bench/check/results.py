@@ -84,6 +84,7 @@ class SpeedUp:
     tokens_per_s: float | None = None
     mean_gamma: float | None = None
     hit_rate: float | None = None
+    tokens_per_round: float | None = None
 
     @property
     def off(self) -> float | None:
@@ -93,8 +94,14 @@ class SpeedUp:
 
     @property
     def value(self) -> float:
-        """Measured if possible, predicted otherwise."""
-        return self.prediction.speed_up if self.measured is None else self.measured
+        """Measured if possible, predicted otherwise; at most the tokens per round.
+
+        A round with draft tokens takes at least as long as one without, so what a measurement
+        exceeds its tokens per round by is noise of the machine.
+        """
+        if self.measured is None:
+            return self.prediction.speed_up
+        return min(self.measured, self.tokens_per_round or self.measured)
 
 
 def acceptances(
@@ -256,6 +263,7 @@ def _speed_up(temperature: float, prediction: Prediction, loops: Loops) -> Speed
         tokens_per_s=statistics.median(one.served.tokens_per_s for one in passes),
         mean_gamma=None if rounds is None else rounds.mean_gamma,
         hit_rate=None if rounds is None else rounds.hit_rate,
+        tokens_per_round=None if rounds is None else rounds.tokens_per_round,
     )
 
 

@@ -93,3 +93,10 @@ def test_costs_are_per_million_tokens_and_count_the_drafts() -> None:
 def test_prompt_lookup_is_named_and_without_gamma() -> None:
     found = verdict([], [speed_up(0, 1, 1.6)], [], [], 1.1, is_lookup=True)
     assert found.text == "use prompt lookup: 1.6x at one stream (predicted)"
+
+
+def test_a_gain_that_draft_tokens_cannot_explain_is_noise() -> None:
+    """1.3 times the speed with 1.02 tokens per round: the machine, not the draft."""
+    noisy = replace(speed_up(0, 1, 1.0, 1.3), tokens_per_round=1.02)
+    assert not given(noisy).is_worth_it
+    assert given(replace(noisy, tokens_per_round=2.5)).is_worth_it
