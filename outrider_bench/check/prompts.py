@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.errors import ConfigError, InvalidRequest
-from outrider.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from outrider.tokenizer import Tokenizer
 
 _NOTICE = (
     "The station will close for repairs on Monday. Trains from the north stop at Harbour Street "

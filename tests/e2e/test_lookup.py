@@ -56,7 +56,9 @@ async def test_greedy_and_coupled_tokens_are_those_without_drafts(
         outputs = await generate_all(stack, [{**call, **how} for call in calls])
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert sum(output.speculation.num_draft_tokens for output in plain) == 0
-    assert num_accepted(outputs, LOOKUP) > 0 or "gamma" not in how, "a pass is cheap here"
+    # Beside a draft its measured speed decides, and without γ a pass may be too cheap here.
+    if "gamma" in how and not has_draft:
+        assert num_accepted(outputs, LOOKUP) > 0
 
 
 def lookup_p_values(
