@@ -10,8 +10,8 @@ from collections import Counter
 from typing import Any
 
 from draft_service.messages import Command, Proposed
-from draft_service.targets import ServedTarget, TargetTable
 from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession
+from draft_service.tree.targets import ServedTarget, TargetTable
 from outrider.engine.kv.sequence import pages_for
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration

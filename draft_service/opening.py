@@ -13,7 +13,7 @@ import numpy as np
 
 from draft_service.messages import Ids, OpenDraft
 from draft_service.reencoding import Reencoder
-from draft_service.targets import ServedTarget
+from draft_service.tree.targets import ServedTarget
 from draft_service.tree.text_tree import TextContext
 from outrider.engine import Sampler, ServedEngine
 from outrider.errors import InvalidRequest

@@ -10,10 +10,10 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 
 from draft_service.fair_share import FairShare
-from draft_service.targets import ServedTarget
 from draft_service.tree.block import Extension
 from draft_service.tree.draft_session import DraftRow, DraftSession
 from draft_service.tree.row_budget import best_extensions
+from draft_service.tree.targets import ServedTarget
 from outrider.model_server.scheduler import GenerationKey
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import structlog
 
 from draft_service.messages import Commit, OpenDraft, Proposed
-from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.kv_branches import Branch, KVBranches
+from draft_service.tree.targets import ServedTarget
 from draft_service.tree.text_tree import TextContext, TextTree
 from draft_service.tree.tree import CommitOutcome, SpeculationTree
 from outrider.engine import (

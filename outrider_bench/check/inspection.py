@@ -14,7 +14,7 @@ from outrider.errors import IncompatiblePair
 from outrider.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from outrider.engine.loading.model_shape import ModelShape
+    from outrider_bench.check.model_shape import ModelShape
 
 # A draft of a tenth of the target's parameters or less is usual; larger ones cost what they save.
 USUAL_RATIO = 10.0
@@ -127,8 +127,8 @@ async def inspect_pair(target: str, draft: str | None, options: InspectOptions) 
 
 
 def _read(model: str, dtype: str, device: str) -> tuple[Tokenizer | None, ModelShape]:
-    from outrider.engine.loading.model_shape import model_shape
     from outrider.engine.options import EngineOptions
+    from outrider_bench.check.model_shape import model_shape
 
     shape = model_shape(EngineOptions(model, dtype=dtype, device=device))
     return Tokenizer.load(model), shape

@@ -1,7 +1,7 @@
 """Self-test of the engine on this device with these models, in a child process.
 
 `python -m outrider_bench.check.self_test` reads engine options as JSON from standard input and
-prints a line of JSON per case. `outrider/engine/loading/full_self_test.py` has the cases.
+prints a line of JSON per case. `engine_cases` has the cases.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ async def run_self_test(
 
 def main() -> int:
     """Exit status 2: the model cannot be loaded; the last line of standard error is why."""
-    from outrider.engine.loading.full_self_test import full_self_test
     from outrider.engine.options import EngineOptions
+    from outrider_bench.check.engine_cases import full_self_test
 
     options = EngineOptions(**json.load(sys.stdin))
 

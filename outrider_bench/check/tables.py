@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.engine.loading.model_shape import ModelShape
+    from outrider_bench.check.model_shape import ModelShape
 
 _TIERS = ("target", "draft")
 # Positions of a block shown.

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 
 from draft_service.messages import Commit, OpenDraft, TargetIdentity
-from draft_service.targets import ServedTarget
 from draft_service.tree.block import DraftBlock, Extension
 from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession
+from draft_service.tree.targets import ServedTarget
 from outrider.engine import Append, EngineOptions, Sequence, load_engine
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import SessionTable

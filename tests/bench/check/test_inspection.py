@@ -9,7 +9,6 @@ import pytest
 import transformers
 
 from outrider.engine import EngineOptions, load_engine
-from outrider.engine.loading.model_shape import ModelShape, model_shape
 from outrider.errors import ConfigError
 from outrider_bench.check.inspection import (
     InspectOptions,
@@ -17,6 +16,7 @@ from outrider_bench.check.inspection import (
     TokenizerMatch,
     inspect_pair,
 )
+from outrider_bench.check.model_shape import ModelShape, model_shape
 from tests.cli.conftest import write_tokenizer
 from tests.cli.processes import run
 from tests.e2e import byte_tokenizer

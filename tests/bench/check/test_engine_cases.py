@@ -12,7 +12,7 @@ import torch
 from outrider.engine import EngineOptions, load_engine
 from outrider.engine.attention.interface import QueryBlock
 from outrider.engine.attention.segments import Segment
-from outrider.engine.loading.full_self_test import SelfTestCase, full_self_test
+from outrider_bench.check.engine_cases import SelfTestCase, full_self_test
 from tests.tiny_models import make_tiny_model
 
 # The test at each load ends at 320 tokens.
