@@ -156,7 +156,8 @@ def test_exit_status_and_json_without_loading(target: Path, tmp_path: Path) -> N
     ended = run(*files, str(wrong), str(draft))
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)
-    assert [one["is_worth_it"] for one in report["drafts"]] == [False, True]
+    verdicts = [(one["draft"], one["is_worth_it"]) for one in report["drafts"]]
+    assert verdicts == [(str(draft), True), (str(wrong), False)], "the better one is first"
     ended = run(*files, str(wrong))
     assert ended.returncode == 3, ended.stderr
     assert json.loads(ended.stdout)["drafts"][0]["verdict"].startswith("do not speculate: ")
