@@ -104,7 +104,7 @@ class DistillOptions(AccessOptions):
             "this rate.",
             rich_help_panel=_TRAINING,
         ),
-    ] = 1e-3
+    ] = 5e-4
     checkpoint_s: Annotated[
         float,
         typer.Option(min=0, help="Seconds between checkpoints.", rich_help_panel=_TRAINING),

@@ -38,7 +38,7 @@ class DistillSettings:
     max_prompt_tokens: int = 384
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     batch: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     checkpoint_s: float = 60.0
     device: str = "auto"
     seed: int = 0
