@@ -87,8 +87,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["rejection", "block"])
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("rejection", "alone"),
+        ("block", "adaptive"),
+        ("block", "beside a draft"),
+        ("rejection", "beside a draft, adaptive"),
+    ],
+)
 async def test_sampled_output_has_the_target_s_distribution(
     method: str, way: str, spread_pair: SpreadPair, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
