@@ -264,7 +264,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
 
     def _preempt(self, victim: LiveGeneration[State]) -> None:
         self._num_preempted += 1
-        why = "preempted by a generation that is more urgent, earlier, or within its target's share"
+        why = "preempted by a generation that is more urgent, began earlier, or keeps to its share"
         self._failures.append(self._fail(victim.state.key, FailureReason.KV_FULL, why))
 
     def _sequences_of(self, live: LiveGeneration[State]) -> Collection[KVSequence]:

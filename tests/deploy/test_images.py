@@ -103,7 +103,7 @@ def test_required_secrets_are_documented() -> None:
 def test_load_test_uses_existing_flags(name: str) -> None:
     """Flags are those of `outrider bench serve`; the other containers print its files."""
     command: Any = typer.main.get_command(app())
-    serve = command.commands["bench"].commands["serve"]
+    serve = command.get_command(None, "bench").get_command(None, "serve")
     flags = {flag for parameter in serve.params for flag in parameter.opts}
     (pod,) = built(name).pods()
     (load_test,) = pod.spec["initContainers"]

@@ -57,10 +57,11 @@ class Channels:
     target: grpc.aio.Channel
     draft: grpc.aio.Channel
     orchestrator: grpc.aio.Channel
+    endpoint: str
 
     @property
     def stack(self) -> Stack:
-        return Stack(self.orchestrator, self.target, self.draft)
+        return Stack(self.orchestrator, self.target, self.draft, endpoint=self.endpoint)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -79,7 +80,7 @@ async def channels(redis_server: RedisServer) -> AsyncIterator[Channels]:
                 await s.enter_async_context(grpc.aio.insecure_channel(endpoint))
                 for endpoint in endpoints
             ]
-            yield Channels(*opened)
+            yield Channels(*opened, endpoint=endpoints[-1])
 
 
 async def stream_end(channel: Any, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
