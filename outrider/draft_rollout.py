@@ -12,10 +12,10 @@ from enum import Enum
 from typing import Any
 
 from outrider.errors import ConfigError
+from outrider.replica import record_fields, text_field
 
 _FINGERPRINT_CHARS = 64
 _NAME_CHARS = 12
-_MAX_CHARS = 1024
 # Revisions that a record remembers as superseded, and as rolled back. The oldest are dropped.
 _MAX_FORMER = 32
 
@@ -157,23 +157,18 @@ class Rollout:
     @classmethod
     def from_json(cls, record: bytes) -> Rollout:
         """Unknown fields are ignored. Raises ValueError if the record is malformed."""
-        try:
-            fields = json.loads(record)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not isinstance(fields, dict):
-            raise ValueError("not an object")
+        fields = record_fields(record)
         version = fields.get("version")
         if type(version) is not int or not 0 < version < 1 << 53:
             raise ValueError("version: must be an integer in [1, 2^53)")
         return cls(
             version=version,
-            current=_text(fields, "current"),
-            trial=_text(fields, "trial"),
+            current=text_field(fields, "current", ""),
+            trial=text_field(fields, "trial", ""),
             is_promoted=fields.get("is_promoted") is True,
             superseded=_texts(fields, "superseded"),
             rolled_back=_texts(fields, "rolled_back"),
-            decision=_text(fields, "decision"),
+            decision=text_field(fields, "decision", ""),
         )
 
 
@@ -182,15 +177,8 @@ def _joined(former: tuple[str, ...], new: str, left_out: set[str]) -> tuple[str,
     return tuple(name for name in names if name and name not in left_out)[-_MAX_FORMER:]
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name, "")
-    if not isinstance(value, str) or len(value) > _MAX_CHARS:
-        raise ValueError(f"{name}: must be a string of at most {_MAX_CHARS} characters")
-    return value
-
-
 def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     values = fields.get(name, [])
     if not isinstance(values, list) or len(values) > _MAX_FORMER:
         raise ValueError(f"{name}: must be a list of at most {_MAX_FORMER} strings")
-    return tuple(_text({name: value}, name) for value in values)
+    return tuple(text_field({name: value}, name, "") for value in values)

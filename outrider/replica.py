@@ -53,14 +53,9 @@ class Replica:
 
         Raises ValueError if the record is malformed.
         """
-        try:
-            fields = json.loads(record)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not isinstance(fields, dict):
-            raise ValueError("not an object")
+        fields = record_fields(record)
         replica = cls(
-            **{name: _text(fields, name) for name in _TEXTS},
+            **{name: text_field(fields, name, _default(name)) for name in _TEXTS},
             **{name: _count(fields, name) for name in _COUNTS},
             state=ReplicaState(fields.get("state")),
         )
@@ -72,11 +67,27 @@ _TEXTS = ("tier", "id", "address", "model_fingerprint", "tokenizer_fingerprint")
 _COUNTS = ("vocab_size", "kv_capacity_tokens", "kv_used_tokens", "num_open_generations")
 
 
-def _text(fields: dict[str, Any], name: str) -> Any:
-    value = fields.get(name, "" if name.endswith("_fingerprint") else None)
+def record_fields(record: bytes) -> dict[str, Any]:
+    """Fields of a JSON record in Redis. Raises ValueError if it is not an object."""
+    try:
+        fields = json.loads(record)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError("not an object")
+    return fields
+
+
+def text_field(fields: dict[str, Any], name: str, default: str | None) -> Any:
+    """A string of a record. Raises ValueError if it is none, or missing without a default."""
+    value = fields.get(name, default)
     if not isinstance(value, str) or len(value) > _MAX_CHARS:
         raise ValueError(f"{name}: must be a string of at most {_MAX_CHARS} characters")
     return value
+
+
+def _default(name: str) -> str | None:
+    return "" if name.endswith("_fingerprint") else None
 
 
 def _count(fields: dict[str, Any], name: str) -> Any:

@@ -207,7 +207,7 @@ class TextTree(SpeculationTree):
         return min(num_right, end - 1)
 
     def _take(self, num_bytes: int) -> None:
-        """Commits the chain's first tokens within so many bytes of its text."""
+        """Commits the chain's first tokens whose text fits into `num_bytes`."""
         chain, taken = self.root.token_ids, 0
         while chain and (size := len(self._reencoder.draft_text(chain[0]))) <= num_bytes - taken:
             self._buffer[self.committed_len] = chain.pop(0)

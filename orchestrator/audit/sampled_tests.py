@@ -94,7 +94,7 @@ class SequentialTest:
             )
 
     def begin_anew(self, now: float) -> None:
-        """Begins a new period; the number of alarms is kept."""
+        """Begins a new period; the number of alarms does not change."""
         self.evidence, self.started_at, self.has_alarm = Evidence(), now, False
         self.num_trials = 0
         self.observed_sum = self.expected_sum = self.information_sum = 0.0

@@ -196,7 +196,8 @@ class Generation:
         base_len = self._state.committed_len
         proposal, replica = self._target.proposal, self._target.replica
         commitment = self._state.commit(proposal, result)
-        if (outcome := self._state.outcome) is not None:
+        outcome = self._state.outcome
+        if self._observation.is_observed and outcome is not None:
             self._observation.observe(ObservedRound(base_len, proposal, result, outcome, replica))
         if commitment.finish is None and self._is_stopping:
             commitment = self._state.cancel(commitment)

@@ -69,6 +69,11 @@ class Observation:
     def __init__(self, observers: Sequence[GenerationObserver]) -> None:
         self._observers = list(observers)
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether rounds have to be reported."""
+        return bool(self._observers)
+
     def num_logprobs(self, requested: int | None) -> int | None:
         """How many log-probabilities to request from the target; the client wants `requested`."""
         wanted = [observer.num_logprobs for observer in self._observers]

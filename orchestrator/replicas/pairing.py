@@ -34,7 +34,7 @@ class DraftMatch:
 
 @dataclass(frozen=True)
 class PairedTarget:
-    """The target as a draft replica is told of it. Mirrors draft.proto's DraftTarget."""
+    """Properties of the target that a draft replica needs. Mirrors draft.proto's DraftTarget."""
 
     name: str
     model_fingerprint: str

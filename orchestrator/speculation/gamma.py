@@ -82,8 +82,8 @@ class GammaPolicy:
     """γ policy of one generation.
 
     `fixed`: the request's own γ. `fixed_wait_s`: the operator's longest wait. `waits_always`: every
-    round waits for its draft tokens, whatever that costs. `num_measured_rounds`: so many rounds
-    have draft tokens although they do not pay, because the draft's acceptance is to be known.
+    round waits for all its draft tokens. `num_measured_rounds`: number of rounds that have draft
+    tokens even if plain decoding is faster, to measure the draft's acceptance.
     """
 
     def __init__(

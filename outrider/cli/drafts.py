@@ -1,7 +1,7 @@
 """`outrider drafts list | promote | roll-back | retry`: the draft revisions of a tier.
 
 `list` asks an orchestrator. The other commands write to Redis, with the orchestrator's own settings
-from its environment variables: whoever has these is an operator; a client is not.
+from its environment variables: operators have these settings, clients do not.
 """
 
 from __future__ import annotations

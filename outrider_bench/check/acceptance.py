@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from outrider.errors import OutriderError
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.support import MAX_SUPPORT_SIZE, truncate
 from outrider.sampling.warp import warp
+from outrider_bench.measuring.child import print_lines, run_child
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -222,7 +222,6 @@ async def measure_acceptance(
 
     After a signal it returns with those there are (`report.stopped`). Raises ConfigError.
     """
-    from outrider_bench.measuring.child import run_child
     from outrider_bench.measuring.show import progress
 
     steps = [f"text at T = {t:g}, {len(indices)} prompts" for t, indices in batches(job)]
@@ -243,13 +242,7 @@ async def measure_acceptance(
 def main() -> int:
     """Exit status 2: invalid arguments; the last line of standard error is the message."""
     job = Job(**json.load(sys.stdin))
-    try:
-        for batch in compared(job):
-            print(json.dumps([asdict(one) for one in batch]), flush=True)
-    except OutriderError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return print_lines([asdict(one) for one in batch] for batch in compared(job))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Rounds:
 
     `tokens_per_round` is τ. `alpha`: accepted draft tokens over accepted and rejected ones.
     `survival` [γ]: probability that at least k + 1 draft tokens of a round are accepted, among the
-    rounds that have so many. `num_rounds`: how many this is based on.
+    rounds with at least k + 1 draft tokens. `num_rounds`: how many this is based on.
     """
 
     tokens_per_round: float

@@ -277,7 +277,7 @@ def round_shapes(comparisons: Sequence[Comparison], max_gamma: int) -> RoundShap
     foreseen = sum(1 - accepted for rank, accepted in tokens if rank < NUM_CANDIDATES)
     return RoundShapes(
         tokens=(1.0, *(one.tokens_per_round for one in rounds)),
-        # Texts too short for so many draft tokens have no such rounds.
+        # Short texts have no rounds with many draft tokens.
         all_accepted=(
             1.0,
             *(one.survival[g] if g < len(one.survival) else 0.0 for g, one in enumerate(rounds)),

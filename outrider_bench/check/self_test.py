@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outrider.errors import ModelError, OutriderError
+from outrider.errors import ModelError
 from outrider_bench.check.options import CheckOptions
+from outrider_bench.measuring.child import print_lines, run_child
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outrider.engine.options import EngineOptions
     from outrider_bench.measuring.show import Report
 
 
@@ -51,7 +54,6 @@ async def run_self_test(
     report: Report,
 ) -> None:
     """Adds the cases of both models to `found`. Raises ConfigError if one cannot be loaded."""
-    from outrider_bench.measuring.child import run_child
     from outrider_bench.measuring.show import progress
 
     models = [(options.target, options.device)]
@@ -69,25 +71,24 @@ async def run_self_test(
 def main() -> int:
     """Exit status 2: the model cannot be loaded; the last line of standard error is why."""
     from outrider.engine.options import EngineOptions
+
+    return print_lines(_cases(EngineOptions(**json.load(sys.stdin))))
+
+
+def _cases(options: EngineOptions) -> Iterator[dict[str, Any]]:
     from outrider_bench.check.engine_cases import full_self_test
-
-    options = EngineOptions(**json.load(sys.stdin))
-
-    def show(**case: Any) -> None:
-        print(json.dumps({"model": options.model, **case}), flush=True)
 
     try:
         for case in full_self_test(options):
-            show(
-                name=case.name, difference=case.difference, allowed=case.allowed,
-                is_passed=case.is_passed,
-            )  # fmt: skip
+            yield {
+                "model": options.model, "name": case.name, "difference": case.difference,
+                "allowed": case.allowed, "is_passed": case.is_passed,
+            }  # fmt: skip
     except ModelError as error:
-        show(name="at load", difference=0.0, allowed=0.0, is_passed=False, error=str(error))
-    except OutriderError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        yield {
+            "model": options.model, "name": "at load", "difference": 0.0, "allowed": 0.0,
+            "is_passed": False, "error": str(error),
+        }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,17 +6,28 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from outrider.cli.failures import require_engine
-from outrider.errors import ConfigError, InternalError
+from outrider.errors import ConfigError, InternalError, OutriderError
 from outrider.runtime.child_process import tied_to_this_process
 
 # Exit status of the child for a wrong argument; the last line of its stderr is the message.
 USAGE_STATUS = 2
 # Longest line of JSON.
 _MAX_LINE_BYTES = 1 << 26
+
+
+def print_lines(lines: Iterable[Any]) -> int:
+    """What the child's main does: prints each value as a line of JSON. Returns its exit status."""
+    try:
+        for line in lines:
+            print(json.dumps(line), flush=True)
+    except OutriderError as error:
+        print(error, file=sys.stderr)
+        return USAGE_STATUS
+    return 0
 
 
 async def run_child(

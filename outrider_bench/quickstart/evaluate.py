@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from outrider_bench.distill.losses import acceptance
 from outrider_bench.quickstart.architecture import num_parameters
 from outrider_bench.quickstart.corpus import Corpus, encode_documents, load_corpus
 from outrider_bench.quickstart.rollout import continue_rows
@@ -121,9 +122,10 @@ def sampled_alpha(
         temperatures=torch.ones(len(prompts)),
         generator=torch.Generator().manual_seed(seed),
     )
-    target_probs = _logits_before(target, rows, num_new_tokens).softmax(-1)
-    draft_probs = _logits_before(draft, rows, num_new_tokens).softmax(-1)
-    return torch.minimum(target_probs, draft_probs).sum(-1).mean().item()
+    target_log_probs, draft_log_probs = (
+        _logits_before(model, rows, num_new_tokens).log_softmax(-1) for model in (target, draft)
+    )
+    return acceptance(target_log_probs, draft_log_probs).mean().item()
 
 
 def _logits_before(
