@@ -40,7 +40,7 @@ DEVICE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 BUILD = "setuptools>=77"  # builds this project, without isolation
 # Supported machines: every package of dev.txt has a wheel for each of these.
 PYTHONS = (PYTHON, "3.12", "3.13")
-PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin")
+PLATFORMS = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31", "aarch64-apple-darwin")
 _UV = str(Path(sys.executable).with_name("uv"))
 
 

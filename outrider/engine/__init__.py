@@ -1,5 +1,5 @@
 """Model engine: forward passes over packed sequences, the KV cache and sampling. The only package
-that imports torch; both model services use it.
+that imports torch, when an engine is loaded; both model services use it.
 
     engine = load_engine(EngineOptions("path/to/model"))
     sequence = engine.store.open(max_len=100)
@@ -10,16 +10,14 @@ store), `attention/` (interface, segments, shared_prefix, torch_backend), `engin
 then `loading/load` and what it imports. Sessions are in `outrider/model_server`.
 """
 
+from __future__ import annotations
+
 import importlib.util
-
-from outrider.errors import NO_ENGINE, ConfigError
-
-if importlib.util.find_spec("torch") is None:  # installed without the "engine" extra
-    raise ConfigError(NO_ENGINE)
+from typing import TYPE_CHECKING, Any
 
 from outrider.engine.device_thread import DeviceThread
-from outrider.engine.engine import Append, Engine
 from outrider.engine.interface import (
+    Append,
     SampledToken,
     Sampler,
     SampleRequest,
@@ -28,14 +26,29 @@ from outrider.engine.interface import (
 )
 from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.options import EngineInfo, EngineOptions
+from outrider.errors import NO_ENGINE, ConfigError
+
+if TYPE_CHECKING:
+    from outrider.engine.engine import Engine
+
+
+def __getattr__(name: str) -> Any:
+    """`Engine` when it is first used: it imports torch, which simulated engines do not need."""
+    if name != "Engine":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from outrider.engine.engine import Engine
+
+    return Engine
 
 
 def load_engine(options: EngineOptions) -> Engine:
     """Load a model and test it against plain attention; see `outrider.engine.loading.load`.
 
-    The import is local: transformers takes two seconds to import, and simulated engines do not need
-    it.
+    The import is local: torch and transformers take three seconds to import, and simulated engines
+    do not need them. Raises ConfigError also if torch is not installed.
     """
+    if importlib.util.find_spec("torch") is None:  # installed without the "engine" extra
+        raise ConfigError(NO_ENGINE)
     from outrider.engine.loading.load import load_engine as load
 
     return load(options)

@@ -7,7 +7,6 @@ Prefill, decoding, verification and drafting are the same call with different le
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +15,19 @@ import torch
 from outrider.engine.attention.cuda_graphs import GraphedSteps
 from outrider.engine.attention.interface import attending
 from outrider.engine.attention.segments import Backend, Segment
-from outrider.engine.interface import BlockScores, Ids, SampledToken, SampleRequest, ScoreRequest
-from outrider.engine.kv.store import KVStore, Sequence
+from outrider.engine.interface import (
+    Append,
+    BlockScores,
+    Ids,
+    SampledToken,
+    SampleRequest,
+    ScoreRequest,
+)
+from outrider.engine.kv.store import KVStore
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
 from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.sampling.params import SamplingParams
-
-
-class Append(NamedTuple):
-    """Tokens to append to one sequence; logits are returned for the last `num_logits` of them."""
-
-    sequence: Sequence
-    token_ids: npt.NDArray[np.integer[Any]] | list[int]
-    num_logits: int
 
 
 class Engine:

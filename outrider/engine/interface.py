@@ -1,4 +1,4 @@
-"""Interface between a model service and its engine: sample requests, score requests and results.
+"""Interface between a model service and its engine: appends, sample and score requests, results.
 
 Plain data without torch. The service states which rows of logits belong to which request; the
 engine samples for all generations together. `sampling/sampler.py` implements it with a model,
@@ -7,14 +7,15 @@ engine samples for all generations together. `sampling/sampler.py` implements it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.engine.kv.store import KVStore
+from outrider.engine.kv.store import KVStore, Sequence
 from outrider.engine.options import EngineInfo
 from outrider.sampling.params import SamplingParams, Verification
 
@@ -25,6 +26,14 @@ Logits = Any
 
 # Candidates reported with every sampled token: the tokens a draft may continue from.
 NUM_CANDIDATES = 8
+
+
+class Append(NamedTuple):
+    """Tokens to append to one sequence; logits are returned for the last `num_logits` of them."""
+
+    sequence: Sequence
+    token_ids: Ids | list[int]
+    num_logits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ class ScoreRequest:
     history: Ids
     position: int
     num_rows: int
-    supports: Sequence[Ids] | None
+    supports: Seq[Ids] | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class ServedEngine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def forward(self, appends: Sequence[Any]) -> Logits: ...
+    def forward(self, appends: Seq[Append]) -> Logits: ...
 
     def sampler(
         self,
@@ -135,9 +144,9 @@ class ServedEngine(Protocol):
     ) -> Sampler: ...
 
     def sample(
-        self, requests: Sequence[SampleRequest], logits: Logits
+        self, requests: Seq[SampleRequest], logits: Logits
     ) -> list[SampledToken | Exception]: ...
 
     def score(
-        self, requests: Sequence[ScoreRequest], logits: Logits
+        self, requests: Seq[ScoreRequest], logits: Logits
     ) -> list[BlockScores | Exception]: ...

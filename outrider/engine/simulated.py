@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from outrider.engine.engine import Append
 from outrider.engine.interface import (
     NUM_CANDIDATES,
+    Append,
     BlockScores,
     Ids,
     SampledToken,

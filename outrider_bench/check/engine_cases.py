@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from outrider.engine.attention.interface import ATTENTION_NAME
-from outrider.engine.engine import Append, Engine
+from outrider.engine.engine import Engine
+from outrider.engine.interface import Append
 from outrider.engine.kv.store import PAGE_SIZE
 from outrider.engine.loading import checkpoint, load, self_test, supported
 from outrider.engine.loading.long_self_test import LongSelfTest, affordable_len

@@ -19,7 +19,8 @@ from outrider.engine.attention.flashinfer_backend import FlashInferBackend
 from outrider.engine.attention.interface import AttentionStub, LayerCall, attending
 from outrider.engine.attention.segments import Backend
 from outrider.engine.attention.torch_backend import TorchBackend
-from outrider.engine.engine import Append, Engine
+from outrider.engine.engine import Engine
+from outrider.engine.interface import Append
 from outrider.engine.kv.store import KVStore, LayerLayout
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.errors import ConfigError, installs

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class LayerLayout:
         return self.num_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     def empty(self, num_layers: int, rows: int, dim: int) -> torch.Tensor:
+        import torch  # local: a simulated engine has no layers and needs no torch
+
         shape = (num_layers, rows, self.num_heads, dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
@@ -36,7 +41,8 @@ class KVRows:
     """
 
     def __init__(self, layers: Seq[LayerLayout], num_rows: int) -> None:
-        keys, values = [torch.empty(0)] * len(layers), [torch.empty(0)] * len(layers)
+        keys: dict[int, torch.Tensor] = {}
+        values: dict[int, torch.Tensor] = {}
         self._blocks: list[torch.Tensor] = []
         for layout in dict.fromkeys(layers):
             alike = [i for i, layer in enumerate(layers) if layer == layout]
@@ -46,7 +52,8 @@ class KVRows:
             self._blocks += [block_k, block_v]
             for index, layer in enumerate(alike):
                 keys[layer], values[layer] = block_k[index], block_v[index]
-        self.keys, self.values = keys, values
+        self.keys = [keys[layer] for layer in range(len(layers))]
+        self.values = [values[layer] for layer in range(len(layers))]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy rows [source, source + count) to [target, target + count); they must not overlap."""

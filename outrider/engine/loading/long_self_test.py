@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from outrider.engine.engine import Append, Engine
+from outrider.engine.engine import Engine
+from outrider.engine.interface import Append
 from outrider.engine.kv.budget import free_bytes
 from outrider.engine.kv.store import PAGE_SIZE, Sequence
 from outrider.engine.loading import self_test, supported

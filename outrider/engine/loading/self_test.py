@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from outrider.engine.attention.interface import ATTENTION_NAME
-from outrider.engine.engine import Append, Engine
+from outrider.engine.engine import Engine
+from outrider.engine.interface import Append
 from outrider.errors import ModelError
 
 _FIRST_LEN = 24
