@@ -18,8 +18,11 @@ from orchestrator.sessions import SessionRecord
 from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest, SessionNotFound, UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.structured_outputs import StructuredOutputs
 
-TURN_VERSION = 1
+TURN_VERSION = 2
+# Structured outputs need version 2; other turns can be resumed by older orchestrators.
+_PLAIN_VERSION = 1
 # Stored fields of a request, and their values if the stored turn lacks them. The input is not
 # stored here: it is among the session's tokens.
 _DEFAULTS: Mapping[str, Any] = {
@@ -55,7 +58,7 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
     params = request.params
     return json.dumps(
         {
-            "version": TURN_VERSION,
+            "version": _PLAIN_VERSION if params.structured_outputs is None else TURN_VERSION,
             "prompt_len": len(turn.token_ids),
             "num_messages": len(turn.messages),
             # dataclasses.asdict would copy the lists entry by entry.
@@ -63,7 +66,8 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
             "verification": request.verification.value,
             "draft_source": request.draft_source.value,
             **{name: getattr(request, name) for name in _DEFAULTS},
-        }
+        },
+        default=vars,
     )
 
 
@@ -119,7 +123,7 @@ def _read(record: SessionRecord) -> ResumedTurn:
     session = f"session {record.session_id}"
     try:
         stored = _object(json.loads(record.turn_json), "turn")
-        version = stored.get("version", TURN_VERSION)
+        version = stored.get("version", _PLAIN_VERSION)
         if type(version) is not int or version > TURN_VERSION:
             raise UnreadableRecord(
                 f"{session}: the stored request has version {version}; this orchestrator reads up "
@@ -179,6 +183,8 @@ def _params(stored: dict[str, Any]) -> SamplingParams:
     }
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     values["logit_bias"] = {int(k): v for k, v in stored.get("logit_bias", {}).items()}
+    if structured := values.get("structured_outputs"):
+        values["structured_outputs"] = StructuredOutputs.from_json(structured)
     for name, value in values.items():
         _check_type(f"params.{name}", value, _PARAM_TYPES[name])
     return SamplingParams(**values)

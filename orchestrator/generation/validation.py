@@ -110,6 +110,8 @@ def _check_sampling(params: SamplingParams, limits: Limits, tokenizer: Tokenizer
     _check_range("sampling.seed", params.seed, 0, _MAX_UINT64)
     if params.stop and tokenizer is None:
         raise InvalidRequest("sampling.stop", "the model has no tokenizer; use stop_token_ids")
+    if params.structured_outputs is not None:
+        raise InvalidRequest(params.structured_outputs.field, "not supported yet")
     stops = set(params.stop_token_ids)
     if not params.ignore_eos:
         stops.update(limits.eos_token_ids)

@@ -108,6 +108,7 @@ class SimulatedEngine:
             ("repetition_penalty", params.repetition_penalty != 1),
             ("logit_bias", bool(params.logit_bias)),
             ("allowed_token_ids", bool(params.allowed_token_ids)),
+            ("structured_outputs", params.structured_outputs is not None),
             ("min_tokens", params.min_tokens > 0 and bool(params.stop_token_ids)),
         ):
             if is_set:

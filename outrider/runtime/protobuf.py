@@ -17,6 +17,7 @@ import numpy.typing as npt
 from outrider.errors import InvalidRequest
 from outrider.replica import CostReport, ReplicaState
 from outrider.sampling.params import SamplingParams, Verification, check_entries
+from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.sampling.support import Support
 from outrider.v1 import model_pb2, sampling_pb2
 
@@ -169,7 +170,21 @@ def sampling_from_proto(
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias={token: _shortest(bias) for token, bias in message.logit_bias.items()},
         allowed_token_ids=copied(message.allowed_token_ids),
+        structured_outputs=(
+            _structured_from_proto(message.structured_outputs)
+            if message.HasField("structured_outputs")
+            else None
+        ),
     )
+
+
+def _structured_from_proto(message: sampling_pb2.StructuredOutputs) -> StructuredOutputs:
+    texts = {
+        name: getattr(message, name)
+        for name in ("json", "regex", "grammar", "structural_tag")
+        if message.HasField(name)
+    }
+    return StructuredOutputs(**texts, json_object=message.json_object, choice=tuple(message.choice))
 
 
 def copied(values: Sequence[int]) -> tuple[int, ...]:
@@ -197,6 +212,11 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         logit_bias=dict(params.logit_bias),
         allowed_token_ids=params.allowed_token_ids,
+        structured_outputs=(
+            sampling_pb2.StructuredOutputs(**vars(params.structured_outputs))
+            if params.structured_outputs is not None
+            else None
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from outrider.errors import InvalidRequest
+from outrider.sampling.structured_outputs import FIELD, StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_STOP_TEXTS = 64
@@ -63,6 +64,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     allowed_token_ids: tuple[int, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def greedy(self) -> bool:
@@ -80,6 +82,19 @@ class SamplingParams:
         """Raises InvalidRequest with the field and the allowed values."""
         self._validate_numbers()
         self._validate_lists(vocab_size)
+        if self.structured_outputs is not None:
+            self._validate_structured(self.structured_outputs)
+
+    def _validate_structured(self, structured_outputs: StructuredOutputs) -> None:
+        """Refuses what could contradict the format: it alone decides where the output may end."""
+        structured_outputs.validate()
+        for name, is_set in (
+            ("ignore_eos", self.ignore_eos),
+            ("min_tokens", self.min_tokens > 0),
+            ("allowed_token_ids", bool(self.allowed_token_ids)),
+        ):
+            if is_set:
+                raise InvalidRequest(FIELD, f"not allowed with {name}")
 
     def _validate_numbers(self) -> None:
         ranges: tuple[tuple[str, float, str, bool], ...] = (

@@ -23,6 +23,7 @@ from outrider.runtime.protobuf import (
     verification_to_proto,
 )
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.v1 import sampling_pb2
 
 
@@ -141,6 +142,16 @@ _params = st.builds(
     logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), _decimals, max_size=5),
     logprobs=st.none() | st.integers(0, 2**32 - 1),
     allowed_token_ids=_ids,
+    structured_outputs=st.none()
+    | st.builds(
+        StructuredOutputs,
+        json=st.none() | st.text(max_size=5),
+        json_object=st.booleans(),
+        regex=st.none() | st.text(max_size=5),
+        choice=st.lists(st.text(max_size=5), max_size=3).map(tuple),
+        grammar=st.none() | st.text(max_size=5),
+        structural_tag=st.none() | st.text(max_size=5),
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from outrider.sampling.params import (
     MAX_TOKEN_LIST,
     SamplingParams,
 )
+from outrider.sampling.structured_outputs import MAX_CHOICES, MAX_FORMAT_CHARS, StructuredOutputs
 
 _VOCAB = 5000
 
@@ -147,3 +148,28 @@ def test_greedy_is_temperature_zero() -> None:
 def test_penalises(given: dict[str, float]) -> None:
     """Each of the three, on its own."""
     assert SamplingParams(**given).penalises  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("structured", "field"),
+    [
+        (StructuredOutputs(), ""),
+        (StructuredOutputs(regex="a", json_object=True), ""),
+        (StructuredOutputs(json="x" * (MAX_FORMAT_CHARS + 1)), ".json"),
+        (StructuredOutputs(choice=("a",) * (MAX_CHOICES + 1)), ".choice"),
+    ],
+)
+def test_a_format_has_one_field_of_bounded_size(structured: StructuredOutputs, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(structured_outputs=structured).validate(_VOCAB)
+    assert caught.value.field == f"sampling.structured_outputs{field}"
+
+
+@pytest.mark.parametrize("name", ["ignore_eos", "min_tokens", "allowed_token_ids"])
+def test_a_format_alone_decides_where_the_output_ends(name: str) -> None:
+    values: dict[str, Any] = {"ignore_eos": True, "min_tokens": 1, "allowed_token_ids": (3,)}
+    params = SamplingParams(
+        max_tokens=5, structured_outputs=StructuredOutputs(regex=""), **{name: values[name]}
+    )
+    with pytest.raises(InvalidRequest, match=f"structured_outputs: not allowed with {name}"):
+        params.validate(_VOCAB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from orchestrator.sessions import SessionStore
 from orchestrator.speculation.verification import SourceName
 from outrider.errors import UnreadableRecord
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.structured_outputs import StructuredOutputs
 from tests.orchestrator.sessions.parts import MODEL, round_of
 from tests.redis_fixture import redis_command
 
@@ -121,7 +123,7 @@ async def test_unknown_fields_of_a_newer_version_are_preserved(
     assert redis_command(redis_url, "HGET", KEY, "mood").endswith(b"good")
 
 
-@pytest.mark.parametrize("version", [2, 17, "2", None, 1.5])
+@pytest.mark.parametrize("version", [3, 17, "2", None, 1.5])
 async def test_turn_of_a_newer_version_is_refused(version: object, store: SessionStore) -> None:
     await session_with(store, json.dumps(written() | {"version": version}))
     with pytest.raises(UnreadableRecord, match="session s: the stored request has version"):
@@ -236,3 +238,15 @@ async def test_malformed_kv_handle_is_ignored(store: SessionStore, redis_url: st
     await session_with(store, json.dumps(written()))
     redis_command(redis_url, "HSET", KEY, "target_kv", "x")
     assert (await store.get("s")).target_kv is None
+
+
+async def test_a_turn_with_structured_outputs_needs_a_version_that_knows_them(
+    store: SessionStore,
+) -> None:
+    """An older orchestrator refuses it; this one reads it unchanged."""
+    structured = StructuredOutputs(choice=("a", "b"))
+    request = replace(REQUEST, params=replace(PARAMS, structured_outputs=structured))
+    turn = turn_json(request, Turn(PROMPT, 0, MESSAGES))
+    assert (json.loads(turn)["version"], written()["version"]) == (2, 1)
+    await session_with(store, turn)
+    assert resume_turn(await store.get("s"), 1).request == request
