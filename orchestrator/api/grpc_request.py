@@ -6,13 +6,15 @@ checks are in `orchestrator.generation.validation`.
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.generation.request import GenerationRequest
+from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.generation.validation import (
     ValidRequest,
+    check_num_chat_parts,
     check_num_messages,
     check_num_token_ids,
     validate,
@@ -42,8 +44,9 @@ _SOURCES = {
 
 def is_long(message: orchestrator_pb2.GenerateRequest) -> bool:
     """Whether `parse_request` takes milliseconds: call it in a thread then."""
-    lists = (message.token_ids.ids, message.sampling.allowed_token_ids)
-    return sum(map(len, lists)) > LONG_LIST
+    lists = (message.token_ids.ids, message.sampling.allowed_token_ids, message.chat.messages)
+    json_texts = (message.chat.chat_template_kwargs, *message.chat.tools)
+    return sum(map(len, lists)) + sum(map(len, json_texts)) > LONG_LIST
 
 
 def parse_request(
@@ -86,7 +89,14 @@ def request_from_proto(
         resume_from=message.resume_from if message.HasField("resume_from") else None,
         priority=message.priority,
         is_seeded=is_seeded,
+        add_special_tokens=_optional(message, "add_special_tokens"),
+        truncate_prompt_tokens=_optional(message, "truncate_prompt_tokens"),
     )
+
+
+def _optional(message: Any, name: str) -> Any:
+    """The field's value; None if it is not set."""
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _given_fields(message: orchestrator_pb2.GenerateRequest) -> Iterator[str]:
@@ -144,11 +154,55 @@ def _input(message: orchestrator_pb2.GenerateRequest, limits: Limits) -> dict[st
         check_num_token_ids(len(message.token_ids.ids), limits)
         values["token_ids"] = copied(message.token_ids.ids)
     elif kind == "chat":
-        check_num_messages(len(message.chat.messages))
-        values["messages"] = tuple(
-            {"role": m.role, "content": m.content} for m in message.chat.messages
-        )
+        values |= _chat(message.chat)
     return values
+
+
+def _chat(chat: orchestrator_pb2.ChatMessages) -> dict[str, Any]:
+    check_num_messages(len(chat.messages))
+    check_num_chat_parts(sum(len(m.parts) + len(m.tool_calls) for m in chat.messages))
+    kwargs = chat.chat_template_kwargs
+    return {
+        "messages": tuple(map(_message, chat.messages)),
+        "tools": tuple(_json_object("chat.tools", tool) for tool in chat.tools),
+        "chat_template_kwargs": _json_object("chat.chat_template_kwargs", kwargs) if kwargs else {},
+        "add_generation_prompt": _optional(chat, "add_generation_prompt"),
+        "continue_final_message": chat.continue_final_message,
+    }
+
+
+def _message(message: orchestrator_pb2.ChatMessage) -> Message:
+    """The message in OpenAI's form. Raises InvalidRequest for other parts than text."""
+    if message.parts and message.content:
+        raise InvalidRequest("chat.messages.parts", "not with content")
+    for part in message.parts:
+        if part.WhichOneof("part") != "text":
+            raise InvalidRequest("chat.messages.parts", "only parts of type text are allowed")
+    parts = [{"type": "text", "text": part.text} for part in message.parts]
+    values: Message = {"role": message.role, "content": parts or message.content}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            values[name] = value
+    if message.tool_calls:
+        values["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    return values
+
+
+def _json_object(field: str, text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(field, "must be a JSON object")
+    return value
 
 
 def parse_page_token(token: str) -> int:

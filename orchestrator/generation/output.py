@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.generation.state import Commitment, EmittedToken, Finish, SpeculationCounts
 from orchestrator.speculation.gamma import GammaDecision
-from orchestrator.speculation.verification import Choices, SourceName
+from orchestrator.speculation.verification import Choices, PromptLogprobs, SourceName
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,5 @@ class Chunk:
     recorded: bool
     rounds: tuple[Commitment, ...]
     result: Result | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """In the first chunk, if the request asks for them."""

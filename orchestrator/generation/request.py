@@ -5,12 +5,17 @@ Transports translate their messages into it (`orchestrator.api`); `validation` c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from orchestrator.speculation.verification import SourceName
 from outrider.sampling.params import SamplingParams, Verification
 
-Message = dict[str, str]
+# Chat message in OpenAI's form: `role`; `content`, a text or a list of text parts, such as
+# {"type": "text", "text": "Hello"}; if there are any: `name`, `tool_calls`, `tool_call_id`,
+# `reasoning_content`.
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ class GenerationRequest:
     """Lower runs first."""
     is_seeded: bool = False
     """Whether the seed is the client's or the model's default; otherwise it is random."""
+    add_special_tokens: bool | None = None
+    """None: for the text of a first turn only."""
+    truncate_prompt_tokens: int | None = None
+    """Number of the prompt's last tokens to keep; -1: as many as there is room for."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the chat template renders, in OpenAI's form."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template."""
+    add_generation_prompt: bool | None = None
+    """None: unless `continue_final_message`."""
+    continue_final_message: bool = False
 
     @property
     def input_field(self) -> str:

@@ -181,7 +181,7 @@ def _params(stored: dict[str, Any]) -> SamplingParams:
     values = {
         entry.name: stored[entry.name] for entry in fields(SamplingParams) if entry.name in stored
     }
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    values = {k: _tupled(v) for k, v in values.items()}
     values["logit_bias"] = {int(k): v for k, v in stored.get("logit_bias", {}).items()}
     if structured := values.get("structured_outputs"):
         values["structured_outputs"] = StructuredOutputs.from_json(structured)
@@ -193,7 +193,11 @@ def _params(stored: dict[str, Any]) -> SamplingParams:
 def _check_type(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError if a stored value does not have the type of its field."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is tuple:
+    if origin is tuple and get_origin(arguments[0]) is tuple:
+        is_right = type(value) is tuple
+        for entry in value if is_right else ():
+            _check_type(name, entry, arguments[0])
+    elif origin is tuple:
         is_right = type(value) is tuple and _have_type(value, arguments[0])
     elif origin is Mapping:
         is_right = type(value) is dict and _have_type(value.values(), arguments[1])
@@ -201,6 +205,10 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         is_right = _have_type([value], hint)
     if not is_right:
         raise ValueError(f"{name} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def _have_type(values: Iterable[Any], hint: Any) -> bool:

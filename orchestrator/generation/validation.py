@@ -26,6 +26,8 @@ MAX_FAN_OUT = 64
 # About a million tokens.
 MAX_TEXT_CHARS = 4_000_000
 MAX_CHAT_MESSAGES = 4_096
+# Content parts and tool calls of all messages.
+MAX_CHAT_PARTS = 16_384
 MAX_ROLE_CHARS = 64
 # A template writes the role between its control tokens: it must not bring tokens of its own.
 _ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_ROLE_CHARS - 1}}}", re.ASCII)
@@ -54,6 +56,7 @@ def validate(
     """
     if request.resume_from is not None:
         _check_resumption(request, given)
+    _refuse_unsupported(request)
     _check_sampling(request.params, limits, tokenizer)
     if request.gamma is not None:
         _check_range("gamma", request.gamma, 0, limits.max_gamma)
@@ -68,6 +71,27 @@ def validate(
     if request.resume_from is None:
         _check_input(request, limits, tokenizer)
     return ValidRequest(request)
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    params, messages = request.params, request.messages or ()
+    for name, is_set in (
+        ("sampling.skip_special_tokens", not params.skip_special_tokens),
+        ("sampling.include_stop_str_in_output", params.include_stop_str_in_output),
+        ("sampling.bad_words", bool(params.bad_words)),
+        ("sampling.bad_words_token_ids", bool(params.bad_words_token_ids)),
+        ("sampling.prompt_logprobs", params.prompt_logprobs is not None),
+        ("add_special_tokens", request.add_special_tokens is not None),
+        ("truncate_prompt_tokens", request.truncate_prompt_tokens is not None),
+        ("chat.tools", bool(request.tools)),
+        ("chat.chat_template_kwargs", bool(request.chat_template_kwargs)),
+        ("chat.add_generation_prompt", request.add_generation_prompt is not None),
+        ("chat.continue_final_message", request.continue_final_message),
+        ("chat.messages", any(set(m) > {"role", "content"} for m in messages)),
+        ("chat.messages.parts", any(not isinstance(m["content"], str) for m in messages)),
+    ):
+        if is_set:
+            raise InvalidRequest(name, "is not supported yet")
 
 
 def check_num_token_ids(num: int, limits: Limits) -> None:
@@ -85,6 +109,14 @@ def check_num_messages(num: int) -> None:
         raise InvalidRequest("chat", "the conversation is empty")
     if num > MAX_CHAT_MESSAGES:
         raise InvalidRequest("chat", f"{num} messages; at most {MAX_CHAT_MESSAGES}")
+
+
+def check_num_chat_parts(num: int) -> None:
+    """Raises InvalidRequest. A transport that copies parts and tool calls calls this before."""
+    if num > MAX_CHAT_PARTS:
+        raise InvalidRequest(
+            "chat.messages", f"{num} content parts and tool calls; at most {MAX_CHAT_PARTS}"
+        )
 
 
 def _check_range(field: str, value: int, least: int, most: int) -> None:

@@ -64,14 +64,14 @@ def unpack_kv(packed: bytes) -> KvHandle | None:
         return None
 
 
-def pack_messages(messages: Sequence[dict[str, str]]) -> bytes:
+def pack_messages(messages: Sequence[dict[str, Any]]) -> bytes:
     return json.dumps(list(messages), ensure_ascii=False, separators=(",", ":")).encode(
         # Half a surrogate pair is valid in a Python string and in JSON, not in UTF-8.
         errors="surrogatepass"
     )
 
 
-def unpack_messages(packed: bytes) -> tuple[dict[str, str], ...]:
+def unpack_messages(packed: bytes) -> tuple[dict[str, Any], ...]:
     """Raises ValueError or RecursionError unless it is a list of objects with role and content."""
     if not packed:
         return ()
@@ -82,9 +82,9 @@ def unpack_messages(packed: bytes) -> tuple[dict[str, str], ...]:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(name), str) for name in ("role", "content")
-    )
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+        return False
+    return isinstance(message.get("content"), str | list)
 
 
 def unpack_snapshot(session_id: str, snapshot: Sequence[Any]) -> SessionRecord:

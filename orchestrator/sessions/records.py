@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +98,7 @@ class SessionRecord:
     counters: Counters
     target_kv: KvHandle | None
     draft_kv: KvHandle | None
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     model: str
     expires_in_s: float
     turn_json: str = ""

@@ -151,7 +151,7 @@ class SessionStore:
         token_ids: TokenIds | Sequence[int],
         *,
         keep_len: int,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[dict[str, Any]],
         turn_json: str,
     ) -> None:
         """Begins a turn: keeps the first `keep_len` committed tokens and appends `token_ids`.
@@ -223,7 +223,7 @@ class SessionStore:
         *,
         target_kv: KvHandle | None,
         draft_kv: KvHandle | None,
-        messages: Sequence[dict[str, str]] | None = None,
+        messages: Sequence[dict[str, Any]] | None = None,
         delete: bool = False,
     ) -> None:
         """Releases the lease, after all its earlier writes. Raises LeaseLost.

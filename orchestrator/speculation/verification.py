@@ -102,6 +102,20 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities of the tokens of a prompt [n], each given those before it.
+
+    `logprobs` [n - 1]: of token i + 1. `top_ids`, `top_logprobs` [n - 1, num_top]: of the most
+    likely tokens at each of these positions, best first.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Floats
+    top_ids: npt.NDArray[np.int64]
+    top_logprobs: Floats
+
+
 @dataclass(frozen=True)
 class VerifyResult:
     """The target's result for γ draft tokens; shapes as in target.proto's VerifyResult.

@@ -109,6 +109,8 @@ class SimulatedEngine:
             ("logit_bias", bool(params.logit_bias)),
             ("allowed_token_ids", bool(params.allowed_token_ids)),
             ("structured_outputs", params.structured_outputs is not None),
+            ("bad_words_token_ids", bool(params.bad_words_token_ids)),
+            ("prompt_logprobs", params.prompt_logprobs is not None),
             ("min_tokens", params.min_tokens > 0 and bool(params.stop_token_ids)),
         ):
             if is_set:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from outrider.errors import InvalidRequest
 from outrider.replica import CostReport, ReplicaState
-from outrider.sampling.params import SamplingParams, Verification, check_entries
+from outrider.sampling.params import MAX_BAD_WORD_LEN, SamplingParams, Verification, check_entries
 from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.sampling.support import Support
 from outrider.v1 import model_pb2, sampling_pb2
@@ -47,6 +47,9 @@ _OPTIONAL_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "logprobs",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "prompt_logprobs",
 )
 
 _VERIFICATIONS = {
@@ -175,6 +178,8 @@ def sampling_from_proto(
             if message.HasField("structured_outputs")
             else None
         ),
+        bad_words=tuple(message.bad_words),
+        bad_words_token_ids=tuple(_sequences(message)),
     )
 
 
@@ -185,6 +190,16 @@ def _structured_from_proto(message: sampling_pb2.StructuredOutputs) -> Structure
         if message.HasField(name)
     }
     return StructuredOutputs(**texts, json_object=message.json_object, choice=tuple(message.choice))
+
+
+def _sequences(message: sampling_pb2.SamplingParams) -> Iterator[tuple[int, ...]]:
+    for sequence in message.bad_words_token_ids:
+        if len(sequence.ids) > MAX_BAD_WORD_LEN:  # checked before it is copied
+            raise InvalidRequest(
+                "sampling.bad_words_token_ids",
+                f"a sequence of {len(sequence.ids)} tokens; at most {MAX_BAD_WORD_LEN}",
+            )
+        yield tuple(sequence.ids)
 
 
 def copied(values: Sequence[int]) -> tuple[int, ...]:
@@ -217,6 +232,10 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
             if params.structured_outputs is not None
             else None
         ),
+        bad_words=params.bad_words,
+        bad_words_token_ids=[
+            sampling_pb2.TokenSequence(ids=sequence) for sequence in params.bad_words_token_ids
+        ],
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -15,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_TEXTS = 64
 MAX_STOP_TEXT_CHARS = 1024
 MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_LEN = 256
 MAX_TOKEN_LIST = 4096
 # Division of logits by a smaller number overflows float32.
 MIN_REPETITION_PENALTY = 1e-30
@@ -26,6 +29,8 @@ MAX_ENTRIES: Mapping[str, int] = {
     "stop_token_ids": MAX_TOKEN_LIST,
     "logit_bias": MAX_LOGIT_BIASES,
     "allowed_token_ids": MAX_ALLOWED_TOKENS,
+    "bad_words": MAX_BAD_WORDS,
+    "bad_words_token_ids": MAX_BAD_WORDS,
 }
 
 
@@ -65,6 +70,12 @@ class SamplingParams:
     logprobs: int | None = None
     allowed_token_ids: tuple[int, ...] = ()
     structured_outputs: StructuredOutputs | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    bad_words: tuple[str, ...] = ()
+    """Only until they are encoded: `bad_words_token_ids` then has their token sequences."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -128,6 +139,12 @@ class SamplingParams:
                 f"0 to {MAX_LOGPROBS}",
                 0 <= (self.logprobs or 0) <= MAX_LOGPROBS,
             ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs or 0,
+                f"0 to {MAX_LOGPROBS}",
+                0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS,
+            ),
         )
         for name, value, allowed, is_right in ranges:
             if not (math.isfinite(value) and is_right):
@@ -135,16 +152,15 @@ class SamplingParams:
 
     def _validate_lists(self, vocab_size: int) -> None:
         check_entries(self, {**MAX_ENTRIES, "allowed_token_ids": vocab_size})
-        for text in self.stop:
-            if not 1 <= len(text) <= MAX_STOP_TEXT_CHARS:
-                raise InvalidRequest(
-                    "sampling.stop",
-                    f"a string of {len(text)} characters; 1 to {MAX_STOP_TEXT_CHARS} are allowed",
-                )
+        _check_lengths("stop", self.stop, "a string", "characters", MAX_STOP_TEXT_CHARS)
+        _check_lengths("bad_words", self.bad_words, "a word", "characters", MAX_BAD_WORD_LEN)
+        sequences = self.bad_words_token_ids
+        _check_lengths("bad_words_token_ids", sequences, "a sequence", "tokens", MAX_BAD_WORD_LEN)
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", tuple(self.logit_bias)),
             ("allowed_token_ids", self.allowed_token_ids),
+            ("bad_words_token_ids", tuple(itertools.chain.from_iterable(sequences))),
         ):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
@@ -154,3 +170,11 @@ class SamplingParams:
                 raise InvalidRequest(
                     "sampling.logit_bias", f"{bias:g} of token {token_id} is not in [-100, 100]"
                 )
+
+
+def _check_lengths(name: str, entries: Sequence[Sized], what: str, unit: str, most: int) -> None:
+    for entry in entries:
+        if not 1 <= len(entry) <= most:
+            raise InvalidRequest(
+                f"sampling.{name}", f"{what} of {len(entry)} {unit}; 1 to {most} are allowed"
+            )

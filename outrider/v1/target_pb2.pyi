@@ -98,20 +98,22 @@ class TargetOpen(_message.Message):
     def __init__(self, generation_id: _Optional[int] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kept_epoch: _Optional[int] = ..., prompt_len: _Optional[int] = ..., max_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., preempts: bool = ..., traceparent: _Optional[str] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class VerifyRow(_message.Message):
-    __slots__ = ("generation_id", "keep_len", "context_token_ids", "draft_token_ids", "support_sizes", "support_ids")
+    __slots__ = ("generation_id", "keep_len", "context_token_ids", "draft_token_ids", "support_sizes", "support_ids", "with_prompt_logprobs")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     KEEP_LEN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_SIZES_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_IDS_FIELD_NUMBER: _ClassVar[int]
+    WITH_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     keep_len: int
     context_token_ids: bytes
     draft_token_ids: bytes
     support_sizes: bytes
     support_ids: bytes
-    def __init__(self, generation_id: _Optional[int] = ..., keep_len: _Optional[int] = ..., context_token_ids: _Optional[bytes] = ..., draft_token_ids: _Optional[bytes] = ..., support_sizes: _Optional[bytes] = ..., support_ids: _Optional[bytes] = ...) -> None: ...
+    with_prompt_logprobs: bool
+    def __init__(self, generation_id: _Optional[int] = ..., keep_len: _Optional[int] = ..., context_token_ids: _Optional[bytes] = ..., draft_token_ids: _Optional[bytes] = ..., support_sizes: _Optional[bytes] = ..., support_ids: _Optional[bytes] = ..., with_prompt_logprobs: bool = ...) -> None: ...
 
 class TargetClose(_message.Message):
     __slots__ = ("generation_id", "keep")
@@ -134,7 +136,7 @@ class VerifyResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "num_left_out")
+    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "num_left_out", "prompt_logprobs", "prompt_top_ids", "prompt_top_logprobs")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +149,9 @@ class VerifyResult(_message.Message):
     TAIL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     support_probs: bytes
     tail_mass: bytes
@@ -159,7 +164,10 @@ class VerifyResult(_message.Message):
     tail_logprobs: bytes
     num_reused_tokens: int
     num_left_out: int
-    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., num_left_out: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: bytes
+    prompt_top_ids: bytes
+    prompt_top_logprobs: bytes
+    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., num_left_out: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")
