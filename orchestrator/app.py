@@ -190,7 +190,7 @@ async def _resources(
     """
     tokenizer = None
     if config.tokenizer:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer, config.chat_template)
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
     pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)

@@ -10,6 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -50,10 +52,11 @@ class Tokenizer:
         self._chat_template = chat_template
 
     @classmethod
-    def load(cls, model: str) -> Tokenizer | None:
+    def load(cls, model: str, chat_template: str | None = None) -> Tokenizer | None:
         """Loads it from a local directory or Hub name; None if the model has no tokenizer.
 
-        Raises ConfigError for broken or unavailable files.
+        `chat_template`: a file to use instead of the model's chat template. Raises ConfigError for
+        broken or unavailable files.
         """
         files = TokenizerFiles(model)
         try:
@@ -62,11 +65,14 @@ class Tokenizer:
                 return None
             settings = files.settings()
             special_tokens = files.special_tokens(settings)
-            template = settings.get("chat_template")
-            if isinstance(template, list):  # several named templates
-                template = {entry["name"]: entry["template"] for entry in template}.get("default")
-            chat_template = ChatTemplate(template, special_tokens) if template else None
-            return cls(backend, special_tokens, chat_template)
+            templates = files.chat_templates(settings)
+            if chat_template is not None:
+                templates = {"default": _read_template(chat_template)}
+            template = None
+            if "default" in templates:
+                tool_use = templates.get("tool_use")
+                template = ChatTemplate(templates["default"], special_tokens, tool_use)
+            return cls(backend, special_tokens, template)
         except ConfigError:
             raise
         except Exception as error:  # `tokenizers` raises bare Exception
@@ -161,15 +167,22 @@ class Tokenizer:
         text = self._special_tokens.get("eos_token")
         return None if text is None else self._backend.token_to_id(text)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of the messages and the prompt for the next answer.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of the messages; `options` are those of `ChatTemplate.render`.
 
         Encode it without adding special tokens. Raises InvalidRequest if there is no chat template
         or it rejects the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest("chat", "the model's tokenizer has no chat template; send text")
-        return self._chat_template.render(messages)
+        return self._chat_template.render(messages, **options)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error}") from error
 
 
 def _fingerprint(backend: tokenizers.Tokenizer) -> str:

@@ -150,6 +150,17 @@ class TokenizerFiles:
             settings["chat_template"] = template.read_text("utf-8")
         return settings
 
+    def chat_templates(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Chat templates by name: `default`, and `tool_use` where requests with tools have one."""
+        template = settings.get("chat_template")
+        if isinstance(template, list):
+            templates = {entry["name"]: entry["template"] for entry in template}
+        else:
+            templates = {"default": template} if template else {}
+        if path := self.find("additional_chat_templates/tool_use.jinja"):
+            templates["tool_use"] = path.read_text("utf-8")
+        return templates
+
     def special_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Texts of special tokens by name, as in transformers' `special_tokens_map`."""
         tokens: dict[str, Any] = dict(CLASS_TOKENS.get(self._class_name(settings), {}))

@@ -11,14 +11,9 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from orchestrator.generation.chat import check_num_chat_parts, check_num_messages
 from orchestrator.generation.request import GenerationRequest, Message
-from orchestrator.generation.validation import (
-    ValidRequest,
-    check_num_chat_parts,
-    check_num_messages,
-    check_num_token_ids,
-    validate,
-)
+from orchestrator.generation.validation import ValidRequest, check_num_token_ids, validate
 from orchestrator.replicas.models import Limits
 from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest

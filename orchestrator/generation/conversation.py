@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from orchestrator.generation.chat import content_text, num_chat_chars, num_message_chars
 from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.sessions import SessionRecord
 from outrider.errors import InvalidRequest
@@ -18,12 +19,17 @@ _CHARS_PER_TOKEN = 8
 _CUT_TOKENS = 256
 
 
+# Start of an answer that continues no message.
+NEW_ANSWER: Message = {"role": "assistant", "content": ""}
+
+
 @dataclass(frozen=True)
 class Turn:
     """Prompt of one turn.
 
     `token_ids`: the whole context. Its first `keep_len` tokens are committed in the session.
-    `messages`: all messages of a chat, with this turn's; empty if the session is no chat.
+    `messages`: all messages of a chat, with this turn's; empty if the session is no chat. A message
+    that is continued is not among them: it is `answer_start`, to which the output is appended.
     `num_interrupted_tokens`: length of the previous answer, if its request ended early and the
     recorded part became the assistant's message; None otherwise.
     """
@@ -32,6 +38,15 @@ class Turn:
     keep_len: int
     messages: tuple[Message, ...]
     num_interrupted_tokens: int | None = None
+    answer_start: Message = field(default_factory=lambda: NEW_ANSWER)
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.messages) or self.answer_start != NEW_ANSWER
+
+    def answer(self, text: str) -> Message:
+        """The message that this turn adds to a chat, if its output is `text`."""
+        return {**self.answer_start, "content": content_text(self.answer_start) + text}
 
 
 class PromptTooLong(InvalidRequest):
@@ -45,8 +60,7 @@ class PromptTooLong(InvalidRequest):
 def num_chars(request: GenerationRequest, record: SessionRecord) -> int:
     """Number of characters that `build_turn` encodes."""
     if request.messages is not None:
-        messages = (*record.messages, *request.messages)
-        return sum(len(message["content"]) for message in messages)
+        return sum(map(num_message_chars, record.messages)) + num_chat_chars(request)
     return len(request.text or "")
 
 
@@ -70,12 +84,7 @@ def build_turn(
         )
     if request.messages is not None:
         assert tokenizer is not None, "chat without a tokenizer was refused"
-        messages = (*record.messages, *request.messages)
-        text = tokenizer.render_chat(messages)
-        token_ids = _encoded(tokenizer, text, "chat", max_context_len, add_special_tokens=False)
-        _refuse_empty(token_ids, "chat")
-        # A template may render earlier messages differently: only a common prefix keeps its KV.
-        return Turn(token_ids, _common_prefix_len(committed, token_ids), messages)
+        return _chat_turn(request, record, tokenizer, max_context_len)
     if request.token_ids is not None:
         added = list(request.token_ids)
     else:
@@ -86,6 +95,27 @@ def build_turn(
         )
         _refuse_empty(added, "text")
     return Turn([*committed.tolist(), *added], len(committed), ())
+
+
+def _chat_turn(
+    request: GenerationRequest, record: SessionRecord, tokenizer: Tokenizer, max_context_len: int
+) -> Turn:
+    messages = (*record.messages, *(request.messages or ()))
+    continues, adds_prompt = request.continue_final_message, request.add_generation_prompt
+    text = tokenizer.render_chat(
+        messages,
+        tools=request.tools,
+        kwargs=request.chat_template_kwargs,
+        add_generation_prompt=not continues if adds_prompt is None else adds_prompt,
+        continue_final_message=continues,
+    )
+    token_ids = _encoded(tokenizer, text, "chat", max_context_len, add_special_tokens=False)
+    _refuse_empty(token_ids, "chat")
+    # A template may render earlier messages differently: only a common prefix keeps its KV.
+    turn = Turn(token_ids, _common_prefix_len(record.token_ids, token_ids), messages)
+    if continues:
+        turn = replace(turn, messages=messages[:-1], answer_start=messages[-1])
+    return turn
 
 
 def _encoded(

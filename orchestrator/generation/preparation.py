@@ -102,7 +102,7 @@ class Preparation:
         if interrupted is None:
             return build_turn(request, record, tokenizer, max_len)
         state = self._state(interrupted.request, interrupted.turn)
-        answer = {"role": "assistant", "content": state.replayed_text(interrupted.output_ids)}
+        answer = interrupted.turn.answer(state.replayed_text(interrupted.output_ids))
         record = replace(record, messages=(*record.messages, answer))
         turn = build_turn(request, record, tokenizer, max_len)
         if state.finish is not None and state.finish.reason is not FinishReason.CANCELLED:

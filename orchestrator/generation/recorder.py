@@ -246,9 +246,8 @@ class Recorder:
     ) -> None:
         await self._record()
         messages = None
-        if self._turn.messages and self._turn_recorded and is_done:
-            answer = {"role": "assistant", "content": "".join(self._texts)}
-            messages = (*self._turn.messages, answer)
+        if self._turn.is_chat and self._turn_recorded and is_done:
+            messages = (*self._turn.messages, self._turn.answer("".join(self._texts)))
         await self._store.release(
             self._lease,
             target_kv=target_kv,

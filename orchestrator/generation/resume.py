@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from orchestrator.generation.conversation import Turn
+from orchestrator.generation.conversation import NEW_ANSWER, Turn
 from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.sessions import SessionRecord
 from orchestrator.speculation.verification import SourceName
@@ -21,7 +21,8 @@ from outrider.sampling.params import SamplingParams, Verification
 from outrider.sampling.structured_outputs import StructuredOutputs
 
 TURN_VERSION = 2
-# Structured outputs need version 2; other turns can be resumed by older orchestrators.
+# Older orchestrators refuse turns of version 2, whose fields they would ignore. They can resume all
+# others.
 _PLAIN_VERSION = 1
 # Stored fields of a request, and their values if the stored turn lacks them. The input is not
 # stored here: it is among the session's tokens.
@@ -58,9 +59,10 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
     params = request.params
     return json.dumps(
         {
-            "version": _PLAIN_VERSION if params.structured_outputs is None else TURN_VERSION,
+            "version": TURN_VERSION if _needs_version_2(params, turn) else _PLAIN_VERSION,
             "prompt_len": len(turn.token_ids),
             "num_messages": len(turn.messages),
+            "answer_start": turn.answer_start,
             # dataclasses.asdict would copy the lists entry by entry.
             "params": {entry.name: getattr(params, entry.name) for entry in fields(params)},
             "verification": request.verification.value,
@@ -68,6 +70,16 @@ def turn_json(request: GenerationRequest, turn: Turn) -> str:
             **{name: getattr(request, name) for name in _DEFAULTS},
         },
         default=vars,
+    )
+
+
+def _needs_version_2(params: SamplingParams, turn: Turn) -> bool:
+    return bool(
+        params.structured_outputs is not None
+        or params.bad_words_token_ids
+        or params.include_stop_str_in_output
+        or not params.skip_special_tokens
+        or turn.answer_start != NEW_ANSWER
     )
 
 
@@ -112,10 +124,11 @@ def interrupted_turn(record: SessionRecord) -> ResumedTurn | None:
 
     None: the answer is there, or the session is no chat. Raises UnreadableRecord.
     """
-    if not record.messages or not record.turn_json:
+    if not record.turn_json:
         return None
     turn = _read(record)
-    return turn if len(turn.turn.messages) == len(record.messages) else None
+    has_answer = len(turn.turn.messages) != len(record.messages)
+    return turn if turn.turn.is_chat and not has_answer else None
 
 
 def _read(record: SessionRecord) -> ResumedTurn:
@@ -133,6 +146,7 @@ def _read(record: SessionRecord) -> ResumedTurn:
         prompt_len, num_messages = stored["prompt_len"], stored.get("num_messages")
         _check_type("prompt_len", prompt_len, int)
         _check_type("num_messages", num_messages, int | None)
+        answer_start = _answer_start(stored)
         if not 0 < prompt_len <= len(record.token_ids):
             raise ValueError(f"prompt_len is {prompt_len} of {len(record.token_ids)} tokens")
     except KeyError as error:
@@ -142,7 +156,7 @@ def _read(record: SessionRecord) -> ResumedTurn:
         raise UnreadableRecord(f"{session}: the stored request is malformed: {error}") from error
     token_ids = record.token_ids.tolist()
     messages = _request_messages(record.messages, num_messages)
-    turn = Turn(token_ids[:prompt_len], prompt_len, messages)
+    turn = Turn(token_ids[:prompt_len], prompt_len, messages, answer_start=answer_start)
     return ResumedTurn(request, turn, tuple(token_ids[prompt_len:]), num_received=0)
 
 
@@ -152,6 +166,13 @@ def _request_messages(messages: tuple[Message, ...], num: int | None) -> tuple[M
         has_answer = bool(messages) and messages[-1]["role"] == "assistant"
         return messages[:-1] if has_answer else messages
     return messages[:num]
+
+
+def _answer_start(stored: Mapping[str, Any]) -> Message:
+    start = _object(stored.get("answer_start", NEW_ANSWER), "answer_start")
+    if not (isinstance(start["role"], str) and isinstance(start["content"], str | list)):
+        raise ValueError("answer_start is not a message")
+    return start
 
 
 def _request(stored: dict[str, Any]) -> GenerationRequest:

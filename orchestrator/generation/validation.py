@@ -8,12 +8,12 @@ parameters are in `outrider.sampling.params`; docs/reference/limits.md lists all
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import NewType
 
-from orchestrator.generation.request import GenerationRequest, Message
+from orchestrator.generation.chat import check_chat, check_no_chat_fields, num_chat_chars
+from orchestrator.generation.request import GenerationRequest
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import validate_session_id
 from orchestrator.speculation.verification import SourceName
@@ -25,12 +25,6 @@ MAX_LOOKAHEAD = 4
 MAX_FAN_OUT = 64
 # About a million tokens.
 MAX_TEXT_CHARS = 4_000_000
-MAX_CHAT_MESSAGES = 4_096
-# Content parts and tool calls of all messages.
-MAX_CHAT_PARTS = 16_384
-MAX_ROLE_CHARS = 64
-# A template writes the role between its control tokens: it must not bring tokens of its own.
-_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_ROLE_CHARS - 1}}}", re.ASCII)
 # Other fields of a resumed request are those of the recorded turn.
 _RESUMPTION_FIELDS = ("session_id", "resume_from", "priority", "heartbeat_ms")
 # Types of the fields of the requests to the tiers.
@@ -74,7 +68,7 @@ def validate(
 
 
 def _refuse_unsupported(request: GenerationRequest) -> None:
-    params, messages = request.params, request.messages or ()
+    params = request.params
     for name, is_set in (
         ("sampling.skip_special_tokens", not params.skip_special_tokens),
         ("sampling.include_stop_str_in_output", params.include_stop_str_in_output),
@@ -83,12 +77,6 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
         ("sampling.prompt_logprobs", params.prompt_logprobs is not None),
         ("add_special_tokens", request.add_special_tokens is not None),
         ("truncate_prompt_tokens", request.truncate_prompt_tokens is not None),
-        ("chat.tools", bool(request.tools)),
-        ("chat.chat_template_kwargs", bool(request.chat_template_kwargs)),
-        ("chat.add_generation_prompt", request.add_generation_prompt is not None),
-        ("chat.continue_final_message", request.continue_final_message),
-        ("chat.messages", any(set(m) > {"role", "content"} for m in messages)),
-        ("chat.messages.parts", any(not isinstance(m["content"], str) for m in messages)),
     ):
         if is_set:
             raise InvalidRequest(name, "is not supported yet")
@@ -100,22 +88,6 @@ def check_num_token_ids(num: int, limits: Limits) -> None:
         raise InvalidRequest(
             "token_ids",
             f"{num} tokens; 1 to {limits.max_context_len} are allowed for {limits.bound}",
-        )
-
-
-def check_num_messages(num: int) -> None:
-    """Raises InvalidRequest. A transport that copies the list calls this before the copy."""
-    if num == 0:
-        raise InvalidRequest("chat", "the conversation is empty")
-    if num > MAX_CHAT_MESSAGES:
-        raise InvalidRequest("chat", f"{num} messages; at most {MAX_CHAT_MESSAGES}")
-
-
-def check_num_chat_parts(num: int) -> None:
-    """Raises InvalidRequest. A transport that copies parts and tool calls calls this before."""
-    if num > MAX_CHAT_PARTS:
-        raise InvalidRequest(
-            "chat.messages", f"{num} content parts and tool calls; at most {MAX_CHAT_PARTS}"
         )
 
 
@@ -173,6 +145,8 @@ def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenize
     inputs = (request.text, request.token_ids, request.messages)
     if sum(one is not None for one in inputs) != 1:
         raise InvalidRequest("input", "one of text, token_ids, chat is required")
+    if request.messages is None:
+        check_no_chat_fields(request)
     if request.token_ids is not None:
         _check_token_ids(request.token_ids, limits)
         return
@@ -183,11 +157,8 @@ def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenize
             raise InvalidRequest("text", "the prompt is empty")
         _check_num_chars("text", len(request.text), limits, tokenizer)
     if request.messages is not None:
-        check_num_messages(len(request.messages))
-        for message in request.messages:
-            _check_role(message)
-        num_chars = sum(len(message["content"]) for message in request.messages)
-        _check_num_chars("chat", num_chars, limits, tokenizer)
+        check_chat(request)
+        _check_num_chars("chat", num_chat_chars(request), limits, tokenizer)
 
 
 def _check_token_ids(ids: tuple[int, ...], limits: Limits) -> None:
@@ -195,15 +166,6 @@ def _check_token_ids(ids: tuple[int, ...], limits: Limits) -> None:
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
         bad = next(i for i in ids if not 0 <= i < limits.vocab_size)
         raise InvalidRequest("token_ids", f"{bad} is not in [0, {limits.vocab_size})")
-
-
-def _check_role(message: Message) -> None:
-    if _ROLE.fullmatch(message["role"]) is None:
-        raise InvalidRequest(
-            "chat.messages.role",
-            "must be a word of letters, digits, _ and -, such as system, user or assistant; "
-            f"at most {MAX_ROLE_CHARS} characters",
-        )
 
 
 def _check_num_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer) -> None:

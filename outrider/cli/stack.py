@@ -88,6 +88,7 @@ def orchestrator_arguments(
         *_flag("target-endpoint", target),
         *_flag("draft-endpoint", draft or ""),
         *_flag("tokenizer", options.target_model if options.has_tokenizer else None),
+        *_flag("chat-template", options.chat_template),
         *(["--assume-same-vocabulary"] if options.has_same_vocabulary else []),
         # A password is not passed as a flag: the program inherits our environment.
         *_flag("redis-url", None if has_password(redis_url) else redis_url),

@@ -124,6 +124,10 @@ class StackOptions:
             help="Use the draft although one of the models has no tokenizer to compare.",
         ),
     ] = False
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="File with a chat template (Jinja) to use instead of the target's."),
+    ] = None
     max_generations: Annotated[
         int | None, typer.Option(help="Maximum generations that run at a time.")
     ] = None

@@ -16,6 +16,7 @@ from outrider.settings.redis_address import RedisAddress
 from outrider.settings.security import OrchestratorSettings, TierSettings
 from outrider.settings.simulation import Simulation
 from outrider.settings.telemetry import TelemetrySettings
+from outrider.settings.tokenizer import TokenizerSettings
 
 Config = TypeVar("Config")
 
@@ -163,7 +164,11 @@ class DraftConfig(ModelServiceConfig):
 
 @dataclass(frozen=True)
 class OrchestratorConfig(
-    OrchestratorSettings, DraftCanarySettings, ObservationSettings, TelemetrySettings
+    TokenizerSettings,
+    OrchestratorSettings,
+    DraftCanarySettings,
+    ObservationSettings,
+    TelemetrySettings,
 ):
     """`python -m orchestrator`."""
 
@@ -174,13 +179,6 @@ class OrchestratorConfig(
     draft_endpoint: str | None = setting(
         "127.0.0.1:50053",
         "host:port of each draft replica, comma-separated; or the word registry; empty: no drafts",
-    )
-    tokenizer: str | None = setting(
-        None, "local directory or Hub name of the tokenizer; unset: token ids only"
-    )
-    assume_same_vocabulary: bool = setting(
-        False,
-        "pair models although one has no tokenizer to compare; their token ids must match",
     )
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0",
@@ -281,6 +279,7 @@ class OrchestratorConfig(
         self.check_telemetry()
         self.check_observation()
         self.check_draft_canary()
+        self.check_tokenizer()
         self.redis_at(self.redis_url)  # raises where the settings do not fit it
         for name, values in _CHOICES:
             require(getattr(self, name) in values, name, f"must be {' or '.join(values)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -88,8 +89,71 @@ def test_inputs_are_plain_values() -> None:
     assert request_from_proto(message_of("é"), LIMITS).text == "é"
     assert request_from_proto(message_of(""), LIMITS).text == ""
     assert request_from_proto(chat, LIMITS).messages == ({"role": "user", "content": "é"},)
+    assert request_from_proto(chat, LIMITS).add_generation_prompt is None
     none = request_from_proto(pb.GenerateRequest(), LIMITS)
     assert (none.text, none.token_ids, none.messages) == (None, None, None)
+
+
+def test_chat_messages_have_the_form_of_openai() -> None:
+    """Parts, tool calls and their results, tools and variables of the template in their order."""
+    tool = '{"type": "function", "function": {"name": "now", "b": 1, "a": [2.0, null]}}'
+    calls = [pb.ToolCall(id="1", name="now", arguments='{"z": 1}')]
+    chat = pb.ChatMessages(
+        messages=[
+            pb.ChatMessage(role="user", parts=[pb.ContentPart(text="a"), pb.ContentPart(text="")]),
+            pb.ChatMessage(role="assistant", reasoning_content="hm", tool_calls=calls),
+            pb.ChatMessage(role="tool", content="noon", name="now", tool_call_id="1"),
+        ],
+        tools=[tool],
+        chat_template_kwargs='{"enable_thinking": false}',
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
+    request = request_from_proto(pb.GenerateRequest(chat=chat), LIMITS)
+    assert request.messages == (
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "")]},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "now", "arguments": '{"z": 1}'},
+                }
+            ],
+        },
+        {"role": "tool", "content": "noon", "name": "now", "tool_call_id": "1"},
+    )
+    assert json.dumps(request.tools[0]) == tool
+    assert request.chat_template_kwargs == {"enable_thinking": False}
+    assert (request.add_generation_prompt, request.continue_final_message) == (False, True)
+
+
+_USER = pb.ChatMessage(role="user")
+BAD_CHATS: list[tuple[str, pb.ChatMessages]] = [
+    ("chat.tools", pb.ChatMessages(messages=[_USER], tools=["[]"])),
+    ("chat.tools", pb.ChatMessages(messages=[_USER], tools=["{"])),
+    ("chat.tools", pb.ChatMessages(messages=[_USER], tools=["[" * 100_000])),
+    ("chat.chat_template_kwargs", pb.ChatMessages(messages=[_USER], chat_template_kwargs="1")),
+    (
+        "chat.messages",
+        pb.ChatMessages(messages=[pb.ChatMessage(parts=[pb.ContentPart()] * 16_385)]),
+    ),
+    ("chat.messages.parts", pb.ChatMessages(messages=[pb.ChatMessage(parts=[pb.ContentPart()])])),
+    (
+        "chat.messages.parts",
+        pb.ChatMessages(messages=[pb.ChatMessage(content="x", parts=[pb.ContentPart(text="y")])]),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "chat"), BAD_CHATS)
+def test_chats_that_are_no_plain_values_are_refused(field: str, chat: pb.ChatMessages) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        request_from_proto(pb.GenerateRequest(chat=chat), LIMITS)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize("field", ["durability", "draft_wait", "draft_source", "verification"])
@@ -131,6 +195,8 @@ OTHER_FIELDS: dict[str, Any] = {
     "gamma": 0,
     "verification": sampling_pb2.VERIFICATION_BLOCK,
     "create_session": True,
+    "add_special_tokens": False,
+    "truncate_prompt_tokens": 1,
     "lookahead": 0,
     "fan_out": 1,
     "durability": pb.DURABILITY_FAST,

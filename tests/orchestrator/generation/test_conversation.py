@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,24 @@ def test_chat_is_rendered_whole_and_keeps_the_common_prefix(
         assert turn.token_ids[turn.keep_len] != committed[turn.keep_len], (
             "the longest common prefix"
         )
+
+
+@pytest.mark.parametrize("content", ["two", [{"type": "text", "text": "two"}]])
+def test_a_continued_message_is_the_start_of_the_answer(content: Any, tokenizer: Tokenizer) -> None:
+    """It is not among the turn's messages, so that the session gets one message of both parts."""
+    ask, last = {"role": "user", "content": "count"}, {"role": "assistant", "content": content}
+    request = replace(_request(messages=(ask, last)), continue_final_message=True)
+    turn = build_turn(request, _record([]), tokenizer, CONTEXT_LEN)
+    assert tokenizer.decode(turn.token_ids) == "[user]count\n[assistant]two"
+    assert (turn.messages, turn.is_chat) == ((ask,), True)
+    assert turn.answer(" three") == {"role": "assistant", "content": "two three"}
+    alone = replace(_request(messages=(last,)), continue_final_message=True)
+    turn = build_turn(alone, _record([]), tokenizer, CONTEXT_LEN)
+    assert (turn.messages, turn.is_chat) == ((), True)
+    without_prompt = replace(_request(messages=(ask,)), add_generation_prompt=False)
+    turn = build_turn(without_prompt, _record([]), tokenizer, CONTEXT_LEN)
+    assert tokenizer.decode(turn.token_ids) == "[user]count\n"
+    assert turn.answer("x") == {"role": "assistant", "content": "x"}
 
 
 def test_input_of_another_kind_than_the_sessions_is_refused(tokenizer: Tokenizer) -> None:

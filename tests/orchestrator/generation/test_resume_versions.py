@@ -103,6 +103,36 @@ async def test_turn_without_a_field_gets_its_neutral_value(name: str, store: Ses
         field = name.removeprefix("params.")
         assert getattr(read.request.params, field) == getattr(SamplingParams(), field)
     assert read.turn.messages == MESSAGES
+    assert read.turn.answer("x") == {"role": "assistant", "content": "x"}
+
+
+CONTINUED = {"role": "assistant", "content": "one, "}
+NEW_FIELDS: list[dict[str, Any]] = [
+    {"bad_words_token_ids": ((1, 2), (3,))},
+    {"skip_special_tokens": False},
+    {"include_stop_str_in_output": True},
+]
+
+
+@pytest.mark.parametrize("fields", NEW_FIELDS)
+async def test_fields_that_older_orchestrators_ignore_need_a_newer_one(
+    fields: dict[str, Any], store: SessionStore
+) -> None:
+    request = replace(REQUEST, params=replace(PARAMS, **fields))
+    stored = turn_json(request, Turn(PROMPT, 0, MESSAGES))
+    assert json.loads(stored)["version"] == 2
+    await session_with(store, stored)
+    assert resume_turn(await store.get("s"), 1).request == request
+
+
+async def test_a_continued_message_is_recorded_with_the_turn(store: SessionStore) -> None:
+    """Its answer is missing while the session has only the messages before it."""
+    stored = turn_json(REQUEST, Turn(PROMPT, 0, MESSAGES, answer_start=CONTINUED))
+    assert json.loads(stored)["version"] == 2
+    await session_with(store, stored)
+    for read in (resume_turn(await store.get("s"), 1), interrupted_turn(await store.get("s"))):
+        assert read is not None
+        assert read.turn.answer("two")["content"] == "one, two"
 
 
 async def test_unknown_fields_of_a_newer_version_are_preserved(
@@ -138,9 +168,13 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     ("session_id", 3),
     ("is_durable", 1),
     ("num_messages", "1"),
+    ("answer_start", "one"),
+    ("answer_start", {"role": 1, "content": ""}),
     ("prompt_len", 2.5),
 ]
 WRONG_PARAM_TYPES: list[tuple[str, Any]] = [
+    ("bad_words_token_ids", [1, 2]),
+    ("bad_words_token_ids", [["1"]]),
     ("temperature", "hot"),
     ("temperature", None),
     ("seed", 1.5),

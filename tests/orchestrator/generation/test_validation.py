@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
+from orchestrator.generation.chat import (
+    MAX_CHAT_MESSAGES,
+    MAX_CHAT_PARTS,
+    MAX_ROLE_CHARS,
+    MAX_TOOLS,
+)
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.validation import (
-    MAX_CHAT_MESSAGES,
     MAX_FAN_OUT,
     MAX_LOOKAHEAD,
-    MAX_ROLE_CHARS,
     MAX_TEXT_CHARS,
     check_length,
     resolve_max_tokens,
@@ -66,6 +70,66 @@ def chat(*roles: str, content: str = "x") -> dict[str, Any]:
     return with_input(messages=messages)
 
 
+def message(**fields: Any) -> dict[str, Any]:
+    return with_input(messages=({"role": "user", "content": "x", **fields},))
+
+
+def called(arguments: Any, name: Any = "f") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return message(tool_calls=[{"id": "1", "type": "function", "function": function}])
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+# Chat fields, each with a value that is allowed.
+CHAT_FIELDS: dict[str, Any] = {
+    "tools": (TOOL,),
+    "chat_template_kwargs": {"enable_thinking": False},
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+}
+BAD_CHATS: list[tuple[str, str, dict[str, Any]]] = [
+    *((f"chat.{name}", "only with chat", {name: value}) for name, value in CHAT_FIELDS.items()),
+    ("chat.messages.content", "must be a text or a list", message(content=None)),
+    ("chat.messages.content", "must be a text or a list", message(content=[])),
+    ("chat.messages.parts", "only parts of type text", message(content=[{"type": "image"}])),
+    ("chat.messages.parts", "only parts of type text", message(content=[{"type": "text"}])),
+    ("chat.messages.name", "must be a text", message(name=3)),
+    ("chat.messages.tool_calls", "must have a function", message(tool_calls=[{"id": "1"}])),
+    ("chat.messages.tool_calls", "must have a function", called({"a": 1})),
+    ("chat.messages.tool_calls", "the arguments of f are not a JSON object", called("[1]")),
+    ("chat.messages.tool_calls", "the arguments of f are not a JSON object", called("{")),
+    ("chat.messages.tool_calls", "a function needs a name", called("{}", "")),
+    (
+        "chat.messages",
+        f"{MAX_CHAT_PARTS + 1} content parts and tool calls; at most {MAX_CHAT_PARTS}",
+        message(content=[{"type": "text", "text": ""}] * (MAX_CHAT_PARTS + 1)),
+    ),
+    (
+        "chat",
+        "4001 characters; at most 3072",
+        message(content=[{"type": "text", "text": "x" * 4_001}]),
+    ),
+    ("chat.tools", "must have the form", message() | {"tools": ({"name": "f"},)}),
+    ("chat.tools", "a function needs a name", message() | {"tools": (TOOL | {"function": {}},)}),
+    ("chat.tools", "1025 tools; at most 1024", message() | {"tools": (TOOL,) * (MAX_TOOLS + 1)}),
+    (
+        "chat.chat_template_kwargs",
+        "messages is set by chat.messages",
+        message() | {"chat_template_kwargs": {"messages": []}},
+    ),
+    (
+        "chat.add_generation_prompt",
+        "not with continue_final_message",
+        message() | {"add_generation_prompt": True, "continue_final_message": True},
+    ),
+    (
+        "chat.continue_final_message",
+        "no content to continue",
+        message(content="") | {"continue_final_message": True},
+    ),
+]  # fmt: skip
+
+
 INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("input", "one of text, token_ids, chat is required", with_input()),
     ("input", "one of text, token_ids, chat is required", {"text": "x"}),
@@ -86,6 +150,7 @@ INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("chat.messages.role", "must be a word", chat("üser")),
     ("chat.messages.role", "must be a word", chat("user\n")),
     ("chat.messages.role", "at most 64 characters", chat("r" * (MAX_ROLE_CHARS + 1))),
+    *BAD_CHATS,
     ("gamma", "17 is not in [0, 16]", {"gamma": MAX_GAMMA + 1}),
     ("gamma", "-1 is not in [0, 16]", {"gamma": -1}),
     ("gamma", "2 with draft_source none", {"gamma": 2, "draft_source": SourceName.NONE}),
@@ -133,6 +198,11 @@ def test_invalid_request_is_refused_with_the_field(
 
 VALID: list[dict[str, Any]] = [
     {},
+    *(message() | {name: value} for name, value in CHAT_FIELDS.items()),
+    message(content=[{"type": "text", "text": "x"}], name="n", reasoning_content="r"),
+    called('{"a": [1, {"b": null}]}'),
+    called(""),
+    message(role="tool", tool_call_id="call 1"),
     {"token_ids": (0, VOCAB_SIZE - 1)},
     {"token_ids": (1,) * CONTEXT_LEN},
     with_input(text="x"),
