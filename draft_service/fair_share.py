@@ -14,28 +14,42 @@ from typing import Generic, TypeVar
 Target = TypeVar("Target", bound=Hashable)
 
 
-class FairShare(Generic[Target]):
-    """Tokens served to each target while it had to wait for more.
+# Tokens by which a target that was idle may be served before the others. The generations of a
+# target wait for its pass together and come back together: without a claim from that pause it gets
+# less than its share, although it asks for more.
+MAX_CLAIM = 64
 
-    A target whose work all ran in the last pass has no claim from the past: it starts level with
-    the one that was served least of those that waited. So an idle target saves up nothing.
+
+class FairShare(Generic[Target]):
+    """Tokens served to each target that competes with others.
+
+    A target without work keeps its count while the others are served up to `MAX_CLAIM` tokens more;
+    after that it starts level with the one that was served least. So a pause between two rounds
+    costs no share, and an idle target saves up next to nothing.
     """
 
     def __init__(self) -> None:
+        # Of each target that waited in the last pass, or that has a claim.
         self._served: dict[Target, int] = {}
         # What each target of the current pass had been served before it.
         self._before: dict[Target, int] = {}
+        # What the least served of those that waited in the last pass had been served.
+        self._level = 0
 
     def turns(self, targets: Collection[Target]) -> Turns[Target]:
         """Order of service in the next pass among the targets with work."""
-        level = min((num for t, num in self._served.items() if t in targets), default=0)
-        self._before = {target: self._served.get(target, level) for target in targets}
+        self._before = {target: self._served.get(target, self._level) for target in targets}
         return Turns(self._before)
 
     def settle(self, num_tokens: Mapping[Target, int], waiting: Collection[Target]) -> None:
         """Records a pass: tokens by target, and which targets have work that did not run."""
-        before = self._before
-        self._served = {t: before.get(t, 0) + num_tokens.get(t, 0) for t in waiting}
+        after = {t: num + num_tokens.get(t, 0) for t, num in self._before.items()}
+        self._level = min((num for t, num in after.items() if t in waiting), default=0)
+        idle = {t: num for t, num in (self._served | after).items() if t not in waiting}
+        claims = {
+            t: num for t, num in idle.items() if waiting and 0 <= self._level - num <= MAX_CLAIM
+        }
+        self._served = claims | {t: after[t] for t in waiting}
 
 
 class Turns(Generic[Target]):

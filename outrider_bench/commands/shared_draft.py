@@ -234,13 +234,17 @@ async def _run(
     draft: Sequence[grpc.aio.Channel],
     number: int,
 ) -> dict[str, Any]:
-    """Loads both targets at the same time. Tokens/s of each, and tokens that the draft ran."""
-    before = await _draft_tokens(draft[0])
+    """Loads both targets at the same time. Tokens/s of each, and tokens that the draft ran.
+
+    Neither counts the settling time, in which all generations start together.
+    """
     async with asyncio.TaskGroup() as tasks:
         loads = [
             tasks.create_task(_load(options, channel, num, number))
             for channel, num in zip(channels, case.num_streams, strict=True)
         ]
+        await asyncio.sleep(options.settle)
+        before = await _draft_tokens(draft[0])
     after = await _draft_tokens(draft[0])
     ran = [after.get(name, 0) - before.get(name, 0) for name in ("first", "second")]
     return {"tokens_per_s": [load.result() for load in loads], "draft_tokens": ran}
