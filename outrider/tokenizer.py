@@ -45,8 +45,11 @@ class Tokenizer:
         self._special_pattern = (
             re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         )
+        # With special tokens' own bytes, for texts that keep them.
+        self._all_bytes: TokenBytes | None = None
         try:
             self._token_bytes = TokenBytes(backend, frozenset(self._special_texts))
+            self._all_bytes = TokenBytes(backend, frozenset())
         except NotImplementedError:
             self._token_bytes = None
         self._chat_template = chat_template
@@ -96,20 +99,38 @@ class Tokenizer:
         tokens = self._backend.get_vocab(with_added_tokens=True)
         return max((len(token) for token in tokens if token not in special), default=1)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of the text."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, keep_last: int | None = None
+    ) -> list[int]:
+        """Token ids of the text.
+
+        `keep_last`: maximum number of tokens; those at the start of the text are dropped, special
+        tokens that are added are not, as transformers' truncation on the left.
+        """
         # Unlike `encode`, this releases the GIL and computes no offsets.
-        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoded.ids)
+        adds_now = add_special_tokens and keep_last is None
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=adds_now)
+        if keep_last is None:
+            return list(encoded.ids)
+        num_added = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoded.truncate(max(0, keep_last - num_added), direction="left")
+        if add_special_tokens:
+            encoded = self._backend.post_process(encoded)
+        return list(encoded.ids)[-keep_last:]
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
         """Detokenizer of an output after this prompt; for one task or thread at a time."""
-        if self._token_bytes is not None:
-            return self._token_bytes.detokenizer(prompt_ids)
-        return WindowDetokenizer(self.decode, self._has_text, prompt_ids)
+        token_bytes = self._token_bytes if skip_special_tokens else self._all_bytes
+        if token_bytes is not None:
+            return token_bytes.detokenizer(prompt_ids)
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        has_text = functools.partial(self._has_text, skip_special_tokens=skip_special_tokens)
+        return WindowDetokenizer(decode, has_text, prompt_ids)
 
-    def _has_text(self, token_id: int) -> bool:
-        if token_id in self._special_texts:
+    def _has_text(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+        if skip_special_tokens and token_id in self._special_texts:
             return False
         return self._backend.id_to_token(token_id) is not None
 
@@ -157,9 +178,10 @@ class Tokenizer:
                 parts += part
         return parts
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, without special tokens and unknown ids."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the tokens, without unknown ids."""
+        ids = list(token_ids)
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     @property
     def eos_token_id(self) -> int | None:

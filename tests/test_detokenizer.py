@@ -135,9 +135,30 @@ class CountingTokenizer(Tokenizer):
 
     num_decoded = 0
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.num_decoded += len(token_ids)
-        return super().decode(token_ids)
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def test_special_tokens_that_are_kept_are_text(tokenizer: Tokenizer) -> None:
+    """Anywhere in the output; as `decode` of the whole has them."""
+    special = list(tokenizer.special_ids.values())[:3]
+
+    @settings(max_examples=100, deadline=None)
+    @given(parts=st.lists(st.text("ab é你'", max_size=4), min_size=2, max_size=5), data=st.data())
+    def check(parts: list[str], data: st.DataObject) -> None:
+        prompt = tokenizer.encode(parts[0]) or special[:1]
+        output: list[int] = []
+        for part in parts[1:]:
+            output += [*tokenizer.encode(part), data.draw(st.sampled_from(special))]
+        detokenizer = tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        text = "".join(map(detokenizer.push, output)) + detokenizer.finish()
+        before, whole = (
+            tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + output)
+        )
+        assert text == whole[len(before) :]
+
+    check()
 
 
 @pytest.mark.parametrize("name", ["byte_fallback", "word_piece"])

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from orchestrator.audit.auditor import Auditor
 from orchestrator.audit.report import Failure
 from orchestrator.audit.sampled_tests import PERIOD_S, SampledTests, SequentialTest
+from orchestrator.generation.counts import DraftCounts
 from orchestrator.generation.output import Chunk, Result
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.state import DraftCounts, EmittedToken, FinishReason, TokenOrigin
+from orchestrator.generation.state import EmittedToken, FinishReason, TokenOrigin
 from orchestrator.replicas.pairing import DraftMatch
 from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.sessions import KvHandle, SessionPage, SessionRecord

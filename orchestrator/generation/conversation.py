@@ -85,16 +85,29 @@ def build_turn(
     if request.messages is not None:
         assert tokenizer is not None, "chat without a tokenizer was refused"
         return _chat_turn(request, record, tokenizer, max_context_len)
+    keep_last = _num_kept(request, max_context_len)
     if request.token_ids is not None:
         added = list(request.token_ids)
     else:
         assert tokenizer is not None, "text without a tokenizer was refused"
         assert request.text is not None, "a request has one input"
-        added = _encoded(
-            tokenizer, request.text, "text", max_context_len, add_special_tokens=not len(committed)
-        )
-        _refuse_empty(added, "text")
-    return Turn([*committed.tolist(), *added], len(committed), ())
+        adds, is_first = request.add_special_tokens, not len(committed)
+        encoding = _Encoding(tokenizer, "text", max_context_len, keep_last)
+        added = encoding.run(request.text, add_special_tokens=is_first if adds is None else adds)
+    token_ids = [*committed.tolist(), *added]
+    if keep_last is not None and len(token_ids) > keep_last:
+        token_ids = token_ids[-keep_last:]
+        return Turn(token_ids, _common_prefix_len(committed, token_ids), ())
+    return Turn(token_ids, len(committed), ())
+
+
+def _num_kept(request: GenerationRequest, max_context_len: int) -> int | None:
+    """Maximum tokens of the prompt, of which the last ones are kept; None: all are."""
+    num = request.truncate_prompt_tokens
+    if num != -1:
+        return num
+    room = request.max_tokens or max(1, request.params.min_tokens)
+    return max(1, max_context_len - room)
 
 
 def _chat_turn(
@@ -102,15 +115,15 @@ def _chat_turn(
 ) -> Turn:
     messages = (*record.messages, *(request.messages or ()))
     continues, adds_prompt = request.continue_final_message, request.add_generation_prompt
-    text = tokenizer.render_chat(
+    prompt = tokenizer.render_chat(
         messages,
         tools=request.tools,
         kwargs=request.chat_template_kwargs,
         add_generation_prompt=not continues if adds_prompt is None else adds_prompt,
         continue_final_message=continues,
     )
-    token_ids = _encoded(tokenizer, text, "chat", max_context_len, add_special_tokens=False)
-    _refuse_empty(token_ids, "chat")
+    encoding = _Encoding(tokenizer, "chat", max_context_len, _num_kept(request, max_context_len))
+    token_ids = encoding.run(prompt, add_special_tokens=bool(request.add_special_tokens))
     # A template may render earlier messages differently: only a common prefix keeps its KV.
     turn = Turn(token_ids, _common_prefix_len(record.token_ids, token_ids), messages)
     if continues:
@@ -118,25 +131,48 @@ def _chat_turn(
     return turn
 
 
-def _encoded(
-    tokenizer: Tokenizer, text: str, field: str, max_tokens: int, *, add_special_tokens: bool
-) -> list[int]:
-    """Returns the token ids. Encodes only a prefix of a text that is far too long.
+@dataclass(frozen=True)
+class _Encoding:
+    """Encoding of the prompt in `field`. `keep_last`: number of its last tokens to keep; None: all.
 
-    The prefix has the same tokens as the whole text, except close to its end.
+    A text that is far too long is encoded in part only. The part has the same tokens as the whole
+    text, except close to where it is cut.
     """
-    part = text[: _CHARS_PER_TOKEN * (max_tokens + _CUT_TOKENS)]
-    token_ids = tokenizer.encode(part, add_special_tokens=add_special_tokens)
-    if len(part) == len(text):
+
+    tokenizer: Tokenizer
+    field: str
+    max_tokens: int
+    keep_last: int | None
+
+    def run(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises PromptTooLong, and InvalidRequest for a prompt without tokens."""
+        if self.keep_last is not None:
+            end = self._end(text, self.keep_last)
+            token_ids = self.tokenizer.encode(
+                end, add_special_tokens=add_special_tokens, keep_last=self.keep_last
+            )
+        else:
+            token_ids = self._whole(text, add_special_tokens=add_special_tokens)
+        if not token_ids:
+            raise InvalidRequest(self.field, "the prompt has no tokens")
         return token_ids
-    if len(token_ids) > max_tokens + _CUT_TOKENS:
-        raise PromptTooLong(field, len(token_ids), max_tokens)
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    def _whole(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        part = text[: _CHARS_PER_TOKEN * (self.max_tokens + _CUT_TOKENS)]
+        token_ids = self.tokenizer.encode(part, add_special_tokens=add_special_tokens)
+        if len(part) == len(text):
+            return token_ids
+        if len(token_ids) > self.max_tokens + _CUT_TOKENS:
+            raise PromptTooLong(self.field, len(token_ids), self.max_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-def _refuse_empty(token_ids: Sequence[int], field: str) -> None:
-    if not token_ids:
-        raise InvalidRequest(field, "the prompt has no tokens")
+    def _end(self, text: str, num_tokens: int) -> str:
+        """An end of the text that is long enough for its last `num_tokens` tokens."""
+        part = text[-_CHARS_PER_TOKEN * (num_tokens + _CUT_TOKENS) :]
+        if len(part) == len(text):
+            return text
+        num_found = len(self.tokenizer.encode(part, add_special_tokens=False))
+        return part if num_found >= num_tokens + _CUT_TOKENS else text
 
 
 def _common_prefix_len(committed: np.ndarray, token_ids: Sequence[int]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.generation.state import Commitment, EmittedToken, Finish, SpeculationCounts
+from orchestrator.generation.counts import SpeculationCounts
+from orchestrator.generation.state import Commitment, EmittedToken, Finish
 from orchestrator.speculation.gamma import GammaDecision
 from orchestrator.speculation.verification import Choices, PromptLogprobs, SourceName
 

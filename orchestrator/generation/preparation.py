@@ -115,5 +115,11 @@ class Preparation:
             request.params,
             request.verification,
             self._limits.eos_token_ids,
-            OutputText(self._tokenizer, turn.token_ids, request.params.stop),
+            OutputText(
+                self._tokenizer,
+                turn.token_ids,
+                request.params.stop,
+                skips_special=request.params.skip_special_tokens,
+                includes_stop=request.params.include_stop_str_in_output,
+            ),
         )

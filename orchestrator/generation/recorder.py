@@ -75,6 +75,7 @@ class Recorder:
         self._is_away = False
         # Parts of the text that the client has received.
         self._texts = [received_text]
+        self._included_stop = ""
         # When the first chunk was ready to be sent (time.monotonic), and its number of tokens.
         self.first_chunk_at: float | None = None
         self.num_first_tokens = self.num_sent_tokens = 0
@@ -128,6 +129,8 @@ class Recorder:
             self.num_first_tokens = len(chunk.tokens)
         self.num_sent_tokens += len(chunk.tokens)
         self._texts.append(chunk.text)
+        if chunk.finish is not None:
+            self._included_stop = chunk.finish.included_stop
         await self._ready.put(chunk)
         await self._ready.join()
 
@@ -247,7 +250,9 @@ class Recorder:
         await self._record()
         messages = None
         if self._turn.is_chat and self._turn_recorded and is_done:
-            messages = (*self._turn.messages, self._turn.answer("".join(self._texts)))
+            # The template writes the end of an answer itself.
+            text = "".join(self._texts).removesuffix(self._included_stop)
+            messages = (*self._turn.messages, self._turn.answer(text))
         await self._store.release(
             self._lease,
             target_kv=target_kv,

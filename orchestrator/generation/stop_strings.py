@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from outrider.detokenizer import Detokenizer
 from outrider.tokenizer import Tokenizer
 
 # A character of the text, or the id of a special token, which a stop string may contain.
@@ -62,15 +63,32 @@ class StopString:
 class OutputText:
     """Text of one output: `push` each token, `take` final text, `finish` at the end.
 
+    `skips_special`: special tokens have no text. `includes_stop`: the text ends with what stops it.
     Without a tokenizer the text is empty.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], stop: Sequence[str]
+        self,
+        tokenizer: Tokenizer | None,
+        prompt_token_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        skips_special: bool = True,
+        includes_stop: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
-        self._stops = [one for text in stop for one in _searches(text, tokenizer)]
+        self._skips_special = skips_special
+        self._includes_stop = includes_stop
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = tokenizer.detokenizer(
+                prompt_token_ids, skip_special_tokens=skips_special
+            )
+        # Special tokens that have text are searched as text.
+        special = tokenizer if skips_special else None
+        self._stops = [one for text in stop for one in _searches(text, special)]
+        # The stop string that ends the text, if it is included.
+        self.included_stop = ""
         # Text that may begin a stop string, and final text.
         self._pending = ""
         self._ready: list[str] = []
@@ -79,8 +97,8 @@ class OutputText:
     def push(self, token_id: int, *, check_stop: bool = True) -> str | None:
         """Adds a token. Returns the stop string that its text completes, or None.
 
-        The text from the stop string's first character on is dropped. `check_stop` False: a stop
-        string that this token completes is ignored.
+        The text after the stop string is dropped, and unless it is included, the stop string too.
+        `check_stop` False: a stop string that this token completes is ignored.
         """
         if self._tokenizer is None or self._detokenizer is None:
             return None
@@ -88,17 +106,29 @@ class OutputText:
         if not self._stops:
             self._release_text(text)
             return None
-        special = self._tokenizer.special_text(token_id)
+        special = self._tokenizer.special_text(token_id) if self._skips_special else None
         for symbol in text if special is None else (token_id,):
             self._pending += symbol if isinstance(symbol, str) else ""
             found = [stop for stop in self._stops if stop.feed(symbol)]
             if found and check_stop:
                 longest = max(found, key=lambda stop: stop.num_chars)
-                self._release(longest.num_chars)
+                self._release(0 if self._includes_stop else longest.num_chars)
                 self._pending = ""
+                self.included_stop = longest.text if self._includes_stop else ""
                 return longest.text
-        self._release(max(stop.num_partial_chars for stop in self._stops))
+        # Text before an included stop string is final in any case.
+        is_final = self._includes_stop
+        self._release(0 if is_final else max(stop.num_partial_chars for stop in self._stops))
         return None
+
+    def push_stop(self, token_id: int) -> str:
+        """Adds the EOS or stop token that ends the output. Returns its text if it is included."""
+        if not self._includes_stop or self._detokenizer is None:
+            return ""
+        text = self._detokenizer.push(token_id)
+        self._release(0)
+        self._release_text(text)
+        return text
 
     def _release(self, num_kept: int) -> None:
         num_released = len(self._pending) - num_kept

@@ -70,13 +70,9 @@ def validate(
 def _refuse_unsupported(request: GenerationRequest) -> None:
     params = request.params
     for name, is_set in (
-        ("sampling.skip_special_tokens", not params.skip_special_tokens),
-        ("sampling.include_stop_str_in_output", params.include_stop_str_in_output),
         ("sampling.bad_words", bool(params.bad_words)),
         ("sampling.bad_words_token_ids", bool(params.bad_words_token_ids)),
         ("sampling.prompt_logprobs", params.prompt_logprobs is not None),
-        ("add_special_tokens", request.add_special_tokens is not None),
-        ("truncate_prompt_tokens", request.truncate_prompt_tokens is not None),
     ):
         if is_set:
             raise InvalidRequest(name, "is not supported yet")
@@ -147,7 +143,13 @@ def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenize
         raise InvalidRequest("input", "one of text, token_ids, chat is required")
     if request.messages is None:
         check_no_chat_fields(request)
+    truncates = request.truncate_prompt_tokens is not None
+    if request.truncate_prompt_tokens not in (None, -1):
+        most = limits.max_context_len
+        _check_range("truncate_prompt_tokens", request.truncate_prompt_tokens or 0, 1, most)
     if request.token_ids is not None:
+        if request.add_special_tokens:
+            raise InvalidRequest("add_special_tokens", "not with token_ids: add them yourself")
         _check_token_ids(request.token_ids, limits)
         return
     if tokenizer is None:
@@ -155,10 +157,11 @@ def _check_input(request: GenerationRequest, limits: Limits, tokenizer: Tokenize
     if request.text is not None:
         if not request.text:
             raise InvalidRequest("text", "the prompt is empty")
-        _check_num_chars("text", len(request.text), limits, tokenizer)
+        _check_num_chars("text", len(request.text), limits, None if truncates else tokenizer)
     if request.messages is not None:
         check_chat(request)
-        _check_num_chars("chat", num_chat_chars(request), limits, tokenizer)
+        num_chars = num_chat_chars(request)
+        _check_num_chars("chat", num_chars, limits, None if truncates else tokenizer)
 
 
 def _check_token_ids(ids: tuple[int, ...], limits: Limits) -> None:
@@ -168,9 +171,16 @@ def _check_token_ids(ids: tuple[int, ...], limits: Limits) -> None:
         raise InvalidRequest("token_ids", f"{bad} is not in [0, {limits.vocab_size})")
 
 
-def _check_num_chars(field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer) -> None:
-    """Refuses a text that cannot fit into the context, before it is encoded."""
-    most = min(MAX_TEXT_CHARS, limits.max_context_len * tokenizer.max_token_chars)
+def _check_num_chars(
+    field: str, num_chars: int, limits: Limits, tokenizer: Tokenizer | None
+) -> None:
+    """Refuses a text that cannot fit into the context, before it is encoded.
+
+    `tokenizer` None: the prompt will be truncated.
+    """
+    most = MAX_TEXT_CHARS
+    if tokenizer is not None:
+        most = min(most, limits.max_context_len * tokenizer.max_token_chars)
     if num_chars > most:
         raise InvalidRequest(
             field, f"{num_chars} characters; at most {most} are allowed for {limits.bound}"

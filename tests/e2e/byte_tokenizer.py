@@ -67,9 +67,10 @@ def _shown_bytes() -> dict[int, str]:
     }
 
 
-def text_of(token_ids: Sequence[int]) -> str:
-    """By Python's own decoder."""
-    return b"".join(map(bytes_of, token_ids)).decode(errors="replace")
+def text_of(token_ids: Sequence[int], special: bytes = b"") -> str:
+    """By Python's own decoder. `special`: text of EOS."""
+    parts = (special if token_id == EOS else bytes_of(token_id) for token_id in token_ids)
+    return b"".join(parts).decode(errors="replace")
 
 
 def certain_text_of(token_ids: Sequence[int]) -> str:

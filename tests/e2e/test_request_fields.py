@@ -66,6 +66,28 @@ _CASES: dict[str, Sampling] = {
         "stop": ["你a", "ac"],
     },
     "stop late": {"allowed_token_ids": [*b"ab"], "stop": ["ab", "ba"], "min_tokens": 11},
+    "stop included": {
+        "allowed_token_ids": _ALLOWED,
+        "stop": ["th", "ca", "你"],
+        "include_stop_str_in_output": True,
+    },
+    "stop token included": {
+        "allowed_token_ids": _ALLOWED,
+        "stop_token_ids": [ord("b"), _half],
+        "include_stop_str_in_output": True,
+    },
+    "special tokens kept": {
+        "allowed_token_ids": [*b"abc", EOS],
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "stop": ["a</s>b", "s>cc"],
+    },
+    "EOS kept and included": {
+        "allowed_token_ids": [*b"abc", EOS],
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "min_tokens": 3,
+    },
     "top_k": {"top_k": 4},
     "top_p": {"top_p": 0.6},
     "min_p": {"min_p": 0.1},
@@ -73,18 +95,24 @@ _CASES: dict[str, Sampling] = {
 _PROMPTS = [[*b"the a"], [*"你 th".encode()], [5, 99, *b"abcabcab"], [*b"a"] * 30]
 
 
+def _text_of(token_ids: list[int], sampling: Sampling) -> str:
+    return text_of(token_ids, b"" if sampling.get("skip_special_tokens", True) else b"</s>")
+
+
 def _end_of(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
     """Where and how the output ends, and its text; {} if it does not end there."""
     seen: list[int] = []
+    includes = sampling.get("include_stop_str_in_output", False)
     for i, token_id in enumerate(token_ids):
         may_stop = i >= sampling.get("min_tokens", 0)
-        text = text_of(seen)
+        text = _text_of([*seen, token_id] if includes else seen, sampling)
         if may_stop and token_id == EOS and not sampling.get("ignore_eos"):
             return {"num": i + 1, "reason": STOP, "eos_token_id": EOS, "text": text}
         if may_stop and token_id in sampling.get("stop_token_ids", ()):
             return {"num": i + 1, "reason": STOP, "stop_token_id": token_id, "text": text}
         seen.append(token_id)
-        text, searched_len = text_of(seen), len(text_of(seen[: sampling.get("min_tokens", 0)]))
+        text = _text_of(seen, sampling)
+        searched_len = len(_text_of(seen[: sampling.get("min_tokens", 0)], sampling))
         # A stop string counts where it is complete after min_tokens; the first complete one.
         found = [
             (at + len(stop), -len(stop), stop)
@@ -94,7 +122,7 @@ def _end_of(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
         ]
         if may_stop and found:
             end, negative_len, stop = min(found)
-            text = text[: end + negative_len]
+            text = text[: end if includes else end + negative_len]
             return {"num": i + 1, "reason": STOP, "stop_text": stop, "text": text}
         if i + 1 == sampling["max_tokens"]:
             return {"num": i + 1, "reason": LENGTH, "text": text}
@@ -147,13 +175,13 @@ def _assert_statistics_agree(output: Output) -> None:
     assert stats.target_wire_bytes > 0
 
 
-def _assert_text_ends(output: Output) -> None:
+def _assert_text_ends(output: Output, sampling: Sampling) -> None:
     """After each token so much of the text is certain, and no less is shown at the end."""
     assert len(output.text_ends) == len(output.token_ids)
     assert output.text_ends == sorted(output.text_ends)
     assert output.text_ends[-1] == len(output.text)
     for i, end in enumerate(output.text_ends[:-1]):
-        assert text_of(output.token_ids[: i + 1]).startswith(output.text[:end])
+        assert _text_of(output.token_ids[: i + 1], sampling).startswith(output.text[:end])
 
 
 @pytest.mark.slow
@@ -197,7 +225,7 @@ async def test_a_field_means_the_same(case: str, text_pair: TextPair, redis: str
             assert output.result is not None
             assert output.result.usage.prompt_tokens == len(prompt)
             _assert_statistics_agree(output)
-            _assert_text_ends(output)
+            _assert_text_ends(output, sampling)
     reasons = {_said(output)["reason"] for output in outputs}
     assert STOP in reasons or not any("stop" in field for field in _CASES[case])
     assert num_drafted(outputs)[1] > 0
@@ -230,7 +258,7 @@ async def test_origins_and_statistics_agree(
         assert output.speculation.verification == verification
         assert output.speculation.gamma == call["gamma"]
         _assert_statistics_agree(output)
-        _assert_text_ends(output)
+        _assert_text_ends(output, call["sampling"])
     assert_speculated(outputs)
     assert len({_said(output)["reason"] for output in outputs}) == 2
 

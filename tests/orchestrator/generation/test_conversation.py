@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 from orchestrator.generation.conversation import PromptTooLong, build_turn
 from orchestrator.generation.request import GenerationRequest
@@ -20,6 +21,7 @@ from orchestrator.sessions import Counters, SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.sampling.params import SamplingParams, Verification
 from outrider.tokenizer import Tokenizer
+from tests import vocabularies
 
 CONTEXT_LEN = 1_000
 
@@ -134,6 +136,57 @@ def test_prompt_far_too_long_is_refused_after_a_prefix_is_encoded(tokenizer: Tok
     with pytest.raises(PromptTooLong, match="text: more than 1000 tokens") as caught:
         build_turn(_request(text="fox " * 100_000), _record([]), tokenizer, CONTEXT_LEN)
     assert 1_000 < caught.value.num_tokens < 20_000
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 40])
+@pytest.mark.parametrize("adds", [None, False, True])
+def test_text_is_truncated_as_transformers_does(
+    num: int, adds: bool | None, tmp_path: Path
+) -> None:
+    """Its start is dropped, not the special tokens that are added."""
+    backend = vocabularies.byte_fallback()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    vocabularies.save(backend, tmp_path, truncation_side="left", bos_token="<s>")
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer is not None
+    reference = AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in ("abc", "a b c ab abc", "é" * 50):
+        request = replace(_request(text=text), add_special_tokens=adds, truncate_prompt_tokens=num)
+        turn = build_turn(request, _record([]), tokenizer, CONTEXT_LEN)
+        adds_special = adds is not False
+        assert turn.token_ids == reference.encode(
+            text, add_special_tokens=adds_special, truncation=True, max_length=num
+        )
+        later = build_turn(request, _record([7, 8]), tokenizer, CONTEXT_LEN)
+        whole = [7, 8, *reference.encode(text, add_special_tokens=bool(adds))]
+        if not adds:
+            assert later.token_ids == whole[-num:]
+            assert later.keep_len == (2 if len(whole) <= num else 0)
+
+
+def test_truncation_of_token_ids_and_of_chats(tokenizer: Tokenizer) -> None:
+    """The last tokens of the whole context; -1: as many as leave room for the output."""
+    ids = tuple(range(100, 200))
+    request = replace(_request(token_ids=ids), truncate_prompt_tokens=3)
+    assert build_turn(request, _record([]), None, CONTEXT_LEN).token_ids == [197, 198, 199]
+    request = replace(request, truncate_prompt_tokens=-1, max_tokens=20)
+    assert build_turn(request, _record([1] * 80), None, 110).token_ids == list(ids[-90:])
+    request = replace(request, max_tokens=None, params=SamplingParams(min_tokens=5, max_tokens=9))
+    assert build_turn(request, _record([]), None, 15).token_ids == list(ids[-10:])
+    chat = replace(_request(messages=({"role": "user", "content": "the fox"},)))
+    whole = build_turn(chat, _record([]), tokenizer, CONTEXT_LEN)
+    turn = build_turn(replace(chat, truncate_prompt_tokens=4), _record([]), tokenizer, CONTEXT_LEN)
+    assert (turn.token_ids, turn.messages) == (whole.token_ids[-4:], whole.messages)
+
+
+def test_of_a_text_far_too_long_only_the_end_is_encoded(tokenizer: Tokenizer) -> None:
+    """And its tokens are those of the whole text."""
+    text = "the quick fox, " * 40_000
+    request = replace(_request(text=text), truncate_prompt_tokens=700)
+    turn = build_turn(request, _record([]), tokenizer, CONTEXT_LEN)
+    assert turn.token_ids == tokenizer.encode(text)[-700:]
 
 
 def test_long_text_of_few_tokens_is_encoded_whole(tmp_path: Path) -> None:
