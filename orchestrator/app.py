@@ -7,19 +7,20 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from orchestrator.admission.queue import AdmissionQueue
 from orchestrator.admission.security import Security
-from orchestrator.api.generate import Generate
+from orchestrator.api.generate import STOP_GRACE_S, Generate
 from orchestrator.api.grpc_server import OrchestratorServicer
 from orchestrator.api.metrics import OrchestratorMetrics, readings
 from orchestrator.api.request_telemetry import ApiTelemetry
 from orchestrator.generation.cleanup import Cleanup
 from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
+from orchestrator.health import checking_redis, updating_health
 from orchestrator.observing import Observing
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.models import check_shared, limits
@@ -48,17 +49,16 @@ from outrider.telemetry.telemetry import Telemetry, telemetry
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
 
+if TYPE_CHECKING:
+    from orchestrator.http.server import HttpServer
+
 log = structlog.get_logger()
 
 SERVICE_NAME = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
 GENERATE = f"/{SERVICE_NAME}/Generate"
-# After stop_grace_s, running generations end after their current round. This is the time for it.
-STOP_GRACE_S = 2.0
 # Longest wait for the cleanup of cancelled calls while Redis stalls. After it, their leases remain
 # until they expire.
 CLEANUP_WAIT_S = 5.0
-# Interval of checks whether Redis accepts writes.
-REDIS_CHECK_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -78,15 +78,32 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     admission = AdmissionQueue(config.max_generations, config.max_waiting)
     resources, observing = await _resources(config, security.open_channel, admission)
     admission.targets = resources.targets.candidates
+    use_case = Generate(
+        resources,
+        functools.partial(limits, config, resources.targets, resources.drafts),
+        admission,
+        needs_redis=config.without_redis == "refuse",
+    )
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
+    ports = contextlib.ExitStack()
     try:
         await server.start(config.host, config.port)
         await server.set_health(REDIS, False)
-        async with telemetry("orchestrator", config.host, config) as exporters:
+        async with telemetry(
+            "orchestrator", config.host, config, has_http=config.http_port is not None
+        ) as exporters:
             # Metrics are exposed during the start, too.
             meter = _meter(exporters, admission, resources, observing, security.protection)
             api_telemetry = ApiTelemetry(meter, exporters.tracing)
             server.metrics_port = exporters.exposition.port
+            http = None
+            if config.http_port is not None:
+                from orchestrator.http.server import HttpServer
+
+                scrape = exporters.exposition.answer
+                http = HttpServer(config, use_case, api_telemetry, security.api_keys, scrape)
+                ports.callback(http.close)
+                server.http_port = http.port
             server.services.awaited = "Redis"
             await reach_redis(resources.store, config.redis_wait_s)
             server.services.awaited = "a target replica"
@@ -94,13 +111,14 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
                 security.reloading(lambda: _renew(pools)),
                 _discovering(config.redis, pools),
                 _connected(config.redis, resources, exporters.exposition),
-                _checking_redis(resources.store, server),
+                checking_redis(resources.store, server),
                 observing.running(),
-                _answering(config, server, resources, admission, observing, api_telemetry),
+                _answering(config, server, use_case, resources, observing, api_telemetry, http),
             ):
                 yield server
     finally:
         await server.stop(0)
+        ports.close()
         await asyncio.to_thread(resources.encoding.close)
         await resources.store.close()
 
@@ -128,32 +146,32 @@ async def _connected(
 async def _answering(
     config: OrchestratorConfig,
     server: Server,
+    use_case: Generate,
     resources: GenerationContext,
-    admission: AdmissionQueue,
     observing: Observing,
     api_telemetry: ApiTelemetry,
+    http: HttpServer | None,
 ) -> AsyncIterator[None]:
     """Answers requests for the block, then ends the running ones within `stop_grace_s`."""
-    current_limits = functools.partial(limits, config, resources.targets, resources.drafts)
-    needs_redis = config.without_redis == "refuse"
-    use_case = Generate(resources, current_limits, admission, needs_redis=needs_redis)
     servicer = OrchestratorServicer(
         use_case,
         resources,
-        current_limits,
+        use_case.limits,
         api_telemetry,
         observing.auditor,
         write_timeout_s=config.write_timeout_s,
     )
-    log.info("serving", port=server.port)
+    log.info("serving", port=server.port, http_port=server.http_port)
     orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server.services)
-    async with asyncio.TaskGroup() as tasks:
-        updating = tasks.create_task(_update_health(resources.targets, server), name="health")
+    async with updating_health(resources.targets, server), _running(http):
         try:
             yield
         finally:
-            updating.cancel()
-            await _stop(server, use_case, resources.cleanup, config.stop_grace_s)
+            await _stop(server, http, use_case, resources.cleanup, config.stop_grace_s)
+
+
+def _running(http: HttpServer | None) -> contextlib.AbstractAsyncContextManager[None]:
+    return contextlib.nullcontext() if http is None else http.running()
 
 
 def _pools(
@@ -278,40 +296,14 @@ async def _discovering(
                 task.cancel()
 
 
-async def _update_health(targets: ReplicaPool[TargetLink], server: Server) -> None:
-    """Health is SERVING while a target is connected. Drafts are not needed to serve."""
-    while True:
-        is_served = targets.has_any
-        await server.set_serving(is_served)
-        while targets.has_any == is_served:
-            await targets.change()
-
-
-@contextlib.asynccontextmanager
-async def _checking_redis(store: SessionStore, server: Server) -> AsyncIterator[None]:
-    """Keeps the health name `redis` and the metric up to date for the block, even without requests.
-
-    Readiness does not depend on Redis: all orchestrators share it, and all would become unready.
-    """
-
-    async def check() -> None:
-        while True:
-            await server.set_health(REDIS, await store.takes_writes())
-            await asyncio.sleep(REDIS_CHECK_S)
-
-    await server.set_health(REDIS, not store.is_away)
-    async with asyncio.TaskGroup() as tasks:
-        checking = tasks.create_task(check(), name="redis health")
-        try:
-            yield
-        finally:
-            checking.cancel()
-
-
-async def _stop(server: Server, use_case: Generate, cleanup: Cleanup, grace_s: float) -> None:
+async def _stop(
+    server: Server, http: HttpServer | None, use_case: Generate, cleanup: Cleanup, grace_s: float
+) -> None:
     """Ends all calls and their cleanup, before the pools and the store are closed."""
-    stopping = asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))
-    await asyncio.wait([stopping], timeout=grace_s)
+    stops = [asyncio.create_task(server.stop(grace_s + STOP_GRACE_S))]
+    if http is not None:
+        stops.append(asyncio.create_task(http.stop()))
+    await asyncio.wait(stops, timeout=grace_s)
     use_case.stop()
-    await stopping
+    await asyncio.gather(*stops)
     await cleanup.wait(CLEANUP_WAIT_S)

@@ -64,10 +64,18 @@ class Stack:
     """Clients of the three services; `channel` and `endpoint` are the orchestrator's."""
 
     def __init__(
-        self, channel: Any, target_channel: Any, draft_channel: Any | None, *, endpoint: str
+        self,
+        channel: Any,
+        target_channel: Any,
+        draft_channel: Any | None,
+        *,
+        endpoint: str,
+        http_port: int | None = None,
     ) -> None:
         self.channel = channel
         self.endpoint = endpoint
+        # With http_port in the settings.
+        self.http_endpoint = f"127.0.0.1:{http_port}"
         self.client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         self.target = target_pb2_grpc.TargetServiceStub(target_channel)
         self.draft = draft_pb2_grpc.DraftServiceStub(draft_channel) if draft_channel else None
@@ -155,7 +163,7 @@ async def running_stack(
                 draft_endpoint,
             )
         ]
-        yield Stack(*channels, endpoint=f"127.0.0.1:{server.port}")
+        yield Stack(*channels, endpoint=f"127.0.0.1:{server.port}", http_port=server.http_port)
 
 
 async def eventually(condition: Any, timeout_s: float = 60.0) -> None:

@@ -1,4 +1,4 @@
-"""API keys: authenticates each gRPC call and applies the quota of its client.
+"""API keys: authenticates each call, over gRPC or HTTP, and applies the quota of its client.
 
 The client of a call is a context variable of the call's task, set before the method runs.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import structlog
 from orchestrator.admission.quota import Quota
 from orchestrator.admission.shared_quota import SharedQuotas
 from outrider.errors import CapacityExceeded, Unauthenticated
-from outrider.runtime.interceptors import AccessInterceptor, Context, Reason
+from outrider.runtime.interceptors import AccessInterceptor, Context, Reason, Refusals
 from outrider.security.files import WatchedFiles
 from outrider.security.keys import KeyLimits, KeyRing
 
@@ -34,7 +34,11 @@ class ApiClient:
     name: str
     quota: Quota
     min_priority: int | None = None
-    interceptor: ApiKeyInterceptor | None = None
+    keys: ApiKeys | None = None
+
+    def stream(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Counts a stream for the block. Raises CapacityExceeded with a retry hint."""
+        return contextlib.nullcontext() if self.keys is None else self.keys.stream(self.quota)
 
     @contextlib.asynccontextmanager
     async def making(self, session_id: str | None) -> AsyncIterator[None]:
@@ -43,14 +47,14 @@ class ApiClient:
         Raises CapacityExceeded at the session limit. If the request fails without having created
         the session, it is no longer counted.
         """
-        if self.interceptor is None or session_id is None:
+        if self.keys is None or session_id is None:
             yield
             return
-        sessions, limits = self.interceptor.shared.sessions, self.quota.limits
+        sessions, limits = self.keys.shared.sessions, self.quota.limits
         try:
             await sessions.reserve(self.name, session_id, limits.sessions)
         except CapacityExceeded:
-            self.interceptor.refusals.count(Reason.OVER_SESSIONS)
+            self.keys.refusals.count(Reason.OVER_SESSIONS)
             raise
         try:
             yield
@@ -60,8 +64,8 @@ class ApiClient:
 
     async def deleted(self, session_id: str) -> None:
         """Stops counting a session that was deleted."""
-        if self.interceptor is not None:
-            await self.interceptor.shared.sessions.release_if_gone(self.name, session_id)
+        if self.keys is not None:
+            await self.keys.shared.sessions.release_if_gone(self.name, session_id)
 
 
 _ANONYMOUS = ApiClient("", Quota("", KeyLimits()))
@@ -73,45 +77,45 @@ def current_client() -> ApiClient:
     return _CLIENT.get()
 
 
-class ApiKeyInterceptor(AccessInterceptor):
-    """Requires a known API key and counts streams. For use on the event loop only.
+class ApiKeys:
+    """Clients by API key, with their quotas. For use on the event loop only."""
 
-    `metered`: full name of the method whose calls count as streams.
-    """
-
-    def __init__(self, keys: WatchedFiles[KeyRing], metered: str, shared: SharedQuotas) -> None:
-        super().__init__()
+    def __init__(self, keys: WatchedFiles[KeyRing], shared: SharedQuotas) -> None:
         self.keys = keys
         self.shared = shared
-        self._metered = metered
+        self.refusals = Refusals()
         self._quotas: dict[str, Quota] = {}
 
-    @contextlib.asynccontextmanager
-    async def around(self, context: Context, method: str) -> AsyncIterator[None]:
-        client = self._identify(context, method)
+    def enter(self, headers: Iterable[tuple[str, str | bytes]], method: str, peer: str) -> None:
+        """Makes the client whose key is in the headers the current one. Raises Unauthenticated.
+
+        `method`, `peer`: what is called and the client's address, for the log.
+        """
+        client = self._identify(_presented(headers), method, peer)
         _CLIENT.set(client)
         structlog.contextvars.bind_contextvars(client=client.name)
-        if method != self._metered:
-            yield
-            return
+
+    @contextlib.asynccontextmanager
+    async def stream(self, quota: Quota) -> AsyncIterator[None]:
+        """Counts a stream of the key for the block. Raises CapacityExceeded with a retry hint."""
         async with contextlib.AsyncExitStack() as stream:
             try:
-                stream.enter_context(client.quota.stream())
-                await stream.enter_async_context(self.shared.stream(client.quota))
+                stream.enter_context(quota.stream())
+                await stream.enter_async_context(self.shared.stream(quota))
             except CapacityExceeded:
                 self.refusals.count(Reason.OVER_LIMIT)
                 raise
             yield
 
-    def _identify(self, context: Context, method: str) -> ApiClient:
-        presented = _presented(context)
+    def _identify(self, presented: str, method: str, peer: str) -> ApiClient:
         key = self.keys.current.find(presented) if presented else None
         if key is None:
             reason = Reason.UNKNOWN_KEY if presented else Reason.NO_KEY
             why = "unknown API key" if presented else "no API key"
-            self.refusals.record(context, method, reason, why)
+            self.refusals.record(peer, method, reason, why)
             raise Unauthenticated(
-                f"{why}: send a key as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`"
+                f"{why}: send a key as metadata or header, `authorization: Bearer KEY` or "
+                "`x-api-key: KEY`"
             )
         quota = self._quotas.get(key.name)
         if quota is None:
@@ -120,10 +124,32 @@ class ApiKeyInterceptor(AccessInterceptor):
         return ApiClient(key.name, quota, key.limits.min_priority or 0, self)
 
 
-def _presented(context: Context) -> str:
-    """The key in the call's metadata. Empty: there is none, or two that differ."""
+class ApiKeyInterceptor(AccessInterceptor):
+    """Requires a known API key of each gRPC call and counts streams.
+
+    `metered`: full name of the method whose calls count as streams.
+    """
+
+    def __init__(self, keys: ApiKeys, metered: str) -> None:
+        super().__init__()
+        self.refusals = keys.refusals
+        self._keys = keys
+        self._metered = metered
+
+    @contextlib.asynccontextmanager
+    async def around(self, context: Context, method: str) -> AsyncIterator[None]:
+        self._keys.enter(context.invocation_metadata() or (), method, context.peer())
+        if method != self._metered:
+            yield
+            return
+        async with current_client().stream():
+            yield
+
+
+def _presented(headers: Iterable[tuple[str, str | bytes]]) -> str:
+    """The key in a call's headers. Empty: there is none, or two that differ."""
     keys: set[str] = set()
-    for name, value in context.invocation_metadata() or ():
+    for name, value in headers:
         if not isinstance(value, str) or len(value) > _MAX_KEY_CHARS:
             continue
         if name == "x-api-key":

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from orchestrator.admission.api_keys import ApiKeyInterceptor
+from orchestrator.admission.api_keys import ApiKeyInterceptor, ApiKeys
 from orchestrator.admission.shared_quota import SharedQuotas
 from outrider.client.channel import OpenChannel, TlsChannels, open_plain
 from outrider.runtime.server_security import ServerProtection, is_loopback, server_protection
@@ -25,12 +25,15 @@ log = structlog.get_logger()
 class Security:
     """API keys, channels to the tiers and server protection. Create it once, at the start.
 
+    `api_keys` None: no key is required.
+
     Raises ConfigError for unusable files.
     """
 
     def __init__(self, config: OrchestratorConfig, metered: str) -> None:
         """`metered`: full name of the method whose calls count as streams of a key."""
-        self._api_keys = None
+        self.api_keys: ApiKeys | None = None
+        interceptors = []
         if config.api_keys_file is not None:
             keys = watched_keys(config.api_keys_file)
             shared = SharedQuotas(
@@ -38,10 +41,11 @@ class Security:
                 session_ttl_s=config.session_ttl_s,
                 max_sessions=config.max_sessions_per_key,
             )
-            self._api_keys = ApiKeyInterceptor(keys, metered, shared)
+            self.api_keys = ApiKeys(keys, shared)
+            interceptors.append(ApiKeyInterceptor(self.api_keys, metered))
         self._channels = _tier_channels(config)
         self.protection: ServerProtection = server_protection(
-            config, [self._api_keys] if self._api_keys is not None else [], config.tier_tls_cert
+            config, interceptors, config.tier_tls_cert
         )
         _warn(config)
 
@@ -54,15 +58,15 @@ class Security:
     async def reloading(self, on_new_credentials: Callable[[], None]) -> AsyncIterator[None]:
         """Reloads keys and the tiers' credentials when their files change, for the block."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._api_keys is not None:
-                await stack.enter_async_context(self._api_keys.shared.running())
+            if self.api_keys is not None:
+                await stack.enter_async_context(self.api_keys.shared.running())
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             watching = []
             if self._channels is not None:
                 files = self._channels.files
                 watching.append(tasks.create_task(files.follow(on_new_credentials)))
-            if self._api_keys is not None:
-                watching.append(tasks.create_task(self._api_keys.keys.follow()))
+            if self.api_keys is not None:
+                watching.append(tasks.create_task(self.api_keys.keys.follow()))
             try:
                 yield
             finally:

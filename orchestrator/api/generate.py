@@ -31,6 +31,9 @@ from outrider.errors import OutriderError, Unavailable
 
 log = structlog.get_logger()
 
+# After stop_grace_s, running generations end after their current round. This is the time for it.
+STOP_GRACE_S = 2.0
+
 
 class RequestEvents(Protocol):
     """Receives a request's events before its first chunk, for logs, traces and metrics.
@@ -91,8 +94,8 @@ class Generate:
         *,
         needs_redis: bool = True,
     ) -> None:
-        self._context = context
-        self._limits = limits
+        self.context = self._context = context
+        self.limits = self._limits = limits
         self._admission = admission
         self._needs_redis = needs_redis
         self._running: set[Generation] = set()

@@ -59,7 +59,9 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._write_timeout_s = write_timeout_s
 
     async def Generate(self, request: orchestrator_pb2.GenerateRequest, context: Context) -> None:
-        async with translated(context), self._telemetry.of_request(context) as events:
+        headers = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        telemetry = self._telemetry.of_request(headers, context.time_remaining)
+        async with translated(context), telemetry as events:
             await self._generate(request, events, context)
 
     async def _generate(

@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
-import grpc
 import structlog
 
 from orchestrator.api.metrics import ABORT, OrchestratorMetrics
@@ -34,7 +33,9 @@ _MAX_WHY_CHARS = 500
 _DEADLINE_SLACK_S = 0.2
 _QUOTED = re.compile(r"""(['"]).*\1""", re.DOTALL)
 
-Context = grpc.aio.ServicerContext[Any, Any]
+
+def no_deadline() -> None:
+    """Time left of a request without a deadline."""
 
 
 class ApiTelemetry:
@@ -46,12 +47,21 @@ class ApiTelemetry:
         self._meter = meter
         self._tracing = tracing
 
-    def of_request(self, context: Context) -> RequestTelemetry:
-        """Returns the telemetry to enter with `async with`, in the task of the handler."""
-        metadata = {key: value for key, value in context.invocation_metadata() or ()}
-        request_id = str(metadata.get(REQUEST_ID_KEY) or secrets.token_hex(8))[:_MAX_ID_CHARS]
-        span = self._tracing.request("Generate", str(metadata.get(TRACEPARENT_KEY, "")))
-        return RequestTelemetry(request_id, context, self._meter, span)
+    def of_request(
+        self, headers: Mapping[str, str], time_left_s: Callable[[], float | None] = no_deadline
+    ) -> RequestTelemetry:
+        """Returns the telemetry to enter with `async with`, in the task of the handler.
+
+        `headers`: the request's headers or metadata, names in lower case. `time_left_s`: time until
+        the client's deadline; None: no deadline.
+        """
+        span = self._tracing.request("Generate", headers.get(TRACEPARENT_KEY, ""))
+        return RequestTelemetry(request_id(headers), time_left_s, self._meter, span)
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """Id of a request: the client's, cut to 128 characters, or a new one."""
+    return (headers.get(REQUEST_ID_KEY) or secrets.token_hex(8))[:_MAX_ID_CHARS]
 
 
 class RequestTelemetry:
@@ -60,13 +70,13 @@ class RequestTelemetry:
     def __init__(
         self,
         request_id: str,
-        context: Context,
+        time_left_s: Callable[[], float | None],
         meter: OrchestratorMetrics | None,
         span: Span | None,
     ) -> None:
         self.arrived_at = time.monotonic()
         self._request_id = request_id
-        self._context = context
+        self._time_left_s = time_left_s
         self._meter = meter
         self._span = span
         self._has_started = False
@@ -150,7 +160,7 @@ class RequestTelemetry:
         return summary
 
     def _status(self, error: BaseException | None) -> str:
-        left_s = self._context.time_remaining()
+        left_s = self._time_left_s()
         is_past_deadline = left_s is not None and left_s <= _DEADLINE_SLACK_S
         if status_name(error) == "CANCELLED" and is_past_deadline:
             return "DEADLINE_EXCEEDED"

@@ -13,6 +13,7 @@ from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.target_client import TargetLink
 from outrider.errors import IncompatiblePair
+from outrider.runtime.protobuf import shortest
 from outrider.settings.services import OrchestratorConfig
 from outrider.v1 import model_pb2, sampling_pb2
 
@@ -82,7 +83,7 @@ def limits(
 
 
 def _sampling_defaults(message: sampling_pb2.SamplingParams) -> dict[str, float]:
-    given = {field.name: value for field, value in message.ListFields()}
+    given = {field.name: shortest(value) for field, value in message.ListFields()}
     given.pop("max_tokens", None)  # `default_max_tokens` includes it
     return given
 

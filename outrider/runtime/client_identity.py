@@ -32,7 +32,7 @@ class IdentityInterceptor(AccessInterceptor):
     def _check(self, context: Context, method: str) -> None:
         names = {name.decode(errors="replace") for name in dns_names(context)}
         if not names & self._names:
-            self.refusals.record(context, method, Reason.IDENTITY, f"names {sorted(names)}")
+            self.refusals.record(context.peer(), method, Reason.IDENTITY, f"names {sorted(names)}")
             raise PermissionDenied(
                 "no DNS name of the client certificate is allowed: "
                 f"{', '.join(sorted(names)) or 'it has none'}"

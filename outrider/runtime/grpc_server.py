@@ -121,6 +121,8 @@ class Server:
         self.health_port: int | None = None
         # Port of HTTP /metrics, if there is one (outrider.telemetry).
         self.metrics_port: int | None = None
+        # Port of OpenAI-compatible HTTP, if there is one (orchestrator.http).
+        self.http_port: int | None = None
 
     async def start(self, host: str, port: int) -> None:
         """Listens, not serving yet (health). Raises ConfigError if the port is not available."""

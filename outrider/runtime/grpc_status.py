@@ -18,6 +18,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from outrider import errors
+from outrider.runtime.write_watch import WriteWatch
 
 log = structlog.get_logger()
 
@@ -30,7 +31,6 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_STATUS_CHARS = 1_000
 # After this time gRPC sends the status on its own, and the handler ends.
 _STATUS_WAIT_S = 2.0
-_CHECKS_PER_TIMEOUT = 10
 
 _MESSAGE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -181,8 +181,7 @@ class StreamWriter:
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
         self._has_begun = False
-        self._is_writing = False
-        self._num_written = 0
+        self._watch = WriteWatch()
         # Time of the last message (event loop's clock); at first, of this object's creation.
         self._written_at = asyncio.get_running_loop().time()
         self._lock = asyncio.Lock()
@@ -190,13 +189,11 @@ class StreamWriter:
     async def write(self, message: Any) -> None:
         """Sends a message. Raises grpc.aio.InternalError if the client has gone."""
         async with self._lock:
-            self._is_writing = True
-            if not self._has_begun:
-                self._has_begun = True
-                await _uncancelled(self._context.send_initial_metadata(()))
-            await self._context.write(message)
-            self._is_writing = False
-            self._num_written += 1
+            with self._watch.writing():
+                if not self._has_begun:
+                    self._has_begun = True
+                    await _uncancelled(self._context.send_initial_metadata(()))
+                await self._context.write(message)
             self._written_at = asyncio.get_running_loop().time()
 
     @contextlib.asynccontextmanager
@@ -218,35 +215,14 @@ class StreamWriter:
             wait_s = self._written_at + interval_s - loop.time()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
-            elif self._is_writing:
+            elif self._watch.is_writing:
                 await asyncio.sleep(interval_s)
             else:
                 await self.write(heartbeat)
 
-    @contextlib.asynccontextmanager
-    async def write_timeout(self, timeout_s: float) -> AsyncIterator[None]:
-        """Cancels the block when a write has been blocked for `timeout_s`.
-
-        Then the client does not read its stream. Raises ClientStalled, in a group.
-        """
-        async with asyncio.TaskGroup() as tasks:
-            checking = tasks.create_task(self._check_writes(timeout_s), name="writes")
-            try:
-                yield
-            finally:
-                checking.cancel()
-
-    async def _check_writes(self, timeout_s: float) -> None:
-        """Counts checks instead of time: a busy event loop is not the client's fault."""
-        num_checks, num_written = 0, -1
-        while num_checks < _CHECKS_PER_TIMEOUT:
-            await asyncio.sleep(timeout_s / _CHECKS_PER_TIMEOUT)
-            is_blocked = self._is_writing and num_written == self._num_written
-            num_checks, num_written = num_checks + 1 if is_blocked else 0, self._num_written
-        raise errors.ClientStalled(
-            f"the client has not read its stream for {timeout_s:g} s (write_timeout_s); "
-            "a named session can be resumed"
-        )
+    def write_timeout(self, timeout_s: float) -> contextlib.AbstractAsyncContextManager[None]:
+        """As `WriteWatch.timeout`."""
+        return self._watch.timeout(timeout_s)
 
 
 async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:

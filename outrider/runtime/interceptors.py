@@ -66,14 +66,14 @@ class Refusals:
     def count(self, reason: Reason) -> None:
         self.by_reason[reason.value] += 1
 
-    def record(self, context: Context, method: str, reason: Reason, why: str) -> None:
+    def record(self, peer: str, method: str, reason: Reason, why: str) -> None:
         """Counts the rejection and may log it. `why` must not contain a client's secrets."""
         self.count(reason)
         now = time.monotonic()
         if now - self._logged_at < _LOG_INTERVAL_S:
             self._num_unlogged += 1
             return
-        peer, num_unlogged = context.peer(), self._num_unlogged
+        num_unlogged = self._num_unlogged
         self._logged_at, self._num_unlogged = now, 0
         log.warning("caller_refused", method=method, peer=peer, why=why, num_unlogged=num_unlogged)
 

@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 LISTENING_PREFIX = "listening on "
 METRICS_PREFIX = "metrics on "
+HTTP_PREFIX = "http on "
 
 
 class ServiceConfig(Protocol):
@@ -60,6 +61,8 @@ def run_until_signalled(
             _freeze_loaded_objects()
             if server.metrics_port is not None:
                 print(f"{METRICS_PREFIX}{config.host}:{server.metrics_port}", flush=True)
+            if server.http_port is not None:
+                print(f"{HTTP_PREFIX}{config.host}:{server.http_port}", flush=True)
             print(f"{LISTENING_PREFIX}{config.host}:{server.port}", flush=True)
             await stopped.wait()
 

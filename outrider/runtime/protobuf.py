@@ -161,7 +161,7 @@ def sampling_from_proto(
     """
     check_entries(message)
     given: dict[str, Any] = {
-        name: _shortest(getattr(message, name))
+        name: shortest(getattr(message, name))
         for name in _OPTIONAL_FIELDS
         if message.HasField(name)
     }
@@ -171,7 +171,7 @@ def sampling_from_proto(
         **given,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
-        logit_bias={token: _shortest(bias) for token, bias in message.logit_bias.items()},
+        logit_bias={token: shortest(bias) for token, bias in message.logit_bias.items()},
         allowed_token_ids=copied(message.allowed_token_ids),
         structured_outputs=(
             _structured_from_proto(message.structured_outputs)
@@ -213,8 +213,10 @@ def copied(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(copy)
 
 
-def _shortest(value: Any) -> Any:
-    """0.7 sent as float32 arrives as 0.699999988; its shortest float32 decimal is 0.7."""
+def shortest(value: Any) -> Any:
+    """The value as tiers read it.
+
+    0.7 sent as float32 arrives as 0.699999988; its shortest float32 decimal is 0.7."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from outrider.settings.addresses import require_url_host
 from outrider.settings.fields import require, require_port, setting
+from outrider.settings.http import HttpSettings
 from outrider.settings.redis_address import RedisAddress, has_password, has_stray_login
 
 _MAX_URLS = 16
@@ -123,7 +124,7 @@ class TierSettings(ServerSettings):
 
 
 @dataclass(frozen=True)
-class OrchestratorSettings(ServerSettings):
+class OrchestratorSettings(ServerSettings, HttpSettings):
     """How clients reach the orchestrator, and how it reaches the target and draft tiers."""
 
     api_keys_file: str | None = setting(
@@ -140,6 +141,7 @@ class OrchestratorSettings(ServerSettings):
 
     def check_server(self) -> None:
         super().check_server()
+        self.check_http()
         _require_both(self, "tier_tls_cert", "tier_tls_key")
         for name in ("tier_tls_cert", "tier_tls_name"):
             has_use = getattr(self, name) is None or self.tier_tls_ca is not None

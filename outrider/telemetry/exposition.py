@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,21 +133,25 @@ class Exposition:
             await asyncio.to_thread(server.stop)
 
     def _listening(self, port: int) -> ScrapeServer:
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        registry.register(_Readings(self._readings, self._vllm_values))
-
-        def answer(accept: str) -> tuple[bytes, str]:
-            encode, content_type = choose_encoder(accept)
-            return encode(registry), content_type
-
-        server = ScrapeServer(PATH, answer)
+        server = ScrapeServer(PATH, self.answer)
         try:
             self.port = server.start(self._host, port)
         except OSError as error:
             where, why = f"{self._host}:{port}", error.strerror or error
             raise ConfigError(f"metrics_port: cannot listen on {where}: {why}") from error
         return server
+
+    def answer(self, accept: str) -> tuple[bytes, str]:
+        """Body and content type for a scraper's Accept header. Takes milliseconds; any thread."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    @functools.cached_property
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        registry.register(_Readings(self._readings, self._vllm_values))
+        return registry
 
     def _readings(self) -> Iterable[Reading]:
         return self.source()

@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.api.generate import STOP_GRACE_S
 from orchestrator.app import SERVICE_NAME as ORCHESTRATOR
-from orchestrator.app import STOP_GRACE_S
 from outrider.errors import ConfigError
 from outrider.runtime.grpc_server import LIVENESS
 from outrider.settings.loader import load

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import orchestrator.app
+import orchestrator.health
 import outrider.model_server.lifecycle
 import target_service.app
 from outrider.redis.embedded import RedisServer
@@ -137,7 +138,7 @@ async def test_an_orchestrator_without_redis(
 
     Also if Redis answers but rejects writes; it is noticed without any call.
     """
-    monkeypatch.setattr(orchestrator.app, "REDIS_CHECK_S", 0.05)
+    monkeypatch.setattr(orchestrator.health, "REDIS_CHECK_S", 0.05)
     with RedisServer(keeps_data=True) as redis:
         async with (
             both_tiers(pair, draft_kv=None) as tiers,
