@@ -141,12 +141,24 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "json_invalid":
             raise InvalidRequest("body", f"is not JSON: {first['msg']}") from None
-        field = ".".join(str(part) for part in first["loc"]) or "body"
+        field = _path(first["loc"])
         if first["type"] == "extra_forbidden":
-            raise InvalidRequest(field, _UNKNOWN) from None
-        why = (
-            first["msg"]
-            .replace("Input should be", "must be")
-            .replace("Field required", "is required")
-        )
-        raise InvalidRequest(field, why) from None
+            raise InvalidRequest(".".join(map(str, first["loc"])), _UNKNOWN) from None
+        why = first["msg"].replace("Input should be", "must be")
+        raise InvalidRequest(field, why.replace("Field required", "is required")) from None
+
+
+def _path(places: tuple[int | str, ...]) -> str:
+    """Path of a field, without pydantic's names of the types in a union; `body` for all of it."""
+    *outer, last = places or ("body",)
+    path = [place for place in outer if isinstance(place, int) or place in _NAMES]
+    if isinstance(last, int) or last in _NAMES or not path:
+        path.append(last)
+    return ".".join(map(str, path))
+
+
+_NAMES = frozenset(
+    name
+    for kind in (CompletionBody, ChatBody, Message, TextPart, StreamOptions)
+    for name in kind.model_fields
+)

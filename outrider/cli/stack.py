@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from outrider.cli.failures import ProgramFailed, require_engine
-from outrider.cli.stack_options import NO_DRAFT, StackOptions
+from outrider.cli.stack_options import DEFAULT_HTTP_PORT, NO_DRAFT, NO_HTTP, StackOptions
 from outrider.cli.supervisor import Death, Event, Report, State, Supervisor
 from outrider.errors import ConfigError
 from outrider.settings.addresses import require_host
@@ -24,6 +24,8 @@ from outrider.settings.simulation import Simulation
 if TYPE_CHECKING:
     from outrider.cli.relay import Relay
 
+# Name of the quickstart target in HTTP.
+QUICKSTART_NAME = "quickstart"
 # Addresses that mean all interfaces.
 _ANY_HOST = ("0.0.0.0", "::", "")
 
@@ -80,9 +82,14 @@ def _model_flags(options: StackOptions, model: str, device: str, num_threads: in
 
 
 def orchestrator_arguments(
-    options: StackOptions, target: str, draft: str | None, redis_url: str
+    options: StackOptions,
+    target: str,
+    draft: str | None,
+    redis_url: str,
+    http_port: int | None = None,
 ) -> list[str]:
     """Arguments of `python -m` for the orchestrator; `target`, `draft`: host:port."""
+    is_quickstart = options.target is None and options.simulate_target is None
     return [
         "orchestrator",
         *_flag("target-endpoint", target),
@@ -94,6 +101,11 @@ def orchestrator_arguments(
         *_flag("redis-url", None if has_password(redis_url) else redis_url),
         *_flag("host", options.host),
         *_flag("port", options.port),
+        *_flag("http-port", http_port),
+        *_flag(
+            "served-model-name",
+            QUICKSTART_NAME if is_quickstart and http_port is not None else None,
+        ),
         *_flag("gamma", options.gamma),
         *_flag("max-gamma", options.max_gamma),
         *_flag("lookahead", options.lookahead),
@@ -110,7 +122,8 @@ def orchestrator_arguments(
 def _check_orchestrator(options: StackOptions) -> None:
     """Checks the orchestrator's settings before the models are loaded, which may take minutes."""
     anywhere = "127.0.0.1:1"
-    flags = orchestrator_arguments(options, anywhere, anywhere, options.redis_url or "redis://x")
+    redis_url = options.redis_url or "redis://x"
+    flags = orchestrator_arguments(options, anywhere, anywhere, redis_url, None)
     config = load(OrchestratorConfig, "orchestrator", flags[1:])
     if options.redis_url is not None and config.redis_url != options.redis_url:
         raise ConfigError("--redis-url: no password on a command line; give it as REDIS_URL")
@@ -164,6 +177,7 @@ class Stack:
         options = self._options
         require_engine()
         _check_port(options)
+        http_port = _http_port(options)
         _check_simulation(options)
         _check_orchestrator(options)
         for name in ("target", "draft", "orchestrator"):
@@ -180,7 +194,9 @@ class Stack:
         if self._target:
             self.addresses["target"] = self._target
         draft = await self._delayed(self.addresses.get("draft"))
-        arguments = orchestrator_arguments(options, self.addresses["target"], draft, redis_url)
+        arguments = orchestrator_arguments(
+            options, self.addresses["target"], draft, redis_url, http_port
+        )
         address = await self._start_program("orchestrator", arguments)
         self.endpoint = _reachable(address)
 
@@ -206,6 +222,12 @@ class Stack:
         """host:port of each program's /metrics endpoint, by name; empty without --metrics."""
         addresses = self._supervisor.metrics()
         return {name: _reachable(address) for name, address in addresses.items()}
+
+    @property
+    def http(self) -> str | None:
+        """host:port of OpenAI-compatible HTTP; None if there is none."""
+        address = self._supervisor.http()
+        return None if address is None else _reachable(address)
 
     def pid(self, name: str) -> int:
         """Process id of a running program."""
@@ -252,13 +274,36 @@ def _check_port(options: StackOptions) -> None:
         raise ConfigError(f"port: {options.port} is not in [0, 65535]")
     if options.host:
         require_host(options.host, "host")
-    host = options.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, options.port), family=family):
-            pass
+        _bind(options.host, options.port)
     except OSError as error:
         where = f"{options.host}:{options.port}"
         raise ConfigError(
             f"port: cannot listen on {where}: {_reason(error)}; choose another with --port"
         ) from error
+
+
+def _http_port(options: StackOptions) -> int | None:
+    """The port of HTTP, which may be 0; None: no HTTP. Raises ConfigError."""
+    given = options.http_port
+    if given == NO_HTTP:
+        return None
+    if given is not None and not (given.isdecimal() and int(given) <= 65535):
+        raise ConfigError(f"http_port: {given!r} is neither {NO_HTTP} nor in [0, 65535]")
+    port = DEFAULT_HTTP_PORT if given is None else int(given)
+    try:
+        _bind(options.host, port)
+    except OSError as error:
+        if given is None:
+            return 0
+        where = f"{options.host}:{port}"
+        raise ConfigError(
+            f"http_port: cannot listen on {where}: {_reason(error)}; choose another, 0 or {NO_HTTP}"
+        ) from error
+    return port
+
+
+def _bind(host: str, port: int) -> None:
+    """Binds the port once. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host.strip("[]"), port), family=family).close()

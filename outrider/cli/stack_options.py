@@ -14,6 +14,9 @@ from outrider.settings.loader import require_plain_programs
 
 DEFAULT_INFLATE = "300M"
 NO_DRAFT = "none"
+NO_HTTP = "none"
+# As vLLM's.
+DEFAULT_HTTP_PORT = 8000
 # Named as in `outrider_bench.models.synthetic`, which imports torch; a test compares the names.
 MADE_PAIR = "pair.json"
 
@@ -66,6 +69,13 @@ class StackOptions:
     ] = None
     host: Annotated[str, typer.Option(help="Host name or IP address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 50051
+    http_port: Annotated[
+        str | None,
+        typer.Option(
+            help="Port of OpenAI-compatible HTTP; 0 picks a free one; none: no HTTP. Default: "
+            f"{DEFAULT_HTTP_PORT}, or a free one if that is in use."
+        ),
+    ] = None
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -201,9 +211,9 @@ class StackOptions:
 
 
 def private_stack(options: StackOptions) -> StackOptions:
-    """Options of a system for one command's own use: it listens on a free local port.
+    """Options of a system for one command's own use: it listens on a free local port, without HTTP.
 
     Raises ConfigError if an environment variable would make the system require TLS or API keys.
     """
     require_plain_programs()
-    return replace(options, host="127.0.0.1", port=0)
+    return replace(options, host="127.0.0.1", port=0, http_port=NO_HTTP)

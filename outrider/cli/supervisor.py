@@ -21,7 +21,7 @@ from outrider.cli.failures import ProgramFailed
 from outrider.errors import ConfigError
 from outrider.redis.embedded import RedisServer
 from outrider.runtime.child_process import tied_to_this_process
-from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
+from outrider.runtime.main import HTTP_PREFIX, LISTENING_PREFIX, METRICS_PREFIX
 
 # Longer than the grace period of any program (5 s for the streams of a model service).
 STOP_GRACE_S = 10.0
@@ -88,6 +88,8 @@ class Program:
         self._log_start = log_start
         # host:port of /metrics, once the program serves; None: it exposes none.
         self.metrics: str | None = None
+        # host:port of OpenAI-compatible HTTP, as above.
+        self.http: str | None = None
 
     @classmethod
     async def start(
@@ -113,6 +115,8 @@ class Program:
             text = line.decode(errors="replace").strip()
             if text.startswith(METRICS_PREFIX):
                 self.metrics = text.removeprefix(METRICS_PREFIX)
+            if text.startswith(HTTP_PREFIX):
+                self.http = text.removeprefix(HTTP_PREFIX)
             if text.startswith(LISTENING_PREFIX):
                 return text.removeprefix(LISTENING_PREFIX)
         status = (await self.death()).status
@@ -205,6 +209,10 @@ class Supervisor:
     def metrics(self) -> dict[str, str]:
         """host:port of each program's /metrics endpoint, by name; programs without one left out."""
         return {p.name: p.metrics for p in self._programs if p.metrics is not None}
+
+    def http(self) -> str | None:
+        """host:port of OpenAI-compatible HTTP; None if there is none."""
+        return next((p.http for p in self._programs if p.http is not None), None)
 
     def _watch(self, name: str, death: asyncio.Task[Death]) -> None:
         self._watches[death] = name

@@ -110,12 +110,14 @@ async def _until_death(stack: Stack, view: StackView) -> int:
 
 
 def _print_hints(stack: Stack, options: StackOptions, view: StackView) -> None:
-    from outrider.runtime.main import LISTENING_PREFIX, METRICS_PREFIX
+    from outrider.runtime.main import HTTP_PREFIX, LISTENING_PREFIX, METRICS_PREFIX
 
     console = view.console
     if not console.is_terminal:
         for name, address in stack.metrics.items():
             console.print(f"{name}: {METRICS_PREFIX}{address}", highlight=False, soft_wrap=True)
+        if stack.http is not None:
+            console.print(f"{HTTP_PREFIX}{stack.http}", highlight=False, soft_wrap=True)
         console.print(f"{LISTENING_PREFIX}{stack.endpoint}", highlight=False, soft_wrap=True)
         return
     port = stack.endpoint.rpartition(":")[2]
@@ -123,6 +125,8 @@ def _print_hints(stack: Stack, options: StackOptions, view: StackView) -> None:
     console.print(f"\n[bold green]Outrider is up[/] at [bold]{stack.endpoint}[/]", highlight=False)
     prompt = '"def fibonacci(n):"' if options.has_tokenizer else "--token-ids 1,2,3"
     console.print(f"  try    outrider generate {prompt}{endpoint_flag}", highlight=False)
+    if stack.http is not None:
+        console.print(f"  http   OPENAI_BASE_URL=http://{stack.http}/v1", highlight=False)
     if stack.metrics:
         watched = " ".join(stack.metrics.values())
         console.print(f"  watch  outrider top {watched}", highlight=False, soft_wrap=True)

@@ -159,7 +159,14 @@ def up(*arguments: str, serving: bool = True) -> Iterator[Up]:
     """Runs `outrider up` on a free port and waits until it serves; kills it at the end."""
     with subprocess.Popen(
         # Long draft wait: on a busy machine such a small draft would often be late.
-        command("up", "--port=0", "--kv-cache-tokens=8192", "--draft-wait-ms=20000", *arguments),
+        command(
+            "up",
+            "--port=0",
+            "--http-port=none",
+            "--kv-cache-tokens=8192",
+            "--draft-wait-ms=20000",
+            *arguments,
+        ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

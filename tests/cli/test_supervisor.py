@@ -110,10 +110,11 @@ def test_every_flag_of_up_reaches_the_programs() -> None:
     assert load(DraftConfig, "draft", draft_arguments(options, "d")[1:], {}) == DraftConfig(
         model="d", device="cuda:1", num_threads=2, **shared
     )
-    given = orchestrator_arguments(options, "h:1", None, "redis://r")[1:]
+    given = orchestrator_arguments(options, "h:1", None, "redis://r", 8001)[1:]
     assert load(OrchestratorConfig, "orchestrator", given, {}) == OrchestratorConfig(
         target_endpoint="h:1", draft_endpoint=None, tokenizer="t", redis_url="redis://r",
-        host="0.0.0.0", port=1234, gamma=3, max_gamma=7, lookahead=0, draft_wait_ms=2.5,
+        host="0.0.0.0", port=1234, http_port=8001, gamma=3, max_gamma=7, lookahead=0,
+        draft_wait_ms=2.5,
     )  # fmt: skip
 
 

@@ -9,9 +9,11 @@ import socket
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
+from outrider.runtime.main import HTTP_PREFIX
 from tests.cli.conftest import write_tokenizer
 from tests.cli.processes import descendants, run, up, wait_for_draft, wait_until_dead
 
@@ -23,8 +25,14 @@ SIMULATED = "--simulate-target=step_ms=1"
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """Exit status 0; processes stopped in order, the embedded Redis' directory removed."""
-    with up(SIMULATED, f"--log-dir={tmp_path}") as started:
+    """Exit status 0; processes stopped in order, the embedded Redis' directory removed.
+
+    Until then HTTP answers.
+    """
+    with up(SIMULATED, "--http-port=0", f"--log-dir={tmp_path}") as started:
+        (http,) = (line for line in started.lines if line.startswith(HTTP_PREFIX))
+        with urlopen(f"http://{http.removeprefix(HTTP_PREFIX)}/health", timeout=60) as answer:
+            assert answer.status == 200
         children = descendants(started.process.pid)
         assert len(children) == 3, children
         redis = next(line for line in children.values() if "unixsocket" in line)

@@ -151,6 +151,7 @@ async def orchestrating(tiers: Tiers, redis_url: str, **settings: Any) -> AsyncI
         clients(tiers, f"127.0.0.1:{server.port}") as system,
     ):
         system.metrics_port = server.metrics_port
+        system.http_endpoint = f"127.0.0.1:{server.http_port}"
         yield system
 
 

@@ -220,6 +220,7 @@ def test_a_private_system_requires_no_credentials(
     monkeypatch.setenv(variable, "/some/file")
     if is_fine:
         assert private_stack(StackOptions()).port == 0
+        assert private_stack(StackOptions()).http_port == "none"
         return
     with pytest.raises(ConfigError, match=f"^{variable}: "):
         private_stack(StackOptions())
