@@ -11,13 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orchestrator.generation.chat import check_num_messages
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.validation import (
-    ValidRequest,
-    check_num_messages,
-    check_num_token_ids,
-    validate,
-)
+from orchestrator.generation.request import Message as PlainMessage
+from orchestrator.generation.validation import ValidRequest, check_num_token_ids, validate
 from orchestrator.http.bodies import ChatBody, CompletionBody, Message, Sampling
 from orchestrator.replicas.models import Limits
 from orchestrator.speculation.verification import SourceName
@@ -91,12 +88,9 @@ def chat_plan(body: ChatBody, limits: Limits, tokenizer: Tokenizer | None) -> Pl
     return _plan(body, (request,), _num_choices(body.n), limits, tokenizer, num_logprobs)
 
 
-def plain_message(message: Message) -> dict[str, str]:
-    """The message as templates get it; text parts are joined by line breaks, as vLLM does."""
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    return {"role": message.role, "content": content or ""}
+def plain_message(message: Message) -> PlainMessage:
+    """The message in the form of GenerationRequest."""
+    return {"content": "", **message.model_dump(exclude_none=True)}
 
 
 def _num_choices(n: int | None) -> int:
