@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from orchestrator.generation.counts import SpeculationCounts
 from orchestrator.generation.output import Result
-from orchestrator.generation.state import EmittedToken, Finish, FinishReason, SpeculationCounts
+from orchestrator.generation.state import EmittedToken, Finish, FinishReason
 from outrider.tokenizer import Tokenizer
 
 # JSON has no infinity; vLLM reports this log-probability for it.
