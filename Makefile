@@ -8,7 +8,7 @@ UV_VENV ?= .venv-uv
 UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference clean
+.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference site clean
 
 help:
 	@echo "make demo         generate with and without drafts through four real processes; compare"
@@ -23,6 +23,7 @@ help:
 	@echo "make audit        check dependencies against PyPI's advisories (needs network)"
 	@echo "make proto        generate outrider/v1 from proto/"
 	@echo "make reference    generate docs/reference/{flags,commands,metrics,errors}.md from the code"
+	@echo "make site         write the documentation as a site to build/site"
 	@echo "make clean        remove the environments"
 
 setup: $(VENV)/.ready
@@ -128,6 +129,9 @@ proto-check: $(PROTO_VENV)/.ready
 # The committed pages are compared by tests/test_reference.py.
 reference: setup
 	$(BIN)/python scripts/reference.py
+
+site: setup
+	$(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) $(UV_VENV) .venv-newest .venv-oldest
