@@ -79,8 +79,8 @@ test-oldest: RESOLUTION := lowest-direct
 test-newest test-oldest: test-%: $(UV_VENV)/.ready
 	$(UV) venv --quiet --clear --python $(UV_VENV)/bin/python .venv-$*
 	$(UV) pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
-		--extra engine --output-file .venv-$*/runtime.txt pyproject.toml
-	$(UV) pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev,engine]' --editable outrider_bench
+		--extra model --output-file .venv-$*/runtime.txt pyproject.toml
+	$(UV) pip install --quiet --python .venv-$* --constraint .venv-$*/runtime.txt --editable '.[dev,model]' --editable outrider_bench
 	$(UV) pip list --python .venv-$*
 	.venv-$*/bin/python -m pytest $(WORKERS) $(RANGE_TESTS)
 

@@ -33,7 +33,7 @@ def installs(extra: str) -> str:
     return f"in a clone of Outrider, run: pip install '.[{extra}]'"
 
 
-NO_ENGINE = f"models need torch, which is not installed; {installs('engine')}"
+NO_ENGINE = f"models need torch, which is not installed; {installs('model')}"
 
 
 class OutriderError(Exception):

@@ -65,12 +65,12 @@ class Environment:
 IMAGES = (
     # With matplotlib: the load test's Job runs in this image.
     Environment("orchestrator", extras=("otel", "bench")),
-    Environment("model-cpu", without=REDIS_SERVER, extras=("engine", "otel")),
+    Environment("model-cpu", without=REDIS_SERVER, extras=("model", "otel")),
     Environment(
-        "model-cuda", without=REDIS_SERVER, extras=("engine", "otel", "gpu"), has_device=True
+        "model-cuda", without=REDIS_SERVER, extras=("model", "otel", "gpu"), has_device=True
     ),
 )
-DEV = Environment("dev", extras=("dev", "engine", "bench", "otel"))
+DEV = Environment("dev", extras=("dev", "model", "bench", "otel"))
 ENVIRONMENTS = (DEV, *IMAGES)
 # The code generator is older than the other packages allow, so it is resolved alone.
 PROTO = Environment("proto", extras=("proto",))

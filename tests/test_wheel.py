@@ -94,7 +94,7 @@ def needed(requirements: list[str], seen: set[str]) -> set[str]:
 
 
 def install(site: Path, *wheels: Path) -> Path:
-    """A site directory with the wheels and what `pip install '.[client]'` brings, no more."""
+    """A site directory with the wheels and what `pip install .` brings, no more."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
@@ -140,8 +140,7 @@ def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
     for name in ENGINE:
         lines = re.findall(rf"^Requires-Dist: {name}\b.*$", text, re.MULTILINE)
         assert lines
-        assert all('extra == "engine"' in line for line in lines), lines
-    assert "\nProvides-Extra: client\n" in text
+        assert all('extra == "model"' in line for line in lines), lines
 
 
 def test_the_wheel_of_the_benchmarks_has_all_of_them(bench_wheel: Path) -> None:
@@ -178,11 +177,11 @@ def test_a_caller_has_no_torch(installation: Path) -> None:
 def test_what_needs_the_engine_says_so(installation: Path, words: tuple[str, ...]) -> None:
     ended = command(installation, *words)
     assert ended.returncode == 2, ended
-    assert "in a clone of Outrider, run: pip install '.[engine]'" in ended.stderr
+    assert "in a clone of Outrider, run: pip install '.[model]'" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
 
 
-@pytest.mark.parametrize("extras", ["engine", "engine,bench"])
+@pytest.mark.parametrize("extras", ["model", "model,bench"])
 def test_benches_say_what_they_need(installation: Path, extras: str) -> None:
     """As docs/reference/dependencies.md lists them: those with a plot need matplotlib, too."""
     text = (ROOT / "docs/reference/dependencies.md").read_text("utf-8")

@@ -47,7 +47,7 @@ def load_engine(options: EngineOptions) -> Engine:
     The import is local: torch and transformers take three seconds to import, and simulated engines
     do not need them. Raises ConfigError also if torch is not installed.
     """
-    if importlib.util.find_spec("torch") is None:  # installed without the "engine" extra
+    if importlib.util.find_spec("torch") is None:  # installed without the "model" extra
         raise ConfigError(NO_ENGINE)
     from outrider.engine.loading.load import load_engine as load
 
