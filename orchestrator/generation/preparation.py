@@ -17,9 +17,11 @@ from orchestrator.generation.resume import (
 )
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
-from orchestrator.generation.validation import resolve_max_tokens
+from orchestrator.generation.validation import check_some_token_is_left, resolve_max_tokens
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import SessionRecord
+from outrider.errors import InvalidRequest
+from outrider.sampling.params import SamplingParams
 from outrider.tokenizer import Tokenizer
 
 
@@ -79,7 +81,19 @@ class Preparation:
             raise
         self.num_encoded_tokens = len(turn.token_ids) - turn.keep_len
         request = resolve_max_tokens(self._request, len(turn.token_ids), self._limits)
+        request = replace(request, params=self._with_encoded_bad_words(request.params))
         return PreparedTurn(request, turn, self._state(request, turn), turn_json(request, turn))
+
+    def _with_encoded_bad_words(self, params: SamplingParams) -> SamplingParams:
+        if not params.bad_words:
+            return params
+        assert self._tokenizer is not None, "bad words without a tokenizer were refused"
+        sequences = list(params.bad_words_token_ids)
+        for word in params.bad_words:
+            sequences += _bad_word_sequences(word, self._tokenizer)
+        encoded = replace(params, bad_words=(), bad_words_token_ids=tuple(sequences))
+        check_some_token_is_left(encoded, self._limits)
+        return encoded
 
     def _resume(self, num_received: int) -> PreparedTurn:
         resumed = resume_turn(self._record, num_received)
@@ -123,3 +137,16 @@ class Preparation:
                 includes_stop=request.params.include_stop_str_in_output,
             ),
         )
+
+
+def _bad_word_sequences(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Token sequences that spell a bad word, as vLLM's: at the start of a text and after a space.
+
+    The second only if it has as many tokens and begins with another one.
+    """
+    plain = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+    if not plain:
+        raise InvalidRequest("sampling.bad_words", f"{word!r} has no tokens")
+    spaced = tuple(tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
+    is_other = len(spaced) == len(plain) and spaced[0] != plain[0]
+    return [plain, spaced] if is_other else [plain]

@@ -69,11 +69,7 @@ def validate(
 
 def _refuse_unsupported(request: GenerationRequest) -> None:
     params = request.params
-    for name, is_set in (
-        ("sampling.bad_words", bool(params.bad_words)),
-        ("sampling.bad_words_token_ids", bool(params.bad_words_token_ids)),
-        ("sampling.prompt_logprobs", params.prompt_logprobs is not None),
-    ):
+    for name, is_set in (("sampling.prompt_logprobs", params.prompt_logprobs is not None),):
         if is_set:
             raise InvalidRequest(name, "is not supported yet")
 
@@ -110,19 +106,35 @@ def _check_sampling(params: SamplingParams, limits: Limits, tokenizer: Tokenizer
     _check_range("sampling.seed", params.seed, 0, _MAX_UINT64)
     if params.stop and tokenizer is None:
         raise InvalidRequest("sampling.stop", "the model has no tokenizer; use stop_token_ids")
+    if params.bad_words and tokenizer is None:
+        why = "the model has no tokenizer; use bad_words_token_ids"
+        raise InvalidRequest("sampling.bad_words", why)
     if params.structured_outputs is not None:
         raise InvalidRequest(params.structured_outputs.field, "not supported yet")
-    stops = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        stops.update(limits.eos_token_ids)
-    if (
-        params.min_tokens
-        and params.allowed_token_ids
-        and all(token_id in stops for token_id in params.allowed_token_ids)
-    ):
+    check_some_token_is_left(params, limits)
+
+
+def check_some_token_is_left(params: SamplingParams, limits: Limits) -> None:
+    """Raises InvalidRequest if fields that forbid tokens may leave none at some position."""
+    allowed = params.allowed_token_ids or range(limits.vocab_size)
+    forbidden: set[int] = set()
+    if params.min_tokens:
+        forbidden.update(params.stop_token_ids)
+        forbidden.update(() if params.ignore_eos else limits.eos_token_ids)
+    if params.allowed_token_ids and forbidden.issuperset(allowed):
         raise InvalidRequest(
             "sampling.allowed_token_ids", "all of them end the output, which min_tokens forbids"
         )
+    # By the token before; for longer sequences this is more than they forbid.
+    after: dict[int | None, set[int]] = {None: forbidden}
+    for sequence in params.bad_words_token_ids:
+        before = sequence[-2] if len(sequence) > 1 else None
+        after.setdefault(before, set()).add(sequence[-1])
+    for banned in after.values():
+        together = banned | forbidden
+        if len(together) >= len(allowed) and together.issuperset(allowed):
+            why = "with the other fields, they may forbid every token"
+            raise InvalidRequest("sampling.bad_words", why)
 
 
 def _check_draft_source(request: GenerationRequest, limits: Limits) -> None:

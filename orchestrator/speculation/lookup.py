@@ -21,6 +21,7 @@ import numpy as np
 from orchestrator.speculation.acceptance import MatchAcceptance
 from orchestrator.speculation.draft_source import DraftRequest
 from orchestrator.speculation.verification import Proposal, SourceName
+from outrider.sampling.bad_words import BannedSequences
 from outrider.sampling.support import Support
 
 # Tokens that `update` adds to the index per call: about 3 ms. Longer prompts take several rounds.
@@ -198,6 +199,7 @@ class LookupDrafts:
         self._lookup = PromptLookup(
             request.token_ids, request.max_len, self.acceptance.observe, others
         )
+        self._banned = BannedSequences(request.params.bad_words_token_ids, request.prompt_len)
         self._gamma = 0
         self.may_open, self.is_open = True, False
 
@@ -221,7 +223,8 @@ class LookupDrafts:
         if not self.is_open or self._gamma < min_tokens:
             return None
         self._lookup.update()
-        token_ids = self._lookup.propose(self._gamma)
+        # The target would reject what follows a banned token.
+        token_ids = self._banned.cut(self._context, self._lookup.propose(self._gamma))
         if not token_ids:
             return None
         supports = tuple(map(_certain, token_ids)) if self._has_supports else None

@@ -1,8 +1,8 @@
 """Converts logits to the sampling distribution; the steps are in vLLM's order.
 
-Allowed tokens, logit bias, min_tokens and penalties, then temperature, min_p, top_k and top_p
-(`warp`). A cut is represented by its floor, the least logit kept. Array-API functions: numpy or
-torch, any device.
+Allowed tokens, bad words, logit bias, min_tokens and penalties, then temperature, min_p, top_k and
+top_p (`warp`). A cut is represented by its floor, the least logit kept. Array-API functions: numpy
+or torch, any device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Cuts(NamedTuple):
 
 def needs_adjustment(params: SamplingParams) -> bool:
     """Whether logits change before `warp`. Ignores `min_tokens`, which depends on the position."""
-    return bool(params.penalises or params.logit_bias or params.allowed_token_ids)
+    changes = (params.logit_bias, params.allowed_token_ids, params.bad_words_token_ids)
+    return params.penalises or any(changes)
 
 
 def penalise(logits: Array, output_counts: Array, seen: Array, penalties: Penalties) -> Array:

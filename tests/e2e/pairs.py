@@ -33,7 +33,10 @@ CASES: dict[str, Sampling] = {
     },
     "rewards": {"presence_penalty": -0.3, "frequency_penalty": -0.05, "repetition_penalty": 0.9},
     "logit_bias": {"logit_bias": {0: 1.5, 3: -2.0, 6: 0.7}},
-    "allowed": {"allowed_token_ids": [0, 2, 3, 5, 6]},
+    "allowed": {
+        "allowed_token_ids": [0, 2, 3, 5, 6],
+        "bad_words_token_ids": [{"ids": [5]}, {"ids": [2, 3]}, {"ids": [0, 6, 0]}],
+    },
     "stops": {"min_tokens": 14, "stop_token_ids": [2, 5], "ignore_eos": False},
     "all": {
         "temperature": 0.9,
@@ -48,6 +51,7 @@ CASES: dict[str, Sampling] = {
         "min_tokens": 15,
         "stop_token_ids": [6],
         "ignore_eos": False,
+        "bad_words_token_ids": [{"ids": [2, 2]}, {"ids": [4, 3]}, {"ids": [3, 0]}],
     },
 }
 

@@ -126,6 +126,10 @@ def law(
     scores = [float(x) for x in logits]
     if allowed := sampling.get("allowed_token_ids"):
         scores = [x if i in allowed else -np.inf for i, x in enumerate(scores)]
+    for sequence in sampling.get("bad_words_token_ids", ()):
+        *before, last = sequence["ids"]
+        if not before or list(output[-len(before) :]) == before:
+            scores[last] = -np.inf
     for token_id, bias in sampling.get("logit_bias", {}).items():
         scores[token_id] += bias
     if len(output) < sampling.get("min_tokens", 0):

@@ -49,6 +49,11 @@ _CASES: dict[str, Sampling] = {
     "repetition_penalty": {"repetition_penalty": 1.8},
     "logit_bias": {"logit_bias": {ord("a"): 6.0, ord("b"): 6.0, _half: 5.0, EOS: -100.0}},
     "allowed_token_ids": {"allowed_token_ids": [*b"abc"]},
+    "bad_words": {
+        "allowed_token_ids": [*b"abc", _ab],
+        "bad_words": ["ca", " bb"],
+        "bad_words_token_ids": [{"ids": [*b"ab"]}, {"ids": [*b"acc"]}, {"ids": [_ab, _ab]}],
+    },
     "max_tokens": {"max_tokens": 3},
     "min_tokens": {"allowed_token_ids": [*b"abc", EOS], "min_tokens": 17},
     "min_tokens at once": {"allowed_token_ids": [*b"a", EOS], "min_tokens": _NUM_TOKENS},
@@ -97,6 +102,12 @@ _PROMPTS = [[*b"the a"], [*"你 th".encode()], [5, 99, *b"abcabcab"], [*b"a"] * 
 
 def _text_of(token_ids: list[int], sampling: Sampling) -> str:
     return text_of(token_ids, b"" if sampling.get("skip_special_tokens", True) else b"</s>")
+
+
+def _in_tokens(sampling: Sampling) -> Sampling:
+    """Bad words as tokens: they are spelled by single bytes here."""
+    words = [{"ids": [*word.strip().encode()]} for word in sampling.get("bad_words", ())]
+    return sampling | {"bad_words_token_ids": [*sampling.get("bad_words_token_ids", ()), *words]}
 
 
 def _end_of(token_ids: list[int], sampling: Sampling) -> dict[str, Any]:
@@ -209,7 +220,8 @@ async def test_a_field_means_the_same(case: str, text_pair: TextPair, redis: str
         text_pair.target, text_pair.draft, redis, tokenizer=str(text_pair.target)
     ) as stack:
         outputs = await generate_all(stack, calls)
-    for i, (prompt, sampling) in enumerate(asked):
+    for i, (prompt, given) in enumerate(asked):
+        sampling = _in_tokens(given)
         theirs = outputs[len(ways) * i :][: len(ways)]
         plain = theirs[0]
         if sampling["temperature"] == 0:

@@ -1,4 +1,4 @@
-"""Logits processors: bias, allowed tokens, min_tokens and penalties, applied before temperature.
+"""Logits processors before temperature: bias, allowed tokens, bad words, min_tokens and penalties.
 
 One call handles all generations of a step. Only generations with such parameters are touched, and
 penalties touch only the entries of tokens in the context. Order and meaning as in vLLM
@@ -16,6 +16,7 @@ import torch
 
 from outrider.engine.interface import Ids
 from outrider.sampling import warp
+from outrider.sampling.bad_words import BannedSequences
 from outrider.sampling.params import SamplingParams
 
 
@@ -43,6 +44,7 @@ class GenerationSampler:
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
         self.stop_ids = np.array(sorted(i for i in stops if i < vocab_size), np.int64)
         self.bias = self._bias_vector(torch.device(device))
+        self.banned = BannedSequences(params.bad_words_token_ids, prompt_len)
         self.adjusts = warp.needs_adjustment(params) or bool(params.min_tokens)
 
     @property
@@ -96,7 +98,9 @@ def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
         if span.sampler.bias is not None:
             logits[span.start : span.stop] += span.sampler.bias
     flat, size = logits.view(-1), logits.shape[-1]
-    if forbidden := [_forbidden(span, size) for span in spans if span.sampler.params.min_tokens]:
+    forbidden = [_forbidden(span, size) for span in spans if span.sampler.params.min_tokens]
+    forbidden += [_banned(span, size) for span in spans if span.sampler.banned]
+    if forbidden:
         entries = torch.from_numpy(np.concatenate(forbidden)).to(logits.device)
         flat.index_fill_(0, entries, -torch.inf)
     if penalised := [_penalised(span, size) for span in spans if span.sampler.params.penalises]:
@@ -113,6 +117,17 @@ def _forbidden(span: PositionSpan, size: int) -> Ids:
     num_rows = min(max(span.sampler.params.min_tokens - num_output, 0), span.stop - span.start)
     rows = np.arange(span.start, span.start + num_rows)
     return (rows[:, None] * size + span.sampler.stop_ids).reshape(-1)
+
+
+def _banned(span: PositionSpan, size: int) -> Ids:
+    """Flat indices of the tokens that bad words ban in each row."""
+    entries = [
+        row * size + token_id
+        for row in range(span.start, span.stop)
+        for token_id in span.sampler.banned.at(span.position + row - span.start, span.history)
+        if token_id < size
+    ]
+    return np.array(entries, np.int64)
 
 
 def _penalised(span: PositionSpan, size: int) -> tuple[Ids, ...]:

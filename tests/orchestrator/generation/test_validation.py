@@ -180,6 +180,24 @@ INVALID: list[tuple[str, str, dict[str, Any]]] = [
     ("sampling.seed", "18446744073709551616 is not in", sampled(seed=1 << 64)),
     ("sampling.stop", "1 to 1024", sampled(stop=("",))),
     ("sampling.stop_token_ids", "token 300 is not in", sampled(stop_token_ids=(VOCAB_SIZE,))),
+    ("sampling.bad_words", "a word of 0 characters", sampled(bad_words=("",))),
+    ("sampling.bad_words_token_ids", "a sequence of 0", sampled(bad_words_token_ids=((),))),
+    ("sampling.bad_words_token_ids", "token 300 is", sampled(bad_words_token_ids=((1, 300),))),
+    (
+        "sampling.bad_words",
+        "may forbid every token",
+        sampled(allowed_token_ids=(5, 6), bad_words_token_ids=((5,), (9, 1, 6))),
+    ),
+    (
+        "sampling.bad_words",
+        "may forbid every token",
+        sampled(allowed_token_ids=(5, EOS), min_tokens=1, bad_words_token_ids=((5,),)),
+    ),
+    (
+        "sampling.bad_words",
+        "may forbid every token",
+        sampled(bad_words_token_ids=tuple((i,) for i in range(VOCAB_SIZE))),
+    ),
     (
         "sampling.allowed_token_ids",
         "all of them end the output",
@@ -212,6 +230,9 @@ VALID: list[dict[str, Any]] = [
     called('{"a": [1, {"b": null}]}'),
     called(""),
     {"truncate_prompt_tokens": CONTEXT_LEN},
+    sampled(bad_words=("x" * 256,), bad_words_token_ids=tuple((i,) for i in range(VOCAB_SIZE - 1))),
+    sampled(allowed_token_ids=(5, EOS), bad_words_token_ids=((5,),)),
+    sampled(allowed_token_ids=(5, 6), bad_words_token_ids=((5, 5), (6, 6))),
     {"truncate_prompt_tokens": -1},
     {"add_special_tokens": False},
     with_input(text="x" * MAX_TEXT_CHARS, truncate_prompt_tokens=9, add_special_tokens=True),
@@ -280,6 +301,7 @@ def test_text_has_a_limit_of_its_own_in_a_long_context(tokenizer: Tokenizer) -> 
         ("chat", chat("user")),
         ("chat", chat()),
         ("sampling.stop", sampled(stop=("x",))),
+        ("sampling.bad_words", sampled(bad_words=("x",))),
     ],
 )
 def test_text_needs_a_tokenizer(field: str, fields: dict[str, Any]) -> None:
