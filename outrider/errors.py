@@ -18,7 +18,8 @@ OutriderError
  ├─ KVLost               KV that the request refers to is gone
  ├─ Unavailable          a tier or the store cannot be reached
  │   └─ ReplicaLost      a replica was lost while it processed the request
- ├─ CallFailed           for clients: status and message of a failed call
+ ├─ CallFailed           for clients: status, message and refused field of a failed call
+ │   └─ ResumeFailed     no orchestrator resumed a broken stream
  └─ InternalError        a defect of Outrider, with a description
      └─ NonFiniteLogits  the model computed NaN or infinity
 """
@@ -164,16 +165,41 @@ class NonFiniteLogits(InternalError):
 
 
 class CallFailed(OutriderError):
-    """A call failed: status code, then the server's message.
+    """A call failed: name of its gRPC status, then the server's message.
 
-    `was_delivered`: False if no server can have received the call.
+    `field`: the request's field that the server refused, if it named one. `retry_after_s`: after
+    this time the same request may succeed; None: the server said nothing about it. `was_delivered`:
+    False if no server can have received the call.
     """
 
-    def __init__(self, message: str, *, was_delivered: bool = True) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        was_delivered: bool = True,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.was_delivered = was_delivered
+        self.field = field
+        self.retry_after_s = retry_after_s
 
     @property
     def code(self) -> str:
-        """Name of the status code, for example UNAVAILABLE."""
+        """Name of the gRPC status, for example UNAVAILABLE."""
         return str(self).partition(":")[0]
+
+
+class ResumeFailed(CallFailed):
+    """No orchestrator resumed a broken stream.
+
+    `num_received` tokens were received; the session `session_id` has all that were recorded.
+    `can_resume`: a later request may still resume it.
+    """
+
+    def __init__(self, why: str, session_id: str, num_received: int, *, can_resume: bool) -> None:
+        super().__init__(f"{why}; {num_received} tokens were received")
+        self.session_id = session_id
+        self.num_received = num_received
+        self.can_resume = can_resume

@@ -247,7 +247,7 @@ def _error_row(kind: type[errors.OutriderError], depth: int) -> tuple[str, ...]:
     meaning = re.split(r"(?<=\.)\s", " ".join((inspect.getdoc(kind) or "").split()))[0]
     name = code_pb2.Code.Name(status.code)
     details = ", ".join(f"`{_detail_name(detail)}`" for detail in status.details)
-    is_client_side = kind is errors.CallFailed
+    is_client_side = issubclass(kind, errors.CallFailed)
     return (
         "– " * depth + f"`{kind.__name__}`",
         "(raised by the Python client)" if is_client_side else f"`{name}`",
@@ -258,13 +258,13 @@ def _error_row(kind: type[errors.OutriderError], depth: int) -> tuple[str, ...]:
 
 def _example(kind: type[errors.OutriderError]) -> errors.OutriderError:
     """An instance, with a text for each argument that has no default."""
-    arguments = [
-        "text"
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    arguments = {
+        parameter.name: "text"
         for parameter in list(inspect.signature(kind.__init__).parameters.values())[1:]
-        if parameter.default is parameter.empty
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return kind(*arguments)
+        if parameter.default is parameter.empty and parameter.kind in kinds
+    }
+    return kind(**arguments)
 
 
 def _detail_name(detail: Detail) -> str:

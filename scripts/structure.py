@@ -22,7 +22,7 @@ SMALL_LINES = 40
 # Modules that users or operators start. A serving module that none of them imports is unused.
 ENTRY_POINTS = (
     "draft_service.__main__", "target_service.__main__", "orchestrator.__main__",
-    "outrider.__main__", "outrider.cli", "outrider.client.client", "outrider.sampling.formulas",
+    "outrider.__main__", "outrider.cli", "outrider.client", "outrider.sampling.formulas",
 )  # fmt: skip
 
 Graph = dict[str, set[str]]

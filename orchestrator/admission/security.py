@@ -14,9 +14,10 @@ import structlog
 from orchestrator.admission.api_keys import ApiKeyInterceptor, ApiKeys
 from orchestrator.admission.shared_quota import SharedQuotas
 from outrider.client.channel import OpenChannel, TlsChannels, open_plain
-from outrider.runtime.server_security import ServerProtection, is_loopback, server_protection
+from outrider.runtime.server_security import ServerProtection, server_protection
 from outrider.security.keys import watched_keys
 from outrider.security.pem import watched_pem
+from outrider.settings.addresses import is_loopback
 from outrider.settings.services import OrchestratorConfig
 
 log = structlog.get_logger()

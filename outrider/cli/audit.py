@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -29,15 +30,13 @@ def audit(options: JsonOptions) -> None:
     """
     from rich.console import Console
 
-    from outrider.cli.plain import plain
-
     found = send(options, lambda client: client.audit())
     if options.json:
-        typer.echo(json.dumps(plain(found), ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
     else:
         for part in _view(found):
             Console().print(part)
-    if found.num_generations["mismatch"] or any(test.num_alarms for test in found.tests):
+    if found.num_generations.get("mismatch") or any(test.num_alarms for test in found.tests):
         raise typer.Exit(FOUND_STATUS)
 
 
@@ -86,8 +85,8 @@ def _reruns(found: Any) -> Table:
         ("near_tie", "near tie"),
         ("mismatch", "mismatch"),
     ):
-        style = "bold red" if name == "mismatch" and found.num_generations[name] else ""
-        table.add_row(label, f"{found.num_generations[name]:,}", style=style)
+        style = "bold red" if name == "mismatch" and found.num_generations.get(name) else ""
+        table.add_row(label, f"{found.num_generations.get(name, 0):,}", style=style)
     for reason, num in sorted(found.num_dropped.items()):
         if num:
             table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{num:,}", style="dim")
@@ -132,8 +131,8 @@ def _failures(found: Any) -> Table:
     for failure in found.failures:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(failure.time_s))
         token = f"{failure.index - failure.prompt_len}"
-        if failure.HasField("token_id"):
-            expected = f"{failure.expected_id}" if failure.HasField("expected_id") else "?"
+        if failure.token_id is not None:
+            expected = "?" if failure.expected_id is None else failure.expected_id
             token += f": {failure.token_id} for {expected}"
         table.add_row(
             at,

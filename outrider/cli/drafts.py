@@ -54,7 +54,10 @@ def list_drafts(options: JsonOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rollout = send(options, lambda client: client.model_info()).draft_rollout
+    from outrider.client.info import DraftRollout
+
+    rollout = send(options, lambda client: client.models()).draft_rollout
+    rollout = rollout or DraftRollout(0, [], "")
     if options.json:
         show(rollout, as_json=True)
         return
@@ -66,22 +69,15 @@ def list_drafts(options: JsonOptions) -> None:
         table.add_row(
             each.revision,
             each.model,
-            _role(each),
+            each.role.replace("_", " "),
             str(each.num_replicas),
             str(each.num_generations or ""),
-            f"{each.acceptance_rate:.3f}" if each.HasField("acceptance_rate") else "",
+            "" if each.acceptance_rate is None else f"{each.acceptance_rate:.3f}",
         )
     console = Console()
     console.print(table if rollout.revisions else "no draft revisions")
     if rollout.decision:
         console.print(f"last change: {rollout.decision}", highlight=False)
-
-
-def _role(revision: Any) -> str:
-    from outrider.v1 import orchestrator_pb2
-
-    name = orchestrator_pb2.DraftRole.Name(revision.role)
-    return name.removeprefix("DRAFT_ROLE_").lower().replace("_", " ")
 
 
 @drafts.command()

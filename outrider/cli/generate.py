@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import secrets
 import shlex
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,9 +15,8 @@ from outrider.errors import CallFailed
 
 if TYPE_CHECKING:
     from outrider.cli.paint import ColourWriter, PlainWriter
-    from outrider.client.client import Output, Show
-    from outrider.client.resume import ResumeFailed
-    from outrider.v1.orchestrator_pb2 import GenerateRequest
+    from outrider.client import Generation, ResumeFailed
+    from outrider.client.resume import Report
 
 
 @takes(GenerateOptions)
@@ -30,7 +26,7 @@ def generate(options: GenerateOptions) -> None:
     On a terminal, colours show which tokens the draft proposed. The text goes to standard output,
     the summary to standard error.
     """
-    from outrider.cli.result import finish_reason, to_dict
+    from outrider.cli.result import to_dict
     from outrider.cli.running import run
 
     output = run(_generate(options))
@@ -40,59 +36,31 @@ def generate(options: GenerateOptions) -> None:
         if options.token_ids is not None and not output.text:  # the model has no tokenizer
             typer.echo(",".join(map(str, output.token_ids)))
         print_summary(output)
-    if finish_reason(output.result) == "cancelled":
+    if output.finish_reason == "cancelled":
         raise CallFailed("CANCELLED: the server is stopping; the output is incomplete")
 
 
-async def _generate(options: GenerateOptions) -> Output:
-    from outrider.client.client import connected
+async def _generate(options: GenerateOptions) -> Generation:
+    """Runs the generation; over several orchestrators if one of them fails."""
+    from outrider.client import AsyncClient, ResumeFailed
 
     request, endpoints = build_request(options), endpoints_of(options.endpoint)
     writer = None if options.json else _writer()
-    show = writer.show if writer is not None else None
+    resume_for_s = options.resume_for if len(endpoints) > 1 else 0.0
     try:
-        if len(endpoints) > 1:
-            return await _follow(options, request, endpoints, show, _reporter(writer))
-        async with connected(endpoints[0], options.access) as client:
-            return await client.generate(request, show=show, timeout_s=options.timeout)
+        async with AsyncClient(
+            endpoints, access=options.access, resume_for_s=resume_for_s, report=_reporter(writer)
+        ) as client:
+            stream = client.stream(request, timeout_s=options.timeout)
+            async for chunk in stream:
+                if writer is not None:
+                    writer.show(chunk)
+            return await stream.result()
+    except ResumeFailed as error:
+        raise CallFailed(f"{error}. {_next_command(options, error)}") from error
     finally:
         if writer is not None:
             writer.end_line()
-
-
-async def _follow(
-    options: GenerateOptions,
-    request: GenerateRequest,
-    endpoints: list[str],
-    show: Show | None,
-    report: Callable[[str], None],
-) -> Output:
-    """Runs a generation over several orchestrators.
-
-    Only a session can be resumed: without one, the generation gets a temporary session.
-    """
-    from outrider.client.client import connected
-    from outrider.client.resume import ResumeFailed, ResumeLimits, StreamFollower
-
-    is_temporary = not request.session_id
-    if is_temporary:
-        request.session_id, request.create_session = f"cli-{secrets.token_hex(8)}", True
-    async with contextlib.AsyncExitStack() as stack:
-        access = options.access
-        clients = [await stack.enter_async_context(connected(e, access)) for e in endpoints]
-        has_turns = not is_temporary and options.resume_from is None
-        limits = ResumeLimits(options.resume_for, options.timeout)
-        follower = StreamFollower(
-            clients, request, limits, has_turns=has_turns, show=show, report=report
-        )
-        try:
-            return await follower.run()
-        except ResumeFailed as error:
-            is_temporary = False  # kept, to resume the generation by hand
-            raise CallFailed(f"{error}. {_next_command(options, error)}") from error
-        finally:
-            if is_temporary:
-                await follower.delete_session()
 
 
 def _next_command(options: GenerateOptions, error: ResumeFailed) -> str:
@@ -124,7 +92,7 @@ def _writer() -> ColourWriter | PlainWriter:
     return ColourWriter(console) if console.is_terminal else PlainWriter()
 
 
-def _reporter(writer: ColourWriter | PlainWriter | None) -> Callable[[str], None]:
+def _reporter(writer: ColourWriter | PlainWriter | None) -> Report:
     """Prints messages to standard error; on a terminal each starts a new line."""
 
     def report(message: str) -> None:
@@ -135,7 +103,7 @@ def _reporter(writer: ColourWriter | PlainWriter | None) -> Callable[[str], None
     return report
 
 
-def print_summary(output: Output) -> None:
+def print_summary(output: Generation) -> None:
     """Prints the summary to standard error: standard output may be a file."""
     from rich.console import Console
     from rich.markup import escape

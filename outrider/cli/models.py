@@ -15,7 +15,7 @@ from outrider.errors import ConfigError
 @takes(JsonOptions)
 def model(options: JsonOptions) -> None:
     """Show the models that the orchestrator serves."""
-    show(send(options, lambda client: client.model_info()), as_json=options.json)
+    show(send(options, lambda client: client.models()), as_json=options.json)
 
 
 def convert_tokenizer(

@@ -14,27 +14,19 @@ import typer
 
 from outrider.cli.access import CONNECTION, AccessOptions
 from outrider.cli.options import parse_ids
-from outrider.errors import ConfigError, InvalidRequest
+from outrider.errors import ConfigError
 from outrider.settings.addresses import require_endpoint
 
 if TYPE_CHECKING:
-    from outrider.v1 import orchestrator_pb2, sampling_pb2
+    from outrider.v1 import orchestrator_pb2
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 EndpointOption = Annotated[
     str,
     typer.Option(
         envvar="OUTRIDER_ENDPOINT",
-        help="host:port of the orchestrator.",
-        rich_help_panel=CONNECTION,
-    ),
-]
-EndpointsOption = Annotated[
-    str,
-    typer.Option(
-        envvar="OUTRIDER_ENDPOINT",
-        help="host:port of the orchestrator, or of several, comma-separated: a broken stream is "
-        "resumed at the next one.",
+        help="host:port of the orchestrator, or of several, comma-separated: if one fails, the "
+        "next one is used, also for the rest of a broken stream.",
         rich_help_panel=CONNECTION,
     ),
 ]
@@ -167,7 +159,7 @@ class GenerateOptions(AccessOptions):
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
     )
-    endpoint: EndpointsOption = DEFAULT_ENDPOINT
+    endpoint: EndpointOption = DEFAULT_ENDPOINT
     resume_from: Annotated[
         int | None,
         typer.Option(
@@ -186,9 +178,12 @@ class GenerateOptions(AccessOptions):
     ] = None
 
 
-_SCALARS = (
+# Flags that are fields of the request under the same name; StrEnums are their values' names.
+_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "stop",
+    "gamma", "verification", "lookahead", "fan_out", "draft_wait", "draft_source", "priority",
+    "durability",
 )  # fmt: skip
 
 
@@ -198,35 +193,27 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     Raises ConfigError for flags that exclude each other, InvalidRequest for a number outside its
     field's range.
     """
-    from outrider.runtime.protobuf import verification_to_proto
-    from outrider.sampling.params import Verification
-    from outrider.v1 import orchestrator_pb2, sampling_pb2
+    from outrider.client import request
 
     if options.session == "":
         raise ConfigError("--session: the name is empty")
-    request = orchestrator_pb2.GenerateRequest(session_id=options.session or "")
-    if options.resume_from is None:
-        request.create_session = bool(options.session)
-        _set_input(request, options)
-    else:
+    fields: dict[str, Any] = {name: getattr(options, name) for name in _FIELDS}
+    fields |= {"session_id": options.session, "ignore_eos": options.ignore_eos or None}
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if (text := getattr(options, name)) is not None:
+            fields[name] = parse_ids(text, f"--{name.replace('_', '-')}")
+    if options.logit_bias:
+        fields["logit_bias"] = dict(map(_parse_bias, options.logit_bias))
+    if options.resume_from is not None:
         _check_resumption(options)
-        _set(request, "resume_from", options.resume_from)
-    for name in ("gamma", "lookahead", "fan_out", "priority"):
-        _set(request, name, getattr(options, name))
-    if options.verification is not None:
-        request.verification = verification_to_proto(Verification(options.verification.value))
-    for name, values in (
-        ("durability", orchestrator_pb2.Durability),
-        ("draft_wait", orchestrator_pb2.DraftWait),
-        ("draft_source", orchestrator_pb2.DraftSource),
-    ):
-        if (choice := getattr(options, name)) is not None:
-            setattr(request, name, values.Value(f"{name}_{choice.name}".upper()))
-    sampling = sampling_pb2.SamplingParams()
-    _set_sampling(sampling, options)
-    if sampling.ListFields():
-        request.sampling.CopyFrom(sampling)
-    return request
+        return request.build_request(resume_from=options.resume_from, fields=fields)
+    prompt = _prompt(options)
+    if not options.chat:
+        return request.build_request(prompt, fields=fields)
+    messages = [{"role": "user", "content": prompt}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    return request.build_request(messages=messages, fields=fields)
 
 
 def endpoints_of(endpoint: str) -> list[str]:
@@ -250,23 +237,7 @@ def _check_resumption(options: GenerateOptions) -> None:
         raise ConfigError("--resume-from: not with --chat or --system: the session has the prompt")
 
 
-def _set(message: Any, field: str, value: Any, path: str = "") -> None:
-    if value is None:
-        return
-    try:
-        setattr(message, field, value)
-    except ValueError as error:
-        raise InvalidRequest(path or field, f"{value}: {error}") from None
-
-
-def _extend(message: Any, field: str, values: list[int], path: str) -> None:
-    try:
-        getattr(message, field).extend(values)
-    except ValueError as error:
-        raise InvalidRequest(path, str(error)) from None
-
-
-def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptions) -> None:
+def _prompt(options: GenerateOptions) -> str | list[int]:
     if (options.prompt is None) == (options.token_ids is None):
         raise ConfigError("PROMPT or --token-ids: give one of them")
     if options.system is not None and not options.chat:
@@ -274,39 +245,12 @@ def _set_input(request: orchestrator_pb2.GenerateRequest, options: GenerateOptio
     if options.token_ids is not None:
         if options.chat:
             raise ConfigError("--chat: only with PROMPT")
-        request.token_ids.SetInParent()
-        ids = parse_ids(options.token_ids, "--token-ids")
-        _extend(request.token_ids, "ids", ids, "token_ids")
-        return
+        return parse_ids(options.token_ids, "--token-ids")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     assert prompt is not None
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("PROMPT: is not UTF-8 text")
-    if not options.chat:
-        request.text = prompt
-        return
-    if options.system is not None:
-        request.chat.messages.add(role="system", content=options.system)
-    request.chat.messages.add(role="user", content=prompt)
-
-
-def _set_sampling(sampling: sampling_pb2.SamplingParams, options: GenerateOptions) -> None:
-    for name in _SCALARS:
-        _set(sampling, name, getattr(options, name), f"sampling.{name}")
-    if options.ignore_eos:
-        sampling.ignore_eos = True
-    sampling.stop.extend(options.stop or [])
-    for name in ("stop_token_ids", "allowed_token_ids"):
-        text = getattr(options, name)
-        if text is not None:
-            ids = parse_ids(text, f"--{name.replace('_', '-')}")
-            _extend(sampling, name, ids, f"sampling.{name}")
-    for entry in options.logit_bias or []:
-        token_id, bias = _parse_bias(entry)
-        try:
-            sampling.logit_bias[token_id] = bias
-        except ValueError as error:
-            raise InvalidRequest("sampling.logit_bias", str(error)) from None
+    return prompt
 
 
 def _parse_bias(entry: str) -> tuple[int, float]:

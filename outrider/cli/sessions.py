@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outrider.cli.access import AccessOptions
 from outrider.cli.options import takes
-from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption
+from outrider.cli.request import DEFAULT_ENDPOINT, EndpointOption, endpoints_of
 
 if TYPE_CHECKING:
-    from outrider.client.client import Client
+    from outrider.client import AsyncClient
 
 sessions = typer.Typer(help="List, show or delete your sessions.", no_args_is_help=True)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -22,7 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointOptions(AccessOptions):
-    """Options of every command that connects to one orchestrator."""
+    """Options of every command that sends short requests to an orchestrator."""
 
     endpoint: EndpointOption = DEFAULT_ENDPOINT
 
@@ -54,28 +54,26 @@ def list_sessions(options: JsonOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.cli.plain import plain
-
-    found, num_unreadable = send(options, lambda client: client.list_sessions())
-    if num_unreadable:
+    listed = send(options, lambda client: client.list_sessions())
+    if listed.num_unreadable:
         typer.echo(
-            f"warning: {num_unreadable} sessions not shown: their records in Redis cannot be read; "
-            "the orchestrator's log names the first of them (unreadable_sessions)",
+            f"warning: {listed.num_unreadable} sessions not shown: their records in Redis cannot "
+            "be read; the orchestrator's log names the first of them (unreadable_sessions)",
             err=True,
         )
     if options.json:
-        for session in found:
-            typer.echo(json.dumps(plain(session), ensure_ascii=False))
+        for session in listed.sessions:
+            typer.echo(json.dumps(asdict(session), ensure_ascii=False))
         return
     table = Table(show_edge=False)
     for name in ("session", "tokens", "turns", "in use", "expires in"):
         table.add_column(name, justify="left" if name == "session" else "right", overflow="fold")
-    for session in found:
+    for session in listed.sessions:
         table.add_row(
             session.session_id, str(session.num_tokens), str(session.num_turns),
             "yes" if session.in_use else "", f"{session.expires_in_s:.0f} s",
         )  # fmt: skip
-    Console().print(table if found else "no sessions")
+    Console().print(table if listed.sessions else "no sessions")
 
 
 @sessions.command()
@@ -93,31 +91,31 @@ def delete(options: DeleteOptions) -> None:
     send(options, lambda client: client.delete_session(options.name))
 
 
-def send(options: EndpointOptions, request: Callable[[Client], Awaitable[Any]]) -> Any:
-    """Connects to the orchestrator, awaits `request` and returns its result."""
+def send(options: EndpointOptions, request: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
+    """Connects to an orchestrator, awaits `request` and returns its result."""
     from outrider.cli.running import run
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
+
+    endpoints = endpoints_of(options.endpoint)
 
     async def body() -> Any:
-        async with connected(options.endpoint, options.access) as client:
+        async with AsyncClient(endpoints, access=options.access) as client:
             return await request(client)
 
     return run(body())
 
 
-def show(message: Any, *, as_json: bool) -> None:
-    """Prints a protobuf message, as a table or as one line of JSON."""
+def show(found: Any, *, as_json: bool) -> None:
+    """Prints a dataclass, as a table or as one line of JSON."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from outrider.cli.plain import plain
-
     if as_json:
-        typer.echo(json.dumps(plain(message), ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
         return
     table = Table.grid(padding=(0, 2))
-    for name, value in _rows(plain(message)):
+    for name, value in _rows(asdict(found)):
         table.add_row(Text(name, "dim"), Text(value))
     Console().print(table)
 

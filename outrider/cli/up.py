@@ -75,16 +75,15 @@ async def shown_stack(
 
 async def _warn_of_pairing(stack: Stack, view: StackView) -> None:
     """Prints a warning if the draft is refused or some of its token ids differ."""
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
     from outrider.errors import CallFailed
 
     if "draft" not in stack.addresses:
         return
     with contextlib.suppress(CallFailed):  # our environment may require TLS or keys
-        async with connected(stack.endpoint) as client:
-            while not (info := await client.model_info()).HasField("draft_pairing"):  # noqa: ASYNC110 (another process)
+        async with AsyncClient(stack.endpoint) as client:
+            while (pairing := (await client.models()).draft_pairing) is None:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(_POLL_INTERVAL_S)
-        pairing = info.draft_pairing
         if pairing.refused:
             warning = f"the draft is not used: {pairing.refused}"
         elif pairing.is_reencoded:

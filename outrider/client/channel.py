@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 
 from outrider.errors import ConfigError
-from outrider.runtime.grpc_status import CLIENT_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
-from outrider.runtime.server_security import is_loopback
+from outrider.runtime.grpc_options import CLIENT_CHANNEL_OPTIONS, TIER_CHANNEL_OPTIONS
 from outrider.security.files import WatchedFiles, read_secret
 from outrider.security.keys import check_key
 from outrider.security.pem import Pem, watched_pem
+from outrider.settings.addresses import is_loopback
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 Options = Sequence[tuple[str, Any]]
@@ -81,12 +81,24 @@ def open_channel(
     `is_spread`: opens its own connections, to all addresses of the endpoint's name (round robin).
     Raises ConfigError for unusable files, and if the key would be sent in plain text.
     """
+    return channel_opener(endpoint, access, is_spread=is_spread)()
+
+
+def channel_opener(
+    endpoint: str, access: Access | None = None, *, is_spread: bool = False
+) -> Callable[[], grpc.aio.Channel]:
+    """Function that opens a channel to an orchestrator, on the event loop that it is called on.
+
+    The files are read and checked here. Raises ConfigError, as `open_channel`.
+    """
     access = access or Access()
     options = (*CLIENT_CHANNEL_OPTIONS, *(_SPREAD if is_spread else ()))
+    key = access.api_key
     if access.tls_ca is None:
         _check_plain(endpoint, access)
-        interceptors = None if access.api_key is None else _with_key(access.api_key)
-        return grpc.aio.insecure_channel(endpoint, options=options, interceptors=interceptors)
+        return lambda: grpc.aio.insecure_channel(
+            endpoint, options=options, interceptors=None if key is None else _with_key(key)
+        )
     if (access.tls_cert is None) != (access.tls_key is None):
         raise ConfigError("--tls-cert, --tls-key: give both or neither")
     files = watched_pem(
@@ -96,7 +108,8 @@ def open_channel(
         ca_name="--tls-ca",
         cert_name="--tls-cert",
     )
-    return TlsChannels(files, options=options).open(endpoint, access.api_key)
+    channels = TlsChannels(files, options=options)
+    return lambda: channels.open(endpoint, key)
 
 
 def read_key(path: str) -> str:

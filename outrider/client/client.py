@@ -1,230 +1,263 @@
-"""Requests to the orchestrator; their failures with an explanation for people."""
+"""Asynchronous client of one or several orchestrators. `outrider.client.sync` blocks instead."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+import logging
+import secrets
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
 
-import grpc
+from outrider.client.channel import Access
+from outrider.client.connection import Connection
+from outrider.client.info import Audit, Models, Session, SessionList, SessionSummary
+from outrider.client.messages import read_message
+from outrider.client.request import Message, RequestFields, build_request
+from outrider.client.results import Chunk, Generation, Output
+from outrider.client.resume import BROKEN, Report, StreamFollower
+from outrider.errors import CallFailed, ConfigError, ResumeFailed
+from outrider.v1 import orchestrator_pb2
 
-from outrider.client.channel import Access, open_channel
-from outrider.client.diagnosis import connection_fault
-from outrider.errors import CallFailed, ConfigError, InternalError, Unavailable
-from outrider.runtime.heartbeat import CLIENT_HEARTBEAT_MS, listening
-from outrider.settings.addresses import require_endpoint
-from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+DEFAULT_ENDPOINT = "127.0.0.1:50051"
+# How long to look for an orchestrator that resumes a broken stream.
+RESUME_FOR_S = 30.0
 
-# Deadline of all requests but Generate.
-SHORT_TIMEOUT_S = 10.0
-# Starts of gRPC's own messages for a connection that could not be made, in lower case.
-_NO_CONNECTION = (
-    "failed to connect to all addresses",
-    "connections to all backends failing",
-    "dns resolution failed",
-    "domain name not found",
-    "name resolution failure",
-    "errors resolving",
-    "empty address list",
-)
-# gRPC's own messages for a connection that broke during a request, matched as a whole: a proxy may
-# quote the same words about its own connection to an orchestrator.
-_BROKEN = re.compile(
-    r"stream removed \(.*\)|socket closed|transport closed|endpoint closing|broken pipe|"
-    r"connection (reset( by peer)?|aborted)|(recvmsg|sendmsg):.*|(read|write) failed \(.*\)|"
-    r"keepalive watchdog timeout|ping timeout|cancelling all calls|channel closed.*|"
-    r"failed parsing http/2.*"
-)
-_TIMED_OUT = ("deadline exceeded", "stream removed (deadline exceeded)")
-_HTTP_STATUS = re.compile(r"received http2 header with status: (\d+)")
-# In the trailers of every error of an Outrider server (outrider.runtime.grpc_status).
-_STATUS_DETAILS = "grpc-status-details-bin"
+_log = logging.getLogger("outrider.client")
+Kind = TypeVar("Kind")
+Messages = AsyncGenerator[orchestrator_pb2.GenerateResponse, None]
 
 
-@dataclass
-class Output:
-    """Everything received in response to one Generate request."""
+class GenerationStream:
+    """A generation: an async iterator of Chunk. It begins with the first iteration.
 
-    session_id: str = ""
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    origins: list[int] = field(default_factory=list)
-    logprobs: list[orchestrator_pb2.TokenLogprobs] = field(default_factory=list)
-    result: orchestrator_pb2.GenerateResult = field(default_factory=orchestrator_pb2.GenerateResult)
+    Leaving the loop, `aclose()`, the end of an `async with`, or dropping the stream ends the
+    generation on the server. After an error, `output` has what was received.
+    """
 
-    def add(self, chunk: orchestrator_pb2.GenerateResponse) -> None:
-        """Appends a message of the stream."""
-        self.session_id = chunk.session_id
-        self.text += chunk.text
-        self.token_ids += chunk.token_ids
-        self.origins += chunk.origins
-        self.logprobs += chunk.logprobs
-        if chunk.HasField("result"):
-            self.result = chunk.result
+    def __init__(self, messages: Messages) -> None:
+        self._messages = messages
+        self.output = Output()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next tokens. Raises CallFailed; ResumeFailed if a broken stream was not resumed."""
+        while True:
+            chunk = self.output.add(await anext(self._messages))
+            if chunk.token_ids or chunk.text:
+                return chunk
+
+    async def result(self) -> Generation:
+        """The finished generation; waits for its end. Raises as iteration does."""
+        async for _ in self:
+            pass
+        finished = self.output.finished()
+        if finished is None:
+            raise CallFailed("CANCELLED: the generation was left before its end")
+        return finished
+
+    async def aclose(self) -> None:
+        """Ends the generation on the server."""
+        await self._messages.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
 
 
-Show = Callable[[orchestrator_pb2.GenerateResponse], None]
+class AsyncClient:
+    """Client of one or several orchestrators that share their sessions. For one event loop.
 
-
-class Client:
-    """Client of one orchestrator. `connected` makes it."""
+    New generations take the endpoints in turn; one that failed in the last seconds comes last. A
+    broken stream is resumed, so that no token is lost or repeated. This needs a session: a
+    generation without `session_id` gets a temporary one, which is deleted at its end.
+    """
 
     def __init__(
-        self, channel: grpc.aio.Channel, endpoint: str, access: Access | None = None
-    ) -> None:
-        self._stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
-        self._endpoint = endpoint
-        self._access = access
-
-    @property
-    def endpoint(self) -> str:
-        return self._endpoint
-
-    async def generate(
         self,
-        request: orchestrator_pb2.GenerateRequest,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
-        show: Show | None = None,
-        timeout_s: float | None = None,
-    ) -> Output:
-        """Runs a generation; passes each message to `show` on arrival.
+        access: Access | None = None,
+        resume_for_s: float = RESUME_FOR_S,
+        report: Report = _log.warning,
+    ) -> None:
+        """Connects with the first request. Raises ConfigError for endpoints and files.
 
-        Cancelling this coroutine cancels the generation. Raises CallFailed, and InternalError for a
-        stream without a result.
+        `endpoint`: host:port, or several of them. `access`: TLS files and API key.
+        `resume_for_s`: how long to look for an orchestrator that resumes a broken stream; 0: it
+        fails at once, and generations get no temporary session. `report`: is called with each
+        failure that was survived, in words; by default it is logged.
         """
-        output = Output()
-        with_heartbeat = orchestrator_pb2.GenerateRequest()
-        with_heartbeat.CopyFrom(request)
-        with_heartbeat.heartbeat_ms = CLIENT_HEARTBEAT_MS
-        call: Any = self._stub.Generate(with_heartbeat, timeout=timeout_s)
-        try:
-            async with contextlib.aclosing(listening(call)) as chunks:
-                async for chunk in chunks:
-                    output.add(chunk)
-                    if show is not None:
-                        show(chunk)
-        except Unavailable as error:
-            raise CallFailed(f"UNAVAILABLE: {self._endpoint}: {error}") from error
-        except grpc.aio.AioRpcError as error:
-            raise await call_failed(error, self._endpoint, self._access) from error
-        finally:
-            call.cancel()  # leaving the loop does not cancel the request on the server
-        if not output.result.finish_reason:
-            raise InternalError("the orchestrator ended the stream without a result")
-        return output
+        endpoints = [endpoint] if isinstance(endpoint, str) else list(endpoint)
+        if not endpoints:
+            raise ConfigError("endpoint: the list is empty")
+        self._connections = [Connection(each, access) for each in endpoints]
+        self._resume_for_s = resume_for_s
+        self._report = report
+        self._num_begun = 0
+        self._running: weakref.WeakSet[Messages] = weakref.WeakSet()
+        # Deletions of temporary sessions.
+        self._deletions: set[asyncio.Task[None]] = set()
 
-    async def get_session(self, session_id: str) -> orchestrator_pb2.GetSessionResponse:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> GenerationStream:
+        """Continues a text, or token ids. `timeout_s`: limit of the whole generation.
+
+        With `session_id` it is a turn of that session. Raises InvalidRequest for an unknown field.
+        """
+        return self.stream(build_request(prompt, fields=fields), timeout_s=timeout_s)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout_s: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> GenerationStream:
+        """The assistant's answer to messages such as {"role": "user", "content": "Hi"}.
+
+        They are rendered with the model's chat template. With `session_id`, `messages` are the new
+        ones. Otherwise as `generate`.
+        """
+        return self.stream(build_request(messages=messages, fields=fields), timeout_s=timeout_s)
+
+    def resume(
+        self, session_id: str, num_received: int, *, timeout_s: float | None = None
+    ) -> GenerationStream:
+        """The rest of the session's last turn, after the `num_received` tokens of it."""
+        fields = RequestFields(session_id=session_id)
+        request = build_request(resume_from=num_received, fields=fields)
+        return self.stream(request, timeout_s=timeout_s)
+
+    def stream(
+        self, request: orchestrator_pb2.GenerateRequest, *, timeout_s: float | None = None
+    ) -> GenerationStream:
+        """The generation of a request message of the contract."""
+        messages = self._messages(request, timeout_s)
+        self._running.add(messages)
+        return GenerationStream(messages)
+
+    async def get_session(self, session_id: str) -> Session:
         """Tokens and statistics of a session. Raises CallFailed."""
         request = orchestrator_pb2.GetSessionRequest(session_id=session_id)
-        response: orchestrator_pb2.GetSessionResponse = await self._send(
-            self._stub.GetSession, request
-        )
-        return response
+        return await self._read(Session, "GetSession", request)
 
-    async def list_sessions(self) -> tuple[list[orchestrator_pb2.SessionSummary], int]:
-        """All sessions of the API key, sorted by name, and the number of unreadable ones left out.
-
-        Raises CallFailed.
-        """
+    async def list_sessions(self) -> SessionList:
+        """All sessions of the API key, sorted by name. Raises CallFailed."""
         # By name: a scan of Redis may return a session twice.
-        found: dict[str, orchestrator_pb2.SessionSummary] = {}
+        found: dict[str, SessionSummary] = {}
         num_unreadable = 0
         request = orchestrator_pb2.ListSessionsRequest()
         while True:
-            page = await self._send(self._stub.ListSessions, request)
-            found |= {session.session_id: session for session in page.sessions}
+            page = await self._send("ListSessions", request)
+            for session in page.sessions:
+                found[session.session_id] = read_message(SessionSummary, session)
             num_unreadable += page.num_unreadable
             if not page.next_page_token:
-                return [found[name] for name in sorted(found)], num_unreadable
+                return SessionList([found[name] for name in sorted(found)], num_unreadable)
             request.page_token = page.next_page_token
 
     async def delete_session(self, session_id: str) -> None:
         """Deletes a session and its KV cache. Raises CallFailed."""
         request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
-        await self._send(self._stub.DeleteSession, request)
+        await self._send("DeleteSession", request)
 
-    async def model_info(self) -> orchestrator_pb2.GetModelInfoResponse:
+    async def models(self) -> Models:
         """The models that the orchestrator serves. Raises CallFailed."""
-        response: orchestrator_pb2.GetModelInfoResponse = await self._send(
-            self._stub.GetModelInfo, orchestrator_pb2.GetModelInfoRequest()
-        )
-        return response
+        return await self._read(Models, "GetModelInfo", orchestrator_pb2.GetModelInfoRequest())
 
-    async def audit(self) -> orchestrator_pb2.GetAuditResponse:
+    async def audit(self) -> Audit:
         """Results of the orchestrator's losslessness audit. Raises CallFailed."""
-        response: orchestrator_pb2.GetAuditResponse = await self._send(
-            self._stub.GetAudit, orchestrator_pb2.GetAuditRequest()
-        )
-        return response
+        return await self._read(Audit, "GetAudit", orchestrator_pb2.GetAuditRequest())
 
-    async def _send(self, method: Any, request: Any) -> Any:
+    async def aclose(self) -> None:
+        """Ends all generations, waits for the deletion of temporary sessions, then disconnects."""
+        for messages in list(self._running):
+            with contextlib.suppress(RuntimeError):  # another task waits for its next message
+                await messages.aclose()
+        while self._deletions:
+            await asyncio.wait(self._deletions)
+        for connection in self._connections:
+            await connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _messages(
+        self, request: orchestrator_pb2.GenerateRequest, timeout_s: float | None
+    ) -> Messages:
+        is_temporary = bool(self._resume_for_s) and not request.session_id
+        if is_temporary:
+            given, request = request, orchestrator_pb2.GenerateRequest()
+            request.CopyFrom(given)
+            request.session_id, request.create_session = f"client-{secrets.token_hex(8)}", True
+        follower = StreamFollower(
+            self._in_turn(),
+            request,
+            self._report,
+            resume_for_s=self._resume_for_s,
+            has_turns=not is_temporary and not request.HasField("resume_from"),
+            timeout_s=timeout_s,
+        )
         try:
-            return await method(request, timeout=SHORT_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise await call_failed(error, self._endpoint, self._access) from error
+            async with contextlib.aclosing(follower.messages()) as messages:
+                async for message in messages:
+                    yield message
+        except ResumeFailed:
+            is_temporary = False  # kept, to resume the generation by hand
+            raise
+        finally:
+            if is_temporary:
+                self._delete(follower.delete_session())
 
+    def _delete(self, deletion: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(deletion)
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
 
-async def call_failed(
-    error: grpc.aio.AioRpcError, endpoint: str, access: Access | None = None
-) -> CallFailed:
-    """The failure of a request, explained.
+    def _in_turn(self) -> list[Connection]:
+        """The connections in the order to try them: from the next in turn, failed ones last."""
+        start = self._num_begun % len(self._connections)
+        self._num_begun += 1
+        order = self._connections[start:] + self._connections[:start]
+        return sorted(order, key=lambda connection: connection.has_failed_lately)
 
-    Shows the message of the server or proxy. Without one, `connection_fault` finds what is wrong.
-    """
-    code, details = error.code().name, " ".join((error.details() or "").split())
-    trailers: Any = error.trailing_metadata() or ()
-    if any(key == _STATUS_DETAILS for key, _ in trailers):
-        return CallFailed(f"{code}: {details}")
-    words = details.lower()
-    if words in _TIMED_OUT:  # gRPC reports it with several status codes
-        return CallFailed(f"DEADLINE_EXCEEDED: {endpoint} did not respond in time")
-    if status := _HTTP_STATUS.search(words):
-        return CallFailed(f"{code}: {_http_response(endpoint, status[1])}")
-    if error.code() is grpc.StatusCode.CANCELLED:
-        # Not by an orchestrator, whose errors have trailers: by a proxy, or by gRPC's core in a
-        # server that stops, for requests that no handler has taken yet.
-        return CallFailed(f"UNAVAILABLE: {endpoint} is stopping: it cancelled the request")
-    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return CallFailed(
-            f"{code}: {endpoint} is not an orchestrator of this version (a model service?): "
-            f"{details}"
-        )
-    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-        return CallFailed(f"{code}: {details}")
-    if words.startswith(_NO_CONNECTION):
-        why = await asyncio.to_thread(connection_fault, endpoint, access)
-        why = why or f"{endpoint} could not be reached a moment ago, but can be now: try again"
-        return CallFailed(f"{code}: {why}", was_delivered=False)
-    if words and not _BROKEN.fullmatch(words):
-        return CallFailed(
-            f"{code}: {endpoint} answered: {details} (not an orchestrator's message: check the "
-            "proxy or gateway there, and that the orchestrator behind it runs; then try again)"
-        )
-    why = await asyncio.to_thread(connection_fault, endpoint, access)
-    why = why or "it responds again: try again"
-    return CallFailed(f"{code}: the connection to {endpoint} broke; {why}")
+    async def _read(self, kind: type[Kind], method: str, request: Any) -> Kind:
+        return read_message(kind, await self._send(method, request))
 
-
-def _http_response(endpoint: str, status: str) -> str:
-    return (
-        f"{endpoint} answered with HTTP status {status}: a proxy or gateway, not an orchestrator; "
-        "check that it forwards gRPC (HTTP/2), and that the orchestrator behind it runs"
-    )
-
-
-@contextlib.asynccontextmanager
-async def connected(endpoint: str, access: Access | None = None) -> AsyncIterator[Client]:
-    """A client, which connects with its first request.
-
-    Raises ConfigError for a malformed endpoint and for unusable files.
-    """
-    if "," in endpoint:
-        raise ConfigError(
-            f"--endpoint: {endpoint!r} is a list; only `outrider generate` takes several endpoints"
-        )
-    require_endpoint(endpoint, "--endpoint")
-    async with open_channel(endpoint, access) as channel:
-        yield Client(channel, endpoint, access)
+    async def _send(self, method: str, request: Any) -> Any:
+        """Response to a short request, which the next endpoint gets if one is unavailable."""
+        *others, last = self._in_turn()
+        for connection in others:
+            try:
+                return await connection.send(method, request)
+            except CallFailed as error:
+                if connection.is_closed or error.code not in BROKEN:
+                    raise
+                connection.note_failure()
+                self._report(f"{error}; trying the next endpoint")
+        return await last.send(method, request)

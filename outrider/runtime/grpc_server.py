@@ -14,7 +14,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from outrider import errors
-from outrider.runtime.grpc_status import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, translated
+from outrider.runtime.grpc_options import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from outrider.runtime.grpc_status import translated
 from outrider.runtime.message_limits import bounded
 from outrider.runtime.server_security import UNPROTECTED, ServerProtection
 

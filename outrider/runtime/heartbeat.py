@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from outrider.errors import InvalidRequest, Unavailable
@@ -16,10 +16,6 @@ from outrider.runtime.grpc_streams import Outbox
 
 MIN_INTERVAL_MS = 100
 MAX_INTERVAL_MS = 60_000
-# A client leaves an orchestrator that sends nothing for 10 s: it is frozen or cut off. One that
-# starts 1,000 streams on a busy machine was seen to need more than 5 s for its first message.
-CLIENT_HEARTBEAT_MS = 2_000
-_CLIENT_MAX_MISSED = 5
 
 
 class Heartbeat:
@@ -32,11 +28,8 @@ class Heartbeat:
     Unavailable.
     """
 
-    def __init__(self, outbox: Outbox[Any] | None, max_missed: int) -> None:
-        """`max_missed`: number of intervals without a frame after which the peer is gone.
-
-        `outbox` None: sends no heartbeats.
-        """
+    def __init__(self, outbox: Outbox[Any], max_missed: int) -> None:
+        """`max_missed`: number of intervals without a frame after which the peer is gone."""
         self._outbox = outbox
         self._max_missed = max_missed
         self._num_missed = 0
@@ -68,8 +61,7 @@ class Heartbeat:
         """Sends heartbeats and counts intervals until the peer is gone."""
         await self._begun.wait()
         while self._num_missed < self._max_missed:
-            if self._outbox is not None:
-                self._outbox.beat()
+            self._outbox.beat()
             await asyncio.sleep(self._interval_s)
             self._num_missed += not self._is_busy
 
@@ -99,17 +91,3 @@ def check_interval(interval_ms: int) -> None:
         raise InvalidRequest(
             "heartbeat_ms", f"{interval_ms} is not in [{MIN_INTERVAL_MS}, {MAX_INTERVAL_MS}]"
         )
-
-
-async def listening(call: Any) -> AsyncGenerator[Any, None]:
-    """A client's view of a call with CLIENT_HEARTBEAT_MS: its messages without the heartbeats.
-
-    Raises Unavailable when the server is gone. Must be closed if it is left before its end.
-    """
-    heartbeat = Heartbeat(None, _CLIENT_MAX_MISSED)
-    heartbeat.begin(CLIENT_HEARTBEAT_MS)
-    async with heartbeat:
-        async for message in call:
-            with heartbeat.busy():
-                if message.ByteSize():
-                    yield message

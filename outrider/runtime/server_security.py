@@ -7,7 +7,6 @@ streams continue.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from outrider.runtime.client_identity import IdentityInterceptor
 from outrider.runtime.interceptors import AccessInterceptor, Reason
 from outrider.security.files import WatchedFiles
 from outrider.security.pem import Pem, expires_at, watched_pem
+from outrider.settings.addresses import is_loopback
 from outrider.settings.security import ServerSettings, TierSettings
 from outrider.telemetry import catalogue as metrics
 from outrider.telemetry.exposition import Reading
@@ -95,16 +95,6 @@ def _protection(
     return ServerProtection(
         _credentials(settings), interceptors, settings.health_port, certificates
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a host name, which may resolve to any address
-        return False
 
 
 def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:

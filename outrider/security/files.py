@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import structlog
-
 from outrider.errors import ConfigError
-
-log = structlog.get_logger()
 
 # Much shorter than Kubernetes needs to update a Secret in a pod: up to a minute.
 POLL_INTERVAL_S = 1.0
@@ -40,6 +36,9 @@ class WatchedFiles(Generic[Content]):
 
         Never raises.
         """
+        import structlog  # not by clients, which read files once
+
+        log = structlog.get_logger()
         with self._lock:
             stamp = self._stat()
             if stamp in (self._stamp, self._refused):

@@ -6,6 +6,7 @@ reports it as a failed connection. Resolves no name.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import urlsplit
 
@@ -19,6 +20,16 @@ GRPC_SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
 _MAX_LABEL_CHARS, _MAX_HOST_CHARS = 63, 253
 # Host names: letters, digits, hyphens; container names: underscores; IPv6: colons, % and brackets.
 _NOT_OF_A_HOST = re.compile(r"[^A-Za-z0-9._:%\[\]-]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a host name, which may resolve to any address
+        return False
 
 
 def host_fault(host: str) -> str | None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
+from outrider.client.connection import HEARTBEAT_MS, listening
 from outrider.errors import Unavailable
-from outrider.runtime.heartbeat import CLIENT_HEARTBEAT_MS, listening
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 # Longest wait for a chunk. Longer than a failover to another target takes (detection 3 s, one
@@ -81,7 +81,7 @@ class OrchestratorStubs:
 
         `disconnects_at`: number of tokens after which the client disconnects; None: never.
         """
-        request.heartbeat_ms = CLIENT_HEARTBEAT_MS
+        request.heartbeat_ms = HEARTBEAT_MS
         call = self[attempt.orchestrator].Generate(request, timeout=GENERATION_TIMEOUT_S)
         chunks = listening(call)
         try:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import grpc
 
 from outrider.errors import Unavailable
-from outrider.runtime.grpc_status import CLIENT_CHANNEL_OPTIONS
+from outrider.runtime.grpc_options import CLIENT_CHANNEL_OPTIONS
 from outrider.v1 import orchestrator_pb2
 from outrider_bench.chaos.audit import StreamAudit
 from outrider_bench.chaos.calls import OrchestratorStubs

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.v1.orchestrator_pb2 import GetAuditResponse
+    from outrider.client.info import Audit
     from outrider_bench.measuring.document import Document, Goal
     from outrider_bench.measuring.load import Block
     from outrider_bench.measuring.workload import Variant
@@ -90,7 +90,7 @@ def audit(options: AuditOptions) -> None:
     options = options.with_quick_defaults(most_tokens=2_000, shares="1", outputs=4, streams=2)
     console, document = bench_console(), Document(options.name, options)
     found: list[Found] = []
-    blocks: list[tuple[float, Block, GetAuditResponse]] = []
+    blocks: list[tuple[float, Block, Audit]] = []
     run(_measure(options, console, document, found, blocks))
     document.samples += [{"share": share} | block.to_dict() for share, block, _ in blocks]
     with reporting(console, document):
@@ -107,7 +107,7 @@ async def _measure(
     console: Console,
     document: Document,
     found: list[Found],
-    blocks: list[tuple[float, Block, GetAuditResponse]],
+    blocks: list[tuple[float, Block, Audit]],
 ) -> None:
     from outrider_bench.measuring.cores import core_per_tier
     from outrider_bench.measuring.load import interleaved
@@ -142,7 +142,7 @@ async def _measure(
                 measured.append(block)
 
 
-async def _idle_audit(system: System) -> GetAuditResponse:
+async def _idle_audit(system: System) -> Audit:
     """The audit once its queue is empty, so that it does not slow down the next block."""
     found = await system.client.audit()
     while True:
@@ -197,7 +197,7 @@ async def _block(
     return await run_block(system, works, options.streams)
 
 
-def _costs(blocks: list[tuple[float, Block, GetAuditResponse]]) -> list[Cost]:
+def _costs(blocks: list[tuple[float, Block, Audit]]) -> list[Cost]:
     rates: dict[float, dict[int, float]] = {}
     last: dict[float, Any] = {}
     for share, block, audit in blocks:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.client.client import Client, Output
+    from outrider.client import AsyncClient, Generation
     from outrider.v1.orchestrator_pb2 import GenerateRequest
 
 PROMPTS = (
@@ -77,8 +77,8 @@ class Comparison:
 
     prompt: str
     temperature: float
-    drafted: list[Output] = field(default_factory=list)
-    plain: list[Output] = field(default_factory=list)
+    drafted: list[Generation] = field(default_factory=list)
+    plain: list[Generation] = field(default_factory=list)
 
     @property
     def identical(self) -> bool:
@@ -123,7 +123,7 @@ def demo(options: DemoOptions) -> None:
 async def _demo(options: DemoOptions, console: Console) -> Results:
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
 
     stack_options = private_stack(
         StackOptions(inflate=options.inflate, dtype=options.dtype, device=options.device)
@@ -136,7 +136,7 @@ async def _demo(options: DemoOptions, console: Console) -> Results:
     )
     async with (
         shown_stack(stack_options, view) as stack,
-        connected(stack.endpoint) as client,
+        AsyncClient(stack.endpoint, resume_for_s=0.0) as client,
     ):
         results = await compare(client, options, console)
     console.print(_table(results, options))
@@ -144,7 +144,7 @@ async def _demo(options: DemoOptions, console: Console) -> Results:
     return results
 
 
-async def compare(client: Client, options: DemoOptions, console: Console) -> Results:
+async def compare(client: AsyncClient, options: DemoOptions, console: Console) -> Results:
     """Runs each prompt with and without drafts alternately.
 
     A busy machine then slows down both equally.
@@ -155,10 +155,11 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Res
     shown = results.comparisons[: len(temperatures)]
     for gamma in (options.gamma, 0):
         warm_up = replace(options, max_tokens=_NUM_WARM_UP_TOKENS)
-        await client.generate(_request(shown[0], gamma, warm_up))
+        await client.stream(_request(shown[0], gamma, warm_up)).result()
     for comparison in shown:
         comparison.drafted.append(await _show_one(client, comparison, options, console))
-        comparison.plain.append(await client.generate(_request(comparison, 0, options)))
+        plain = client.stream(_request(comparison, 0, options))
+        comparison.plain.append(await plain.result())
     runs = (results.comparisons * options.rounds)[len(shown) :]
     left_s = max(0.0, deadline - time.monotonic())
     console.print(f"[dim]about {left_s:.0f} s more; Ctrl-C compares the outputs so far[/]")
@@ -171,7 +172,7 @@ async def compare(client: Client, options: DemoOptions, console: Console) -> Res
 
 
 async def _run_all(
-    client: Client,
+    client: AsyncClient,
     runs: list[Comparison],
     deadline: float,
     options: DemoOptions,
@@ -193,12 +194,13 @@ async def _run_all(
             if time.monotonic() > deadline:
                 break
             for gamma, outputs in ((options.gamma, comparison.drafted), (0, comparison.plain)):
-                outputs.append(await client.generate(_request(comparison, gamma, options)))
+                stream = client.stream(_request(comparison, gamma, options))
+                outputs.append(await stream.result())
 
 
 async def _show_one(
-    client: Client, comparison: Comparison, options: DemoOptions, console: Console
-) -> Output:
+    client: AsyncClient, comparison: Comparison, options: DemoOptions, console: Console
+) -> Generation:
     from outrider.cli.paint import ColourWriter, legend
 
     painter = ColourWriter(console)
@@ -208,11 +210,12 @@ async def _show_one(
     console.print(
         comparison.prompt, end="", style="dim", highlight=False, markup=False, soft_wrap=True
     )
-    request = _request(comparison, options.gamma, options)
-    output = await client.generate(request, show=painter.show)
+    stream = client.stream(_request(comparison, options.gamma, options))
+    async for chunk in stream:
+        painter.show(chunk)
     painter.end_line()
     console.print()
-    return output
+    return await stream.result()
 
 
 def _way(temperature: float) -> str:
@@ -232,9 +235,9 @@ def _request(comparison: Comparison, gamma: int | None, options: DemoOptions) ->
     return request
 
 
-def _speed(outputs: list[Output]) -> float:
+def _speed(outputs: list[Generation]) -> float:
     """Median of tokens per second after the first message."""
-    return statistics.median(output.result.speculation.tokens_per_s for output in outputs)
+    return statistics.median(output.speculation.tokens_per_s or 0.0 for output in outputs)
 
 
 def _table(results: Results, options: DemoOptions) -> Table:
@@ -249,7 +252,7 @@ def _table(results: Results, options: DemoOptions) -> Table:
         drafted_outputs = [output for one in comparisons for output in one.drafted]
         drafted = _speed(drafted_outputs)
         plain = _speed([output for one in comparisons for output in one.plain])
-        stats = [output.result.speculation for output in drafted_outputs]
+        stats = [output.speculation for output in drafted_outputs]
         num_accepted = sum(s.num_accepted_tokens for s in stats)
         num_verified = num_accepted + sum(s.num_rejected_tokens for s in stats)
         alpha = num_accepted / max(1, num_verified)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.v1.orchestrator_pb2 import GammaDecision, SpeculationStats
+    from outrider.client.results import GammaDecision, SpeculationStats
 
 _NUM_WARM_UP_TOKENS = 32
 
@@ -64,9 +64,9 @@ async def _measure(options: BenchOptions, console: Console, explanation: Explana
 
 def show_decision(console: Console, stats: SpeculationStats) -> None:
     """Prints the last GammaDecision. Raises InternalError if there is none."""
-    if not stats.HasField("decision"):
-        raise InternalError("no choice of γ was reported: the output had no drafts")
     decision = stats.decision
+    if decision is None:
+        raise InternalError("no choice of γ was reported: the output had no drafts")
     console.print(decision_table(decision))
     console.print(
         f"rows per pass {decision.mean_num_rows:.1f} · draft step "

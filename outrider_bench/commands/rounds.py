@@ -172,7 +172,7 @@ async def _watched(system: System, windows: list[Window]) -> AsyncIterator[None]
     """
     import grpc
 
-    from outrider.client.client import SHORT_TIMEOUT_S
+    from outrider.client.connection import SHORT_TIMEOUT_S
     from outrider.v1 import target_pb2, target_pb2_grpc
 
     pid = system.stack.pid("orchestrator")

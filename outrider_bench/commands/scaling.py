@@ -159,7 +159,7 @@ async def _systems(
     """Starts the orchestrators, each with one draft replica, all on the first one's target."""
     from outrider.cli.up import shown_stack
     from outrider.cli.view import StackView
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
     from outrider_bench.measuring.workload import Prompts
 
     target, draft = simulated_tiers(options.pass_ms, *pair)
@@ -178,8 +178,10 @@ async def _systems(
             address = systems[0].stack.addresses["target"] if systems else None
             shown = shown_stack(stack_options, StackView(console, stays=False), address)
             stack = await resources.enter_async_context(shown)
-            client = await resources.enter_async_context(connected(stack.endpoint))
-            info = await client.model_info()
+            client = await resources.enter_async_context(
+                AsyncClient(stack.endpoint, resume_for_s=0.0)
+            )
+            info = await client.models()
             prompts = Prompts(
                 info.target.vocab_size, tokenizer=None, seed=number, length=options.prompt_len
             )

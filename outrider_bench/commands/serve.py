@@ -67,7 +67,7 @@ async def _measure(
 
     from outrider.cli.running import survive_signal
     from outrider.client.channel import open_channel
-    from outrider.client.client import call_failed
+    from outrider.client.connection import call_failed
     from outrider_bench.loadtest.campaign import Campaign
     from outrider_bench.loadtest.driver import loaded_orchestrators
 
@@ -189,7 +189,7 @@ def _pass_reader(options: ServeOptions) -> Callable[[], Awaitable[Passes]] | Non
         return None
     import grpc
 
-    from outrider.client.client import call_failed
+    from outrider.client.connection import call_failed
     from outrider.settings.addresses import require_endpoint
     from outrider_bench.loadtest.phase_results import Passes
     from outrider_bench.measuring.tiers import target_info

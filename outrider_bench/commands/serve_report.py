@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,13 +150,14 @@ def _head(
 
 
 def _environment(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dict[str, Any]:
-    from outrider.cli.plain import plain
+    from outrider.client import Models
+    from outrider.client.messages import read_message
     from outrider_bench.measuring.document import git_commit, machine, versions
 
     return {
         "command": shlex.join(["outrider", *sys.argv[1:]]),
         "options": {k: None if v is None else str(v) for k, v in vars(options).items()},
-        "models": plain(campaign.orchestrators.info),
+        "models": asdict(read_message(Models, campaign.orchestrators.info)),
         "machine": machine(),
         "versions": versions(),
         "git_commit": git_commit(),

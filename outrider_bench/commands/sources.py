@@ -195,17 +195,10 @@ def _rate(samples: list[Sample], variant: str) -> float:
 def _row(
     task: str, variant: str, samples: list[Sample], rate: float, over_better: float | None
 ) -> TaskResult:
-    from outrider.v1 import orchestrator_pb2
-
     own = [sample for sample in samples if sample.variant == variant]
     truth = {s.prompt: s.token_ids for s in samples if s.variant == "plain"}
     stats = [sample.stats for sample in own if sample.stats is not None]
-    lookup = [
-        source
-        for entry in stats
-        for source in entry.sources
-        if source.source == orchestrator_pb2.DRAFT_SOURCE_LOOKUP
-    ]
+    lookup = [source for entry in stats for source in entry.sources if source.source == "lookup"]
     accepted = sum(source.num_accepted_tokens for source in lookup)
     verified = accepted + sum(source.num_rejected_tokens for source in lookup)
     return TaskResult(

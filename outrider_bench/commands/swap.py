@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider.cli.supervisor import Supervisor
-    from outrider.client.client import Client
+    from outrider.client import AsyncClient
     from outrider_bench.commands.swap_load import Load
     from outrider_bench.measuring.document import Document
     from outrider_bench.measuring.show import Step
@@ -137,12 +137,15 @@ class _Swap:
         self._load: Load | None = None
 
     async def run(self, step: Step) -> None:
-        from outrider.client.client import connected
+        from outrider.client import AsyncClient
 
         drafts = await asyncio.to_thread(_drafts, self._options)
         async with contextlib.AsyncExitStack() as stack:
             addresses = await self._start_programs(drafts["old"])
-            clients = [await stack.enter_async_context(connected(a)) for a in addresses]
+            clients = [
+                await stack.enter_async_context(AsyncClient(address, resume_for_s=0.0))
+                for address in addresses
+            ]
             self._load = load = await self._prepared(clients)
             await self._until(lambda roles: "current" in roles.values())
             await stack.enter_async_context(load.running(self._options.streams))
@@ -184,14 +187,14 @@ class _Swap:
         ]
         await self._supervisor.start(f"draft-{name}", arguments)
 
-    async def _prepared(self, clients: Sequence[Client]) -> Load:
+    async def _prepared(self, clients: Sequence[AsyncClient]) -> Load:
         """The load, with the outputs of all its requests without a draft."""
         from outrider.cli.request import Method
         from outrider_bench.commands.swap_load import Load, without_draft
         from outrider_bench.measuring.workload import Prompts, Variant
 
         options, stack_options = self._options, self._stack_options
-        info = await clients[0].model_info()
+        info = await clients[0].models()
         model = stack_options.target_model if stack_options.has_tokenizer else None
         prompts = Prompts(
             info.target.vocab_size, tokenizer=model, seed=options.seed, length=options.prompt_len
@@ -229,22 +232,17 @@ class _Swap:
 
     async def _look(self) -> list[dict[str, str]]:
         """Notes changes of the rollout. Returns the roles at each orchestrator."""
-        from outrider.v1 import orchestrator_pb2
-
         assert self._load is not None, "it is prepared"
-        found = [(await client.model_info()).draft_rollout for client in self._load.clients]
-        newest = max(found, key=lambda rollout: rollout.version)
+        found = [(await client.models()).draft_rollout for client in self._load.clients]
+        rollouts = [rollout for rollout in found if rollout is not None]
+        assert len(rollouts) == len(found), "the stack has a draft tier"
+        newest = max(rollouts, key=lambda rollout: rollout.version)
         if newest.version > len(self._events):
             seconds = round(time.monotonic() - self._load.began_at, 1)
             self._events.append({"at_s": seconds, "decision": newest.decision})
         return [
-            {
-                Path(each.model).name or each.revision: orchestrator_pb2.DraftRole.Name(each.role)
-                .removeprefix("DRAFT_ROLE_")
-                .lower()
-                for each in rollout.revisions
-            }
-            for rollout in found
+            {Path(each.model).name or each.revision: each.role for each in rollout.revisions}
+            for rollout in rollouts
         ]
 
 

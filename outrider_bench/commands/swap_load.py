@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from outrider.client.client import Client
+from outrider.client import AsyncClient
 from outrider.errors import CallFailed, InternalError
 from outrider.v1 import orchestrator_pb2
 
@@ -21,7 +21,7 @@ PHASES = ("old", "new joins", "new", "bad joins", "after")
 class Load:
     """Closed loop of streams over all orchestrators; `phase` labels what ends now."""
 
-    clients: Sequence[Client]
+    clients: Sequence[AsyncClient]
     requests: Sequence[orchestrator_pb2.GenerateRequest]
     expected: Sequence[list[int]]
     samples: list[dict[str, Any]]
@@ -50,11 +50,11 @@ class Load:
         sample: dict[str, Any] = {"number": number, "request": place}
         try:
             client = self.clients[number % len(self.clients)]
-            output = await client.generate(self.requests[place])
+            output = await client.stream(self.requests[place]).result()
         except (CallFailed, InternalError) as error:
             sample["error"] = str(error)
         else:
-            stats = output.result.speculation
+            stats = output.speculation
             sample |= {
                 "is_equal": output.token_ids == self.expected[place],
                 "num_tokens": len(output.token_ids),
@@ -67,9 +67,11 @@ class Load:
         self.samples.append(sample)
 
 
-async def without_draft(client: Client, request: orchestrator_pb2.GenerateRequest) -> list[int]:
+async def without_draft(
+    client: AsyncClient, request: orchestrator_pb2.GenerateRequest
+) -> list[int]:
     """The output of the request with γ = 0. Raises CallFailed."""
     plain = orchestrator_pb2.GenerateRequest()
     plain.CopyFrom(request)
     plain.gamma = 0
-    return (await client.generate(plain)).token_ids
+    return (await client.stream(plain).result()).token_ids

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from outrider.client.client import Client
-    from outrider.v1.model_pb2 import ModelInfo
+    from outrider.client import AsyncClient
+    from outrider.client.info import ModelInfo
     from outrider.v1.orchestrator_pb2 import GenerateRequest
     from outrider_bench.measuring.show import Step
 
@@ -132,15 +132,15 @@ async def _wire(options: WireOptions, console: Console, found: WireCosts) -> Non
 @contextlib.asynccontextmanager
 async def _served(
     options: WireOptions, vocab_size: int | None, console: Console
-) -> AsyncIterator[Client]:
+) -> AsyncIterator[AsyncClient]:
     """Client of the measured orchestrator. `vocab_size`: makes a random pair; None: no pair."""
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
     from outrider_bench.measuring.system import settled_info
 
     if options.endpoint:
-        async with connected(options.endpoint) as client:
+        async with AsyncClient(options.endpoint, resume_for_s=0.0) as client:
             yield client
         return
     with tempfile.TemporaryDirectory(prefix="outrider-bench-") as directory:
@@ -155,7 +155,7 @@ async def _served(
         view = StackView(console, models=described_models(stack_options), stays=False)
         async with (
             shown_stack(stack_options, view) as stack,
-            connected(stack.endpoint) as client,
+            AsyncClient(stack.endpoint, resume_for_s=0.0) as client,
         ):
             await settled_info(client, stack)
             yield client
@@ -173,11 +173,11 @@ async def _random_pair(directory: Path, vocab_size: int, console: Console) -> di
 
 
 async def _measure_all(
-    client: Client, options: WireOptions, costs: list[WireCost], step: Step
+    client: AsyncClient, options: WireOptions, costs: list[WireCost], step: Step
 ) -> None:
     """Measures every verification method at every temperature. Appends to `costs`."""
-    info = await client.model_info()
-    if not info.HasField("draft"):
+    info = await client.models()
+    if info.draft is None:
         raise ConfigError("bench wire: no draft is connected; this benchmark needs one")
     for temperature in _TEMPERATURES:
         for method in Method:
@@ -186,13 +186,13 @@ async def _measure_all(
 
 
 async def _measure(
-    client: Client, target: ModelInfo, method: Method, temperature: float, options: WireOptions
+    client: AsyncClient, target: ModelInfo, method: Method, temperature: float, options: WireOptions
 ) -> WireCost:
     outputs = [
-        await client.generate(_request(target, method, temperature, seed, options))
+        await client.stream(_request(target, method, temperature, seed, options)).result()
         for seed in range(options.runs)
     ]
-    stats = [output.result.speculation for output in outputs]
+    stats = [output.speculation for output in outputs]
     num_tokens = sum(len(output.token_ids) for output in outputs)
     num_rejected = sum(s.num_rejected_tokens for s in stats)
     num_accepted = sum(s.num_accepted_tokens for s in stats)

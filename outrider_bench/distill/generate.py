@@ -18,7 +18,7 @@ import transformers
 from outrider_bench.distill.rows import Row
 
 if TYPE_CHECKING:
-    from outrider.client.client import Client
+    from outrider.client import AsyncClient
 
 # transformers' annotations are partial.
 _untyped: Any = transformers
@@ -155,9 +155,9 @@ class RunningService:
         return asyncio.run(self._generate(jobs, seed))
 
     async def _generate(self, jobs: Sequence[Job], seed: int) -> list[Row]:
-        from outrider.client.client import connected
+        from outrider.client import AsyncClient
 
-        async with connected(self._endpoint, self._access) as client:
+        async with AsyncClient(self._endpoint, access=self._access) as client:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     running = [
@@ -168,15 +168,11 @@ class RunningService:
                 raise group.exceptions[0] from None
         return [task.result() for task in running]
 
-    async def _one(self, client: Client, job: Job, seed: int) -> Row:
-        from outrider.v1 import orchestrator_pb2
-
-        request = orchestrator_pb2.GenerateRequest()
-        request.token_ids.ids.extend(job.prompt_ids)
-        request.sampling.temperature = job.temperature
-        request.sampling.seed = seed
-        request.sampling.max_tokens = self._max_tokens
-        output = await client.generate(request)
+    async def _one(self, client: AsyncClient, job: Job, seed: int) -> Row:
+        stream = client.generate(
+            job.prompt_ids, temperature=job.temperature, seed=seed, max_tokens=self._max_tokens
+        )
+        output = await stream.result()
         token_ids = job.prompt_ids + tuple(output.token_ids)
         return Row(token_ids, len(job.prompt_ids), job.temperature)
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import outrider
 from outrider.cli.failures import Signalled
-from outrider.cli.plain import plain
 from outrider.cli.stack_options import MADE_PAIR
 from outrider.errors import ConfigError
 from outrider_bench.measuring.cores import CoreLayout
@@ -101,7 +100,7 @@ class Document:
 
     def about(self, system: System) -> None:
         """Records the models and the cores."""
-        self._about = {"models": plain(system.info), "cores": _cores(system.layout)}
+        self._about = {"models": dataclasses.asdict(system.info), "cores": _cores(system.layout)}
 
     def write(self) -> None:
         """Writes the document to `path`."""

@@ -10,11 +10,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from outrider.cli.plain import plain
-from outrider.v1 import orchestrator_pb2
+from outrider.client import SpeculationStats
 from outrider_bench.measuring.system import System
 from outrider_bench.measuring.workload import Variant
 
@@ -36,14 +35,14 @@ class Sample:
     tokens_per_s: float
     first_s: float
     wall_s: float
-    stats: orchestrator_pb2.SpeculationStats | None = None
+    stats: SpeculationStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Entry of the JSON document. The output is a digest: enough to compare outputs."""
         digest = hashlib.sha256(",".join(map(str, self.token_ids)).encode()).hexdigest()[:16]
         speculation = None
         if self.stats is not None:
-            speculation = plain(self.stats)
+            speculation = asdict(self.stats)
             del speculation["decision"]  # long; `bench explain-gamma` shows it
         return {
             "variant": self.variant,
@@ -148,24 +147,23 @@ async def run(system: System, work: Work) -> Sample:
 async def _run(system: System, work: Work, arrivals: _Arrivals | None, is_first: bool) -> Sample:
     request = work.variant.request(work.prompt_ids, work.max_tokens, work.seed)
     begin = time.monotonic()
-    first_s: list[float] = []
-
-    def show(chunk: orchestrator_pb2.GenerateResponse) -> None:
-        is_first_chunk = not first_s
-        if is_first_chunk:
-            first_s.append(time.monotonic() - begin)
+    first_s: float | None = None
+    stream = system.client.stream(request)
+    async for chunk in stream:
         if arrivals is not None:
-            arrivals.add(len(chunk.token_ids), is_first and is_first_chunk)
-
-    output = await system.client.generate(request, show=show)
-    stats = output.result.speculation
+            arrivals.add(len(chunk.token_ids), is_first and first_s is None)
+        if first_s is None:
+            first_s = time.monotonic() - begin
+    output = await stream.result()
+    assert first_s is not None, "an output has at least one token"
+    stats = output.speculation
     return Sample(
         variant=work.variant.name,
         prompt=work.prompt,
         repetition=work.repetition,
         token_ids=output.token_ids,
-        tokens_per_s=stats.tokens_per_s,
-        first_s=first_s[0],
+        tokens_per_s=stats.tokens_per_s or 0.0,
+        first_s=first_s,
         wall_s=time.monotonic() - begin,
         stats=stats,
     )

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from outrider.v1 import orchestrator_pb2
+from outrider.client import SpeculationStats
 from outrider_bench.measuring.load import Sample
 
 
@@ -98,7 +98,7 @@ def survival_by_position(samples: Iterable[Sample]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def mean_gamma(stats: Sequence[orchestrator_pb2.SpeculationStats]) -> float:
+def mean_gamma(stats: Sequence[SpeculationStats]) -> float:
     """Mean number of draft tokens per round, including rounds without any."""
     num_rounds = sum(sum(s.num_rounds_per_gamma) for s in stats)
     num_tokens = sum(g * num for s in stats for g, num in enumerate(s.num_rounds_per_gamma))

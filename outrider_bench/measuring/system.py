@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider.cli.stack import Stack
-    from outrider.client.client import Client
-    from outrider.v1.orchestrator_pb2 import GetModelInfoResponse
+    from outrider.client import AsyncClient, Models
     from outrider_bench.measuring.workload import Prompts
 
 # With --quick the quickstart target keeps its own size: it then costs no more than its draft.
@@ -124,30 +123,31 @@ class BenchOptions:
 class System:
     """Running system with no other clients than the benchmark."""
 
-    client: Client
+    client: AsyncClient
     stack: Stack
-    info: GetModelInfoResponse
+    info: Models
     prompts: Prompts
     layout: CoreLayout
 
     def require_draft(self) -> None:
         """Raises ConfigError unless a draft is connected and paired."""
-        if self.info.draft_pairing.refused:
-            raise ConfigError(f"--draft: {self.info.draft_pairing.refused}")
-        if not self.info.HasField("draft"):
+        pairing = self.info.draft_pairing
+        if pairing is not None and pairing.refused:
+            raise ConfigError(f"--draft: {pairing.refused}")
+        if self.info.draft is None:
             raise ConfigError("--draft: no draft is connected; this benchmark needs one")
 
 
-async def wait_for_draft(client: Client, has_draft: bool) -> GetModelInfoResponse:
+async def wait_for_draft(client: AsyncClient, has_draft: bool) -> Models:
     """Waits until the orchestrator has a draft, or until it has none; returns its model info."""
     while True:
-        info = await client.model_info()
-        if info.HasField("draft") == has_draft:
+        info = await client.models()
+        if (info.draft is not None) == has_draft:
             return info
         await asyncio.sleep(_POLL_INTERVAL_S)
 
 
-async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
+async def settled_info(client: AsyncClient, stack: Stack) -> Models:
     """Model info after the draft has joined.
 
     After a time-out, or if the system has no draft, the info is without one.
@@ -156,7 +156,7 @@ async def settled_info(client: Client, stack: Stack) -> GetModelInfoResponse:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAFT_TIMEOUT_S):
                 return await wait_for_draft(client, True)
-    return await client.model_info()
+    return await client.models()
 
 
 @contextlib.asynccontextmanager
@@ -172,7 +172,7 @@ async def measured_system(
     """
     from outrider.cli.up import described_models, shown_stack
     from outrider.cli.view import StackView
-    from outrider.client.client import connected
+    from outrider.client import AsyncClient
     from outrider_bench.measuring.workload import Prompts
 
     cores = layout(options.cores)
@@ -182,7 +182,7 @@ async def measured_system(
     with cores.pins_this_process():
         async with (
             shown_stack(stack_options, view) as stack,
-            connected(stack.endpoint) as client,
+            AsyncClient(stack.endpoint, resume_for_s=0.0) as client,
         ):
             info = await settled_info(client, stack)
             model = stack_options.target_model if stack_options.has_tokenizer else None

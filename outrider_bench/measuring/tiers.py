@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from outrider.client.client import SHORT_TIMEOUT_S
+from outrider.client.connection import SHORT_TIMEOUT_S
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 

@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from outrider.cli.audit import _view
+from outrider.client.info import Audit
+from outrider.client.messages import read_message
 from outrider.v1 import orchestrator_pb2
 from tests.cli.processes import run
 
@@ -43,7 +45,7 @@ def _shown(**fields: Any) -> str:
         num_dropped={"busy": 3, "failed": 0}, num_tokens=98_304, tests=tests, **fields,
     )  # fmt: skip
     console = Console(width=120, record=True, file=io.StringIO())
-    for part in _view(found):
+    for part in _view(read_message(Audit, found)):
         console.print(part)
     return console.export_text()
 

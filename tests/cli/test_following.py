@@ -28,9 +28,8 @@ import target_service.app
 from outrider.cli.relay import Relay
 from outrider.cli.request import GenerateOptions, Method, build_request, endpoints_of
 from outrider.cli.supervisor import Program
-from outrider.client.client import Output, connected
-from outrider.client.resume import ResumeFailed, ResumeLimits, StreamFollower
-from outrider.errors import CallFailed, ConfigError
+from outrider.client import AsyncClient, Generation
+from outrider.errors import CallFailed, ConfigError, ResumeFailed
 from outrider.redis.embedded import RedisServer
 from outrider.settings.services import OrchestratorConfig, TargetConfig
 from tests import redis_fixture
@@ -62,7 +61,7 @@ class Place:
     redis_url: str
     log_dir: Path
     steady: str = ""
-    whole: Output = field(default_factory=Output)
+    whole: Generation = field(init=False)
 
     @contextlib.asynccontextmanager
     async def slow_target(self) -> AsyncIterator[str]:
@@ -98,8 +97,8 @@ async def place(
     async with target_service.app.serving(config) as server:
         log_dir = tmp_path_factory.mktemp("following")
         place = Place(f"127.0.0.1:{server.port}", target, redis_server.url, log_dir)
-        async with place.serving(place.target) as place.steady, connected(place.steady) as client:
-            place.whole = await client.generate(build_request(ASKED))
+        async with place.serving(place.target) as place.steady, AsyncClient(place.steady) as client:
+            place.whole = await client.stream(build_request(ASKED)).result()
             yield place
 
 
@@ -118,28 +117,25 @@ class Following:
         *,
         resume_for_s: float = 60.0,
         asked: GenerateOptions = ASKED,
-    ) -> Output:
-        def show(chunk: object) -> None:
-            self.text += getattr(chunk, "text", "")
-            self.started.set()
-
+    ) -> Generation:
         request = build_request(asked)
         request.session_id, request.create_session = session_id, True
-        async with contextlib.AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(connected(e)) for e in endpoints]
-            follower = StreamFollower(
-                clients, request, ResumeLimits(resume_for_s), has_turns=True, show=show,
-                report=self.messages.append,
-            )  # fmt: skip
-            return await follower.run()
+        async with AsyncClient(
+            endpoints, resume_for_s=resume_for_s, report=self.messages.append
+        ) as client:
+            stream = client.stream(request)
+            async for chunk in stream:
+                self.text += chunk.text
+                self.started.set()
+            return await stream.result()
 
 
-def check(output: Output, following: Following, place: Place) -> None:
+def check(output: Generation, following: Following, place: Place) -> None:
     """The output equals that of an uninterrupted generation."""
     assert len(output.logprobs) in (0, NUM_TOKENS)
     assert output.token_ids == place.whole.token_ids
     assert output.text == following.text == place.whole.text
-    assert output.result.usage.completion_tokens == NUM_TOKENS
+    assert output.usage.completion_tokens == NUM_TOKENS
     broken, resumed = following.messages
     assert re.match(r"the stream broke after \d+ tokens: UNAVAILABLE: ", broken)
     assert resumed == f"resumed at {place.steady}"
@@ -192,8 +188,8 @@ async def test_orchestrator_stopped_with_logprobs(
     """Log-probabilities of the first orchestrator are kept; the second continues after them."""
     monkeypatch.setattr(orchestrator.app, "STOP_GRACE_S", 60.0)  # no stream is broken before
     following = Following()
-    async with connected(place.steady) as client:
-        whole = await client.generate(build_request(WITH_LOGPROBS))
+    async with AsyncClient(place.steady) as client:
+        whole = await client.stream(build_request(WITH_LOGPROBS)).result()
     async with place.slow_target() as slow:
         async with place.serving(slow) as first:
             running = asyncio.create_task(
@@ -213,7 +209,7 @@ async def test_orchestrator_killed_with_logprobs(place: Place) -> None:
         place.slow_target() as slow,
         place.serving(slow) as first,
         Relay("127.0.0.1", 0, *address(first), 0.0) as relay,
-        connected(place.steady) as client,
+        AsyncClient(place.steady) as client,
     ):
         endpoints = f"{relay.address},{place.steady}"
         process, started = await begin(endpoints, "--session=killed-l", "--logprobs=2")
@@ -295,10 +291,10 @@ async def test_session_missing_for_good(place: Place, monkeypatch: pytest.Monkey
 
 async def test_second_turn_interrupted_before_its_first_token(place: Place) -> None:
     """The turn is not sent twice, and the first turn is not repeated."""
-    async with connected(place.steady) as client:
+    async with AsyncClient(place.steady) as client:
         request = build_request(ASKED)
         request.session_id, request.create_session, request.sampling.max_tokens = "two", True, 3
-        await client.generate(request)
+        await client.stream(request).result()
         async with (
             Relay("127.0.0.1", 0, *address(place.target), 0.0) as to_target,
             place.serving(to_target.address) as first,
@@ -344,7 +340,7 @@ async def test_ctrl_c(place: Place) -> None:
     async with (
         place.slow_target() as slow,
         place.serving(slow) as only,
-        connected(only) as client,
+        AsyncClient(only) as client,
     ):
         process, started = await begin(only, "--session=c")
         process.send_signal(signal.SIGINT)
@@ -423,13 +419,11 @@ async def test_resume_from_excludes_a_prompt(options: GenerateOptions, message: 
 
 
 async def test_lists_of_endpoints() -> None:
-    """Only `outrider generate` takes several endpoints."""
     assert endpoints_of("a:1, b:1") == ["a:1", "b:1"]
     with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,,b:1'"):
         endpoints_of("a:1,,b:1")
-    with pytest.raises(ConfigError, match=r"^--endpoint: 'a:1,b:1' is a list"):
-        async with connected("a:1,b:1"):
-            pass
+    with pytest.raises(ConfigError, match=r"^endpoint: the list is empty"):
+        AsyncClient([])
 
 
 @dataclass
@@ -463,7 +457,7 @@ async def end(process: asyncio.subprocess.Process, started: bytes = b"") -> Ende
 
 
 def num_sessions(place: Place) -> int:
-    keys = redis_fixture.redis_command(place.redis_url, "KEYS", "outrider:session:cli-*")
+    keys = redis_fixture.redis_command(place.redis_url, "KEYS", "outrider:session:client-*")
     return int(keys.partition(b"\r\n")[0].removeprefix(b"*"))
 
 

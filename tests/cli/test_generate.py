@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from outrider.cli.paint import pieces
 from outrider.cli.request import (
     DraftSource,
     DraftWait,
@@ -21,6 +20,7 @@ from outrider.cli.request import (
     Method,
     build_request,
 )
+from outrider.client import Chunk
 from outrider.errors import ConfigError, InvalidRequest
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from tests.cli.processes import ROOT, command, environment, run
@@ -214,12 +214,6 @@ def test_numbers_out_of_a_fields_range() -> None:
 
 def test_text_is_split_by_token() -> None:
     """Tokens without text are skipped; text after the last end belongs to the last token."""
-    accepted, bonus = (
-        orchestrator_pb2.TOKEN_ORIGIN_ACCEPTED,
-        orchestrator_pb2.TOKEN_ORIGIN_BONUS,
-    )
-    chunk = orchestrator_pb2.GenerateResponse(
-        text="añ世cd", origins=[accepted, accepted, bonus], text_ends=[1, 1, 4]
-    )
-    assert list(pieces(chunk)) == [("a", accepted), ("ñ世c", bonus), ("d", bonus)]
-    assert list(pieces(orchestrator_pb2.GenerateResponse(text="x"))) == [("x", 0)]
+    chunk = Chunk("añ世cd", [5, 6, 7], ["accepted", "accepted", "bonus"], [], [1, 1, 4])
+    assert list(chunk.pieces()) == [("a", "accepted"), ("ñ世c", "bonus"), ("d", "bonus")]
+    assert list(Chunk("x", [], [], [], []).pieces()) == [("x", "plain")]

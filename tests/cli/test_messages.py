@@ -14,8 +14,9 @@ import pytest
 import trustme
 
 from outrider.cli.request import endpoints_of
+from outrider.client import AsyncClient
 from outrider.client.channel import Access
-from outrider.client.client import call_failed, connected
+from outrider.client.connection import call_failed
 from outrider.errors import CallFailed, ConfigError
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tests.cli.processes import run
@@ -30,8 +31,8 @@ NOTHING = grpc.aio.Metadata()
 async def failure(endpoint: str, access: Access | None = None) -> str:
     """The message of a request that fails."""
     with pytest.raises(CallFailed) as caught:
-        async with connected(endpoint, access) as client:
-            await client.model_info()
+        async with AsyncClient(endpoint, access=access, resume_for_s=0) as client:
+            await client.models()
     message = str(caught.value)
     assert not any(word in message for word in INTERNAL), message
     return message
@@ -226,8 +227,8 @@ async def failure_of_a_broken_stream(
     endpoint: str, access: Access | None, gateway: Gateway, cut: Any
 ) -> str:
     """The message for a stream that `cut` breaks after its first message."""
-    async with connected(endpoint, access) as client:
-        call = asyncio.create_task(client.generate(orchestrator_pb2.GenerateRequest()))
+    async with AsyncClient(endpoint, access=access, resume_for_s=0) as client:
+        call = asyncio.create_task(client.generate("").result())
         await gateway.has_started.wait()
         await cut()
         with pytest.raises(CallFailed) as caught:
@@ -307,8 +308,8 @@ async def test_a_proxys_own_message_is_shown(words: str, has_tls: bool, tmp_path
     credentials = server_credentials(authority, "localhost") if has_tls else None
     async with serving(words, credentials=credentials) as (port, _, _):
         with pytest.raises(CallFailed) as caught:
-            async with connected(f"localhost:{port}", access) as client:
-                await client.model_info()
+            async with AsyncClient(f"localhost:{port}", access=access) as client:
+                await client.models()
     message = str(caught.value)
     assert message.startswith(f"UNAVAILABLE: localhost:{port} answered: {words} (")
     assert "check the proxy or gateway" in message

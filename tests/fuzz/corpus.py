@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
+from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.fuzz.values import GENERATION_IDS, SESSION_IDS, tokens
 from tests.services.streams import draft_commit, draft_open, ids, row, sizes, target_open

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 
 from outrider.errors import InvalidRequest
 from outrider.runtime import message_limits as frames
-from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
+from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.runtime.message_limits import (
     MAX_FIELDS,
     MAX_PACKED_BYTES,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from outrider.client.client import connected
+from outrider.client import AsyncClient
 from outrider.errors import ConfigError
 from outrider.settings.services import OrchestratorConfig
 from tests.services.parts import GREEDY, Tiers, orchestrating
@@ -28,15 +28,15 @@ async def test_a_new_orchestrator_gets_calls_and_a_running_stream_continues(
         orchestrating(Tiers(target.server, None), redis_url, gamma=2) as second,
     ):
         endpoints = [first.endpoint]
-        async with balancer(endpoints) as endpoint, connected(endpoint) as client:
+        async with balancer(endpoints) as endpoint, AsyncClient(endpoint, resume_for_s=0) as client:
             gate.shut()
             asked = request(PROMPT, {**GREEDY, "max_tokens": 5})
-            calling = asyncio.create_task(client.generate(asked, timeout_s=TIMEOUT_S))
+            calling = asyncio.create_task(client.stream(asked, timeout_s=TIMEOUT_S).result())
             await eventually(gate.holds_a_pass)
             endpoints.append(second.endpoint)
 
             async def reaches_the_second() -> bool:
-                return (await client.model_info()).default_gamma == 2
+                return (await client.models()).default_gamma == 2
 
             await eventually(reaches_the_second)
             assert not calling.done()

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 import orchestrator.replicas.replica_stream
 import outrider.model_server.stream
-from outrider.client.client import connected
+from outrider.client import AsyncClient
 from outrider.errors import InvalidRequest, Unavailable
 from outrider.runtime.grpc_streams import Outbox
 from outrider.runtime.heartbeat import Heartbeat
@@ -39,12 +39,12 @@ async def test_a_long_pass_behind_proxies_of_default_settings(redis_url: str, ga
         strict_proxy(f"127.0.0.1:{target.server.port}") as (to_target, link),
         orchestrating(Tiers(target.server, None), redis_url, target_endpoint=to_target) as system,
         strict_proxy(system.endpoint) as (endpoint, _),
-        connected(endpoint) as client,
+        AsyncClient(endpoint, resume_for_s=0) as client,
     ):
         with capture_logs() as logs:
             gate.shut()
             asked = request(PROMPT, {**GREEDY, "max_tokens": 1})
-            calling = asyncio.create_task(client.generate(asked, timeout_s=TIMEOUT_S))
+            calling = asyncio.create_task(client.stream(asked, timeout_s=TIMEOUT_S).result())
             await eventually(gate.holds_a_pass)
             await asyncio.sleep(9.0)
             gate.open()

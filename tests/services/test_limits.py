@@ -16,7 +16,7 @@ import pytest_asyncio
 from outrider.model_server import scheduler
 from outrider.model_server import stream as peers
 from outrider.redis.embedded import RedisServer
-from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
+from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.runtime.grpc_streams import MAX_PENDING, Outbox
 from outrider.v1 import draft_pb2, orchestrator_pb2, sampling_pb2, target_pb2
 from tests.services.parts import (
