@@ -17,9 +17,9 @@ import orchestrator.replicas.draft_client
 import orchestrator.replicas.replica_stream
 import orchestrator.replicas.target_client
 import orchestrator.startup
+import outrider.client.connection
 import outrider.model_server.stream
 import outrider.redis.embedded
-import outrider.runtime.heartbeat
 import tests.stack
 from orchestrator.sessions import StoreOptions
 
@@ -33,7 +33,7 @@ def patient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orchestrator.replicas.replica_stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
         patch.setattr(outrider.model_server.stream, "MAX_MISSED_HEARTBEATS", _MANY_BEATS)
-        patch.setattr(outrider.runtime.heartbeat, "_CLIENT_MAX_MISSED", _MANY_BEATS)
+        patch.setattr(outrider.client.connection, "_MAX_MISSED", _MANY_BEATS)
         patch.setattr(orchestrator.replicas.draft_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.replicas.target_client, "MODEL_INFO_TIMEOUT_S", _LONG_S)
         patch.setattr(orchestrator.startup, "DRAFT_START_TIMEOUT_S", _LONG_S)
