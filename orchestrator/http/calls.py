@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from orchestrator.admission.api_keys import ApiKeys
 from orchestrator.api.request_telemetry import REQUEST_ID_KEY, request_id
 from orchestrator.http.errors import ClientGone, Refused, answer_of
-from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
+from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 
 # From the request's first byte to its last.
 _BODY_TIMEOUT_S = 60.0

@@ -15,7 +15,7 @@ from outrider.client.channel import Access
 from outrider.client.connection import Connection
 from outrider.client.info import Audit, Models, Session, SessionList, SessionSummary
 from outrider.client.messages import read_message
-from outrider.client.request import Message, RequestFields, build_request
+from outrider.client.request import ChatFields, Message, RequestFields, build_request
 from outrider.client.results import Chunk, Generation, Output
 from outrider.client.resume import BROKEN, Report, StreamFollower
 from outrider.errors import CallFailed, ConfigError, ResumeFailed
@@ -128,12 +128,12 @@ class AsyncClient:
         messages: Sequence[Message],
         *,
         timeout_s: float | None = None,
-        **fields: Unpack[RequestFields],
+        **fields: Unpack[ChatFields],
     ) -> GenerationStream:
         """The assistant's answer to messages such as {"role": "user", "content": "Hi"}.
 
         They are rendered with the model's chat template. With `session_id`, `messages` are the new
-        ones. Otherwise as `generate`.
+        ones. Tools and messages may have OpenAI's form. Otherwise as `generate`.
         """
         return self.stream(build_request(messages=messages, fields=fields), timeout_s=timeout_s)
 

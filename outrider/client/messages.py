@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import reprlib
 import struct
 import types
@@ -42,21 +43,23 @@ def enum_name(field: Any, number: int) -> str:
 
 
 def fill_message(message: Message, name: str, value: Any, path: str) -> None:
-    """Sets a field from a plain value. Lists replace nothing: they are appended.
+    """Sets a field from a plain value; an object for a text field becomes JSON. Lists are appended.
 
     Raises InvalidRequest that names `path` for a value that the field cannot have.
     """
     field = message.DESCRIPTOR.fields_by_name[name]
     try:
         if field.message_type is None and not _is_many(getattr(message, name)):
-            setattr(message, name, _number(field, value, path) if field.enum_type else value)
+            value = _number(field, value, path) if field.enum_type else _text(field, value)
+            setattr(message, name, value)
         elif isinstance(getattr(message, name), Message):
             getattr(message, name).SetInParent()
             _fill_all(getattr(message, name), value, path)
         elif isinstance(value, Mapping):
             getattr(message, name).update(value)
         elif field.message_type is None:
-            getattr(message, name).extend([value] if isinstance(value, str) else value)
+            values = [value] if isinstance(value, str) else value
+            getattr(message, name).extend(_text(field, each) for each in values)
         else:
             for index, each in enumerate(value):
                 _fill_all(getattr(message, name).add(), each, f"{path}[{index}]")
@@ -75,6 +78,12 @@ def _fill_all(message: Message, values: Mapping[str, Any], path: str) -> None:
             raise InvalidRequest(f"{path}.{name}", f"is not a field; fields are {known}")
         if value is not None:
             fill_message(message, name, value, f"{path}.{name}")
+
+
+def _text(field: Any, value: Any) -> Any:
+    """The value; for a text field, a mapping or list is JSON."""
+    is_json = field.type == FieldDescriptor.TYPE_STRING and isinstance(value, Mapping | list)
+    return json.dumps(value, ensure_ascii=False) if is_json else value
 
 
 def _number(field: Any, value: Any, path: str) -> int:

@@ -31,6 +31,21 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the prompt's tokens, each given those before it.
+
+    `logprobs[i]` is of token i + 1. `top_ids` and `top_logprobs` have `num_top` entries for each of
+    these positions, best first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    num_top: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """What one message of a stream adds to the output. `logprobs` is empty unless requested.
 
@@ -150,6 +165,7 @@ class Generation(GenerationEnd):
     token_ids: list[int]
     origins: list[TokenOrigin]
     logprobs: list[TokenLogprobs]
+    prompt_logprobs: PromptLogprobs | None
 
 
 @dataclass
@@ -161,6 +177,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     origins: list[TokenOrigin] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     end: GenerationEnd | None = None
 
     def add(self, message: orchestrator_pb2.GenerateResponse) -> Chunk:
@@ -177,6 +194,8 @@ class Output:
         self.token_ids += chunk.token_ids
         self.origins += chunk.origins
         self.logprobs += chunk.logprobs
+        if message.HasField("prompt_logprobs"):
+            self.prompt_logprobs = read_message(PromptLogprobs, message.prompt_logprobs)
         if message.HasField("result"):
             self.end = read_message(GenerationEnd, message.result)
         return chunk
@@ -193,4 +212,5 @@ class Output:
             token_ids=self.token_ids,
             origins=self.origins,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )

@@ -20,7 +20,7 @@ from outrider.client.client import (
     GenerationStream,
 )
 from outrider.client.info import Audit, Models, Session, SessionList
-from outrider.client.request import Message, RequestFields
+from outrider.client.request import ChatFields, Message, RequestFields
 from outrider.client.results import Chunk, Generation, Output
 from outrider.client.resume import Report
 from outrider.errors import CallFailed
@@ -144,7 +144,7 @@ class Client:
         messages: Sequence[Message],
         *,
         timeout_s: float | None = None,
-        **fields: Unpack[RequestFields],
+        **fields: Unpack[ChatFields],
     ) -> SyncStream:
         """The assistant's answer to chat messages."""
         return self._wrap(self._client.chat(messages, timeout_s=timeout_s, **fields))

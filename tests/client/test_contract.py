@@ -9,7 +9,7 @@ import pytest
 
 from outrider.client import info, results
 from outrider.client.messages import fill_message, read_message
-from outrider.client.request import RequestFields
+from outrider.client.request import ChatFields, RequestFields, build_request
 from outrider.errors import InvalidRequest
 from outrider.v1 import model_pb2, orchestrator_pb2, sampling_pb2
 
@@ -17,6 +17,7 @@ from outrider.v1 import model_pb2, orchestrator_pb2, sampling_pb2
 _ARGUMENTS = {"text", "token_ids", "chat", "sampling", "resume_from", "heartbeat_ms"}
 _PAIRS: list[tuple[Any, Any]] = [
     (results.TokenLogprobs, orchestrator_pb2.TokenLogprobs),
+    (results.PromptLogprobs, orchestrator_pb2.PromptLogprobs),
     (results.Usage, orchestrator_pb2.Usage),
     (results.SourceStats, orchestrator_pb2.SourceStats),
     (results.GammaDecision, orchestrator_pb2.GammaDecision),
@@ -49,6 +50,32 @@ def test_every_field_of_a_request_can_be_set() -> None:
     """Add a missing field to RequestFields of outrider/client/request.py."""
     request = set(fields(orchestrator_pb2.GenerateRequest)) - _ARGUMENTS
     assert set(RequestFields.__annotations__) == request | set(fields(sampling_pb2.SamplingParams))
+
+
+def test_every_field_of_a_chat_can_be_set() -> None:
+    """Add a missing field to ChatFields of outrider/client/request.py."""
+    chat = set(fields(orchestrator_pb2.ChatMessages)) - {"messages"}
+    assert set(ChatFields.__annotations__) - set(RequestFields.__annotations__) == chat
+
+
+def test_objects_become_json_and_messages_may_have_openais_form() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+    ]
+    schema = {"type": "object"}
+    given = {"tools": [{"type": "function"}], "structured_outputs": {"json": schema}, "seed": 4}
+    request = build_request(messages=messages, fields=given | {"bad_words_token_ids": [[1, 2]]})
+    first, second, third = request.chat.messages
+    assert [part.text for part in first.parts] == ["Hi"]
+    assert (second.tool_calls[0].name, second.tool_calls[0].arguments) == ("add", '{"a": 1}')
+    assert (third.role, third.tool_call_id) == ("tool", "1")
+    assert list(request.chat.tools) == ['{"type": "function"}']
+    assert request.sampling.structured_outputs.json == '{"type": "object"}'
+    assert request.sampling.seed == 4
+    assert list(request.sampling.bad_words_token_ids[0].ids) == [1, 2]
 
 
 def fields(message: Any) -> Any:
