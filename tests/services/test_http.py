@@ -14,7 +14,7 @@ import pytest_asyncio
 from orchestrator.generation.target_session import TargetSession
 from outrider import __version__
 from outrider.redis.embedded import RedisServer
-from outrider.runtime.grpc_status import MAX_REQUEST_BYTES
+from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.tokenizer import Tokenizer
 from tests.redis_fixture import redis_command
 from tests.services.http_client import events, get, openai_client, post
