@@ -9,14 +9,15 @@ from collections.abc import AsyncIterator
 from draft_service.grpc_server import DraftServicer
 from draft_service.reencoding import load_reencoders
 from draft_service.scheduler_worker import Proposer
-from outrider.engine import DeviceThread, ServedEngine
+from outrider.engine import DeviceThread
 from outrider.model_server.lifecycle import MountedService, model_serving
+from outrider.model_server.load_engine import LoadedModel
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import Scheduler
 from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.runtime.grpc_server import Server
 from outrider.settings.services import DraftConfig
-from outrider.v1 import draft_pb2, draft_pb2_grpc, model_pb2
+from outrider.v1 import draft_pb2, draft_pb2_grpc
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 
@@ -31,15 +32,14 @@ async def serving(config: DraftConfig) -> AsyncIterator[Server]:
     reencoders = await asyncio.to_thread(load_reencoders, config.model, targets)
 
     def mount(
-        engine: ServedEngine,
-        model: model_pb2.ModelInfo,
+        loaded: LoadedModel,
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
         watch: ReplicaTelemetry,
     ) -> MountedService:
         proposer = Proposer(
-            engine,
+            loaded.engine,
             max_gamma=config.max_gamma,
             max_step_tokens=config.max_step_tokens,
             max_branches=config.max_branches,
@@ -47,7 +47,7 @@ async def serving(config: DraftConfig) -> AsyncIterator[Server]:
             prefix_cache=config.prefix_cache,
             reencoders=reencoders,
         )
-        model.target_tokenizer_fingerprints.extend(reencoders)
+        loaded.model.target_tokenizer_fingerprints.extend(reencoders)
         proposer.meter = watch.meter
         scheduler = Scheduler(proposer, device)
         mounted = MountedService(
@@ -57,7 +57,7 @@ async def serving(config: DraftConfig) -> AsyncIterator[Server]:
             proposer.health,
         )
         servicer = DraftServicer(
-            scheduler, model, proposer.statistics, mounted.costs, status, watch
+            scheduler, loaded, proposer.statistics, mounted.costs, status, watch
         )
         draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.services)
         return mounted

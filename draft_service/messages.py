@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.errors import InvalidRequest
+from outrider.model_server.grammar_gate import OpenGrammar
 from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
 from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams, Verification
@@ -59,6 +60,8 @@ class OpenDraft:
     vocab_size: int
     tells_unlikely: bool = False
     target: TargetIdentity = TargetIdentity()
+    # Of the output's format, or the error of its compilation.
+    grammar: OpenGrammar = None
 
     def check(self, max_gamma: int) -> None:
         """Raises InvalidRequest if a field is out of range. `max_gamma` is the replica's."""

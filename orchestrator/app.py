@@ -36,6 +36,7 @@ from orchestrator.speculation.output_pool import OutputPool
 from orchestrator.startup import reach_redis, settle_draft, settle_target
 from outrider.client.channel import OpenChannel
 from outrider.errors import ConfigError
+from outrider.grammar import grammar_compiler
 from outrider.redis.registry import Replica, Watcher
 from outrider.redis.rollout_store import RolloutStore
 from outrider.replica import CostReport
@@ -211,6 +212,7 @@ async def _resources(
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer, config.chat_template)
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
+    grammars = await asyncio.to_thread(grammar_compiler, tokenizer)
     pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
     targets, drafts = _pools(config, pairing, open_channel)
     store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))
@@ -237,6 +239,7 @@ async def _resources(
         timeouts,
         costs,
         rollout,
+        grammars,
         has_lookup=config.prompt_lookup,
         past_outputs=OutputPool(pool) if (pool := config.prompt_lookup_pool) else None,
         observers=observing.observers,

@@ -86,6 +86,15 @@ class Tokenizer:
         """Number of tokens, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def max_token_id(self) -> int:
+        """Greatest id of a token."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    def to_json(self) -> str:
+        """Contents of tokenizer.json."""
+        return str(self._backend.to_str())
+
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """Token hashes to compare with another model's. The first use takes about 0.1 s."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from outrider.engine import DeviceThread, ServedEngine
+from outrider.engine import DeviceThread
 from outrider.model_server.lifecycle import MountedService, model_serving
+from outrider.model_server.load_engine import LoadedModel
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import Scheduler
 from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.runtime.grpc_server import Server
 from outrider.settings.services import TargetConfig
-from outrider.v1 import model_pb2, target_pb2, target_pb2_grpc
+from outrider.v1 import target_pb2, target_pb2_grpc
 from target_service.grpc_server import TargetServicer
 from target_service.verifier import Verifier
 
@@ -24,15 +25,14 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
     """Context of the running target service; see `model_serving`."""
 
     def mount(
-        engine: ServedEngine,
-        model: model_pb2.ModelInfo,
+        loaded: LoadedModel,
         device: DeviceThread,
         server: Server,
         status: ReplicaStatus,
         watch: ReplicaTelemetry,
     ) -> MountedService:
         verifier = Verifier(
-            engine,
+            loaded.engine,
             max_gamma=config.max_gamma,
             max_step_tokens=config.max_step_tokens,
             idle_session_ttl_s=config.idle_session_ttl_s,
@@ -47,7 +47,7 @@ def serving(config: TargetConfig) -> AbstractAsyncContextManager[Server]:
             verifier.health,
         )
         servicer = TargetServicer(
-            scheduler, model, verifier.statistics, mounted.costs, status, watch
+            scheduler, loaded, verifier.statistics, mounted.costs, status, watch
         )
         target_pb2_grpc.add_TargetServiceServicer_to_server(servicer, server.services)
         return mounted

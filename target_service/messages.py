@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from outrider.engine.interface import BlockScores
 from outrider.errors import InvalidRequest
+from outrider.model_server.grammar_gate import OpenGrammar
 from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
 from outrider.model_server.scheduler import GenerationKey
 from outrider.sampling.params import SamplingParams
@@ -24,7 +25,10 @@ Ids = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class OpenTarget:
-    """Opens a generation. `age_s`: seconds since it began, here or at another replica."""
+    """Opens a generation. `age_s`: seconds since it began, here or at another replica.
+
+    `grammar`: of the output's format, or the error of its compilation.
+    """
 
     key: GenerationKey
     session_id: str
@@ -36,6 +40,7 @@ class OpenTarget:
     priority: int = 0
     preempts: bool = False
     age_s: float = 0.0
+    grammar: OpenGrammar = None
 
     def check(self, max_context_len: int, vocab_size: int) -> None:
         """Raises InvalidRequest if a field is out of range for the replica's model."""

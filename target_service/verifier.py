@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import structlog
 
-from outrider.engine import Append, Sampler, ScoreRequest, ServedEngine
+from outrider.engine import ServedEngine
 from outrider.engine.interface import BlockScores
 from outrider.errors import InvalidRequest, KVLost, KVNeverFits, NonFiniteLogits
+from outrider.model_server.grammar_masks import MaskThread
 from outrider.model_server.messages import Close, Failure, Forget
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
@@ -30,58 +30,21 @@ from target_service.messages import (
     Verified,
     Verify,
 )
+from target_service.planned_request import (
+    DeadEnd,
+    OpenGeneration,
+    PlannedRequest,
+    Scoring,
+    grammar_state,
+    num_tokens_left,
+    planned_request,
+    waiting_request,
+)
 
 log = structlog.get_logger()
 
 
-@dataclass(eq=False)
-class _OpenGeneration:
-    """The target's state of a generation; fields from `is_begun` on: of the waiting request."""
-
-    key: GenerationKey
-    sampler: Sampler
-    preempts: bool = False
-    committed_len: int = 0
-    waiting: Verify | None = None
-    # Whether KV was reserved for its first pass.
-    is_begun: bool = False
-    # Tokens found in the prefix cache.
-    num_reused: int = 0
-    step_s: float = 0.0
-    # Set if draft tokens give NaN or infinite logits.
-    search: DraftSearch | None = None
-
-    @property
-    def num_left_out(self) -> int:
-        search = self.search
-        return len(search.request.draft_token_ids) - search.num_good if search is not None else 0
-
-
-@dataclass(frozen=True)
-class _PlannedRequest:
-    """The part of a verify request that is in the next pass; `is_last`: this part completes it."""
-
-    live: LiveGeneration[_OpenGeneration]
-    request: Verify
-    append: Append
-    is_last: bool
-
-    @property
-    def key(self) -> GenerationKey:
-        return self.request.key
-
-    @property
-    def ask(self) -> ScoreRequest:
-        return ScoreRequest(
-            self.live.state.sampler,
-            self.live.token_ids,
-            self.request.committed_len,
-            self.append.num_logits,
-            self.request.supports,
-        )
-
-
-class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequest]):
+class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedRequest]):
     """Verifies for all open generations; owns their KV. `TargetConfig` describes the settings."""
 
     def __init__(
@@ -101,8 +64,9 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
             prefix_cache=prefix_cache,
         )
         self._max_gamma = max_gamma
-        self._generations: dict[GenerationKey, LiveGeneration[_OpenGeneration]] = {}
-        self._waiting: dict[GenerationKey, LiveGeneration[_OpenGeneration]] = {}
+        self._masks = MaskThread()
+        self._generations: dict[GenerationKey, LiveGeneration[OpenGeneration]] = {}
+        self._waiting: dict[GenerationKey, LiveGeneration[OpenGeneration]] = {}
         self._num_steps = self._num_requests = self._num_tokens = 0
 
     @property
@@ -150,13 +114,16 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
                 f"max_len {command.max_len} exceeds the KV cache of {capacity} tokens"
             )
         sampler = self._engine.sampler(command.params, command.prompt_len, info.vocab_size)
+        grammar = grammar_state(command, self._engine)
         self._generations[command.key] = self._opened(
             command.session_id,
             command.epoch,
             command.kept_epoch,
             command.max_len,
             (command.priority, time.monotonic() - command.age_s),
-            _OpenGeneration(command.key, sampler, command.preempts),
+            OpenGeneration(
+                command.key, sampler, command.prompt_len, command.preempts, grammar=grammar
+            ),
         )
 
     def _enqueue(self, request: Verify) -> None:
@@ -183,13 +150,13 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
             self._table.cache_prefix(live, live.state.committed_len)
             self._table.close(live, keep=keep)
 
-    def _gather(self) -> list[_PlannedRequest]:
+    def _gather(self) -> list[PlannedRequest]:
         """Plans the next pass: every verification, then prompts in chunks.
 
         Prompts get at least a quarter of the token budget, so verifications cannot starve them.
         """
-        plan: list[_PlannedRequest] = []
-        prompts: list[LiveGeneration[_OpenGeneration]] = []
+        plan: list[PlannedRequest] = []
+        prompts: list[LiveGeneration[OpenGeneration]] = []
         budget = self._max_step_tokens
         for live in tuple(self._waiting.values()):
             if self._is_prompt(live):
@@ -207,18 +174,20 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
         # Later ones may have preempted some of these.
         return [planned for planned in plan if planned.key in self._waiting]
 
-    def _is_prompt(self, live: LiveGeneration[_OpenGeneration]) -> bool:
+    def _is_prompt(self, live: LiveGeneration[OpenGeneration]) -> bool:
         """Whether the request may run in chunks: it is longer than any verification."""
-        return _num_tokens_left(live) > 1 + self._max_gamma
+        return num_tokens_left(live) > 1 + self._max_gamma
 
-    def _plan(self, live: LiveGeneration[_OpenGeneration], budget: int) -> _PlannedRequest | None:
+    def _plan(self, live: LiveGeneration[OpenGeneration], budget: int) -> PlannedRequest | None:
         """The request's part of the next pass; None if it has failed. `budget` is for prompts."""
         with self._failing_alone(live.state.key):
             if self._begin(live):  # after it little of a prompt may be left to run
-                return _planned(live, budget if self._is_prompt(live) else _num_tokens_left(live))
+                return planned_request(
+                    live, budget if self._is_prompt(live) else num_tokens_left(live)
+                )
         return None
 
-    def _begin(self, live: LiveGeneration[_OpenGeneration]) -> bool:
+    def _begin(self, live: LiveGeneration[OpenGeneration]) -> bool:
         """Reserves KV for a new request; False if the generation has failed.
 
         Called right before the first pass, because earlier passes may still cache its prefix.
@@ -231,7 +200,7 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
         # Without KV, as at first or after the table had to drop it, the context is looked up.
         context_len = state.committed_len if not live.sequence.length else 0
         num_reused = self._reserve(
-            live, _waiting(live).num_tokens, context_len=context_len, preempts=state.preempts
+            live, waiting_request(live).num_tokens, context_len=context_len, preempts=state.preempts
         )
         if num_reused is None:
             return False
@@ -239,15 +208,16 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
         self._num_prefill_tokens += state.committed_len - 1 - live.sequence.length
         return True
 
-    def _advance(self, work: Sequence[_PlannedRequest]) -> list[Verified | Failure]:
+    def _advance(self, work: Sequence[PlannedRequest]) -> list[Verified | Failure]:
         appends = [planned.append for planned in work]
         complete = [planned for planned in work if planned.is_last]
         started_at = time.perf_counter()
+        scoring = Scoring(complete, self._masks)
         logits = self._engine.forward(appends)
         for planned in work:
             if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
                 self._table.cache_prefix(planned.live, planned.live.state.committed_len)
-        replies = self._engine.score([planned.ask for planned in complete], logits)
+        replies = scoring.replies(self._engine, logits)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
         self._num_steps += 1
@@ -263,7 +233,7 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
         return [self._outcome(planned, reply) for planned, reply in answered]
 
     def _outcome(
-        self, planned: _PlannedRequest, reply: BlockScores | Exception
+        self, planned: PlannedRequest, reply: BlockScores | Exception
     ) -> Verified | Failure:
         """Completes a request. An error fails its generation only."""
         if isinstance(reply, Exception):
@@ -275,14 +245,20 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
         self._num_requests += 1
         return result
 
-    def _is_run_again(self, planned: _PlannedRequest, reply: object) -> bool:
-        """Whether the request runs again with fewer draft tokens, to find those that give NaN.
+    def _is_run_again(self, planned: PlannedRequest, reply: object) -> bool:
+        """Whether the request runs again with fewer draft tokens.
+
+        To find those that give NaN, or because the format allows no token after them.
 
         Exact only if exactly the draft tokens up to the first bad one are verified, whatever the
         verification method (docs/concepts/exactness.md).
         """
         live, request, state = planned.live, planned.request, planned.live.state
         is_finite, num_drafts = not isinstance(reply, Exception), len(request.draft_token_ids)
+        if isinstance(reply, DeadEnd):
+            whole = state.search.request if state.search is not None else request
+            state.search = DraftSearch(whole, reply.num_live, reply.num_live - 1)
+            return self._run_again(live, state.search)
         if not is_finite and not isinstance(reply, NonFiniteLogits):
             return False
         if state.search is None:
@@ -292,28 +268,10 @@ class Verifier(GenerationWorker[Command, Verified, _OpenGeneration, _PlannedRequ
             state.search = DraftSearch(request, num_drafts)
         if state.search.observe(num_drafts, is_finite=is_finite):
             return False
+        return self._run_again(live, state.search)
+
+    def _run_again(self, live: LiveGeneration[OpenGeneration], search: DraftSearch) -> bool:
         self._table.forget_prefix(live)
-        self._table.cut(live, request.keep_len)
-        state.waiting, state.is_begun = state.search.next_request(), False
+        self._table.cut(live, search.request.keep_len)
+        live.state.waiting, live.state.is_begun = search.next_request(), False
         return True
-
-
-def _waiting(live: LiveGeneration[_OpenGeneration]) -> Verify:
-    request = live.state.waiting
-    assert request is not None, "a waiting generation has a request"
-    return request
-
-
-def _num_tokens_left(live: LiveGeneration[_OpenGeneration]) -> int:
-    return _waiting(live).num_tokens - live.sequence.length
-
-
-def _planned(live: LiveGeneration[_OpenGeneration], max_tokens: int) -> _PlannedRequest:
-    """The request's next tokens, at most `max_tokens`; all of its logits come from one pass."""
-    request, start, num_left = _waiting(live), live.sequence.length, _num_tokens_left(live)
-    num_logits = 1 + len(request.draft_token_ids)
-    is_last = num_left <= max_tokens
-    num_tokens = num_left if is_last else min(max_tokens, num_left - num_logits)
-    token_ids = live.token_ids[start : start + num_tokens]
-    append = Append(live.sequence, token_ids, num_logits if is_last else 0)
-    return _PlannedRequest(live, request, append, is_last)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -27,7 +28,7 @@ from orchestrator.generation.state import TokenOrigin
 from orchestrator.generation.validation import ValidRequest, check_length
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import Lease, SessionRecord, unrecorded
-from outrider.errors import OutriderError, Unavailable
+from outrider.errors import InvalidRequest, OutriderError, Unavailable
 
 log = structlog.get_logger()
 
@@ -203,13 +204,23 @@ class Generate:
     async def _prepare(
         self, request: GenerationRequest, record: SessionRecord, quota: Quota
     ) -> PreparedTurn:
-        """Prepares the turn. The encoded prompt is charged to the API key even if it is refused."""
+        """Prepares the turn and compiles its format.
+
+        The encoded prompt is charged to the API key even if it is refused.
+        """
         context = self._context
         preparation = Preparation(request, record, self._limits(), context.tokenizer)
         try:
-            return await context.encoding.run(preparation.run, preparation.num_chars)
+            prepared = await context.encoding.run(preparation.run, preparation.num_chars)
         finally:
             quota.spend(preparation.num_encoded_tokens)
+        structured = prepared.request.params.structured_outputs
+        if structured is None:
+            return prepared
+        if context.grammars is None:
+            why = "the tokenizer does not map tokens to bytes"
+            raise InvalidRequest(structured.field, why)
+        return replace(prepared, grammar=await context.grammars.compile(structured))
 
     async def _release_unused(self, lease: Lease) -> None:
         """Releases the lease of a turn that did not begin; deletes a session created for it."""

@@ -15,6 +15,7 @@ from orchestrator.replicas.target_client import TargetLink
 from orchestrator.sessions import SessionStore
 from orchestrator.speculation.cost_book import CostBook
 from orchestrator.speculation.output_pool import OutputPool
+from outrider.grammar import GrammarCompiler
 from outrider.tokenizer import Tokenizer
 
 
@@ -43,6 +44,8 @@ class GenerationContext:
     timeouts: Timeouts
     costs: CostBook
     rollout: DraftRollout | None = None
+    grammars: GrammarCompiler | None = None
+    """None: the tokenizer is none of which grammars can be made."""
     has_lookup: bool = False
     """Whether prompt lookup is on."""
     past_outputs: OutputPool | None = None

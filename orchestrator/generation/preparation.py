@@ -21,6 +21,7 @@ from orchestrator.generation.validation import check_some_token_is_left, resolve
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import SessionRecord
 from outrider.errors import InvalidRequest
+from outrider.grammar import Grammar
 from outrider.sampling.params import SamplingParams
 from outrider.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ class PreparedTurn:
     turn_json: str
     resumed: ResumedTurn | None = None
     replayed: tuple[str, Commitment | None] = ("", None)
+    # Of the output's format; None: free text.
+    grammar: Grammar | None = None
 
     @property
     def num_unrecorded(self) -> int:

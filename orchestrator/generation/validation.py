@@ -109,8 +109,8 @@ def _check_sampling(params: SamplingParams, limits: Limits, tokenizer: Tokenizer
     if params.bad_words and tokenizer is None:
         why = "the model has no tokenizer; use bad_words_token_ids"
         raise InvalidRequest("sampling.bad_words", why)
-    if params.structured_outputs is not None:
-        raise InvalidRequest(params.structured_outputs.field, "not supported yet")
+    if params.structured_outputs is not None and tokenizer is None:
+        raise InvalidRequest(params.structured_outputs.field, "the model has no tokenizer")
     check_some_token_is_left(params, limits)
 
 

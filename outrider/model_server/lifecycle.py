@@ -20,7 +20,7 @@ from outrider.engine import DeviceThread, ServedEngine
 from outrider.errors import InternalError
 from outrider.model_server.announcement import Announcement, advertised_address
 from outrider.model_server.failure_policy import PassHealth, Recovery, self_test
-from outrider.model_server.load_engine import load_served_engine
+from outrider.model_server.load_engine import LoadedModel, load_served_engine
 from outrider.model_server.messages import ServiceStatistics
 from outrider.model_server.metrics import ModelServerMetrics
 from outrider.model_server.replica_status import ReplicaStatus
@@ -65,10 +65,9 @@ class MountedService:
     health: PassHealth
 
 
-# Builds the service for the loaded engine and adds its servicer to the server.
+# Builds the service for the loaded model and adds its servicer to the server.
 Mount = Callable[
-    [ServedEngine, model_pb2.ModelInfo, DeviceThread, Server, ReplicaStatus, ReplicaTelemetry],
-    MountedService,
+    [LoadedModel, DeviceThread, Server, ReplicaStatus, ReplicaTelemetry], MountedService
 ]
 
 
@@ -96,9 +95,9 @@ async def model_serving(
             meter = _meter(exporters, tier, status, protection)
             watch = ReplicaTelemetry(meter, exporters.tracing)
             server.metrics_port = exporters.exposition.port
-            engine, model = await device.run(load_served_engine, config)
-            watched = WatchedEngine(engine, device)
-            mounted = mount(watched, model, device, server, status, watch)
+            loaded = await device.run(load_served_engine, config)
+            model, watched = loaded.model, WatchedEngine(loaded.engine, device)
+            mounted = mount(loaded._replace(engine=watched), device, server, status, watch)
             announcement.loaded(model, mounted.statistics)
             if meter is not None:
                 exporters.exposition.model_name = model.name

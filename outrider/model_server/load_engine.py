@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import NamedTuple
 
 from outrider.engine import EngineInfo, EngineOptions, ServedEngine, load_engine
 from outrider.engine.simulated import SimulatedEngine
 from outrider.errors import ConfigError, InvalidRequest
+from outrider.grammar import GrammarCompiler, grammar_compiler
 from outrider.runtime.protobuf import sampling_from_proto
 from outrider.settings.services import DraftConfig, ModelServiceConfig
 from outrider.settings.simulation import Simulation
@@ -16,9 +18,15 @@ from outrider.tokenizer_files import TokenizerFiles
 from outrider.v1 import model_pb2, sampling_pb2
 
 
-def load_served_engine(
-    config: ModelServiceConfig,
-) -> tuple[ServedEngine, model_pb2.ModelInfo]:
+class LoadedModel(NamedTuple):
+    """A loaded model. `grammars`: None without a tokenizer of which grammars can be made."""
+
+    engine: ServedEngine
+    model: model_pb2.ModelInfo
+    grammars: GrammarCompiler | None = None
+
+
+def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
     """Loads the model and its tokenizer. Called on the device thread. Raises ConfigError."""
     if config.simulate is not None:
         simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
@@ -26,7 +34,7 @@ def load_served_engine(
         model = _model_info(simulated.info, None, config.max_gamma)
         # Equal simulations have the same vocabulary by construction.
         model.tokenizer_fingerprint = model.model_fingerprint
-        return simulated, model
+        return LoadedModel(simulated, model)
     tokenizer = Tokenizer.load(config.model)
     eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None
     engine = load_engine(
@@ -49,7 +57,11 @@ def load_served_engine(
     model = _model_info(engine.info, tokenizer, config.max_gamma)
     if config.generation_config == "auto":
         model.sampling_defaults.CopyFrom(sampling_defaults(config.model, engine.info.vocab_size))
-    return engine, model
+    info = engine.info
+    if not info.eos_token_ids:  # an output in a format ends with EOS
+        return LoadedModel(engine, model)
+    grammars = grammar_compiler(tokenizer, info.vocab_size, info.eos_token_ids)
+    return LoadedModel(engine, model, grammars)
 
 
 def sampling_defaults(model: str, vocab_size: int) -> sampling_pb2.SamplingParams:

@@ -120,6 +120,11 @@ class Scheduler(Generic[Command, Result]):
         self._pending.extend(commands)
         self._wake.set()
 
+    def submit_held(self, commands: Iterable[Command]) -> None:
+        """Queues the commands of one generation that were held back, without waiting for room."""
+        self._pending.extend(commands)
+        self._wake.set()
+
     @property
     def is_idle(self) -> bool:
         """Whether no command is queued and no generation is open."""

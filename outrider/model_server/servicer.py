@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from outrider.model_server.grammar_gate import GrammarGate
+from outrider.model_server.load_engine import LoadedModel
 from outrider.model_server.messages import Failure, FailureReason, ServiceStatistics
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import Keyed, Scheduler
@@ -15,7 +17,6 @@ from outrider.model_server.stream import StreamPeer, serve_stream
 from outrider.model_server.stream_telemetry import ReplicaTelemetry
 from outrider.replica import CostReport
 from outrider.runtime.protobuf import costs_to_proto, model_answer, state_to_proto
-from outrider.v1 import model_pb2
 
 Command = TypeVar("Command", bound=Keyed)
 Result = TypeVar("Result", bound=Keyed)
@@ -27,14 +28,15 @@ class ModelServicer(Generic[Command, Result]):
     def __init__(
         self,
         scheduler: Scheduler[Command, Result],
-        model: model_pb2.ModelInfo,
+        loaded: LoadedModel,
         statistics: Callable[[], ServiceStatistics],
         costs: Callable[[], CostReport],
         status: ReplicaStatus,
         watch: ReplicaTelemetry,
     ) -> None:
         self._scheduler = scheduler
-        self._model = model
+        self._model = loaded.model
+        self._grammars = loaded.grammars
         self._statistics = statistics
         self._costs = costs
         self._status = status
@@ -60,8 +62,9 @@ class ModelServicer(Generic[Command, Result]):
     ) -> None:
         """Serves one stream. `requests`: those of a frame that expect an answer, with γ each."""
         watch = self._watch.stream(operation, requests)
+        gate = GrammarGate(self._grammars, self._scheduler)
         await serve_stream(
-            self._scheduler, peer, frames, context, to_frame, self._costs, self._status, watch
+            self._scheduler, peer, gate, frames, context, to_frame, self._costs, self._status, watch
         )
 
 

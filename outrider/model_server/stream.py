@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from outrider.errors import InvalidRequest, Unavailable
+from outrider.model_server.grammar_gate import GrammarGate
 from outrider.model_server.messages import Close, Failure, FailureReason, Forget
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.model_server.scheduler import GenerationKey, Keyed, Scheduler
@@ -133,6 +134,7 @@ class StreamPeer(ABC, Generic[Command, Result]):
 async def serve_stream(
     scheduler: Scheduler[Command, Result],
     peer: StreamPeer[Command, Result],
+    gate: GrammarGate[Command],
     frames: AsyncIterator[Frame],
     context: grpc.aio.ServicerContext[Any, Any],
     to_frame: Callable[[Sequence[Result]], Frame],
@@ -152,7 +154,7 @@ async def serve_stream(
             await peer.outbox.room()  # backpressure for a peer that does not read its answers
             _check_size(frame)
             watch.read(frame)
-            await scheduler.submit(peer.commands(frame))
+            await scheduler.submit(gate.passed(peer.commands(frame)))
 
     writer = StreamWriter(context)
     heartbeat = Heartbeat(peer.outbox, MAX_MISSED_HEARTBEATS)
@@ -170,6 +172,7 @@ async def serve_stream(
                             frame.costs.CopyFrom(costs_to_proto(report))
                         await writer.write(frame)
         finally:
+            gate.close()
             scheduler.detach(peer.id, peer.closing())
             watch.closed()
 

@@ -103,6 +103,8 @@ class SamplingParams:
             ("ignore_eos", self.ignore_eos),
             ("min_tokens", self.min_tokens > 0),
             ("allowed_token_ids", bool(self.allowed_token_ids)),
+            ("bad_words", bool(self.bad_words)),
+            ("bad_words_token_ids", bool(self.bad_words_token_ids)),
         ):
             if is_set:
                 raise InvalidRequest(FIELD, f"not allowed with {name}")

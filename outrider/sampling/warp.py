@@ -39,7 +39,12 @@ class Cuts(NamedTuple):
 
 def needs_adjustment(params: SamplingParams) -> bool:
     """Whether logits change before `warp`. Ignores `min_tokens`, which depends on the position."""
-    changes = (params.logit_bias, params.allowed_token_ids, params.bad_words_token_ids)
+    changes = (
+        params.logit_bias,
+        params.allowed_token_ids,
+        params.bad_words_token_ids,
+        params.structured_outputs,
+    )
     return params.penalises or any(changes)
 
 

@@ -75,11 +75,21 @@ class RequestGroup(NamedTuple):
             logits.index_fill_(1, torch.from_numpy(forbidden).to(logits.device), -torch.inf)
         return logits
 
-    def adjusted(self, raw: torch.Tensor, histories: Sequence[Callable[[], Ids]]) -> torch.Tensor:
-        """`raw` after the logits processors; `raw` itself without any. `histories`: per request."""
+    def adjusted(
+        self,
+        raw: torch.Tensor,
+        histories: Sequence[Callable[[], Ids]],
+        allowed: Sequence[Ids | None],
+    ) -> torch.Tensor:
+        """`raw` after the logits processors; `raw` itself without any.
+
+        Per request: `histories` and the masks of `allowed` tokens.
+        """
         starts, positions = self.starts.tolist(), self.positions.tolist()
         spans = [
-            PositionSpan(sampler, starts[k], starts[k + 1], positions[k], histories[k]())
+            PositionSpan(
+                sampler, starts[k], starts[k + 1], positions[k], histories[k](), allowed[k]
+            )
             for k, sampler in enumerate(self.samplers)
             if sampler.adjusts
         ]

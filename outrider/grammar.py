@@ -1,0 +1,237 @@
+"""Grammars of structured outputs: compiled with llguidance, and a generation's position in one.
+
+A grammar says which tokens may follow an output. Compilation runs in threads of its own, with
+limits, and is cached. `outrider.model_server.grammar_masks` computes masks for forward passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
+
+from outrider.errors import CapacityExceeded, InvalidRequest
+from outrider.sampling.structured_outputs import StructuredOutputs
+from outrider.tokenizer import Tokenizer
+
+log = structlog.get_logger()
+
+# A format that takes longer is refused. The limits of `_LIMITS` end nearly all earlier: the
+# slowest of 30 adversarial ones took 1.2 s.
+COMPILE_TIMEOUT_S = 10.0
+# Compilations at a time; each holds one core. Others wait, at most so many.
+MAX_COMPILING = 2
+MAX_PENDING = 64
+# Compiled formats, and errors of formats that cannot be compiled.
+MAX_CACHED = 128
+# A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+_MAX_ERROR_CHARS = 300
+
+Ids = npt.NDArray[Any]
+
+
+class Grammar:
+    """A compiled format. `field`: path of the request's field, for errors. Any thread may use it.
+
+    `num_words`: 32-bit words of a mask.
+    """
+
+    def __init__(self, matcher: LLMatcher, field: str, num_words: int) -> None:
+        self._matcher = matcher
+        self.field = field
+        self.num_words = num_words
+
+    def matcher(self) -> LLMatcher:
+        """A new matcher at the beginning of an output."""
+        return self._matcher.deep_copy()
+
+
+class GrammarState:
+    """Position of a generation in its grammar; a function of the output's tokens alone.
+
+    For one thread at a time. `eos_token_ids` end the output where the grammar is complete.
+    """
+
+    def __init__(self, grammar: Grammar, eos_token_ids: Collection[int]) -> None:
+        self.grammar = grammar
+        self.matcher = grammar.matcher()
+        self._eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
+        self._token_ids: Ids = np.zeros(0, np.int64)
+
+    def seek(self, output_ids: Ids) -> int:
+        """Moves behind the longest beginning of the output that the grammar allows, without EOS.
+
+        Returns the number of its tokens. Rolls back and consumes no more tokens than differ.
+        """
+        stops = np.flatnonzero(np.isin(output_ids, self._eos_token_ids))
+        wanted = output_ids[: stops[0]] if len(stops) else output_ids
+        size = min(len(wanted), len(self._token_ids))
+        differing = np.flatnonzero(self._token_ids[:size] != wanted[:size])
+        num_same = int(differing[0]) if len(differing) else size
+        if num_same < len(self._token_ids) and not self.matcher.rollback(
+            len(self._token_ids) - num_same
+        ):
+            self.matcher, num_same = self.grammar.matcher(), 0
+        num_new = self.matcher.try_consume_tokens(wanted[num_same:].tolist())
+        self._token_ids = np.array(wanted[: num_same + num_new], np.int64)
+        return num_same + num_new
+
+    def num_allowed(self, output_ids: Ids) -> int:
+        """Like `seek`; also counts an EOS token where the output may end."""
+        num = self.seek(output_ids)
+        ends = num < len(output_ids) and output_ids[num] in self._eos_token_ids
+        return num + int(ends and self.matcher.is_accepting())
+
+    def reset(self) -> None:
+        """Back to the beginning, with a new matcher: an error of a matcher is final."""
+        self.matcher, self._token_ids = self.grammar.matcher(), np.zeros(0, np.int64)
+
+
+def grammar_compiler(
+    tokenizer: Tokenizer | None, vocab_size: int = 0, eos_token_ids: Collection[int] = ()
+) -> GrammarCompiler | None:
+    """A compiler; None without tokenizer, or if its tokens cannot be mapped to bytes."""
+    if tokenizer is None:
+        return None
+    try:
+        return GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
+    except ValueError as error:
+        log.warning("no_structured_outputs", why=str(error))
+        return None
+
+
+class GrammarCompiler:
+    """Compiles formats for one tokenizer and caches the grammars. Any thread may use it.
+
+    `vocab_size`: the model's, which may exceed the tokenizer's.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]
+    ) -> None:
+        """Takes half a second for a vocabulary of 131,000 tokens, with the GIL held.
+
+        Raises ValueError if the tokenizer's decoder does not map tokens to bytes.
+        """
+        self._tokenizer = LLTokenizer(
+            tokenizer.to_json(),
+            n_vocab=max(vocab_size, tokenizer.max_token_id + 1),
+            eos_token=sorted(eos_token_ids) or None,
+        )
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MAX_COMPILING)
+        self._num_pending = 0
+        self._futures: OrderedDict[StructuredOutputs, Future[Grammar]] = OrderedDict()
+
+    def submit(self, structured: StructuredOutputs) -> Future[Grammar]:
+        """The grammar, from the cache or compiled in a thread.
+
+        The future raises InvalidRequest, or CapacityExceeded if too many formats wait.
+        """
+        with self._lock:
+            if (future := self._futures.get(structured)) is not None:
+                self._futures.move_to_end(structured)
+                return future
+            future = Future()
+            if self._num_pending >= MAX_PENDING:
+                future.set_exception(
+                    CapacityExceeded(f"{MAX_PENDING} formats of structured outputs are compiled")
+                )
+                return future
+            self._num_pending += 1
+            self._futures[structured] = future
+            while len(self._futures) > MAX_CACHED:
+                self._futures.popitem(last=False)
+        # A daemon: a compilation cannot be interrupted and must not delay the program's end.
+        threading.Thread(
+            target=self._run, args=(structured, future), name="grammar", daemon=True
+        ).start()
+        return future
+
+    async def compile(self, structured: StructuredOutputs) -> Grammar:
+        """The grammar. Raises InvalidRequest, also if it takes too long, and CapacityExceeded."""
+        future = asyncio.wrap_future(self.submit(structured))
+        try:
+            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            why = f"is not compiled after {COMPILE_TIMEOUT_S:g} s; simplify it"
+            raise InvalidRequest(structured.field, why) from None
+
+    def _run(self, structured: StructuredOutputs, future: Future[Grammar]) -> None:
+        try:
+            with self._slots:
+                grammar = self._compiled(structured)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(grammar)
+        finally:
+            with self._lock:
+                self._num_pending -= 1
+
+    def _compiled(self, structured: StructuredOutputs) -> Grammar:
+        try:
+            source = _source(structured)
+        except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
+            raise InvalidRequest(structured.field, f"is malformed: {error}") from None
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some errors show here only
+        if matcher.is_error():
+            raise InvalidRequest(structured.field, f"cannot be compiled: {error_of(matcher)}")
+        return Grammar(matcher, structured.field, (self._tokenizer.vocab_size + 31) // 32)
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """First line of a matcher's error, shortened."""
+    return matcher.get_error().strip().partition("\n")[0][:_MAX_ERROR_CHARS]
+
+
+def _source(structured: StructuredOutputs) -> str:
+    """llguidance's source of a format. Raises ValueError and the errors of malformed JSON."""
+    match structured.kind:
+        case "json":
+            assert structured.json is not None
+            if not isinstance(json.loads(structured.json), dict | bool):
+                raise ValueError("a JSON schema is an object")
+            return LLMatcher.grammar_from_json_schema(structured.json)
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        case "regex":
+            assert structured.regex is not None
+            return LLMatcher.grammar_from_regex(structured.regex)
+        case "choice":
+            # One terminal: as alternatives of a rule, 2,000 choices would exceed the parser's row.
+            texts = " | ".join(json.dumps(text) for text in structured.choice)
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
+        case "grammar":
+            assert structured.grammar is not None
+            return LLMatcher.grammar_from_lark(structured.grammar)
+    assert structured.structural_tag is not None
+    return LLMatcher.grammar_from_lark(_tags(json.loads(structured.structural_tag)))
+
+
+def _tags(told: Any) -> str:
+    """Lark grammar of structural tags, with the fields of vLLM and xgrammar."""
+    if not isinstance(told, dict) or not told.get("structures") or not told.get("triggers"):
+        raise ValueError("an object with structures and triggers is required")
+    tags = []
+    for part in told["structures"]:
+        begin = part["begin"]
+        trigger = next((each for each in told["triggers"] if begin.startswith(each)), None)
+        if trigger is None:
+            raise ValueError(f"no trigger begins {begin!r}")
+        schema = json.dumps(part.get("schema", {}))
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=part["end"]))
+    return StructTag.to_grammar(tags, assume_special=False)
