@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 
 from draft_service.messages import Ids, OpenDraft
 from draft_service.reencoding import Reencoder
@@ -17,7 +18,10 @@ from draft_service.tree.targets import ServedTarget
 from draft_service.tree.text_tree import TextContext
 from outrider.engine import Sampler, ServedEngine
 from outrider.errors import InvalidRequest
+from outrider.grammar import Grammar, GrammarState
 from outrider.sampling.params import SamplingParams
+
+log = structlog.get_logger()
 
 # Room for draft tokens, for each target token of a generation whose text is re-encoded.
 _MAX_LEN_RATIO = 4
@@ -26,12 +30,16 @@ _GREEDY = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
 
 @dataclass(frozen=True)
 class Opening:
-    """`token_ids`: the context in draft tokens. `text`: how it was encoded; None: as it came."""
+    """`token_ids`: the context in draft tokens. `text`: how it was encoded; None: as it came.
+
+    `grammar`: position in the format of the output; None: draft tokens are not masked.
+    """
 
     token_ids: Ids
     max_len: int
     sampler: Sampler
     text: TextContext | None
+    grammar: GrammarState | None = None
 
 
 class Openings:
@@ -54,7 +62,7 @@ class Openings:
             sampler = self._engine.sampler(
                 command.params, command.prompt_len, vocab_size, target.forbidden_ids(vocab_size)
             )
-            return Opening(command.token_ids, max_len, sampler, None)
+            return Opening(command.token_ids, max_len, sampler, None, self._grammar(command))
         if (reencoder := self._reencoders.get(fingerprint)) is None:
             raise InvalidRequest(
                 "target.tokenizer_fingerprint", f"{fingerprint[:12]} is none of --target-tokenizer"
@@ -65,6 +73,14 @@ class Openings:
         vocab_size = min(reencoder.vocab_size, self._engine.info.vocab_size)
         sampler = self._engine.sampler(_GREEDY, len(token_ids), vocab_size)
         return Opening(token_ids, max_len, sampler, text)
+
+    def _grammar(self, command: OpenDraft) -> GrammarState | None:
+        """None, too, if the format cannot be compiled here: then the target alone applies it."""
+        if isinstance(command.grammar, Grammar):
+            return GrammarState(command.grammar, self._engine.info.eos_token_ids)
+        if command.grammar is not None:
+            log.warning("unmasked_drafts", session_id=command.session_id, why=str(command.grammar))
+        return None
 
     def _max_len(self, max_len: int) -> int:
         return min(max_len, self._engine.info.max_context_len)

@@ -27,12 +27,19 @@ from draft_service.messages import (
 from draft_service.opening import Openings
 from draft_service.reencoding import Reencoder
 from draft_service.tree.block import DraftBlock
-from draft_service.tree.draft_session import DraftGeneration, DraftRow, DraftSession, sample_rows
+from draft_service.tree.draft_session import (
+    DraftGeneration,
+    DraftRow,
+    DraftSession,
+    RowMasks,
+    sample_rows,
+)
 from draft_service.tree.row_budget import RowBudget
 from draft_service.work_queues import WorkQueues
 from outrider.engine import Append, SampledToken, ServedEngine
 from outrider.engine import Sequence as KVSequence
 from outrider.errors import InvalidRequest
+from outrider.model_server.grammar_masks import MaskThread
 from outrider.model_server.messages import Close, Failure, Forget
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
@@ -66,6 +73,7 @@ class Proposer(FairKVWorker):
         )
         self._max_gamma = max_gamma
         self._openings = Openings(engine, reencoders or {}, max_gamma)
+        self._masks = MaskThread()
         self._queues = WorkQueues(max_step_tokens)
         self._budget = RowBudget(self.costs, max_branches)
 
@@ -107,7 +115,13 @@ class Proposer(FairKVWorker):
         opening = self._openings.opening(command, target)
         token_ids, committed_len = opening.token_ids, len(opening.token_ids)
         generation = DraftGeneration(
-            command.key, opening.sampler, command.verification, command.vocab_size, target
+            command.key,
+            opening.sampler,
+            command.verification,
+            command.vocab_size,
+            target,
+            command.prompt_len,
+            opening.grammar,
         )
         started = (0, time.monotonic())
         live = self._opened(
@@ -232,10 +246,11 @@ class Proposer(FairKVWorker):
         sampling_rows = [
             row for (row, _), part in zip(ran, appends, strict=True) if part.num_logits
         ]
+        masks = RowMasks(sampling_rows, self._masks)
         logits = self._engine.forward(appends)
         for row in prompts:
             self._table.cache_prefix(row.drafting.live, row.drafting.tree.committed_len)
-        sampled = sample_rows(self._engine, self.health, sampling_rows, logits)
+        sampled = sample_rows(self._engine, self.health, sampling_rows, logits, masks)
         events = self._apply(sampling_rows, sampled)
         # The time includes sampling: it decides, too, how many rows fit into a round.
         self._observe(appends, time.perf_counter() - started_at)

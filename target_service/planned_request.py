@@ -141,9 +141,9 @@ class Scoring:
         """Without allowed token after the committed output, the generation fails by name."""
         grammar = self._complete[index].live.state.grammar
         assert grammar is not None, "it has masks"
-        return (
-            DeadEnd(masks.num_live) if masks.num_live else InvalidRequest(grammar.grammar.field, masks.why)
-        )
+        if masks.num_live:
+            return DeadEnd(masks.num_live)
+        return InvalidRequest(grammar.grammar.field, masks.why)
 
 
 def grammar_state(command: OpenTarget, engine: ServedEngine) -> GrammarState | None:

@@ -28,9 +28,11 @@ from outrider.engine import (
     Sequence,
     ServedEngine,
 )
-from outrider.engine.interface import NUM_CANDIDATES, Logits
+from outrider.engine.interface import NUM_CANDIDATES, Ids, Logits
 from outrider.errors import KVFull, NonFiniteLogits
+from outrider.grammar import GrammarState
 from outrider.model_server.failure_policy import PassHealth
+from outrider.model_server.grammar_masks import MaskRequest, Masks, MaskThread
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
 from outrider.sampling.params import Verification
@@ -50,6 +52,9 @@ class DraftGeneration:
     verification: Verification
     vocab_size: int
     target: ServedTarget
+    prompt_len: int
+    # Position in the grammar of the output's format; None: draft tokens are not masked.
+    grammar: GrammarState | None = None
 
     @property
     def has_supports(self) -> bool:
@@ -212,7 +217,13 @@ class DraftRow:
         known = [token if token < num_known else 0 for token in pending[:num_tokens]]
         return Append(sequence, known, int(num_tokens == len(pending)))
 
-    def ask(self) -> SampleRequest:
+    def mask_request(self, grammar: GrammarState) -> MaskRequest:
+        prompt_len = self.drafting.live.state.prompt_len
+        output_ids = self.drafting.tree.context(self.block)[prompt_len : self.block.end]
+        return MaskRequest(grammar, output_ids, len(output_ids), 1)
+
+    def ask(self, allowed: Ids | None) -> SampleRequest:
+        """`allowed`: mask of the output's format."""
         block, tree, generation = self.block, self.drafting.tree, self.drafting.live.state
         return SampleRequest(
             generation.sampler,
@@ -221,6 +232,7 @@ class DraftRow:
             block.base_len,
             generation.verification,
             is_guess=block.is_complete,
+            allowed=allowed,
         )
 
     def placeholder(self, error: NonFiniteLogits) -> SampledToken:
@@ -241,8 +253,39 @@ class DraftRow:
         return SampledToken(0, certain if has_support else None, candidates, scores)
 
 
+class RowMasks:
+    """Masks of the formats of a pass's rows; computed while the pass runs, so create it before.
+
+    A row without a mask is sampled from all tokens: its draft tokens break the format, or follow
+    EOS, and are rejected anyway.
+    """
+
+    def __init__(self, rows: Seq[DraftRow], masks: MaskThread) -> None:
+        grammars = [row.drafting.live.state.grammar for row in rows]
+        self._where = [i for i, grammar in enumerate(grammars) if grammar is not None]
+        self._num_rows = len(rows)
+        self._masks = (
+            masks.start([row.mask_request(g) for row, g in zip(rows, grammars, strict=True) if g])
+            if self._where
+            else None
+        )
+
+    def allowed(self) -> list[Ids | None]:
+        """For each row. Waits until they are computed."""
+        found: list[Ids | None] = [None] * self._num_rows
+        if self._masks is not None:
+            for index, masks in zip(self._where, self._masks.result(), strict=True):
+                if isinstance(masks, Masks) and masks.num_live:
+                    found[index] = masks.allowed
+        return found
+
+
 def sample_rows(
-    engine: ServedEngine, health: PassHealth, rows: Seq[DraftRow], logits: Logits
+    engine: ServedEngine,
+    health: PassHealth,
+    rows: Seq[DraftRow],
+    logits: Logits,
+    masks: RowMasks,
 ) -> list[SampledToken | Exception]:
     """Samples a token for each row; a row's own error in its place.
 
@@ -252,7 +295,9 @@ def sample_rows(
     """
     results: list[SampledToken | Exception] = []
     observed: list[SampledToken | Exception] = []
-    sampled = engine.sample([row.ask() for row in rows], logits)
+    allowed = masks.allowed()
+    asks = [row.ask(mask) for row, mask in zip(rows, allowed, strict=True)]
+    sampled = engine.sample(asks, logits)
     for row, token in zip(rows, sampled, strict=True):
         if isinstance(token, NonFiniteLogits) and not row.is_committed:
             results.append(row.placeholder(token))

@@ -88,10 +88,11 @@ class MaskThread:
             if is_valid[-1]:
                 drafts = request.output_ids[num:][: request.num_rows - 1].tolist()
                 work.append((request.state.matcher, first, drafts))
-        if work:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(
-                work, allowed.ctypes.data, num_words * _WORD_BYTES, len(allowed)
-            )
+        target = (allowed.ctypes.data, num_words * _WORD_BYTES, len(allowed))
+        if drafted := [job for job in work if job[2]]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        if plain := [job[:2] for job in work if not job[2]]:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
         return [
             _result(request, allowed[end - request.num_rows : end]) if valid else _refusal(request)
             for request, end, valid in zip(requests, ends, is_valid, strict=True)
@@ -123,7 +124,6 @@ def _num_computable(request: MaskRequest) -> int:
 
 
 def _refusal(request: MaskRequest) -> InvalidRequest:
-    request.state.reset()
     return InvalidRequest(
         request.state.grammar.field, "the output so far is not one that the format allows"
     )

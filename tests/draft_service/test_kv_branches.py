@@ -80,7 +80,9 @@ class Play:
         ids = self.prob.integers(VOCAB_SIZE, size=self.prompt_len)
         sampler = self.engine.sampler(SAMPLING, self.prompt_len, VOCAB_SIZE)
         target = ServedTarget(TargetIdentity())
-        state = DraftGeneration(KEY, sampler, Verification.REJECTION, VOCAB_SIZE, target)
+        state = DraftGeneration(
+            KEY, sampler, Verification.REJECTION, VOCAB_SIZE, target, self.prompt_len
+        )
         self.table: SessionTable[DraftGeneration] = SessionTable(store, 60.0)
         self.live = self.table.open("s", 1, None, MAX_LEN, (0, 0.0), state)
         self.live.token_ids[: self.prompt_len] = ids

@@ -98,7 +98,7 @@ def _serve_with(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Any]
     monkeypatch.setattr(
         outrider.model_server.lifecycle,
         "load_served_engine",
-        lambda config: (make_engine(config), load(config)[1]),
+        lambda config: load(config)._replace(engine=make_engine(config)),
     )
 
 

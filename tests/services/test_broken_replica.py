@@ -51,10 +51,10 @@ async def faulty(
     load = outrider.model_server.lifecycle.load_served_engine
 
     def loaded(config: ModelServiceConfig) -> Any:
-        engine, info = load(config)
-        forward = engine.forward
-        engine.forward = fault.around(forward)  # type: ignore[method-assign]
-        return engine, info
+        loaded_model = load(config)
+        engine = loaded_model.engine
+        engine.forward = fault.around(engine.forward)  # type: ignore[method-assign]
+        return loaded_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outrider.model_server.lifecycle, "load_served_engine", loaded)

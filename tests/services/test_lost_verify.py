@@ -96,7 +96,7 @@ async def placed(redis_url: str, **settings: Any) -> AsyncIterator[Place]:
         patch.setattr(
             outrider.model_server.lifecycle,
             "load_served_engine",
-            lambda config: (hold.engine(config), load(config)[1]),
+            lambda config: load(config)._replace(engine=hold.engine(config)),
         )
         async with (
             tier() as target,

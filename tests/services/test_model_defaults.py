@@ -94,6 +94,6 @@ def test_the_tokenizers_own_end_token_ends_outputs(
     config = TargetConfig(
         model=str(target), port=0, kv_cache_tokens=KV_TOKENS, tokenizer_eos=uses_it
     )
-    _, info = load_served_engine(config)
+    info = load_served_engine(config).model
     expected = [299, tokenizer.eos_token_id] if uses_it else [299]
     assert list(info.eos_token_ids) == expected
