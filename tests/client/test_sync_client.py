@@ -15,7 +15,7 @@ from tests.client.conftest import Place
 
 PROMPT = "the quick"
 NUM_TOKENS = 30
-HEAVY = ("torch", "numpy", "structlog", "rich", "redis", "prometheus_client", "fastapi", "jinja2")
+HEAVY = ("torch", "numpy", "structlog", "rich", "redis", "prometheus_client", "starlette", "jinja2")
 
 
 @pytest.fixture
