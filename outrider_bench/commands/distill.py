@@ -70,7 +70,7 @@ class DistillOptions(AccessOptions):
         int | None,
         typer.Option(
             min=1,
-            help="Training steps. Default: until each row was used four times.",
+            help="Training steps. Default: until each row was used 16 times.",
             rich_help_panel=_TRAINING,
         ),
     ] = None
@@ -105,6 +105,15 @@ class DistillOptions(AccessOptions):
             rich_help_panel=_TRAINING,
         ),
     ] = 5e-4
+    cache_mb: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Memory per process for the target's probabilities, 384 bytes per position; "
+            "those of other rows are computed at each use.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 2048
     checkpoint_s: Annotated[
         float,
         typer.Option(min=0, help="Seconds between checkpoints.", rich_help_panel=_TRAINING),

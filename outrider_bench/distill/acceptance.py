@@ -63,14 +63,10 @@ def measure_acceptance(target: Any, draft: Any, rows: Sequence[Row]) -> Acceptan
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         chosen = rows[start : start + _ROWS_AT_ONCE]
         batch = Batch.of(chosen, device)
-        target_logits, draft_logits = (
-            batch.select(model(input_ids=batch.token_ids, use_cache=False).logits)
-            for model in (target, draft)
-        )
-        log_probs = common_log_probs(target_logits, draft_logits)
+        log_probs = common_log_probs(batch.logits(target), batch.logits(draft))
         accepted = losses.acceptance(*log_probs)
         equal = (log_probs[0].argmax(-1) == log_probs[1].argmax(-1)).float()
-        lengths = [len(row.token_ids) - row.prompt_len for row in chosen]
+        lengths = [row.num_output_tokens for row in chosen]
         num_positions += sum(lengths)
         parts = zip(
             chosen, torch.split(accepted, lengths), torch.split(equal, lengths), strict=True

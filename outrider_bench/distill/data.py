@@ -50,7 +50,7 @@ class Collection:
         self._processes = processes
         self._show = show
 
-    def recorded(self, tokenizer: Tokenizer | None) -> Data:
+    def recorded(self, tokenizer: Tokenizer | None, model_fingerprint: str) -> Data:
         """The rows of `--traffic`, copied first: the recorder goes on writing and deleting."""
         settings, kept = self._settings, RowFile(self._folder / "rows-0.jsonl")
         if self._processes.is_main and not (self._folder / _HELD_OUT_FILE).exists():
@@ -58,6 +58,7 @@ class Collection:
             rows = read_traffic(
                 settings.traffic,
                 tokenizer="" if tokenizer is None else tokenizer.fingerprint,
+                model=model_fingerprint,
                 max_prompt_tokens=settings.max_prompt_tokens,
                 max_rows=settings.samples,
             )
@@ -68,7 +69,7 @@ class Collection:
             RowFile(self._folder / _HELD_OUT_FILE).append(chosen)
             self._show(
                 f"{len(rows)} recorded generations: {len(train)} to train on, {len(chosen)} held "
-                "out"
+                f"out; {sum(row.top is not None for row in train)} with this target's probabilities"
             )
         self._processes.wait()
         return self._read()
@@ -86,10 +87,10 @@ class Collection:
         train, chosen = held_out(prompts, settings.seed)
         self._show(f"{len(prompts)} prompts: {len(train)} to train on, {len(chosen)} held out")
         if self._processes.is_main:
-            parts = batches(held_out_jobs(chosen), settings.seed)
+            parts = batches(held_out_jobs(chosen), settings.seed, generate.jobs_at_once)
             self._write("held-out rows", _HELD_OUT_FILE, parts, generate, None)
         jobs = training_jobs(train, settings.temperatures, settings.samples)
-        parts = self._processes.share(batches(jobs, settings.seed))
+        parts = self._processes.share(batches(jobs, settings.seed, generate.jobs_at_once))
         self._write("rows", f"rows-{self._processes.index}.jsonl", parts, generate, budget_s)
         self._processes.wait()
         return self._read()

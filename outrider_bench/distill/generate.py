@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 # transformers' annotations are partial.
 _untyped: Any = transformers
 
-# Decoded in one forward pass; also the requests that a service has at a time.
-JOBS_AT_ONCE = 32
+# Decoded in one forward pass, or requests that a service has at a time. Small models are decoded
+# in larger batches: on a CPU 128 rows took two thirds of the time of four batches of 32.
+_JOBS_AT_ONCE = 32
+_JOBS_OF_SMALL_MODELS = 128
+_SMALL_MODEL = 10**9  # parameters
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,21 @@ def held_out_jobs(prompts: Sequence[Sequence[int]]) -> list[Job]:
     return [Job(tuple(ids), temperature) for ids in prompts for temperature in (0.0, 1.0)]
 
 
-def batches(jobs: Sequence[Job], seed: int) -> list[list[Job]]:
+def batches(jobs: Sequence[Job], seed: int, size: int = _JOBS_AT_ONCE) -> list[list[Job]]:
     """The jobs in batches of similar prompt length; the batches in random order."""
     by_length = sorted(jobs, key=lambda job: len(job.prompt_ids))
-    starts = range(0, len(by_length), JOBS_AT_ONCE)
-    parts = [by_length[start : start + JOBS_AT_ONCE] for start in starts]
+    parts = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     random.Random(seed).shuffle(parts)
     return parts
 
 
-Generate = Callable[[Sequence[Job], int], list[Row]]
+class Generate(Protocol):
+    """Generates the rows of a batch of jobs; `jobs_at_once`: its size."""
+
+    @property
+    def jobs_at_once(self) -> int: ...
+
+    def __call__(self, jobs: Sequence[Job], seed: int) -> list[Row]: ...
 
 
 class OwnTarget:
@@ -74,6 +82,8 @@ class OwnTarget:
 
     def __init__(self, model: Any, *, max_tokens: int) -> None:
         self._model = model
+        is_small = model.num_parameters() < _SMALL_MODEL
+        self.jobs_at_once = _JOBS_OF_SMALL_MODELS if is_small else _JOBS_AT_ONCE
         self._eos_ids = _eos_ids(model)
         model.generation_config = _untyped.GenerationConfig(
             do_sample=False,
@@ -145,6 +155,8 @@ class RunningService:
 
     Callable like `OwnTarget`; raises CallFailed.
     """
+
+    jobs_at_once = _JOBS_AT_ONCE
 
     def __init__(self, endpoint: str, access: Any, *, max_tokens: int) -> None:
         self._endpoint = endpoint

@@ -98,6 +98,12 @@ def common_tokenizer(target: str, draft: str | None) -> Tokenizer | None:
     return tokenizer
 
 
+def common_vocab_size(target: Any, draft: Any) -> int:
+    """Number of token ids that both models have: one may be padded."""
+    sizes = (len(model.get_output_embeddings().weight) for model in (target, draft))
+    return min(sizes)
+
+
 def rounded(draft: Any, dtype: torch.dtype) -> Any:
     """A float32 copy of the draft with the weights that `dtype` can store."""
     return copy.deepcopy(draft).to(dtype).float()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from outrider.engine.loading import checkpoint
 from outrider.errors import ConfigError
 from outrider_bench.distill.acceptance import Acceptance, measure_acceptance, worse
 from outrider_bench.distill.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from outrider_bench.distill.losses import LOSSES
 from outrider_bench.distill.models import (
     check_context,
     common_tokenizer,
+    common_vocab_size,
     first_layers,
     load_draft,
     load_target,
@@ -42,6 +44,7 @@ from outrider_bench.distill.optimise import (
 from outrider_bench.distill.processes import Processes
 from outrider_bench.distill.rows import Batch, shuffled_batch
 from outrider_bench.distill.settings import DistillSettings
+from outrider_bench.distill.target_cache import TargetCache
 from outrider_bench.distill.train import train_draft
 
 REPORT = "distillation.json"
@@ -139,6 +142,10 @@ class _Run:
         else:
             assert settings.from_layers is not None, "checked with the settings"
             draft = first_layers(target, settings.from_layers)
+        if self._processes.device.type == "cpu":
+            # PyTorch's fused attention is slow to differentiate there: 150 ms of CPU per step of
+            # the quickstart draft, with it 190 ms.
+            draft.set_attn_implementation("eager")
         longest = settings.max_prompt_tokens + settings.max_tokens
         check_context(target, settings.target, longest)
         check_context(draft, settings.draft or "the draft", longest)
@@ -146,7 +153,7 @@ class _Run:
         self._show(_described(target, draft))
         collection = Collection(settings, self._folder, self._processes, self._show)
         if settings.traffic is not None:
-            data = collection.recorded(tokenizer)
+            data = collection.recorded(tokenizer, checkpoint.fingerprint(target))
         else:
             generate = self._generator(target)
             data = collection.generated(tokenizer, generate, budget_s=self._budget_s(True))
@@ -226,14 +233,20 @@ class _Run:
     def _train(self, target: Any, draft: Any, data: Data) -> Position:
         settings, processes = self._settings, self._processes
         draft.requires_grad_(True)
-        rows = settings.batch * processes.count
-        num_steps = settings.max_steps(len(data.train), rows_per_step=rows)
+        rows = processes.share(data.train) or data.train[:1]
+        num_steps = settings.max_steps(len(rows), rows_per_step=settings.batch)
         limits = Limits(num_steps, self._budget_s(False))
+        cache = TargetCache(
+            target,
+            rows,
+            vocab_size=common_vocab_size(target, draft),
+            max_bytes=settings.cache_mb << 20,
+            seed=settings.seed,
+        )
+        lengths = [len(row.token_ids) for row in rows]
 
         def batch_of_step(step: int) -> Batch:
-            chosen = shuffled_batch(len(data.train), rows, step, settings.seed)
-            mine = processes.share(chosen) or chosen[:1]
-            return Batch.of([data.train[index] for index in mine], processes.device)
+            return cache.batch(shuffled_batch(lengths, settings.batch, step, settings.seed))
 
         def show(event: TrainingEvent) -> None:
             done = Position(event.step, event.elapsed_s).done(limits)

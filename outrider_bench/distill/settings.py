@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # More repetitions of the same rows fit those rows, and lower α on others (measured: results.md).
-_MAX_EPOCHS = 4
+_MAX_EPOCHS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class DistillSettings:
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     batch: int = 16
     learning_rate: float = 5e-4
+    cache_mb: int = 2048
     checkpoint_s: float = 60.0
     device: str = "auto"
     seed: int = 0
@@ -65,7 +66,7 @@ class DistillSettings:
             raise ConfigError(f"--learning-rate: {self.learning_rate:g} is too small; above 0")
 
     def max_steps(self, num_rows: int, *, rows_per_step: int) -> int:
-        """`steps`; without it, as many as show each row four times."""
+        """`steps`; without it, as many as use each row sixteen times."""
         return self.steps or max(1, _MAX_EPOCHS * num_rows // rows_per_step)
 
     def identity(self) -> dict[str, Any]:

@@ -17,18 +17,27 @@ if TYPE_CHECKING:
     from outrider_bench.distill.processes import Processes
 
 
+def fast_precision(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16; on CPUs only on those that compute in it."""
+    # The name has an underscore; the public `get_capabilities` is newer than our oldest torch.
+    has_bfloat16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
+
+
 def distillation_loss(target: Any, draft: Any, batch: Batch, loss: Loss) -> Tensor:
     """Mean loss over the positions of a batch. Gradients for the draft only.
 
-    The target's distributions are computed here, not taken from the data. Vocabularies may be
+    The target's distributions are computed if the batch does not have them. Vocabularies may be
     padded to different widths: tokens that only one model has are left out.
     """
-    device = batch.token_ids.device
-    with torch.autocast(device.type, torch.bfloat16):
-        with torch.no_grad():
-            target_logits = target(input_ids=batch.token_ids, use_cache=False).logits
-        draft_logits = draft(input_ids=batch.token_ids, use_cache=False).logits
-    return loss(*common_log_probs(batch.select(target_logits), batch.select(draft_logits))).mean()
+    with fast_precision(batch.token_ids.device):
+        if batch.target is None:
+            with torch.no_grad():
+                target_logits = batch.logits(target)
+        draft_logits = batch.logits(draft)
+    if batch.target is not None:
+        return loss(*batch.target.compared(draft_logits)).mean()
+    return loss(*common_log_probs(target_logits, draft_logits)).mean()
 
 
 def common_log_probs(target_logits: Tensor, draft_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ ROWS = [
     Row(tuple(random.Random(i).choices(range(200), k=12 + i % 5)), 4, float(i % 2))
     for i in range(12)
 ]
+LENGTHS = [len(row.token_ids) for row in ROWS]
 
 
 @pytest.fixture
@@ -116,9 +118,11 @@ def test_a_killed_writer_loses_its_last_line_alone(tmp_path: Path) -> None:
 def recorded(row: Row, **changes: Any) -> str:
     """A line of recorded traffic."""
     fields = {
-        "format": FORMAT, "tokenizer": "t", "temperature": row.temperature,
+        "format": FORMAT, "tokenizer": "t", "model": "m", "temperature": row.temperature,
         "prompt_token_ids": row.token_ids[: row.prompt_len],
         "output_token_ids": row.token_ids[row.prompt_len :],
+        "top_token_ids": [[7, 8]] * row.num_output_tokens,
+        "top_logprobs": [[-0.5, -1.5]] * row.num_output_tokens,
     }  # fmt: skip
     return json.dumps({**fields, **changes}) + "\n"
 
@@ -130,18 +134,29 @@ def test_recorded_traffic_is_read(tmp_path: Path) -> None:
     (tmp_path / "traffic-1.jsonl").write_text(
         recorded(ROWS[3]) + other + recorded(ROWS[1]) + recorded(ROWS[5])[:-3], "utf-8"
     )
-    rows = read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=100, max_rows=10)
+    read = partial(read_traffic, tmp_path, model="m")
+    rows = read(tokenizer="t", max_prompt_tokens=100, max_rows=10)
     assert rows == [ROWS[1], ROWS[2], ROWS[3]]
-    (cut, *_) = read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=3, max_rows=2)
+    (cut, *_) = read(tokenizer="t", max_prompt_tokens=3, max_rows=2)
     assert cut == Row(ROWS[1].token_ids[1:], 3, ROWS[1].temperature)
     with pytest.raises(ConfigError, match=r"has 1 different generations .*, and 4 of another"):
-        read_traffic(tmp_path, tokenizer="another", max_prompt_tokens=9, max_rows=9)
+        read(tokenizer="another", max_prompt_tokens=9, max_rows=9)
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.append(rows)
+    for row in file.read():
+        assert row.top is not None
+        assert row.top.token_ids.tolist() == [[7, 8]] * row.num_output_tokens
+        assert row.top.log_probs.tolist() == [[-0.5, -1.5]] * row.num_output_tokens
+    of_another = read_traffic(
+        tmp_path, model="other", tokenizer="t", max_prompt_tokens=9, max_rows=9
+    )
+    assert [row.top for row in of_another] == [None] * 3
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "traffic-1.jsonl").write_text(recorded(ROWS[0], format="other/2"), "utf-8")
     with pytest.raises(ConfigError, match=r"--traffic: .*: not recorded traffic: .*other/2"):
-        read_traffic(tmp_path, tokenizer="t", max_prompt_tokens=9, max_rows=9)
+        read_traffic(tmp_path, tokenizer="t", model="m", max_prompt_tokens=9, max_rows=9)
 
 
 def test_later_turns_of_a_held_out_conversation_are_not_trained_on() -> None:
@@ -152,19 +167,31 @@ def test_later_turns_of_a_held_out_conversation_are_not_trained_on() -> None:
 
 
 def test_each_row_is_in_one_batch_per_epoch() -> None:
+    lengths = [10] * 12
     epochs = [
-        sorted(i for step in range(4 * n, 4 * n + 4) for i in shuffled_batch(12, 3, step, seed=5))
+        sorted(
+            i for step in range(4 * n, 4 * n + 4) for i in shuffled_batch(lengths, 3, step, seed=5)
+        )
         for n in range(2)
     ]
     assert epochs == [list(range(12))] * 2
-    assert shuffled_batch(12, 3, 0, seed=5) != shuffled_batch(12, 3, 4, seed=5)
-    assert sorted(shuffled_batch(2, 16, 7, seed=5)) == [0, 1]
+    assert shuffled_batch(lengths, 3, 0, seed=5) != shuffled_batch(lengths, 3, 4, seed=5)
+    assert sorted(shuffled_batch([9, 9], 16, 7, seed=5)) == [0, 1]
 
 
-def test_rows_are_used_four_times_unless_steps_are_given() -> None:
+def test_rows_of_a_batch_have_similar_lengths() -> None:
+    lengths = [random.Random(i).randrange(500) for i in range(64)]
+    steps = [shuffled_batch(lengths, 4, step, seed=2) for step in range(16)]
+    assert sorted(i for step in steps for i in step) == list(range(64))
+    by_rank = sorted(range(64), key=lengths.__getitem__)
+    expected = sorted(sorted(lengths[i] for i in by_rank[n : n + 4]) for n in range(0, 64, 4))
+    assert sorted(sorted(lengths[i] for i in step) for step in steps) == expected
+
+
+def test_rows_are_used_sixteen_times_unless_steps_are_given() -> None:
     settings = DistillSettings(target="t", out=Path("o"))
-    assert settings.max_steps(288, rows_per_step=16) == 72
-    assert settings.max_steps(2, rows_per_step=16) == 1
+    assert settings.max_steps(288, rows_per_step=16) == 288
+    assert settings.max_steps(2, rows_per_step=64) == 1
     assert dataclasses.replace(settings, steps=500).max_steps(288, rows_per_step=16) == 500
 
 
@@ -261,7 +288,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(target: Any, tmp_path: Path
             position = train_draft(
                 target,
                 draft,
-                lambda step: Batch.of([ROWS[i] for i in shuffled_batch(12, 4, step, seed=0)]),
+                lambda step: Batch.of([ROWS[i] for i in shuffled_batch(LENGTHS, 4, step, seed=0)]),
                 loss=forward_kl,
                 optimiser=Optimiser(draft, matrix_rate=4e-3, other_rate=1e-3),
                 limits=Limits(num_steps=8, time_budget_s=1e9),
