@@ -63,7 +63,11 @@ def _num_cores() -> int:
 def draft_arguments(options: StackOptions, model: str) -> list[str]:
     """Arguments of `python -m` for the draft."""
     device = options.draft_device or options.device
-    return ["draft_service", *_model_flags(options, model, device, options.draft_threads or 1)]
+    return [
+        "draft_service",
+        *_model_flags(options, model, device, options.draft_threads or 1),
+        *_flag("target-tokenizer", options.target_tokenizer),
+    ]
 
 
 def _model_flags(options: StackOptions, model: str, device: str, num_threads: int) -> list[str]:

@@ -138,6 +138,13 @@ class StackOptions:
         Path | None,
         typer.Option(help="File with a chat template (Jinja) to use instead of the target's."),
     ] = None
+    target_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="For a draft with another tokenizer: the target's, usually --target again. The "
+            "draft re-encodes the text."
+        ),
+    ] = None
     max_generations: Annotated[
         int | None, typer.Option(help="Maximum generations that run at a time.")
     ] = None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from outrider.errors import IncompatiblePair
+from outrider.errors import ConfigError, IncompatiblePair
 from outrider.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class PairInspection:
     """What the files say about a pair. `draft` and `tokenizers` are None without a draft.
 
     `refused`: why the services would not use the pair. `notes`: what works but costs something.
+    `is_reencoded`: the draft has another tokenizer, and re-encodes the target's text.
     """
 
     target: ModelShape
@@ -82,6 +83,7 @@ class PairInspection:
     parameter_ratio: float | None
     refused: tuple[str, ...]
     notes: tuple[str, ...]
+    is_reencoded: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of the inspection."""
@@ -109,9 +111,13 @@ async def inspect_pair(target: str, draft: str | None, options: InspectOptions) 
     comparison = await asyncio.to_thread(TokenizerComparison.of, tokenizer, draft_tokenizer)
     shapes = {"target": target_shape, "draft": draft_shape}
     refused_list = [f"{tier}: {one.refused}" for tier, one in shapes.items() if one.refused]
-    pairing = await _pairing_refusal(
-        (target, tokenizer), (draft, draft_tokenizer), options.assume_same_vocabulary
-    )
+    is_reencoded = comparison.match is TokenizerMatch.different
+    if is_reencoded:
+        pairing = await asyncio.to_thread(_reencoding_refusal, target, draft)
+    else:
+        pairing = await _pairing_refusal(
+            (target, tokenizer), (draft, draft_tokenizer), options.assume_same_vocabulary
+        )
     if pairing:
         refused_list.append(f"pair: {pairing}")
     sizes = target_shape.num_parameters, draft_shape.num_parameters
@@ -123,6 +129,7 @@ async def inspect_pair(target: str, draft: str | None, options: InspectOptions) 
         ratio,
         tuple(refused_list),
         tuple(_notes(target_shape, draft_shape, comparison, ratio)),
+        is_reencoded,
     )
 
 
@@ -159,6 +166,17 @@ async def _pairing_refusal(
     return None
 
 
+def _reencoding_refusal(target: str, draft: str) -> str | None:
+    """Why the draft service cannot re-encode the target's text; None: it can."""
+    from draft_service.reencoding import load_reencoders
+
+    try:
+        load_reencoders(draft, [target])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def _notes(
     target: ModelShape, draft: ModelShape, tokenizers: TokenizerComparison, ratio: float | None
 ) -> list[str]:
@@ -178,7 +196,12 @@ def _notes(
             f"beyond {draft.max_context_len} tokens of context generations run without draft "
             "tokens: the draft's context is shorter"
         )
-    if draft.vocab_size < target.vocab_size:
+    if tokenizers.match is TokenizerMatch.different:
+        notes.append(
+            "tokenizers differ: the draft re-encodes the text (--target-tokenizer) and drafts one "
+            "chain, greedily; its acceptance is that of the real loop"
+        )
+    elif draft.vocab_size < target.vocab_size:
         num = target.vocab_size - draft.vocab_size
         notes.append(f"the draft never proposes the target's last {num} token ids: it has none")
     if tokenizers.match in (TokenizerMatch.added, TokenizerMatch.related):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _NUM_WARM_UP_TOKENS = 24
 _LOG_DIR = Path(".outrider/logs")
+# Draft tokens per round where acceptance is counted in the real loop.
+_COUNTED_GAMMA = 4
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,15 @@ class Pass:
 
 @dataclass
 class Loops:
-    """Measurements so far. `cost`: passes as reported after the warm-up; None: not known yet."""
+    """Measurements so far. `cost`: passes as reported after the warm-up; None: not known yet.
+
+    `counted`: outputs with a fixed γ by temperature, of a draft that re-encodes the text: the
+    server's own γ may be 0.
+    """
 
     cost: PairCost | None = None
     passes: list[Pass] = field(default_factory=list)
+    counted: dict[float, list[Sample]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.passes)
@@ -70,10 +77,12 @@ async def measure_loops(
     loops: Loops,
     console: Console,
     report: Report,
+    *,
+    reencodes: bool = False,
 ) -> None:
     """Fills `loops`. After a signal it returns with the measurements so far (`report.stopped`).
 
-    `draft` None: prompt lookup alone.
+    `draft` None: prompt lookup alone. `reencodes`: the draft has another tokenizer.
     """
     from outrider_bench.measuring.load import interleaved
     from outrider_bench.measuring.show import progress
@@ -92,15 +101,22 @@ async def measure_loops(
         "assume_same_vocabulary": options.assume_same_vocabulary,
         "draft_delay_ms": options.rtt_ms / 2 or None,
         "prompt_lookup": draft is None,
+        "target_tokenizer": options.target if reencodes else None,
     }
     points = [(t, num) for t in options.temperature_list for num in options.stream_list]
     async with measured_system(bench, console, **changes) as system:
         if draft is not None:
             system.require_draft()
+        counted = options.temperature_list if reencodes else []
         # Twice: plain and as served.
-        num_steps = 2 + 2 * options.repetitions * len(points)
+        num_steps = 2 + len(counted) + 2 * options.repetitions * len(points)
         with progress(console, num_steps, report, loops) as step:
             await _warm_up(system, options, workload, loops, step)
+            for temperature in counted:
+                step(f"acceptance, T = {temperature:g}")
+                way = replace(_variant("full", temperature, workload), gamma=_COUNTED_GAMMA)
+                works = _works(options, workload.prompts, 1, 0)
+                loops.counted[temperature] = (await _block(system, works, way, 1)).samples
             for repetition, (temperature, num) in interleaved(points, options.repetitions):
                 works = _works(options, workload.prompts, num, repetition)
                 ways = [_variant(name, temperature, workload) for name in ("plain", "full")]

@@ -21,6 +21,7 @@ from outrider_bench.check.loops import Loops
 from outrider_bench.check.options import CheckOptions
 from outrider_bench.check.prediction import Prediction
 from outrider_bench.check.prompts import Prompt
+from outrider_bench.check.reencoded import LoopPredictor, loop_acceptances
 from outrider_bench.check.self_test import SelfTestResult
 from outrider_bench.check.verdict import Verdict, verdict
 
@@ -54,9 +55,11 @@ class DraftCheck:
         return [*self.inspection.refused, *failed]
 
     @property
-    def predictor(self) -> results.Predictor | results.LookupPredictor | None:
+    def predictor(self) -> results.AnyPredictor | None:
         """None as long as the costs are not known."""
         cost, max_gamma = self.loops.cost, self.options.max_gamma
+        if cost is not None and self.inspection.is_reencoded:
+            return LoopPredictor(self.acceptances(), cost, max_gamma)
         if cost is None or not any(len(one.token_ids) > 1 for one in self.comparisons):
             return None
         if self.draft is None:
@@ -101,6 +104,8 @@ class DraftCheck:
         return max(1, found[0].prediction.best_gamma) if found else min(4, self.options.max_gamma)
 
     def acceptances(self, *, by_task: bool = False) -> list[results.Acceptance]:
+        if self.inspection.is_reencoded:
+            return loop_acceptances(self.loops)
         return results.acceptances(self.comparisons, self.loops, self.gamma, by_task=by_task)
 
     @property
@@ -112,7 +117,8 @@ class DraftCheck:
             results.pass_costs(self.loops),
             self.options.min_speed_up,
             self.token_costs,
-            is_lookup=self.draft is None,
+            what="prompt lookup" if self.draft is None else None,
+            flag=" with --target-tokenizer" if self.inspection.is_reencoded else "",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from outrider.sampling.formulas import acceptance_band, mean_acceptance_length
 from outrider_bench.check import lookup, replay
@@ -36,14 +37,15 @@ class Acceptance:
 
     `survival` [k] and `tokens_per_round`, `formula_tokens_per_round`: of rounds with `gamma` draft
     tokens; the latter is (1 - α^(γ+1)) / (1 - α). `loop_alpha`, `loop_survival`: of the real loop;
-    None and empty if it was not measured.
+    None and empty if it was not measured. `agreement` None: the draft re-encodes the text, and all
+    values are those of the real loop.
     """
 
     task: str
     temperature: float
     num_tokens: int
     alpha: float
-    agreement: float
+    agreement: float | None
     band: str
     gamma: int
     survival: tuple[float, ...]
@@ -160,6 +162,15 @@ def pass_costs(loops: Loops) -> list[PassCost]:
     return [PassCost(num, target_s, draft_s) for num, target_s, draft_s in sizes if target_s > 0]
 
 
+class AnyPredictor(Protocol):
+    """Predicts speed-ups at the temperatures that it knows."""
+
+    @property
+    def temperatures(self) -> list[float]: ...
+
+    def predict(self, temperature: float, situation: Situation) -> Prediction: ...
+
+
 class Predictor:
     """Predicts speed-ups from the target's texts and the costs of passes."""
 
@@ -234,7 +245,7 @@ def lookup_uses(
 
 
 def speed_ups(
-    predictor: Predictor | LookupPredictor, loops: Loops, streams: Iterable[int], rtt_s: float
+    predictor: AnyPredictor, loops: Loops, streams: Iterable[int], rtt_s: float
 ) -> list[SpeedUp]:
     """One entry per temperature and number of streams."""
     return [

@@ -108,12 +108,16 @@ def acceptance_table(by_task: Sequence[Acceptance], overall: Sequence[Acceptance
     temperatures = list(dict.fromkeys(one.temperature for one in overall))
     columns = [f"T = {t:g}: α (equal argmax)" for t in temperatures]
     shown = table("acceptance along the target's own text", ("task", *columns))
+    is_of_loop = any(one.agreement is None for one in overall)
     tasks = list(dict.fromkeys(one.task for one in by_task))
     if len(tasks) > 1:
         for task in tasks:
             own = {one.temperature: one for one in by_task if one.task == task}
             shown.add_row(task, *(_alpha(own.get(t)) for t in temperatures))
         shown.add_section()
+    if overall and is_of_loop:
+        shown.add_row("real loop", *(f"{_alpha(one)} {one.band}" for one in overall))
+        return shown
     if overall:
         shown.add_row("all", *(f"{_alpha(one)} {one.band}" for one in overall))
     if any(one.loop_alpha is not None for one in overall):
@@ -122,7 +126,9 @@ def acceptance_table(by_task: Sequence[Acceptance], overall: Sequence[Acceptance
 
 
 def _alpha(one: Acceptance | None) -> str:
-    return "" if one is None else f"{one.alpha:.2f} ({one.agreement:.2f})"
+    if one is None:
+        return ""
+    return f"{one.alpha:.2f}" + ("" if one.agreement is None else f" ({one.agreement:.2f})")
 
 
 def lookup_table(uses: Sequence[LookupUse]) -> Table:
@@ -154,7 +160,7 @@ def survival_table(overall: Sequence[Acceptance]) -> Table:
     for one in overall:
         rest = (str(one.gamma), number(one.tokens_per_round), number(one.formula_tokens_per_round))
         shown.add_row(f"T = {one.temperature:g}", *_shares(one.survival, num), *rest)
-        if one.loop_survival:
+        if one.loop_survival and one.agreement is not None:
             shown.add_row("  real loop", *_shares(one.loop_survival, num), "", "", "")
     return shown
 

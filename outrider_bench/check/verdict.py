@@ -27,9 +27,13 @@ def verdict(
     min_speed_up: float,
     token_costs: Sequence[TokenCost] = (),
     *,
-    is_lookup: bool = False,
+    what: str | None = None,
+    flag: str = "",
 ) -> Verdict:
-    """Worth it: at any temperature and number of streams the speed-up is `min_speed_up` or more."""
+    """Worth it: at any temperature and number of streams the speed-up is `min_speed_up` or more.
+
+    `what`: what to use; None: the best γ. `flag`: that the services need.
+    """
     if refused:
         return Verdict(f"do not speculate: {refused[0]}", False, 0.0)
     if not speed_ups:
@@ -40,8 +44,8 @@ def verdict(
     if not good:
         return Verdict(_against(speed_ups, acceptances, costs, min_speed_up), False, score)
     used = [one for one in speed_ups if one.temperature in good]
-    what = "prompt lookup" if is_lookup else f"γ ≈ {_best_gamma(used)}"
-    text = f"use {what}: {_in_favour(used, speed_ups, good)}"
+    what = what or f"γ ≈ {_best_gamma(used)}"
+    text = f"use {what}{flag}: {_in_favour(used, speed_ups, good)}"
     prices = [one for one in token_costs if one.temperature in good]
     return Verdict(text + _price(prices), True, score)
 

@@ -109,9 +109,13 @@ async def _measure(check: DraftCheck, report: CheckReport, console: Console) -> 
         seed=options.seed,
         ignore_eos=workload.ignores_eos,
     )
-    await measure_acceptance(job, check.comparisons, console, report)
+    reencodes = check.inspection.is_reencoded
+    if not reencodes:
+        await measure_acceptance(job, check.comparisons, console, report)
     if report.stopped is None:
-        await measure_loops(options, draft, workload, check.loops, console, report)
+        await measure_loops(
+            options, draft, workload, check.loops, console, report, reencodes=reencodes
+        )
     overall = check.acceptances()
     for shown in (
         tables.acceptance_table(check.acceptances(by_task=True), overall),

@@ -101,14 +101,14 @@ def test_every_flag_of_up_reaches_the_programs() -> None:
         target="t", draft="d", inflate="1.5M", dtype="bfloat16", device="cuda:0",
         draft_device="cuda:1", host="0.0.0.0", port=1234, gamma=3, max_gamma=7, lookahead=0,
         kv_cache_tokens=99, target_threads=5, draft_threads=2,
-        draft_wait_ms=2.5,
+        draft_wait_ms=2.5, target_tokenizer="t",
     )  # fmt: skip
     shared: dict[str, Any] = {"port": 0, "dtype": "bfloat16", "kv_cache_tokens": 99, "max_gamma": 7}
     assert load(TargetConfig, "target", target_arguments(options)[1:], {}) == TargetConfig(
         model="t", device="cuda:0", num_threads=5, inflate_parameters=1_500_000, **shared
     )
     assert load(DraftConfig, "draft", draft_arguments(options, "d")[1:], {}) == DraftConfig(
-        model="d", device="cuda:1", num_threads=2, **shared
+        model="d", device="cuda:1", num_threads=2, target_tokenizer="t", **shared
     )
     given = orchestrator_arguments(options, "h:1", None, "redis://r", 8001)[1:]
     assert load(OrchestratorConfig, "orchestrator", given, {}) == OrchestratorConfig(

@@ -13,6 +13,7 @@ import pytest
 from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider_bench.models.synthetic import make_pair
 from tests.cli.processes import interrupted, run
+from tests.e2e.test_other_tokenizer import with_permuted_ids
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -127,3 +128,22 @@ def test_without_a_draft_prompt_lookup_is_checked() -> None:
     assert [one["num_streams"] for one in found["speed_ups"]] == [1, 2]
     assert all(one["measured"] > 0 for one in found["speed_ups"])
     assert found["verdict"].startswith(("use prompt lookup: ", "do not speculate: "))
+
+
+def test_a_draft_with_another_tokenizer_is_measured_in_the_real_loop(tmp_path: Path) -> None:
+    """The quickstart draft with other ids re-encodes the text: `--target-tokenizer`."""
+    permuted = with_permuted_ids(Path(DRAFT_PATH), tmp_path / "permuted")
+    ended = run(
+        "check", str(TARGET_PATH), str(permuted), "--task=code", "--temperatures=0",
+        "--max-tokens=24", "--streams=1", "--repetitions=1", "--outputs=2", "--json",
+    )  # fmt: skip
+    assert ended.returncode in (0, 3), ended.stderr
+    (found,) = json.loads(ended.stdout)["drafts"]
+    assert found["inspection"]["is_reencoded"]
+    assert found["inspection"]["refused"] == []
+    (acceptance,) = found["acceptance"]
+    assert acceptance["agreement"] is None
+    assert acceptance["alpha"] == acceptance["loop_alpha"] > 0.2
+    (speed_up,) = found["speed_ups"]
+    assert speed_up["measured"] > 0
+    assert speed_up["predicted"] >= 1

@@ -21,7 +21,7 @@ from tests.cli.conftest import write_tokenizer
 from tests.cli.processes import run
 from tests.e2e import byte_tokenizer
 from tests.tiny_models import make_tiny_model
-from tests.vocabularies import byte_fallback, save
+from tests.vocabularies import byte_fallback, save, word_piece
 
 
 def tiny(family: str, directory: Path, **more: int) -> Path:
@@ -94,7 +94,7 @@ async def test_tokenizers_that_differ_in_added_tokens_only_are_told_apart(tmp_pa
     assert tokenizers.examples == ((plain.get_vocab_size(), None, "<|tool|>"),)
 
 
-async def test_a_draft_with_another_vocabulary_is_refused_as_by_the_orchestrator(
+async def test_a_draft_with_another_tokenizer_re_encodes_the_text(
     target: Path, tmp_path: Path
 ) -> None:
     draft = tiny("gemma3", tmp_path)
@@ -103,10 +103,18 @@ async def test_a_draft_with_another_vocabulary_is_refused_as_by_the_orchestrator
     assert inspection.tokenizers is not None
     assert inspection.tokenizers.match is TokenizerMatch.different
     assert inspection.tokenizers.num_same_tokens >= 256  # all bytes, at other ids
-    (refusal,) = inspection.refused
-    assert "do not share a vocabulary" in refusal
-    num = inspection.tokenizers.num_differing_ids
-    assert f"{num} token ids differ" in refusal
+    assert inspection.is_reencoded
+    assert inspection.refused == ()
+    assert any("--target-tokenizer" in note for note in inspection.notes)
+
+
+async def test_a_tokenizer_that_cannot_be_re_encoded_is_refused_as_by_the_draft_service(
+    target: Path, tmp_path: Path
+) -> None:
+    draft = tiny("gemma3", tmp_path)
+    save(word_piece(), draft)
+    (refusal,) = (await inspected(target, draft)).refused
+    assert refusal.startswith("pair: target_tokenizer: the draft's tokens are no bytes of the text")
 
 
 async def test_models_without_a_tokenizer_need_the_assumption(tmp_path: Path) -> None:
@@ -151,7 +159,7 @@ def test_exit_status_and_json_without_loading(target: Path, tmp_path: Path) -> N
     draft = tiny("gemma3", tmp_path / "draft", num_layers=1)
     wrong = tiny("gemma3", tmp_path / "wrong", num_layers=1)
     byte_tokenizer.add_byte_tokenizer(draft)
-    write_tokenizer(wrong, ["other words"] * 5)
+    save(word_piece(), wrong)
     files = ("check", "--files-only", "--json", str(target))
     ended = run(*files, str(wrong), str(draft))
     assert ended.returncode == 0, ended.stderr

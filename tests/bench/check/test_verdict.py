@@ -91,7 +91,7 @@ def test_costs_are_per_million_tokens_and_count_the_drafts() -> None:
 
 
 def test_prompt_lookup_is_named_and_without_gamma() -> None:
-    found = verdict([], [speed_up(0, 1, 1.6)], [], [], 1.1, is_lookup=True)
+    found = verdict([], [speed_up(0, 1, 1.6)], [], [], 1.1, what="prompt lookup")
     assert found.text == "use prompt lookup: 1.6x at one stream (predicted)"
 
 
