@@ -111,6 +111,7 @@ class _TargetPeer(StreamPeer[Command, Event]):
             context_token_ids=context,
             draft_token_ids=drafts,
             supports=supports,
+            with_prompt_logprobs=item.with_prompt_logprobs,
         )
 
 
@@ -141,4 +142,8 @@ def _result(event: Verified) -> target_pb2.VerifyResult:
         result.sample_logprobs = pack(reply.logprobs.samples, FLOAT32)
         result.top_ids = pack(reply.logprobs.top_ids, UINT32)
         result.top_logprobs = pack(reply.logprobs.top, FLOAT32)
+    if event.prompt is not None:
+        result.prompt_logprobs = pack(event.prompt.logprobs, FLOAT32)
+        result.prompt_top_ids = pack(event.prompt.top_ids, UINT32)
+        result.prompt_top_logprobs = pack(event.prompt.top, FLOAT32)
     return result

@@ -6,14 +6,14 @@ They mirror the messages of target.proto, which describes the fields.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.engine.interface import BlockScores
+from outrider.engine.interface import BlockScores, PromptScores
 from outrider.errors import InvalidRequest
 from outrider.model_server.grammar_gate import OpenGrammar
 from outrider.model_server.messages import Close, Failure, Forget, ServiceStatistics
@@ -64,6 +64,7 @@ class Verify:
     context_token_ids: Ids
     draft_token_ids: Ids
     supports: Sequence[Ids] | None
+    with_prompt_logprobs: bool = False
 
     @cached_property
     def token_ids(self) -> Ids:
@@ -92,6 +93,8 @@ class Verify:
             )
         if self.token_ids.max() >= vocab_size:
             raise InvalidRequest("token_ids", f"must be in [0, {vocab_size})")
+        if self.with_prompt_logprobs and self.keep_len:
+            raise InvalidRequest("with_prompt_logprobs", f"not with keep_len {self.keep_len}")
         if self.supports is None:
             return
         if len(self.supports) != gamma:
@@ -110,7 +113,7 @@ class Verify:
         """
         supports = self.supports[: num_drafts + 1] if self.supports is not None else None
         drafts = self.draft_token_ids[:num_drafts]
-        return Verify(self.key, self.keep_len, self.context_token_ids, drafts, supports)
+        return replace(self, draft_token_ids=drafts, supports=supports)
 
 
 Command = OpenTarget | Verify | Close | Forget
@@ -155,7 +158,8 @@ class Verified:
     """Verify result; mirrors target.proto's VerifyResult.
 
     `step_s`: time of the passes that the request was in. `num_reused_tokens`: context tokens found
-    in the prefix cache. `num_left_out`: draft tokens at the end that were not run.
+    in the prefix cache. `num_left_out`: draft tokens at the end that were not run. `prompt`: of the
+    prompt's tokens after the first, if requested.
     """
 
     key: GenerationKey
@@ -163,6 +167,7 @@ class Verified:
     step_s: float
     num_reused_tokens: int
     num_left_out: int = 0
+    prompt: PromptScores | None = None
 
 
 Event = Verified | Failure

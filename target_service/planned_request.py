@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from outrider.engine import Append, Sampler, ScoreRequest, ServedEngine
-from outrider.engine.interface import BlockScores, Ids, Logits
+from outrider.engine.interface import BlockScores, Ids, Logits, PromptRequest, PromptScores
 from outrider.errors import InvalidRequest
 from outrider.grammar import Grammar, GrammarState
 from outrider.model_server.grammar_masks import MaskRequest, Masks, MaskThread
 from outrider.model_server.scheduler import GenerationKey
 from outrider.model_server.session_table import LiveGeneration
 from target_service.messages import DraftSearch, OpenTarget, Verify
+
+# Rows of logits of one prompt in a pass: 128 MiB with a vocabulary of 131,072.
+_MAX_PROMPT_LOGITS = 256
 
 
 @dataclass(eq=False)
@@ -33,8 +36,17 @@ class OpenGeneration:
     step_s: float = 0.0
     # Set if draft tokens give NaN or infinite logits, or a position without allowed tokens.
     search: DraftSearch | None = None
+    # Log-probabilities of the prompt's first tokens, if the request asks for them.
+    prompt_scores: list[PromptScores] = field(default_factory=list)
     # Position in the grammar of the output's format; None: free text.
     grammar: GrammarState | None = None
+
+    @property
+    def scored_prompt(self) -> PromptScores | None:
+        """Log-probabilities of the whole prompt; None: not requested."""
+        if self.waiting is None or not self.waiting.with_prompt_logprobs:
+            return None
+        return PromptScores.joined(self.prompt_scores, self.sampler.params.prompt_logprobs or 0)
 
     @property
     def num_left_out(self) -> int:
@@ -50,6 +62,7 @@ class PlannedRequest:
     request: Verify
     append: Append
     is_last: bool
+    scores_prompt: bool = False
 
     @property
     def key(self) -> GenerationKey:
@@ -65,6 +78,14 @@ class PlannedRequest:
             self.request.supports,
             allowed,
         )
+
+    @property
+    def prompt_request(self) -> PromptRequest:
+        """Its logits are those before the prompt's tokens that follow the appended ones."""
+        state, num = self.live.state, self.append.num_logits
+        start = self.live.sequence.length - num
+        next_ids = self.live.token_ids[start + 1 : start + num + 1]
+        return PromptRequest(next_ids, state.sampler.params.prompt_logprobs or 0)
 
     def mask_request(self, grammar: GrammarState) -> MaskRequest:
         prompt_len, committed_len = self.live.state.prompt_len, self.request.committed_len
@@ -83,14 +104,36 @@ def num_tokens_left(live: LiveGeneration[OpenGeneration]) -> int:
 
 
 def planned_request(live: LiveGeneration[OpenGeneration], max_tokens: int) -> PlannedRequest:
-    """The request's next tokens, at most `max_tokens`; all of its logits come from one pass."""
+    """The request's next tokens, at most `max_tokens`; all of its block's logits in one pass."""
     request, start, num_left = waiting_request(live), live.sequence.length, num_tokens_left(live)
+    num_unscored = live.state.prompt_len - 1 - start if request.with_prompt_logprobs else 0
+    if num_unscored > 0:
+        num = min(max_tokens, num_unscored, _MAX_PROMPT_LOGITS)
+        append = Append(live.sequence, live.token_ids[start : start + num], num)
+        return PlannedRequest(live, request, append, is_last=False, scores_prompt=True)
     num_logits = 1 + len(request.draft_token_ids)
     is_last = num_left <= max_tokens
     num_tokens = num_left if is_last else min(max_tokens, num_left - num_logits)
     token_ids = live.token_ids[start : start + num_tokens]
     append = Append(live.sequence, token_ids, num_logits if is_last else 0)
     return PlannedRequest(live, request, append, is_last)
+
+
+def score_prompts(
+    work: Sequence[PlannedRequest], engine: ServedEngine, logits: Logits
+) -> list[tuple[PlannedRequest, Exception]]:
+    """Log-probabilities of the prompts in a pass, kept in their state. Returns those that fail."""
+    scored = [planned for planned in work if planned.scores_prompt]
+    if not scored:
+        return []
+    failed: list[tuple[PlannedRequest, Exception]] = []
+    replies = engine.score_prompts([planned.prompt_request for planned in scored], logits)
+    for planned, reply in zip(scored, replies, strict=True):
+        if isinstance(reply, Exception):
+            failed.append((planned, reply))
+        else:
+            planned.live.state.prompt_scores.append(reply)
+    return failed
 
 
 class DeadEnd(Exception):

@@ -38,6 +38,7 @@ from target_service.planned_request import (
     grammar_state,
     num_tokens_left,
     planned_request,
+    score_prompts,
     waiting_request,
 )
 
@@ -198,9 +199,11 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         if state.is_begun:
             return True
         # Without KV, as at first or after the table had to drop it, the context is looked up.
-        context_len = state.committed_len if not live.sequence.length else 0
+        request, state.prompt_scores = waiting_request(live), []
+        is_looked_up = not live.sequence.length and not request.with_prompt_logprobs
+        context_len = state.committed_len if is_looked_up else 0
         num_reused = self._reserve(
-            live, waiting_request(live).num_tokens, context_len=context_len, preempts=state.preempts
+            live, request.num_tokens, context_len=context_len, preempts=state.preempts
         )
         if num_reused is None:
             return False
@@ -209,6 +212,7 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         return True
 
     def _advance(self, work: Sequence[PlannedRequest]) -> list[Verified | Failure]:
+        work = sorted(work, key=lambda planned: planned.scores_prompt)  # their logits come last
         appends = [planned.append for planned in work]
         complete = [planned for planned in work if planned.is_last]
         started_at = time.perf_counter()
@@ -218,6 +222,7 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
             if len(planned.append.token_ids) > 1 + self._max_gamma:  # part of a prompt
                 self._table.cache_prefix(planned.live, planned.live.state.committed_len)
         replies = scoring.replies(self._engine, logits)
+        failed = score_prompts(work, self._engine, logits)
         step_s = time.perf_counter() - started_at
         self._observe(appends, step_s)
         self._num_steps += 1
@@ -230,7 +235,7 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
             if not self._is_run_again(planned, reply)
         ]
         self.health.observe([reply for _, reply in answered])
-        return [self._outcome(planned, reply) for planned, reply in answered]
+        return [self._outcome(planned, reply) for planned, reply in (*answered, *failed)]
 
     def _outcome(
         self, planned: PlannedRequest, reply: BlockScores | Exception
@@ -239,7 +244,14 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         if isinstance(reply, Exception):
             return self._failed(planned.key, reply)
         state = planned.live.state
-        result = Verified(planned.key, reply, state.step_s, state.num_reused, state.num_left_out)
+        result = Verified(
+            planned.key,
+            reply,
+            state.step_s,
+            state.num_reused,
+            state.num_left_out,
+            state.scored_prompt,
+        )
         state.waiting, state.step_s = None, 0.0
         del self._waiting[planned.key]
         self._num_requests += 1

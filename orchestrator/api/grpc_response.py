@@ -16,7 +16,7 @@ from orchestrator.replicas.pairing import DraftMatch
 from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.sessions import KvHandle, SessionPage, SessionRecord
 from orchestrator.speculation.gamma import GammaDecision
-from orchestrator.speculation.verification import SourceName
+from orchestrator.speculation.verification import PromptLogprobs, SourceName
 from outrider.draft_rollout import AcceptanceSums, revision_name
 from outrider.errors import ConfigError
 from outrider.runtime.protobuf import verification_to_proto
@@ -86,6 +86,17 @@ def generate_response(
         origins=[_ORIGINS[token.origin] for token in chunk.tokens],
         logprobs=[_logprobs(token) for token in chunk.tokens if token.logprobs is not None],
         result=_result(chunk.result, request) if chunk.result else None,
+        prompt_logprobs=_prompt_logprobs(chunk.prompt_logprobs) if chunk.prompt_logprobs else None,
+    )
+
+
+def _prompt_logprobs(prompt: PromptLogprobs) -> orchestrator_pb2.PromptLogprobs:
+    return orchestrator_pb2.PromptLogprobs(
+        token_ids=prompt.token_ids,
+        logprobs=prompt.logprobs.tolist(),
+        num_top=prompt.top_ids.shape[-1],
+        top_ids=prompt.top_ids.reshape(-1).tolist(),
+        top_logprobs=prompt.top_logprobs.reshape(-1).tolist(),
     )
 
 

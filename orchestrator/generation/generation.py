@@ -107,13 +107,14 @@ class Generation:
         """KV of the previous turn at a target replica, cut to the tokens that this turn shares.
 
         Its length is 0 for a resumed turn: an interrupted turn released its KV, and only the
-        replica's prefix cache may still have it.
+        replica's prefix cache may still have it. Log-probabilities of the prompt need all of it.
         """
         previous = self._lease.record.target_kv
         if previous is None:
             return None
         cached_len = min(previous.cached_len, self._turn.keep_len, len(self._turn.token_ids) - 1)
-        return replace(previous, cached_len=0 if is_resumed else cached_len)
+        is_unused = is_resumed or self._request.params.prompt_logprobs is not None
+        return replace(previous, cached_len=0 if is_unused else cached_len)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[AsyncIterator[Chunk]]:
@@ -196,6 +197,10 @@ class Generation:
         base_len = self._state.committed_len
         proposal, replica = self._target.proposal, self._target.replica
         commitment = self._state.commit(proposal, result)
+        if result.prompt_logprobs is not None:
+            prompt_ids = self._state.token_ids[: self._state.prompt_len]
+            scored = replace(result.prompt_logprobs, token_ids=prompt_ids)
+            commitment = replace(commitment, prompt_logprobs=scored)
         outcome = self._state.outcome
         if self._observation.is_observed and outcome is not None:
             self._observation.observe(ObservedRound(base_len, proposal, result, outcome, replica))

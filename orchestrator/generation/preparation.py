@@ -17,7 +17,11 @@ from orchestrator.generation.resume import (
 )
 from orchestrator.generation.state import Commitment, FinishReason, GenerationState
 from orchestrator.generation.stop_strings import OutputText
-from orchestrator.generation.validation import check_some_token_is_left, resolve_max_tokens
+from orchestrator.generation.validation import (
+    check_prompt_logprobs,
+    check_some_token_is_left,
+    resolve_max_tokens,
+)
 from orchestrator.replicas.models import Limits
 from orchestrator.sessions import SessionRecord
 from outrider.errors import InvalidRequest
@@ -84,6 +88,7 @@ class Preparation:
             raise
         self.num_encoded_tokens = len(turn.token_ids) - turn.keep_len
         request = resolve_max_tokens(self._request, len(turn.token_ids), self._limits)
+        check_prompt_logprobs(request.params, len(turn.token_ids))
         request = replace(request, params=self._with_encoded_bad_words(request.params))
         return PreparedTurn(request, turn, self._state(request, turn), turn_json(request, turn))
 

@@ -276,4 +276,5 @@ def _joined(commitments: Sequence[Commitment], *, recorded: bool) -> Chunk:
         commitments[-1].finish,
         recorded,
         tuple(commitments),
+        prompt_logprobs=commitments[0].prompt_logprobs,
     )

@@ -110,6 +110,11 @@ def resume_turn(record: SessionRecord, num_received: int) -> ResumedTurn:
         raise InvalidRequest(
             "resume_from", f"{num_received} exceeds max_tokens ({request.params.max_tokens})"
         )
+    if request.params.prompt_logprobs is not None and not num_received:
+        raise InvalidRequest(
+            "resume_from",
+            "0; the log-probabilities of the prompt are not recorded; send the request again",
+        )
     if request.params.logprobs is not None and num_received < len(output_ids):
         raise InvalidRequest(
             "resume_from",

@@ -13,6 +13,7 @@ from enum import Enum
 from orchestrator.generation.counts import SpeculationCounts
 from orchestrator.generation.stop_strings import OutputText
 from orchestrator.speculation.verification import (
+    PromptLogprobs,
     Proposal,
     SourceName,
     TokenLogprobs,
@@ -83,6 +84,7 @@ class Commitment:
     is_rejected: bool
     finish: Finish | None
     source: SourceName = SourceName.NONE
+    prompt_logprobs: PromptLogprobs | None = None
 
     def parts(self, num_tokens: int) -> Iterator[Commitment]:
         """Splits a replayed output, which has no draft tokens, into parts of `num_tokens`."""

@@ -104,6 +104,8 @@ class TargetSession:
         self._ticket = ticket
         self._verify_timeout_s = verify_timeout_s
         self._wait_s = wait_s
+        # Their pass needs the whole prompt: no KV of an earlier turn is used.
+        self._scores_prompt = request.params.prompt_logprobs is not None
         self._handle: TargetHandle | None = None
         self._link: TargetLink | None = None
         # Proposal of the last verify request, cut to the tokens that its replica verifies.
@@ -275,7 +277,12 @@ class TargetSession:
         if self.proposal is not None and self._link is not None and self._link.model is not None:
             self.proposal = self.proposal.head(self._link.model.max_gamma)
         self.num_context_sent = len(context) - self.cached_len
-        self._handle.send_verify(self.cached_len, context[self.cached_len :], self.proposal)
+        self._handle.send_verify(
+            self.cached_len,
+            context[self.cached_len :],
+            self.proposal,
+            with_prompt_logprobs=self._scores_prompt and not self._state.num_output_tokens,
+        )
 
     async def _move(self, error: OutriderError, avoid: Collection[str], *, preempts: bool) -> None:
         """Moves to another replica and sends the request; waits up to `wait_s` for one.

@@ -25,6 +25,8 @@ MAX_LOOKAHEAD = 4
 MAX_FAN_OUT = 64
 # About a million tokens.
 MAX_TEXT_CHARS = 4_000_000
+# Tokens of a prompt, times 1 + prompt_logprobs: a few milliseconds of the event loop.
+MAX_PROMPT_LOGPROBS = 65_536
 # Other fields of a resumed request are those of the recorded turn.
 _RESUMPTION_FIELDS = ("session_id", "resume_from", "priority", "heartbeat_ms")
 # Types of the fields of the requests to the tiers.
@@ -50,7 +52,6 @@ def validate(
     """
     if request.resume_from is not None:
         _check_resumption(request, given)
-    _refuse_unsupported(request)
     _check_sampling(request.params, limits, tokenizer)
     if request.gamma is not None:
         _check_range("gamma", request.gamma, 0, limits.max_gamma)
@@ -65,13 +66,6 @@ def validate(
     if request.resume_from is None:
         _check_input(request, limits, tokenizer)
     return ValidRequest(request)
-
-
-def _refuse_unsupported(request: GenerationRequest) -> None:
-    params = request.params
-    for name, is_set in (("sampling.prompt_logprobs", params.prompt_logprobs is not None),):
-        if is_set:
-            raise InvalidRequest(name, "is not supported yet")
 
 
 def check_num_token_ids(num: int, limits: Limits) -> None:
@@ -196,6 +190,19 @@ def _check_num_chars(
     if num_chars > most:
         raise InvalidRequest(
             field, f"{num_chars} characters; at most {most} are allowed for {limits.bound}"
+        )
+
+
+def check_prompt_logprobs(params: SamplingParams, prompt_len: int) -> None:
+    """Raises InvalidRequest if the log-probabilities of the prompt are too many for a message."""
+    if params.prompt_logprobs is None:
+        return
+    most = MAX_PROMPT_LOGPROBS // (1 + params.prompt_logprobs)
+    if prompt_len > most:
+        raise InvalidRequest(
+            "sampling.prompt_logprobs",
+            f"{params.prompt_logprobs} of each token of a prompt of {prompt_len} tokens; at most "
+            f"{most} tokens",
         )
 
 

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 
 from orchestrator.replicas.replica_stream import MODEL_INFO_TIMEOUT_S, ReplicaLink
-from orchestrator.speculation.verification import Proposal, VerifyResult
+from orchestrator.speculation.verification import PromptLogprobs, Proposal, VerifyResult
 from outrider.errors import (
     InternalError,
     InvalidRequest,
@@ -71,10 +71,11 @@ class TargetRequest:
 class TargetHandle:
     """One generation at a target replica. Used by the generation's task only."""
 
-    def __init__(self, link: TargetLink, generation_id: int, num_logprobs: int | None) -> None:
+    def __init__(self, link: TargetLink, generation_id: int, request: TargetRequest) -> None:
         self._link = link
         self._id = generation_id
-        self._num_logprobs = num_logprobs
+        self._request = request
+        self._num_logprobs = request.params.logprobs
         self._result: asyncio.Future[target_pb2.VerifyResult] | None = None
         # Why the generation ended at the replica; later requests fail with it.
         self._failure: OutriderError | None = None
@@ -86,20 +87,28 @@ class TargetHandle:
         # Span of the request; None if it is not traced.
         self.span = current_span()
         self._gamma = 0
+        self._has_prompt_logprobs = False
 
     def send_verify(
-        self, keep_len: int, context_token_ids: Sequence[int], proposal: Proposal | None
+        self,
+        keep_len: int,
+        context_token_ids: Sequence[int],
+        proposal: Proposal | None,
+        *,
+        with_prompt_logprobs: bool = False,
     ) -> None:
         """Send a verify request; `reply` awaits its result. One request at a time.
 
         `keep_len`: tokens of the context that the replica has and keeps; `context_token_ids`: those
-        after them.
+        after them. `with_prompt_logprobs`: only with `keep_len` 0.
         """
         request = target_pb2.VerifyRow(
             generation_id=self._id,
             keep_len=keep_len,
             context_token_ids=pack(context_token_ids, UINT32),
+            with_prompt_logprobs=with_prompt_logprobs,
         )
+        self._has_prompt_logprobs = with_prompt_logprobs
         self._gamma = len(proposal.token_ids) if proposal is not None else 0
         if proposal is not None:
             request.draft_token_ids = pack(proposal.token_ids, UINT32)
@@ -131,6 +140,9 @@ class TargetHandle:
             raise ReplicaLost(f"no verify result from the target within {timeout_s:g} s") from None
         try:
             parsed = self._parse(result, proposal)
+            if self._has_prompt_logprobs:
+                prompt = _prompt_logprobs(result, self._request)
+                parsed = replace(parsed, prompt_logprobs=prompt)
         except (InvalidRequest, ValueError) as error:
             self._link.breaker.failed(str(error))
             message = "the target's verify result does not fit its request"
@@ -230,6 +242,17 @@ class TargetHandle:
         )
 
 
+def _prompt_logprobs(result: target_pb2.VerifyResult, request: TargetRequest) -> PromptLogprobs:
+    """Raises ValueError if the arrays have other sizes."""
+    num, num_top = request.prompt_len - 1, request.params.prompt_logprobs or 0
+    top_ids = unpack(result.prompt_top_ids, UINT32, "prompt_top_ids").astype(np.int64)
+    logprobs, top = _floats(result.prompt_logprobs), _floats(result.prompt_top_logprobs)
+    if (len(logprobs), len(top_ids), len(top)) != (num, num * num_top, num * num_top):
+        raise ValueError("wrong lengths")
+    shape = (num, num_top)
+    return PromptLogprobs(logprobs, top_ids.reshape(shape), top.reshape(shape))
+
+
 def _floats(data: bytes) -> Any:
     return unpack(data, FLOAT32, "verify result")
 
@@ -251,7 +274,7 @@ class TargetLink(ReplicaLink[Item, TargetHandle]):
         arrived. Raises Unavailable.
         """
         params = request.params
-        handle = self.attach(lambda number: TargetHandle(self, number, params.logprobs))
+        handle = self.attach(lambda number: TargetHandle(self, number, request))
         opening = target_pb2.TargetOpen(
             generation_id=handle._id,
             session_id=request.session_id,

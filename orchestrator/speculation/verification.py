@@ -110,10 +110,10 @@ class PromptLogprobs:
     likely tokens at each of these positions, best first.
     """
 
-    token_ids: Sequence[int]
     logprobs: Floats
     top_ids: npt.NDArray[np.int64]
     top_logprobs: Floats
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ class VerifyResult:
     sample_logprobs: Floats | None = None
     top_ids: npt.NDArray[np.int64] | None = None
     top_logprobs: Floats | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """Without `token_ids`."""
 
     @property
     def num_run(self) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.access import CONNECTION, AccessOptions
+from outrider.cli.access import CONNECTION
 from outrider.cli.options import parse_ids
+from outrider.cli.text_options import TextOptions, chat_fields, check_no_chat_flags, text_fields
 from outrider.errors import ConfigError
 from outrider.settings.addresses import require_endpoint
 
@@ -64,7 +65,7 @@ class Durability(StrEnum):
 
 
 @dataclass(frozen=True)
-class GenerateOptions(AccessOptions):
+class GenerateOptions(TextOptions):
     """Flags of `outrider generate`; None leaves the server's default."""
 
     prompt: Annotated[
@@ -198,6 +199,7 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     if options.session == "":
         raise ConfigError("--session: the name is empty")
     fields: dict[str, Any] = {name: getattr(options, name) for name in _FIELDS}
+    fields |= text_fields(options)
     fields |= {"session_id": options.session, "ignore_eos": options.ignore_eos or None}
     for name in ("stop_token_ids", "allowed_token_ids"):
         if (text := getattr(options, name)) is not None:
@@ -209,11 +211,14 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
         return request.build_request(resume_from=options.resume_from, fields=fields)
     prompt = _prompt(options)
     if not options.chat:
+        check_no_chat_flags(options)
         return request.build_request(prompt, fields=fields)
     messages = [{"role": "user", "content": prompt}]
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
-    return request.build_request(messages=messages, fields=fields)
+    if options.answer_start is not None:
+        messages.append({"role": "assistant", "content": options.answer_start})
+    return request.build_request(messages=messages, fields=fields | chat_fields(options))
 
 
 def endpoints_of(endpoint: str) -> list[str]:

@@ -19,6 +19,8 @@ from outrider.engine.interface import (
     Append,
     BlockScores,
     Ids,
+    PromptRequest,
+    PromptScores,
     SampledToken,
     SampleRequest,
     ScoreRequest,
@@ -26,6 +28,7 @@ from outrider.engine.interface import (
 from outrider.engine.kv.store import KVStore
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
+from outrider.engine.sampling.prompt_logprobs import score_prompts
 from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.sampling.params import SamplingParams
 
@@ -161,3 +164,9 @@ class Engine:
     ) -> list[BlockScores | Exception]:
         """Score one block per request, as `ServedEngine.score`."""
         return score_all(requests, logits)
+
+    def score_prompts(
+        self, requests: Seq[PromptRequest], logits: torch.Tensor
+    ) -> list[PromptScores | Exception]:
+        """Log-probabilities of prompt tokens, as `ServedEngine.score_prompts`."""
+        return score_prompts(requests, logits)

@@ -116,6 +116,41 @@ class BlockScores:
     logprobs: Logprobs | None
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """Request for log-probabilities of prompt tokens [n], given n rows of logits before them.
+
+    `num_top`: number of most likely tokens to report at each position.
+    """
+
+    next_token_ids: Ids
+    num_top: int
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of prompt tokens [n], and of the most likely tokens [n, num_top]; float32.
+
+    From the model's raw logits. `top_ids`: best first.
+    """
+
+    logprobs: Floats
+    top_ids: Ids
+    top: Floats
+
+    @classmethod
+    def joined(cls, parts: Seq[PromptScores], num_top: int) -> PromptScores:
+        """The scores of several parts of a prompt, in order; empty without parts."""
+        nothing = np.zeros((0, num_top))
+        empty = cls(np.zeros(0, np.float32), nothing.astype(np.int64), nothing.astype(np.float32))
+        every = (empty, *parts)
+        return cls(
+            np.concatenate([part.logprobs for part in every]),
+            np.concatenate([part.top_ids for part in every]),
+            np.concatenate([part.top for part in every]),
+        )
+
+
 class Sampler(Protocol):
     """Immutable sampling parameters of one generation, created by an engine."""
 
@@ -128,7 +163,7 @@ class ServedEngine(Protocol):
 
     `sample` and `score` return one result per request, in order. A request that fails has its
     exception in its place; the others are not affected. Rows of `logits` are in the order of the
-    requests.
+    requests; those of prompts (`score_prompts`) are the last ones.
     """
 
     @property
@@ -154,3 +189,7 @@ class ServedEngine(Protocol):
     def score(
         self, requests: Seq[ScoreRequest], logits: Logits
     ) -> list[BlockScores | Exception]: ...
+
+    def score_prompts(
+        self, requests: Seq[PromptRequest], logits: Logits
+    ) -> list[PromptScores | Exception]: ...

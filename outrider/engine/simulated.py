@@ -22,6 +22,8 @@ from outrider.engine.interface import (
     Append,
     BlockScores,
     Ids,
+    PromptRequest,
+    PromptScores,
     SampledToken,
     SampleRequest,
     ScoreRequest,
@@ -166,6 +168,12 @@ class SimulatedEngine:
         self, requests: Sequence[ScoreRequest], logits: None
     ) -> list[BlockScores | Exception]:
         return [self._scored(request) for request in requests]
+
+    def score_prompts(
+        self, requests: Sequence[PromptRequest], logits: None
+    ) -> list[PromptScores | Exception]:
+        """Never called: `sampler` refuses prompt_logprobs."""
+        raise NotImplementedError("log-probabilities of prompts are not simulated")
 
     def _scored(self, request: ScoreRequest) -> BlockScores:
         positions = range(request.position, request.position + request.num_rows)

@@ -22,7 +22,7 @@ from outrider.engine import (
     ServedEngine,
 )
 from outrider.engine.device_thread import Activity
-from outrider.engine.interface import BlockScores, Ids, Logits
+from outrider.engine.interface import BlockScores, Ids, Logits, PromptRequest, PromptScores
 from outrider.errors import InternalError
 from outrider.model_server.replica_status import ReplicaStatus
 from outrider.replica import CostReport
@@ -72,6 +72,12 @@ class WatchedEngine:
     def score(self, asks: Sequence[ScoreRequest], logits: Logits) -> list[BlockScores | Exception]:
         self._note("reply")
         return self._engine.score(asks, logits)
+
+    def score_prompts(
+        self, asks: Sequence[PromptRequest], logits: Logits
+    ) -> list[PromptScores | Exception]:
+        self._note("reply")
+        return self._engine.score_prompts(asks, logits)
 
     def _note(self, part: str) -> None:
         self._device.note(part, self._num_rows, self._num_tokens)

@@ -170,7 +170,9 @@ def test_every_flag_becomes_its_field() -> None:
         stop_token_ids="1, 2", ignore_eos=True, min_tokens=1, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, logit_bias=["5=-2.5"],
         allowed_token_ids="8,9", logprobs=0, priority=-3, durability=Durability.fast,
-        draft_wait=DraftWait.always, draft_source=DraftSource.lookup,
+        draft_wait=DraftWait.always, draft_source=DraftSource.lookup, bad_words=["x", "y"],
+        skip_special_tokens=False, include_stop_str_in_output=True, add_special_tokens=True,
+        truncate_prompt_tokens=-1,
     )  # fmt: skip
     assert build_request(options) == orchestrator_pb2.GenerateRequest(
         text="p", session_id="s", create_session=True, gamma=2, lookahead=0, priority=-3,
@@ -182,9 +184,29 @@ def test_every_flag_becomes_its_field() -> None:
             max_tokens=1, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=7,
             stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True, min_tokens=1,
             presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
-            logit_bias={5: -2.5}, allowed_token_ids=[8, 9], logprobs=0,
+            logit_bias={5: -2.5}, allowed_token_ids=[8, 9], logprobs=0, bad_words=["x", "y"],
+            skip_special_tokens=False, include_stop_str_in_output=True,
         ),
+        add_special_tokens=True, truncate_prompt_tokens=-1,
     )  # fmt: skip
+
+
+def test_flags_of_a_chat_become_its_fields(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]), "utf-8")
+    options = GenerateOptions(
+        prompt="p", chat=True, answer_start="It is", tools=tmp_path / "tools.json",
+        chat_template_kwargs='{"enable_thinking": false}',
+    )  # fmt: skip
+    assert build_request(options).chat == orchestrator_pb2.ChatMessages(
+        messages=[
+            orchestrator_pb2.ChatMessage(role="user", content="p"),
+            orchestrator_pb2.ChatMessage(role="assistant", content="It is"),
+        ],
+        tools=[json.dumps(tool)],
+        chat_template_kwargs='{"enable_thinking": false}',
+        continue_final_message=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,6 +217,10 @@ def test_every_flag_becomes_its_field() -> None:
         GenerateOptions(prompt="p", system="s"),
         GenerateOptions(token_ids="1", chat=True),
         GenerateOptions(token_ids="1;2"),
+        GenerateOptions(prompt="p", answer_start="s"),
+        GenerateOptions(prompt="p", tools=Path("tools.json")),
+        GenerateOptions(prompt="p", chat=True, tools=Path("no such file")),
+        GenerateOptions(prompt="p", chat=True, chat_template_kwargs="{"),
         GenerateOptions(prompt="p", logit_bias=["5"]),
     ],
 )

@@ -76,7 +76,8 @@ def score_all(
     requests: Sequence[ScoreRequest], logits: torch.Tensor
 ) -> list[BlockScores | Exception]:
     """Implements `ServedEngine.score`; the samplers of the requests are `GenerationSampler`s."""
-    return isolated(_score, requests, logits, [request.num_rows for request in requests])
+    sizes = [request.num_rows for request in requests]
+    return isolated(_score, requests, logits[: sum(sizes)], sizes)
 
 
 def _need(sampler: GenerationSampler) -> _Need:

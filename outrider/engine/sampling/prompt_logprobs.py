@@ -1,0 +1,39 @@
+"""Log-probabilities of prompt tokens from the logits of a prompt's pass. Device thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from outrider.engine.interface import PromptRequest, PromptScores
+from outrider.engine.sampling.distributions import Distributions
+from outrider.errors import NonFiniteLogits
+from outrider.sampling.params import SamplingParams
+
+_RAW = SamplingParams()
+
+
+@torch.inference_mode()
+def score_prompts(
+    requests: Sequence[PromptRequest], logits: torch.Tensor
+) -> list[PromptScores | Exception]:
+    """Implements `ServedEngine.score_prompts`, each request alone: its rows take much memory."""
+    sizes = [len(request.next_token_ids) for request in requests]
+    parts = torch.split(logits[len(logits) - sum(sizes) :], sizes)
+    return [_scored(request, rows) for request, rows in zip(requests, parts, strict=True)]
+
+
+def _scored(request: PromptRequest, rows: torch.Tensor) -> PromptScores | Exception:
+    if not bool(torch.isfinite(rows.amax(-1)).all()):
+        return NonFiniteLogits()
+    num = len(rows)
+    distributions = Distributions(rows, [_RAW] * num)
+    logprobs = distributions.logprobs_at(np.arange(num), request.next_token_ids)
+    top_ids, top = distributions.top(max(1, request.num_top))
+    return PromptScores(
+        logprobs.astype(np.float32),
+        top_ids[:, : request.num_top],
+        top[:, : request.num_top].astype(np.float32),
+    )
