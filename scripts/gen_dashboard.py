@@ -51,6 +51,10 @@ def _rate(metric: str, by: str = "", where: str = "") -> str:
     )
 
 
+def _increase(metric: str, by: str) -> str:
+    return _rate(metric, by).replace("(rate(", "(increase(")
+
+
 def _ratio(above: str, below: str) -> str:
     return f"{above} / {below}"
 
@@ -61,6 +65,11 @@ _OF_REVISION, _REJECTED_OF_REVISION = (
     _rate(f"draft_revision_{what}_tokens_total", "revision") for what in ("accepted", "rejected")
 )
 _ALPHA_BY_REVISION = _ratio(_OF_REVISION, f"({_OF_REVISION} + {_REJECTED_OF_REVISION})")
+_OF_SOURCE = _rate("draft_source_tokens_total", "source")
+_ALPHA_BY_SOURCE = _ratio(
+    _rate("draft_source_tokens_total", "source", ',outcome="accepted"'), _OF_SOURCE
+)
+_TARGET = "target, fingerprint"
 _DRAFTS = _rate("spec_decode_num_drafts_total")
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
@@ -107,6 +116,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                        f"on () group_left () {_DRAFTS}"),
             ),), "percentunit", "", 1.0),
             Panel("Wait for a proposal", _quantiles("draft_round_trip_seconds"), "s"),
+            Panel("Rounds by draft source", (
+                ("{{source}}, {{reason}}", _rate("draft_source_rounds_total", "source, reason")),
+            ), "short", "What the router chose: model, lookup or none, and why."),
+            Panel("Acceptance α by draft source", (("{{source}}", _ALPHA_BY_SOURCE),),
+                  "percentunit", "", 1.0),
         ),
     ),
     (
@@ -131,6 +145,35 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                   "Generations that wait for draft tokens."),
             Panel("Sequences per step", _quantiles("batch_rows", ',tier="draft"')),
             Panel("Step duration", _quantiles("step_seconds", ',tier="draft"'), "s"),
+            Panel("Tokens per second by target", (
+                ("{{target}} {{fingerprint}}", _rate("draft_target_tokens_total", _TARGET)),
+            ), "short", "Tokens run for each target: context and draft tokens."),
+            Panel("Generations by target", (
+                ("{{target}} open", f"sum by (target) (outrider_draft_target_generations{_HERE})"),
+                ("{{target}} waiting", f"sum by (target) (outrider_draft_target_queue{_HERE})"),
+            )),
+            Panel("Agreement by target", (
+                ("{{target}} {{fingerprint}}",
+                 _ratio(_rate("draft_target_agreed_tokens_total", _TARGET),
+                        _rate("draft_target_compared_tokens_total", _TARGET))),
+            ), "percentunit", "Draft tokens equal to the committed ones; the draft's own count.",
+                1.0),
+        ),
+    ),
+    (
+        "Audit and recorded traffic",
+        (
+            Panel("Audited generations", (
+                ("{{outcome}}", _rate("audited_generations_total", "outcome")),
+                ("not re-run: {{reason}}", _rate("audits_dropped_total", "reason")),
+            ), "short", "A mismatch is a defect; near ties differ by rounding only."),
+            Panel("Evidence against exact verification", (
+                ("{{test}}", f"max by (test) (outrider_audit_log_evidence{_HERE})"),
+                ("alarms: {{test}}", _increase("audit_alarms_total", "test")),
+            ), "short", "Logarithm, by test of sampled verification; outrider audit explains it."),
+            Panel("Recorded generations", (
+                ("{{outcome}}", _rate("traffic_records_total", "outcome")),
+            ), "short", "Of traffic_dir; dropped: writing was too slow or failed."),
         ),
     ),
     (
