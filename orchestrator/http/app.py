@@ -14,6 +14,7 @@ from orchestrator.http.completions import Completions, Resources
 from orchestrator.http.models import Models
 from orchestrator.http.output import ChatFormat, CompletionFormat
 from orchestrator.http.requests import chat_plan, completion_plan
+from orchestrator.http.tokens import Tokens
 from outrider import __version__
 from outrider.errors import Unavailable
 
@@ -33,6 +34,7 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
     plain = _Plain(resources, models, scrape)
     completions = Completions(resources, models, CompletionBody, completion_plan, CompletionFormat)
     chat = Completions(resources, models, ChatBody, chat_plan, ChatFormat)
+    tokens = Tokens(resources, models)
     api = Api(
         {
             ("GET", "/health"): plain.health,
@@ -42,6 +44,8 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
             ("GET", f"{MODELS}/"): plain.model,
             ("POST", "/v1/completions"): completions,
             ("POST", "/v1/chat/completions"): chat,
+            ("POST", "/tokenize"): tokens.tokenize,
+            ("POST", "/detokenize"): tokens.detokenize,
         },
         resources.api_keys,
         _OPEN_PATHS,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,13 +14,14 @@ from orchestrator.admission.api_keys import ApiKeys, current_client
 from orchestrator.api.generate import Generate
 from orchestrator.api.request_telemetry import ApiTelemetry
 from orchestrator.generation.output import Chunk, Result
-from orchestrator.generation.validation import ValidRequest
 from orchestrator.http.bodies import ChatBody, CompletionBody, parse_body
 from orchestrator.http.calls import Call, encode_json
 from orchestrator.http.errors import answer_of
 from orchestrator.http.models import Models
-from orchestrator.http.output import Envelope, Format, Piece, TokenTexts, is_cut_off, metrics, usage
+from orchestrator.http.output import Envelope, Format, Piece, TokenTexts, is_cut_off
+from orchestrator.http.pieces import Choice, joined
 from orchestrator.http.requests import Plan
+from orchestrator.http.totals import metrics, usage
 from orchestrator.replicas.models import Limits
 from outrider.errors import ClientStalled, Unavailable
 from outrider.runtime.grpc_status import known_error
@@ -30,7 +32,7 @@ from outrider.tokenizer import Tokenizer
 # Generations of one request that run at a time; further ones start as they end.
 _MAX_RUNNING = 32
 # A longer body is parsed in a thread.
-_LONG_BODY_BYTES = 65_536
+_LONG_BODY_BYTES = 8_192
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -79,11 +81,13 @@ class Completions(Generic[Body]):
             else:
                 model, plan = parse()
             form = self._form(self._texts, plan.num_logprobs)
+            choices = [
+                Choice(index, request, plan, form, self._texts, self._context.tokenizer)
+                for index, request in enumerate(plan.requests)
+            ]
             envelope = Envelope(form, call.request_id, model)
-            if plan.is_stream:
-                await _Stream(self._resources, call, plan, form, envelope).run()
-            else:
-                await _Whole(self._resources, call, plan, form, envelope).run()
+            kind = _Stream if plan.is_stream else _Whole
+            await kind(self._resources, call, plan, form, envelope, choices).run()
 
     def _parsed(self, content: bytes, limits: Limits) -> tuple[str, Plan]:
         body = parse_body(self._kind, content)
@@ -95,54 +99,68 @@ class _Answer:
     """The generations of one request, and what is sent of them."""
 
     def __init__(
-        self, resources: Resources, call: Call, plan: Plan, form: Format, envelope: Envelope
+        self,
+        resources: Resources,
+        call: Call,
+        plan: Plan,
+        form: Format,
+        envelope: Envelope,
+        choices: Sequence[Choice],
     ) -> None:
         self._resources = resources
         self._call = call
         self._plan = plan
         self._form = form
         self._envelope = envelope
-        self._results: list[Result | None] = [None] * len(plan.requests)
+        self._choices = choices
+        self._results: list[Result | None] = [None] * len(choices)
         self._watch = WriteWatch()
 
-    async def _generate_all(self) -> None:
-        """Runs all generations, at most `_MAX_RUNNING` at a time. The first error ends all."""
-        requests = self._plan.requests
-        if len(requests) == 1:
-            await self._generate(0, requests[0])
-            return
-        room = asyncio.Semaphore(_MAX_RUNNING)
+    async def run(self) -> None:
+        raise NotImplementedError
 
-        async def generate(index: int, request: ValidRequest) -> None:
+    async def _take(self, choice: Choice, chunk: Chunk) -> None:
+        raise NotImplementedError
+
+    async def _generate_all(self) -> None:
+        """Runs all generations, some at a time. The first error ends all."""
+        if len(self._choices) == 1:
+            await self._generate(self._choices[0])
+            return
+        # No more than the API key may have.
+        most = current_client().quota.limits.streams
+        room = asyncio.Semaphore(min(_MAX_RUNNING, most or _MAX_RUNNING))
+
+        async def generate(choice: Choice) -> None:
             async with room:
-                await self._generate(index, request)
+                await self._generate(choice)
 
         async with asyncio.TaskGroup() as tasks:
-            for index, request in enumerate(requests):
-                tasks.create_task(generate(index, request), name=f"choice {index}")
+            for choice in self._choices:
+                tasks.create_task(generate(choice), name=f"choice {choice.index}")
 
-    async def _generate(self, index: int, request: ValidRequest) -> None:
+    async def _generate(self, choice: Choice) -> None:
         resources, client = self._resources, current_client()
         async with (
             resources.telemetry.of_request(self._call.headers) as events,
             client.stream(),
-            resources.use_case.generate(request, client, events) as chunks,
-            self._watch.timeout(resources.settings.write_timeout_s),
+            resources.use_case.generate(choice.request, client, events) as chunks,
+            self._write_timeout(),
         ):
             async for chunk in chunks:
                 ready_at = time.monotonic()
-                self._results[index] = chunk.result
-                await self._take(index, chunk)
+                self._results[choice.index] = chunk.result
+                await self._take(choice, chunk)
                 events.sent(chunk, ready_at)
         if is_cut_off(chunk.finish):
             raise Unavailable("the server is stopping; the output is incomplete")
 
-    async def _take(self, index: int, chunk: Chunk) -> None:
-        raise NotImplementedError
+    def _write_timeout(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._watch.timeout(self._resources.settings.write_timeout_s)
 
     def _totals(self) -> dict[str, Any]:
         results = [result for result in self._results if result is not None]
-        gamma = self._plan.requests[0].gamma
+        gamma = self._choices[0].request.gamma
         return {"usage": usage(results, self._plan.n), "metrics": metrics(results, gamma)}
 
 
@@ -150,18 +168,13 @@ class _Whole(_Answer):
     """Answer in one piece."""
 
     async def run(self) -> None:
-        self._pieces: list[list[Chunk]] = [[] for _ in self._plan.requests]
+        self._pieces: list[list[Piece]] = [[] for _ in self._choices]
         await self._generate_all()
-        choices = [self._form.whole(self._joined(index)) for index in range(len(self._pieces))]
+        choices = [self._form.whole(joined(pieces)) for pieces in self._pieces]
         await self._call.answer(self._envelope.whole(choices, **self._totals()))
 
-    async def _take(self, index: int, chunk: Chunk) -> None:
-        self._pieces[index].append(chunk)
-
-    def _joined(self, index: int) -> Piece:
-        chunks = self._pieces[index]
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        return Piece(index, "".join(chunk.text for chunk in chunks), tokens, chunks[-1].finish)
+    async def _take(self, choice: Choice, chunk: Chunk) -> None:
+        self._pieces[choice.index].append(choice.piece(chunk))
 
 
 class _Stream(_Answer):
@@ -172,32 +185,25 @@ class _Stream(_Answer):
     """
 
     async def run(self) -> None:
-        num = len(self._plan.requests)
-        self._offsets = [0] * num
-        self._has_opened = [False] * num
         self._writing = asyncio.Lock()
+        last: dict[str, Any] | None = None
         try:
             await self._generate_all()
             if self._plan.includes_usage:
-                await self._send(self._envelope.chunk(**self._totals()))
+                last = self._envelope.chunk(**self._totals())
         except Exception as error:
-            if not self._call.has_begun:
+            if not self._call.has_begun or isinstance(known_error(error), ClientStalled):
                 raise
-            if isinstance(known_error(error), ClientStalled):
-                self._call.abort()
-                raise
-            await self._send(answer_of(error).body)
-        await self._write(b"data: [DONE]\n\n", more=False)
+            last = answer_of(error).body
+        async with self._write_timeout():
+            if last is not None:
+                await self._send(last)
+            await self._write(b"data: [DONE]\n\n", more=False)
 
-    async def _take(self, index: int, chunk: Chunk) -> None:
-        # A choice that was cut off has no end: an error follows.
-        finish = None if is_cut_off(chunk.finish) else chunk.finish
-        piece = Piece(index, chunk.text, chunk.tokens, finish, self._offsets[index])
-        self._offsets[index] += self._form.num_chars(piece)
-        if not self._has_opened[index]:
-            self._has_opened[index] = True
-            if (opening := self._form.opening(index)) is not None:
-                await self._send(self._envelope.chunk(opening))
+    async def _take(self, choice: Choice, chunk: Chunk) -> None:
+        has_begun, piece = choice.has_begun, choice.piece(chunk)
+        if not has_begun and (opening := self._form.opening(choice.index)) is not None:
+            await self._send(self._envelope.chunk(opening))
         is_last = not self._plan.includes_usage and None not in self._results
         fields = {"metrics": self._totals()["metrics"]} if is_last else {}
         await self._send(self._envelope.chunk(self._form.delta(piece), **fields))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from orchestrator.generation.counts import SpeculationCounts
-from orchestrator.generation.output import Result
-from orchestrator.generation.state import EmittedToken, Finish, FinishReason
+from orchestrator.generation.output import Chunk
+from orchestrator.generation.state import EmittedToken, Finish, FinishReason, TokenOrigin
+from orchestrator.speculation.verification import PromptLogprobs, TokenLogprobs
 from outrider.tokenizer import Tokenizer
 
 # JSON has no infinity; vLLM reports this log-probability for it.
@@ -18,9 +18,10 @@ _LEAST_LOGPROB = -9999.0
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of the output of choice `index`, or all of it; `finish` None: more follows.
+    """Part of the output of choice `index`, or all of it.
 
-    `text_offset`: number of characters of the tokens before it.
+    `tokens`: with those of the prompt before them, if they are reported. `finish` None: more
+    follows. `text_offset`: number of characters of the tokens before. `extra`: further fields.
     """
 
     index: int
@@ -28,16 +29,18 @@ class Piece:
     tokens: Sequence[EmittedToken]
     finish: Finish | None
     text_offset: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ending(self) -> dict[str, Any]:
-        """`finish_reason`, and vLLM's `stop_reason`: the stop string or token that matched."""
+        """`finish_reason`, vLLM's `stop_reason` (the stop string or token), and `extra`."""
         if self.finish is None:
-            return {"finish_reason": None}
+            return {"finish_reason": None, **self.extra}
         stop = self.finish.stop_text
         return {
             "finish_reason": self.finish.reason.value,
             "stop_reason": self.finish.stop_token_id if stop is None else stop,
+            **self.extra,
         }
 
 
@@ -51,6 +54,17 @@ class TokenTexts:
         """The token's text, as vLLM shows it; a part of a character becomes U+FFFD."""
         return self.content(token_id).decode(errors="replace")
 
+    def name(self, token_id: int) -> str:
+        """The token's text; `bytes:` and its bytes in hexadecimal if it is no text by itself.
+
+        OpenAI's way: names of different tokens differ.
+        """
+        content = self.content(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
     def content(self, token_id: int) -> bytes:
         """The token's bytes; `token_id:N` without a tokenizer."""
         tokenizer = self._tokenizer
@@ -62,6 +76,57 @@ class TokenTexts:
         if tokenizer.token_bytes is not None:
             return tokenizer.token_bytes[token_id]
         return tokenizer.decode([token_id]).encode()
+
+    def prompt_logprobs(self, found: PromptLogprobs) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: for each token after the first, itself and the most likely."""
+        entries: list[dict[str, Any] | None] = [None]
+        for token in prompt_tokens(found)[1:]:
+            assert token.logprobs is not None, "only the first token has none"
+            top = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
+            entry = {
+                token_id: self._with_rank(token_id, logprob, rank)
+                for rank, (token_id, logprob) in enumerate(top, 1)
+            }
+            own = self._with_rank(token.token_id, token.logprobs.logprob, None)
+            entry = {token.token_id: own} | entry
+            entries.append({str(token_id): value for token_id, value in entry.items()})
+        return entries
+
+    def _with_rank(self, token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        shown = max(logprob, _LEAST_LOGPROB)
+        return {"logprob": shown, "rank": rank, "decoded_token": self.text(token_id)}
+
+
+def prompt_tokens(found: PromptLogprobs) -> list[EmittedToken]:
+    """The prompt's tokens with their log-probabilities; the first has none."""
+    logprobs: list[TokenLogprobs | None] = [None]
+    for logprob, ids, tops in zip(
+        found.logprobs.tolist(), found.top_ids.tolist(), found.top_logprobs.tolist(), strict=True
+    ):
+        logprobs.append(TokenLogprobs(logprob, tuple(ids), tuple(tops)))
+    return [
+        EmittedToken(token_id, TokenOrigin.REPLAYED, one)
+        for token_id, one in zip(found.token_ids, logprobs, strict=True)
+    ]
+
+
+def token_details(chunk: Chunk, num_rounds: int) -> list[dict[str, Any]]:
+    """Each token's id, text, origin and round; `num_rounds`: rounds before the chunk.
+
+    The texts add up to the chunk's, except for text that a stop string cuts off.
+    """
+    rounds = [
+        number
+        for number, commitment in enumerate(chunk.rounds, num_rounds)
+        for _ in commitment.tokens
+    ]
+    details, start = [], 0
+    for token, end, number in zip(chunk.tokens, chunk.text_ends, rounds, strict=True):
+        text, start = chunk.text[start:end], end
+        details.append(
+            {"id": token.token_id, "text": text, "origin": token.origin.value, "round": number}
+        )
+    return details
 
 
 class Format(Protocol):
@@ -113,11 +178,11 @@ class CompletionFormat:
     whole = delta
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        names = [self._texts.text(token.token_id) for token in piece.tokens]
+        names = [self._texts.name(token.token_id) for token in piece.tokens]
         offsets, at = [], piece.text_offset
-        for name in names:
+        for token in piece.tokens:
             offsets.append(at)
-            at += len(name)
+            at += len(self._texts.text(token.token_id))
         return {
             "tokens": names,
             "token_logprobs": [_logprob(token) for token in piece.tokens],
@@ -136,7 +201,7 @@ class CompletionFormat:
         top = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
         found: dict[str, float] = {}
         for token_id, logprob in top:  # of two with one text, the more likely
-            found.setdefault(self._texts.text(token_id), max(logprob, _LEAST_LOGPROB))
+            found.setdefault(self._texts.name(token_id), max(logprob, _LEAST_LOGPROB))
         found.setdefault(name, max(token.logprobs.logprob, _LEAST_LOGPROB))
         return found
 
@@ -206,66 +271,6 @@ class Envelope:
     def whole(self, choices: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
         """A response that is not streamed."""
         return {**self._whole, "choices": choices, **fields}
-
-
-def usage(results: Sequence[Result], n: int) -> dict[str, Any]:
-    """Token counts of all choices; each prompt is counted once. `n`: choices per prompt."""
-    num_prompt = sum(result.num_prompt_tokens for result in results[::n])
-    num_output = sum(result.num_completion_tokens for result in results)
-    num_cached = sum(result.num_cached_tokens for result in results[::n])
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
-    }
-
-
-def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
-    """Statistics of speculation over all choices, by vLLM's names.
-
-    `draft_acceptance_rate` is accepted / drafted, as vLLM's; `acceptance_rate` is α, as gRPC's: the
-    draft tokens after the first rejection are not counted. `acceptance_histogram[j]`: rounds that
-    accepted exactly j draft tokens. `gamma`: of the request; None: adaptive.
-    """
-    total = SpeculationCounts()
-    for result in results:
-        _add(total, result.counts)
-    per_pos = [*total.num_accepted_per_pos, 0]
-    at_least = [total.num_drafts, *per_pos]
-    num_drafted = total.num_draft_tokens
-    return {
-        "speculative_decoding": {
-            "mean_acceptance_length": total.mean_acceptance_length,
-            "draft_acceptance_rate": total.num_accepted_tokens / num_drafted
-            if num_drafted
-            else None,
-            "acceptance_histogram": [
-                more - fewer for more, fewer in zip(at_least, per_pos, strict=False)
-            ]
-            if total.num_drafts
-            else [],
-            "num_spec_steps": total.num_drafts,
-            "num_accepted_draft_tokens": total.num_accepted_tokens,
-            "num_draft_tokens": num_drafted,
-            "num_spec_tokens": gamma,
-            "num_rejected_draft_tokens": total.num_rejected_tokens,
-            "acceptance_rate": total.acceptance_rate,
-            "num_rounds": total.num_rounds,
-        }
-    }
-
-
-def _add(total: SpeculationCounts, counts: SpeculationCounts) -> None:
-    total.num_rounds += counts.num_rounds
-    total.num_drafts += counts.num_drafts
-    total.num_draft_tokens += counts.num_draft_tokens
-    total.num_accepted_tokens += counts.num_accepted_tokens
-    total.num_rejected_tokens += counts.num_rejected_tokens
-    missing = len(counts.num_accepted_per_pos) - len(total.num_accepted_per_pos)
-    total.num_accepted_per_pos += [0] * missing
-    for position, num in enumerate(counts.num_accepted_per_pos):
-        total.num_accepted_per_pos[position] += num
 
 
 def is_cut_off(finish: Finish | None) -> bool:

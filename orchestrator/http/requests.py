@@ -6,21 +6,22 @@ Checks only what plain values cannot represent. All other checks are in
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.generation.chat import check_num_messages
 from orchestrator.generation.request import GenerationRequest
-from orchestrator.generation.request import Message as PlainMessage
 from orchestrator.generation.validation import ValidRequest, check_num_token_ids, validate
-from orchestrator.http.bodies import ChatBody, CompletionBody, Message, Sampling
+from orchestrator.http.bodies import Chat, ChatBody, CompletionBody, Format, Generating, Sampling
 from orchestrator.replicas.models import Limits
 from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
 from outrider.runtime.protobuf import shortest
 from outrider.sampling.params import SamplingParams, Verification
+from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.tokenizer import Tokenizer
 
 # Choices per prompt, as OpenAI; and of all prompts of one request.
@@ -34,8 +35,6 @@ _SOURCES = {
     "lookup": SourceName.LOOKUP,
     "none": SourceName.NONE,
 }
-# Not parts of SamplingParams by the same name and type.
-_SPECIAL = ("max_tokens", "stop")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Plan:
     """What one HTTP request asks for.
 
     `requests`: one generation per choice, `n` for each prompt in turn. `num_logprobs`: most likely
-    tokens to report with each token; None: no log-probabilities.
+    tokens to report with each token; None: no log-probabilities. `echo`: the text of each prompt
+    comes before its output. `has_details`: tokens are reported one by one.
     """
 
     requests: Sequence[ValidRequest]
@@ -52,6 +52,7 @@ class Plan:
     includes_usage: bool
     num_logprobs: int | None
     echo: bool = False
+    has_details: bool = False
 
 
 def completion_plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer | None) -> Plan:
@@ -59,16 +60,26 @@ def completion_plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer |
     n = _num_choices(body.n)
     if body.best_of is not None and body.best_of != n:
         raise InvalidRequest("best_of", f"{body.best_of}; must be n ({n}) or unset")
-    if body.echo:
-        raise InvalidRequest("echo", "is not supported")
     prompts = tuple(_prompts(body.prompt, limits))
     if n * len(prompts) > MAX_CHOICES:
         raise InvalidRequest(
             "prompt", f"{len(prompts)} prompts with n {n}; at most {MAX_CHOICES} choices"
         )
-    first = _request(body, limits, body.max_tokens, body.logprobs, prompts[0])
+    if body.echo and tokenizer is None:
+        raise InvalidRequest("echo", "the model has no tokenizer")
+    prompt_logprobs = body.prompt_logprobs
+    if body.echo and prompt_logprobs is None:
+        prompt_logprobs = body.logprobs  # OpenAI's: of the prompt's tokens, too
+    first = _request(
+        body,
+        limits,
+        body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=prompt_logprobs,
+        add_special_tokens=body.add_special_tokens,
+    )
     requests = (replace(first, **prompt) for prompt in prompts)
-    return _plan(body, requests, n, limits, tokenizer, body.logprobs)
+    return _plan(body, requests, n, limits, tokenizer, body.logprobs, echo=bool(body.echo))
 
 
 def chat_plan(body: ChatBody, limits: Limits, tokenizer: Tokenizer | None) -> Plan:
@@ -78,19 +89,30 @@ def chat_plan(body: ChatBody, limits: Limits, tokenizer: Tokenizer | None) -> Pl
         max_tokens = body.max_tokens
     elif body.max_tokens not in (None, max_tokens):
         raise InvalidRequest("max_tokens", "differs from max_completion_tokens; send one of them")
-    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "needs logprobs: true")
-    check_num_messages(len(body.messages))
-    messages = tuple(plain_message(message) for message in body.messages)
-    prompt = {"text": None, "token_ids": None, "messages": messages}
-    request = _request(body, limits, max_tokens, num_logprobs, prompt)
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    request = _request(body, limits, max_tokens, logprobs=num_logprobs, **chat_fields(body))
     return _plan(body, (request,), _num_choices(body.n), limits, tokenizer, num_logprobs)
 
 
-def plain_message(message: Message) -> PlainMessage:
-    """The message in the form of GenerationRequest."""
-    return {"content": "", **message.model_dump(exclude_none=True)}
+def chat_fields(body: Chat) -> dict[str, Any]:
+    """The chat by the names of GenerationRequest."""
+    check_num_messages(len(body.messages))
+    return {
+        "messages": tuple(
+            {"content": "", **message.model_dump(exclude_none=True)} for message in body.messages
+        ),
+        "tools": tuple(body.tools or ()),
+        "chat_template_kwargs": body.chat_template_kwargs or {},
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": bool(body.continue_final_message),
+    }
+
+
+def prompt_request(limits: Limits, **prompt: Any) -> GenerationRequest:
+    """A request of which only the prompt matters."""
+    return _request(Generating(), limits, None, **prompt)
 
 
 def _num_choices(n: int | None) -> int:
@@ -101,11 +123,13 @@ def _num_choices(n: int | None) -> int:
 
 def _plan(
     body: CompletionBody | ChatBody,
-    requests: Iterator[GenerationRequest] | Sequence[GenerationRequest],
+    requests: Iterable[GenerationRequest],
     n: int,
     limits: Limits,
     tokenizer: Tokenizer | None,
     num_logprobs: int | None,
+    *,
+    echo: bool = False,
 ) -> Plan:
     valid = [
         choice
@@ -122,6 +146,8 @@ def _plan(
         is_stream=bool(body.stream),
         includes_usage=bool(body.stream_options and body.stream_options.include_usage),
         num_logprobs=num_logprobs,
+        echo=echo,
+        has_details=bool(body.token_details),
     )
 
 
@@ -140,10 +166,10 @@ def _prompts(prompt: Any, limits: Limits) -> Iterator[dict[str, Any]]:
         values = [values]
     for value in values:
         if isinstance(value, str):
-            yield {"text": value, "token_ids": None, "messages": None}
+            yield {"text": value, "token_ids": None}
         elif isinstance(value, list) and value and all(type(one) is int for one in value):
             check_num_token_ids(len(value), limits)
-            yield {"text": None, "token_ids": tuple(value), "messages": None}
+            yield {"text": None, "token_ids": tuple(value)}
         else:
             raise InvalidRequest(
                 "prompt", "must be a text, a list of texts, token ids or a list of token id lists"
@@ -151,21 +177,23 @@ def _prompts(prompt: Any, limits: Limits) -> Iterator[dict[str, Any]]:
 
 
 def _request(
-    body: CompletionBody | ChatBody,
+    body: Generating,
     limits: Limits,
     max_tokens: int | None,
-    num_logprobs: int | None,
-    prompt: Mapping[str, Any],
+    *,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    **prompt: Any,
 ) -> GenerationRequest:
     source = _SOURCES[body.draft_source]
     default_gamma = 0 if source is SourceName.NONE else limits.gamma
-    gamma = default_gamma if body.gamma is None else body.gamma
+    params = _params(body, limits, max_tokens)
     return GenerationRequest(
-        **prompt,
-        params=_params(body, limits, max_tokens, num_logprobs),
+        **{"text": None, "token_ids": None, "messages": None, **prompt},
+        params=replace(params, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
         max_tokens=max_tokens,
         verification=Verification(body.verification or Verification.REJECTION),
-        gamma=gamma,
+        gamma=default_gamma if body.gamma is None else body.gamma,
         max_gamma=limits.max_gamma,
         lookahead=limits.lookahead if body.lookahead is None else body.lookahead,
         fan_out=limits.fan_out if body.fan_out is None else body.fan_out,
@@ -178,27 +206,25 @@ def _request(
         draft_source=source,
         priority=body.priority or 0,
         is_seeded=body.seed is not None or "seed" in limits.sampling_defaults,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
 
 
-def _params(
-    body: Sampling, limits: Limits, max_tokens: int | None, num_logprobs: int | None
-) -> SamplingParams:
+def _params(body: Generating, limits: Limits, max_tokens: int | None) -> SamplingParams:
     given = {
         name: _plain(value)
         for name in Sampling.model_fields
-        if name not in _SPECIAL and (value := getattr(body, name)) is not None
+        if (value := getattr(body, name)) is not None
     }
-    stop = body.stop or ()
-    values: dict[str, Any] = {
-        "seed": secrets.randbits(63),
-        **limits.sampling_defaults,
-        **given,
-        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
-        "logprobs": num_logprobs,
-    }
+    if isinstance(body.stop, str):
+        given["stop"] = (body.stop,)
+    values: dict[str, Any] = {"seed": secrets.randbits(63), **limits.sampling_defaults, **given}
     default = max(limits.default_max_tokens, values.get("min_tokens", 0))
-    return SamplingParams(**values, max_tokens=default if max_tokens is None else max_tokens)
+    return SamplingParams(
+        **values,
+        max_tokens=default if max_tokens is None else max_tokens,
+        structured_outputs=_format(body),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -208,3 +234,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: shortest(one) for key, one in value.items()}
     return shortest(value)
+
+
+def _format(body: Generating) -> StructuredOutputs | None:
+    """The format of the output that the request asks for. Raises InvalidRequest if two differ."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None if body.structured_outputs is None else _structured(body.structured_outputs)
+    if body.structured_outputs is not None:
+        raise InvalidRequest("response_format", "not with structured_outputs; send one of them")
+    if wanted.type == "json_object":
+        return StructuredOutputs(json_object=True)
+    if wanted.json_schema is None:
+        raise InvalidRequest("response_format.json_schema", "is required with type json_schema")
+    return StructuredOutputs(json=json.dumps(wanted.json_schema.schema_, ensure_ascii=False))
+
+
+def _structured(given: Format) -> StructuredOutputs:
+    schema = given.json_
+    return StructuredOutputs(
+        json=json.dumps(schema, ensure_ascii=False) if isinstance(schema, dict) else schema,
+        json_object=bool(given.json_object),
+        regex=given.regex,
+        choice=tuple(given.choice or ()),
+        grammar=given.grammar,
+        structural_tag=given.structural_tag,
+    )

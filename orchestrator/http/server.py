@@ -28,16 +28,23 @@ from outrider.settings.services import OrchestratorConfig
 _BACKLOG = 2_048
 # An idle connection is closed after this time: longer than the idle time of common proxies.
 _KEEP_ALIVE_S = 75
+_MAX_INT32 = (1 << 31) - 1
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that has the port and does not listen yet. Raises ConfigError naming the setting."""
+def bound_socket(host: str, port: int, write_timeout_s: float) -> socket.socket:
+    """A socket that has the port and does not listen yet. Raises ConfigError naming the setting.
+
+    `write_timeout_s`: the system closes connections whose peers accept nothing for twice as long.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted connections inherit it: those of dead peers are closed in the end.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            limit_ms = min(int(2_000 * write_timeout_s), _MAX_INT32)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         bound.bind((host.strip("[]"), port))
     except OSError as error:
         bound.close()
@@ -155,7 +162,7 @@ class HttpServer:
         config.load()
         config.ssl = tls_context(settings)
         self._uvicorn = _Uvicorn(config)
-        self._socket = bound_socket(settings.host, settings.http_port)
+        self._socket = bound_socket(settings.host, settings.http_port, settings.write_timeout_s)
         self.port = int(self._socket.getsockname()[1])
         self._serving: asyncio.Task[None] | None = None
 

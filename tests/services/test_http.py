@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from orchestrator.generation.target_session import TargetSession
 from outrider import __version__
+from outrider.errors import InternalError
 from outrider.redis.embedded import RedisServer
 from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.tokenizer import Tokenizer
@@ -231,7 +232,7 @@ async def test_an_error_within_a_stream_is_its_last_event(
         nonlocal num
         num += 1
         if num == 3:
-            raise ZeroDivisionError
+            raise InternalError("a defect", "its detail")
         return await reply(session)
 
     monkeypatch.setattr(TargetSession, "reply", fails)
@@ -239,7 +240,7 @@ async def test_an_error_within_a_stream_is_its_last_event(
     *chunks, error, end = await events(stack, "/v1/completions", body)
     assert {json.loads(chunk)["choices"][0]["finish_reason"] for chunk in chunks} == {None}
     assert json.loads(error)["error"]["code"] == "internal_error"
-    assert "ZeroDivision" not in error
+    assert "detail" not in error
     assert end == "[DONE]"
     num = 0
     with pytest.raises(openai.APIError):

@@ -1,0 +1,69 @@
+"""Totals of an answer: token usage, and statistics of speculation by vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.generation.counts import SpeculationCounts
+from orchestrator.generation.output import Result
+
+
+def usage(results: Sequence[Result], n: int) -> dict[str, Any]:
+    """Token counts of all choices; each prompt is counted once. `n`: choices per prompt."""
+    num_prompt = sum(result.num_prompt_tokens for result in results[::n])
+    num_output = sum(result.num_completion_tokens for result in results)
+    num_cached = sum(result.num_cached_tokens for result in results[::n])
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
+    """Statistics of speculation over all choices, by vLLM's names.
+
+    `draft_acceptance_rate` is accepted / drafted, as vLLM's; `acceptance_rate` is α, as gRPC's: the
+    draft tokens after the first rejection are not counted. `acceptance_histogram[j]`: rounds that
+    accepted exactly j draft tokens. `gamma`: of the request; None: adaptive.
+    """
+    total = SpeculationCounts()
+    for result in results:
+        _add(total, result.counts)
+    per_pos = [*total.num_accepted_per_pos, 0]
+    at_least = [total.num_drafts, *per_pos]
+    num_drafted = total.num_draft_tokens
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": total.mean_acceptance_length,
+            "draft_acceptance_rate": total.num_accepted_tokens / num_drafted
+            if num_drafted
+            else None,
+            "acceptance_histogram": [
+                more - fewer for more, fewer in zip(at_least, per_pos, strict=False)
+            ]
+            if total.num_drafts
+            else [],
+            "num_spec_steps": total.num_drafts,
+            "num_accepted_draft_tokens": total.num_accepted_tokens,
+            "num_draft_tokens": num_drafted,
+            "num_spec_tokens": gamma,
+            "num_rejected_draft_tokens": total.num_rejected_tokens,
+            "acceptance_rate": total.acceptance_rate,
+            "num_rounds": total.num_rounds,
+        }
+    }
+
+
+def _add(total: SpeculationCounts, counts: SpeculationCounts) -> None:
+    total.num_rounds += counts.num_rounds
+    total.num_drafts += counts.num_drafts
+    total.num_draft_tokens += counts.num_draft_tokens
+    total.num_accepted_tokens += counts.num_accepted_tokens
+    total.num_rejected_tokens += counts.num_rejected_tokens
+    missing = len(counts.num_accepted_per_pos) - len(total.num_accepted_per_pos)
+    total.num_accepted_per_pos += [0] * missing
+    for position, num in enumerate(counts.num_accepted_per_pos):
+        total.num_accepted_per_pos[position] += num
