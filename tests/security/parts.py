@@ -104,6 +104,10 @@ class Secured:
     def endpoint(self) -> str:
         return f"127.0.0.1:{self.orchestrator.port}"
 
+    @property
+    def http_endpoint(self) -> str:
+        return f"127.0.0.1:{self.orchestrator.http_port}"
+
 
 @contextlib.asynccontextmanager
 async def tiers(
