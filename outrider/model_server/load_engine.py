@@ -32,8 +32,10 @@ def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
         simulation = Simulation.parse(config.simulate, is_draft=isinstance(config, DraftConfig))
         simulated = SimulatedEngine(simulation, config.kv_cache_tokens)
         model = _model_info(simulated.info, None, config.max_gamma)
-        # Equal simulations have the same vocabulary by construction.
+        # Equal simulations have the same vocabulary by construction. Another name, another model.
         model.tokenizer_fingerprint = model.model_fingerprint
+        if simulation.name != Simulation.name:
+            model.model_fingerprint += f"-{simulation.name}"
         return LoadedModel(simulated, model)
     tokenizer = Tokenizer.load(config.model)
     eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None

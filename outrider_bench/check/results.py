@@ -90,7 +90,7 @@ class SpeedUp:
 
     @property
     def off(self) -> float | None:
-        if self.measured is None:
+        if not self.measured:  # None, or 0: outputs so short that the streams never overlapped
             return None
         return self.prediction.speed_up / self.measured - 1
 

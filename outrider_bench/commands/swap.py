@@ -10,19 +10,21 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outrider.cli.options import takes
+from outrider.errors import ConfigError
 from outrider_bench.measuring.cores import CoreUse, core_per_tier
 from outrider_bench.measuring.system import BenchOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outrider.cli.stack_options import StackOptions
     from outrider.cli.supervisor import Supervisor
     from outrider.client import AsyncClient
     from outrider_bench.commands.swap_load import Load
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 # Noise of the made drafts, relative to the standard deviation of each weight.
 _OLD_NOISE, _BAD_NOISE = 0.2, 2.0
+# Simulated drafts: share of the survival of --simulate-draft.
+_SURVIVAL = {"new": 1.0, "old": 0.5, "bad": 0.0}
 _POLL_S = 0.2
 # Longest wait for a decision.
 _DECISION_TIMEOUT_S = 900.0
@@ -79,7 +83,8 @@ def swap(options: SwapOptions) -> None:
     """Swap the draft under load: α before and after, failed streams, changed tokens.
 
     A better draft joins and must take over; then a bad one joins and must be rolled back. Real
-    processes; the orchestrators decide by themselves.
+    processes; the orchestrators decide by themselves. With --simulate-target and --simulate-draft,
+    which is the new draft, the old one has half its survival and the bad one none.
     """
     from outrider.cli.running import run
     from outrider_bench.commands.swap_load import PHASES
@@ -139,7 +144,7 @@ class _Swap:
     async def run(self, step: Step) -> None:
         from outrider.client import AsyncClient
 
-        drafts = await asyncio.to_thread(_drafts, self._options)
+        drafts = await asyncio.to_thread(_drafts, self._options, self._stack_options)
         async with contextlib.AsyncExitStack() as stack:
             addresses = await self._start_programs(drafts["old"])
             clients = [
@@ -163,7 +168,7 @@ class _Swap:
             self._begin("after", step)
             await self._watch(self._options.phase_s)
 
-    async def _start_programs(self, old: str) -> list[str]:
+    async def _start_programs(self, old: list[str]) -> list[str]:
         """Starts all programs with the old draft; returns the orchestrators' addresses."""
         from outrider.cli.stack import orchestrator_arguments, target_arguments
 
@@ -178,13 +183,8 @@ class _Swap:
         names = [f"orchestrator-{number}" for number in range(1, options.orchestrators + 1)]
         return [await self._supervisor.start(name, arguments) for name in names]
 
-    async def _start_draft(self, name: str, model: str) -> None:
-        from outrider.cli.stack import draft_arguments
-
-        arguments = [
-            *draft_arguments(self._stack_options, model),
-            f"--redis-url={self._redis_url}",
-        ]
+    async def _start_draft(self, name: str, arguments: list[str]) -> None:
+        arguments = [*arguments, f"--redis-url={self._redis_url}"]
         await self._supervisor.start(f"draft-{name}", arguments)
 
     async def _prepared(self, clients: Sequence[AsyncClient]) -> Load:
@@ -246,8 +246,41 @@ class _Swap:
         ]
 
 
-def _drafts(options: SwapOptions) -> dict[str, str]:
-    """Directories of the three drafts; their names are the drafts' names in events."""
+def _drafts(options: SwapOptions, stack_options: StackOptions) -> dict[str, list[str]]:
+    """Arguments of `python -m` for the three drafts; events show the names."""
+    from outrider.cli.stack import draft_arguments, simulated_arguments
+
+    if (options.simulate_target is None) != (options.simulate_draft is None):
+        raise ConfigError("--simulate-target, --simulate-draft: one is given; give both or none")
+    if options.simulate_draft is not None:
+        simulations = _simulations(options, options.simulate_draft)
+        return {
+            name: simulated_arguments(stack_options, "draft_service", simulation)
+            for name, simulation in simulations.items()
+        }
+    models = _models(options)
+    return {name: draft_arguments(stack_options, str(model)) for name, model in models.items()}
+
+
+def _simulations(options: SwapOptions, new: str) -> dict[str, str]:
+    from outrider.settings.simulation import Simulation
+
+    for name in ("target", "draft", "new", "bad"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: cannot be combined with --simulate-draft")
+    simulation = Simulation.parse(new)
+    return {
+        name: str(
+            replace(
+                simulation, name=name, survival=tuple(share * each for each in simulation.survival)
+            )
+        )
+        for name, share in _SURVIVAL.items()
+    }
+
+
+def _models(options: SwapOptions) -> dict[str, Path]:
+    """Directories of the three drafts, with the drafts' names."""
     from outrider.quickstart_pair import DRAFT_PATH
     from outrider_bench.models.synthetic_pair import linked_copy, noisy_copy
 
@@ -263,4 +296,4 @@ def _drafts(options: SwapOptions) -> dict[str, str]:
             if given is not None
             else noisy_copy(new, folder / name, noise)
         )
-    return {name: str(path) for name, path in made.items()}
+    return made

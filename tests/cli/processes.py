@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import pytest
 
+import outrider.cli
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,30 @@ def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProces
         env=environment(),
         timeout=TIMEOUT_S,
         check=False,
+    )
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end in this process; programs that it starts are processes.
+
+    In a process of its own a command that reads a model would load torch again, for seconds.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    kept = environment()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["outrider", *arguments])
+        for name in os.environ.keys() - kept.keys():
+            patch.delenv(name)
+        for name, value in kept.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            outrider.cli.main()
+    return subprocess.CompletedProcess(
+        arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue()
     )
 
 

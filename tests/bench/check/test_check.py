@@ -12,7 +12,7 @@ import pytest
 
 from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider_bench.models.synthetic import make_pair
-from tests.cli.processes import interrupted, run
+from tests.cli.processes import here, interrupted
 from tests.e2e.test_other_tokenizer import with_permuted_ids
 from tests.tiny_models import make_tiny_model
 
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_check_measures_the_pair_and_reports_everything(pair: Path, tmp_path: Path) -> None:
-    ended = run(
+    ended = here(
         "check", str(pair / "target"), str(pair / "draft"), "--temperatures=0,1",
         "--num-prompts=8", *SMALL, "--json", f"--out={tmp_path}", "--target-cost=4",
         "--draft-cost=1",
@@ -47,8 +47,10 @@ def test_a_check_measures_the_pair_and_reports_everything(pair: Path, tmp_path: 
     assert points == [(0, 1), (0, 2), (1, 1), (1, 2)]
     for one in draft["speed_ups"]:
         assert one["predicted"] >= 1
-        assert one["measured"] > 0
-        assert one["off"] == pytest.approx(one["predicted"] / one["measured"] - 1)
+        if one["measured"]:
+            assert one["off"] == pytest.approx(one["predicted"] / one["measured"] - 1)
+        else:  # so short that the two streams did not overlap, on a busy machine
+            assert (one["num_streams"], one["off"]) == (2, None)
         assert len(one["prediction"]["ahead"]) == len(one["prediction"]["in_turn"]) == 5
     assert [one["plain"] > 0 for one in draft["token_costs"]] == [True] * 4
     assert draft["costs"][0]["target_s"] > draft["costs"][0]["draft_s"] > 0
@@ -62,7 +64,7 @@ def test_prompts_of_a_file_by_task_and_a_prediction_without_a_measurement(tmp_pa
     path = tmp_path / "prompts.jsonl"
     entries = [{"prompt": "def main():", "task": "x"}, {"prompt": "import os\n", "task": "y"}]
     path.write_text("\n".join(map(json.dumps, entries)), "utf-8")
-    ended = run(
+    ended = here(
         "check", str(TARGET_PATH), str(DRAFT_PATH), f"--prompts={path}", "--temperatures=0.7",
         "--max-tokens=8", "--repetitions=0", "--streams=3", "--rtt-ms=4",
     )  # fmt: skip
@@ -97,7 +99,7 @@ def test_ctrl_c_reports_what_there_is(pair: Path) -> None:
     ],
 )
 def test_wrong_flags_are_refused_by_name(pair: Path, flags: tuple[str, ...], message: str) -> None:
-    ended = run("check", str(pair / "target"), str(pair / "draft"), *flags)
+    ended = here("check", str(pair / "target"), str(pair / "draft"), *flags)
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr
 
@@ -105,7 +107,7 @@ def test_wrong_flags_are_refused_by_name(pair: Path, flags: tuple[str, ...], mes
 def test_a_self_test_of_a_gemma_like_target(tmp_path: Path) -> None:
     """On a CPU it is run on request."""
     target = make_tiny_model("gemma3", tmp_path, vocab_size=300)
-    ended = run("check", str(target), "--self-test", "--files-only", "--json")
+    ended = here("check", str(target), "--self-test", "--files-only", "--json")
     assert ended.returncode == 0, ended.stderr
     cases = json.loads(ended.stdout)["drafts"][0]["self_test"]
     assert len(cases) >= 6
@@ -114,7 +116,7 @@ def test_a_self_test_of_a_gemma_like_target(tmp_path: Path) -> None:
 
 def test_without_a_draft_prompt_lookup_is_checked() -> None:
     """Through the services, which propose from the prompt and the output."""
-    ended = run(
+    ended = here(
         "check", str(TARGET_PATH), "--task=editing", "--temperatures=0", *SMALL[1:],
         "--max-tokens=32", "--json",
     )  # fmt: skip
@@ -133,7 +135,7 @@ def test_without_a_draft_prompt_lookup_is_checked() -> None:
 def test_a_draft_with_another_tokenizer_is_measured_in_the_real_loop(tmp_path: Path) -> None:
     """The quickstart draft with other ids re-encodes the text: `--target-tokenizer`."""
     permuted = with_permuted_ids(Path(DRAFT_PATH), tmp_path / "permuted")
-    ended = run(
+    ended = here(
         "check", str(TARGET_PATH), str(permuted), "--task=code", "--temperatures=0",
         "--max-tokens=24", "--streams=1", "--repetitions=1", "--outputs=2", "--json",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import xml.etree.ElementTree
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from outrider.redis.embedded import RedisServer
 from outrider_bench.measuring.tasks import TaskTexts, edited
-from tests.cli.processes import interrupted, run
+from tests import redis_fixture
+from tests.cli.processes import here, interrupted, run
+from tests.stack import running_stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
+redis_server = redis_fixture.redis_server
 
 # Simulated tiers start in a third of the time of models.
 SIMULATED = ("--simulate-target=step_ms=5", "--simulate-draft=step_ms=0.5,survival=0.8")
@@ -44,14 +48,6 @@ def test_speed_variants_and_peer_generate_the_same_tokens(
     assert results["plain"]["speed_up"] == 1
     assert results["full"]["rounds"]["target_step_s"] > 0
     assert document["cores"]["target"] != document["cores"]["draft"]
-
-
-def test_speed_explain_gamma_prints_the_decision(tmp_path: Path) -> None:
-    flags = ("--quick", "--gammas=", "--explain-gamma", f"--out={tmp_path}")
-    ended = run("bench", "speed", *flags, *SIMULATED)
-    assert ended.returncode == 0, ended.stderr
-    assert "chosen" in ended.stdout
-    assert "draft step" in ended.stdout
 
 
 def test_concurrency_runs_every_variant_with_every_number_of_streams(tmp_path: Path) -> None:
@@ -86,12 +82,14 @@ def test_delay_reports_the_loss_relative_to_no_delay(tmp_path: Path) -> None:
     assert rows["ahead 1, fan 1", 5]["lost"] is not None
 
 
-def test_swap_promotes_the_better_draft_and_rolls_the_bad_one_back(
-    target: Path, draft: Path, tmp_path: Path
-) -> None:
-    """Real processes under load; the orchestrators decide. No output differs, none fails."""
-    flags = ("--quick", "--phase-s=1", "--max-tokens=24", f"--out={tmp_path}")
-    ended = run("bench", "swap", *flags, f"--target={target}", f"--new={draft}")
+def test_swap_promotes_the_better_draft_and_rolls_the_bad_one_back(tmp_path: Path) -> None:
+    """Real processes under load; the orchestrators decide. No output differs, none fails.
+
+    tests/services/test_draft_swap.py swaps models.
+    """
+    flags = ("--quick", "--phase-s=1", "--max-tokens=16", "--gamma=3", f"--out={tmp_path}")
+    simulated = ("--simulate-target=step_ms=20", "--simulate-draft=step_ms=0.5,survival=0.8")
+    ended = run("bench", "swap", *flags, *simulated)
     assert ended.returncode == 0, ended.stderr
     results = json.loads((tmp_path / "swap.json").read_text("utf-8"))["results"]
     phases = {result["phase"]: result for result in results if "phase" in result}
@@ -147,6 +145,8 @@ def test_growth_has_a_result_for_every_point(over: str, tmp_path: Path) -> None:
         (("growth", "--over=vocabulary", "--target=here"), "--over vocabulary"),
         (("growth", "--points=x"), "--points"),
         (("speed", "--draft=none", SIMULATED[0]), "--draft"),
+        (("swap", SIMULATED[0]), "--simulate-target, --simulate-draft: one is given"),
+        (("swap", "--new=here", *SIMULATED), "--new: cannot be combined with --simulate-draft"),
         (("speed", "--peer=huggingface", "--inflate=20M"), "--peer"),
     ],
 )
@@ -154,29 +154,31 @@ def test_invalid_options_are_rejected_with_the_flag_name(
     arguments: tuple[str, ...], flag: str, tmp_path: Path
 ) -> None:
     name, *rest = arguments
-    ended = run("bench", name, "--quick", f"--out={tmp_path}", *rest)
+    ended = here("bench", name, "--quick", f"--out={tmp_path}", *rest)
     assert ended.returncode == 2, ended.stderr
     assert flag in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "until", "title"),
+    ("words", "until", "titles"),
     [
-        (("speed", "--max-tokens=4"), "14/", "tokens/s of one stream"),
-        (("speed", "--max-tokens=4", "--explain-gamma"), "14/", "◀ chosen"),
+        (
+            ("speed", "--max-tokens=4", "--explain-gamma"),
+            "14/",
+            ("tokens/s of one stream", "◀ chosen", "draft step"),
+        ),
         (
             ("concurrency", "--streams=1,2", "--max-tokens=4"),
             "8/",
-            "total tokens/s of concurrent streams",
+            ("total tokens/s of concurrent streams",),
         ),
-        (("delay", "--delays=0", "--ahead=1x1", "--max-tokens=4"), "5/", "delay"),
-        (("growth", "--points=8", "--max-tokens=4"), "5/", "tokens of context"),
-        (("rounds", "--streams=2", "--max-tokens=400"), "4/", "the orchestrator"),
-        (("speed", "--max-tokens=4"), "8/", "tokens/s of one stream"),
+        (("delay", "--delays=0", "--ahead=1x1", "--max-tokens=4"), "5/", ("delay",)),
+        (("growth", "--points=8", "--max-tokens=4"), "5/", ("tokens of context",)),
+        (("rounds", "--streams=2", "--max-tokens=400"), "4/", ("the orchestrator",)),
     ],
 )
 def test_ctrl_c_reports_the_results_so_far(
-    words: tuple[str, ...], until: str, title: str, tmp_path: Path
+    words: tuple[str, ...], until: str, titles: tuple[str, ...], tmp_path: Path
 ) -> None:
     """The expected duration is printed first; a signal ends the measurement, not the report."""
     flags = ("--repetitions=500", f"--out={tmp_path}")
@@ -187,7 +189,7 @@ def test_ctrl_c_reports_the_results_so_far(
     assert "the remaining steps take about" in output
     assert " left)" in output
     assert f"stopped in step {until.rstrip('/')} of" in output
-    assert title in output
+    assert [title for title in titles if title not in output] == []
     assert "Traceback" not in output
     (path,) = tmp_path.glob("*.json")
     written = json.loads(path.read_text("utf-8"))
@@ -223,8 +225,13 @@ def test_ctrl_c_in_explain_gamma_explains_the_warm_up() -> None:
     assert "this is the choice of the warm-up output" in ended.stdout
 
 
-def test_ctrl_c_in_wire_reports_the_results_so_far() -> None:
-    ended = interrupted("bench", "wire", "--runs=1", "--max-tokens=8", "--json", at="3/6 ")
+async def test_ctrl_c_in_wire_reports_the_results_so_far(
+    target: Path, draft: Path, redis_server: RedisServer
+) -> None:
+    """Of a running system; tests/bench/commands/test_measuring.py has one that it starts."""
+    async with running_stack(target, draft, redis_server.url, tokenizer=str(target)) as stack:
+        flags = (f"--endpoint={stack.endpoint}", "--runs=1", "--max-tokens=8", "--json")
+        ended = await asyncio.to_thread(interrupted, "bench", "wire", *flags, at="3/6 ")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
     assert "6 steps, " in ended.stdout
     assert "the remaining steps take about" in ended.stdout
@@ -247,11 +254,12 @@ def test_ctrl_c_in_demo_compares_the_outputs_so_far() -> None:
 
 
 def test_ctrl_c_in_pair_reports_the_search(tmp_path: Path) -> None:
-    """A measurement of p1 takes seconds; no pair is written."""
-    ended = interrupted("bench", "pair", str(tmp_path / "p1"), at="measurement 1:")
+    """With so many tokens a measurement takes about two seconds; no pair is written."""
+    flags = ("--size=tiny", "--vocab-size=65536")
+    ended = interrupted("bench", "pair", str(tmp_path / "tiny"), *flags, at="measurement 1:")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
-    assert "takes minutes; 4 to 32 measurements" in ended.stdout
+    assert "takes seconds; 4 to 32 measurements" in ended.stdout
     assert " left\n" in ended.stdout
     assert "stopped after " in ended.stdout
     assert "to skip the search: --epsilon " in ended.stdout
-    assert not (tmp_path / "p1" / "pair.json").exists()
+    assert not (tmp_path / "tiny" / "pair.json").exists()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.cli.processes import run
+from tests.cli.processes import here, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,6 +41,6 @@ def test_wire_reports_bytes_by_verification_method() -> None:
 
 
 def test_wire_rejects_vocabulary_sizes_with_an_endpoint() -> None:
-    ended = run("bench", "wire", "--endpoint=127.0.0.1:1", "--vocab-sizes=2048")
+    ended = here("bench", "wire", "--endpoint=127.0.0.1:1", "--vocab-sizes=2048")
     assert ended.returncode == 2
     assert "--vocab-sizes: cannot be combined with --endpoint" in ended.stderr

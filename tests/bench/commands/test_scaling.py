@@ -18,7 +18,7 @@ from outrider.settings.simulation import Simulation
 from outrider_bench.commands.busy import BusyWatch
 from outrider_bench.commands.scaling import ScalingOptions, trials
 from outrider_bench.commands.trials import Trial, expected_gain, simulated_tiers
-from tests.cli.processes import run
+from tests.cli.processes import here, run
 
 PASS_MS = 80.0
 GAMMAS = range(1, 17)
@@ -112,7 +112,6 @@ async def test_busy_watch_counts_a_sleeping_process_as_busy() -> None:
             await child.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
@@ -128,7 +127,7 @@ async def test_busy_watch_counts_a_sleeping_process_as_busy() -> None:
 def test_invalid_options_are_rejected_with_the_flag_name(
     flag: str, named: str, tmp_path: Path
 ) -> None:
-    ended = run("bench", "scaling", flag, f"--out={tmp_path}")
+    ended = here("bench", "scaling", flag, f"--out={tmp_path}")
     assert ended.returncode == 2, ended.stderr
     assert named in ended.stderr
     assert not any(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from outrider.engine.loading.loaded_model import cache_argument
 from outrider.errors import ConfigError
 from outrider_bench.models.synthetic import PairReport, make_pair
+from outrider_bench.models.synthetic_pair import noisy_copy
 
 _ALPHA = 0.8
 
@@ -54,6 +55,21 @@ def _greedy_agreement(directory: Path, *, num_prompts: int, num_tokens: int) -> 
         agreed.append((chosen[0] == chosen[1]).float())
         ids = chosen[0][:, None]
     return float(torch.stack(agreed).mean())
+
+
+def test_noise_makes_another_model_with_the_same_files(
+    made: tuple[Path, PairReport], tmp_path: Path
+) -> None:
+    """The drafts of `outrider bench swap`: the same architecture, other weights."""
+    directory = noisy_copy(made[0] / "draft", tmp_path / "old", 0.2)
+    assert {path.name for path in directory.iterdir()} == {
+        path.name for path in (made[0] / "draft").iterdir()
+    }
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(path).lm_head.weight.detach().float()
+        for path in (directory, made[0] / "draft")
+    )
+    assert float((ours - theirs).std() / theirs.std()) == pytest.approx(0.2, rel=0.05)
 
 
 def test_pair_json_is_the_report(made: tuple[Path, PairReport]) -> None:
