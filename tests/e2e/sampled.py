@@ -30,7 +30,7 @@ METHODS = {"rejection": REJECTION, "block": BLOCK, "coupled": COUPLED}
 OUTPUT_LEN = 24
 # Outputs of a check, and how many of all their tokens it judges: fixed, see law_tests.
 SMALL = (48, 700)
-MEDIUM = (100, 2200)
+MEDIUM = (60, 1320)
 LARGE = (300, 7000)
 NUM_SHORT_OUTPUTS = 600
 

@@ -75,8 +75,11 @@ def _padded(counts: Sequence[int]) -> list[int]:
     return [*counts, *[0] * (17 - len(counts))]
 
 
-@pytest.mark.parametrize("how", [_LONG, _LONG_AHEAD], ids=["sequential", "ahead"])
-@pytest.mark.parametrize("method", ["rejection", "block"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("rejection", _LONG), ("block", _LONG_AHEAD)],
+    ids=["rejection, sequential", "block, ahead"],
+)
 async def test_the_rest_of_late_proposals(
     method: str,
     how: dict[str, int],
