@@ -254,6 +254,8 @@ async def test_room_is_as_large_as_it_is_told(redis_url: str) -> None:
         ("repetition_penalty", 1.5),
         ("logit_bias", {7: 1.0}),
         ("allowed_token_ids", [1, 2]),
+        ("bad_words_token_ids", [{"ids": [1, 2]}]),
+        ("prompt_logprobs", 0),
     ],
 )
 async def test_what_is_not_imitated_is_refused_by_name(
