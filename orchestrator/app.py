@@ -29,7 +29,7 @@ from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.replica_stream import FetchTokenHashes
 from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.replicas.target_client import TargetLink
-from orchestrator.replicas.tier_drafts import num_replicas
+from orchestrator.replicas.tier_drafts import draft_speed, num_replicas
 from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
 from orchestrator.speculation.output_pool import OutputPool
@@ -227,7 +227,10 @@ async def _resources(
     )
     rollout = None
     if drafts is not None:
-        rollout = DraftRollout(functools.partial(num_replicas, drafts), config)
+        speed = functools.partial(
+            draft_speed, targets, drafts, lambda: 1 - costs.shared.lookahead_hit_rate
+        )
+        rollout = DraftRollout(functools.partial(num_replicas, drafts), config, speed=speed)
     observing = Observing(config, targets, lambda: admission.is_busy)
     context = GenerationContext(
         targets,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from orchestrator.speculation.comparison import MIN_VERIFIED, difference_interval
+from orchestrator.speculation.draft_speed import DraftSpeed, handicap
 from outrider.draft_rollout import AcceptanceSums, Role, Rollout
 from outrider.redis.rollout_store import RolloutStore
 from outrider.settings.draft_canary import DraftCanarySettings
@@ -90,8 +91,12 @@ class DraftRollout:
         timing: RolloutTiming | None = None,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
+        speed: Callable[[str], DraftSpeed | None] = lambda revision: None,
     ) -> None:
-        """`num_replicas`: connected replicas by revision. `draw`: a random number in [0, 1)."""
+        """`num_replicas`: connected replicas by revision. `draw`: a random number in [0, 1).
+
+        `speed`: measured costs with a revision's draft; None: not known.
+        """
         self._settings = settings or DraftCanarySettings()
         self._timing = timing or RolloutTiming()
         self.record = Rollout()
@@ -106,6 +111,7 @@ class DraftRollout:
         self.num_replicas = num_replicas
         self._clock = clock
         self._draw = draw
+        self._speed = speed
         # Of this orchestrator, since the last exchange with Redis.
         self.unsent: dict[str, AcceptanceSums] = {}
         self._started_at = clock()
@@ -273,6 +279,15 @@ class DraftRollout:
             f"acceptance rate {newer.mean:.3f} in {newer.num} generations, with {old} "
             f"{older.mean:.3f} in {older.num}; difference between {low:.3f} and {high:.3f}"
         )
+        new_speed, old_speed = self._speed(new), self._speed(old)
+        needed = handicap(new_speed, old_speed, older.mean)
+        if needed and new_speed and old_speed:
+            reason += (
+                f"; by its cost {needed:+.3f} is as fast: expected "
+                f"{new_speed.tokens_per_s(newer.mean):.1f} tokens/s, with {old} "
+                f"{old_speed.tokens_per_s(older.mean):.1f}"
+            )
+        low, high = low - needed, high - needed
         if high < 0:
             why = f"{new} rolled back: {reason}"
             return ROLLED_BACK, record.change(why, current=old, rolled_back=new)

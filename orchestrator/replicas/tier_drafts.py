@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import inf
 
 import structlog
@@ -12,10 +13,13 @@ import structlog
 from orchestrator.replicas.draft_client import UNRESPONSIVE_RETRY_S, DraftHandle, DraftLink
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.rollout import DraftRollout
+from orchestrator.replicas.target_client import TargetLink
 from orchestrator.speculation.comparison import NUM_MEASURED_ROUNDS
 from orchestrator.speculation.draft_source import DraftRequest
+from orchestrator.speculation.draft_speed import DraftSpeed
 from orchestrator.speculation.verification import Proposal
 from outrider.draft_rollout import revision_name
+from outrider.replica import CostReport
 
 log = structlog.get_logger()
 
@@ -35,6 +39,25 @@ def num_replicas(pool: ReplicaPool[DraftLink]) -> Counter[str]:
     """Connected replicas by draft revision; may be called on any thread."""
     links = list(pool.links.values())
     return Counter(revision_of(link) for link in links if link.is_connected)
+
+
+def draft_speed(
+    targets: ReplicaPool[TargetLink],
+    drafts: ReplicaPool[DraftLink],
+    miss_rate: Callable[[], float],
+    revision: str,
+) -> DraftSpeed | None:
+    """Measured costs with a draft revision: of the median replicas; None: not measured yet."""
+    of_revision = (link for link in drafts.links.values() if revision_of(link) == revision)
+    target, draft = _median_cost(targets.links.values()), _median_cost(of_revision)
+    return DraftSpeed(target, draft, miss_rate()) if target and draft else None
+
+
+def _median_cost(links: Iterable[TargetLink | DraftLink]) -> CostReport | None:
+    costs = [link.costs for link in links if link.is_connected and link.costs.step_s[0] > 0]
+    costs.sort(key=lambda report: report.pass_s(1, 1))
+    # As for one stream: the load of a replica is not a property of its model.
+    return replace(costs[(len(costs) - 1) // 2], mean_num_rows=1.0) if costs else None
 
 
 class TierDrafts:

@@ -17,9 +17,11 @@ from orchestrator.replicas.rollout import (
     DraftRollout,
     RolloutTiming,
 )
+from orchestrator.speculation.draft_speed import DraftSpeed
 from outrider.draft_rollout import Role
 from outrider.redis.connection import RedisConnection
 from outrider.redis.rollout_store import RolloutStore, stored_targets
+from outrider.replica import CostReport
 from outrider.settings.draft_canary import DraftCanarySettings
 
 TARGET = "target"
@@ -44,6 +46,7 @@ class Tier:
         self.random = random.Random(0)
         self.rollouts: list[DraftRollout] = []
         self.stores: list[RolloutStore] = []
+        self.draft_step_s: dict[str, float] = {}
         self._redis = redis
         self._settings = DraftCanarySettings(**{"draft_canary_share": _SHARE, **settings})
         for _ in range(num_orchestrators):
@@ -56,10 +59,17 @@ class Tier:
             RolloutTiming(),
             clock=self.clock,
             draw=self.random.random,
+            speed=self.speed,
         )
         self.rollouts.append(rollout)
         self.stores.append(RolloutStore(self._redis, TARGET))
         return rollout
+
+    def speed(self, revision: str) -> DraftSpeed | None:
+        """With a target pass of 20 ms; None without a measured cost."""
+        step_s = self.draft_step_s.get(revision)
+        target = CostReport((1, 17), (0.02, 0.03))
+        return None if step_s is None else DraftSpeed(target, CostReport((1,), (step_s,)), 0.5)
 
     @property
     def first(self) -> DraftRollout:
@@ -151,6 +161,23 @@ async def test_a_worse_revision_is_rolled_back_and_stays_so(tier: Tier) -> None:
     later = tier.add()  # an orchestrator that starts later
     await tier.exchange()
     assert later.record.role(NEW) is Role.ROLLED_BACK
+
+
+async def test_a_slower_revision_must_be_accepted_more_often(tier: Tier) -> None:
+    """Four times the cost: 0.65 instead of 0.6 is slower, so it is rolled back."""
+    tier.draft_step_s = {OLD: 0.002, NEW: 0.008}
+    await tier.generate({OLD: 0.6, NEW: 0.65}, 1200)
+    assert tier.roles() == {OLD: "current", NEW: "rolled_back"}
+    decision = tier.first.record.decision
+    assert decision.startswith("new rolled back: acceptance rate 0.6")
+    assert "; by its cost +0." in decision
+    assert "tokens/s, with old" in decision
+
+
+async def test_a_faster_revision_may_be_accepted_less_often(tier: Tier) -> None:
+    tier.draft_step_s = {OLD: 0.008, NEW: 0.002}
+    await tier.generate({OLD: 0.6, NEW: 0.5}, 1200)
+    assert tier.roles()[NEW] == "current"
 
 
 async def test_a_promoted_revision_is_rolled_back_if_it_falls(tier: Tier) -> None:
