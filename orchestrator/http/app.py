@@ -13,13 +13,14 @@ from orchestrator.http.calls import Api, Call
 from orchestrator.http.completions import Completions, Resources
 from orchestrator.http.models import Models
 from orchestrator.http.output import ChatFormat, CompletionFormat
+from orchestrator.http.page import REPLICAS, Replicas, page_files
 from orchestrator.http.requests import chat_plan, completion_plan
 from orchestrator.http.tokens import Tokens
 from outrider import __version__
 from outrider.errors import Unavailable
 
 MODELS = "/v1/models"
-# Probes have no keys; a version is no secret.
+# Probes have no keys; a version is no secret. The page's files have no data.
 _OPEN_PATHS = ("/health", "/version")
 
 
@@ -35,8 +36,11 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
     completions = Completions(resources, models, CompletionBody, completion_plan, CompletionFormat)
     chat = Completions(resources, models, ChatBody, chat_plan, ChatFormat)
     tokens = Tokens(resources, models)
+    page = {("GET", file.path): file for file in page_files()}
     api = Api(
         {
+            **page,
+            ("GET", REPLICAS): Replicas(use_case.context),
             ("GET", "/health"): plain.health,
             ("GET", "/version"): plain.version,
             ("GET", "/metrics"): plain.metrics,
@@ -48,7 +52,7 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
             ("POST", "/detokenize"): tokens.detokenize,
         },
         resources.api_keys,
-        _OPEN_PATHS,
+        [*_OPEN_PATHS, *(path for _, path in page)],
     )
     origins = resources.settings.allowed_origins
     if not origins:

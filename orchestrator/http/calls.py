@@ -130,7 +130,7 @@ class Api:
         api_keys: ApiKeys | None,
         open_paths: Collection[str],
     ) -> None:
-        """`endpoints`: by method and path; a path that ends in / has the paths below it, too."""
+        """`endpoints`: by method and path; a longer path that ends in / has those below it, too."""
         self._endpoints = endpoints
         self._api_keys = api_keys
         self._open_paths = frozenset(open_paths)
@@ -152,7 +152,7 @@ class Api:
         paths = [
             known
             for _, known in self._endpoints
-            if known == path or (known[-1] == "/" and path.startswith(known))
+            if known == path or (known.endswith("/") and known != "/" and path.startswith(known))
         ]
         for known in paths:
             found = self._endpoints.get((method, known))
