@@ -135,6 +135,9 @@ def test_the_wheel_has_the_programs_and_nothing_else(wheel: Path) -> None:
     assert tops == {*RUNTIME, metadata.partition("/")[0]}
     assert "outrider/quickstart_pair/target/tokenizer.json" in names
     assert "outrider/py.typed" in names
+    folder = ROOT / "orchestrator/http/static"
+    page = {f"orchestrator/http/static/{file.name}" for file in folder.iterdir()}
+    assert page <= set(names)
     assert f"\nVersion: {outrider.__version__}\n" in text
     assert PROJECT["version"] == outrider.__version__
     for name in ENGINE:

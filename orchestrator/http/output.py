@@ -111,20 +111,24 @@ def prompt_tokens(found: PromptLogprobs) -> list[EmittedToken]:
 
 
 def token_details(chunk: Chunk, num_rounds: int) -> list[dict[str, Any]]:
-    """Each token's id, text, origin and round; `num_rounds`: rounds before the chunk.
+    """Each token's id, text and origin, and its round; `num_rounds`: rounds before the chunk.
 
     The texts add up to the chunk's, except for text that a stop string cuts off.
     """
     rounds = [
-        number
+        {
+            "round": number,
+            "num_draft_tokens": commitment.num_draft_tokens,
+            "draft_source": commitment.source.value,
+        }
         for number, commitment in enumerate(chunk.rounds, num_rounds)
         for _ in commitment.tokens
     ]
     details, start = [], 0
-    for token, end, number in zip(chunk.tokens, chunk.text_ends, rounds, strict=True):
+    for token, end, its_round in zip(chunk.tokens, chunk.text_ends, rounds, strict=True):
         text, start = chunk.text[start:end], end
         details.append(
-            {"id": token.token_id, "text": text, "origin": token.origin.value, "round": number}
+            {"id": token.token_id, "text": text, "origin": token.origin.value, **its_round}
         )
     return details
 

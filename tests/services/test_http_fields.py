@@ -246,7 +246,11 @@ async def test_token_details_give_text_origin_and_round(stack: System) -> None:
     assert rounds == sorted(rounds)
     assert set(rounds) == set(range(num_rounds))
     num_accepted = sum(one["origin"] == "accepted" for one in details)
-    assert num_accepted == answer["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"]
+    speculation = answer["metrics"]["speculative_decoding"]
+    assert num_accepted == speculation["num_accepted_draft_tokens"]
+    of_rounds = {one["round"]: (one["num_draft_tokens"], one["draft_source"]) for one in details}
+    assert sum(num for num, _ in of_rounds.values()) == speculation["num_draft_tokens"]
+    assert all((source == "none") == (num == 0) for num, source in of_rounds.values())
 
 
 async def test_tokenize_and_detokenize(stack: System, tokenizer: Tokenizer) -> None:

@@ -12,37 +12,59 @@ export function drawOrigins(run) {
       element(
         "li", {},
         element("span", { class: `token ${origin}` }, origin),
-        element("span", { class: "num" }, total ? `${counts[origin]}` : "–"),
+        element("span", { class: "num" }, total ? `${counts[origin]}` : ""),
         element("span", { class: "num share" }, total ? percent(counts[origin] / total) : ""),
       ),
     ),
   );
 }
 
-/** α by position of the draft token in its round. */
-export function drawPositions(run) {
-  const rows = (run?.positions ?? []).map(({ accepted, verified }, index) => {
-    const share = accepted / verified;
-    const bar = shape(
-      "svg", { class: "bar", "aria-hidden": "true", viewBox: "0 0 100 8", preserveAspectRatio: "none" },
-      shape("rect", { class: "track", width: 100, height: 8 }),
-      shape("rect", { class: "value", width: 100 * share, height: 8 }),
-    );
-    return element(
-      "tr", {},
-      element("th", { scope: "row" }, String(index + 1)),
-      element("td", { class: "num" }, `${accepted} of ${verified}`),
-      element("td", {}, bar, element("span", { class: "num" }, number(share, 2))),
-    );
-  });
-  if (!rows.length) rows.push(element("tr", {}, element("td", { colspan: 3 }, "No draft tokens yet")));
-  byId("positions").tBodies[0].replaceChildren(...rows);
-}
-
-const WIDTH = 480;
+const WIDTH = 360;
 const HEIGHT = 132;
 const LEFT = 30;
 const BOTTOM = 18;
+const TOP = 10;
+const RIGHT = WIDTH - 6;
+const FLOOR = HEIGHT - BOTTOM;
+// More bars than this have no room for their values.
+const MOST_VALUES = 9;
+
+const text = (x, y, content, anchor) => shape("text", { x, y, "text-anchor": anchor }, content);
+const axes = () => shape("path", { class: "axis", d: `M${LEFT} ${TOP}V${FLOOR}H${RIGHT}` });
+
+/** α by position of the draft token in its round: a chart, and a table for screen readers. */
+export function drawPositions(run) {
+  const positions = run?.positions ?? [];
+  const width = (RIGHT - LEFT) / Math.max(positions.length, 5);
+  const bars = positions.flatMap(({ accepted, verified }, index) => {
+    const share = accepted / verified;
+    const x = LEFT + index * width + 0.15 * width;
+    const height = share * (FLOOR - TOP - 12);
+    const middle = x + 0.35 * width;
+    const bar = shape(
+      "rect", { class: "value", x, y: FLOOR - height, width: 0.7 * width, height },
+      shape("title", {}, `position ${index + 1}: ${accepted} of ${verified} accepted`),
+    );
+    const isLabelled = positions.length <= MOST_VALUES;
+    return [
+      bar,
+      ...(isLabelled ? [text(middle, FLOOR - height - 4, number(share, 2), "middle")] : []),
+      ...(isLabelled || index % 2 === 0 ? [text(middle, HEIGHT - 4, `${index + 1}`, "middle")] : []),
+    ];
+  });
+  const svg = byId("positions");
+  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  svg.replaceChildren(axes(), text(LEFT - 5, FLOOR, "0", "end"), text(LEFT - 5, TOP + 16, "1", "end"), ...bars);
+  const rows = positions.map(({ accepted, verified }, index) =>
+    element(
+      "tr", {},
+      element("th", { scope: "row" }, `${index + 1}`),
+      element("td", {}, `${accepted} of ${verified}`),
+      element("td", {}, number(accepted / verified, 2)),
+    ),
+  );
+  byId("positions-table").tBodies[0].replaceChildren(...rows);
+}
 
 /** Tokens over time of both runs. `plain` null: there is no second run. */
 export function drawTimes(drafted, plain) {
@@ -51,23 +73,17 @@ export function drawTimes(drafted, plain) {
   const runs = [[drafted, "drafted"], [plain, "undrafted"]].filter(([run]) => run?.tokens.length);
   const mostS = Math.max(...runs.map(([run]) => run.totalS), 0.001);
   const mostTokens = Math.max(...runs.map(([run]) => run.tokens.length), 1);
-  const x = (s) => LEFT + (s / mostS) * (WIDTH - LEFT - 8);
-  const y = (num) => HEIGHT - BOTTOM - (num / mostTokens) * (HEIGHT - BOTTOM - 8);
-  const text = (at, down, content, anchor) =>
-    shape("text", { x: at, y: down, "text-anchor": anchor }, content);
-  const parts = [
-    shape("path", { class: "axis", d: `M${LEFT} 8V${y(0)}H${WIDTH - 8}` }),
-    text(LEFT - 5, y(0), "0", "end"),
-  ];
+  const x = (s) => LEFT + (s / mostS) * (RIGHT - LEFT);
+  const y = (num) => FLOOR - (num / mostTokens) * (FLOOR - TOP);
+  const parts = [axes(), text(LEFT - 5, FLOOR, "0", "end")];
   if (runs.length) {
     parts.push(
-      text(LEFT - 5, 15, String(mostTokens), "end"),
-      text(WIDTH - 8, HEIGHT - 4, seconds(mostS), "end"),
+      text(LEFT - 5, TOP + 8, `${mostTokens}`, "end"), text(RIGHT, HEIGHT - 4, seconds(mostS), "end"),
     );
   }
   for (const [run, name] of runs) {
     const steps = run.tokens.map((token, i) => `H${x(token.at).toFixed(1)}V${y(i + 1).toFixed(1)}`);
-    parts.push(shape("path", { class: name, d: `M${LEFT} ${y(0)}${steps.join("")}` }));
+    parts.push(shape("path", { class: name, d: `M${LEFT} ${FLOOR}${steps.join("")}` }));
   }
   svg.replaceChildren(...parts);
   const told = runs.map(([run, name]) =>
@@ -75,24 +91,25 @@ export function drawTimes(drafted, plain) {
   svg.setAttribute("aria-label", told.length ? `Tokens over time; ${told.join("; ")}` : "Nothing generated yet");
 }
 
-const CELL = 9;
+const CELL = 11;
 const GAP = 2;
 
 /** One column per round: its tokens, and outlines of the draft tokens that were not emitted. */
 export function drawRounds(run) {
   const svg = byId("rounds");
   const rounds = run?.rounds ?? [];
-  const heights = rounds.map((round) => Math.max(round.tokens.length, (round.numDraftTokens ?? 0) + 1));
+  const heights = rounds.map((round) => Math.max(round.tokens.length, round.numDraftTokens + 1));
   const most = Math.max(...heights, 4);
   const width = Math.max(rounds.length, 1) * (CELL + GAP);
   const height = most * (CELL + GAP);
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("preserveAspectRatio", "xMinYMax");
   svg.setAttribute("width", width);
   svg.setAttribute("height", height);
   svg.replaceChildren(...rounds.flatMap((round, column) => {
     const at = (row) => ({ x: column * (CELL + GAP), y: height - (row + 1) * (CELL + GAP) + GAP });
     const cells = round.tokens.map((token, row) => cell(token.origin, at(row)));
-    for (let row = round.tokens.length; row < (round.numDraftTokens ?? 0); row += 1) {
+    for (let row = round.tokens.length; row < round.numDraftTokens; row += 1) {
       cells.push(cell("unused", at(row)));
     }
     return cells;

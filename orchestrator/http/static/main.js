@@ -95,17 +95,15 @@ async function submit() {
     showTurns(kind);
     byId("verdict").textContent = `Seed ${body.seed}. Running with drafts …`;
     const run = await generate(kind, body, drafted, "drafted");
-    const done = [`${run.tokens.length} tokens in ${seconds(run.totalS)} with drafts`];
     if (byId("compare").checked) {
       byId("verdict").textContent = `Seed ${body.seed}. Running without drafts …`;
       await generate(kind, { ...body, gamma: 0 }, plain, "plain");
-      done.push(comparison(body));
     } else {
       plain.begin(null);
     }
     if (kind === "chat") keepTurn(run);
-    byId("verdict").textContent = `${done.join(" · ")} · seed ${body.seed}`;
-    announce(`Finished. ${done.join(", ")}.`);
+    showVerdict(body);
+    announce(`Finished, ${run.tokens.length} tokens. ${byId("verdict").textContent}`);
   } catch (error) {
     if (error.name === "AbortError") {
       byId("verdict").textContent = "Stopped.";
@@ -126,15 +124,26 @@ async function submit() {
 /** What the second run shows about the first. */
 function comparison(body) {
   const [one, other] = [runs.drafted, runs.plain];
-  const rate = one.tokensPerS && other.tokensPerS ? one.tokensPerS / other.tokensPerS : null;
-  const times = `${seconds(other.totalS)} without · ${number(rate, 2)}× the tokens/s`;
-  const most = Math.max(one.tokens.length, other.tokens.length);
   const equal = numEqual(one, other);
-  if (equal === most && equal === other.tokens.length) return `${times} · the same ${most} tokens`;
+  if (equal === one.tokens.length && equal === other.tokens.length) return `the same ${equal} tokens`;
   const isExact = body.temperature === 0 || body.verification === "coupled";
-  return isExact
-    ? `${times} · tokens differ from token ${equal + 1} on`
-    : `${times} · two samples of the same distribution`;
+  return isExact ? `outputs differ from token ${equal + 1} on` : "two samples of the same distribution";
+}
+
+/** Result of the runs in one line. */
+function showVerdict(body) {
+  const [one, other] = [runs.drafted, runs.plain];
+  const verdict = byId("verdict");
+  if (!other) {
+    verdict.replaceChildren(`${seconds(one.totalS)} with drafts · seed ${body.seed}`);
+    return;
+  }
+  const speedUp = one.tokens.length / one.totalS / (other.tokens.length / other.totalS);
+  verdict.replaceChildren(
+    element("strong", {}, `${number(speedUp, 2)}×`),
+    ` as fast with drafts: ${seconds(one.totalS)} instead of ${seconds(other.totalS)} · `,
+    `${comparison(body)} · seed ${body.seed}`,
+  );
 }
 
 function keepTurn(run) {

@@ -12,14 +12,14 @@ const MEANING = {
 };
 
 /** What the line about a token says. */
-export function description(token) {
+export function description(token, round) {
   const probability =
     token.logprob === null ? "" : `log-probability ${token.logprob.toFixed(3).replace("-", "−")} ` +
     `(${percent(Math.exp(token.logprob))})`;
   return [
-    `Token ${token.index + 1} ${JSON.stringify(token.text)}`,
-    token.origin,
-    `round ${token.round}, position ${token.position + 1}`,
+    `${token.index + 1}: ${JSON.stringify(token.text)}`,
+    round.draftSource === "lookup" && token.origin === "accepted" ? "accepted, by prompt lookup" : token.origin,
+    `round ${token.round} with ${round.numDraftTokens || "no"} draft tokens, token ${token.position + 1}`,
     probability,
   ].filter(Boolean).join(" · ");
 }
@@ -29,7 +29,7 @@ export class Panel {
   #run = null;
   #at = null;
 
-  /** `figures`: the figures shown, by their names. */
+  /** `figures`: the figures shown. */
   constructor(title, note, figures) {
     this.#figures = figures;
     const name = element("h2", {}, title);
@@ -83,8 +83,12 @@ export class Panel {
   update() {
     this.status.textContent = this.#run?.status ?? "";
     this.list.replaceChildren(
-      ...Object.entries(this.#figures).map(([name, value]) =>
-        element("div", {}, element("dt", {}, name), element("dd", {}, this.#run ? value(this.#run) : "–")),
+      ...this.#figures.map(([name, title, value]) =>
+        element(
+          "div", { title },
+          element("dt", {}, name, element("span", { class: "sr" }, ` ${title}`)),
+          element("dd", {}, this.#run ? value(this.#run) : "–"),
+        ),
       ),
     );
   }
@@ -115,7 +119,7 @@ export class Panel {
   #select(index, isByKey) {
     const span = this.#spans[index];
     if (span === undefined) return;
-    const { tokens } = this.#run;
+    const { tokens, rounds } = this.#run;
     for (const marked of this.output.querySelectorAll(".at, .same")) {
       marked.classList.remove("at", "same");
     }
@@ -124,7 +128,7 @@ export class Panel {
     }
     span.classList.add("at");
     this.#at = index;
-    this.detail.textContent = description(tokens[index]);
+    this.detail.textContent = description(tokens[index], rounds[tokens[index].round]);
     this.detail.title = MEANING[tokens[index].origin] ?? "";
     if (isByKey) {
       span.scrollIntoView({ block: "nearest" });
@@ -133,17 +137,18 @@ export class Panel {
   }
 }
 
-export const PLAIN_FIGURES = {
-  "Tokens": (run) => String(run.tokens.length),
-  "Tokens/s": (run) => number(run.tokensPerS, 1),
-  "First token": (run) => seconds(run.firstTokenS),
-  "Total": (run) => seconds(run.totalS),
-};
+// Name, explanation and value of each figure.
+export const PLAIN_FIGURES = [
+  ["Tokens", "tokens generated", (run) => `${run.tokens.length}`],
+  ["Tokens/s", "after the first tokens", (run) => number(run.tokensPerS, 1)],
+  ["First", "time to the first token", (run) => seconds(run.firstTokenS)],
+  ["Total", "time to the last token", (run) => seconds(run.totalS)],
+];
 
-export const DRAFT_FIGURES = {
+export const DRAFT_FIGURES = [
   ...PLAIN_FIGURES,
-  "α accepted": (run) => number(run.acceptanceRate, 2),
-  "τ per drafted round": (run) => number(run.meanAcceptanceLength, 2),
-  "γ mean": (run) => number(run.meanGamma, 1),
-  "Rounds": (run) => String(run.rounds.length),
-};
+  ["α", "accepted / (accepted + rejected) draft tokens", (run) => number(run.acceptanceRate, 2)],
+  ["τ", "tokens per round with drafts", (run) => number(run.meanAcceptanceLength, 2)],
+  ["γ", "mean number of draft tokens per round", (run) => number(run.meanGamma, 1)],
+  ["Rounds", "passes of the target", (run) => `${run.rounds.length}`],
+];

@@ -4,7 +4,7 @@ export const ORIGINS = ["accepted", "recovered", "bonus", "plain"];
 
 export class Run {
   tokens = []; // {index, id, text, origin, round, position, logprob, at}
-  rounds = []; // {tokens, numDraftTokens}
+  rounds = []; // {tokens, numDraftTokens, draftSource}
   status = "waiting";
   #startedAt = performance.now();
 
@@ -34,9 +34,10 @@ export class Run {
   }
 
   #round(detail) {
-    while (this.rounds.length <= detail.round) this.rounds.push({ tokens: [], numDraftTokens: null });
+    while (this.rounds.length <= detail.round) this.rounds.push({ tokens: [], numDraftTokens: 0 });
     const round = this.rounds[detail.round];
-    round.numDraftTokens = detail.num_draft_tokens ?? round.numDraftTokens;
+    round.numDraftTokens = detail.num_draft_tokens;
+    round.draftSource = detail.draft_source;
     return round;
   }
 
@@ -81,11 +82,10 @@ export class Run {
     return num ? 1 + this.origins.accepted / num : null;
   }
 
-  /** Mean number of draft tokens of the rounds after the prompt's; null if it is not reported. */
+  /** Mean number of draft tokens of the rounds after the prompt's. */
   get meanGamma() {
-    const later = this.rounds.slice(1).filter((round) => round.numDraftTokens !== null);
-    if (!later.length) return null;
-    return later.reduce((sum, round) => sum + round.numDraftTokens, 0) / later.length;
+    const later = this.rounds.slice(1);
+    return later.length ? later.reduce((sum, round) => sum + round.numDraftTokens, 0) / later.length : null;
   }
 
   /** For each position of a draft token: how many were verified, and accepted. */
@@ -103,7 +103,7 @@ export class Run {
   }
 
   get #drafted() {
-    return this.rounds.filter((round) => round.tokens.some((token) => token.origin !== "plain"));
+    return this.rounds.filter((round) => round.numDraftTokens > 0);
   }
 }
 
