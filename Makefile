@@ -8,7 +8,7 @@ UV_VENV ?= .venv-uv
 UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference site clean
+.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference site browser clean
 
 help:
 	@echo "make demo         generate with and without drafts through four real processes; compare"
@@ -24,6 +24,7 @@ help:
 	@echo "make proto        generate outrider/v1 from proto/"
 	@echo "make reference    generate docs/reference/{flags,commands,metrics,errors}.md from the code"
 	@echo "make site         write the documentation as a site to build/site"
+	@echo "make browser      install Chromium for the tests of the page, if it is missing (root, apt-get)"
 	@echo "make clean        remove the environments"
 
 setup: $(VENV)/.ready
@@ -132,6 +133,11 @@ reference: setup
 
 site: setup
 	$(BIN)/python -m mkdocs build
+
+# Elsewhere, tests/services/test_page.py is skipped without a Chromium or Chrome.
+browser:
+	@command -v chromium || command -v google-chrome || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null
 
 clean:
 	rm -rf $(VENV) $(PROTO_VENV) $(AUDIT_VENV) $(UV_VENV) .venv-newest .venv-oldest
