@@ -34,7 +34,7 @@ _FINISHED = {
     FinishReason.CANCELLED: ABORT,
 }
 _STATES = ("ready", "draining", "stuck", "failing", "starting", "silent", "refused", "away")
-_SOURCES = (SourceName.MODEL, SourceName.LOOKUP)
+_SOURCES = (SourceName.MODEL, SourceName.LOOKUP, SourceName.GRAMMAR)
 _NO_CHOICES: dict[tuple[str, ...], Value] = {
     (source, reason): 0 for source in (*_SOURCES, SourceName.NONE) for reason in Reason
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.generation.context import GenerationContext
+from orchestrator.generation.output_format import OutputFormat
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.state import GenerationState
 from orchestrator.replicas.tier_drafts import TierDrafts
@@ -16,6 +17,7 @@ from orchestrator.speculation.gamma import GammaPolicy
 from orchestrator.speculation.lookup import LookupDrafts, TokenIndex
 from orchestrator.speculation.router import Router
 from orchestrator.speculation.verification import SourceName
+from outrider.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,23 @@ class DraftSources:
         replica = previous.replica if previous is not None else None
         return TierDrafts(drafts, self._draft_request(), replica, self.context.rollout)
 
-    def router(self, tier: DraftSource, policy: GammaPolicy) -> Router:
-        """The router among `tier`, prompt lookup and plain decoding."""
+    def output_format(self, grammar: Grammar | None) -> OutputFormat | None:
+        """The output's format; None: free text."""
+        model, state = self.context.targets.model, self.state
+        if grammar is None or model is None:
+            return None
+        return OutputFormat(
+            grammar,
+            model.eos_token_ids,
+            state.token_ids,
+            state.prompt_len,
+            has_supports=self.request.params.needs_supports(self.request.verification),
+        )
+
+    def router(
+        self, tier: DraftSource, policy: GammaPolicy, output_format: OutputFormat | None
+    ) -> Router:
+        """The router among `tier`, prompt lookup, tokens that the format forces, and none."""
         request, costs = self.request, self.context.costs
         lookup = None
         if self.may_look_up:
@@ -68,7 +85,13 @@ class DraftSources:
             max_gamma=request.max_gamma,
             fixed_gamma=request.gamma,
             is_requested=request.draft_source is not SourceName.AUTO,
+            forced=output_format.forced if output_format and self._may_force else None,
         )
+
+    @property
+    def _may_force(self) -> bool:
+        """Whether rounds may have draft tokens that the output's format forces."""
+        return self._allows(SourceName.AUTO) and not self.request.waits_for_draft
 
     @property
     def pool_owner(self) -> str:

@@ -24,7 +24,7 @@ from orchestrator.generation.target_session import TargetSession
 from orchestrator.replicas.target_client import TargetRequest
 from orchestrator.sessions import Counters, KvHandle, Lease, RoundRecord
 from orchestrator.speculation.gamma import GammaPolicy
-from orchestrator.speculation.verification import VerifyResult
+from orchestrator.speculation.verification import Proposal, VerifyResult
 from outrider.errors import OutriderError
 
 
@@ -64,7 +64,8 @@ class Generation:
             waits_always=request.waits_for_draft,
             num_measured_rounds=self._source.num_measured_rounds,
         )
-        self._drafting = sources.router(self._source, self._policy)
+        self._format = sources.output_format(prepared.grammar)
+        self._drafting = sources.router(self._source, self._policy, self._format)
         self._target = TargetSession(
             context.targets,
             self._target_request(ticket.priority),
@@ -174,11 +175,17 @@ class Generation:
             room = self._state.max_draft_tokens
             proposal = drafting.next(room)
             if proposal is not None:  # the next request is sent first of all
-                target.send(proposal)
+                target.send(self._cut(proposal))
                 await recorder.put(commitment, record)
                 continue
             await recorder.put(commitment, record)
-            target.send(await drafting.wait(room))
+            target.send(self._cut(await drafting.wait(room)))
+
+    def _cut(self, proposal: Proposal | None) -> Proposal | None:
+        """The proposal without tokens that the output's format makes useless."""
+        if proposal is None or self._format is None:
+            return proposal
+        return self._format.cut(proposal)
 
     async def _timed_result(self) -> VerifyResult:
         target, costs = self._target, self._policy.costs
@@ -202,6 +209,8 @@ class Generation:
             scored = replace(result.prompt_logprobs, token_ids=prompt_ids)
             commitment = replace(commitment, prompt_logprobs=scored)
         outcome = self._state.outcome
+        if self._format is not None:
+            self._format.check()
         if self._observation.is_observed and outcome is not None:
             self._observation.observe(ObservedRound(base_len, proposal, result, outcome, replica))
         if commitment.finish is None and self._is_stopping:

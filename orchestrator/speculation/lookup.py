@@ -227,7 +227,7 @@ class LookupDrafts:
         token_ids = self._banned.cut(self._context, self._lookup.propose(self._gamma))
         if not token_ids:
             return None
-        supports = tuple(map(_certain, token_ids)) if self._has_supports else None
+        supports = tuple(map(certain, token_ids)) if self._has_supports else None
         return Proposal(len(self._context), token_ids, supports, source=SourceName.LOOKUP)
 
     def commit(self, gamma: int, ahead_gamma: int) -> None:
@@ -247,5 +247,5 @@ class LookupDrafts:
         self.is_open = False
 
 
-def _certain(token_id: int) -> Support:
+def certain(token_id: int) -> Support:
     return Support(np.array([token_id], np.int64), np.ones(1))

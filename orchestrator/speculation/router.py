@@ -1,6 +1,7 @@
 """Router: chooses the draft source of each round, by expected tokens per second.
 
-The sources are the draft tier, prompt lookup, and none (plain decoding). What a round with draft
+The sources are the draft tier, prompt lookup, tokens that the output's format forces (they are
+always accepted), and none (plain decoding). What a round with draft
 tokens of the tier is worth is known from its γ policy. A proposal of prompt lookup costs nothing
 and is ready at once, so its rounds are worth
 
@@ -13,6 +14,7 @@ source it uses. So there is nothing to try out: a lookup is used once it is expe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
@@ -44,7 +46,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class _Offer:
-    """A proposal of prompt lookup and its value."""
+    """A proposal that costs nothing, and its value."""
 
     proposal: Proposal
     tokens_per_s: float
@@ -56,7 +58,8 @@ class Router:
 
     `model`: drafting from the draft tier, which may have no source. `lookup` None: not used.
     `fixed_gamma`: the request's own γ. `is_requested`: the request names the source. `shared`:
-    choices of all generations, for metrics.
+    choices of all generations, for metrics. `forced`: proposes at most so many tokens that must
+    follow the committed ones.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Router:
         max_gamma: int,
         fixed_gamma: int | None,
         is_requested: bool,
+        forced: Callable[[int], Proposal | None] | None = None,
     ) -> None:
         self._model = model
         self._lookup = lookup
@@ -77,6 +81,7 @@ class Router:
         self._max_gamma = max_gamma if fixed_gamma is None else fixed_gamma
         self._is_fixed = fixed_gamma is not None
         self._is_requested = is_requested
+        self._forced = forced
         # [γ]: seconds of a round with ready draft tokens, for some rounds.
         self._round_s: tuple[float, ...] = ()
         self._num_rounds_left = 0
@@ -113,7 +118,7 @@ class Router:
         if offer is not None and self._is_faster(offer, max_draft_tokens):
             self._num_skipped += 1
             reason = Reason.REQUESTED if self._is_requested else Reason.FASTER
-            self._choose(SourceName.LOOKUP, reason)
+            self._choose(offer.proposal.source, reason)
             self._model.skip(pauses=self._num_skipped > _MAX_SKIPPED)
             return offer.proposal
         self._num_skipped = 0
@@ -130,7 +135,7 @@ class Router:
     ) -> None:
         """A round with draft tokens of `source` was verified."""
         self._num_rounds_left -= 1
-        if source is SourceName.LOOKUP:
+        if source in (SourceName.LOOKUP, SourceName.GRAMMAR):
             self._policy.observe_other_round()
         else:
             self._model.observe_round(num_draft_tokens, num_accepted, is_rejected=is_rejected)
@@ -154,15 +159,31 @@ class Router:
         self._shared[source, reason] += 1
 
     def _offer(self, max_draft_tokens: int) -> _Offer | None:
-        """What prompt lookup proposes, cut to the best γ; None: nothing."""
-        lookup = self._lookup
-        if lookup is None or max_draft_tokens <= 0:
+        """The best proposal that costs nothing; None: there is none."""
+        if max_draft_tokens <= 0:
             return None
-        proposal = lookup.propose()
+        offers = [self._forced_offer(max_draft_tokens), self._lookup_offer(max_draft_tokens)]
+        found = [offer for offer in offers if offer is not None]
+        return max(found, key=lambda offer: offer.tokens_per_s, default=None)
+
+    def _forced_offer(self, max_draft_tokens: int) -> _Offer | None:
+        num = min(max_draft_tokens, self._max_gamma)
+        proposal = self._forced(num) if self._forced is not None and num else None
         if proposal is None:
             return None
+        return self._valued(proposal, (1.0,) * len(proposal.token_ids))
+
+    def _lookup_offer(self, max_draft_tokens: int) -> _Offer | None:
+        lookup = self._lookup
+        proposal = lookup.propose() if lookup is not None else None
+        if lookup is None or proposal is None:
+            return None
         num = min(len(proposal.token_ids), max_draft_tokens)
-        survival = lookup.acceptance.survival(lookup.match_len, num)
+        return self._valued(proposal, lookup.acceptance.survival(lookup.match_len, num))
+
+    def _valued(self, proposal: Proposal, survival: Sequence[float]) -> _Offer:
+        """The proposal, cut to the best γ. `survival[i]`: probability that i + 1 are accepted."""
+        num = len(survival)
         tokens = accumulate((1.0, *survival))
         rates = [t / s for t, s in zip(tokens, self._seconds(), strict=False)]
         gamma = num if self._is_fixed else max(range(1, num + 1), key=lambda g: rates[g])
@@ -180,7 +201,7 @@ class Router:
 
     def _is_faster(self, offer: _Offer, max_draft_tokens: int) -> bool:
         """Compares the offer with the draft tier and with plain decoding."""
-        self.expected[SourceName.LOOKUP] = offer.tokens_per_s
+        self.expected[offer.proposal.source] = offer.tokens_per_s
         self.expected[SourceName.NONE] = offer.plain_tokens_per_s
         if self._model.is_drafting:
             model = self._model.expected_tokens_per_s(max_draft_tokens)

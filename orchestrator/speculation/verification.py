@@ -29,11 +29,15 @@ Floats = npt.NDArray[np.float32]
 
 
 class SourceName(StrEnum):
-    """Where draft tokens come from. AUTO stands in requests only: a source for each round."""
+    """Where draft tokens come from. AUTO stands in requests only: a source for each round.
+
+    GRAMMAR stands in results only: tokens that the output's format forces.
+    """
 
     AUTO = "auto"
     MODEL = "model"
     LOOKUP = "lookup"
+    GRAMMAR = "grammar"
     NONE = "none"
 
 

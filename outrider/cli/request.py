@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -154,6 +155,26 @@ class GenerateOptions(TextOptions):
     allowed_token_ids: Annotated[
         str | None, typer.Option(help="Generate these token ids only: 1,2,3.")
     ] = None
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the output must match.")
+    ] = None
+    json_object: Annotated[
+        bool, typer.Option("--json-object", help="The output is a JSON object.")
+    ] = False
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole output must match.")
+    ] = None
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The output is one of these texts. Repeatable.")
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(help="File with a grammar, in llguidance's Lark, that the output must match."),
+    ] = None
+    structural_tag: Annotated[
+        Path | None,
+        typer.Option(help="File with structural tags as JSON: parts of free text with a schema."),
+    ] = None
     logprobs: Annotated[
         int | None, typer.Option(help="Log-probabilities of the N most likely tokens, with --json.")
     ] = None
@@ -204,6 +225,8 @@ def build_request(options: GenerateOptions) -> orchestrator_pb2.GenerateRequest:
     for name in ("stop_token_ids", "allowed_token_ids"):
         if (text := getattr(options, name)) is not None:
             fields[name] = parse_ids(text, f"--{name.replace('_', '-')}")
+    if structured := _structured(options):
+        fields["structured_outputs"] = structured
     if options.logit_bias:
         fields["logit_bias"] = dict(map(_parse_bias, options.logit_bias))
     if options.resume_from is not None:
@@ -256,6 +279,29 @@ def _prompt(options: GenerateOptions) -> str | list[int]:
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("PROMPT: is not UTF-8 text")
     return prompt
+
+
+def _structured(options: GenerateOptions) -> dict[str, Any]:
+    """The format of the output; empty: free text. Raises ConfigError for a file."""
+    formats: dict[str, Any] = {
+        "json": _text_of("--json-schema", options.json_schema),
+        "json_object": options.json_object or None,
+        "regex": options.regex,
+        "choice": options.choice,
+        "grammar": _text_of("--grammar", options.grammar),
+        "structural_tag": _text_of("--structural-tag", options.structural_tag),
+    }
+    return {name: value for name, value in formats.items() if value is not None}
+
+
+def _text_of(flag: str, path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{flag}: {path}: {reason}") from None
 
 
 def _parse_bias(entry: str) -> tuple[int, float]:

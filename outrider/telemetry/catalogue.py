@@ -120,14 +120,14 @@ NUM_REJECTED_TOKENS = counter(
 ROUNDS = counter("rounds", "Rounds by their number of draft tokens.", "gamma")
 DRAFT_SOURCE_ROUNDS = counter(
     "draft_source_rounds",
-    "Rounds by the source chosen for their draft tokens (model, lookup, none) and the reason: "
+    "Rounds by the source chosen for their draft tokens (model, lookup, grammar, none) and reason: "
     "requested, only (there is no other), no match (lookup has no proposal), faster.",
     "source",
     "reason",
 )
 DRAFT_SOURCE_TOKENS = counter(
     "draft_source_tokens",
-    "Draft tokens by source (model, lookup): accepted or rejected.",
+    "Draft tokens by source (model, lookup, grammar): accepted or rejected.",
     "source",
     "outcome",
 )

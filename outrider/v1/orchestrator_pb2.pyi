@@ -16,6 +16,7 @@ class DraftSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_SOURCE_MODEL: _ClassVar[DraftSource]
     DRAFT_SOURCE_LOOKUP: _ClassVar[DraftSource]
     DRAFT_SOURCE_NONE: _ClassVar[DraftSource]
+    DRAFT_SOURCE_GRAMMAR: _ClassVar[DraftSource]
 
 class DraftWait(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +59,7 @@ DRAFT_SOURCE_AUTO: DraftSource
 DRAFT_SOURCE_MODEL: DraftSource
 DRAFT_SOURCE_LOOKUP: DraftSource
 DRAFT_SOURCE_NONE: DraftSource
+DRAFT_SOURCE_GRAMMAR: DraftSource
 DRAFT_WAIT_UNSPECIFIED: DraftWait
 DRAFT_WAIT_ADAPTIVE: DraftWait
 DRAFT_WAIT_ALWAYS: DraftWait

@@ -36,6 +36,7 @@ _MODULES = {
     "shared-draft": "shared_draft",
     "twin": "twin",
     "wire": "wire",
+    "structured": "structured",
     "pair": "pair",
     "explain-gamma": "explain",
     "audit": "audit",

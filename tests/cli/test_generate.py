@@ -230,6 +230,35 @@ def test_wrong_combinations_of_flags(options: GenerateOptions) -> None:
         build_request(options)
 
 
+def test_flags_of_the_outputs_format(tmp_path: Path) -> None:
+    """Each becomes its field; a file that cannot be read is an error that names the flag."""
+    path = tmp_path / "file"
+    path.write_text('{"type": "null"}')
+    formats: list[tuple[GenerateOptions, sampling_pb2.StructuredOutputs]] = [
+        (
+            GenerateOptions(prompt="p", json_schema=path),
+            sampling_pb2.StructuredOutputs(json='{"type": "null"}'),
+        ),
+        (
+            GenerateOptions(prompt="p", grammar=path),
+            sampling_pb2.StructuredOutputs(grammar='{"type": "null"}'),
+        ),
+        (
+            GenerateOptions(prompt="p", json_object=True),
+            sampling_pb2.StructuredOutputs(json_object=True),
+        ),
+        (GenerateOptions(prompt="p", regex=""), sampling_pb2.StructuredOutputs(regex="")),
+        (
+            GenerateOptions(prompt="p", choice=["a", "b"]),
+            sampling_pb2.StructuredOutputs(choice=["a", "b"]),
+        ),
+    ]
+    for options, expected in formats:
+        assert build_request(options).sampling.structured_outputs == expected
+    with pytest.raises(ConfigError, match=r"--json-schema: .*: No such file"):
+        build_request(GenerateOptions(prompt="p", json_schema=tmp_path / "none"))
+
+
 def test_numbers_out_of_a_fields_range() -> None:
     """The error names the field as the server does."""
     with pytest.raises(InvalidRequest, match=r"^sampling\.seed: -1"):

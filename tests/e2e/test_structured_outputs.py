@@ -18,7 +18,7 @@ import pytest_asyncio
 from outrider.grammar import GrammarState, grammar_compiler
 from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.tokenizer import Tokenizer
-from outrider.v1 import sampling_pb2
+from outrider.v1 import orchestrator_pb2, sampling_pb2
 from outrider_bench.structured.schemas import random_schema
 from tests.e2e.byte_tokenizer import EOS
 from tests.e2e.pairs import TextPair
@@ -169,6 +169,31 @@ async def test_drafts_are_masked(stack: Stack) -> None:
     output = await generate(stack, structured, gamma=4, verification=COUPLED)
     stats = output.speculation
     assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("verification", [REJECTION, BLOCK, COUPLED])
+async def test_forced_tokens_are_draft_tokens_without_a_draft_tier(
+    text_pair: TextPair, redis: str, verification: int
+) -> None:
+    """All of them are accepted; with gamma 0 or another source there are none."""
+    structured = {"json": json.dumps({"enum": ["first constant text", "second constant text"]})}
+    sampling = {"temperature": 0.8, "seed": 4}
+    async with running_stack(
+        text_pair.target, None, redis, tokenizer=str(text_pair.target)
+    ) as alone:
+        forced, plain = [
+            await generate(
+                alone, structured, sampling=sampling, verification=verification, **fields
+            )
+            for fields in ({}, {"gamma": 0})
+        ]
+    (source,) = [s for s in forced.speculation.sources if s.num_drafts]
+    assert source.source == orchestrator_pb2.DRAFT_SOURCE_GRAMMAR
+    assert source.num_accepted_tokens == source.num_draft_tokens > 10
+    assert plain.speculation.num_draft_tokens == 0
+    assert forced.text in ('"first constant text"', '"second constant text"')
+    if verification == COUPLED:
+        assert forced.token_ids == plain.token_ids
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -185,7 +185,7 @@ def test_choices_and_their_reasons_are_counted() -> None:
     assert {source for source, _ in choices} == {SourceName.MODEL, SourceName.LOOKUP}
     assert choices[SourceName.LOOKUP, Reason.FASTER] == played.num_rounds[SourceName.LOOKUP] > 0
     assert choices[SourceName.MODEL, Reason.NO_MATCH] > 0
-    assert set(played.router.expected) == set(SourceName) - {SourceName.AUTO}
+    assert set(played.router.expected) == set(SourceName) - {SourceName.AUTO, SourceName.GRAMMAR}
 
 
 def test_a_requested_lookup_is_counted_as_requested() -> None:
