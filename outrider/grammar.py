@@ -36,6 +36,9 @@ MAX_CACHED = 128
 # A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _MAX_ERROR_CHARS = 300
+# Between the tokens of JSON: a line break and its indentation. Without a bound, a model may write
+# line breaks for ever.
+_WHITESPACE: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 
 Ids = npt.NDArray[Any]
 
@@ -203,11 +206,14 @@ def _source(structured: StructuredOutputs) -> str:
     match structured.kind:
         case "json":
             assert structured.json is not None
-            if not isinstance(json.loads(structured.json), dict | bool):
+            schema = json.loads(structured.json)
+            if not isinstance(schema, dict | bool):
                 raise ValueError("a JSON schema is an object")
-            return LLMatcher.grammar_from_json_schema(structured.json)
+            has_own = isinstance(schema, dict) and "x-guidance" in schema
+            whitespace = None if has_own else _WHITESPACE
+            return LLMatcher.grammar_from_json_schema(structured.json, defaults=whitespace)
         case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_WHITESPACE)
         case "regex":
             assert structured.regex is not None
             return LLMatcher.grammar_from_regex(structured.regex)

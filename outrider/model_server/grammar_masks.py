@@ -22,6 +22,9 @@ from outrider.grammar import GrammarState, error_of
 
 _MAX_THREADS = 8
 _WORD_BYTES = 4
+# llguidance's error where the grammar goes on but no token does. Its mask then allows EOS.
+_DEAD_END = "NoExtension"
+_NO_TOKEN = "no token of the model continues this output"
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Masks:
 
     Rows after a draft token that is not allowed, and after EOS, allow all tokens: nothing of them
     is used. `num_live`: rows before the first one that allows no token, or whose mask was too
-    complex to compute; `why` names the reason.
+    complex to compute; `why` is the reason if there is one.
     """
 
     allowed: Ids
     num_live: int
-    why: str = ""
+    why: str
 
 
 class MaskThread:
@@ -103,11 +106,10 @@ def _result(request: MaskRequest, allowed: Ids) -> Masks:
     state = request.state
     if state.matcher.is_error():
         why, num_live = error_of(state.matcher), _num_computable(request)
-        return Masks(allowed, num_live, f"is too complex after this output: {why}")
+        is_dead_end = why.startswith(_DEAD_END)
+        return Masks(allowed, num_live, _NO_TOKEN if is_dead_end else f"is too complex: {why}")
     dead = np.flatnonzero(~allowed.any(axis=1))
-    if len(dead):
-        return Masks(allowed, int(dead[0]), "no token of the model continues this output")
-    return Masks(allowed, request.num_rows)
+    return Masks(allowed, int(dead[0]) if len(dead) else request.num_rows, _NO_TOKEN)
 
 
 def _num_computable(request: MaskRequest) -> int:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,9 +22,9 @@ from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2, sampling_pb2
 from outrider_bench.structured.schemas import random_schema
 from tests.e2e.byte_tokenizer import EOS
-from tests.e2e.pairs import TextPair
+from tests.e2e.pairs import OtherTokenizerPair, TextPair
 from tests.e2e.traffic import BLOCK, COUPLED, LENGTH, REJECTION, STOP
-from tests.stack import Output, Stack, running_stack
+from tests.stack import Output, Stack, request, running_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -194,6 +195,37 @@ async def test_forced_tokens_are_draft_tokens_without_a_draft_tier(
     assert forced.text in ('"first constant text"', '"second constant text"')
     if verification == COUPLED:
         assert forced.token_ids == plain.token_ids
+
+
+async def test_a_dead_end_is_reached_with_drafts_as_without(tmp_path: Path, redis: str) -> None:
+    """No token continues the output: an error by name after all tokens before it, whatever γ.
+
+    The format goes on with a character that no token has.
+    """
+    pair = OtherTokenizerPair(tmp_path)
+    structured = sampling_pb2.StructuredOutputs(regex="[abcd]{9}é")
+    texts = []
+    async with running_stack(
+        pair.target, pair.target, redis, tokenizer=str(pair.target), lookahead=0
+    ) as stack:
+        for gamma, temperature in ((0, 0.0), (4, 0.0), (0, 1.0), (4, 1.0)):
+            sampling = {"temperature": temperature, "seed": 1, "structured_outputs": structured}
+            output = Output()
+            asked = request("abcd", sampling, gamma=gamma, verification=COUPLED)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await _receive(stack, asked, output)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            details = str(caught.value.details())
+            assert details.startswith("sampling.structured_outputs.regex: no token of the model")
+            assert re.fullmatch("[abcd]{9}", output.text)
+            texts.append(output.text)
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3]
+
+
+async def _receive(stack: Stack, asked: orchestrator_pb2.GenerateRequest, output: Output) -> None:
+    async for chunk in stack.client.Generate(asked, timeout=100):
+        output.add(chunk)
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
