@@ -33,7 +33,6 @@ def replayed(
     compiler = grammar_compiler(tokenizer)
     if tokenizer is None or compiler is None:
         raise ConfigError("--target: has no tokenizer of which grammars can be made")
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     thread = MaskThread()
     checked: list[CaseResult] = []
     compile_ms: list[float] = []
@@ -42,14 +41,17 @@ def replayed(
         began_at = time.perf_counter()
         grammar = compiler.submit(result.case.structured).result()
         compile_ms.append(1e3 * (time.perf_counter() - began_at))
-        state, ids = GrammarState(grammar, eos), np.array(result.token_ids, np.int64)
+        # The model's EOS, which ends the output, need not be the tokenizer's.
+        has_eos = result.finish_reason == "stop"
+        ids = np.array(result.token_ids[: -1 if has_eos else None], np.int64)
+        state = GrammarState(grammar, [])
         for start in range(0, len(ids) - _BLOCK, _BLOCK):
             began_at = time.perf_counter()
             masks = thread.start([MaskRequest(state, ids[: start + _BLOCK], start, _BLOCK)])
             if isinstance(masks.result()[0], InvalidRequest):
                 break
             mask_us.append(1e6 * (time.perf_counter() - began_at) / _BLOCK)
-        is_allowed = state.num_allowed(ids) == len(ids)
+        is_allowed = state.seek(ids) == len(ids)
         why = "" if is_allowed else "a token is not allowed by the format"
         checked.append(replace(result, problem=result.problem or why))
     return checked, {
