@@ -1,42 +1,22 @@
-"""Break a stream after ten tokens, then resume it: no token is lost or repeated.
+"""Leave a generation after ten tokens, then resume it: no token is lost or repeated.
 
-Any orchestrator with the same Redis can resume it; here it is the same orchestrator.
+Any orchestrator with the same Redis can resume it. The client does this by itself when a stream
+breaks; here it is done by hand.
 """
 
 import secrets
 import sys
 
-import grpc
+from outrider.client import Client
 
-from outrider.v1 import orchestrator_pb2 as pb
-from outrider.v1 import orchestrator_pb2_grpc as rpc
-from outrider.v1 import sampling_pb2
-
-with grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051") as channel:
-    orchestrator = rpc.OrchestratorServiceStub(channel)
-    sampling = sampling_pb2.SamplingParams(temperature=0, max_tokens=40)
-    whole = [
-        token_id
-        for chunk in orchestrator.Generate(pb.GenerateRequest(text="import re", sampling=sampling))
-        for token_id in chunk.token_ids
-    ]
-
-    session_id = f"example-{secrets.token_hex(4)}"
-    request = pb.GenerateRequest(
-        session_id=session_id, create_session=True, text="import re", sampling=sampling
-    )
-    received: list[int] = []
-    stream = orchestrator.Generate(request)
-    for chunk in stream:
+with Client(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051") as client:
+    whole = client.generate("import re", temperature=0, max_tokens=40).result()
+    session_id, received = f"example-{secrets.token_hex(4)}", []
+    for chunk in client.generate("import re", session_id=session_id, temperature=0, max_tokens=40):
         received += chunk.token_ids
         if len(received) >= 10:
-            stream.cancel()  # like a lost connection
-            break
+            break  # like a lost connection
     print(f"interrupted after {len(received)} tokens")
-
-    request = pb.GenerateRequest(session_id=session_id, resume_from=len(received))
-    for chunk in orchestrator.Generate(request):
-        received += chunk.token_ids
-    print(f"resumed to {len(received)} tokens")
-    print(f"equal to the uninterrupted output: {received == whole}")
-    orchestrator.DeleteSession(pb.DeleteSessionRequest(session_id=session_id))
+    received += client.resume(session_id, len(received)).result().token_ids
+    print(f"equal to the uninterrupted output: {received == whole.token_ids}")
+    client.delete_session(session_id)

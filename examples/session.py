@@ -3,24 +3,14 @@
 import secrets
 import sys
 
-import grpc
+from outrider.client import Client
 
-from outrider.v1 import orchestrator_pb2 as pb
-from outrider.v1 import orchestrator_pb2_grpc as rpc
-from outrider.v1 import sampling_pb2
-
-with grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051") as channel:
-    orchestrator = rpc.OrchestratorServiceStub(channel)
+with Client(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051") as client:
     session_id = f"example-{secrets.token_hex(4)}"
-    for turn, text in enumerate(("import os\n\nclass Stack:", "\n    def push(self, item):")):
-        request = pb.GenerateRequest(
-            session_id=session_id,
-            create_session=turn == 0,
-            text=text,
-            sampling=sampling_pb2.SamplingParams(temperature=0, max_tokens=30),
-        )
-        for chunk in orchestrator.Generate(request):
-            print(chunk.text, end="", flush=True)
-        usage = chunk.result.usage
-        print(f"\n-- prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} of them cached\n")
-    orchestrator.DeleteSession(pb.DeleteSessionRequest(session_id=session_id))
+    for text in ("import os\n\nclass Stack:", "\n    def push(self, item):"):
+        turn = client.generate(text, session_id=session_id, temperature=0, max_tokens=30).result()
+        print(text + turn.text)
+        usage = turn.usage
+        print(f"-- prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} of them cached\n")
+    print(f"turns: {client.get_session(session_id).num_turns}")
+    client.delete_session(session_id)

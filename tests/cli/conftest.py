@@ -27,6 +27,9 @@ def write_tokenizer(directory: Path, corpus: list[str]) -> None:
         show_progress=False,
     )
     backend.train_from_iterator(corpus, trainer)
+    # Every id of the model has a token; the last one is its end of sequence.
+    missing = range(backend.get_vocab_size(), VOCAB_SIZE)
+    backend.add_special_tokens([f"<special {number}>" for number in missing])
     backend.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE, "utf-8")
 
@@ -51,7 +54,13 @@ def draft(target: Path) -> Path:
 @pytest.fixture(scope="session")
 def running(target: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     log_dir = tmp_path_factory.mktemp("logs")
-    flags = (f"--target={target}", f"--draft={draft}", f"--log-dir={log_dir}", "--metrics")
+    flags = (
+        f"--target={target}",
+        f"--draft={draft}",
+        f"--log-dir={log_dir}",
+        "--metrics",
+        "--http-port=0",
+    )
     with up(*flags) as started:
         wait_for_draft(started.endpoint)
         yield started

@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 import outrider.cli
+from outrider.runtime.main import HTTP_PREFIX
 from outrider.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +161,12 @@ class Up:
     @property
     def endpoint(self) -> str:
         return self.lines[-1].removeprefix("listening on ")
+
+    @property
+    def http(self) -> str:
+        """Address of its HTTP server."""
+        line = next(line for line in self.lines if line.startswith(HTTP_PREFIX))
+        return line.removeprefix(HTTP_PREFIX)
 
     def read_until(self, words: str) -> str:
         """Reads lines until one contains `words`; returns it."""

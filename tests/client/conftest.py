@@ -21,7 +21,7 @@ from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetCo
 from tests import redis_fixture
 from tests.cli import conftest as cli
 
-redis_server = redis_fixture.redis_server
+redis_server, redis_url = redis_fixture.redis_server, redis_fixture.redis_url
 target, draft = cli.target, cli.draft
 
 QUICK = {"kv_cache_tokens": 16_384, "calibration_s": 0.0, "port": 0, "stuck_after_s": 60.0}
@@ -31,10 +31,11 @@ DELAY_S = 0.1
 
 @dataclass(frozen=True)
 class Place:
-    """Endpoints of two orchestrators and of a slow one; what a further slow one needs."""
+    """Endpoints of two orchestrators and of a slow one; what a further one needs."""
 
     endpoints: tuple[str, str]
     slow: str
+    target: str
     slow_target: str
     model: Path
     redis_url: str
@@ -59,7 +60,9 @@ async def served(target: Path, draft: Path, redis_url: str) -> AsyncIterator[Pla
             )  # fmt: skip
             server = await stack.enter_async_context(orchestrator.app.serving(config))
             endpoints.append(f"127.0.0.1:{server.port}")
-        yield Place((endpoints[0], endpoints[1]), endpoints[2], slow_target, target, redis_url)
+        yield Place(
+            (endpoints[0], endpoints[1]), endpoints[2], fast_target, slow_target, target, redis_url
+        )
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import pytest
 
 from outrider.client.channel import Access
 from outrider.security.keys import KeyLimits
+from tests.cli import conftest as cli
 from tests.security.parts import (
     Authority,
     client,
@@ -27,9 +28,12 @@ from tests.security.parts import (
     tiers,
     write_keys,
 )
+from tests.stack import running_stack
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "node"
+EXAMPLE = ROOT / "examples/grpc_node"
+target, draft = cli.target, cli.draft
 INSTALL = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0")
 REQUEST = {
     "token_ids": {"ids": [5, 6, 7]},
@@ -89,6 +93,30 @@ async def test_generate_in_plain_text(node: Path, redis_url: str) -> None:
     assert result["finish_reason"] == "FINISH_REASON_LENGTH"
     assert result["usage"] == {"prompt_tokens": 3, "completion_tokens": 40}
     assert result["speculation"]["num_drafts"] > 0
+
+
+@pytest.mark.slow
+async def test_the_example(
+    node: Path, target: Path, draft: Path, redis_url: str, tmp_path: Path
+) -> None:
+    """With the packages of its own package.json, which are the client's."""
+    dependencies = [
+        json.loads((folder / "package.json").read_text("utf-8"))["dependencies"]
+        for folder in (SOURCE, EXAMPLE)
+    ]
+    assert dependencies[0] == dependencies[1]
+    example = tmp_path / "examples/grpc_node"
+    shutil.copytree(EXAMPLE, example)
+    (example / "node_modules").symlink_to(node / "node_modules")
+    (tmp_path / "proto").symlink_to(ROOT / "proto")
+    async with running_stack(target, draft, redis_url, tokenizer=str(target)) as stack:
+        process = await asyncio.create_subprocess_exec(
+            "node", str(example / "generate.mjs"), stack.endpoint,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        shown, complaint = await process.communicate()
+    assert (process.returncode, complaint) == (0, b"")
+    assert b"acceptance rate: " in shown
 
 
 async def test_generate_over_tls_with_a_key(
