@@ -125,6 +125,7 @@ def _print_hints(stack: Stack, options: StackOptions, view: StackView) -> None:
     prompt = '"def fibonacci(n):"' if options.has_tokenizer else "--token-ids 1,2,3"
     console.print(f"  try    outrider generate {prompt}{endpoint_flag}", highlight=False)
     if stack.http is not None:
+        console.print(f"  page   http://{stack.http}/", highlight=False)
         console.print(f"  http   OPENAI_BASE_URL=http://{stack.http}/v1", highlight=False)
     if stack.metrics:
         watched = " ".join(stack.metrics.values())

@@ -6,9 +6,6 @@ written to docs/images.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import http.client
 import io
 import os
 import re
@@ -27,7 +24,7 @@ from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider.redis.embedded import RedisServer
 from outrider.security.keys import KeyLimits
 from tests.security.parts import write_keys
-from tests.services.http_client import get, post
+from tests.services.http_client import asked, get, post
 from tests.services.parts import Brake, Pair, System, both_tiers, nothing_held, orchestrating
 from tests.stack import eventually
 
@@ -173,6 +170,8 @@ async def test_a_chat_goes_on(page: Page) -> None:
     await ended(page)
     answer = "".join(await texts(page, "article >> nth=0 >> .token"))
     assert await page.input_value("#prompt") == ""
+    await page.locator("article .token").nth(1).hover()
+    assert "log-probability" in await page.locator("article .detail").first.inner_text()
     await generate(page, "and then")
     await ended(page)
     assert await texts(page, "#turns p") == ["the fox", answer]
@@ -206,6 +205,15 @@ async def test_an_error_names_its_field(field: str, value: str, page: Page) -> N
     await page.click("#generate")
     await ended(page)
     await expect(error).to_be_hidden()
+
+
+@needs_browser
+async def test_an_unreachable_orchestrator_is_reported(page: Page) -> None:
+    await page.context.set_offline(True)
+    await generate(page, "the")
+    error = page.locator("#error")
+    await expect(error).to_have_text("the orchestrator cannot be reached", timeout=WAIT_MS)
+    assert await page.inner_text("article .status >> nth=0") == "failed"
 
 
 @needs_browser
@@ -256,32 +264,23 @@ if IMAGES is not None:
 
 
 async def test_the_page_has_a_strict_policy_and_no_way_out(stack: System) -> None:
-    def fetched(path: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, str]:
-        host, _, port = stack.http_endpoint.rpartition(":")
-        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as client:
-            client.request("GET", path, headers=headers)
-            response = client.getresponse()
-            return response, response.read().decode()
-
-    async def answer(path: str, **headers: str) -> tuple[http.client.HTTPResponse, str]:
-        return await asyncio.to_thread(fetched, path, headers)
-
     files = {f"/page/{file.name}" for file in (ROOT / "orchestrator/http/static").iterdir()}
     files = files - {"/page/index.html"} | {"/"}
     assert len(files) >= 8
     named = set()
     for path in files:
-        response, content = await answer(path)
-        assert response.status == 200
-        policy = response.headers["content-security-policy"]
+        answer = await asked(stack.http_endpoint, "GET", path)
+        assert answer.status == 200
+        policy, content = answer.headers["content-security-policy"], answer.content.decode()
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert "unsafe" not in policy
         assert re.findall(r"https?://(?!www\.w3\.org/)", content) == []
         named |= {f"/page/{name}" for name in re.findall(r'"(?:page/|\./)([\w.]+)"', content)}
-        again, content = await answer(path, **{"if-none-match": response.headers["etag"]})
-        assert (again.status, content) == (304, "")
+        current = {"if-none-match": answer.headers["etag"]}
+        again = await asked(stack.http_endpoint, "GET", path, headers=current)
+        assert (again.status, again.content) == (304, b"")
     assert named == files - {"/"}
-    assert (await answer("/page/nothing.js"))[0].status == 404
+    assert (await get(stack, "/page/nothing.js"))[0] == 404
 
 
 async def test_replicas_are_listed_with_state_load_and_acceptance(
@@ -301,4 +300,6 @@ async def test_replicas_are_listed_with_state_load_and_acceptance(
     assert target["acceptance_rate"] is None
     assert 0 <= draft["acceptance_rate"] <= 1
     assert (await get(keyed, "/v1/replicas"))[0] == 401
-    assert (await get(keyed, "/v1/replicas", authorization=f"Bearer {key}"))[0] == 200
+    bearer = {"authorization": f"Bearer {key}"}
+    answered = await asked(keyed.http_endpoint, "GET", "/v1/replicas", headers=bearer)
+    assert (answered.status, len(answered.body["data"])) == (200, 2)

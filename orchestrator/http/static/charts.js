@@ -97,6 +97,8 @@ const GAP = 2;
 /** One column per round: its tokens, and outlines of the draft tokens that were not emitted. */
 export function drawRounds(run) {
   const svg = byId("rounds");
+  const { scrollLeft, scrollWidth, clientWidth } = svg.parentElement;
+  const isAtEnd = scrollLeft + clientWidth >= scrollWidth - CELL;
   const rounds = run?.rounds ?? [];
   const heights = rounds.map((round) => Math.max(round.tokens.length, round.numDraftTokens + 1));
   const most = Math.max(...heights, 4);
@@ -114,6 +116,7 @@ export function drawRounds(run) {
     }
     return cells;
   }));
+  if (isAtEnd) svg.parentElement.scrollLeft = width;
   svg.setAttribute("aria-label", rounds.length
     ? `${rounds.length} rounds with ${run.tokens.length} tokens` : "Nothing generated yet");
 }

@@ -31,15 +31,15 @@ export function seconds(value) {
   return value < 1 ? `${(1000 * value).toFixed(0)} ms` : `${value.toFixed(2)} s`;
 }
 
-/** Calls `action` at most once per displayed frame. */
-export function oncePerFrame(action) {
+/** A function that calls `action`, at most once per `periodMs`; the last call is never lost. */
+export function throttled(action, periodMs) {
   let isDue = false;
   return () => {
     if (isDue) return;
     isDue = true;
-    requestAnimationFrame(() => {
+    setTimeout(() => {
       isDue = false;
       action();
-    });
+    }, periodMs);
   };
 }

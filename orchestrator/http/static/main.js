@@ -2,7 +2,7 @@
 
 import { drawOrigins, drawPositions, drawRounds, drawTimes } from "./charts.js";
 import { ApiError, Client } from "./client.js";
-import { byId, element, number, oncePerFrame, seconds } from "./dom.js";
+import { byId, element, number, seconds, throttled } from "./dom.js";
 import { DRAFT_FIGURES, PLAIN_FIGURES, Panel } from "./panel.js";
 import { Replicas } from "./replicas.js";
 import { Run, numEqual } from "./run.js";
@@ -53,14 +53,17 @@ function requestOf(kind) {
   };
 }
 
-const draw = oncePerFrame(() => {
+function draw() {
   drafted.update();
   plain.update();
   drawOrigins(runs.drafted);
   drawPositions(runs.drafted);
   drawTimes(runs.drafted, runs.plain);
   drawRounds(runs.drafted);
-});
+}
+
+// Seldom enough not to delay the tokens, whose arrival is timed.
+const drawSoon = throttled(draw, 120);
 
 async function generate(kind, body, panel, name) {
   const run = (runs[name] = new Run());
@@ -71,7 +74,7 @@ async function generate(kind, body, panel, name) {
       if (!choices.length) continue;
       run.status = "generating";
       panel.add(run.add(choices[0]));
-      draw();
+      drawSoon();
     }
   } catch (error) {
     run.status = error.name === "AbortError" ? "stopped" : "failed";
@@ -194,6 +197,7 @@ function announceProgress() {
 
 /** Models and version; again when the API key has changed. */
 async function connect() {
+  client.apiKey = value("api-key");
   showError(null);
   replicas.refresh();
   try {
@@ -230,9 +234,6 @@ for (const input of document.querySelectorAll("input[name=mode]")) {
     showTurns(mode());
   });
 }
-byId("api-key").addEventListener("change", () => {
-  client.apiKey = value("api-key");
-  connect();
-});
+byId("api-key").addEventListener("change", connect);
 draw();
 connect();

@@ -37,13 +37,13 @@ function show(replicas) {
   const rows = replicas.map((replica) => {
     const isReady = replica.state === "ready";
     const state = element("span", { class: `state ${isReady ? "good" : "bad"}` }, replica.state);
-    if (replica.refused) state.title = replica.refused;
+    const why = replica.refused ? [element("small", {}, ` ${replica.refused}`)] : [];
     const others = replica.num_generations - replica.num_own_generations;
     return element(
       "tr", {},
       element("td", {}, replica.tier),
       element("th", { scope: "row" }, replica.address),
-      element("td", {}, state),
+      element("td", {}, state, ...why),
       element("td", { class: "model", title: replica.model ?? "" }, baseName(replica.model)),
       element("td", {}, replica.device ?? "–"),
       element("td", { class: "num" }, `${replica.num_generations}${others > 0 ? ` (${others} of others)` : ""}`),
