@@ -20,6 +20,7 @@ def to_dict(output: Generation) -> dict[str, Any]:
         "token_ids": output.token_ids,
         "origins": output.origins,
         "logprobs": [asdict(entry) for entry in output.logprobs] or None,
+        "prompt_logprobs": asdict(output.prompt_logprobs) if output.prompt_logprobs else None,
         "finish_reason": output.finish_reason,
         "stopped_by": {matched: getattr(output, matched)} if matched else None,
         "usage": asdict(output.usage),

@@ -45,6 +45,10 @@ class TextOptions(AccessOptions):
     skip_special_tokens: Annotated[
         bool | None, typer.Option(help="Leave special tokens out of the text. Default: yes.")
     ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(help="Log-probabilities of the prompt, N likely tokens each, with --json."),
+    ] = None
     include_stop_str_in_output: Annotated[
         bool, typer.Option("--include-stop-str-in-output", help="Print what ends the output, too.")
     ] = False
@@ -53,6 +57,7 @@ class TextOptions(AccessOptions):
 # Flags that are fields of the request under the same name.
 TEXT_FIELDS = (
     "bad_words", "skip_special_tokens", "add_special_tokens", "truncate_prompt_tokens",
+    "prompt_logprobs",
 )  # fmt: skip
 
 

@@ -141,7 +141,10 @@ def test_chat_and_token_ids(endpoint: str) -> None:
     limits = ("--max-tokens=4", "--ignore-eos", "--endpoint", endpoint)
     chat = result("generate", "hello", "--chat", "--system=be brief", *limits)
     assert chat["usage"]["prompt_tokens"] > 10
-    assert result("generate", "--token-ids=1,2,3", *limits)["usage"]["prompt_tokens"] == 3
+    ids = result("generate", "--token-ids=1,2,3", "--prompt-logprobs=2", *limits)
+    assert ids["usage"]["prompt_tokens"] == 3
+    assert ids["prompt_logprobs"]["token_ids"] == [1, 2, 3]
+    assert len(ids["prompt_logprobs"]["top_ids"]) == 4
 
 
 def test_model(endpoint: str, target: Path) -> None:
@@ -172,7 +175,7 @@ def test_every_flag_becomes_its_field() -> None:
         allowed_token_ids="8,9", logprobs=0, priority=-3, durability=Durability.fast,
         draft_wait=DraftWait.always, draft_source=DraftSource.lookup, bad_words=["x", "y"],
         skip_special_tokens=False, include_stop_str_in_output=True, add_special_tokens=True,
-        truncate_prompt_tokens=-1,
+        truncate_prompt_tokens=-1, prompt_logprobs=0,
     )  # fmt: skip
     assert build_request(options) == orchestrator_pb2.GenerateRequest(
         text="p", session_id="s", create_session=True, gamma=2, lookahead=0, priority=-3,
@@ -185,7 +188,7 @@ def test_every_flag_becomes_its_field() -> None:
             stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True, min_tokens=1,
             presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
             logit_bias={5: -2.5}, allowed_token_ids=[8, 9], logprobs=0, bad_words=["x", "y"],
-            skip_special_tokens=False, include_stop_str_in_output=True,
+            skip_special_tokens=False, include_stop_str_in_output=True, prompt_logprobs=0,
         ),
         add_special_tokens=True, truncate_prompt_tokens=-1,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from outrider.errors import ConfigError
 from outrider.model_server.load_engine import load_served_engine, sampling_defaults
@@ -48,6 +48,28 @@ async def test_sampling_settings_of_the_model_are_defaults(copy: Pair, redis_url
         info = await stack.client.GetModelInfo(orchestrator_pb2.GetModelInfoRequest())
         defaults = {f.name: value for f, value in info.target.sampling_defaults.ListFields()}
         assert defaults == pytest.approx({**explicit})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 1},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+        {"temperature": 1.0, "top_k": 50, "top_p": 1.0},
+        {"top_k": 64, "top_p": 0.95, "min_p": 0.0, "max_new_tokens": 2048, "temperature": None},
+        {"do_sample": False, "num_beams": 4, "max_length": 100},
+    ],
+)
+def test_defaults_are_those_that_vllm_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What transformers' configuration has beyond its own defaults, for vLLM's six fields."""
+    write(tmp_path, **settings)
+    theirs = GenerationConfig.from_pretrained(tmp_path).to_diff_dict()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+    expected = {name: theirs[name] for name in names if theirs.get(name) is not None}
+    given = {f.name: value for f, value in sampling_defaults(str(tmp_path), 256).ListFields()}
+    if "max_tokens" in given:
+        given["max_new_tokens"] = given.pop("max_tokens")
+    assert given == pytest.approx(expected)
 
 
 async def test_the_models_defaults_can_be_ignored(copy: Pair, redis_url: str) -> None:
