@@ -22,14 +22,13 @@ from orchestrator.generation.context import GenerationContext, Timeouts
 from orchestrator.generation.prompt_encoder import PromptEncoding
 from orchestrator.health import checking_redis, updating_health
 from orchestrator.observing import Observing
+from orchestrator.replicas.draft_choice import draft_assignment
 from orchestrator.replicas.draft_client import DraftLink
 from orchestrator.replicas.models import check_shared, limits
 from orchestrator.replicas.pairing import Pairing
 from orchestrator.replicas.pool import ReplicaPool
 from orchestrator.replicas.replica_stream import FetchTokenHashes
-from orchestrator.replicas.rollout import DraftRollout
 from orchestrator.replicas.target_client import TargetLink
-from orchestrator.replicas.tier_drafts import draft_speed, num_replicas
 from orchestrator.sessions import SessionStore, StoreOptions
 from orchestrator.speculation.cost_book import CostBook
 from orchestrator.speculation.output_pool import OutputPool
@@ -227,10 +226,7 @@ async def _resources(
     )
     rollout = None
     if drafts is not None:
-        speed = functools.partial(
-            draft_speed, targets, drafts, lambda: 1 - costs.shared.lookahead_hit_rate
-        )
-        rollout = DraftRollout(functools.partial(num_replicas, drafts), config, speed=speed)
+        rollout = draft_assignment(config, targets, drafts, costs)
     observing = Observing(config, targets, lambda: admission.is_busy)
     context = GenerationContext(
         targets,

@@ -6,6 +6,7 @@ A draft that costs more must be accepted more often. The cost model is that whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.speculation.round_costs import DraftCosts, PairCosts, TargetCosts
@@ -13,7 +14,7 @@ from orchestrator.speculation.round_values import RoundValues
 from outrider.replica import CostReport
 
 # Choice: as the largest γ that adaptive generations use by default.
-_MAX_GAMMA = 16
+MAX_GAMMA = 16
 # Drafts whose costs differ by less than this factor count as equally fast. Choice: replicas of one
 # model on different machines differ as much.
 _SAME_COST = 1.25
@@ -33,11 +34,14 @@ class DraftSpeed:
 
     def tokens_per_s(self, alpha: float) -> float:
         """Expected tokens per second of one stream at the best γ > 0. Rises with α."""
-        survival = tuple(alpha**k for k in range(1, _MAX_GAMMA + 1))
+        return self.best_tokens_per_s([alpha**k for k in range(1, MAX_GAMMA + 1)])
+
+    def best_tokens_per_s(self, survival: Sequence[float]) -> float:
+        """The same; `survival` [k]: P(at least k + 1 draft tokens are accepted), of MAX_GAMMA."""
         target = TargetCosts(lambda: self.target)
         costs = PairCosts(target, DraftCosts(lambda: self.draft))
-        values = RoundValues.of(costs, target.steps_s(_MAX_GAMMA), survival, self.miss_rate)
-        return max(values.tokens_per_s[1:])
+        steps_s = target.steps_s(MAX_GAMMA)
+        return max(RoundValues.of(costs, steps_s, tuple(survival), self.miss_rate).tokens_per_s[1:])
 
     def alpha_for(self, tokens_per_s: float) -> float:
         """The acceptance rate in [0, 1] with this speed; the nearer end if there is none."""

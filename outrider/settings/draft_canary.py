@@ -9,8 +9,16 @@ from outrider.settings.fields import require, setting
 
 @dataclass(frozen=True)
 class DraftCanarySettings:
-    """How an orchestrator tries a new draft revision (`orchestrator.replicas.rollout`)."""
+    """How an orchestrator tries a new draft revision (`orchestrator.replicas.rollout`).
 
+    Or chooses among several that stay (`orchestrator.replicas.draft_choice`).
+    """
+
+    draft_choice: str = setting(
+        "canary",
+        "of several draft models: canary, a new one is compared and replaces the old one; fastest, "
+        "all stay, and each generation uses the fastest (draft_canary_share of them a random one)",
+    )
     draft_canary_share: float = setting(
         0.1,
         "share of generations that try a new draft revision, 0 to 0.5; 0: only operators promote",
@@ -25,6 +33,9 @@ class DraftCanarySettings:
 
     def check_draft_canary(self) -> None:
         """Raises ConfigError."""
+        require(
+            self.draft_choice in ("canary", "fastest"), "draft_choice", "must be canary or fastest"
+        )
         require(0 <= self.draft_canary_share <= 0.5, "draft_canary_share", "must be 0 to 0.5")
         require(0 < self.draft_canary_margin < 1, "draft_canary_margin", "must be between 0 and 1")
         require(

@@ -175,3 +175,33 @@ async def test_a_better_draft_takes_over_under_load_and_a_bad_one_is_rolled_back
             rates = rates_by_revision(Scrape(await get(system.metrics_port)))
             names = {Path(r.model).name: rates[r.revision] for r in rollout.revisions if r.model}
             assert names["bad"] < 0.2 < 0.7 < names["better"]
+
+
+@pytest.mark.usefixtures("_quickly")
+async def test_drafts_of_different_size_all_serve_and_change_no_token(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """With `draft_choice=fastest` both remain; half of the generations get a random one."""
+    target = make_tiny_model("llama", tmp_path / "target", scale=0.5)
+    large = make_tiny_draft(target, tmp_path / "large", noise=0.02)
+    small = make_tiny_model("llama", tmp_path / "small", scale=0.5, num_layers=1, seed=7)
+    drafts = Drafts(redis_url)
+    settings: dict[str, Any] = {
+        "draft_endpoint": "registry", "draft_choice": "fastest", "draft_canary_share": 0.5,
+    }  # fmt: skip
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        tiers = await enter(both_tiers(Pair(target, large), draft_kv=None))
+        system = await enter(orchestrating(tiers, redis_url, metrics_port=0, **settings))
+        expected = [(await system.generate(**call, gamma=0)).token_ids for call in _CALLS]
+        await enter(drafts.joined(large))
+        await enter(drafts.joined(small))
+        await has_roles([system], large="current", small="current")
+        await enter(Load([system], expected).running())
+
+        async def have_drafted() -> bool:
+            scrape = Scrape(await get(system.metrics_port))
+            counts = scrape.by("outrider_draft_revision_draft_tokens_total", "revision")
+            return len(counts) == 2 and min(counts.values()) > 0
+
+        await eventually(have_drafted)
