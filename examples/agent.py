@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 
-from outrider.client import Client
+from outrider.client import Client, RequestFields
 
 TOOLS = {"add": lambda a, b: a + b, "multiply": lambda a, b: a * b}
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
@@ -21,7 +21,11 @@ CALL = {
 
 with Client(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051") as client:
     session_id = f"agent-{secrets.token_hex(4)}"
-    fields = {"session_id": session_id, "structured_outputs": {"json": CALL}, "max_tokens": 100}
+    fields: RequestFields = {
+        "session_id": session_id,
+        "structured_outputs": {"json": CALL},
+        "max_tokens": 100,
+    }
     said = "What is 6 * 7? Call a tool as JSON.\n"
     for _ in range(3):
         call = json.loads(client.generate(said, **fields).result().text)
