@@ -52,6 +52,7 @@ def some_sampling(chance: random.Random) -> sampling_pb2.SamplingParams:
         {"logit_bias": {7: 100.0, 8: -100.0}, "min_tokens": 1, "max_tokens": 9},
         {"allowed_token_ids": [3, 255], "stop_token_ids": [9], "ignore_eos": True, "logprobs": 0},
         {"top_p": 1e-45, "min_p": 1e-45, "seed": 2**64 - 1},
+        {"bad_words_token_ids": [{"ids": [3]}, {"ids": [5, 6]}], "prompt_logprobs": 3},
     ]
     return sampling_pb2.SamplingParams(**chance.choice(kinds))
 
@@ -74,7 +75,7 @@ def _target_script(chance: random.Random) -> list[target_pb2.VerifyRequest]:
     }
     drafts = some_tokens(chance, gamma, gamma)
     rows = [
-        row(number, 0, prompt),
+        row(number, 0, prompt, with_prompt_logprobs=chance.random() < 0.3),
         row(number, size, [5], drafts, **(support if chance.random() < 0.5 else {})),
         row(number, max(0, size - 1), [prompt[-1], 5, 6]),
     ]
@@ -119,6 +120,9 @@ def _absurd_sampling(chance: random.Random) -> sampling_pb2.SamplingParams:
         {"logit_bias": dict.fromkeys(range(5_000), math.nan)},
         {"logit_bias": {2**32 - 1: 1.0}},
         {"stop": ["x"] * 10_000},
+        {"bad_words": ["x"] * 10_000},
+        {"bad_words_token_ids": [{"ids": [1] * 300}]},
+        {"bad_words_token_ids": [{"ids": [2**32 - 1]}], "prompt_logprobs": 2**32 - 1},
         {"stop": ["x" * _NUM_MANY]},
         {"temperature": math.nan, "top_p": math.inf, "top_k": -(2**31), "min_p": -math.inf},
         {"max_tokens": 2**32 - 1, "min_tokens": 2**32 - 1, "logprobs": 2**32 - 1},
@@ -138,6 +142,7 @@ def _absurd_rows(chance: random.Random) -> list[target_pb2.VerifyRow]:
             [row(number, 0, [1], (), draft_token_ids=drafts, support_sizes=b"\1" * _NUM_MANY)],
             [row(number, 2**32 - 1, [2**32 - 1] * 9, [2**32 - 1])],
             [row(number, 0, [1] * _NUM_MANY)],
+            [row(number, 1, [1], with_prompt_logprobs=True)],
             many,
         ]
     )

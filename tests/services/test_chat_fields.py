@@ -64,8 +64,16 @@ def prompt_of(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: A
 
 async def chatted(system: System, messages: list[dict[str, Any]], **fields: Any) -> Output:
     made = {**GREEDY, "max_tokens": NUM_TOKENS, "gamma": 3, **fields}
+    return await generated(system, build_request(messages=messages, fields=made))
+
+
+async def continued(system: System, text: str, **fields: Any) -> Output:
+    made = {**GREEDY, "max_tokens": NUM_TOKENS, "gamma": 3, **fields}
+    return await generated(system, build_request(text, fields=made))
+
+
+async def generated(system: System, request: orchestrator_pb2.GenerateRequest) -> Output:
     output = Output()
-    request = build_request(messages=messages, fields=made)
     async for chunk in system.client.Generate(request, timeout=200):
         output.add(chunk)
     return output
@@ -89,6 +97,15 @@ async def test_the_template_gets_every_field(
             assert output.token_ids == chat_greedy(prompt, NUM_TOKENS)
             assert output.result is not None
             assert output.result.usage.prompt_tokens == len(prompt)
+    text = await continued(system, "the quick fox", session_id="text")
+    prompt = tokenizer.encode("the quick fox")
+    assert text.token_ids == chat_greedy(prompt, NUM_TOKENS)
+    more = await continued(system, "and", session_id="text", truncate_prompt_tokens=5)
+    prompt = [*prompt, *text.token_ids, *tokenizer.encode("and", add_special_tokens=False)][-5:]
+    assert more.token_ids == chat_greedy(prompt, NUM_TOKENS)
+    got = orchestrator_pb2.GetSessionRequest(session_id="text")
+    kept = (await system.client.GetSession(got, timeout=200)).token_ids
+    assert list(kept) == [*prompt, *more.token_ids]
     truncated = await chatted(system, [USER], truncate_prompt_tokens=7)
     assert truncated.token_ids == chat_greedy(prompt_of(tokenizer, [USER])[-7:], NUM_TOKENS)
 

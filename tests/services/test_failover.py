@@ -154,9 +154,12 @@ async def test_a_target_dies_and_another_goes_on(
 async def test_sampled_outputs_go_on_too(
     verification: str, pair: Pair, redis_url: str, brake: Brake
 ) -> None:
-    """Coupled ones with the very tokens that they would have had."""
+    """Coupled ones with the very tokens that they would have had. All keep their fields."""
+    fields: dict[str, Any] = {"prompt_logprobs": 1, "bad_words_token_ids": [{"ids": [7, 9]}]}
+    free = {"temperature": 1.0, "seed": 11, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    fields["bad_words_token_ids"] += [{"ids": [token_id]} for token_id in range(100, 180)]
     how: dict[str, Any] = {
-        "sampling": {"temperature": 1.0, "seed": 11, "max_tokens": NUM_TOKENS, "ignore_eos": True},
+        "sampling": {**free, **fields},
         "verification": sampling_pb2.Verification.Value(f"VERIFICATION_{verification.upper()}"),
     }
     async with replicas(pair, 2, 1) as tiers, serving(tiers, redis_url) as client:
@@ -169,6 +172,7 @@ async def test_sampled_outputs_go_on_too(
 
         output = await disturbed(client, brake, kill, **how)
     assert len(output.token_ids) == NUM_TOKENS
+    assert not set(output.token_ids) & set(range(100, 180))
     if verification == "coupled":
         assert output.token_ids == plain.token_ids
 
