@@ -124,12 +124,15 @@ class GrammarCompiler:
     ) -> None:
         """Takes half a second for a vocabulary of 131,000 tokens, with the GIL held.
 
-        Raises ValueError if the tokenizer's decoder does not map tokens to bytes.
+        Raises ValueError if the tokenizer's decoder does not map tokens to bytes, or none of
+        `eos_token_ids` is one of its tokens. Without any, the tokenizer's own ends an output.
         """
+        num_ids = tokenizer.max_token_id + 1
+        known = sorted(token_id for token_id in eos_token_ids if token_id < num_ids)
+        if eos_token_ids and not known:
+            raise ValueError(f"the tokenizer has none of the EOS tokens {sorted(eos_token_ids)}")
         self._tokenizer = LLTokenizer(
-            tokenizer.to_json(),
-            n_vocab=max(vocab_size, tokenizer.max_token_id + 1),
-            eos_token=sorted(eos_token_ids) or None,
+            tokenizer.to_json(), n_vocab=max(vocab_size, num_ids), eos_token=known or None
         )
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_COMPILING)

@@ -55,7 +55,7 @@ class GrammarGate(Generic[Command]):
         if (structured := _structured(command)) is None:
             return [command]
         if self._compiler is None:
-            why = "the model has no tokenizer that maps tokens to bytes, or no EOS token"
+            why = "the model has no tokenizer that maps tokens to bytes and has its EOS token"
             return [_with(command, InvalidRequest(structured.field, why))]
         compiling = self._compiler.submit(structured)
         if compiling.done():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
+import jsonschema
 import pytest
 
 import draft_service.app
@@ -19,11 +22,13 @@ from outrider.settings.services import DraftConfig, TargetConfig
 from outrider.v1 import (
     draft_pb2,
     draft_pb2_grpc,
+    orchestrator_pb2,
     orchestrator_pb2_grpc,
     sampling_pb2,
     target_pb2,
     target_pb2_grpc,
 )
+from tests.e2e.byte_tokenizer import VOCAB_SIZE, add_byte_tokenizer
 from tests.services import parts
 from tests.services.parts import (
     CONTEXT_LEN,
@@ -38,6 +43,7 @@ from tests.services.parts import (
     refusal,
 )
 from tests.stack import Output, eventually, request
+from tests.tiny_models import make_tiny_draft, make_tiny_model
 
 PROMPT = list(range(20, 60))
 NUM_TOKENS = 160
@@ -273,3 +279,51 @@ async def test_a_replica_with_another_model_is_not_used(pair: Pair, redis_url: s
                     async for _ in call:
                         pass
                 assert 0 in [await num_open(server) for server in tiers[0].servers]
+
+
+@pytest.mark.slow
+async def test_structured_outputs_go_on_too(redis_url: str, brake: Brake, tmp_path: Path) -> None:
+    """Target and draft die inside the object; later its client leaves and resumes it."""
+    size = {"minItems": 30, "maxItems": 40}
+    schema = {
+        "type": "object",
+        "properties": {"ids": {"type": "array", "items": {"enum": [1, "two"]}, **size}},
+        "required": ["ids"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    how: dict[str, Any] = {
+        "sampling": {
+            "temperature": 1.0,
+            "seed": 7,
+            "max_tokens": NUM_TOKENS * 2,
+            "structured_outputs": sampling_pb2.StructuredOutputs(json=json.dumps(schema)),
+        },
+        "verification": sampling_pb2.VERIFICATION_COUPLED,
+    }
+    target = make_tiny_model("llama", tmp_path / "target", vocab_size=VOCAB_SIZE)
+    pair = Pair(target, make_tiny_draft(target, tmp_path / "draft"))
+    for model in pair:
+        add_byte_tokenizer(model)
+    settings = {"tokenizer": str(target)}
+    async with (
+        replicas(pair, 2, 2) as tiers,
+        serving(tiers, redis_url, **settings) as client,
+    ):
+        plain = Output()
+        asked = request("x", session_id="s", create_session=True, **{**how, "gamma": 0})
+        async for chunk in client.Generate(asked, timeout=200):
+            plain.add(chunk)
+        again = orchestrator_pb2.GenerateRequest(session_id="s", resume_from=20)
+        resumed = Output()
+        async for chunk in client.Generate(again, timeout=200):
+            resumed.add(chunk)
+
+        async def kill() -> None:
+            for index, tier in enumerate(("target", "draft")):
+                await (await where(tiers[index], tier)).grpc_server.stop(0)
+
+        output = await parts.disturbed(client, brake, request("x", gamma=4, **how), kill)
+    assert output.token_ids == plain.token_ids
+    assert resumed.token_ids == plain.token_ids[20:]
+    jsonschema.validate(json.loads(output.text), schema)
