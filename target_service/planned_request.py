@@ -68,15 +68,15 @@ class PlannedRequest:
     def key(self) -> GenerationKey:
         return self.request.key
 
-    def ask(self, allowed: Ids | None) -> ScoreRequest:
-        """`allowed`: masks of the format, one row for each of the request's logits."""
+    def ask(self, forbidden: Ids | None) -> ScoreRequest:
+        """`forbidden`: masks of the format, one row for each of the request's logits."""
         return ScoreRequest(
             self.live.state.sampler,
             self.live.token_ids,
             self.request.committed_len,
             self.append.num_logits,
             self.request.supports,
-            allowed,
+            forbidden,
         )
 
     @property
@@ -169,14 +169,14 @@ class Scoring:
         if self._masks is not None:
             found = dict(zip(self._where, self._masks.result(), strict=True))
         asks = [
-            planned.ask(masks.allowed if isinstance(masks := found.get(i), Masks) else None)
+            planned.ask(masks.forbidden if isinstance(masks := found.get(i), Masks) else None)
             for i, planned in enumerate(self._complete)
         ]
         replies = engine.score(asks, logits)
         for index, masks in found.items():
             if isinstance(masks, InvalidRequest):
                 replies[index] = masks
-            elif masks.num_live < len(masks.allowed):
+            elif masks.num_live < len(masks.forbidden):
                 replies[index] = self._dead_end(index, masks)
         return replies
 

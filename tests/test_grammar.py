@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import outrider.grammar
 from outrider.errors import CapacityExceeded, InvalidRequest
-from outrider.grammar import Grammar, GrammarCompiler, GrammarState
+from outrider.grammar import Grammar, GrammarCompiler, GrammarState, grammar_compiler
 from outrider.model_server.grammar_masks import MaskRequest, Masks, MaskThread
 from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.tokenizer import Tokenizer
@@ -57,8 +57,7 @@ def _grammar(tokenizer: Tokenizer, num_more: int = 0, **fields: str) -> Grammar:
 
 
 def _allowed(masks: Masks, row: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    bits = np.unpackbits(masks.allowed[row].view(np.uint8), bitorder="little")
-    return np.flatnonzero(bits)
+    return np.flatnonzero(~masks.forbidden[row])
 
 
 def _masks(thread: MaskThread, state: GrammarState, ids: list[int], num_committed: int) -> Masks:
@@ -105,7 +104,7 @@ def test_only_eos_follows_a_complete_output(tokenizer: Tokenizer) -> None:
     masks = _masks(MaskThread(), GrammarState(grammar, [eos]), [*ids, eos, ids[0]], 0)
     assert _allowed(masks, len(ids)).tolist() == [eos]
     assert eos not in _allowed(masks, 0)
-    assert masks.num_live == len(masks.allowed)
+    assert masks.num_live == len(masks.forbidden)
     assert state.num_allowed(np.array([*ids, eos])) == len(ids) + 1
     assert state.num_allowed(np.array([*ids, eos, eos])) == len(ids) + 1
     assert state.num_allowed(np.array([eos])) == 0
@@ -124,7 +123,7 @@ def test_a_position_without_allowed_tokens_is_reported(tmp_path: Path) -> None:
     tokenizer = Tokenizer(_letters(), {})
     grammar = _grammar(tokenizer, regex="ab?é")
     masks = _masks(MaskThread(), GrammarState(grammar, [3]), [0, 1], 0)
-    assert (masks.num_live, len(masks.allowed)) == (2, 3)
+    assert (masks.num_live, len(masks.forbidden)) == (2, 3)
     assert "no token of the model" in masks.why
 
 
@@ -134,6 +133,21 @@ def _letters() -> tokenizers.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["</s>"])
     return backend
+
+
+@pytest.mark.parametrize("backend", [vocabularies.word_piece, vocabularies.metaspace])
+def test_tokens_that_are_not_bytes_give_no_grammars(
+    backend: Callable[[], tokenizers.Tokenizer],
+) -> None:
+    """The services then refuse formats by name."""
+    assert grammar_compiler(Tokenizer(backend(), {})) is None
+
+
+def test_eos_beyond_the_tokenizer() -> None:
+    """Ignored beside one that the tokenizer has; alone it gives no grammars."""
+    tokenizer = Tokenizer(vocabularies.byte_fallback(), {})
+    assert grammar_compiler(tokenizer, 400, [269, 399]) is not None
+    assert grammar_compiler(tokenizer, 400, [399]) is None
 
 
 def test_formats_are_compiled_once_and_the_cache_is_bounded(

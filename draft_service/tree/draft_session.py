@@ -222,8 +222,8 @@ class DraftRow:
         output_ids = self.drafting.tree.context(self.block)[prompt_len : self.block.end]
         return MaskRequest(grammar, output_ids, len(output_ids), 1)
 
-    def ask(self, allowed: Ids | None) -> SampleRequest:
-        """`allowed`: mask of the output's format."""
+    def ask(self, forbidden: Ids | None) -> SampleRequest:
+        """`forbidden`: mask of the output's format."""
         block, tree, generation = self.block, self.drafting.tree, self.drafting.live.state
         return SampleRequest(
             generation.sampler,
@@ -232,7 +232,7 @@ class DraftRow:
             block.base_len,
             generation.verification,
             is_guess=block.is_complete,
-            allowed=allowed,
+            forbidden=forbidden,
         )
 
     def placeholder(self, error: NonFiniteLogits) -> SampledToken:
@@ -270,13 +270,13 @@ class RowMasks:
             else None
         )
 
-    def allowed(self) -> list[Ids | None]:
+    def forbidden(self) -> list[Ids | None]:
         """For each row. Waits until they are computed."""
         found: list[Ids | None] = [None] * self._num_rows
         if self._masks is not None:
             for index, masks in zip(self._where, self._masks.result(), strict=True):
                 if isinstance(masks, Masks) and masks.num_live:
-                    found[index] = masks.allowed
+                    found[index] = masks.forbidden
         return found
 
 
@@ -295,8 +295,8 @@ def sample_rows(
     """
     results: list[SampledToken | Exception] = []
     observed: list[SampledToken | Exception] = []
-    allowed = masks.allowed()
-    asks = [row.ask(mask) for row, mask in zip(rows, allowed, strict=True)]
+    forbidden = masks.forbidden()
+    asks = [row.ask(mask) for row, mask in zip(rows, forbidden, strict=True)]
     sampled = engine.sample(asks, logits)
     for row, token in zip(rows, sampled, strict=True):
         if isinstance(token, NonFiniteLogits) and not row.is_committed:

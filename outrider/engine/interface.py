@@ -42,8 +42,8 @@ class SampleRequest:
 
     `history()` returns the context, at least [:position]; called only if a logits processor needs
     it. `base_len`: position at which the token's block starts. `is_guess`: sample the token that
-    the target would emit at `position`, to draft from, instead of a draft token. `allowed`: int32
-    [1, words], one bit per token that the output's format allows; None: all tokens.
+    the target would emit at `position`, to draft from, instead of a draft token. `forbidden`:
+    bool [1, vocab or more], tokens that the output's format does not allow; None: none.
     """
 
     sampler: Sampler
@@ -52,7 +52,7 @@ class SampleRequest:
     base_len: int
     verification: Verification
     is_guess: bool
-    allowed: Ids | None = None
+    forbidden: Ids | None = None
 
 
 class SampledToken(NamedTuple):
@@ -80,8 +80,8 @@ class ScoreRequest:
 
     `history`: the context with all draft tokens. `position`: position of the first row's token.
     `supports`: γ arrays of token ids, or None if no draft token has a support; γ + 1 arrays if the
-    last row's token is a draft token too, which the model has not run. `allowed`: int32
-    [num_rows, words], one bit per token that the output's format allows; None: all tokens.
+    last row's token is a draft token too, which the model has not run. `forbidden`:
+    bool [num_rows, vocab or more], tokens that the output's format does not allow; None: none.
     """
 
     sampler: Sampler
@@ -89,7 +89,7 @@ class ScoreRequest:
     position: int
     num_rows: int
     supports: Seq[Ids] | None
-    allowed: Ids | None = None
+    forbidden: Ids | None = None
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,14 @@ class MaskRequest:
 
 @dataclass(frozen=True)
 class Masks:
-    """`allowed`, int32 [num_rows, num_words]: one bit per token, least significant first.
+    """`forbidden`, bool [num_rows, 32 * num_words]: tokens that the format does not allow.
 
-    Rows after a draft token that is not allowed, and after EOS, allow all tokens: nothing of them
-    is used. `num_live`: rows before the first one that allows no token, or whose mask was too
+    Rows after a draft token that is not allowed, and after EOS, forbid none: nothing of them is
+    used. `num_live`: rows before the first one that allows no token, or whose mask was too
     complex to compute; `why` is the reason if there is one.
     """
 
-    allowed: Ids
+    forbidden: Ids
     num_live: int
     why: str
 
@@ -96,20 +96,21 @@ class MaskThread:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
         if plain := [job[:2] for job in work if not job[2]]:
             self._executor.unsafe_compute_mask_ptr(plain, *target)
+        bits = np.unpackbits(~allowed.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
         return [
-            _result(request, allowed[end - request.num_rows : end]) if valid else _refusal(request)
+            _result(request, bits[end - request.num_rows : end]) if valid else _refusal(request)
             for request, end, valid in zip(requests, ends, is_valid, strict=True)
         ]
 
 
-def _result(request: MaskRequest, allowed: Ids) -> Masks:
+def _result(request: MaskRequest, forbidden: Ids) -> Masks:
     state = request.state
     if state.matcher.is_error():
         why, num_live = error_of(state.matcher), _num_computable(request)
         is_dead_end = why.startswith(_DEAD_END)
-        return Masks(allowed, num_live, _NO_TOKEN if is_dead_end else f"is too complex: {why}")
-    dead = np.flatnonzero(~allowed.any(axis=1))
-    return Masks(allowed, int(dead[0]) if len(dead) else request.num_rows, _NO_TOKEN)
+        return Masks(forbidden, num_live, _NO_TOKEN if is_dead_end else f"is too complex: {why}")
+    dead = np.flatnonzero(forbidden.all(axis=1))
+    return Masks(forbidden, int(dead[0]) if len(dead) else request.num_rows, _NO_TOKEN)
 
 
 def _num_computable(request: MaskRequest) -> int:

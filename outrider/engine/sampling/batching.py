@@ -79,16 +79,16 @@ class RequestGroup(NamedTuple):
         self,
         raw: torch.Tensor,
         histories: Sequence[Callable[[], Ids]],
-        allowed: Sequence[Ids | None],
+        forbidden: Sequence[Ids | None],
     ) -> torch.Tensor:
         """`raw` after the logits processors; `raw` itself without any.
 
-        Per request: `histories` and the masks of `allowed` tokens.
+        Per request: `histories` and the masks of `forbidden` tokens.
         """
         starts, positions = self.starts.tolist(), self.positions.tolist()
         spans = [
             PositionSpan(
-                sampler, starts[k], starts[k + 1], positions[k], histories[k](), allowed[k]
+                sampler, starts[k], starts[k + 1], positions[k], histories[k](), forbidden[k]
             )
             for k, sampler in enumerate(self.samplers)
             if sampler.adjusts

@@ -70,8 +70,8 @@ class GenerationSampler:
 class PositionSpan(NamedTuple):
     """Rows [start, stop) of one generation; the first row is for `position`.
 
-    `history` holds at least the tokens before the last row's position. `allowed`: int32
-    [rows, words], one bit per token that the output's format allows; None: all tokens.
+    `history` holds at least the tokens before the last row's position. `forbidden`: bool
+    [rows, vocab or more], tokens that the output's format does not allow; None: none.
     """
 
     sampler: GenerationSampler
@@ -79,7 +79,7 @@ class PositionSpan(NamedTuple):
     stop: int
     position: int
     history: Ids
-    allowed: Ids | None = None
+    forbidden: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,9 @@ def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
     for span in spans:
         if span.sampler.bias is not None:
             logits[span.start : span.stop] += span.sampler.bias
-        if span.allowed is not None:
-            _keep_allowed(logits[span.start : span.stop], span.allowed)
+        if span.forbidden is not None:
+            mask = torch.from_numpy(span.forbidden[:, : logits.shape[-1]]).to(logits.device)
+            logits[span.start : span.stop].masked_fill_(mask, -torch.inf)
     flat, size = logits.view(-1), logits.shape[-1]
     forbidden = [_forbidden(span, size) for span in spans if span.sampler.params.min_tokens]
     forbidden += [_banned(span, size) for span in spans if span.sampler.banned]
@@ -113,14 +114,6 @@ def adjust(logits: torch.Tensor, spans: Sequence[PositionSpan]) -> None:
         flat[terms.entries] = warp.penalise(
             flat[terms.entries], terms.output_counts, terms.seen, terms
         )
-
-
-def _keep_allowed(logits: torch.Tensor, allowed: Ids) -> None:
-    """Sets all other tokens of float32 [n, vocab] to -inf; the mask is unpacked on the device."""
-    packed = torch.from_numpy(allowed.view(np.uint8)).to(logits.device)
-    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = (packed[:, :, None] >> bits).bitwise_and_(1).eq(0).view(len(allowed), -1)
-    logits.masked_fill_(forbidden[:, : logits.shape[-1]], -torch.inf)
 
 
 def _forbidden(span: PositionSpan, size: int) -> Ids:

@@ -105,8 +105,8 @@ def _sample(
     for need, groups in grouped(requests, [1] * len(requests), _sample_need).items():
         for group in groups:
             some = [requests[i] for i in group.indices]
-            histories, allowed = [r.history for r in some], [r.allowed for r in some]
-            rows = group.adjusted(group.raw(logits), histories, allowed)
+            histories, forbidden = [r.history for r in some], [r.forbidden for r in some]
+            rows = group.adjusted(group.raw(logits), histories, forbidden)
             if need is _Need.SUPPORT:
                 sampled = _sample_from_supports(some, group, Distributions(rows, group.params))
             elif need is _Need.SAMPLE:
@@ -223,7 +223,7 @@ def _score(requests: Sequence[ScoreRequest], logits: torch.Tensor) -> list[Block
             some = [requests[i] for i in group.indices]
             raw = group.raw(logits)
             histories = [partial(_history, request) for request in some]
-            rows = group.adjusted(raw, histories, [request.allowed for request in some])
+            rows = group.adjusted(raw, histories, [request.forbidden for request in some])
             supports = _Supports(group, some)
             compute = _scores_sampled if need is _Need.SAMPLE else _scores_greedy
             samples, probs, tails, tail_logprobs = compute(group, supports, rows)
