@@ -29,7 +29,8 @@ help:
 
 setup: $(VENV)/.ready
 
-# compileall compiles 14,000 modules on all cores, pip on one. A few modules are templates and do not compile.
+# compileall compiles 12,000 modules on all cores, pip on one; packages' own tests are never imported. A few
+# modules are templates and do not compile.
 # With a GPU: torch's CUDA build and FlashInfer from PyPI, by hash. Without: torch's CPU build from torch's
 # own index, by version. If that index is unreachable, pip uses the other configured indexes.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -44,7 +45,7 @@ $(VENV)/.ready: pyproject.toml outrider_bench/pyproject.toml $(wildcard requirem
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --no-compile --require-hashes --no-deps -r requirements/dev.txt
 	$(BIN)/python $(PIP_INSTALL) --no-compile $(TORCH)
-	@$(BIN)/python -m compileall -qq -j0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -qq -j0 -x '/site-packages/.*/tests/' $(VENV)/lib || true
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable . --editable outrider_bench
 	$(BIN)/python -m pip check
 	@touch $@

@@ -7,6 +7,7 @@ that a green run stays green; `pytest --hypothesis-profile=default` explores ane
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 
 import hypothesis
@@ -20,6 +21,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+
+# One thread in this process and in programs that tests start; torch reads it when it is imported.
+# Workers share the cores, and two threads of a small model wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Collecting imports torch and every test: full collections of that garbage, none of which can be
 # freed, would take seconds of each worker.

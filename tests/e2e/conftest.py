@@ -1,11 +1,10 @@
-"""What the end-to-end tests share: one Redis, one thread for both models, models made once."""
+"""What the end-to-end tests share: one Redis, models made once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from outrider.redis.embedded import RedisServer
 from tests import redis_fixture
@@ -13,11 +12,6 @@ from tests.e2e.pairs import SpreadPair, TextPair, TinyPair
 from tests.patience import patient
 
 redis_server = redis_fixture.redis_server
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)

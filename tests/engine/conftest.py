@@ -6,18 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from outrider.engine import Engine, EngineOptions, load_engine
 from tests.tiny_models import make_tiny_model
 
 # Three layers, so that a family with windows has both kinds of layers.
 NUM_LAYERS = 3
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

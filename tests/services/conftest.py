@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 import outrider.model_server.lifecycle
 from orchestrator.generation.target_session import TargetSession
@@ -20,11 +19,6 @@ from tests.tiny_models import make_tiny_draft, make_tiny_model
 
 redis_server = redis_fixture.redis_server
 redis_url = redis_fixture.redis_url
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="package", autouse=True)

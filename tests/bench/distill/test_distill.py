@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from outrider_bench.quickstart.architecture import ModelShape
 from outrider_bench.quickstart.train import train
 from tests import redis_fixture
 from tests.bench.quickstart.small_training import CORPUS, small
-from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, interrupted, run
+from tests.cli.processes import ROOT, TIMEOUT_S, command, environment, interrupted
 from tests.services.tokenizer_files import write_tokenizer
 from tests.stack import running_stack
 from tests.tiny_models import make_tiny_draft, make_tiny_model
@@ -42,12 +41,13 @@ NUM_HELD_OUT = 6
 QUICK = ("--samples=200", "--max-tokens=24", "--batch=20", "--learning-rate=0.003", "--device=cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def quick(target: Path, prompts: Path, out: Path, **changes: Any) -> DistillSettings:
+    """The settings of the command with --from-layers=1 and QUICK."""
+    settings = DistillSettings(
+        target=str(target), from_layers=1, prompts=prompts, out=out, samples=200,
+        max_tokens=24, batch=20, learning_rate=3e-3, device="cpu",
+    )  # fmt: skip
+    return dataclasses.replace(settings, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -78,41 +78,34 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(
-    target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A draft from the target's first layer, trained by the command."""
+def made(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A draft from the target's first layer, trained as the command does, and what it shows."""
     out = tmp_path_factory.mktemp("drafts") / "draft"
-    done = run(
-        "distill", str(target), "--from-layers=1", f"--prompts={prompts}", f"--out={out}",
-        "--steps=40", *QUICK,
-    )  # fmt: skip
-    return out, done
+    lines: list[str] = []
+    assert distill(quick(target, prompts, out, steps=40), lines.append) is not None
+    return out, "\n".join(lines)
 
 
 @pytest.mark.slow
 def test_acceptance_rises_on_held_out_prompts(
-    made: tuple[Path, subprocess.CompletedProcess[str]],
+    made: tuple[Path, str],
 ) -> None:
-    out, done = made
-    assert done.returncode == 0, done.stdout + done.stderr
+    out, shown = made
     num_prompts = len(PROMPTS)
     split = f"{num_prompts - NUM_HELD_OUT} to train on, {NUM_HELD_OUT} held out"
-    assert f"{num_prompts} prompts: {split}" in done.stdout
+    assert f"{num_prompts} prompts: {split}" in shown
     report = json.loads((out / REPORT).read_text("utf-8"))
     assert report["num_steps"] == 40
     assert report["after"]["sampled"] > report["before"]["sampled"] + 0.1
     assert report["after"]["greedy"] > report["before"]["greedy"] + 0.1
     for when in ("before", "after"):
         rates = report[when]
-        shown = f"α {rates['sampled']:.3f} at T = 1, {rates['greedy']:.3f} greedy"
-        assert shown in done.stdout
+        line = f"α {rates['sampled']:.3f} at T = 1, {rates['greedy']:.3f} greedy"
+        assert line in shown
 
 
 @pytest.mark.slow
-def test_the_draft_is_an_ordinary_directory(
-    made: tuple[Path, subprocess.CompletedProcess[str]], target: Path
-) -> None:
+def test_the_draft_is_an_ordinary_directory(made: tuple[Path, str], target: Path) -> None:
     out, _ = made
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_hidden_layers == 1
@@ -123,7 +116,7 @@ def test_the_draft_is_an_ordinary_directory(
 
 @pytest.mark.slow
 async def test_the_services_serve_the_draft(
-    made: tuple[Path, subprocess.CompletedProcess[str]],
+    made: tuple[Path, str],
     target: Path,
     token_ids: list[list[int]],
     redis_server: RedisServer,
@@ -172,13 +165,17 @@ def test_a_killed_run_goes_on_with_the_same_command(
     first = "".join(lines)
     assert "\nrows 1" in first
     assert not (out / "config.json").exists()
-    done = run(*arguments, "--steps=60")
-    assert done.returncode == 0, first + done.stdout + done.stderr
-    assert "\nrows " not in done.stdout
-    assert "going on from the checkpoint" in done.stdout
-    assert "step 0," not in done.stdout
-    before = [line for line in first.splitlines() if line.startswith("before: ")]
-    assert before == [line for line in done.stdout.splitlines() if line.startswith("before: ")]
+    lines.clear()
+    report = distill(quick(target, prompts, out, steps=60, checkpoint_s=0.0), lines.append)
+    assert report is not None
+    assert report.num_steps == 60
+    shown = "\n".join(lines)
+    assert "\nrows " not in shown
+    assert "going on from the checkpoint" in shown
+    assert "step 0," not in shown
+    assert [line for line in first.splitlines() if line.startswith("before: ")] == [
+        line for line in lines if line.startswith("before: ")
+    ]
     assert json.loads((out / REPORT).read_text("utf-8"))["num_steps"] == 60
 
 
@@ -195,10 +192,7 @@ def test_ctrl_c_measures_the_draft_and_writes_nothing(
     assert "no draft was written, the same command goes on" in done.stdout
     assert "Traceback" not in done.stdout
     assert not (out / "config.json").exists()
-    settings = DistillSettings(
-        target=str(target), from_layers=1, prompts=prompts, out=out, steps=20, samples=200,
-        max_tokens=24, batch=20, learning_rate=3e-3, device="cpu",
-    )  # fmt: skip
+    settings = quick(target, prompts, out, steps=20)
     with pytest.raises(ConfigError, match="has an unfinished distillation with another --loss;"):
         distill(dataclasses.replace(settings, loss="tv"))
     report = distill(settings)  # fewer steps than it has taken: measures and writes

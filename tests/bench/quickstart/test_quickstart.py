@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,15 +34,6 @@ from tests.bench.quickstart.small_training import CORPUS, PROMPTS, SHORT, small
 from tests.cli.processes import ROOT, TIMEOUT_S, environment
 
 _NUM_PROMPT_TOKENS = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """With two threads, models this small take minutes on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
