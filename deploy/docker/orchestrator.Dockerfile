@@ -29,6 +29,6 @@ COPY --from=build /opt/outrider /opt/outrider
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /tmp
-EXPOSE 50051
+EXPOSE 50051 8000
 # Exec form, so that the program receives SIGTERM.
 CMD ["python", "-m", "orchestrator"]

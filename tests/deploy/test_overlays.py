@@ -25,6 +25,7 @@ COMBINATIONS = (
     ("draft-canary", "gpu", "monitoring", "autoscaling"),
     ("tls",),
     ("policies",),
+    ("ingress",),
     ("monitoring",),
     ("monitoring", "autoscaling"),
     ("monitoring", "autoscaling/keda"),
