@@ -62,7 +62,7 @@ class Completions(Generic[Body]):
         models: Models,
         kind: type[Body],
         plan: Callable[[Body, Limits, Tokenizer | None], Plan],
-        form: Callable[[TokenTexts, int | None], Format],
+        form: Callable[[TokenTexts, Plan], Format],
     ) -> None:
         self._resources = resources
         self._context = resources.use_case.context
@@ -80,7 +80,7 @@ class Completions(Generic[Body]):
                 model, plan = await self._context.encoding.check(parse)
             else:
                 model, plan = parse()
-            form = self._form(self._texts, plan.num_logprobs)
+            form = self._form(self._texts, plan)
             choices = [
                 Choice(index, request, plan, form, self._texts, self._context.tokenizer)
                 for index, request in enumerate(plan.requests)

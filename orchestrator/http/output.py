@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from orchestrator.generation.output import Chunk
 from orchestrator.generation.state import EmittedToken, Finish, FinishReason, TokenOrigin
+from orchestrator.http.requests import Plan
+from orchestrator.http.tools import ToolCalls
 from orchestrator.speculation.verification import PromptLogprobs, TokenLogprobs
 from outrider.tokenizer import Tokenizer
 
@@ -154,14 +156,14 @@ class Format(Protocol):
 
 
 class CompletionFormat:
-    """`/v1/completions`. `num_logprobs` None: without log-probabilities."""
+    """`/v1/completions`."""
 
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
 
-    def __init__(self, texts: TokenTexts, num_logprobs: int | None) -> None:
+    def __init__(self, texts: TokenTexts, plan: Plan) -> None:
         self._texts = texts
-        self._num_logprobs = num_logprobs
+        self._num_logprobs = plan.num_logprobs
 
     def num_chars(self, piece: Piece) -> int:
         if self._num_logprobs is None:
@@ -211,15 +213,17 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """`/v1/chat/completions`. `num_logprobs` None: without log-probabilities."""
+    """`/v1/chat/completions`. For one request: it reads the tool calls of its choices."""
 
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, num_logprobs: int | None) -> None:
+    def __init__(self, texts: TokenTexts, plan: Plan) -> None:
         self._texts = texts
-        self._num_logprobs = num_logprobs
+        self._num_logprobs = plan.num_logprobs
+        self._tools = plan.tools
+        self._calls: dict[int, ToolCalls] = {}
 
     def num_chars(self, piece: Piece) -> int:
         return 0
@@ -229,16 +233,36 @@ class ChatFormat:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        return self._choice(piece, "delta", {"content": piece.text})
+        if self._tools is None:
+            return self._choice(piece, "delta", {"content": piece.text})
+        calls = self._calls.setdefault(piece.index, ToolCalls(self._tools))
+        said = calls.push(piece.text, is_end=piece.finish is not None)
+        delta: dict[str, Any] = {"content": said.content}
+        if said.calls:
+            delta["tool_calls"] = said.calls
+        return self._choice(piece, "delta", delta, is_call=said.is_call)
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        return self._choice(piece, "message", {"role": "assistant", "content": piece.text})
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text}
+        if self._tools is None:
+            return self._choice(piece, "message", message)
+        said = ToolCalls(self._tools).push(piece.text, is_end=True)
+        message["content"] = said.content or None
+        if said.calls:
+            own = ("id", "type", "function")
+            message["tool_calls"] = [{name: call[name] for name in own} for call in said.calls]
+        return self._choice(piece, "message", message, is_call=said.is_call)
 
-    def _choice(self, piece: Piece, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    def _choice(
+        self, piece: Piece, name: str, content: Mapping[str, Any], *, is_call: bool = False
+    ) -> dict[str, Any]:
         logprobs = None
         if self._num_logprobs is not None:
             logprobs = {"content": [self._logprobs(token) for token in piece.tokens]}
-        return {"index": piece.index, name: content, "logprobs": logprobs, **piece.ending}
+        choice = {"index": piece.index, name: content, "logprobs": logprobs, **piece.ending}
+        if is_call and choice["finish_reason"] == FinishReason.STOP.value:
+            choice["finish_reason"] = "tool_calls"
+        return choice
 
     def _logprobs(self, token: EmittedToken) -> dict[str, Any]:
         top = []

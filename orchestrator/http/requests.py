@@ -16,6 +16,7 @@ from orchestrator.generation.chat import check_num_messages
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.validation import ValidRequest, check_num_token_ids, validate
 from orchestrator.http.bodies import Chat, ChatBody, CompletionBody, Format, Generating, Sampling
+from orchestrator.http.tools import ToolUse, tool_use
 from orchestrator.replicas.models import Limits
 from orchestrator.speculation.verification import SourceName
 from outrider.errors import InvalidRequest
@@ -43,7 +44,8 @@ class Plan:
 
     `requests`: one generation per choice, `n` for each prompt in turn. `num_logprobs`: most likely
     tokens to report with each token; None: no log-probabilities. `echo`: the text of each prompt
-    comes before its output. `has_details`: tokens are reported one by one.
+    comes before its output. `has_details`: tokens are reported one by one. `tools`: how the answer
+    may call tools; None: it may not.
     """
 
     requests: Sequence[ValidRequest]
@@ -53,6 +55,7 @@ class Plan:
     num_logprobs: int | None
     echo: bool = False
     has_details: bool = False
+    tools: ToolUse | None = None
 
 
 def completion_plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer | None) -> Plan:
@@ -93,7 +96,14 @@ def chat_plan(body: ChatBody, limits: Limits, tokenizer: Tokenizer | None) -> Pl
         raise InvalidRequest("top_logprobs", "needs logprobs: true")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     request = _request(body, limits, max_tokens, logprobs=num_logprobs, **chat_fields(body))
-    return _plan(body, (request,), _num_choices(body.n), limits, tokenizer, num_logprobs)
+    tools = tool_use(body, tokenizer)
+    if tools is not None:
+        if request.params.structured_outputs is not None:
+            raise InvalidRequest("tools", "not with another format of the output")
+        params = replace(request.params, structured_outputs=tools.format())
+        request = replace(request, params=params)
+    plan = _plan(body, (request,), _num_choices(body.n), limits, tokenizer, num_logprobs)
+    return replace(plan, tools=tools)
 
 
 def chat_fields(body: Chat) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Tool calls in the text of an answer, whole and in parts of any size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.http.bodies import ChatBody
+from orchestrator.http.tools import ToolCalls, ToolUse, tool_use
+from outrider.errors import InvalidRequest
+
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "$defs": {"city": {"type": "string"}},
+    },
+}
+TIME: dict[str, Any] = {"name": "time"}
+FUNCTIONS = {"weather": WEATHER, "time": TIME}
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS.values()]
+AUTO = ToolUse("auto", False, FUNCTIONS)
+REQUIRED = ToolUse("required", False, FUNCTIONS)
+
+
+def said(use: ToolUse, text: str, size: int) -> tuple[str, list[tuple[str, str]], bool]:
+    """Content, calls and ending of a text that arrives in parts of `size` characters."""
+    calls = ToolCalls(use)
+    content, found, is_call = "", {}, False
+    parts = [text[i : i + size] for i in range(0, len(text), size)] or [""]
+    for number, part in enumerate(parts, 1):
+        new = calls.push(part, is_end=number == len(parts))
+        content += new.content
+        is_call |= new.is_call
+        for call in new.calls:
+            function = call["function"]
+            name, arguments = found.get(call["index"], ("", ""))
+            name += function.get("name", "")
+            found[call["index"]] = (name, arguments + function["arguments"])
+    return content, list(found.values()), is_call
+
+
+def tag(name: str, **arguments: Any) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+
+CASES: dict[str, tuple[ToolUse, str, tuple[str, list[tuple[str, str]], bool]]] = {
+    "text": (AUTO, "No <tool> needed <", ("No <tool> needed <", [], False)),
+    "one": (AUTO, tag("time"), ("", [("time", "{}")], True)),
+    "after text": (AUTO, "Well: " + tag("time"), ("Well: ", [("time", "{}")], True)),
+    "two": (
+        AUTO,
+        tag("time") + "\n" + tag("weather", city="Åre"),
+        ("", [("time", "{}"), ("weather", '{"city": "Åre"}')], True),
+    ),
+    "cut off": (AUTO, "a<tool_call>\n{", ("a<tool_call>\n{", [], False)),
+    "required": (
+        REQUIRED,
+        '[{"name": "time", "parameters": {}}, {"name": "weather", "parameters": {"city": "x"}}]',
+        ("", [("time", "{}"), ("weather", '{"city": "x"}')], True),
+    ),
+    "required, cut off": (REQUIRED, '[{"name"', ('[{"name"', [], False)),
+    "named": (
+        ToolUse("weather", True, FUNCTIONS),
+        '{"city": "x"}',
+        ("", [("weather", '{"city": "x"}')], False),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_calls_are_the_same_whole_and_in_parts(case: str, size: int) -> None:
+    use, text, expected = CASES[case]
+    assert said(use, text, size) == expected
+
+
+def test_formats_of_answers() -> None:
+    """Definitions of a function's schema move to the root, where its references point."""
+    schema = json.loads(REQUIRED.format().json or "")
+    assert schema["$defs"] == {"city": {"type": "string"}}
+    assert [one["properties"]["name"]["const"] for one in schema["items"]["anyOf"]] == [*FUNCTIONS]
+    one = ToolUse("required", False, FUNCTIONS, is_parallel=False)
+    assert json.loads(one.format().json or "")["maxItems"] == 1
+    tags = json.loads(AUTO.format().structural_tag or "")
+    assert tags["triggers"] == ["<tool_call>"]
+    for structure, name in zip(tags["structures"], FUNCTIONS, strict=True):
+        text = structure["begin"] + "{}" + structure["end"]
+        assert said(AUTO, text, 1000) == ("", [(name, "{}")], True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+         "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"name": "time"}}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tools"),
+        ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
+    ],
+)  # fmt: skip
+def test_a_wrong_choice_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    """Also `auto` without a template that writes calls as we read them."""
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "?"}], **fields})
+    with pytest.raises(InvalidRequest) as caught:
+        tool_use(body, None)
+    assert caught.value.field == named
+
+
+def test_no_tools() -> None:
+    for fields in ({}, {"tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "none"}):
+        body = ChatBody.model_validate({"messages": [{"role": "user", "content": "?"}], **fields})
+        assert tool_use(body, None) is None
