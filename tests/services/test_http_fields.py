@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -300,76 +299,7 @@ async def test_content_parts_and_tool_messages_reach_the_template(
     assert answer["error"]["param"].startswith("messages.0.content")
 
 
-# Ends soon, although the model is random: whitespace, which JSON allows, is forbidden.
-_UNIT = {
-    "type": "object",
-    "properties": {"unit": {"enum": ["C", "F"]}},
-    "required": ["unit"],
-    "additionalProperties": False,
-}
-_NO_SPACE = {str(byte): -100 for byte in b" \n\t\r"}
-_TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": _UNIT}}]
-
-
-@pytest.mark.parametrize("choice", ["required", "weather"])
-async def test_tools_are_called_in_openais_shape(choice: str, client: openai.AsyncOpenAI) -> None:
-    """With drafts and without: the same call, streamed or whole."""
-    named = {"type": "function", "function": {"name": choice}}
-    asked: Any = {
-        "model": "", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 200,
-        "temperature": 0, "tools": _TOOLS, "parallel_tool_calls": False,
-        "tool_choice": choice if choice == "required" else named, "logit_bias": _NO_SPACE,
-    }  # fmt: skip
-    answers = [
-        await client.chat.completions.create(
-            **asked, extra_body={"gamma": gamma, "draft_wait": "always"}
-        )
-        for gamma in (0, 4)
-    ]
-    found = set()
-    for answer in answers:
-        (one,) = answer.choices
-        assert one.finish_reason == ("tool_calls" if choice == "required" else "stop")
-        assert one.message.content is None
-        (call,) = one.message.tool_calls or ()
-        assert call.type == "function"
-        assert call.id.startswith("call_")
-        found.add((call.function.name, call.function.arguments))
-        assert json.loads(call.function.arguments)["unit"] in ("C", "F")
-    assert len(found) == 1
-    name, arguments, reason = "", "", None
-    async for chunk in await client.chat.completions.create(**asked, stream=True):
-        reason = chunk.choices[0].finish_reason or reason
-        for part in chunk.choices[0].delta.tool_calls or ():
-            assert part.function is not None
-            name += part.function.name or ""
-            arguments += part.function.arguments or ""
-    assert {(name, arguments)} == found
-    assert reason == answers[0].choices[0].finish_reason
-
-
-@pytest.mark.parametrize("field", ["response_format", "structured_outputs"])
-async def test_an_answer_keeps_its_format(field: str, client: openai.AsyncOpenAI) -> None:
-    formats: dict[str, Any] = {
-        "response_format": {
-            "type": "json_schema", "json_schema": {"name": "unit", "schema": _UNIT, "strict": True}
-        },
-        "structured_outputs": {"json": _UNIT},
-    }  # fmt: skip
-    texts = set()
-    for gamma in (0, 4):
-        answer = await client.chat.completions.create(
-            model="", messages=[{"role": "user", "content": PROMPT}], max_tokens=200, seed=3,
-            logit_bias=_NO_SPACE,  # type: ignore[arg-type]
-            extra_body={
-                "gamma": gamma, "draft_wait": "always", "verification": "coupled",
-                field: formats[field],
-            },
-        )  # fmt: skip
-        assert answer.choices[0].finish_reason == "stop"
-        texts.add(answer.choices[0].message.content)
-    (text,) = texts
-    assert json.loads(text or "")["unit"] in ("C", "F")
+_TOOLS: Any = [{"type": "function", "function": {"name": "weather"}}]
 
 
 async def test_formats_that_contradict_are_refused(stack: System) -> None:
