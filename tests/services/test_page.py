@@ -1,7 +1,7 @@
 """The page at `/` in a real browser: playground, comparison, errors, keys, accessibility.
 
-With OUTRIDER_SCREENSHOTS in the environment the quickstart pair generates, and its pictures are
-written to docs/images.
+The pictures in docs/images are of a running `outrider up`:
+OUTRIDER_SCREENSHOTS=http://127.0.0.1:8000/ pytest -n 0 tests/services/test_page.py -k picture
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import pytest_asyncio
@@ -20,7 +20,6 @@ from axe_playwright_python.async_playwright import Axe
 from PIL import Image
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from outrider.quickstart_pair import DRAFT_PATH, TARGET_PATH
 from outrider.redis.embedded import RedisServer
 from outrider.security.keys import KeyLimits
 from tests.security.parts import write_keys
@@ -30,9 +29,10 @@ from tests.stack import eventually
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-IMAGES = ROOT / "docs/images" if "OUTRIDER_SCREENSHOTS" in os.environ else None
+SHOWN = os.environ.get("OUTRIDER_SCREENSHOTS")
 WAIT_MS = 60_000
 NUM_TOKENS = 24
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -42,14 +42,11 @@ async def stacks(
     chat_pair: Pair, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[System, System, str]]:
     """Two orchestrators of the same tiers; the second one requires a key, which is the third."""
-    pair = chat_pair if IMAGES is None else Pair(TARGET_PATH, DRAFT_PATH)
     file = tmp_path_factory.mktemp("keys") / "keys"
     keys = write_keys(file, ada=KeyLimits())
-    settings: dict[str, Any] = {"tokenizer": str(pair.target), "http_port": 0}
-    if IMAGES is not None:
-        settings["draft_wait_ms"] = None
+    settings: dict[str, Any] = {"tokenizer": str(chat_pair.target), "http_port": 0}
     async with (
-        both_tiers(pair) as tiers,
+        both_tiers(chat_pair) as tiers,
         orchestrating(tiers, redis_server.url, **settings) as stack,
         orchestrating(tiers, redis_server.url, api_keys_file=str(file), **settings) as keyed,
     ):
@@ -99,13 +96,6 @@ async def generate(page: Page, prompt: str, **fields: str) -> None:
 
 async def ended(page: Page) -> None:
     await expect(page.locator("#stop")).to_be_disabled(timeout=WAIT_MS)
-
-
-def picture(content: bytes, file: Path) -> None:
-    """Writes a screenshot with 128 colours: a third of its size."""
-    file.parent.mkdir(exist_ok=True)
-    with Image.open(io.BytesIO(content)) as image:
-        image.convert("RGB").quantize(128).save(file, optimize=True)
 
 
 async def texts(page: Page, selector: str) -> list[str]:
@@ -239,15 +229,13 @@ async def test_a_key_is_asked_for_and_kept_in_memory(
 @needs_browser
 async def test_no_rule_of_accessibility_is_violated(page: Page) -> None:
     """Of axe, in light and dark, wide and narrow, with a finished generation and an error."""
-    await generate(page, "def read(self", **_FIGURE)
+    await generate(page, "the quick")
     await ended(page)
     await page.locator("article .token").nth(4).hover()
-    for scheme in ("light", "dark"):
-        await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+    for scheme in SCHEMES:
+        await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         results = await Axe().run(page)
         assert results.violations_count == 0, results.generate_report()
-        if IMAGES is not None:
-            picture(await page.screenshot(full_page=True), IMAGES / f"page-{scheme}.png")
     await page.set_viewport_size({"width": 380, "height": 800})
     await generate(page, "x", gamma="99")
     await expect(page.locator("#error")).to_be_visible(timeout=WAIT_MS)
@@ -257,10 +245,19 @@ async def test_no_rule_of_accessibility_is_violated(page: Page) -> None:
     assert width <= 380, "the page scrolls sideways"
 
 
-# Long enough, and varied enough, for a picture.
-_FIGURE: dict[str, str] = {}
-if IMAGES is not None:
-    _FIGURE |= {"max_tokens": "128", "gamma": "4"}
+@needs_browser
+@pytest.mark.skipif(SHOWN is None, reason="OUTRIDER_SCREENSHOTS names no page")
+async def test_pictures_of_the_page(page: Page) -> None:
+    await page.goto(str(SHOWN))
+    await generate(page, "def read(self", max_tokens="128")
+    await expect(page.locator("#stop")).to_be_disabled(timeout=4 * WAIT_MS)
+    await page.locator("article .token.recovered").first.hover()
+    for scheme in SCHEMES:
+        await page.emulate_media(color_scheme=scheme)
+        file = ROOT / f"docs/images/page-{scheme}.png"
+        with Image.open(io.BytesIO(await page.screenshot(full_page=True))) as image:
+            # A third of its size.
+            image.convert("RGB").quantize(128).save(file, optimize=True)
 
 
 async def test_the_page_has_a_strict_policy_and_no_way_out(stack: System) -> None:
