@@ -14,6 +14,8 @@ import pytest
 
 from outrider.cli.options import parse_cpus, parse_list
 from outrider.cli.request import Method
+from outrider.client.messages import read_message
+from outrider.client.results import GammaDecision, SpeculationStats
 from outrider.errors import ConfigError
 from outrider.runtime.child_process import tied_to_this_process
 from outrider.v1 import orchestrator_pb2, sampling_pb2
@@ -31,7 +33,7 @@ from outrider_bench.measuring.workload import Prompts, Variant, fixed
 AFFINITY = "import os; print(sorted(os.sched_getaffinity(0)))"
 
 
-def stats(**changes: object) -> orchestrator_pb2.SpeculationStats:
+def stats(**changes: object) -> SpeculationStats:
     """Statistics of 9 tokens: after the first round, 3 rounds with two drafts and 1 without."""
     made = orchestrator_pb2.SpeculationStats(
         num_rounds=5, num_drafts=3, num_draft_tokens=6, num_accepted_tokens=4,
@@ -40,12 +42,12 @@ def stats(**changes: object) -> orchestrator_pb2.SpeculationStats:
     )  # fmt: skip
     for name, value in changes.items():
         setattr(made, name, value)
-    return made
+    return read_message(SpeculationStats, made)
 
 
 def sample(**changes: object) -> Sample:
     made = stats(**changes)
-    return Sample("full", 0, 0, list(range(9)), made.tokens_per_s, 0.1, 0.9, made)
+    return Sample("full", 0, 0, list(range(9)), made.tokens_per_s or 0.0, 0.1, 0.9, made)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_decision_table_marks_the_chosen_gammas() -> None:
         gamma=2, waiting_gamma=0, survival=[0.8, 0.64], target_step_s=[0.02, 0.021, 0.022],
         tokens_per_s=[50, 80, 100], waiting_tokens_per_s=[50, 40, 30],
     )  # fmt: skip
-    shown = decision_table(decision)
+    shown = decision_table(read_message(GammaDecision, decision))
     assert shown.row_count == 3
     cells = [list(column.cells) for column in shown.columns]
     assert cells[0] == ["0", "1", "2"]
