@@ -17,10 +17,12 @@ from outrider.sampling.support import Support
 from outrider.v1 import orchestrator_pb2 as pb
 from tests.e2e.law_tests import p_values, places
 from tests.e2e.pairs import PROMPT, SpreadPair, TinyPair
-from tests.e2e.sampled import FALSE_ALARM, MEDIUM, METHODS, OUTPUT_LEN, drawn
+from tests.e2e.sampled import FALSE_ALARM, METHODS, OUTPUT_LEN, drawn
 from tests.e2e.traffic import COUPLED, assert_speculated, far_target, generate_all, prompt_of
 from tests.stack import Output, running_stack
 
+# Outputs of a check, and how many of all their tokens it judges.
+SIZE = (120, 2700)
 LOOKUP = pb.DRAFT_SOURCE_LOOKUP
 GREEDY = {"temperature": 0.0, "max_tokens": 60, "ignore_eos": True}
 
@@ -102,7 +104,7 @@ async def test_sampled_output_has_the_target_s_distribution(
     """With 8 tokens, most pairs occurred before: most rounds have draft tokens of lookup."""
     if "gamma" not in WAYS[way]:
         far_target(monkeypatch, 0.002)
-    num_outputs, num_places = MEDIUM
+    num_outputs, num_places = SIZE
     draft = spread_pair.draft if "beside" in way else None
     async with running_stack(spread_pair.target, draft, redis, prompt_lookup=True) as stack:
         outputs = await drawn(stack, {}, METHODS[method], OUTPUT_LEN, num_outputs, WAYS[way])
@@ -123,8 +125,8 @@ async def test_a_wrong_distribution_of_the_draft_token_is_caught(
     spread_pair: SpreadPair, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check above, at its own size, has the power to see it."""
-    monkeypatch.setattr(orchestrator.speculation.lookup, "_certain", _less_certain)
-    num_outputs, num_places = MEDIUM
+    monkeypatch.setattr(orchestrator.speculation.lookup, "certain", _less_certain)
+    num_outputs, num_places = SIZE
     async with running_stack(spread_pair.target, None, redis, prompt_lookup=True) as stack:
         outputs = await drawn(
             stack, {}, METHODS["rejection"], OUTPUT_LEN, num_outputs, WAYS["alone"]
