@@ -124,7 +124,10 @@ class Preparation:
         if interrupted is None:
             return build_turn(request, record, tokenizer, max_len)
         state = self._state(interrupted.request, interrupted.turn)
-        answer = interrupted.turn.answer(state.replayed_text(interrupted.output_ids))
+        text = state.replayed_text(interrupted.output_ids)
+        if state.finish is not None:
+            text = text.removesuffix(state.finish.included_stop)
+        answer = interrupted.turn.answer(text)
         record = replace(record, messages=(*record.messages, answer))
         turn = build_turn(request, record, tokenizer, max_len)
         if state.finish is not None and state.finish.reason is not FinishReason.CANCELLED:
