@@ -23,7 +23,7 @@ from orchestrator.http.pieces import Choice, joined
 from orchestrator.http.requests import Plan
 from orchestrator.http.totals import metrics, usage
 from orchestrator.replicas.models import Limits
-from outrider.errors import ClientStalled, Unavailable
+from outrider.errors import ClientStalled, OutriderError, Unavailable
 from outrider.runtime.grpc_status import known_error
 from outrider.runtime.write_watch import WriteWatch
 from outrider.settings.services import OrchestratorConfig
@@ -75,11 +75,7 @@ class Completions(Generic[Body]):
     async def __call__(self, call: Call) -> None:
         content = await call.body()
         async with call.connected():
-            parse = functools.partial(self._parsed, content, self._resources.use_case.limits())
-            if len(content) > _LONG_BODY_BYTES:
-                model, plan = await self._context.encoding.check(parse)
-            else:
-                model, plan = parse()
+            model, plan = await self._planned(call, content)
             form = self._form(self._texts, plan)
             choices = [
                 Choice(index, request, plan, form, self._texts, self._context.tokenizer)
@@ -88,6 +84,17 @@ class Completions(Generic[Body]):
             envelope = Envelope(form, call.request_id, model)
             kind = _Stream if plan.is_stream else _Whole
             await kind(self._resources, call, plan, form, envelope, choices).run()
+
+    async def _planned(self, call: Call, content: bytes) -> tuple[str, Plan]:
+        """Model name and plan of the body. A refusal is counted and logged as over gRPC."""
+        parse = functools.partial(self._parsed, content, self._resources.use_case.limits())
+        try:
+            if len(content) > _LONG_BODY_BYTES:
+                return await self._context.encoding.check(parse)
+            return parse()
+        except OutriderError:
+            async with self._resources.telemetry.of_request(call.headers):
+                raise
 
     def _parsed(self, content: bytes, limits: Limits) -> tuple[str, Plan]:
         body = parse_body(self._kind, content)

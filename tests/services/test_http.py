@@ -18,9 +18,10 @@ from outrider.redis.embedded import RedisServer
 from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.tokenizer import Tokenizer
 from tests.redis_fixture import redis_command
-from tests.services.http_client import events, get, openai_client, post
+from tests.services.http_client import asked, events, get, openai_client, post
 from tests.services.parts import CONTEXT_LEN, Brake, Greedy, Pair, System, nothing_held, whole
 from tests.stack import eventually
+from tests.telemetry.parts import Scrape
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = list(b"the quick")
@@ -78,11 +79,11 @@ async def test_models_version_and_health(stack: System, client: openai.AsyncOpen
 async def test_a_completion_is_the_targets_own_text(
     gamma: int, client: openai.AsyncOpenAI, text: Any
 ) -> None:
-    asked: Any = {
+    body: Any = {
         "model": "", "prompt": "the quick", "max_tokens": NUM_TOKENS, "temperature": 0,
         "extra_body": {"ignore_eos": True, "gamma": gamma, "draft_wait": "always"},
     }  # fmt: skip
-    answer = await client.completions.create(**asked)
+    answer = await client.completions.create(**body)
     (choice,) = answer.choices
     assert choice.text == text("the quick")
     assert choice.finish_reason == "length"
@@ -96,7 +97,7 @@ async def test_a_completion_is_the_targets_own_text(
     num_accepted = speculation["num_accepted_draft_tokens"]
     assert num_accepted == sum(j * n for j, n in enumerate(speculation["acceptance_histogram"]))
     streamed = await client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
+        **body, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in streamed]
     assert "".join(c.choices[0].text for c in chunks if c.choices) == choice.text
@@ -106,12 +107,12 @@ async def test_a_completion_is_the_targets_own_text(
 
 
 async def test_a_chat_is_the_targets_own_text(client: openai.AsyncOpenAI, text: Any) -> None:
-    asked: Any = {"model": "", "messages": MESSAGES, "max_completion_tokens": NUM_TOKENS, **GREEDY}
-    answer = await client.chat.completions.create(**asked)
+    body: Any = {"model": "", "messages": MESSAGES, "max_completion_tokens": NUM_TOKENS, **GREEDY}
+    answer = await client.chat.completions.create(**body)
     (choice,) = answer.choices
     assert choice.message.content == text(bytes(RENDERED).decode())
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
-    chunks = [c async for c in await client.chat.completions.create(**asked, stream=True)]
+    chunks = [c async for c in await client.chat.completions.create(**body, stream=True)]
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert [delta.role for delta in deltas[:2]] == ["assistant", None]
     assert "".join(delta.content or "" for delta in deltas) == choice.message.content
@@ -172,6 +173,16 @@ async def test_a_wrong_field_of_a_chat_is_refused_by_name(case: str, stack: Syst
     assert (status, answer["error"]["param"]) == (400, field)
 
 
+async def test_a_refused_request_is_counted(stack: System) -> None:
+    async def num_refused() -> float:
+        content = (await asked(stack.http_endpoint, "GET", "/metrics")).content
+        return Scrape(content.decode())("outrider_requests_total", status="INVALID_ARGUMENT")
+
+    before = await num_refused()
+    await post(stack, "/v1/completions", {"prompt": "the", "temperature": -1})
+    assert await num_refused() == before + 1
+
+
 async def test_errors_of_the_transport_have_openais_shape(stack: System) -> None:
     for status, (found, answer) in {
         404: await get(stack, "/v1/nothing"),
@@ -190,16 +201,16 @@ async def test_another_models_name_is_refused(client: openai.AsyncOpenAI) -> Non
 
 
 async def test_the_request_id_is_the_clients_or_a_new_one(client: openai.AsyncOpenAI) -> None:
-    asked: Any = {"model": "", "prompt": "the", "max_tokens": 1}
+    body: Any = {"model": "", "prompt": "the", "max_tokens": 1}
     ids = set()
     for headers in ({}, {}, {"X-Request-Id": "mine"}):
-        answer = await client.completions.create(**asked, extra_headers=headers)
+        answer = await client.completions.create(**body, extra_headers=headers)
         ids.add(answer._request_id)
         assert answer.id == f"cmpl-{answer._request_id}"
     assert len(ids) == 3
     assert "mine" in ids
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.completions.create(**asked, temperature=-1, extra_headers=headers)
+        await client.completions.create(**body, temperature=-1, extra_headers=headers)
     assert caught.value.request_id == "mine"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from orchestrator.http.bodies import ChatBody
 from orchestrator.http.tools import ToolCalls, ToolUse, tool_use
 from outrider.errors import InvalidRequest
+from outrider.tokenizer import Tokenizer
+from tests.services.tokenizer_files import write_tokenizer
 
 WEATHER: dict[str, Any] = {
     "name": "weather",
@@ -110,6 +113,25 @@ def test_a_wrong_choice_is_refused_by_name(fields: dict[str, Any], named: str) -
     with pytest.raises(InvalidRequest) as caught:
         tool_use(body, None)
     assert caught.value.field == named
+
+
+def test_auto_needs_a_template_that_writes_calls_in_tags(tmp_path: Path) -> None:
+    """As Qwen's and Hermes' do."""
+    calls = (
+        "{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    )
+    for written, is_known in ((calls, True), ("", False)):
+        template = f"{{% for m in messages %}}{{{{ m.content }}}}{written}{{% endfor %}}"
+        write_tokenizer(tmp_path, chat_template=template)
+        body = ChatBody.model_validate(
+            {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS}
+        )
+        tokenizer = Tokenizer.load(str(tmp_path))
+        if is_known:
+            assert tool_use(body, tokenizer) == AUTO
+        else:
+            with pytest.raises(InvalidRequest):
+                tool_use(body, tokenizer)
 
 
 def test_no_tools() -> None:
