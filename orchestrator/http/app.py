@@ -36,6 +36,7 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
     completions = Completions(resources, models, CompletionBody, completion_plan, CompletionFormat)
     chat = Completions(resources, models, ChatBody, chat_plan, ChatFormat)
     tokens = Tokens(resources, models)
+    origins = resources.settings.allowed_origins
     page = {("GET", file.path): file for file in page_files()}
     api = Api(
         {
@@ -53,8 +54,8 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
         },
         resources.api_keys,
         [*_OPEN_PATHS, *(path for _, path in page)],
+        origins,
     )
-    origins = resources.settings.allowed_origins
     if not origins:
         return api
     return CORSMiddleware(

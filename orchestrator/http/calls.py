@@ -15,6 +15,7 @@ from orchestrator.admission.api_keys import ApiKeys
 from orchestrator.api.request_telemetry import REQUEST_ID_KEY, request_id
 from orchestrator.http.errors import ClientGone, Refused, answer_of
 from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
+from outrider.settings.http import ANY_ORIGIN
 
 # From the request's first byte to its last.
 _BODY_TIMEOUT_S = 60.0
@@ -121,7 +122,8 @@ Endpoint = Callable[[Call], Awaitable[None]]
 class Api:
     """ASGI application: finds a call's endpoint, checks its API key and answers errors.
 
-    `api_keys` None: no key is required. `open_paths`: paths that need no key.
+    `api_keys` None: no key is required. `open_paths`: paths that need no key. `origins`: of other
+    web pages that may send requests.
     """
 
     def __init__(
@@ -129,11 +131,13 @@ class Api:
         endpoints: Mapping[tuple[str, str], Endpoint],
         api_keys: ApiKeys | None,
         open_paths: Collection[str],
+        origins: Collection[str],
     ) -> None:
         """`endpoints`: by method and path; a longer path that ends in / has those below it, too."""
         self._endpoints = endpoints
         self._api_keys = api_keys
         self._open_paths = frozenset(open_paths)
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,11 +145,25 @@ class Api:
         call = Call(scope, receive, send)
         structlog.contextvars.bind_contextvars(request_id=call.request_id)
         try:
+            if scope["method"] == "POST":
+                self._check_origin(call)
             if self._api_keys is not None and scope["path"] not in self._open_paths:
                 self._api_keys.enter(call.headers.items(), scope["path"], call.peer)
             await self._endpoint(scope["method"], scope["path"])(call)
         except Exception as error:
             await _failed(call, error)
+
+    def _check_origin(self, call: Call) -> None:
+        """Raises Refused for a web page of another origin.
+
+        Browsers send such a page's request, and only keep the answer from it: any page that a
+        user visits could otherwise generate at a server on the user's machine.
+        """
+        origin = call.headers.get("origin")
+        if origin is None or self._origins & {origin, ANY_ORIGIN}:
+            return
+        if origin.partition("://")[2] != call.headers.get("host"):
+            raise Refused(f"origin {origin} is not one of http_allowed_origins", 403)
 
     def _endpoint(self, method: str, path: str) -> Endpoint:
         method = "GET" if method == "HEAD" else method

@@ -106,7 +106,7 @@ async def test_tls_by_the_files_of_grpc(authority: Authority, redis_url: str) ->
 
 
 async def test_origins_that_may_call_from_web_pages(redis_url: str) -> None:
-    """Errors have the header, too. Without the setting no origin may."""
+    """Errors have the header, too. Without the setting no other origin may, its own always."""
     async with tiers() as servers:
         for allowed, origin, expected in (
             ("https://a.example, https://b.example", "https://b.example", "https://b.example"),
@@ -122,6 +122,10 @@ async def test_origins_that_may_call_from_web_pages(redis_url: str) -> None:
                         system.http_endpoint, "POST", "/v1/completions", body, headers
                     )
                     assert answer.headers.get("access-control-allow-origin") == expected
+                    assert (answer.status == 403) == (expected is None)
+                own = {"Origin": f"http://{system.http_endpoint}"}
+                answer = await asked(system.http_endpoint, "POST", "/v1/completions", BODY, own)
+                assert answer.status == 200, "its own page"
                 preflight = await asked(
                     system.http_endpoint, "OPTIONS", "/v1/completions", None,
                     {**headers, "Access-Control-Request-Method": "POST",
