@@ -83,6 +83,19 @@ def num_chat_chars(request: GenerationRequest) -> int:
     return num
 
 
+def text_size(value: Any, enough: int) -> int:
+    """Characters of the texts in plain values, and one for each other value; stops at `enough`."""
+    size, stack = 0, [value]
+    while stack and size < enough:
+        entry = stack.pop()
+        size += len(entry) if isinstance(entry, str) else 1
+        if isinstance(entry, Mapping):
+            stack += [*entry.keys(), *entry.values()]
+        elif isinstance(entry, list | tuple):
+            stack += entry
+    return size
+
+
 def num_message_chars(message: Message) -> int:
     """Number of characters of the message that a template may render."""
     content, calls = message["content"], message.get("tool_calls", ())

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from orchestrator.generation.chat import content_text, num_chat_chars, num_message_chars
+from orchestrator.generation.chat import content_text, num_message_chars, text_size
 from orchestrator.generation.request import GenerationRequest, Message
 from orchestrator.sessions import SessionRecord
 from outrider.errors import InvalidRequest
 from outrider.tokenizer import Tokenizer
 
+# More characters of tools than this need not be counted: the request is a long one.
+_LONG_TOOLS = 65_536
 # A text with more characters per token of the context is probably too long.
 _CHARS_PER_TOKEN = 8
 # Tokens at the end of a truncated text that may differ from those of the whole text.
@@ -58,9 +60,11 @@ class PromptTooLong(InvalidRequest):
 
 
 def num_chars(request: GenerationRequest, record: SessionRecord) -> int:
-    """Number of characters that `build_turn` encodes."""
+    """Number of characters that `build_turn` encodes. Of long tools, only that they are long."""
     if request.messages is not None:
-        return sum(map(num_message_chars, record.messages)) + num_chat_chars(request)
+        messages = (*record.messages, *request.messages)
+        variables = (request.tools, request.chat_template_kwargs)
+        return sum(map(num_message_chars, messages)) + text_size(variables, _LONG_TOOLS)
     return len(request.text or "")
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from orchestrator.generation.conversation import PromptTooLong, build_turn
+from orchestrator.generation.conversation import PromptTooLong, build_turn, num_chars
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.sessions import Counters, SessionRecord
 from outrider.errors import InvalidRequest
@@ -117,6 +117,17 @@ def test_a_continued_message_is_the_start_of_the_answer(content: Any, tokenizer:
     turn = build_turn(without_prompt, _record([]), tokenizer, CONTEXT_LEN)
     assert tokenizer.decode(turn.token_ids) == "[user]count\n"
     assert turn.answer("x") == {"role": "assistant", "content": "x"}
+
+
+def test_size_of_a_chat_has_its_tools() -> None:
+    """Texts count whole, other values as one; of very long tools not all are counted."""
+    request = _request(messages=({"role": "user", "content": "abc"},))
+    assert num_chars(request, _record([])) == 3 + 3
+    tool = {"type": "function", "function": {"name": "f" * 50, "parameters": {"a": [1, None]}}}
+    size = num_chars(replace(request, tools=(tool,)), _record([]))
+    assert size == 3 + 9 + len("typefunctionfunctionname" + "f" * 50 + "parametersa")
+    long = replace(request, tools=(tool,) * 100_000)
+    assert 65_536 <= num_chars(long, _record([])) < 70_000
 
 
 def test_input_of_another_kind_than_the_sessions_is_refused(tokenizer: Tokenizer) -> None:
