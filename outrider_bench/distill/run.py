@@ -143,8 +143,8 @@ class _Run:
             assert settings.from_layers is not None, "checked with the settings"
             draft = first_layers(target, settings.from_layers)
         if self._processes.device.type == "cpu":
-            # PyTorch's fused attention is slow to differentiate there: 150 ms of CPU per step of
-            # the quickstart draft, with it 190 ms.
+            # PyTorch's fused attention is slow to differentiate there: 126 ms of CPU per step of
+            # the quickstart draft, with it 186 ms.
             draft.set_attn_implementation("eager")
         longest = settings.max_prompt_tokens + settings.max_tokens
         check_context(target, settings.target, longest)
