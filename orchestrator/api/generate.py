@@ -54,7 +54,8 @@ class RequestEvents(Protocol):
 class Chunks:
     """Async iterator over the chunks of a generation; charges their tokens to the client's quota.
 
-    `request`: the request as it runs, with `params.max_tokens` resolved.
+    `request`: the request as it runs, with `params.max_tokens` resolved. `num_prompt_tokens`: of
+    its whole context.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Chunks:
         request: GenerationRequest,
         session_id: str,
         quota: Quota,
+        num_prompt_tokens: int,
     ) -> None:
         self._chunks = chunks
         self._quota = quota
         self.request = request
         self.session_id = session_id
+        self.num_prompt_tokens = num_prompt_tokens
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -173,7 +176,10 @@ class Generate:
             arrived_at=events.arrived_at,
             check_length=lambda: check_length(prepared.request, num_prompt_tokens, self._limits()),
         )
-        return generation, Chunks(generation, prepared.request, lease.session_id, client.quota)
+        chunks = Chunks(
+            generation, prepared.request, lease.session_id, client.quota, num_prompt_tokens
+        )
+        return generation, chunks
 
     async def _acquire(
         self, request: GenerationRequest, client: str, session_id: str, model: str

@@ -36,6 +36,7 @@ class StreamOptions(_Body):
     """What a stream contains besides the output."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Sampling(_Body):

@@ -21,7 +21,7 @@ from orchestrator.http.models import Models
 from orchestrator.http.output import Envelope, Format, Piece, TokenTexts, is_cut_off
 from orchestrator.http.pieces import Choice, joined
 from orchestrator.http.requests import Plan
-from orchestrator.http.totals import metrics, usage
+from orchestrator.http.totals import metrics, running_usage, usage
 from orchestrator.replicas.models import Limits
 from outrider.errors import ClientStalled, OutriderError, Unavailable
 from outrider.runtime.grpc_status import known_error
@@ -154,6 +154,7 @@ class _Answer:
             resources.use_case.generate(choice.request, client, events) as chunks,
             self._write_timeout(),
         ):
+            choice.num_prompt_tokens = chunks.num_prompt_tokens
             async for chunk in chunks:
                 ready_at = time.monotonic()
                 self._results[choice.index] = chunk.result
@@ -213,6 +214,8 @@ class _Stream(_Answer):
             await self._send(self._envelope.chunk(opening))
         is_last = not self._plan.includes_usage and None not in self._results
         fields = {"metrics": self._totals()["metrics"]} if is_last else {}
+        if self._plan.has_running_usage:
+            fields["usage"] = running_usage(choice.num_prompt_tokens, choice.num_tokens)
         await self._send(self._envelope.chunk(self._form.delta(piece), **fields))
 
     async def _send(self, event: Mapping[str, Any]) -> None:

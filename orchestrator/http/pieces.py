@@ -36,6 +36,7 @@ class Choice:
         self.index = index
         self.request = request
         self.has_begun = False
+        self.num_prompt_tokens = self.num_tokens = 0
         self._plan = plan
         self._form = form
         self._texts = texts
@@ -46,6 +47,7 @@ class Choice:
         """The next piece. A choice that was cut off has no end: an error follows."""
         finish = None if is_cut_off(chunk.finish) else chunk.finish
         piece = Piece(self.index, chunk.text, chunk.tokens, finish, self._num_chars)
+        self.num_tokens += len(chunk.tokens)
         extra: dict[str, Any] = {}
         if self._plan.has_details:
             extra["token_details"] = token_details(chunk, self._num_rounds)

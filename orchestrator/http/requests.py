@@ -15,7 +15,15 @@ from typing import Any
 from orchestrator.generation.chat import check_num_messages
 from orchestrator.generation.request import GenerationRequest
 from orchestrator.generation.validation import ValidRequest, check_num_token_ids, validate
-from orchestrator.http.bodies import Chat, ChatBody, CompletionBody, Format, Generating, Sampling
+from orchestrator.http.bodies import (
+    Chat,
+    ChatBody,
+    CompletionBody,
+    Format,
+    Generating,
+    Sampling,
+    StreamOptions,
+)
 from orchestrator.http.tools import ToolUse, tool_use
 from orchestrator.replicas.models import Limits
 from orchestrator.speculation.verification import SourceName
@@ -43,7 +51,8 @@ class Plan:
     """What one HTTP request asks for.
 
     `requests`: one generation per choice, `n` for each prompt in turn. `num_logprobs`: most likely
-    tokens to report with each token; None: no log-probabilities. `echo`: the text of each prompt
+    tokens to report with each token; None: no log-probabilities. `has_running_usage`: each chunk
+    has the usage so far. `echo`: the text of each prompt
     comes before its output. `has_details`: tokens are reported one by one. `tools`: how the answer
     may call tools; None: it may not.
     """
@@ -52,6 +61,7 @@ class Plan:
     n: int
     is_stream: bool
     includes_usage: bool
+    has_running_usage: bool
     num_logprobs: int | None
     echo: bool = False
     has_details: bool = False
@@ -150,11 +160,13 @@ def _plan(
         raise InvalidRequest("session_id", f"not allowed with {len(valid)} choices")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "needs stream: true")
+    options = body.stream_options or StreamOptions()
     return Plan(
         valid,
         n,
         is_stream=bool(body.stream),
-        includes_usage=bool(body.stream_options and body.stream_options.include_usage),
+        includes_usage=bool(options.include_usage),
+        has_running_usage=bool(options.include_usage and options.continuous_usage_stats),
         num_logprobs=num_logprobs,
         echo=echo,
         has_details=bool(body.token_details),

@@ -22,6 +22,15 @@ def usage(results: Sequence[Result], n: int) -> dict[str, Any]:
     }
 
 
+def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+    """Token counts of one choice so far, as vLLM's `continuous_usage_stats`."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
+
+
 def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
     """Statistics of speculation over all choices, by vLLM's names.
 

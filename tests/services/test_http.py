@@ -30,6 +30,8 @@ RENDERED = list(b"[user]the fox\n[assistant]")
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 FIXED = {"ignore_eos": True, "gamma": 0}
 NUM_TOKENS = 24
+# The second as vLLM and guidellm.
+USAGE: Any = {"include_usage": True, "continuous_usage_stats": True}
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -96,13 +98,14 @@ async def test_a_completion_is_the_targets_own_text(
     assert sum(speculation["acceptance_histogram"]) == speculation["num_spec_steps"]
     num_accepted = speculation["num_accepted_draft_tokens"]
     assert num_accepted == sum(j * n for j, n in enumerate(speculation["acceptance_histogram"]))
-    streamed = await client.completions.create(
-        **body, stream=True, stream_options={"include_usage": True}
-    )
+    streamed = await client.completions.create(**body, stream=True, stream_options=USAGE)
     chunks = [chunk async for chunk in streamed]
     assert "".join(c.choices[0].text for c in chunks if c.choices) == choice.text
     assert [c.choices[0].finish_reason for c in chunks[-3:] if c.choices][-1] == "length"
     assert (chunks[-1].choices, chunks[-1].usage) == ([], answer.usage)
+    so_far = [chunk.usage.completion_tokens for chunk in chunks[:-1] if chunk.usage]
+    assert len(so_far) == len(chunks) - 1
+    assert (so_far, so_far[-1]) == (sorted(so_far), NUM_TOKENS)
     assert chunks[-1].model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
 
 
