@@ -20,7 +20,7 @@ from orchestrator.http.errors import answer_of
 from orchestrator.http.models import Models
 from orchestrator.http.output import Envelope, Format, Piece, TokenTexts, is_cut_off
 from orchestrator.http.pieces import Choice, joined
-from orchestrator.http.requests import Plan
+from orchestrator.http.requests import Plan, num_choices
 from orchestrator.http.totals import metrics, running_usage, usage
 from orchestrator.replicas.models import Limits
 from outrider.errors import ClientStalled, OutriderError, Unavailable
@@ -31,8 +31,10 @@ from outrider.tokenizer import Tokenizer
 
 # Generations of one request that run at a time; further ones start as they end.
 _MAX_RUNNING = 32
-# A longer body is parsed in a thread.
-_LONG_BODY_BYTES = 8_192
+# A longer body is parsed and checked in a thread.
+_LONG_BODY_BYTES = 65_536
+# More choices take over a millisecond to prepare.
+_MANY_CHOICES = 16
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -87,19 +89,17 @@ class Completions(Generic[Body]):
 
     async def _planned(self, call: Call, content: bytes) -> tuple[str, Plan]:
         """Model name and plan of the body. A refusal is counted and logged as over gRPC."""
-        parse = functools.partial(self._parsed, content, self._resources.use_case.limits())
+        limits, check = self._resources.use_case.limits(), self._context.encoding.check
+        parse = functools.partial(parse_body, self._kind, content)
         try:
-            if len(content) > _LONG_BODY_BYTES:
-                return await self._context.encoding.check(parse)
-            return parse()
+            body = await check(parse) if len(content) > _LONG_BODY_BYTES else parse()
+            model = self._models.checked(body.model)
+            plan = functools.partial(self._plan, body, limits, self._context.tokenizer)
+            is_long = len(content) > _LONG_BODY_BYTES or num_choices(body) > _MANY_CHOICES
+            return model, await check(plan) if is_long else plan()
         except OutriderError:
             async with self._resources.telemetry.of_request(call.headers):
                 raise
-
-    def _parsed(self, content: bytes, limits: Limits) -> tuple[str, Plan]:
-        body = parse_body(self._kind, content)
-        model = self._models.checked(body.model)
-        return model, self._plan(body, limits, self._context.tokenizer)
 
 
 class _Answer:

@@ -116,6 +116,14 @@ def chat_plan(body: ChatBody, limits: Limits, tokenizer: Tokenizer | None) -> Pl
     return replace(plan, tools=tools)
 
 
+def num_choices(body: CompletionBody | ChatBody) -> int:
+    """Number of choices that the body asks for, before it is checked."""
+    num_prompts, prompt = 1, getattr(body, "prompt", None)
+    if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
+        num_prompts = len(prompt)
+    return (body.n or 1) * num_prompts
+
+
 def chat_fields(body: Chat) -> dict[str, Any]:
     """The chat by the names of GenerationRequest."""
     check_num_messages(len(body.messages))
