@@ -275,3 +275,12 @@ def test_text_is_split_by_token() -> None:
     chunk = Chunk("añ世cd", [5, 6, 7], ["accepted", "accepted", "bonus"], [], [1, 1, 4])
     assert list(chunk.pieces()) == [("a", "accepted"), ("ñ世c", "bonus"), ("d", "bonus")]
     assert list(Chunk("x", [], [], [], []).pieces()) == [("x", "plain")]
+
+
+def test_short_requests_use_the_next_endpoint(endpoint: str) -> None:
+    """The failure is on standard error; the output is the answer alone."""
+    ended = run("model", "--json", "--endpoint", f"127.0.0.1:1,{endpoint}")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["target"]["vocab_size"] == 300
+    assert "nothing answers at 127.0.0.1:1" in ended.stderr
+    assert "; trying the next endpoint" in ended.stderr
