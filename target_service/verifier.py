@@ -135,6 +135,8 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         if state.waiting is not None:
             raise InvalidRequest("generation_id", "its previous request is not answered yet")
         request.check(len(live.token_ids), self._max_gamma, self._engine.info.vocab_size)
+        if request.with_prompt_logprobs and state.sampler.params.prompt_logprobs is None:
+            raise InvalidRequest("with_prompt_logprobs", "the generation did not ask for them")
         if request.with_prompt_logprobs and request.committed_len < state.prompt_len:
             raise InvalidRequest("context_token_ids", f"shorter than prompt_len {state.prompt_len}")
         if request.keep_len > live.sequence.length:

@@ -54,6 +54,10 @@ class GrammarGate(Generic[Command]):
             return []
         if (structured := _structured(command)) is None:
             return [command]
+        try:
+            structured.validate()
+        except InvalidRequest as error:
+            return [_with(command, error)]
         if self._compiler is None:
             why = "the model has no tokenizer that maps tokens to bytes and has its EOS token"
             return [_with(command, InvalidRequest(structured.field, why))]

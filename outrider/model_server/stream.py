@@ -49,6 +49,8 @@ class StreamPeer(ABC, Generic[Command, Result]):
         # State changes go through the same queue as results, so the order is preserved.
         self.outbox: Outbox[Result | ReplicaState] = Outbox()
         self.open_keys: set[GenerationKey] = set()
+        # Closed by a frame whose commands are not queued yet.
+        self._closing_keys: set[GenerationKey] = set()
         self._state = ReplicaState.READY
         self.watch: StreamTelemetry | None = None
 
@@ -98,6 +100,7 @@ class StreamPeer(ABC, Generic[Command, Result]):
         for item in frame.closes:
             key = GenerationKey(self.id, item.generation_id)
             self.open_keys.discard(key)
+            self._closing_keys.add(key)
             commands.append(Close(key, keep=item.keep))
         no_generation = GenerationKey(self.id, 0)
         sessions = [self.session_key(session_id) for session_id in frame.forget_session_ids]
@@ -107,9 +110,14 @@ class StreamPeer(ABC, Generic[Command, Result]):
         """Name of the session at this replica."""
         return session_id
 
+    def queued(self) -> None:
+        """The commands of the last frame are queued."""
+        self._closing_keys.clear()
+
     def closing(self) -> list[Command]:
         """Commands that close every open generation, for the end of the stream."""
-        commands: list[Any] = [Close(key, keep=False) for key in self.open_keys]
+        keys = self.open_keys | self._closing_keys
+        commands: list[Any] = [Close(key, keep=False) for key in keys]
         return commands
 
     def _admitted(self, key: GenerationKey, item: Any) -> Command:
@@ -155,6 +163,7 @@ async def serve_stream(
             _check_size(frame)
             watch.read(frame)
             await scheduler.submit(gate.passed(peer.commands(frame)))
+            peer.queued()
 
     writer = StreamWriter(context)
     heartbeat = Heartbeat(peer.outbox, MAX_MISSED_HEARTBEATS)

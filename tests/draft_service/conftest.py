@@ -11,11 +11,11 @@ from draft_service.tree import draft_session
 from outrider.engine import Engine, EngineOptions, load_engine
 from outrider.model_server import step_costs
 from tests.draft_service.draft_worker import KV_TOKENS, Draft
-from tests.services.conftest import _few_threads, draft_greedy, greedy, pair
+from tests.services.conftest import draft_greedy, greedy, pair
 from tests.services.noting import Clock
 from tests.services.parts import Greedy, Pair
 
-__all__ = ["_few_threads", "draft_greedy", "greedy", "pair"]
+__all__ = ["draft_greedy", "greedy", "pair"]
 
 
 @pytest.fixture

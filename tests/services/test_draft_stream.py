@@ -85,6 +85,9 @@ async def lost(stream: Stream, generation_id: int = BAD) -> draft_pb2.DraftLost:
 
 NAN = sampling_pb2.SamplingParams(temperature=math.nan)
 OUTSIDE = sampling_pb2.SamplingParams(logit_bias={256: 1.0})
+TWO_FORMATS = sampling_pb2.SamplingParams(
+    structured_outputs=sampling_pb2.StructuredOutputs(regex="a", grammar="b")
+)
 BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
     "no context": ({"token_ids": b""}, "token_ids"),
     "half a token": ({"token_ids": b"\1\0\0"}, "token_ids"),
@@ -100,6 +103,7 @@ BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
     "verification 9": ({"verification": 9}, "verification"),
     "temperature NaN": ({"sampling": NAN}, "temperature"),
     "bias out of range": ({"sampling": OUTSIDE}, "logit_bias"),
+    "two formats": ({"sampling": TWO_FORMATS}, "structured_outputs"),
 }
 # After a good open and its first round: 5 tokens committed, a proposal of four tokens is out.
 BAD_COMMITS: dict[str, tuple[dict[str, Any], str]] = {

@@ -57,6 +57,9 @@ TOP_P = sampling_pb2.SamplingParams(top_p=0)
 OUTSIDE = sampling_pb2.SamplingParams(allowed_token_ids=[256])
 MIN_TOKENS = sampling_pb2.SamplingParams(min_tokens=5, max_tokens=4)
 
+TWO_FORMATS = sampling_pb2.SamplingParams(
+    structured_outputs=sampling_pb2.StructuredOutputs(regex="a", grammar="b")
+)
 BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt_len 0": ({"prompt_len": 0}, "max_len"),
     "prompt fills it": ({"prompt_len": 200}, "max_len"),
@@ -68,6 +71,7 @@ BAD_OPENS: dict[str, tuple[dict[str, Any], str]] = {
     "top_p 0": ({"sampling": TOP_P}, "top_p"),
     "tokens out of range": ({"sampling": OUTSIDE}, "allowed_token_ids"),
     "min_tokens": ({"sampling": MIN_TOKENS}, "min_tokens"),
+    "two formats": ({"sampling": TWO_FORMATS}, "structured_outputs"),
 }
 # A good one is row(BAD, 0, PROMPT, [5, 6], sizes [2, 1], ids [1, 2, 3]).
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {

@@ -112,11 +112,18 @@ def test_a_displaced_generation_fails_as_displaced_before_a_request_of_the_same_
 
 
 def test_prompt_logprobs_that_do_not_fit_the_request_are_refused() -> None:
-    """They need the whole prompt, from its first token on. Other generations are answered."""
+    """They need the whole prompt, from its first token on, and a generation that asks for them.
+
+    Other generations are answered.
+    """
     target = Target()
     opened, asked = target.opening(1, LONG)
+    assert isinstance(opened, OpenTarget)
+    opened = replace(opened, params=replace(opened.params, prompt_logprobs=0))
     short = replace(asked, context_token_ids=np.asarray(LONG[:-1]), with_prompt_logprobs=True)
     late = replace(target.opening(3, SHORT)[1], keep_len=1, with_prompt_logprobs=True)
-    answers = target.run(opened, short, *target.opening(2, LONG), target.opening(3, SHORT)[0], late)
+    unasked = replace(target.opening(4, SHORT)[1], with_prompt_logprobs=True)
+    others = [target.opening(number, SHORT)[0] for number in (3, 4)]
+    answers = target.run(opened, short, *target.opening(2, LONG), *others, late, unasked)
     assert answers.pop(2) is not FailureReason.BAD_MESSAGE
-    assert answers == {1: FailureReason.BAD_MESSAGE, 3: FailureReason.BAD_MESSAGE}
+    assert answers == dict.fromkeys((1, 3, 4), FailureReason.BAD_MESSAGE)
