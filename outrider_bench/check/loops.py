@@ -42,7 +42,13 @@ class Pass:
     served: Block
 
     @property
+    def has_rates(self) -> bool:
+        """False if there was no time in which every stream was busy: nothing was measured."""
+        return min(self.served.tokens_per_s, self.plain.tokens_per_s) > 0
+
+    @property
     def speed_up(self) -> float:
+        """Only with rates."""
         return self.served.tokens_per_s / self.plain.tokens_per_s
 
 
@@ -199,5 +205,5 @@ async def _block(
 
 
 def median_speed_up(passes: Sequence[Pass]) -> float:
-    """Median over the passes; there must be one."""
+    """Median over the passes, which have rates; there must be one."""
     return statistics.median(one.speed_up for one in passes)

@@ -259,7 +259,7 @@ def _speed_up(temperature: float, prediction: Prediction, loops: Loops) -> Speed
     from outrider_bench.measuring.summary import Rounds
 
     num = prediction.situation.num_streams
-    passes = loops.at(temperature, num)
+    passes = [one for one in loops.at(temperature, num) if one.has_rates]
     if not passes:
         return SpeedUp(temperature, num, prediction)
     rounds = Rounds.of(sample for one in passes for sample in one.served.samples)

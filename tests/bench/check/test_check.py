@@ -128,7 +128,9 @@ def test_without_a_draft_prompt_lookup_is_checked() -> None:
     assert set(uses) == {"editing", ""}
     assert uses[""]["tokens_per_round"] >= 1
     assert [one["num_streams"] for one in found["speed_ups"]] == [1, 2]
-    assert all(one["measured"] > 0 for one in found["speed_ups"])
+    one_stream, two_streams = (one["measured"] for one in found["speed_ups"])
+    assert one_stream > 0
+    assert two_streams is None or two_streams > 0, "None: the streams did not overlap"
     assert found["verdict"].startswith(("use prompt lookup: ", "do not speculate: "))
 
 
