@@ -100,7 +100,8 @@ async def test_a_frozen_server_costs_a_timeout_and_loses_nothing(
                 records = (store.record(lease, round_of(1, 2)) for lease in leases)
                 results = await asyncio.gather(*records, return_exceptions=True)
             assert all(isinstance(r, Unavailable) for r in results)
-            assert len(exchanges) == 1
+            # Orchestrators of other tests may run in this process, with a Redis of their own.
+            assert len([one for one in exchanges if b"session:{s" in repr(one).encode()]) == 1
             await is_back(store)
             for lease in leases:
                 await store.record(lease, RoundRecord([1, 2, 3], PER_ROUND, None, None))
