@@ -28,16 +28,19 @@ log = structlog.get_logger()
 # A format that takes longer is refused. The limits of `_LIMITS` end nearly all earlier: the
 # slowest of 30 adversarial ones took 1.2 s.
 COMPILE_TIMEOUT_S = 10.0
-# Compilations at a time; each holds one core. Others wait, at most so many.
+# Compilations at a time; each holds one core.
 MAX_COMPILING = 2
+# Formats being compiled or waiting for it; more are refused.
 MAX_PENDING = 64
 # Compiled formats, and errors of formats that cannot be compiled.
 MAX_CACHED = 128
 # A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _MAX_ERROR_CHARS = 300
+# The end of an output where the model's EOS tokens are not known.
+_END = "<|end of a structured output|>"
 # Between the tokens of JSON: a line break and its indentation. Without a bound, a model may write
-# line breaks for ever.
+# line breaks up to max_tokens.
 _WHITESPACE: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 
 Ids = npt.NDArray[Any]
@@ -89,12 +92,6 @@ class GrammarState:
         self._token_ids = np.array(wanted[: num_same + num_new], np.int64)
         return num_same + num_new
 
-    def num_allowed(self, output_ids: Ids) -> int:
-        """Like `seek`; also counts an EOS token where the output may end."""
-        num = self.seek(output_ids)
-        ends = num < len(output_ids) and output_ids[num] in self._eos_token_ids
-        return num + int(ends and self.matcher.is_accepting())
-
     def reset(self) -> None:
         """Back to the beginning, with a new matcher: an error of a matcher is final."""
         self.matcher, self._token_ids = self.grammar.matcher(), np.zeros(0, np.int64)
@@ -125,15 +122,17 @@ class GrammarCompiler:
         """Takes half a second for a vocabulary of 131,000 tokens, with the GIL held.
 
         Raises ValueError if the tokenizer's decoder does not map tokens to bytes, or none of
-        `eos_token_ids` is one of its tokens. Without any, the tokenizer's own ends an output.
+        `eos_token_ids` is one of its tokens. Without any, no token of the tokenizer ends an output.
         """
         num_ids = tokenizer.max_token_id + 1
         known = sorted(token_id for token_id in eos_token_ids if token_id < num_ids)
         if eos_token_ids and not known:
             raise ValueError(f"the tokenizer has none of the EOS tokens {sorted(eos_token_ids)}")
-        self._tokenizer = LLTokenizer(
-            tokenizer.to_json(), n_vocab=max(vocab_size, num_ids), eos_token=known or None
-        )
+        source = tokenizer.to_json()
+        if not known:  # llguidance would choose one, token 0 if it finds none
+            source, added = tokenizer.with_special_token(_END)
+            known, num_ids = [added], added + 1
+        self._tokenizer = LLTokenizer(source, n_vocab=max(vocab_size, num_ids), eos_token=known)
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_COMPILING)
         self._num_pending = 0

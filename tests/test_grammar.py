@@ -14,12 +14,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import outrider.grammar
-from outrider.errors import CapacityExceeded, InvalidRequest
+from orchestrator.generation.output_format import OutputFormat
+from outrider.errors import CapacityExceeded, InternalError, InvalidRequest
 from outrider.grammar import Grammar, GrammarCompiler, GrammarState, grammar_compiler
 from outrider.model_server.grammar_masks import MaskRequest, Masks, MaskThread
 from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.tokenizer import Tokenizer
 from tests import vocabularies
+from tests.cli.conftest import write_tokenizer
 from tests.e2e.byte_tokenizer import load_byte_tokenizer
 
 _SCHEMA = json.dumps({
@@ -54,6 +56,16 @@ def _eos(tokenizer: Tokenizer) -> int:
 def _grammar(tokenizer: Tokenizer, num_more: int = 0, **fields: str) -> Grammar:
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size + num_more, [_eos(tokenizer)])
     return compiler.submit(StructuredOutputs(**(fields or {"json": _SCHEMA}))).result(60)
+
+
+def _is_allowed(grammar: Grammar, eos: int, token_ids: list[int]) -> bool:
+    """Whether the orchestrator's check allows the output."""
+    output_format = OutputFormat(grammar, [eos], token_ids, 0, has_supports=False)
+    try:
+        output_format.check()
+    except InternalError:
+        return False
+    return True
 
 
 def _allowed(masks: Masks, row: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -105,9 +117,9 @@ def test_only_eos_follows_a_complete_output(tokenizer: Tokenizer) -> None:
     assert _allowed(masks, len(ids)).tolist() == [eos]
     assert eos not in _allowed(masks, 0)
     assert masks.num_live == len(masks.forbidden)
-    assert state.num_allowed(np.array([*ids, eos])) == len(ids) + 1
-    assert state.num_allowed(np.array([*ids, eos, eos])) == len(ids) + 1
-    assert state.num_allowed(np.array([eos])) == 0
+    assert _is_allowed(grammar, eos, [*ids, eos])
+    assert not _is_allowed(grammar, eos, [*ids, eos, eos])
+    assert not _is_allowed(grammar, eos, [eos])
 
 
 def test_whitespace_of_json_is_bounded(tmp_path: Path) -> None:
@@ -148,6 +160,21 @@ def test_eos_beyond_the_tokenizer() -> None:
     tokenizer = Tokenizer(vocabularies.byte_fallback(), {})
     assert grammar_compiler(tokenizer, 400, [269, 399]) is not None
     assert grammar_compiler(tokenizer, 400, [399]) is None
+
+
+def test_without_eos_tokens_every_token_is_text(tmp_path: Path) -> None:
+    """Orchestrators compile so; of itself, llguidance takes token 0 as the end of an output."""
+    write_tokenizer(tmp_path, ["the quick brown fox"])
+    tokenizer = _loaded(tmp_path)
+    eos = _eos(tokenizer)
+    formats = [_grammar(tokenizer, regex=r"(.|\n){1,2}")]
+    compiler = GrammarCompiler(tokenizer, 0, [])
+    formats.append(compiler.submit(StructuredOutputs(regex=r"(.|\n){1,2}")).result(60))
+    with_eos, without = (
+        [_is_allowed(each, eos, [i]) for i in range(tokenizer.vocab_size)] for each in formats
+    )
+    assert with_eos == without
+    assert sum(without) > 100
 
 
 def test_formats_are_compiled_once_and_the_cache_is_bounded(

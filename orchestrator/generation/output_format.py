@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from orchestrator.speculation.lookup import certain
 from orchestrator.speculation.verification import Proposal, SourceName
 from outrider.errors import InternalError
-from outrider.grammar import Grammar, GrammarState
+from outrider.grammar import Grammar
 
 
 class OutputFormat:
@@ -32,23 +30,33 @@ class OutputFormat:
         *,
         has_supports: bool,
     ) -> None:
-        self._state = GrammarState(grammar, eos_token_ids)
+        self._field = grammar.field
+        self._matcher = grammar.matcher()
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._token_ids = token_ids
-        self._prompt_len = prompt_len
+        self._prompt_len = self._num_checked = prompt_len
         self._has_supports = has_supports
 
     def check(self) -> None:
         """Moves behind the committed tokens. Raises InternalError unless the format allows them."""
-        output = np.array(self._token_ids[self._prompt_len :], np.int64)
-        if self._state.num_allowed(output) < len(output):
+        new_ids = list(self._token_ids[self._num_checked :])
+        num_text = next(
+            (i for i, t in enumerate(new_ids) if t in self._eos_token_ids), len(new_ids)
+        )
+        num_allowed = self._matcher.try_consume_tokens(new_ids[:num_text])
+        if num_allowed == num_text < len(new_ids) and self._matcher.is_accepting():
+            num_allowed += 1  # EOS, where the output may end
+        self._num_checked += num_allowed
+        if num_allowed < len(new_ids):
+            position = self._num_checked + 1 - self._prompt_len
             raise InternalError(
                 "the target does not apply the output's format",
-                f"{self._state.grammar.field} does not allow token {len(output)} of the output",
+                f"{self._field} does not allow token {position} of the output",
             )
 
     def forced(self, max_tokens: int) -> Proposal | None:
         """Proposes tokens that must follow the committed ones; None where there is a choice."""
-        token_ids = tuple(self._state.matcher.compute_ff_tokens()[:max_tokens])
+        token_ids = tuple(self._matcher.compute_ff_tokens()[:max_tokens])
         if not token_ids:
             return None
         supports = tuple(map(certain, token_ids)) if self._has_supports else None
@@ -60,5 +68,5 @@ class OutputFormat:
         With that token: without it, the distribution of the output would depend on its value
         (docs/concepts/exactness.md).
         """
-        num_allowed = self._state.matcher.validate_tokens(list(proposal.token_ids))
+        num_allowed = self._matcher.validate_tokens(list(proposal.token_ids))
         return proposal.head(num_allowed + 1)

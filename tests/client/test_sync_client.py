@@ -66,10 +66,11 @@ def test_many_threads(client: Client) -> None:
 async def test_inside_a_running_event_loop(place: Place) -> None:
     """As in a notebook; beside an AsyncClient of that loop."""
     async with AsyncClient(place.endpoints) as other:
-        stream = other.generate(PROMPT, max_tokens=NUM_TOKENS, seed=2)
+        stream = other.generate(PROMPT, max_tokens=NUM_TOKENS, seed=2, verification="coupled")
         await anext(stream)
         with Client(place.endpoints) as client:
-            blocking = client.generate(PROMPT, max_tokens=NUM_TOKENS, seed=2).result()
+            again = client.generate(PROMPT, max_tokens=NUM_TOKENS, seed=2, verification="coupled")
+            blocking = again.result()
         assert (await stream.result()).token_ids == blocking.token_ids
 
 
