@@ -103,9 +103,9 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.to_json())
         backend.add_special_tokens([text])
         token_id = backend.token_to_id(text)
-        if token_id <= self.max_token_id:
+        if token_id is None or token_id <= self.max_token_id:
             raise ValueError("there are unused ids between the tokenizer's tokens")
-        return str(backend.to_str()), int(token_id)
+        return backend.to_str(), token_id
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

@@ -36,7 +36,8 @@ def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
 
     `draft_acceptance_rate` is accepted / drafted, as vLLM's; `acceptance_rate` is α, as gRPC's: the
     draft tokens after the first rejection are not counted. `acceptance_histogram[j]`: rounds that
-    accepted exactly j draft tokens. `gamma`: of the request; None: adaptive.
+    accepted exactly j draft tokens. `num_rounds_per_gamma[g]`: rounds with g draft tokens, without
+    the prompt's. `gamma`: of the request; None: adaptive.
     """
     total = SpeculationCounts()
     for result in results:
@@ -62,6 +63,8 @@ def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
             "num_rejected_draft_tokens": total.num_rejected_tokens,
             "acceptance_rate": total.acceptance_rate,
             "num_rounds": total.num_rounds,
+            "num_lookahead_hits": sum(result.num_lookahead_hits for result in results),
+            "num_rounds_per_gamma": total.num_rounds_per_gamma,
         }
     }
 
@@ -72,7 +75,11 @@ def _add(total: SpeculationCounts, counts: SpeculationCounts) -> None:
     total.num_draft_tokens += counts.num_draft_tokens
     total.num_accepted_tokens += counts.num_accepted_tokens
     total.num_rejected_tokens += counts.num_rejected_tokens
-    missing = len(counts.num_accepted_per_pos) - len(total.num_accepted_per_pos)
-    total.num_accepted_per_pos += [0] * missing
-    for position, num in enumerate(counts.num_accepted_per_pos):
-        total.num_accepted_per_pos[position] += num
+    _add_each(total.num_accepted_per_pos, counts.num_accepted_per_pos)
+    _add_each(total.num_rounds_per_gamma, counts.num_rounds_per_gamma)
+
+
+def _add_each(total: list[int], counts: Sequence[int]) -> None:
+    total += [0] * (len(counts) - len(total))
+    for place, num in enumerate(counts):
+        total[place] += num

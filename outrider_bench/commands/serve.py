@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outrider.cli.options import takes
-from outrider.cli.request import endpoints_of
 from outrider.errors import ConfigError
 from outrider_bench.commands.serve_options import (
     ServeOptions,
@@ -63,25 +62,11 @@ async def _measure(
     options: ServeOptions, planned: Sequence[Conversation], slo: Slo | None, console: Console
 ) -> tuple[Campaign, Signalled | None]:
     """Runs the campaign; returns it, and the signal that ended it early. Raises CallFailed."""
-    import grpc
-
     from outrider.cli.running import survive_signal
-    from outrider.client.channel import open_channel
-    from outrider.client.connection import call_failed
+    from outrider_bench.commands.serve_connections import connected
     from outrider_bench.loadtest.campaign import Campaign
-    from outrider_bench.loadtest.driver import loaded_orchestrators
 
-    async with contextlib.AsyncExitStack() as stack:
-        endpoints = endpoints_of(options.endpoint)
-        channels = [
-            await stack.enter_async_context(open_channel(endpoint, options.access, is_spread=True))
-            for _ in range(options.connections)
-            for endpoint in endpoints
-        ]
-        try:
-            orchestrator = await loaded_orchestrators(*channels)
-        except grpc.aio.AioRpcError as error:
-            raise await call_failed(error, endpoints[0], options.access) from error
+    async with connected(options, planned) as orchestrator:
         _check_prompts(planned, orchestrator.info.target.max_context_len)
         campaign = Campaign(
             orchestrators=orchestrator,
@@ -103,9 +88,12 @@ async def _measure(
 
 
 def _check_prompts(planned: Sequence[Conversation], max_context_len: int) -> None:
-    """Raises ConfigError if a prompt exceeds the context, before anything is sent."""
+    """Raises ConfigError if a prompt exceeds the context, before anything is sent.
+
+    `max_context_len` 0: not known.
+    """
     longest = max(job.prompt_len for visit in planned for job in visit.jobs)
-    if longest >= max_context_len:
+    if longest >= max_context_len > 0:
         raise ConfigError(
             f"--input-len, --trace: a prompt of {longest} tokens; the context has {max_context_len}"
         )
@@ -168,7 +156,7 @@ def _announcement(
     until = f"{num_ways} x {num} requests"
     if seconds is None:
         until += " run until all have ended"
-    elif arrivals.num_clients is not None:
+    elif arrivals.num_clients is not None and arrivals.rate is None:
         until += f" take about {duration(seconds)}, estimated from the warm-up"
     else:
         source = "the trace" if arrivals.rate is None else f"{arrivals.rate:g} requests/s"

@@ -42,10 +42,29 @@ class ServeOptions(AccessOptions):
             "over all addresses of a name.",
         ),
     ] = DEFAULT_ENDPOINT
+    http: Annotated[
+        str | None,
+        typer.Option(
+            help="Send requests over OpenAI's HTTP, to this URL or comma-separated list of URLs, "
+            "such as http://127.0.0.1:8000. --endpoint is not used."
+        ),
+    ] = None
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Send prompts as a user's messages, with the chat template."),
+    ] = False
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's folder or Hub name, for random prompts over HTTP or in chats."
+        ),
+    ] = None
     connections: Annotated[
         int,
         typer.Option(
-            min=1, max=256, help="Connections per address, to spread load behind a load balancer."
+            min=1,
+            max=256,
+            help="gRPC connections per address, to spread load behind a load balancer.",
         ),
     ] = 8
     requests: Annotated[
@@ -54,7 +73,11 @@ class ServeOptions(AccessOptions):
     ] = None
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, help="Closed loop: number of clients. Default: 8 without --rate."),
+        typer.Option(
+            min=1,
+            help="Closed loop: number of clients. Default: 8 without --rate. With --rate: the most "
+            "requests that run at a time; others wait.",
+        ),
     ] = None
     rate: Annotated[
         float | None, typer.Option(help="Open loop: requests per second, independent of responses.")
@@ -153,8 +176,6 @@ class ServeOptions(AccessOptions):
 
     def check(self) -> None:
         """Raises ConfigError naming the flag."""
-        if self.rate is not None and self.concurrency is not None:
-            raise ConfigError("--concurrency: cannot be combined with --rate")
         if self.rate is None and self.burstiness != 1.0:
             raise ConfigError("--burstiness: requires --rate")
         if self.trace is None and self.trace_speed != 1.0:
@@ -174,6 +195,8 @@ class ServeOptions(AccessOptions):
             raise ConfigError(f"--timeout: {self.timeout:g} is out of range: above 0 and finite")
         if not self.name or self.name != Path(self.name).name:
             raise ConfigError(f"--name: {self.name!r} is not a file name")
+        if self.connections != ServeOptions.connections and self.http is not None:
+            raise ConfigError("--connections: is for gRPC, not for --http")
         if self.sweep:
             self._check_sweep()
         elif (self.attain, self.precision) != (ServeOptions.attain, ServeOptions.precision):
@@ -203,7 +226,7 @@ def load_pattern(options: ServeOptions) -> LoadPattern:
     from outrider_bench.loadtest.campaign import LoadPattern
 
     if options.rate is not None:
-        return LoadPattern(rate=options.rate, burstiness=options.burstiness)
+        return LoadPattern(options.concurrency, options.rate, options.burstiness)
     if options.is_trace_replay:
         return LoadPattern()
     return LoadPattern(num_clients=options.concurrency or _DEFAULT_CALLERS)
@@ -277,6 +300,7 @@ def variants(options: ServeOptions) -> list[Variant]:
         is_fast=options.fast,
         ignores_eos=not options.stop_at_eos,
         timeout_s=options.timeout,
+        is_chat=options.chat,
     )
     off = replace(request_options, gamma=0, lookahead=None, fan_out=None)
     return [Variant(ON, request_options), Variant(OFF, off)]

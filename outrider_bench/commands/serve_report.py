@@ -137,7 +137,7 @@ def _head(
     rates = [result.rate for result in by_variant[ON] if result.rate is not None]
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": "outrider",
+        "endpoint_type": _endpoint_type(options),
         "backend": "outrider",
         "label": options.label,
         "model_id": campaign.orchestrators.info.target.name,
@@ -147,6 +147,13 @@ def _head(
         "burstiness": options.burstiness,
         "max_concurrency": load_pattern(options).num_clients,
     }
+
+
+def _endpoint_type(options: ServeOptions) -> str:
+    """As `vllm bench serve` names HTTP's endpoints."""
+    if options.http is None:
+        return "outrider"
+    return "openai-chat" if options.chat else "openai"
 
 
 def _environment(options: ServeOptions, campaign: Campaign, is_cut: bool) -> dict[str, Any]:

@@ -27,7 +27,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class LoadPattern:
-    """Arrival of conversations: a closed loop of `num_clients`, `rate` per second, or a trace."""
+    """Arrival of conversations: a closed loop of `num_clients`, `rate` per second, or a trace.
+
+    With both, `num_clients` is the number of conversations that run at a time.
+    """
 
     num_clients: int | None = None
     rate: float | None = None
@@ -162,10 +165,10 @@ class Campaign:
         result = PhaseResult(variant.name, repetition, phase.records, pattern.rate)
         results.append(result)
         try:
-            if pattern.num_clients is not None:
+            if pattern.num_clients is not None and pattern.rate is None:
                 await phase.closed_loop(iter(without_times(conversations)), pattern.num_clients)
             else:
-                await phase.open_loop(conversations)
+                await phase.open_loop(conversations, pattern.num_clients)
         finally:
             result.duration_s = phase.now_s
         if self.read_passes is not None and before is not None:

@@ -7,7 +7,6 @@ defines the metrics.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,41 +17,44 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.errors import ConfigError
-from outrider.v1 import model_pb2, orchestrator_pb2, orchestrator_pb2_grpc
+from outrider.tokenizer import Tokenizer
+from outrider.v1 import model_pb2, orchestrator_pb2
 from outrider.vocabulary import Vocabulary
+from outrider_bench.loadtest.grpc_sender import SHORT_TIMEOUT_S, GrpcSender
 from outrider_bench.loadtest.plan import Conversation, Job, prompt_ids
-from outrider_bench.loadtest.records import CUT, OK, Record
-from outrider_bench.loadtest.requests import RequestOptions, note_failure, note_message
-
-# Timeout of unary calls. If a deletion times out, its session expires later.
-_SHORT_TIMEOUT_S = 10.0
-
-Stub = orchestrator_pb2_grpc.OrchestratorServiceStub
+from outrider_bench.loadtest.records import CUT, Record
+from outrider_bench.loadtest.requests import LoadRequest, RequestOptions, Sender
 
 
 @dataclass(frozen=True)
 class LoadedOrchestrators:
-    """The orchestrators under test and their model. Conversations use the connections in turn."""
+    """The orchestrators under test and their model. Conversations use the connections in turn.
 
-    stubs: Sequence[Stub]
+    `ordinary_ids`: for random prompts. `tokenizer`: writes them as text in chats.
+    """
+
+    senders: Sequence[Sender]
     info: orchestrator_pb2.GetModelInfoResponse
     ordinary_ids: npt.NDArray[np.int64]
+    tokenizer: Tokenizer | None = None
 
-    def stub(self, conversation: Conversation) -> Stub:
-        """Stub for a conversation."""
-        return self.stubs[conversation.jobs[0].index % len(self.stubs)]
+    def sender(self, conversation: Conversation) -> Sender:
+        """Sender of a conversation."""
+        return self.senders[conversation.jobs[0].index % len(self.senders)]
 
 
-async def loaded_orchestrators(*channels: grpc.aio.Channel) -> LoadedOrchestrators:
+async def loaded_orchestrators(
+    *channels: grpc.aio.Channel, tokenizer: Tokenizer | None = None
+) -> LoadedOrchestrators:
     """The orchestrators behind these channels. Raises grpc.aio.AioRpcError if none answers."""
-    stubs = [Stub(channel) for channel in channels]
+    senders = [GrpcSender(channel) for channel in channels]
     request = orchestrator_pb2.GetModelInfoRequest(with_token_hashes=True)
-    call: Any = stubs[0].GetModelInfo(request, timeout=_SHORT_TIMEOUT_S)
+    call: Any = senders[0].stub.GetModelInfo(request, timeout=SHORT_TIMEOUT_S)
     info = await call
-    return LoadedOrchestrators(stubs, info, _ordinary_ids(info.target))
+    return LoadedOrchestrators(senders, info, ordinary_ids(info.target), tokenizer)
 
 
-def _ordinary_ids(model: model_pb2.ModelInfo) -> npt.NDArray[np.int64]:
+def ordinary_ids(model: model_pb2.ModelInfo) -> npt.NDArray[np.int64]:
     """Token ids for random prompts: those that mean a text and do not end an output.
 
     Without a tokenizer: the whole vocabulary except EOS. Raises ConfigError if none is left.
@@ -97,13 +99,28 @@ class Phase:
         """Seconds since the start of the phase."""
         return time.monotonic() - self._begin
 
-    async def open_loop(self, conversations: Iterable[Conversation]) -> None:
-        """Starts every conversation at its time, however many run. Returns when all have ended."""
+    async def open_loop(
+        self, conversations: Iterable[Conversation], max_running: int | None = None
+    ) -> None:
+        """Starts every conversation at its time. Returns when all have ended.
+
+        `max_running`: those that run at a time; further ones wait, and their latency counts from
+        their time.
+        """
+        room = asyncio.Semaphore(max_running) if max_running is not None else None
+
+        async def run(conversation: Conversation, at_s: float) -> None:
+            if room is None:
+                await self._conversation(conversation, at_s)
+                return
+            async with room:
+                await self._conversation(conversation, at_s)
+
         async with asyncio.TaskGroup() as tasks:
             for conversation in conversations:
                 assert conversation.at_s is not None, "an open loop has times"
                 await asyncio.sleep(max(0.0, conversation.at_s - self.now_s))
-                tasks.create_task(self._conversation(conversation, conversation.at_s))
+                tasks.create_task(run(conversation, conversation.at_s))
 
     async def closed_loop(
         self, conversations: Iterator[Conversation], num_clients: int, until_s: float = float("inf")
@@ -127,50 +144,56 @@ class Phase:
     async def _conversation(self, conversation: Conversation, at_s: float) -> bool:
         """Sends all turns, each when the previous one has ended. Returns whether all succeeded."""
         session_id = f"load-{self._run}-{self._number}-{conversation.jobs[0].index}"
-        session_id = session_id if conversation.is_session else ""
+        sender = self._orchestrators.sender(conversation)
+        session_id = session_id if conversation.is_session and sender.keeps_sessions else ""
         intended_s, is_ok = at_s, True
-        stub = self._orchestrators.stub(conversation)
+        earlier: list[dict[str, str]] = []
         try:
             for job in conversation.jobs:
                 if job.not_before_s > self.now_s:
                     await asyncio.sleep(job.not_before_s - self.now_s)
                     intended_s = job.not_before_s
-                record = await self._call(stub, job, session_id, intended_s)
+                request = self._request(job, session_id, earlier)
+                record, text = await self._call(sender, request, intended_s)
                 if not record.is_ok:
                     is_ok = False
                     break
+                if not session_id and request.messages:
+                    earlier = [*map(dict, request.messages), {"role": "assistant", "content": text}]
                 intended_s = self.now_s
         finally:
             if session_id:
-                await self._delete(stub, session_id)
+                await sender.delete_session(session_id)
         return is_ok
 
-    async def _call(self, stub: Stub, job: Job, session_id: str, intended_s: float) -> Record:
-        """Makes one call. Failures of the server are recorded, not raised."""
-        ids = []
+    def _request(self, job: Job, session_id: str, earlier: Sequence[dict[str, str]]) -> LoadRequest:
+        orchestrators = self._orchestrators
+        ids: list[int] = []
+        messages: Sequence[dict[str, str]] = ()
         if job.text is None:
-            ids = prompt_ids(job, self._orchestrators.ordinary_ids, self._seed, self._number)
-        request = self._options.request(job, ids, session_id, seed=self._seed + job.index)
-        record = Record(job.index, intended_s, prompt_len=len(ids), sent_s=self.now_s)
+            ids = prompt_ids(job, orchestrators.ordinary_ids, self._seed, self._number)
+        if self._options.is_chat:
+            text = job.text
+            if text is None:
+                assert orchestrators.tokenizer is not None, "checked"
+                text = orchestrators.tokenizer.decode(ids)
+            messages = (*earlier, {"role": "user", "content": text})
+        return LoadRequest(job, self._options, self._seed + job.index, session_id, ids, messages)
+
+    async def _call(
+        self, sender: Sender, request: LoadRequest, intended_s: float
+    ) -> tuple[Record, str]:
+        """Makes one call; returns its record and the output's text."""
+        prompt_len = 0 if request.messages else len(request.token_ids)
+        record = Record(request.job.index, intended_s, prompt_len=prompt_len, sent_s=self.now_s)
         self.records.append(record)
-        call: Any = stub.Generate(request, timeout=self._options.timeout_s)
+        text = ""
         try:
-            async for message in call:
-                note_message(record, message, self.now_s)
-            record.status = OK if record.finish_reason else "NO_RESULT"
-        except grpc.aio.AioRpcError as error:
-            note_failure(record, error)
+            text = await sender.send(request, record, lambda: self.now_s)
         finally:
             if record.status == CUT:
                 record.ended_s = None
             else:
                 record.ended_s = record.ended_s or self.now_s
                 self._on_end(record)
-            call.cancel()  # leaving the loop does not cancel the call
-        return record
-
-    async def _delete(self, stub: Stub, session_id: str) -> None:
-        request = orchestrator_pb2.DeleteSessionRequest(session_id=session_id)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            call: Any = stub.DeleteSession(request, timeout=_SHORT_TIMEOUT_S)
-            await call
+        return record, text

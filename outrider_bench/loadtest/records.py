@@ -48,8 +48,8 @@ class Speculation:
 class Record:
     """One request; complete once `ended_s` is set.
 
-    `status`: OK, the name of a gRPC status, or CUT. `prompt_len`: tokens sent; the model reads more
-    if a conversation precedes them.
+    `status`: OK, the name of a gRPC status, `HTTP` and its status, or CUT. `prompt_len`: tokens
+    sent; in a session, the model reads more.
     """
 
     index: int
