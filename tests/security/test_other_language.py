@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 from outrider.client.channel import Access
 from outrider.security.keys import KeyLimits
 from tests.cli import conftest as cli
+from tests.node_packages import installed
 from tests.security.parts import (
     Authority,
     client,
@@ -34,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "node"
 EXAMPLE = ROOT / "examples/grpc_node"
 target, draft = cli.target, cli.draft
-INSTALL = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0")
 REQUEST = {
     "token_ids": {"ids": [5, 6, 7]},
     "sampling": {"temperature": 0, "ignore_eos": True, "max_tokens": 40},
@@ -44,21 +43,8 @@ REQUEST = {
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client and its packages, in the versions of package-lock.json."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("no Node on this machine")
-    folder = tmp_path_factory.mktemp("node")
-    for file in SOURCE.glob("*.*js*"):
-        shutil.copy(file, folder)
-    try:
-        done = subprocess.run(
-            INSTALL, cwd=folder, capture_output=True, text=True, timeout=90, check=False
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm does not come to an end")
-    if done.returncode:
-        pytest.skip(f"npm cannot bring the packages: {done.stderr[-500:]}")
-    return folder
+    """The client and its packages."""
+    return installed(SOURCE, tmp_path_factory.mktemp("node"))
 
 
 async def run(node: Path, endpoint: str, ca: str = "", key: str = "") -> Any:
