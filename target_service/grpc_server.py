@@ -146,4 +146,5 @@ def _result(event: Verified) -> target_pb2.VerifyResult:
         result.prompt_logprobs = pack(event.prompt.logprobs, FLOAT32)
         result.prompt_top_ids = pack(event.prompt.top_ids, UINT32)
         result.prompt_top_logprobs = pack(event.prompt.top, FLOAT32)
+        result.prompt_ranks = pack(event.prompt.ranks, UINT32)
     return result

@@ -97,6 +97,7 @@ def _prompt_logprobs(prompt: PromptLogprobs) -> orchestrator_pb2.PromptLogprobs:
         num_top=prompt.top_ids.shape[-1],
         top_ids=prompt.top_ids.reshape(-1).tolist(),
         top_logprobs=prompt.top_logprobs.reshape(-1).tolist(),
+        ranks=prompt.ranks.tolist(),
     )
 
 

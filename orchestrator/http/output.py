@@ -82,14 +82,15 @@ class TokenTexts:
     def prompt_logprobs(self, found: PromptLogprobs) -> list[dict[str, Any] | None]:
         """vLLM's `prompt_logprobs`: for each token after the first, itself and the most likely."""
         entries: list[dict[str, Any] | None] = [None]
-        for token in prompt_tokens(found)[1:]:
+        ranks = found.ranks.tolist() or [None] * len(found.logprobs)
+        for token, own_rank in zip(prompt_tokens(found)[1:], ranks, strict=True):
             assert token.logprobs is not None, "only the first token has none"
             top = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
             entry = {
                 token_id: self._with_rank(token_id, logprob, rank)
                 for rank, (token_id, logprob) in enumerate(top, 1)
             }
-            own = self._with_rank(token.token_id, token.logprobs.logprob, None)
+            own = self._with_rank(token.token_id, token.logprobs.logprob, own_rank)
             entry = {token.token_id: own} | entry
             entries.append({str(token_id): value for token_id, value in entry.items()})
         return entries

@@ -20,8 +20,9 @@ from orchestrator.http.app import Scrape, http_app
 from orchestrator.http.completions import Resources
 from outrider.errors import ConfigError
 from outrider.runtime.grpc_server import MAX_CONCURRENT_CALLS
+from outrider.runtime.server_security import server_files
 from outrider.security.files import WatchedFiles
-from outrider.security.pem import Pem, watched_pem
+from outrider.security.pem import Pem
 from outrider.settings.security import ServerSettings
 from outrider.settings.services import OrchestratorConfig
 
@@ -58,15 +59,9 @@ def bound_socket(host: str, port: int, write_timeout_s: float) -> socket.socket:
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
     """TLS by the settings that gRPC has, too; None: plain text. Raises ConfigError."""
-    if settings.tls_cert is None:
+    files = server_files(settings)
+    if files is None:
         return None
-    files = watched_pem(
-        ca=settings.tls_client_ca,
-        cert=settings.tls_cert,
-        key=settings.tls_key,
-        ca_name="tls_client_ca",
-        cert_name="tls_cert",
-    )
     context = _ReloadedContext(ssl.PROTOCOL_TLS_SERVER)
     context.follow(files, settings)
     return context

@@ -247,10 +247,13 @@ def _prompt_logprobs(result: target_pb2.VerifyResult, request: TargetRequest) ->
     num, num_top = request.prompt_len - 1, request.params.prompt_logprobs or 0
     top_ids = unpack(result.prompt_top_ids, UINT32, "prompt_top_ids").astype(np.int64)
     logprobs, top = _floats(result.prompt_logprobs), _floats(result.prompt_top_logprobs)
+    ranks = unpack(result.prompt_ranks, UINT32, "prompt_ranks").astype(np.int64)
     if (len(logprobs), len(top_ids), len(top)) != (num, num * num_top, num * num_top):
         raise ValueError("wrong lengths")
+    if len(ranks) not in (0, num):
+        raise ValueError("wrong number of ranks")
     shape = (num, num_top)
-    return PromptLogprobs(logprobs, top_ids.reshape(shape), top.reshape(shape))
+    return PromptLogprobs(logprobs, top_ids.reshape(shape), top.reshape(shape), ranks)
 
 
 def _floats(data: bytes) -> Any:

@@ -111,12 +111,14 @@ class PromptLogprobs:
     """Log-probabilities of the tokens of a prompt [n], each given those before it.
 
     `logprobs` [n - 1]: of token i + 1. `top_ids`, `top_logprobs` [n - 1, num_top]: of the most
-    likely tokens at each of these positions, best first.
+    likely tokens at each of these positions, best first. `ranks` [n - 1]: 1 plus the number of
+    tokens that are more likely than token i + 1; [0] if the target does not report them.
     """
 
     logprobs: Floats
     top_ids: npt.NDArray[np.int64]
     top_logprobs: Floats
+    ranks: npt.NDArray[np.int64]
     token_ids: Sequence[int] = ()
 
 

@@ -35,7 +35,8 @@ class PromptLogprobs:
     """Log-probabilities of the prompt's tokens, each given those before it.
 
     `logprobs[i]` is of token i + 1. `top_ids` and `top_logprobs` have `num_top` entries for each of
-    these positions, best first.
+    these positions, best first. `ranks[i]`: 1 plus the number of tokens that are more likely than
+    token i + 1; empty if the target is of a version that does not report them.
     """
 
     token_ids: list[int]
@@ -43,6 +44,7 @@ class PromptLogprobs:
     num_top: int
     top_ids: list[int]
     top_logprobs: list[float]
+    ranks: list[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,23 +131,27 @@ class PromptRequest:
 class PromptScores:
     """Log-probabilities of prompt tokens [n], and of the most likely tokens [n, num_top]; float32.
 
-    From the model's raw logits. `top_ids`: best first.
+    From the model's raw logits. `top_ids`: best first. `ranks` [n]: 1 plus the number of tokens
+    that are more likely than the prompt's.
     """
 
     logprobs: Floats
     top_ids: Ids
     top: Floats
+    ranks: Ids
 
     @classmethod
     def joined(cls, parts: Seq[PromptScores], num_top: int) -> PromptScores:
         """The scores of several parts of a prompt, in order; empty without parts."""
-        nothing = np.zeros((0, num_top))
-        empty = cls(np.zeros(0, np.float32), nothing.astype(np.int64), nothing.astype(np.float32))
+        nothing = np.zeros((0, num_top), np.float32)
+        none = np.zeros(0, np.int64)
+        empty = cls(none.astype(np.float32), nothing.astype(np.int64), nothing, none)
         every = (empty, *parts)
         return cls(
             np.concatenate([part.logprobs for part in every]),
             np.concatenate([part.top_ids for part in every]),
             np.concatenate([part.top for part in every]),
+            np.concatenate([part.ranks for part in every]),
         )
 
 

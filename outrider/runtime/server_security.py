@@ -97,16 +97,23 @@ def _protection(
     )
 
 
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+def server_files(settings: ServerSettings) -> WatchedFiles[Pem] | None:
+    """Certificate, key and clients' CA of a server; None: no TLS. Raises ConfigError."""
     if settings.tls_cert is None:
         return None
-    files = watched_pem(
+    return watched_pem(
         ca=settings.tls_client_ca,
         cert=settings.tls_cert,
         key=settings.tls_key,
         ca_name="tls_client_ca",
         cert_name="tls_cert",
     )
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    files = server_files(settings)
+    if files is None:
+        return None
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
         """Called on gRPC's threads at each handshake; costs three stat calls."""

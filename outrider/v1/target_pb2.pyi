@@ -136,7 +136,7 @@ class VerifyResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[VerifyResult, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., costs: _Optional[_Union[_model_pb2.StepCosts, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "num_left_out", "prompt_logprobs", "prompt_top_ids", "prompt_top_logprobs")
+    __slots__ = ("generation_id", "support_probs", "tail_mass", "sample_ids", "support_logprobs", "sample_logprobs", "top_ids", "top_logprobs", "step_s", "tail_logprobs", "num_reused_tokens", "num_left_out", "prompt_logprobs", "prompt_top_ids", "prompt_top_logprobs", "prompt_ranks")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     SUPPORT_PROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class VerifyResult(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_RANKS_FIELD_NUMBER: _ClassVar[int]
     generation_id: int
     support_probs: bytes
     tail_mass: bytes
@@ -167,7 +168,8 @@ class VerifyResult(_message.Message):
     prompt_logprobs: bytes
     prompt_top_ids: bytes
     prompt_top_logprobs: bytes
-    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., num_left_out: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ...) -> None: ...
+    prompt_ranks: bytes
+    def __init__(self, generation_id: _Optional[int] = ..., support_probs: _Optional[bytes] = ..., tail_mass: _Optional[bytes] = ..., sample_ids: _Optional[bytes] = ..., support_logprobs: _Optional[bytes] = ..., sample_logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., step_s: _Optional[float] = ..., tail_logprobs: _Optional[bytes] = ..., num_reused_tokens: _Optional[int] = ..., num_left_out: _Optional[int] = ..., prompt_logprobs: _Optional[bytes] = ..., prompt_top_ids: _Optional[bytes] = ..., prompt_top_logprobs: _Optional[bytes] = ..., prompt_ranks: _Optional[bytes] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("generation_id", "reason", "detail")

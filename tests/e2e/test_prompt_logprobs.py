@@ -46,6 +46,9 @@ def assert_are_the_models(
     np.testing.assert_allclose(given.logprobs, rows[np.arange(num), prompt[1:]], atol=_TOLERANCE)
     top_ids = np.array(given.top_ids, np.int64).reshape(num, num_top)
     top = np.array(given.top_logprobs).reshape(num, num_top)
+    ranks = 1 + (rows > rows[np.arange(num), prompt[1:]][:, None]).sum(-1)
+    # Logits that are equal but for rounding may rank either way.
+    np.testing.assert_allclose(given.ranks, ranks, atol=1)
     best = np.sort(rows, axis=-1)[:, ::-1][:, :num_top]
     np.testing.assert_allclose(top, best, atol=_TOLERANCE)
     np.testing.assert_allclose(np.take_along_axis(rows, top_ids, -1), best, atol=_TOLERANCE)

@@ -346,4 +346,8 @@ async def test_echo_with_logprobs_scores_the_prompt(
     for token_id, entry, value in zip(
         ids[1:], entries[1:], logprobs.token_logprobs[1:], strict=False
     ):
-        assert entry[str(token_id)]["logprob"] == pytest.approx(value, abs=1e-4)
+        own = entry[str(token_id)]
+        assert own["logprob"] == pytest.approx(value, abs=1e-4)
+        (best,) = (one for one in entry.values() if one["rank"] == 1)
+        assert (own["rank"] == 1) == (own == best)
+        assert 1 <= own["rank"] <= 257

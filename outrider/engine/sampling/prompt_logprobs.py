@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from outrider.engine.interface import PromptRequest, PromptScores
+from outrider.engine.interface import Ids, PromptRequest, PromptScores
 from outrider.engine.sampling.distributions import Distributions
 from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 
 _RAW = SamplingParams()
+# The comparisons of so many rows are in memory at a time.
+_NUM_COMPARED_ROWS = 256
 
 
 @torch.inference_mode()
@@ -36,4 +38,12 @@ def _scored(request: PromptRequest, rows: torch.Tensor) -> PromptScores | Except
         logprobs.astype(np.float32),
         top_ids[:, : request.num_top],
         top[:, : request.num_top].astype(np.float32),
+        _ranks(rows, request.next_token_ids),
     )
+
+
+def _ranks(rows: torch.Tensor, token_ids: Ids) -> Ids:
+    """1 plus the number of greater logits, of each row's token."""
+    own = rows.gather(-1, torch.from_numpy(token_ids).to(rows.device)[:, None])
+    parts = zip(rows.split(_NUM_COMPARED_ROWS), own.split(_NUM_COMPARED_ROWS), strict=True)
+    return np.asarray(torch.cat([(row > one).sum(-1) for row, one in parts]).cpu()) + 1
