@@ -45,5 +45,6 @@ def _scored(request: PromptRequest, rows: torch.Tensor) -> PromptScores | Except
 def _ranks(rows: torch.Tensor, token_ids: Ids) -> Ids:
     """1 plus the number of greater logits, of each row's token."""
     own = rows.gather(-1, torch.from_numpy(token_ids).to(rows.device)[:, None])
-    parts = zip(rows.split(_NUM_COMPARED_ROWS), own.split(_NUM_COMPARED_ROWS), strict=True)
-    return np.asarray(torch.cat([(row > one).sum(-1) for row, one in parts]).cpu()) + 1
+    parts = (torch.split(each, _NUM_COMPARED_ROWS) for each in (rows, own))
+    counts = [(some > one).sum(-1) for some, one in zip(*parts, strict=True)]
+    return np.asarray(torch.cat(counts).cpu()) + 1
