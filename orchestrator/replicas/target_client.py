@@ -248,10 +248,9 @@ def _prompt_logprobs(result: target_pb2.VerifyResult, request: TargetRequest) ->
     top_ids = unpack(result.prompt_top_ids, UINT32, "prompt_top_ids").astype(np.int64)
     logprobs, top = _floats(result.prompt_logprobs), _floats(result.prompt_top_logprobs)
     ranks = unpack(result.prompt_ranks, UINT32, "prompt_ranks").astype(np.int64)
-    if (len(logprobs), len(top_ids), len(top)) != (num, num * num_top, num * num_top):
+    lengths = (len(logprobs), len(top_ids), len(top), len(ranks) or num)
+    if lengths != (num, num * num_top, num * num_top, num):
         raise ValueError("wrong lengths")
-    if len(ranks) not in (0, num):
-        raise ValueError("wrong number of ranks")
     shape = (num, num_top)
     return PromptLogprobs(logprobs, top_ids.reshape(shape), top.reshape(shape), ranks)
 
