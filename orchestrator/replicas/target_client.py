@@ -244,14 +244,13 @@ class TargetHandle:
 
 def _prompt_logprobs(result: target_pb2.VerifyResult, request: TargetRequest) -> PromptLogprobs:
     """Raises ValueError if the arrays have other sizes."""
-    num, num_top = request.prompt_len - 1, request.params.prompt_logprobs or 0
+    num, num_top = shape = request.prompt_len - 1, request.params.prompt_logprobs or 0
     top_ids = unpack(result.prompt_top_ids, UINT32, "prompt_top_ids").astype(np.int64)
     logprobs, top = _floats(result.prompt_logprobs), _floats(result.prompt_top_logprobs)
     ranks = unpack(result.prompt_ranks, UINT32, "prompt_ranks").astype(np.int64)
     lengths = (len(logprobs), len(top_ids), len(top), len(ranks) or num)
     if lengths != (num, num * num_top, num * num_top, num):
         raise ValueError("wrong lengths")
-    shape = (num, num_top)
     return PromptLogprobs(logprobs, top_ids.reshape(shape), top.reshape(shape), ranks)
 
 
