@@ -55,6 +55,7 @@ def http_app(resources: Resources, scrape: Scrape) -> ASGIApp:
         resources.api_keys,
         [*_OPEN_PATHS, *(path for _, path in page)],
         origins,
+        resources.settings.http_read_timeout_s,
     )
     if not origins:
         return api

@@ -17,16 +17,16 @@ from orchestrator.http.errors import ClientGone, Refused, answer_of
 from outrider.runtime.grpc_options import MAX_REQUEST_BYTES
 from outrider.settings.http import ANY_ORIGIN
 
-# From the request's first byte to its last.
-_BODY_TIMEOUT_S = 60.0
-
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Call:
-    """One HTTP call. `headers`: names in lower case; they contain the request id."""
+    """One HTTP call. `headers`: names in lower case; they contain the request id.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    `body_timeout_s`: longest wait for the whole body.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body_timeout_s: float) -> None:
         self.headers: dict[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -35,6 +35,7 @@ class Call:
         self.receive = receive
         self.has_begun = False
         self._send = send
+        self._body_timeout_s = body_timeout_s
         self._id_header = (REQUEST_ID_KEY.encode(), self.headers[REQUEST_ID_KEY].encode("latin-1"))
 
     @property
@@ -59,7 +60,7 @@ class Call:
         parts: list[bytes] = []
         num_bytes = 0
         try:
-            async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async with asyncio.timeout(self._body_timeout_s):
                 while True:
                     message = await self.receive()
                     if message["type"] == "http.disconnect":
@@ -71,7 +72,8 @@ class Call:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refused(f"the body was not received within {_BODY_TIMEOUT_S:g} s", 408) from None
+            why = f"the body was not received within {self._body_timeout_s:g} s"
+            raise Refused(why, 408) from None
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -132,17 +134,19 @@ class Api:
         api_keys: ApiKeys | None,
         open_paths: Collection[str],
         origins: Collection[str],
+        body_timeout_s: float,
     ) -> None:
         """`endpoints`: by method and path; a longer path that ends in / has those below it, too."""
         self._endpoints = endpoints
         self._api_keys = api_keys
         self._open_paths = frozenset(open_paths)
         self._origins = frozenset(origins)
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        call = Call(scope, receive, send)
+        call = Call(scope, receive, send, self._body_timeout_s)
         structlog.contextvars.bind_contextvars(request_id=call.request_id)
         try:
             if scope["method"] == "POST":

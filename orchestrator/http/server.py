@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import socket
 import ssl
@@ -93,12 +94,41 @@ class _ReloadedContext(ssl.SSLContext):
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """Makes the connection known to its calls, which may have to abort it."""
+    """Connection that is known to its calls, which may have to abort it.
+
+    It is closed if the headers of a request are not complete after `read_timeout_s`, or the rest of
+    a request that has its answer. uvicorn bounds only the time between an answer and the next byte.
+    """
+
+    def __init__(self, *args: Any, read_timeout_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._read_timeout_s = read_timeout_s
+        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         state: dict[str, Any] = {"transport": transport}
         self.app_state = state
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait_no_longer()
+        elif self._reading is None:
+            self._wait()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._wait_no_longer()
+        super().connection_lost(error)
+
+    def _wait(self) -> None:
+        self._reading = self.loop.call_later(self._read_timeout_s, self.transport.close)
+
+    def _wait_no_longer(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -141,7 +171,7 @@ class HttpServer:
         resources = Resources(use_case, telemetry, api_keys, settings)
         config = uvicorn.Config(
             http_app(resources, scrape),
-            http=_Protocol,
+            http=functools.partial(_Protocol, read_timeout_s=settings.http_read_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -25,6 +25,10 @@ class HttpSettings:
         None, "names of the model in HTTP, comma-separated; unset: the target's own name"
     )
 
+    http_read_timeout_s: float = setting(
+        60.0, "seconds in which the headers of a request must arrive, and then its body"
+    )
+
     def check_http(self) -> None:
         """Checks these settings. Raises ConfigError."""
         if self.http_port is not None:
@@ -32,6 +36,7 @@ class HttpSettings:
         for name in ("http_allowed_origins", "served_model_name"):
             has_use = not getattr(self, name) or self.http_port is not None
             require(has_use, name, "needs http_port")
+        require(self.http_read_timeout_s > 0, "http_read_timeout_s", "must be more than 0")
         for origin in self.allowed_origins:
             is_origin = origin == ANY_ORIGIN or _ORIGIN.fullmatch(origin) is not None
             what = f"{origin!r} is neither * nor scheme://host[:port]"

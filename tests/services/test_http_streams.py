@@ -197,3 +197,51 @@ async def test_counters_agree_after_many_clients_that_go(redis_url: str) -> None
             {**BODY, "stream": False, "max_tokens": 4},
         )  # fmt: skip
         assert answer.status == 200
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+GET = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+async def slow(stack: Stack, whole: bytes, begun: bytes) -> bytes:
+    """Sends a request, then another's beginning and a byte at a time; returns what it receives."""
+    host, _, port = stack.http_endpoint.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(whole + begun)
+        received = asyncio.create_task(asyncio.wait_for(reader.read(), 60))
+        while begun and not (await asyncio.wait([received], timeout=0.05))[0]:
+            writer.write(b"x")
+        return await received
+    except ConnectionError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+async def test_slow_requests_are_cut_off(redis_url: str) -> None:
+    """Those without headers, or without the rest of them or of a body; not slow answers."""
+    async with simulated(redis_url, http_read_timeout_s=0.5, gamma=0) as stack:
+        async with streaming(stack, {**BODY, "max_tokens": 20_000}) as (reader, _):
+            await reader.readuntil(b"data: ")
+            silent, headers, later, body, ignored = await asyncio.gather(
+                slow(stack, b"", b""),
+                slow(stack, b"", HEAD + b"a: "),
+                slow(stack, GET, HEAD + b"a: "),
+                slow(stack, b"", HEAD + b"content-length: 100000\r\n\r\n{"),
+                slow(stack, b"", HEAD.replace(b"v1", b"v9") + b"content-length: 99999\r\n\r\n{"),
+            )
+            assert (silent, headers) == (b"", b"")
+            assert later.startswith(b"HTTP/1.1 200")
+            assert later.count(b"HTTP/1.1") == 1
+            assert body.startswith(b"HTTP/1.1 408")
+            assert b"within 0.5 s" in body
+            assert ignored.startswith(b"HTTP/1.1 404")
+            num_steps = (await stack.target_load()).num_steps_total
+
+            async def still_runs() -> bool:
+                await reader.read(65_536)
+                return (await stack.target_load()).num_steps_total > num_steps
+
+            await eventually(still_runs)
+        await eventually(lambda: nothing_held(stack))
