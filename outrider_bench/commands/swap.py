@@ -73,6 +73,13 @@ class SwapOptions(BenchOptions):
         ),
     ] = None
     prompts: Annotated[int, typer.Option(min=1, help="Number of different prompts.")] = 28
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts, in a file as of `outrider distill --prompts`; of each the last 64 "
+            "tokens. Default: beginnings of Python code."
+        ),
+    ] = None
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 64
     cores: Annotated[CoreUse, typer.Option(help="pinned or shared.")] = CoreUse.shared
     name: Annotated[str, typer.Option(help="Name of the JSON file.")] = "swap"
@@ -197,7 +204,11 @@ class _Swap:
         info = await clients[0].models()
         model = stack_options.target_model if stack_options.has_tokenizer else None
         prompts = Prompts(
-            info.target.vocab_size, tokenizer=model, seed=options.seed, length=options.prompt_len
+            info.target.vocab_size,
+            tokenizer=model,
+            seed=options.seed,
+            length=options.prompt_len,
+            file=options.texts,
         )
         variants = [
             Variant("greedy", options.gamma),

@@ -22,21 +22,24 @@ _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 64
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer | None, *, max_tokens: int) -> list[list[int]]:
+def read_prompts(
+    path: Path, tokenizer: Tokenizer | None, *, max_tokens: int, flag: str = "--prompts"
+) -> list[list[int]]:
     """Token ids of the prompts, each once; longer ones keep their last tokens.
 
-    Raises ConfigError, naming the line, for an unreadable file and for fewer than two prompts.
+    Raises ConfigError, naming the line and `flag`, for an unreadable file and for fewer than two
+    prompts.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: {path} cannot be read: {error}") from error
+        raise ConfigError(f"{flag}: {path} cannot be read: {error}") from error
     is_json = path.suffix == ".jsonl"
     unique: dict[tuple[int, ...], None] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"--prompts: {path}, line {number}"
+        place = f"{flag}: {path}, line {number}"
         try:
             ids = _token_ids(json.loads(line) if is_json else line, tokenizer)
         except InvalidRequest as error:
@@ -49,9 +52,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer | None, *, max_tokens: int) ->
         if ids:
             unique[tuple(ids[-max_tokens:])] = None
     if len(unique) < 2:
-        raise ConfigError(
-            f"--prompts: {path} has {len(unique)} different prompts; at least 2: one is held out"
-        )
+        raise ConfigError(f"{flag}: {path} has {len(unique)} different prompts; at least 2")
     return [list(ids) for ids in unique]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from outrider.runtime.protobuf import verification_to_proto
 from outrider.sampling.params import Verification
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import orchestrator_pb2
+from outrider_bench.distill.prompts import read_prompts
 
+_MAX_TOKENS = 64
 # For models with a tokenizer: Python source, which the quickstart pair was trained on.
 _TEXTS = (
     'def fibonacci(n):\n    """Return',
@@ -28,16 +31,27 @@ _TEXTS = (
 class Prompts:
     """Unlimited prompts; each depends only on the seed and its index."""
 
-    def __init__(self, vocab_size: int, *, tokenizer: str | None, seed: int, length: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        tokenizer: str | None,
+        seed: int,
+        length: int,
+        file: Path | None = None,
+    ) -> None:
         """`tokenizer`: model whose tokenizer encodes the text prompts; None: random token ids.
 
-        `vocab_size` and `length` are for random ids.
+        `vocab_size` and `length` are for random ids. `file`: prompts to use instead, as those of a
+        distillation. Raises ConfigError for that file.
         """
         self._vocab_size = vocab_size
         self._seed = seed
         self._length = length
         loaded = Tokenizer.load(tokenizer) if tokenizer else None
         self._texts = [loaded.encode(text) for text in _TEXTS] if loaded else []
+        if file is not None:
+            self._texts = read_prompts(file, loaded, max_tokens=_MAX_TOKENS, flag="--texts")
 
     def ids(self, index: int) -> list[int]:
         """Token ids of a prompt; never empty."""
@@ -45,7 +59,8 @@ class Prompts:
             return self.random_ids(index, self._length)
         text = self._texts[index % len(self._texts)]
         # Indices beyond the texts prepend another text, so that prompts differ.
-        return [*self._texts[index // len(self._texts) % len(self._texts)], *text][-64:]
+        others = self._texts[index // len(self._texts) % len(self._texts)]
+        return [*others, *text][-_MAX_TOKENS:]
 
     def random_ids(self, index: int, length: int) -> list[int]:
         """[length] random ids, without the last of the vocabulary (EOS of a synthetic pair)."""

@@ -221,6 +221,17 @@ def test_prompts_are_reproducible() -> None:
     assert max(prompts.random_ids(0, 4096)) < 96
 
 
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    """Their last 64 tokens, in order, then combined; errors name the flag."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"token_ids": {[i] * (60 + 8 * i)}}}\n' for i in (1, 2)))
+    prompts = Prompts(97, tokenizer=None, seed=3, length=16, file=file)
+    assert [prompts.ids(i) for i in range(2)] == [[1] * 64, [2] * 64]
+    file.write_text("3\n")
+    with pytest.raises(ConfigError, match=r"^--texts: .*, line 1: not a prompt"):
+        Prompts(97, tokenizer=None, seed=3, length=16, file=file)
+
+
 def test_variant_sets_the_fields_of_its_request() -> None:
     request = Variant("x", lookahead=2, fan_out=4, verification=Method.coupled).request([1], 8, 5)
     assert not request.HasField("gamma")
