@@ -8,7 +8,7 @@ UV_VENV ?= .venv-uv
 UV := $(UV_VENV)/bin/uv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods lint audit lock proto proto-check reference site browser clean
+.PHONY: help setup demo test test-without-avx512 test-quick test-newest test-oldest pods shown lint audit lock proto proto-check reference site browser clean
 
 help:
 	@echo "make demo         generate with and without drafts through four real processes; compare"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-newest  test engine, services and end to end with the newest allowed dependencies"
 	@echo "make test-oldest  the same with the oldest allowed dependencies"
 	@echo "make pods         run the pods of the manifests as processes in network namespaces (root)"
+	@echo "make shown        run the commands that README, get-started and how-to pages show: minutes"
 	@echo "make lint         run ruff, mypy and the import rules"
 	@echo "make setup        create .venv with the locked versions (demo and test do it too)"
 	@echo "make lock         pin the newest allowed versions in requirements/ (needs PyPI)"
@@ -89,6 +90,10 @@ test-newest test-oldest: test-%: $(UV_VENV)/.ready
 # Runs overlays as processes, one network namespace and address per pod. Needs root and an idle machine.
 pods: setup
 	OUTRIDER_TEST_PODS=1 $(BIN)/python -m pytest tests/deploy/test_pods.py
+
+# Runs what the documents show with real processes; tests/shown/plan.py says what is replaced or not run.
+shown: setup
+	OUTRIDER_TEST_SHOWN=1 $(BIN)/python -m pytest -n 0 tests/shown
 
 lint: setup
 	$(BIN)/ruff check .
