@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.sources import script
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path
@@ -80,6 +82,17 @@ def test_how_a_request_travels_is_short() -> None:
     steps = re.split(r"^\d+\. ", way, flags=re.MULTILINE)[1:]
     assert 8 <= len(steps) <= 15
     assert sum(".py`" in step for step in steps) >= len(steps) - 1
+
+
+def test_pictures_are_up_to_date_and_described() -> None:
+    """As scripts/gen_pictures.py draws them; each is on a page, with a text for screen readers."""
+    pictures = script("gen_pictures").PICTURES
+    assert len(pictures) >= 4
+    for name, draw in pictures.items():
+        drawn = (ROOT / f"docs/images/{name}.svg").read_text("utf-8")
+        assert drawn == draw(), "run scripts/gen_pictures.py"
+        page = (ROOT / f"docs/concepts/{name}.md").read_text("utf-8")
+        assert re.search(rf"!\[[^\]]{{80,}}\]\(\.\./images/{name}\.svg\)", page), name
 
 
 def test_the_readme_is_short() -> None:

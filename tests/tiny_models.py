@@ -17,7 +17,7 @@ import transformers
 _SIZE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
 _GROUPED = {**_SIZE, "num_attention_heads": 4, "num_key_value_heads": 2}
 _HEADS = {**_GROUPED, "head_dim": 24}  # not hidden_size / heads, as in Qwen3 and Gemma
-# With tied embeddings, a random Gemma repeats its last token for ever.
+# With tied embeddings, a random Gemma repeats its last token without end.
 _GEMMA = {
     **_HEADS,
     "sliding_window": 13,

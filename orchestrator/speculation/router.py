@@ -58,8 +58,8 @@ class Router:
 
     `model`: drafting from the draft tier, which may have no source. `lookup` None: not used.
     `fixed_gamma`: the request's own γ. `is_requested`: the request names the source. `shared`:
-    choices of all generations, for metrics. `forced`: proposes at most so many tokens that must
-    follow the committed ones.
+    choices of all generations, for metrics. `forced`: proposes the tokens that must follow the
+    committed ones, at most the given number.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class PartialDistributions:
         )
 
     def split(self, lengths: Sequence[int]) -> list[PartialDistributions]:
-        """Parts of so many positions, on the CPU, each with memory of its own."""
+        """Parts of the given lengths in positions, on the CPU, each with memory of its own."""
         parts = (torch.split(values.cpu(), list(lengths))
                  for values in (self.token_ids, self.log_probs))  # fmt: skip
         return [

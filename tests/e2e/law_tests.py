@@ -57,7 +57,7 @@ def p_values(outputs: Iterable[Floats], num_places: int) -> dict[str, float]:
 def joint_law(
     reference: Reference, prompt: Sequence[int], num_tokens: int, sampling: Sampling
 ) -> dict[tuple[int, ...], float]:
-    """The probability of every output of so many tokens."""
+    """Probability of every output of `num_tokens` tokens."""
     vocab_size = reference.model.config.vocab_size
     joint = {}
     heads = list(itertools.product(range(vocab_size), repeat=num_tokens - 1))

@@ -33,7 +33,7 @@ _CALL_CODES = (*_STREAM_CODES, Code.NOT_FOUND, Code.ABORTED, Code.DEADLINE_EXCEE
 
 
 class Attack(ABC):
-    """`run` sends so many messages over `num_peers` connections' worth of tasks; seeded."""
+    """An attack: `run` sends a number of messages from `num_peers` tasks; seeded."""
 
     num_peers = 4
 

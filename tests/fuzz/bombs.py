@@ -1,4 +1,4 @@
-"""Small messages that become large: as many fields as go into so many bytes, by where they stand.
+"""Small messages that become large when parsed: as many fields as fit into a number of bytes.
 
 Knows protobuf's wire format and the contracts' field numbers; sends nothing.
 """
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from outrider.v1 import draft_pb2, orchestrator_pb2, target_pb2
 
-# Of about so many bytes.
+# Makes a message of about the given number of bytes.
 Bomb = Callable[[int], bytes]
 
 

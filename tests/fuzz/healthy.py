@@ -26,7 +26,7 @@ _TARGET_MAX_LEN = 200
 _DRAFT_MAX_LEN = 240
 # A draft generation commits up to five tokens a round.
 _NUM_ROUNDS = 40
-# The tokens that a model says after these, so many.
+# The model's next tokens after a context: as many as the second argument says.
 Truth = Callable[[Sequence[int], int], list[int]]
 
 

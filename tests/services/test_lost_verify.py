@@ -1,6 +1,6 @@
 """A verify request whose replica is lost: sent again, and after three losses in a row no more.
 
-What is in the request may be what the replicas die of: for ever would be all of them, again and
+The request itself may kill the replicas: without a limit it would kill all of them, again and
 again. Passes of a simulated target wait at a position, so that a request is certain to be there.
 """
 

@@ -29,8 +29,8 @@ VOCAB_SIZE = 1_000
 KV_TOKENS = 4_096
 PARAMS = SamplingParams(max_tokens=40, temperature=0.0, seed=1)
 SYSTEM = list(range(64))
-# Memory blocks that Python may hold more after so many cycles than before them: none that grow with
-# their number. (Blocks, not bytes: tracing bytes makes this three times as slow.)
+# Memory blocks that Python may have more after NUM_CYCLES than before: none that grow with their
+# number. (Blocks, not bytes: tracing bytes makes this three times as slow.)
 MAX_GROWTH_BLOCKS = 500
 NUM_CYCLES = 5_000
 # Before them: the memory for prefixes is full after a hundred, tables have their size.

@@ -62,7 +62,7 @@ async def recorded(system: System) -> orchestrator_pb2.GetSessionResponse:
 
 
 async def some(call: Any, num_tokens: int) -> Output:
-    """The first tokens of a stream, so many or a few more."""
+    """The first `num_tokens` tokens of a stream, or a few more."""
     output = Output()
     while len(output.token_ids) < num_tokens:
         output.add(await call.read())

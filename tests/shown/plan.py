@@ -134,16 +134,10 @@ def replaced(command: Command, values: dict[str, str]) -> str:
     text = command.text
     for page, pattern, replacement in REPLACED:
         if page in command.page:
-            text = re.sub(
-                pattern, lambda found, to=replacement: _filled(found.expand(to), values), text
-            )
+            text = re.sub(pattern, replacement, text)
     for page, start, flags in ADDED:
         if page in command.page and re.match(start, command.text):
-            text = f"{text} {_filled(flags, values)}"
-    return text
-
-
-def _filled(text: str, values: dict[str, str]) -> str:
+            text = f"{text} {flags}"
     return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +16,7 @@ from tests.shown.blocks import PAGES, ROOT, blocks
 from tests.shown.shell import Shell
 from tests.tiny_models import make_tiny_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("OUTRIDER_TEST_SHOWN" not in os.environ, reason="`make shown` runs it"),
-    pytest.mark.timeout(1200),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 WITH_COMMANDS = [page for page in PAGES if any(True for b in blocks(page) for _ in b.commands())]
 
 

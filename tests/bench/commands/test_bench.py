@@ -254,7 +254,7 @@ def test_ctrl_c_in_demo_compares_the_outputs_so_far() -> None:
 
 
 def test_ctrl_c_in_pair_reports_the_search(tmp_path: Path) -> None:
-    """With so many tokens a measurement takes about two seconds; no pair is written."""
+    """With this vocabulary a measurement takes about two seconds; no pair is written."""
     flags = ("--size=tiny", "--vocab-size=65536")
     ended = interrupted("bench", "pair", str(tmp_path / "tiny"), *flags, at="measurement 1:")
     assert ended.returncode == 128 + signal.SIGINT, ended.stdout
