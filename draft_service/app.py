@@ -29,7 +29,7 @@ async def serving(config: DraftConfig) -> AsyncIterator[Server]:
     Raises ConfigError, too, if a target's tokenizer cannot be loaded or re-encoded.
     """
     targets = config.target_tokenizers
-    reencoders = await asyncio.to_thread(load_reencoders, config.model, targets)
+    reencoders = await asyncio.to_thread(load_reencoders, config.model_at_revision, targets)
 
     def mount(
         loaded: LoadedModel,

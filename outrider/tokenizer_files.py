@@ -23,9 +23,11 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from outrider.errors import ConfigError
+from outrider.model_source import ModelSource
 
 log = structlog.get_logger()
 
@@ -79,19 +81,23 @@ CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
 
 
 class TokenizerFiles:
-    """Finds and reads the tokenizer files of a model, a local directory or Hub name."""
+    """Finds and reads the tokenizer files of a model: a directory, or NAME@REVISION on the Hub."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
-        directory = Path(model).expanduser()
-        self._directory = directory if directory.is_dir() else None
+        """Raises ConfigError for a revision of a directory."""
+        source = ModelSource.parse(model)
+        self._given = model
+        self._model, self._revision = source.name, source.revision
+        directory = source.directory
+        self._directory = directory if directory is not None and directory.is_dir() else None
 
     @functools.cached_property
     def _hub_error(self) -> BaseException | None:
         """Error of a first request to the Hub, made once without retries; None: it is reachable."""
         try:
             huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(self._model, "config.json"), timeout=_HUB_TIMEOUT_S
+                huggingface_hub.hf_hub_url(self._model, "config.json", revision=self._revision),
+                timeout=_HUB_TIMEOUT_S,
             )
         except HFValidationError as error:
             raise ConfigError(
@@ -113,7 +119,7 @@ class TokenizerFiles:
         if self._hub_error is not None:
             return self._cached(name, self._hub_error)
         try:
-            return Path(huggingface_hub.hf_hub_download(self._model, name))
+            return Path(huggingface_hub.hf_hub_download(self._model, name, revision=self._revision))
         except LocalEntryNotFoundError as error:
             return self._cached(name, error)
         except EntryNotFoundError:
@@ -123,20 +129,26 @@ class TokenizerFiles:
 
     def _cached(self, name: str, error: BaseException) -> Path | None:
         """The file in the Hub's cache, as transformers does while the Hub is unreachable."""
-        cached = huggingface_hub.try_to_load_from_cache(self._model, name)
-        if isinstance(cached, str):
-            return Path(cached)
-        paths = (huggingface_hub.try_to_load_from_cache(self._model, file) for file in _MAIN_FILES)
-        if any(isinstance(path, str) for path in paths):
+        if path := self._in_cache(name):
+            return path
+        if any(self._in_cache(file) for file in _MAIN_FILES):
             log.info("not_in_hub_cache", model=self._model, file=name)
             return None
+        if isinstance(error, RevisionNotFoundError):
+            raise ConfigError(
+                f"revision: '{self._model}' has no branch, tag or commit '{self._revision}'"
+            ) from error
         if isinstance(error, RepositoryNotFoundError):
             why = str(error).strip().splitlines()[-1]
             raise ConfigError(f"'{self._model}' is not a local directory; Hub: {why}") from error
         raise ConfigError(
-            f"'{self._model}' is not a local directory, it is not in the Hub's cache, and the "
+            f"'{self._given}' is not a local directory, it is not in the Hub's cache, and the "
             f"Hugging Face Hub is unreachable: {str(error).strip().splitlines()[0]}"
         ) from error
+
+    def _in_cache(self, name: str) -> Path | None:
+        found = huggingface_hub.try_to_load_from_cache(self._model, name, revision=self._revision)
+        return Path(found) if isinstance(found, str) else None
 
     def settings(self) -> dict[str, Any]:
         """Contents of tokenizer_config.json; empty if there is none. Raises ConfigError.
@@ -185,7 +197,7 @@ class TokenizerFiles:
         """The converted tokenizer; None if there is none to convert. Raises ConfigError."""
         if self.find("tokenizer.json") is not None or not self._is_convertible():
             return None
-        return converted(self._model)
+        return converted(self._given)
 
     def _is_convertible(self) -> bool:
         """Whether there is a tokenizer to convert. Raises ConfigError without transformers."""
@@ -227,8 +239,12 @@ def converted(model: str) -> Converted:
     """Converts with transformers, in seconds. Raises ConfigError if transformers cannot."""
     from transformers import AutoTokenizer
 
+    source = ModelSource.parse(model)
+    name = source.name if source.directory is None else str(source.directory)
     try:
-        loaded = AutoTokenizer.from_pretrained(model)
+        loaded = AutoTokenizer.from_pretrained(
+            name, revision=source.revision, trust_remote_code=False
+        )
     except Exception as error:  # the converters raise many types
         why = str(error).strip().partition("\n")[0]
         raise ConfigError(f"the tokenizer of {model} cannot be converted: {why}") from error

@@ -66,3 +66,5 @@ class EngineInfo:
     """Whether single-token steps are replayed from CUDA graphs."""
     linear_kernels: Mapping[str, int] = field(default_factory=dict)
     """Number of linear layers by kernel: onednn_float32, onednn_bfloat16, torch."""
+    quantization: str = ""
+    """Method of a quantised checkpoint, such as awq; empty: it is not quantised."""

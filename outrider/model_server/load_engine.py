@@ -37,11 +37,11 @@ def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
         if simulation.name != Simulation.name:
             model.model_fingerprint += f"-{simulation.name}"
         return LoadedModel(simulated, model)
-    tokenizer = Tokenizer.load(config.model)
+    tokenizer = Tokenizer.load(config.model_at_revision)
     eos_id = tokenizer.eos_token_id if tokenizer is not None and config.tokenizer_eos else None
     engine = load_engine(
         EngineOptions(
-            model=config.model,
+            model=config.model_at_revision,
             dtype=config.dtype,
             device=config.device,
             device_map=config.device_map,
@@ -58,7 +58,9 @@ def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
     )
     model = _model_info(engine.info, tokenizer, config.max_gamma)
     if config.generation_config == "auto":
-        model.sampling_defaults.CopyFrom(sampling_defaults(config.model, engine.info.vocab_size))
+        model.sampling_defaults.CopyFrom(
+            sampling_defaults(config.model_at_revision, engine.info.vocab_size)
+        )
     info = engine.info
     if not info.eos_token_ids:  # an output in a format ends with EOS
         return LoadedModel(engine, model)

@@ -5,71 +5,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeVar
 
 from outrider.settings.addresses import require_address, require_endpoint, require_host
 from outrider.settings.draft_canary import DraftCanarySettings
 from outrider.settings.fields import require, require_port, setting
+from outrider.settings.model import ModelSettings
 from outrider.settings.observation import ObservationSettings
 from outrider.settings.redis_address import RedisAddress
 from outrider.settings.security import OrchestratorSettings, TierSettings
-from outrider.settings.simulation import Simulation
 from outrider.settings.telemetry import TelemetrySettings
 from outrider.settings.tokenizer import TokenizerSettings
 
 Config = TypeVar("Config")
 
 
-# Settings that a simulated tier does not take.
-_MODEL_SETTINGS = (
-    "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack", "forbid_kernels",
-    "attention_backend", "cuda_graphs", "inflate_parameters", "generation_config",
-    "tokenizer_eos", "target_tokenizer",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
-class ModelServiceConfig(TierSettings, TelemetrySettings):
+class ModelServiceConfig(ModelSettings, TierSettings, TelemetrySettings):
     """Settings that the target service and the draft service share."""
 
-    model: str = setting("", "local directory or Hugging Face Hub name of a causal language model")
-    simulate: str | None = setting(
-        None,
-        "simulate a model with forward passes of given cost, for instance step_ms=25,row_ms=0.5",
-    )
     host: str = setting("127.0.0.1", "host name or IP address to listen on")
     port: int = setting(0, "port to listen on; 0 picks a free one")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    device_map: str | None = setting(
-        None, "how to spread the layers over devices, for instance auto; unset: one device"
-    )
-    kv_cache_tokens: int | None = setting(
-        None, "size of the KV cache in tokens; unset: from free memory"
-    )
-    max_model_len: int | None = setting(
-        None, "maximum tokens of prompt and output together; unset: the model's context length"
-    )
-    num_threads: int | None = setting(None, "CPU threads of a forward pass; unset: torch's default")
-    prepack: bool = setting(True, "prepack the weights of linear layers for oneDNN on CPU")
-    forbid_kernels: str = setting(
-        "", "CPU kernels not to use, comma-separated: onednn_float32, onednn_bfloat16"
-    )
-    attention_backend: str = setting("auto", "attention kernels: auto, torch or flashinfer")
-    cuda_graphs: bool = setting(
-        True, "replay single-token steps from CUDA graphs where that is faster"
-    )
-    inflate_parameters: int | None = setting(
-        None, "pad the quickstart target to the cost of a model with this many parameters"
-    )
-    generation_config: str = setting(
-        "auto",
-        "auto: take sampling defaults from generation_config.json, as vLLM does; none: do not",
-    )
-    tokenizer_eos: bool = setting(
-        True, "end outputs at the tokenizer's own end-of-sequence token, as vLLM does"
-    )
     max_gamma: int = setting(16, "maximum draft tokens per round")
     max_step_tokens: int = setting(
         512, "prompts are prefilled in chunks that fill a forward pass up to this many tokens"
@@ -97,22 +54,9 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
     log_json: bool = setting(False, "log JSON lines")
 
     def __post_init__(self) -> None:
-        if self.simulate is None:
-            require(bool(self.model), "model", "is required: a directory or a Hub name")
-        else:
-            require(not self.model, "simulate", "cannot be combined with a model")
-            Simulation.parse(self.simulate, is_draft=isinstance(self, DraftConfig))
-            for entry in fields(self):
-                is_default = getattr(self, entry.name) == entry.default
-                require(
-                    is_default or entry.name not in _MODEL_SETTINGS,
-                    entry.name,
-                    "cannot be combined with simulate, which loads no model",
-                )
+        self.check_model(is_draft=isinstance(self, DraftConfig))
         _require_listen_host(self.host)
         require_port(self.port)
-        known = ("auto", "none")
-        require(self.generation_config in known, "generation_config", "must be auto or none")
         require(self.max_gamma >= 1, "max_gamma", "must be 1 or more")
         require(self.max_step_tokens >= 1, "max_step_tokens", "must be 1 or more")
         require(self.idle_session_ttl_s > 0, "idle_session_ttl_s", "must be more than 0")
@@ -125,9 +69,6 @@ class ModelServiceConfig(TierSettings, TelemetrySettings):
         self.check_server()
         self.check_telemetry()
         _ = self.registries  # raises where the settings do not fit a URL
-        for name, least in (("kv_cache_tokens", 16), ("num_threads", 1), ("max_model_len", 2)):
-            value = getattr(self, name)
-            require(value is None or value >= least, name, f"must be {least} or more")
 
     @property
     def registries(self) -> tuple[RedisAddress, ...]:

@@ -24,7 +24,7 @@ from outrider.engine.attention.interface import ATTENTION_NAME, registered_atten
 from outrider.engine.engine import Engine
 from outrider.engine.kv.budget import affordable_tokens
 from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
-from outrider.engine.loading import checkpoint, prepack, self_test, supported
+from outrider.engine.loading import checkpoint, prepack, quantized, self_test, supported
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_self_test
 from outrider.engine.options import EngineInfo, EngineOptions
@@ -57,10 +57,11 @@ def load_engine(options: EngineOptions) -> Engine:
     supported.check_config(options.model, config)
     module = _load_module(options, config, device)
     supported.check_interface(options.model, module)
-    layers = supported.discover_layers(options.model, module)
-    model = _bind(options, module)
-    tokens = self_test.short_sequences(module, model.max_context_len)
-    expected = self_test.eager_logits(module, tokens)
+    with quantized.naming_failures(options.model, config):
+        layers = supported.discover_layers(options.model, module)
+        model = _bind(options, module)
+        tokens = self_test.short_sequences(module, model.max_context_len)
+        expected = self_test.eager_logits(module, tokens)
     long = prepare_long_self_test(options.model, model)
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options, model, layers)
@@ -147,6 +148,7 @@ def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayou
         model_fingerprint=checkpoint.fingerprint(module),
         attention_backend="sdpa",
         self_test_max_difference=0.0,
+        quantization=quantized.method(module.config) or "",
     )
 
 
@@ -187,6 +189,7 @@ def served_dtype(name: str, device_type: str) -> torch.dtype | str:
 
 def _load_module(options: EngineOptions, config: Any, device: torch.device) -> Any:
     """Load the weights, inflate them if asked, and place them on the device or by `device_map`."""
+    stored = quantized.method(config)
     module = checkpoint.load_weights(
         options.model,
         config,
@@ -194,6 +197,7 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
         attention=ATTENTION_NAME,
         device_map=options.device_map,
     )
+    quantized.log_loaded(options.model, stored, module)
     if options.inflate_parameters is not None:
         module = _inflated(options.model, module, options.inflate_parameters)
     if options.device_map is None:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from outrider.engine.loading.quantized import is_plain
+
 _log = logging.getLogger(__name__)
 
 TORCH_KERNEL = "torch"
@@ -81,13 +83,16 @@ def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[st
     if num_layers.total() > num_layers[TORCH_KERNEL]:
         # The other parameters are views of the mapped checkpoint file and would keep it in memory.
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+            if type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.clone()
     return dict(num_layers)
 
 
 def _linear_weight(module: nn.Module) -> torch.Tensor | None:
     """Weight as [out, in] if the module is exactly a linear layer that can be prepacked."""
     kind: Any = type(module)
+    if kind in (nn.Linear, Conv1D) and not is_plain(module):
+        return None
     if kind is nn.Linear:
         weight = module.weight
     elif kind is Conv1D:  # GPT-2 stores [in, out]

@@ -20,6 +20,7 @@ from outrider.engine.attention.interface import (
 )
 from outrider.engine.kv.store import LayerLayout
 from outrider.engine.loading.checkpoint import no_interface_error
+from outrider.engine.loading.quantized import check_quantization
 from outrider.errors import ConfigError, ModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -35,7 +36,8 @@ _HARMLESS = {"position_ids", "cache_position"}
 
 
 def check_config(name: str, config: Any) -> None:
-    """Raises ModelError for a configuration that would be served incorrectly."""
+    """Raises ModelError for a configuration that would be served incorrectly, or not here."""
+    check_quantization(name, config)
     text = config.get_text_config()
     unknown = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if unknown:
