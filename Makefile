@@ -60,7 +60,7 @@ demo: setup
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 # Write bytecode in any environment: tests start hundreds of programs.
 unexport PYTHONDONTWRITEBYTECODE
-WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 test:
 	$(MAKE) -j3 lint proto-check test-without-avx512
 	$(BIN)/python -m pytest $(WORKERS)

@@ -143,6 +143,13 @@ def make_tiny_draft(
     return _save(model, directory)
 
 
+def rounded(source: Path, directory: Path, dtype: torch.dtype) -> Path:
+    """Saves a copy of the model whose checkpoint has this dtype."""
+    with _no_progress_bars():
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return _save(model, directory)
+
+
 @torch.no_grad()
 def _peak(model: Any, std: float) -> None:
     """Scales the final norm so that logits (before any final soft-cap) have this deviation."""

@@ -13,7 +13,10 @@ class EngineOptions:
     model: str
     """Local directory, or name on the Hugging Face Hub."""
     dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16. auto: the checkpoint's dtype on CUDA, float32 on CPU."""
+    """auto | float32 | bfloat16 | float16. auto: the checkpoint's dtype on CUDA, float32 on CPU.
+
+    On CPU in float32, weights that float16 holds exactly may be kept in 16 bits.
+    """
     device: str = "auto"
     """auto | cpu | cuda | cuda:N. auto: CUDA if a device is present."""
     device_map: str | None = None
@@ -29,9 +32,9 @@ class EngineOptions:
     num_threads: int | None = None
     """Threads per torch operation. The setting is shared by the whole process."""
     prepack: bool = True
-    """On CPU, convert the weights of linear layers to the oneDNN layout once at load."""
+    """On CPU, use the fastest kernel for each linear layer, with weights in its own layout."""
     forbid_kernels: frozenset[str] = frozenset()
-    """Prepacked CPU kernels not to use, named as in `EngineInfo.linear_kernels`."""
+    """CPU kernels not to use, named as in `EngineInfo.linear_kernels`."""
     attention_backend: str = "auto"
     """auto | torch | flashinfer. auto: FlashInfer on CUDA if it supports the model."""
     cuda_graphs: bool = True
@@ -65,6 +68,7 @@ class EngineInfo:
     cuda_graphs: bool = False
     """Whether single-token steps are replayed from CUDA graphs."""
     linear_kernels: Mapping[str, int] = field(default_factory=dict)
-    """Number of linear layers by kernel: onednn_float32, onednn_bfloat16, torch."""
+    """Number of linear layers by kernel: fbgemm_float16, onednn_float32, onednn_bfloat16,
+    torch_transposed, torch."""
     quantization: str = ""
     """Method of a quantised checkpoint, such as awq; empty: it is not quantised."""

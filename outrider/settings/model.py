@@ -39,9 +39,11 @@ class ModelSettings:
         None, "maximum tokens of prompt and output together; unset: the model's context length"
     )
     num_threads: int | None = setting(None, "CPU threads of a forward pass; unset: torch's default")
-    prepack: bool = setting(True, "prepack the weights of linear layers for oneDNN on CPU")
+    prepack: bool = setting(True, "on CPU, use each linear layer's fastest kernel, not torch's own")
     forbid_kernels: str = setting(
-        "", "CPU kernels not to use, comma-separated: onednn_float32, onednn_bfloat16"
+        "",
+        "CPU kernels not to use, comma-separated: fbgemm_float16, onednn_float32, onednn_bfloat16, "
+        "torch_transposed",
     )
     attention_backend: str = setting("auto", "attention kernels: auto, torch or flashinfer")
     cuda_graphs: bool = setting(

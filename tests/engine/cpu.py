@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from outrider.engine.loading.linear_kernels import LinearKernel, LinearWeights, OneDnnBfloat16
 
-def cpu_has_prepacked(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can prepack linear weights of this dtype here (bfloat16 needs AVX-512)."""
+
+def cpu_has(kernel: type[LinearKernel]) -> bool:
+    """Whether the kernel's operators work here.
+
+    bfloat16 needs AVX-512; a build may lack oneDNN or, as on arm64, FBGEMM.
+    """
+    dtype = torch.bfloat16 if kernel is OneDnnBfloat16 else torch.float32
     try:
-        torch.ops.mkldnn._reorder_linear_weight.default(torch.zeros(8, 8, dtype=dtype), None)
-    except (AttributeError, RuntimeError):  # a build without oneDNN; a CPU without the kernel
+        kernel(LinearWeights(torch.zeros(8, 8, dtype=dtype), None, 0))
+    except (AttributeError, RuntimeError):
         return False
     return True

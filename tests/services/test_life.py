@@ -12,14 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
 
 import outrider.model_server.lifecycle
+from outrider.engine.loading.linear_kernels import OneDnnFloat32
 from outrider.redis.registry import ReplicaState
 from outrider.runtime.grpc_server import LIVENESS
 from outrider.settings.services import DraftConfig
 from outrider.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
-from tests.engine.cpu import cpu_has_prepacked
+from tests.engine.cpu import cpu_has
 from tests.services.parts import Pair, both_tiers
 from tests.services.programs import ended
 from tests.services.replicas import (
@@ -37,7 +37,7 @@ from tests.services.replicas import (
 from tests.services.streams import draft_commit, draft_open, raw, row, target_open
 from tests.stack import eventually
 
-BEST_KERNEL = "onednn_float32" if cpu_has_prepacked(torch.float32) else "torch"
+BEST_KERNEL = "onednn_float32" if cpu_has(OneDnnFloat32) else "torch"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from outrider.engine.engine import Engine
 from outrider.engine.kv.budget import affordable_tokens
 from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
 from outrider.engine.loading import checkpoint, prepack, quantized, self_test, supported
+from outrider.engine.loading.linear_kernels import FORBIDDABLE, TorchLinear
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_self_test
 from outrider.engine.options import EngineInfo, EngineOptions
@@ -241,20 +242,20 @@ def _bind(options: EngineOptions, module: Any) -> BoundModel:
 
 
 def _choose_kernels(options: EngineOptions, module: Any) -> dict[str, int]:
-    """Prepack linear layers where possible; return the number of layers by kernel."""
+    """Choose the kernels of linear layers; return the number of layers by kernel."""
     forbidden = options.forbid_kernels
-    unknown = forbidden.difference(prepack.PREPACKED_KERNELS)
+    unknown = forbidden.difference(FORBIDDABLE)
     if unknown:
-        names = ", ".join(prepack.PREPACKED_KERNELS)
+        names = ", ".join(FORBIDDABLE)
         raise ConfigError(
             f"forbid_kernels: {', '.join(sorted(unknown))!r} is unknown; expected {names}"
         )
     if not options.prepack or options.device_map is not None:
-        forbidden = frozenset(prepack.PREPACKED_KERNELS)
+        forbidden = frozenset(FORBIDDABLE)
     num_layers = prepack.choose_kernels(module, forbidden)
     if module.device.type == "cpu":
         _log.info("linear layers by kernel: %s", num_layers)
-        if num_layers.get(prepack.TORCH_KERNEL) and module.dtype.itemsize < 4:
+        if num_layers.get(TorchLinear.name) and module.dtype.itemsize < 4:
             _log.warning(
                 "%s: %s runs without a prepacked kernel on this CPU (%s), which can be many times "
                 "slower than float32; consider --dtype float32",

@@ -1,10 +1,7 @@
-"""Linear layers on CPU: oneDNN kernels with prepacked weights, or torch's own kernel.
+"""Choice of the kernel of each linear layer on CPU, at load.
 
-Without prepacking, a float32 block of two tokens costs twice as much as one token, because torch
-leaves its matrix-vector path. With it, a block of five costs about 1.2 times one token, so
-speculative decoding pays on a CPU. The operators are internal to torch but long-standing (its
-compiler emits them). So each layer is tried once at load, and keeps torch's kernel if the operator
-is missing, fails on this CPU or gives another result.
+The kernels are in `linear_kernels.py`. Of those that compute a layer exactly and work on this CPU,
+the fastest by `kernel_timing.py` is used; torch's own kernel is the fallback.
 """
 
 from __future__ import annotations
@@ -16,71 +13,50 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from outrider.engine.loading.kernel_timing import (
+    CACHE_BYTES,
+    MIN_WEIGHTS,
+    ROW_COUNTS,
+    ranked,
+    timed_part,
+)
+from outrider.engine.loading.linear_kernels import (
+    CANDIDATES,
+    FbgemmFloat16,
+    LinearKernel,
+    LinearWeights,
+    TorchLinear,
+    built,
+    half_exponent,
+)
 from outrider.engine.loading.quantized import is_plain
 
 _log = logging.getLogger(__name__)
 
-TORCH_KERNEL = "torch"
-"""Name of the fallback kernel: `torch.nn.functional.linear`."""
-
-_KERNELS = {torch.float32: "onednn_float32", torch.bfloat16: "onednn_bfloat16"}
-
-PREPACKED_KERNELS = tuple(_KERNELS.values())
-"""Names of the prepacked kernels. oneDNN needs AVX-512 for bfloat16."""
-
-# Relative to the largest output; oneDNN and torch sum in different orders.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-
-
-class PrepackedLinear(nn.Module):
-    """y = x W^T + b for float32 or bfloat16 x [..., in_features] on CPU. Inference only."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """`weight`: [out_features, in_features]; it is copied, and the original can be freed."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        # Not a buffer: .to() would cast and move it, which the layout does not allow.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, None)
-        self._linear = torch.ops.mkldnn._linear_pointwise.default
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._linear(x, self._packed, self.bias, "none", [], "")
-        return out
+_FAILURES = (RuntimeError, AttributeError, NotImplementedError)
 
 
 def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[str, int]:
-    """Prepack the linear layers of `model` in place; return the number of layers by kernel.
+    """Replace the linear layers of `model` in place; return the number of layers by kernel.
 
-    A layer keeps torch's kernel on other devices than the CPU, and if the kernel of its dtype is in
-    `forbidden` or fails on this CPU. A failure is logged, and the kernel is not tried again.
+    A layer keeps torch's kernel on other devices than the CPU and where no other is faster. Kernels
+    in `forbidden` are not used. A kernel that fails on this CPU is logged, and not tried again.
     Subclasses of nn.Linear (quantised, adapted) are neither changed nor counted. The weights of
-    replaced layers are freed.
+    replaced layers are freed, one layer after another.
     """
     num_layers: Counter[str] = Counter()
-    unusable = set(forbidden)
-    for name in [
-        name for name, _ in model.named_modules()
-    ]:  # names, not modules: references would keep weights
-        child = model.get_submodule(name)
-        weight = _linear_weight(child)
-        if weight is None:
-            continue
-        kernel = _KERNELS.get(weight.dtype) if weight.device.type == "cpu" else None
-        if kernel is not None and kernel not in unusable:
-            try:
-                model.set_submodule(name, _try(weight, getattr(child, "bias", None)))
-            except (RuntimeError, AttributeError, NotImplementedError) as error:
-                _log.warning("%s does not work on this CPU (layer %s): %s", kernel, name, error)
-                unusable.add(kernel)
-            else:
-                num_layers[kernel] += 1
-                continue
-        num_layers[TORCH_KERNEL] += 1
-    if num_layers.total() > num_layers[TORCH_KERNEL]:
+    # Names, not modules or weights: references would keep the weights.
+    names = [name for name, module in model.named_modules() if _is_linear(module)]
+    choice = _Choice(forbidden, _num_bytes(model, names))
+    for name in names:
+        layer = choice.layer(name, model.get_submodule(name))
+        if layer is not None:
+            model.set_submodule(name, layer)
+        num_layers[TorchLinear.name if layer is None else layer.name] += 1
+    choice.log_inexact(len(names))
+    if num_layers.total() > num_layers[TorchLinear.name]:
         # The other parameters are views of the mapped checkpoint file and would keep it in memory.
         for parameter in model.parameters():
             if type(parameter) is nn.Parameter:
@@ -88,29 +64,99 @@ def choose_kernels(model: nn.Module, forbidden: Collection[str] = ()) -> dict[st
     return dict(num_layers)
 
 
-def _linear_weight(module: nn.Module) -> torch.Tensor | None:
-    """Weight as [out, in] if the module is exactly a linear layer that can be prepacked."""
+class _Choice:
+    """Choice for the layers of one model: failed kernels and timings so far."""
+
+    def __init__(self, forbidden: Collection[str], num_bytes: int) -> None:
+        self._unusable = set(forbidden)
+        self._orders: dict[tuple[Any, ...], list[type[LinearKernel]]] = {}
+        self._from_memory = num_bytes > CACHE_BYTES
+        self._inexact: list[str] = []
+
+    def layer(self, name: str, module: nn.Module) -> LinearKernel | None:
+        """The layer on its best kernel; None: torch's own."""
+        weights = self._weights(name, module)
+        for kernel in self._order(name, weights):
+            if kernel is TorchLinear:
+                break
+            if kernel.name in self._unusable:
+                continue
+            try:
+                return built(kernel, weights)
+            except _FAILURES as error:
+                self._refuse(kernel, name, error)
+        return None
+
+    def log_inexact(self, num_layers: int) -> None:
+        """Log how many layers float16 does not hold exactly."""
+        if self._inexact:
+            _log.info("float16 does not hold the weights of %d of %d linear layers exactly, for "
+                      "example %s: they stay in float32", len(self._inexact), num_layers,
+                      self._inexact[0])  # fmt: skip
+
+    def _weights(self, name: str, module: nn.Module) -> LinearWeights:
+        weights = LinearWeights(_weight(module), getattr(module, "bias", None))
+        if (
+            weights.weight.dtype != torch.float32
+            or weights.weight.device.type != "cpu"
+            or FbgemmFloat16.name in self._unusable
+        ):
+            return weights
+        exponent = half_exponent(weights.weight)
+        if exponent is None:
+            self._inexact.append(name)
+        return LinearWeights(weights.weight, weights.bias, exponent)
+
+    def _order(self, name: str, weights: LinearWeights) -> list[type[LinearKernel]]:
+        """Kernels of a layer, best first: timed once for each shape and set of candidates."""
+        if weights.weight.device.type != "cpu":
+            return []
+        candidates = [
+            kernel
+            for kernel in CANDIDATES
+            if kernel.name not in self._unusable and kernel.suits(weights)
+        ]
+        if len(candidates) == 1 or weights.weight.numel() < MIN_WEIGHTS:
+            return candidates
+        key = (weights.weight.shape, weights.bias is None, *candidates)
+        if key not in self._orders:
+            self._orders[key] = self._timed(name, weights, candidates)
+        return self._orders[key]
+
+    def _timed(
+        self, name: str, weights: LinearWeights, candidates: list[type[LinearKernel]]
+    ) -> list[type[LinearKernel]]:
+        part = timed_part(weights)
+        layers = []
+        for kernel in candidates:
+            try:
+                layers.append(built(kernel, part, ROW_COUNTS))
+            except _FAILURES as error:
+                self._refuse(kernel, name, error)
+        times = ranked(layers, weights.weight.dtype, from_memory=self._from_memory)
+        shown = ", ".join(f"{kernel} {mean_s * 1e3:.3g}" for kernel, mean_s in times)
+        _log.info("kernels for %d x %d, ms for a mean pass of 1 to 16 tokens: %s",
+                  *weights.weight.shape, shown)  # fmt: skip
+        by_name = {kernel.name: kernel for kernel in candidates}
+        return [by_name[kernel] for kernel, _ in times]
+
+    def _refuse(self, kernel: type[LinearKernel], name: str, error: Exception) -> None:
+        _log.warning("%s does not work on this CPU (layer %s): %s", kernel.name, name, error)
+        self._unusable.add(kernel.name)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module is exactly a linear layer, not quantised; Conv1D is GPT-2's."""
     kind: Any = type(module)
-    if kind in (nn.Linear, Conv1D) and not is_plain(module):
-        return None
-    if kind is nn.Linear:
-        weight = module.weight
-    elif kind is Conv1D:  # GPT-2 stores [in, out]
-        weight = module.weight.t()  # type: ignore[operator]
-    else:
-        return None
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach()
+    return kind in (nn.Linear, Conv1D) and is_plain(module)
 
 
-@torch.inference_mode()
-def _try(weight: torch.Tensor, bias: torch.Tensor | None) -> PrepackedLinear:
-    """Prepacked layer, compared once with torch's own. Raises RuntimeError if it differs."""
-    packed = PrepackedLinear(weight, bias)
-    for rows in (1, 3):
-        x = torch.linspace(-1.0, 1.0, rows * weight.shape[1]).reshape(rows, -1).to(weight.dtype)
-        expected = functional.linear(x, weight, bias).float()
-        difference = (packed(x).float() - expected).abs().max()
-        if not difference <= _TOLERANCE[weight.dtype] * expected.abs().max().clamp_min(1e-3):
-            raise RuntimeError(f"oneDNN's result differs by {difference:.2g}")
-    return packed
+def _weight(module: Any) -> torch.Tensor:
+    """Weight as [out_features, in_features]. Conv1D stores [in, out]."""
+    weight: torch.Tensor = module.weight.detach()
+    return weight if type(module) is nn.Linear else weight.t()
+
+
+def _num_bytes(model: nn.Module, names: list[str]) -> int:
+    weights = (_weight(model.get_submodule(name)) for name in names)
+    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from outrider.engine import Append, Engine, EngineOptions, Sequence, load_engine
-from tests.engine.cpu import cpu_has_prepacked
+from outrider.engine.loading import prepack
+from outrider.engine.loading.linear_kernels import (
+    FbgemmFloat16,
+    LinearKernel,
+    OneDnnBfloat16,
+    OneDnnFloat32,
+    TorchLinear,
+    TransposedLinear,
+)
+from tests.engine.cpu import cpu_has
 from tests.engine.reference import Reference, Shadow
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, rounded
 
 
 class Driver:
@@ -166,7 +175,38 @@ def test_two_engines_in_one_process(
         driver.free(sequence)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float16), ("gpt2", torch.float16), ("qwen2", torch.bfloat16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+@pytest.mark.parametrize(
+    "kernel",
+    [FbgemmFloat16, OneDnnFloat32, TransposedLinear, TorchLinear],
+    ids=lambda kernel: kernel.name,
+)
+def test_each_kernel_serves_16_bit_checkpoints_exactly(
+    kernel: type[LinearKernel],
+    family: str,
+    dtype: torch.dtype,
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As float32 arithmetic on the checkpoint's weights, within the tolerance of float32."""
+    monkeypatch.setattr(prepack, "CANDIDATES", (kernel, TorchLinear))
+    path = rounded(model_dir(family), tmp_path / "model", dtype)
+    engine = load_engine(EngineOptions(str(path), kv_cache_tokens=256))
+    assert engine.info.dtype == "float32"
+    assert set(engine.info.linear_kernels) == {kernel.name if cpu_has(kernel) else "torch"}
+    driver = Driver(engine, Shadow(Reference(path), seed=5), seed=6)
+    driver.open(60)
+    for _ in range(3):
+        driver.random_change()
+        driver.random_step()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_without_prepacked_linears(family: str, model_dir: Callable[[str], Path]) -> None:
     options = EngineOptions(str(model_dir(family)), kv_cache_tokens=256, prepack=False)
     engine = load_engine(options)
@@ -189,7 +229,7 @@ def test_bfloat16_is_close_to_float32(model_dir: Callable[[str], Path], forbidde
         )
     )
     assert engine.info.dtype == "bfloat16"
-    has_kernel = cpu_has_prepacked(torch.bfloat16) and not forbidden
+    has_kernel = cpu_has(OneDnnBfloat16) and not forbidden
     assert set(engine.info.linear_kernels) == {"onednn_bfloat16" if has_kernel else "torch"}
     tokens = Shadow(Reference(model_dir("llama")), seed=7).random_tokens(40)
     sequence = engine.store.open(40)

@@ -149,7 +149,7 @@ def test_missing_and_misshapen_weights(tmp_path: Path, model_dir: ModelDir) -> N
         ({"num_threads": 0}, "num_threads: 0 is too small; at least 1"),
         (
             {"forbid_kernels": frozenset({"mkl"})},
-            "forbid_kernels: 'mkl' is unknown; expected onednn_float32",
+            "forbid_kernels: 'mkl' is unknown; expected fbgemm_float16, onednn",
         ),
     ],
 )

@@ -1,38 +1,27 @@
-"""Prepacked linear layers equal plain ones, and fall back to torch where they cannot run."""
+"""Each linear layer gets the fastest kernel that computes it exactly, or keeps torch's."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from outrider.engine.loading import prepack
-from outrider.engine.loading.prepack import PrepackedLinear, choose_kernels
-from tests.engine.cpu import cpu_has_prepacked
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
-def test_equals_plain_linear(
-    dtype: torch.dtype, bias: bool, rows: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    if not cpu_has_prepacked(dtype):
-        assert_falls_back(nn.Sequential(nn.Linear(40, 48, bias=bias).to(dtype)), caplog)
-        return
-    generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(48, 40, generator=generator).to(dtype)
-    offset = torch.randn(48, generator=generator).to(dtype) if bias else None
-    x = torch.randn(1, rows, 40, generator=generator).to(dtype)
-    got = PrepackedLinear(weight, offset)(x)
-    expected = functional.linear(x, weight, offset)
-    assert got.shape == expected.shape == (1, rows, 48)
-    assert torch.allclose(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+from outrider.engine.loading import linear_kernels
+from outrider.engine.loading.kernel_timing import MIN_WEIGHTS, by_preference, ranked
+from outrider.engine.loading.linear_kernels import (
+    FORBIDDABLE,
+    FbgemmFloat16,
+    LinearWeights,
+    OneDnnFloat32,
+    TransposedLinear,
+)
+from outrider.engine.loading.prepack import choose_kernels
+from tests.engine.cpu import cpu_has
 
 
 @torch.inference_mode()
@@ -62,8 +51,8 @@ def test_replaces_linear_layers_in_place() -> None:
 
     expected = run()
     assert choose_kernels(model) == {"onednn_float32": 3}
-    assert isinstance(model["conv"], PrepackedLinear)
-    assert isinstance(model["inner"][0], PrepackedLinear)
+    assert isinstance(model["conv"], OneDnnFloat32)
+    assert isinstance(model["inner"][0], OneDnnFloat32)
     assert type(model["special"]) is Special
     assert torch.allclose(run(), expected, atol=1e-5)
     weights = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
@@ -81,6 +70,62 @@ def test_a_forbidden_kernel_is_not_used() -> None:
     assert type(model[0]) is nn.Linear
 
 
+def half_linear(out_features: int, in_features: int) -> nn.Linear:
+    """A layer whose weights float16 holds exactly, in float32."""
+    layer = nn.Linear(in_features, out_features).requires_grad_(False)
+    layer.weight.copy_(layer.weight.half())
+    return layer
+
+
+def test_weights_exact_in_float16_are_held_in_16_bits(caplog: pytest.LogCaptureFixture) -> None:
+    """Decided for each layer; the log has the number of the others."""
+    model = nn.Sequential(half_linear(8, 8), nn.Linear(8, 8), half_linear(8, 8))
+    exact = "fbgemm_float16" if cpu_has(FbgemmFloat16) else "onednn_float32"
+    expected: Counter[str] = Counter({exact: 2})
+    expected["onednn_float32"] += 1
+    with caplog.at_level(logging.INFO):
+        assert choose_kernels(model) == expected
+    assert "not hold the weights of 1 of 3 linear layers exactly, for example 1:" in caplog.text
+    assert model(torch.ones(2, 8)).shape == (2, 8)
+
+
+def test_large_layers_are_timed_once_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:
+    shape = (256, MIN_WEIGHTS // 256)
+    model = nn.Sequential(half_linear(*shape), half_linear(*shape), nn.Linear(256, 8))
+    x = torch.linspace(-1, 1, 3 * shape[1]).reshape(3, -1)
+    expected = model(x)
+    with caplog.at_level(logging.INFO):
+        kernels = choose_kernels(model)
+    assert sum(kernels.values()) == 3
+    assert caplog.text.count("kernels for 256 x 256, ms for a mean pass") == 1
+    assert caplog.text.count("kernels for") == 1, "the small layer is not timed"
+    assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_a_single_candidate_is_not_timed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        choose_kernels(nn.Sequential(half_linear(512, 512)), FORBIDDABLE)
+    assert "kernels for" not in caplog.text
+
+
+class _Slower(TransposedLinear):
+    """Does the work ten times."""
+
+    name = "slower"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return [super(_Slower, self).forward(x) for _ in range(10)][-1]
+
+
+def test_the_fastest_kernel_is_first_and_a_preferred_one_before_its_equal() -> None:
+    weights = LinearWeights(torch.ones(512, 512))
+    slower, one, equal = _Slower(weights), TransposedLinear(weights), TransposedLinear(weights)
+    equal.name = "equal"  # type: ignore[misc]
+    order = [name for name, _ in ranked([slower, one, equal], torch.float32, from_memory=False)]
+    assert order[-1] == "slower"
+    assert by_preference({"a": 1.04, "b": 1.0, "c": 0.5}) == [("c", 0.5), ("a", 1.04), ("b", 1.0)]
+
+
 def assert_falls_back(model: nn.Sequential, caplog: pytest.LogCaptureFixture) -> None:
     """Assert that the layers keep torch's kernel and that the log has the reason."""
     with caplog.at_level(logging.WARNING):
@@ -93,18 +138,35 @@ def test_a_kernel_with_wrong_results_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        PrepackedLinear, "forward", lambda self, x: torch.zeros(*x.shape[:-1], self.out_features)
+        OneDnnFloat32, "forward", lambda self, x: torch.zeros(*x.shape[:-1], self.out_features)
     )
     assert_falls_back(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), caplog)
-    assert "oneDNN's result differs" in caplog.text
+    assert "onednn_float32 does not work" in caplog.text
+    assert "differs by" in caplog.text
 
 
 def test_missing_operators_fall_back_to_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(prepack, "torch", _Without(torch, "ops"))
+        patch.setattr(linear_kernels, "torch", _Without(torch, "ops"))
         assert_falls_back(nn.Sequential(nn.Linear(8, 8)), caplog)
+
+
+@pytest.mark.parametrize("size", [8, 512], ids=["untimed", "timed"])
+def test_without_fbgemm_the_next_kernel_is_used(
+    size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on arm64, whose torch has another engine for quantised operators."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "qnnpack"
+    try:
+        kernels = choose_kernels(nn.Sequential(half_linear(size, size), half_linear(size, size)))
+    finally:
+        torch.backends.quantized.engine = engine
+    assert sum(kernels.values()) == 2
+    assert "fbgemm_float16" not in kernels
+    assert caplog.text.count("fbgemm_float16 does not work on this CPU (layer 0)") == 1
 
 
 class _Without:
