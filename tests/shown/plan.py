@@ -37,7 +37,7 @@ REPLACED = (
     ("", r"\bDRAFT\d?\b|/models/(draft|1b)(?![\w-])|meta-llama/Llama-3\.2-1B-Instruct", "{draft}"),
     ("", r"/models/draft-2\b", "{other_draft}"),
     ("", r"/models/small-of-another-family\b", "{foreign_draft}"),
-    ("", r"(?<= )(scripts|deploy)/|^(scripts)/", "{root}/\\1\\2/"),
+    ("", r"(?<= )(scripts|deploy|examples)/|^(scripts)/", "{root}/\\1\\2/"),
     ("", r"\.venv/bin/activate", "{bin}/activate"),
     ("", r"/tmp/p1\b", "p1"),
     ("", r"/var/lib/outrider/traffic", "traffic"),

@@ -142,7 +142,10 @@ class Shell:
         found = environment()
         path = f"{self._values['bin']}{os.pathsep}{found['PATH']}"
         endpoint = f"127.0.0.1:{self._ports.get(DEFAULT_PORT['orchestrator'])}"
-        return {**found, "PATH": path, "HF_HUB_OFFLINE": "1", "OUTRIDER_ENDPOINT": endpoint}
+        return {
+            **found, "PATH": path, "HF_HUB_OFFLINE": "1", "OUTRIDER_ENDPOINT": endpoint,
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{self._ports.get(HTTP_PORT)}/v1",
+        }  # fmt: skip
 
     def _metrics(self) -> list[str]:
         """Addresses that the newest server printed."""
