@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 DECISIONS = "adr/index.md"
 _SECTION = re.compile(r"^\*\*(.+?)\*\*")
 _ENTRY = re.compile(r"^\| \[(.+?)\]\((.+?)\)")
-_LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -24,6 +24,12 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert len(pages) > 50
     for page in pages:
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).exists(), page
+    for page in pages:
+        text = page.read_text("utf-8")
+        built = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text("utf-8")
+        for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+            assert re.search(rf"<img[^>]*{re.escape(image)}", built), f"{page}: {image}"
+            assert (site / page.relative_to(ROOT / "docs").parent / image).exists(), image
     index = (site / "index.html").read_text("utf-8")
     loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="?(https?:[^" >]+)', index)
     assert loaded == []

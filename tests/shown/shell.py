@@ -43,9 +43,12 @@ class Server:
 
     def stop(self) -> None:
         """Stops it by SIGTERM, which is a success."""
-        self.process.terminate()
-        status = self.process.wait(TIMEOUT_S)
-        assert status == 0, f"{self.command}\nended with {status}:\n{self.output()}"
+        try:
+            self.process.terminate()
+            status = self.process.wait(TIMEOUT_S)
+            assert status == 0, f"{self.command}\nended with {status}:\n{self.output()}"
+        finally:
+            self.process.kill()
 
     def output(self) -> str:
         return self.log.read_text("utf-8")
