@@ -168,8 +168,9 @@ class _Answer:
 
     def _totals(self) -> dict[str, Any]:
         results = [result for result in self._results if result is not None]
-        gamma = self._choices[0].request.gamma
-        return {"usage": usage(results, self._plan.n), "metrics": metrics(results, gamma)}
+        request = self._choices[0].request
+        max_gamma = request.max_gamma if request.gamma is None else request.gamma
+        return {"usage": usage(results, self._plan.n), "metrics": metrics(results, max_gamma)}
 
 
 class _Whole(_Answer):

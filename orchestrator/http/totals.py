@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from orchestrator.generation.counts import SpeculationCounts
@@ -31,35 +32,30 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[st
     }
 
 
-def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
+def metrics(results: Sequence[Result], max_gamma: int) -> dict[str, Any]:
     """Statistics of speculation over all choices, by vLLM's names.
 
+    `max_gamma`: most draft tokens of a round; the request's γ, or the limit of an adaptive one.
     `draft_acceptance_rate` is accepted / drafted, as vLLM's; `acceptance_rate` is α, as gRPC's: the
-    draft tokens after the first rejection are not counted. `acceptance_histogram[j]`: rounds that
-    accepted exactly j draft tokens. `num_rounds_per_gamma[g]`: rounds with g draft tokens, without
-    the prompt's. `gamma`: of the request; None: adaptive.
+    draft tokens after the first rejection are not counted. Without draft tokens α is None, and
+    vLLM's fields have vLLM's values: length 1, rate 0. `acceptance_histogram[j]`: rounds that
+    accepted exactly j draft tokens, [num_spec_tokens + 1]. `num_rounds_per_gamma[g]`: rounds with g
+    draft tokens, without the prompt's.
     """
     total = SpeculationCounts()
     for result in results:
         _add(total, result.counts)
-    per_pos = [*total.num_accepted_per_pos, 0]
-    at_least = [total.num_drafts, *per_pos]
     num_drafted = total.num_draft_tokens
+    histogram = _histogram(total, max_gamma)
     return {
         "speculative_decoding": {
-            "mean_acceptance_length": total.mean_acceptance_length,
-            "draft_acceptance_rate": total.num_accepted_tokens / num_drafted
-            if num_drafted
-            else None,
-            "acceptance_histogram": [
-                more - fewer for more, fewer in zip(at_least, per_pos, strict=False)
-            ]
-            if total.num_drafts
-            else [],
+            "mean_acceptance_length": total.mean_acceptance_length or 1.0,
+            "draft_acceptance_rate": total.num_accepted_tokens / max(1, num_drafted),
+            "acceptance_histogram": histogram,
             "num_spec_steps": total.num_drafts,
             "num_accepted_draft_tokens": total.num_accepted_tokens,
             "num_draft_tokens": num_drafted,
-            "num_spec_tokens": gamma,
+            "num_spec_tokens": len(histogram) - 1,
             "num_rejected_draft_tokens": total.num_rejected_tokens,
             "acceptance_rate": total.acceptance_rate,
             "num_rounds": total.num_rounds,
@@ -67,6 +63,13 @@ def metrics(results: Sequence[Result], gamma: int | None) -> dict[str, Any]:
             "num_rounds_per_gamma": total.num_rounds_per_gamma,
         }
     }
+
+
+def _histogram(counts: SpeculationCounts, max_gamma: int) -> list[int]:
+    """Rounds with draft tokens by number of accepted ones, from 0 to at least `max_gamma`."""
+    per_pos = counts.num_accepted_per_pos
+    at_least = [counts.num_drafts, *per_pos, *[0] * max(1, max_gamma + 1 - len(per_pos))]
+    return [more - fewer for more, fewer in pairwise(at_least)]
 
 
 def _add(total: SpeculationCounts, counts: SpeculationCounts) -> None:

@@ -163,7 +163,9 @@ def _speculation(stats: dict[str, Any]) -> Speculation:
         num_rejected_tokens=stats["num_rejected_draft_tokens"],
         num_rounds=stats["num_rounds"],
         num_lookahead_hits=stats["num_lookahead_hits"],
-        num_accepted_per_pos=tuple(sum(histogram[i:]) for i in range(1, len(histogram))),
+        num_accepted_per_pos=tuple(
+            num for i in range(1, len(histogram)) if (num := sum(histogram[i:]))
+        ),
         num_rounds_per_gamma=tuple(stats["num_rounds_per_gamma"]),
     )
 

@@ -95,6 +95,8 @@ async def test_a_completion_is_the_targets_own_text(
     assert answer.usage.total_tokens == NUM_TOKENS + answer.usage.prompt_tokens
     speculation = answer.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
     assert bool(speculation["num_draft_tokens"]) == bool(gamma)
+    _has_vllms_shape(speculation)
+    assert speculation["num_spec_tokens"] == gamma
     assert sum(speculation["acceptance_histogram"]) == speculation["num_spec_steps"]
     num_accepted = speculation["num_accepted_draft_tokens"]
     assert num_accepted == sum(j * n for j, n in enumerate(speculation["acceptance_histogram"]))
@@ -109,6 +111,13 @@ async def test_a_completion_is_the_targets_own_text(
     assert chunks[-1].model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
 
 
+def _has_vllms_shape(speculation: dict[str, Any]) -> None:
+    """Asserts that each field of vLLM's has its type and range, as load tools read them."""
+    assert type(speculation["mean_acceptance_length"]) is float
+    assert type(speculation["draft_acceptance_rate"]) is float
+    assert len(speculation["acceptance_histogram"]) == speculation["num_spec_tokens"] + 1
+
+
 async def test_a_chat_is_the_targets_own_text(client: openai.AsyncOpenAI, text: Any) -> None:
     body: Any = {"model": "", "messages": MESSAGES, "max_completion_tokens": NUM_TOKENS, **GREEDY}
     answer = await client.chat.completions.create(**body)
@@ -120,7 +129,7 @@ async def test_a_chat_is_the_targets_own_text(client: openai.AsyncOpenAI, text: 
     assert [delta.role for delta in deltas[:2]] == ["assistant", None]
     assert "".join(delta.content or "" for delta in deltas) == choice.message.content
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert chunks[-1].model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
+    _has_vllms_shape(chunks[-1].model_extra["metrics"]["speculative_decoding"])  # type: ignore[index]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
 

@@ -18,6 +18,7 @@ from outrider_bench.loadtest.measures import Drafting, max_overlapping
 from outrider_bench.loadtest.plan import Conversation, Job, Workload
 from outrider_bench.loadtest.records import Record
 from outrider_bench.loadtest.requests import RequestOptions
+from outrider_bench.loadtest.trace import read_trace
 from tests.bench.loadtest.conftest import simulated
 from tests.bench.loadtest.test_serve import serve
 from tests.services.parts import Pair, System, nothing_held, whole
@@ -114,6 +115,46 @@ async def test_turns_of_a_chat(is_http: bool, system: System, tokenizer_dir: Pat
         assert first.prompt_len < second.prompt_len < third.prompt_len
     assert second.num_cached_tokens > 0
     await eventually(lambda: nothing_held(system))
+
+
+MOONCAKE = '{"timestamp": 0, "input_length": 20, "output_length": 12, "hash_ids": [7]}\n'
+# 12 tokens of output for each request.
+TRACES = {
+    "mooncake.jsonl": 2 * MOONCAKE,
+    "azure.csv": (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,9,12\n2023-11-16 18:15:46.6905900,8,12\n"
+    ),
+    "sharegpt.json": (
+        '[{"conversations": [{"from": "human", "value": "the quick brown fox"},'
+        f' {{"from": "gpt", "value": "{48 * "a"}"}}]}}]'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+async def test_public_traces(
+    is_chat: bool, system: System, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Each format over HTTP, as prompts and as chats: its lengths, and shared blocks are cached."""
+    tokenizer = Tokenizer.load(str(tokenizer_dir))
+    side = await loaded_orchestrators(system.channel, tokenizer=tokenizer)
+    async with http_session(Access()) as session:
+        sender = HttpSender(session, f"http://{system.http_endpoint}", "")
+        side = replace(side, senders=[sender])
+        for name, content in TRACES.items():
+            (tmp_path / name).write_text(content)
+            conversations = read_trace(tmp_path / name).conversations
+            phase = Phase(side, replace(GREEDY, is_chat=is_chat), number=0, seed=0, run="test")
+            await phase.closed_loop(iter(conversations), num_clients=1)
+            records = turned(phase.records)
+            assert [(one.status, one.num_tokens) for one in records] == [
+                ("OK", 12) for _ in conversations
+            ], name
+            if name == "azure.csv" and not is_chat:
+                assert [record.prompt_len for record in records] == [9, 8]
+            if name == "mooncake.jsonl":
+                assert records[1].num_cached_tokens >= 16
 
 
 async def test_failures_are_recorded(redis_url: str) -> None:
