@@ -74,6 +74,7 @@ class ModelInfo:
     attention_backend: str
     linear_kernels: dict[str, int]
     cuda_graphs: bool
+    tensor_parallel_size: int
     sampling_defaults: dict[str, Any] | None
     target_tokenizer_fingerprints: list[str]
 

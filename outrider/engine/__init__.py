@@ -49,6 +49,10 @@ def load_engine(options: EngineOptions) -> Engine:
     """
     if importlib.util.find_spec("torch") is None:  # installed without the "model" extra
         raise ConfigError(NO_ENGINE)
+    if options.tensor_parallel_size > 1:
+        from outrider.engine.parallel.replica import load_engine as load_over_ranks
+
+        return load_over_ranks(options)
     from outrider.engine.loading.load import load_engine as load
 
     return load(options)

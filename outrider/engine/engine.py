@@ -7,6 +7,7 @@ Prefill, decoding, verification and drafting are the same call with different le
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from outrider.engine.interface import (
 from outrider.engine.kv.store import KVStore
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.options import EngineInfo
+from outrider.engine.parallel.operations import OperationLog
 from outrider.engine.sampling.prompt_logprobs import score_prompts
 from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.sampling.params import SamplingParams
@@ -43,10 +45,13 @@ class Engine:
         info: EngineInfo,
         backend: Backend,
         graphs: GraphedSteps | None = None,
+        log: OperationLog | None = None,
     ) -> None:
+        """`log`: with tensor parallelism, what the other ranks replay."""
         self._model = model
         self._backend = backend
         self._graphs = graphs
+        self._log = log
         self.store = store
         self.info = info
 
@@ -115,6 +120,15 @@ class Engine:
                 return self._graphs.run(segments, token_ids, rows)
             return self._run_packed(segments, token_ids, rows)
 
+    def replay(
+        self,
+        segments: list[Segment],
+        token_ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+    ) -> None:
+        """Run a pass of rank 0 on another rank, which has its own part of weights and KV."""
+        self._run(segments, token_ids, rows)
+
     def _run_packed(
         self,
         segments: list[Segment],
@@ -123,7 +137,11 @@ class Engine:
     ) -> torch.Tensor:
         positions = np.concatenate([np.arange(s.past, s.total) for s in segments])
         device = self._model.device
-        with attending(self._backend.step(segments)):
+        step = self._backend.step(segments)  # it may move sequences to other pages
+        sent: AbstractContextManager[None] = nullcontext()
+        if self._log is not None:
+            sent = self._log.step(segments, token_ids, rows)
+        with sent, attending(step):
             logits = self._model(
                 torch.from_numpy(token_ids)[None].to(device),
                 torch.from_numpy(positions)[None].to(device),

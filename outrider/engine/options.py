@@ -22,8 +22,7 @@ class EngineOptions:
     device_map: str | None = None
     """Passed to accelerate, for example "auto": layers are spread over devices, their KV with them.
 
-    Layers run one after another (pipeline placement, not tensor parallelism; see
-    `loading/load.py`).
+    Layers run one after another (pipeline placement, not tensor parallelism).
     """
     kv_cache_tokens: int | None = None
     """KV capacity in tokens; None: derived from the memory free after loading."""
@@ -41,6 +40,10 @@ class EngineOptions:
     """With FlashInfer: replay single-token steps from CUDA graphs if measured to be faster."""
     tokenizer_eos_ids: tuple[int, ...] = ()
     """The tokenizer's EOS ids, used in addition to those of the model's configuration."""
+    tensor_parallel_size: int = 1
+    """Number of processes that each hold a part of every layer (see `parallel/`)."""
+    tensor_parallel_timeout_s: float = 30.0
+    """The replica ends if a rank does not take part in a pass for this long."""
     inflate_parameters: int | None = None
     """Quickstart only: enlarge the model to about this many parameters, with the same outputs."""
 
@@ -65,6 +68,8 @@ class EngineInfo:
     """sdpa | flashinfer | none (simulated)."""
     self_test_max_difference: float
     """Self-test at load: largest |difference| of a logit from plain eager attention."""
+    tensor_parallel_size: int = 1
+    """Number of ranks that share the model."""
     cuda_graphs: bool = False
     """Whether single-token steps are replayed from CUDA graphs."""
     linear_kernels: Mapping[str, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from outrider.settings.simulation import Simulation
 _MODEL_SETTINGS = (
     "revision", "dtype", "device", "device_map", "max_model_len", "num_threads", "prepack",
     "forbid_kernels", "attention_backend", "cuda_graphs", "inflate_parameters",
-    "generation_config", "tokenizer_eos", "target_tokenizer",
+    "generation_config", "tokenizer_eos", "target_tokenizer", "tensor_parallel_size",
 )  # fmt: skip
 
 

@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 from outrider.settings.addresses import require_address, require_endpoint, require_host
 from outrider.settings.draft_canary import DraftCanarySettings
 from outrider.settings.fields import require, require_port, setting
 from outrider.settings.model import ModelSettings
 from outrider.settings.observation import ObservationSettings
+from outrider.settings.parallel import ParallelSettings
 from outrider.settings.redis_address import RedisAddress
 from outrider.settings.security import OrchestratorSettings, TierSettings
 from outrider.settings.telemetry import TelemetrySettings
 from outrider.settings.tokenizer import TokenizerSettings
 
-Config = TypeVar("Config")
-
 
 @dataclass(frozen=True)
-class ModelServiceConfig(ModelSettings, TierSettings, TelemetrySettings):
+class ModelServiceConfig(ModelSettings, ParallelSettings, TierSettings, TelemetrySettings):
     """Settings that the target service and the draft service share."""
 
     host: str = setting("127.0.0.1", "host name or IP address to listen on")
@@ -68,6 +66,7 @@ class ModelServiceConfig(ModelSettings, TierSettings, TelemetrySettings):
             require_address(self.advertise, "advertise")
         self.check_server()
         self.check_telemetry()
+        self.check_parallel()
         _ = self.registries  # raises where the settings do not fit a URL
 
     @property

@@ -16,19 +16,25 @@ _CPU_MAX_BYTES = 4 << 30
 _CUDA_SHARE = 0.8
 
 
-def affordable_tokens(layers: Seq[LayerLayout]) -> int:
-    """Tokens for which the keys and values of all layers fit on the layers' devices."""
+def affordable_tokens(layers: Seq[LayerLayout], num_sharing: int = 1) -> int:
+    """Tokens for which the keys and values of all layers fit on the layers' devices.
+
+    `num_sharing`: processes of this replica that share the memory of the CPU.
+    """
     per_token_bytes: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
         per_token_bytes[layer.device] += layer.bytes_per_token
-    return min(_budget_bytes(device) // num_bytes for device, num_bytes in per_token_bytes.items())
+    return min(
+        _budget_bytes(device, num_sharing) // num_bytes
+        for device, num_bytes in per_token_bytes.items()
+    )
 
 
-def _budget_bytes(device: torch.device) -> int:
+def _budget_bytes(device: torch.device, num_sharing: int) -> int:
     """Bytes of the device's free memory to use for keys and values."""
     if device.type == "cuda":
         return int(free_bytes(device) * _CUDA_SHARE)
-    return min(int(free_bytes(device) * _CPU_SHARE), _CPU_MAX_BYTES)
+    return min(int(free_bytes(device) * _CPU_SHARE / num_sharing), _CPU_MAX_BYTES)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ which pages are used is in `placement.py`; pages are freed in `pages.py`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -19,7 +19,7 @@ from outrider.engine.kv.placement import Placement
 from outrider.engine.kv.prefix_cache import PrefixCache, TokenIds
 from outrider.engine.kv.reclaim import Reclaim
 from outrider.engine.kv.sequence import Sequence, pages_for
-from outrider.engine.kv.tensors import KVRows, LayerLayout
+from outrider.engine.kv.tensors import CopyRun, KVRows, LayerLayout
 from outrider.errors import KVFull
 
 __all__ = ["PAGE_SIZE", "KVStore", "LayerLayout", "Sequence"]
@@ -32,14 +32,19 @@ class KVStore:
     not be truncated, extended or freed while a forward pass that appends to it is running.
     """
 
-    def __init__(self, layers: Seq[LayerLayout], num_pages: int) -> None:
+    def __init__(
+        self,
+        layers: Seq[LayerLayout],
+        num_pages: int,
+        on_copy: Callable[[Seq[CopyRun]], None] | None = None,
+    ) -> None:
         self._allocator = PageAllocator(num_pages)
         self._cache = PrefixCache(self._allocator)
         self._sequences: set[Sequence] = set()
         self._lock = threading.Lock()
         self.scratch_page = num_pages
         """Page that belongs to no sequence: padding rows of a batch may be written to it."""
-        self._rows = KVRows(layers, (num_pages + 1) * PAGE_SIZE)
+        self._rows = KVRows(layers, (num_pages + 1) * PAGE_SIZE, on_copy)
         self.keys, self.values = self._rows.keys, self._rows.values
         self._placement = Placement(self._allocator, self._cache, self._rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+# Rows to copy: first source row, first target row, number of rows.
+CopyRun = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,14 @@ class KVRows:
     once.
     """
 
-    def __init__(self, layers: Seq[LayerLayout], num_rows: int) -> None:
+    def __init__(
+        self,
+        layers: Seq[LayerLayout],
+        num_rows: int,
+        on_copy: Callable[[Seq[CopyRun]], None] | None = None,
+    ) -> None:
+        """`on_copy` is called before rows are copied."""
+        self._on_copy = on_copy
         keys: dict[int, torch.Tensor] = {}
         values: dict[int, torch.Tensor] = {}
         self._blocks: list[torch.Tensor] = []
@@ -57,12 +69,18 @@ class KVRows:
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy rows [source, source + count) to [target, target + count); they must not overlap."""
-        for block in self._blocks:
-            block[:, target : target + count] = block[:, source : source + count]
+        self.copy_runs([(source, target, count)])
 
     def copy_scattered(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy row source[i] to row target[i]; runs consecutive on both sides in one copy."""
         jumps = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
-        for run in np.split(np.arange(source.size), jumps):
-            if run.size:
-                self.copy(int(source[run[0]]), int(target[run[0]]), run.size)
+        runs = [run for run in np.split(np.arange(source.size), jumps) if run.size]
+        self.copy_runs([(int(source[run[0]]), int(target[run[0]]), run.size) for run in runs])
+
+    def copy_runs(self, runs: Seq[CopyRun]) -> None:
+        """Copy runs of rows, in order."""
+        if self._on_copy is not None and runs:
+            self._on_copy(runs)
+        for source, target, count in runs:
+            for block in self._blocks:
+                block[:, target : target + count] = block[:, source : source + count]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from outrider.engine.parallel.group import whole
 from outrider.errors import ModelError
 from outrider.model_source import ModelSource
 
@@ -42,6 +43,9 @@ _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 # Elements of each weight that enter the fingerprint.
 _FINGERPRINT_SAMPLES = 64
+_NOT_FINGERPRINTED = (
+    "dtype", "torch_dtype", "transformers_version", "_name_or_path", "distributed_config",
+)  # fmt: skip
 
 
 def load_config(name: str) -> Any:
@@ -78,10 +82,19 @@ def load_weights(
     dtype: torch.dtype | str,
     attention: str,
     device_map: str | None,
+    tensor_parallel_size: int = 1,
 ) -> Any:
-    """Model in evaluation mode, on CPU unless `device_map` is given. Raises ModelError."""
+    """Model in evaluation mode, on CPU unless `device_map` is given. Raises ModelError.
+
+    With tensor parallelism: this rank's part of it, on this rank's device.
+    """
     source, local = _located(name)
-    placement = {} if device_map is None else {"device_map": device_map}
+    placement: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if tensor_parallel_size > 1:
+        from transformers import distributed  # imports much of torch
+
+        config_class: Any = distributed.configuration_utils.DistributedConfig
+        placement["distributed_config"] = config_class(tp_size=tensor_parallel_size)
     try:
         with quiet():
             model, report = _untyped.AutoModelForCausalLM.from_pretrained(
@@ -116,13 +129,12 @@ def fingerprint(model: Any) -> str:
     """SHA-256 over the configuration and the names, shapes and samples of the weights.
 
     Samples are rounded to bfloat16 and the dtype is left out, so a checkpoint has the same
-    fingerprint on CPU in float32 as on CUDA in bfloat16.
+    fingerprint on CPU in float32 as on CUDA in bfloat16. With tensor parallelism every rank must
+    call it; the fingerprint is that of the whole model.
     """
     digest = hashlib.sha256()
     config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+        key: value for key, value in model.config.to_dict().items() if key not in _NOT_FINGERPRINTED
     }
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(_stored_tensors(model)):
@@ -131,7 +143,7 @@ def fingerprint(model: Any) -> str:
             continue
         count = min(_FINGERPRINT_SAMPLES, weight.numel())
         index = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
-        sample = weight.detach().reshape(-1)[index.to(weight.device)]
+        sample = whole(weight.detach()).reshape(-1)[index.to(weight.device)]
         digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

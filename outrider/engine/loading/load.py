@@ -3,10 +3,10 @@
 The order matters: the fingerprint and the eager reference need the weights as stored; the self-test
 runs the engine as it will serve; the KV memory takes what is left.
 
-Tensor parallelism is not supported: `device_map` places whole layers on several devices
-(accelerate), and they run one after another. To add tensor parallelism, shard the weights in
-`_load_module` (then `discover_layers` finds each device's share of the KV heads), and run
-`Engine.forward` in one process per device, with all-reduces after o_proj and down_proj.
+With tensor parallelism (`parallel/`) every rank loads its part by the same calls in the same order,
+because each pass is a pass of all ranks. What depends on a rank's time or memory is agreed upon:
+the lowest value counts. `device_map` is another thing: whole layers on several devices
+(accelerate), which run one after another.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from outrider.engine.loading.linear_kernels import FORBIDDABLE, TorchLinear
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_self_test
 from outrider.engine.options import EngineInfo, EngineOptions
+from outrider.engine.parallel.group import RankGroup
+from outrider.engine.parallel.operations import OperationLog, make_store
 from outrider.errors import ConfigError, ModelError
 
 _log = logging.getLogger(__name__)
@@ -44,13 +46,17 @@ AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 # Pages of the small KV store for the self-test, before the real one is allocated.
 _SELF_TEST_PAGES = 8
+_ALONE = RankGroup()
 
 
-def load_engine(options: EngineOptions) -> Engine:
+def load_engine(
+    options: EngineOptions, group: RankGroup = _ALONE, log: OperationLog | None = None
+) -> Engine:
     """Load a model and test it. Call it on the device thread; it takes seconds to minutes.
 
     Raises ModelError, naming the model, if it cannot be loaded or would be served incorrectly, and
-    ConfigError for invalid options.
+    ConfigError for invalid options. `group`: the ranks that load the model together. `log`: on rank
+    0 of several, where the others read what to do.
     """
     device = served_device(options.device)
     _set_threads(options)
@@ -63,14 +69,14 @@ def load_engine(options: EngineOptions) -> Engine:
         model = _bind(options, module)
         tokens = self_test.short_sequences(module, model.max_context_len)
         expected = self_test.eager_logits(module, tokens)
-    long = prepare_long_self_test(options.model, model)
+    long = prepare_long_self_test(options.model, model, group)
     model = replace(model, vocab_size=expected[0].shape[-1])
     info = _describe(options, model, layers)
     linear_kernels = _choose_kernels(options, module)
     backend_name, difference = _tested_backend(
         options, _UntestedModel(model, layers, info, tokens, expected, long)
     )
-    store = KVStore(layers, _num_pages(options, layers))
+    store = make_store(layers, group.lowest(_num_pages(options, layers, group)), group, log)
     info = replace(
         info,
         kv_capacity_tokens=store.capacity_tokens,
@@ -79,11 +85,12 @@ def load_engine(options: EngineOptions) -> Engine:
         self_test_max_difference=difference,
     )
     backend = select.make(backend_name, model, store)
-    engine = Engine(model, store, info, backend)
-    if options.cuda_graphs and options.device_map is None:
+    engine = Engine(model, store, info, backend, log=log)
+    if options.cuda_graphs and options.device_map is None and group.size == 1:
         graphs = select.choose_graphs(engine, model, backend)
         info = replace(info, cuda_graphs=graphs is not None)
         engine = Engine(model, store, info, backend, graphs)
+    group.limit_waits(module, options.tensor_parallel_timeout_s)
     _log.info("loaded %s", info)
     return engine
 
@@ -150,6 +157,7 @@ def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayou
         attention_backend="sdpa",
         self_test_max_difference=0.0,
         quantization=quantized.method(module.config) or "",
+        tensor_parallel_size=options.tensor_parallel_size,
     )
 
 
@@ -197,10 +205,13 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
         dtype=served_dtype(options.dtype, device.type),
         attention=ATTENTION_NAME,
         device_map=options.device_map,
+        tensor_parallel_size=options.tensor_parallel_size,
     )
     quantized.log_loaded(options.model, stored, module)
     if options.inflate_parameters is not None:
         module = _inflated(options.model, module, options.inflate_parameters)
+    if options.tensor_parallel_size > 1:  # placed already
+        return module
     if options.device_map is None:
         return module.to(device)
     _keep_row_index_on_cpu(module)
@@ -278,7 +289,7 @@ def _device_names(layers: list[LayerLayout]) -> str:
     return ",".join(dict.fromkeys(str(layer.device) for layer in layers))
 
 
-def _num_pages(options: EngineOptions, layers: list[LayerLayout]) -> int:
+def _num_pages(options: EngineOptions, layers: list[LayerLayout], group: RankGroup) -> int:
     """KV pages to allocate. Raises ConfigError or ModelError if there would be none."""
     if options.kv_cache_tokens is not None:
         if options.kv_cache_tokens < PAGE_SIZE:
@@ -286,7 +297,7 @@ def _num_pages(options: EngineOptions, layers: list[LayerLayout]) -> int:
                 f"kv_cache_tokens: {options.kv_cache_tokens} is too small; at least {PAGE_SIZE}"
             )
         return options.kv_cache_tokens // PAGE_SIZE
-    num_pages = affordable_tokens(layers) // PAGE_SIZE
+    num_pages = affordable_tokens(layers, group.size) // PAGE_SIZE
     if num_pages == 0:
         raise ModelError(f"{options.model}: no memory left for keys and values")
     return num_pages

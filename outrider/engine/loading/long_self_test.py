@@ -21,6 +21,7 @@ from outrider.engine.kv.budget import free_bytes
 from outrider.engine.kv.store import PAGE_SIZE, Sequence
 from outrider.engine.loading import self_test, supported
 from outrider.engine.loading.loaded_model import BoundModel
+from outrider.engine.parallel.group import RankGroup
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class LongSelfTest:
         return cls(token_ids, expected)
 
 
-def prepare_long_self_test(name: str, model: BoundModel) -> LongSelfTest | None:
+def prepare_long_self_test(name: str, model: BoundModel, group: RankGroup) -> LongSelfTest | None:
     """Reference logits, computed before the weights are prepacked; None for a very short context.
 
     If time or memory is short, the sequence is shorter. A warning names the window it does not
@@ -80,7 +81,7 @@ def prepare_long_self_test(name: str, model: BoundModel) -> LongSelfTest | None:
         return None
     window = supported.longest_window(model.module.config)
     wanted = min(model.max_context_len, max(_MIN_LEN, window + PAGE_SIZE + 1))
-    length = min(wanted, affordable_len(model.module))
+    length = group.lowest(min(wanted, affordable_len(model.module)))
     if wanted > window >= length:
         _log.warning(
             "%s: the self-test has only %d tokens, limited by time or memory; "

@@ -17,6 +17,7 @@ import torch
 from outrider.engine.attention.interface import ATTENTION_NAME
 from outrider.engine.engine import Engine
 from outrider.engine.interface import Append
+from outrider.engine.parallel.group import whole
 from outrider.errors import ModelError
 
 _FIRST_LEN = 24
@@ -40,7 +41,8 @@ def short_sequences(model: Any, max_context_len: int) -> tuple[Tokens, Tokens]:
 def random_tokens(model: Any, length: int, *, seed: int) -> Tokens:
     """Random tokens with finite embeddings: a NaN would hide every later error."""
     weight = model.get_input_embeddings().weight
-    finite = torch.isfinite(weight.amax(-1) - weight.amin(-1)).nonzero()[:, 0].cpu().numpy()
+    spread = whole(weight.amax(-1)) - whole(weight.amin(-1))
+    finite = torch.isfinite(spread).nonzero()[:, 0].cpu().numpy()
     if not len(finite):
         finite = np.arange(len(weight))
     return finite[np.random.default_rng(seed).integers(len(finite), size=length)]

@@ -1,0 +1,47 @@
+"""`python -m outrider.engine.parallel.rank`: one rank other than 0, started by rank 0.
+
+Loads its part of the model and replays rank 0's operations until rank 0 is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from outrider.engine.loading import load
+from outrider.engine.parallel.group import RankGroup, joined_store
+from outrider.engine.parallel.operations import Replay, ReplayedStore
+from outrider.engine.parallel.replica import sent_options
+from outrider.errors import ConfigError
+from outrider.telemetry.logs import configure_logs
+
+_SAME_ERROR_S = 10.0
+
+
+def main() -> None:
+    """Run this rank. Returns never; an exception ends the process, and so the replica."""
+    parser = argparse.ArgumentParser(prog="outrider.engine.parallel.rank")
+    parser.add_argument("--host", required=True, help="address of rank 0")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--local-rank", type=int, default=0, help="number of its CUDA device")
+    given = parser.parse_args()
+    configure_logs(f"rank-{given.rank}", level="warning")
+    store = joined_store(given.host, given.port)
+    options = sent_options(store)
+    device = load.served_device(options.device)
+    size = options.tensor_parallel_size
+    group = RankGroup.join(store, given.rank, size, device.type, given.local_rank)
+    try:
+        engine = load.load_engine(options, group)
+    except ConfigError:
+        time.sleep(_SAME_ERROR_S)  # rank 0 raises it too and reports it; then it ends this process
+        raise
+    assert isinstance(engine.store, ReplayedStore), "rank 0 does not replay"
+    replay = Replay(engine.store, engine.store.copy_rows, engine.replay)
+    while True:
+        replay.apply(group.receive())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Tensor-parallel settings, a base class for the settings of the model services (`services`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.settings.fields import require, setting
+
+# Settings that place the model in another way.
+_OTHER_PLACEMENTS = ("device_map", "inflate_parameters")
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How many processes share the model."""
+
+    tensor_parallel_size: int = setting(
+        1, "processes that share the model, each with a part of every layer; one per CUDA device"
+    )
+    tensor_parallel_timeout_s: float = setting(
+        30.0, "the program exits when one of these processes holds a pass up for this many seconds"
+    )
+
+    def check_parallel(self) -> None:
+        """Checks these settings. Raises ConfigError."""
+        require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "must be 1 or more")
+        require(self.tensor_parallel_timeout_s > 0, "tensor_parallel_timeout_s", "must be above 0")
+        for name in _OTHER_PLACEMENTS if self.tensor_parallel_size > 1 else ():
+            why = f"cannot be combined with {name}"
+            require(getattr(self, name, None) is None, "tensor_parallel_size", why)

@@ -1,0 +1,129 @@
+"""An engine over two ranks: logits of one rank, by a replayed log; models it refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from outrider.engine import Append, Engine, EngineOptions, load_engine
+from outrider.errors import ConfigError, ModelError
+from tests.engine.attention.test_equivalence import Driver
+from tests.engine.reference import Reference, Shadow
+
+NUM_KV_TOKENS = 1024
+
+# Tied embeddings and biases; soft-caps and windows; a plan that leaves all KV heads on every rank.
+FAMILIES = ("qwen2", "gemma2", "phi3")
+
+
+class OwnThread:
+    """Loads an engine on a thread that lives as long as the block: the ranks end with it."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._finished = threading.Event()
+        self._loaded = threading.Event()
+        self._outcome: Engine | Exception | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Engine:
+        self._thread.start()
+        assert self._loaded.wait(120)
+        if isinstance(self._outcome, Exception):
+            self._thread.join()
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def __exit__(self, *error: object) -> None:
+        self._finished.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = load_engine(self._options)
+        except Exception as error:
+            self._outcome = error
+            return
+        finally:
+            self._loaded.set()
+        self._finished.wait()
+
+
+def over_two_ranks(path: Path, **options: object) -> OwnThread:
+    fields = {"kv_cache_tokens": NUM_KV_TOKENS, "num_threads": 1, "tensor_parallel_size": 2}
+    return OwnThread(EngineOptions(str(path), **{**fields, **options}))
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest,
+    engine_of: Callable[[str], Engine],
+    model_dir: Callable[[str], Path],
+) -> Iterator[tuple[Engine, Engine, Driver]]:
+    """The engine of one process, that of two ranks, and a driver of the second."""
+    family: str = request.param
+    path = model_dir(family)
+    with over_two_ranks(path) as engine:
+        driver = Driver(engine, Shadow(Reference(path), seed=1), seed=2)
+        yield engine_of(family), engine, driver
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_the_logits_of_one(pair: tuple[Engine, Engine, Driver]) -> None:
+    """Prefill, decoding, verification, roll-back, forks, moves and frees, replayed by rank 1.
+
+    Rank 1 knows of them only what the log says; the driver checks every row of logits.
+    """
+    one, two, driver = pair
+    assert two.info.tensor_parallel_size == 2
+    assert two.info.model_fingerprint == one.info.model_fingerprint
+    assert two.info.num_parameters == one.info.num_parameters
+    num_shares = 1 if one.info.architecture == "phi3" else 2
+    for whole, part in zip(one.store.keys, two.store.keys, strict=True):
+        assert part.shape[1] * num_shares == whole.shape[1], "KV heads of a rank"
+    parent = driver.open(64)
+    driver.step([(parent, 37, 1)])
+    child = driver.fork(parent, 90)  # copies the rows of a page
+    driver.step([(child, 5, 5), (parent, 5, 5)])
+    driver.truncate(child, 18)
+    driver.truncate(parent, 20)  # into a shared page: copied on write
+    driver.step([(child, 30, 3), (parent, 2, 0)])
+    driver.free(parent)
+    driver.step([(child, 2, 2)])  # moved to consecutive pages
+    for _ in range(12):
+        driver.random_change()
+        driver.random_step()
+    cached = driver.shadow.random_tokens(64)
+    first, second = (two.store.open(80) for _ in range(2))
+    two.forward([Append(first, cached, 0)])
+    two.store.cache_prefix(first, cached)
+    assert two.store.reuse_prefix(second, cached) == 64
+    next_ids = driver.shadow.random_tokens(3)
+    rows = two.forward([Append(second, next_ids, 3)])
+    driver.shadow.assert_rows(rows, cached + next_ids, "after a cached prefix")
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "why"),
+    [
+        ("gpt2", 2, "no tensor-parallel plan for the layers of gpt2"),
+        ("llama", 4, "4 does not divide num_key_value_heads (2)"),
+    ],
+)
+def test_models_that_cannot_be_sharded_are_refused(
+    model_dir: Callable[[str], Path], family: str, size: int, why: str
+) -> None:
+    """Before any rank is started."""
+    with pytest.raises(ModelError) as error:
+        load_engine(EngineOptions(str(model_dir(family)), tensor_parallel_size=size))
+    assert why in str(error.value)
+
+
+def test_a_single_device_is_refused(model_dir: Callable[[str], Path]) -> None:
+    options = EngineOptions(str(model_dir("llama")), device="cuda:0", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="device"):
+        load_engine(options)
