@@ -18,7 +18,7 @@ from outrider.engine.attention.interface import ATTENTION_NAME
 from outrider.engine.engine import Engine
 from outrider.engine.interface import Append
 from outrider.engine.kv.store import PAGE_SIZE
-from outrider.engine.loading import checkpoint, load, self_test, supported
+from outrider.engine.loading import checkpoint, load, rope, self_test, supported
 from outrider.engine.loading.long_self_test import LongSelfTest, affordable_len
 from outrider.engine.options import EngineOptions
 
@@ -86,6 +86,7 @@ def _references(options: EngineOptions) -> tuple[list[LongSelfTest], _Steps]:
         device_map=None,
     ).to(device)
     context_len = supported.context_len(options.model, config, options.max_model_len)
+    rope.fix_frequencies(options.model, module, context_len)
     longs = [LongSelfTest.of_length(module, n) for n in _lengths(module, config, context_len)]
     length = min(_CONTEXT_LEN + _NUM_STEPS, context_len)
     token_ids = [

@@ -1,13 +1,12 @@
 """Supported features: refuses, at load, models that this engine would serve incorrectly.
 
-Some models would run and be wrong: they ignore the attention interface, attend in chunks, or scale
-positions by the longest sequence of the batch. Most are found by their configuration. A pass over a
-single token finds the others, and the shapes of keys and values.
+Some models would run and be wrong: they ignore the attention interface, or attend in chunks. Most
+are found by their configuration. A pass over a single token finds the others, and the shapes of
+keys and values. Positions are treated in `rope.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,11 +24,8 @@ from outrider.errors import ConfigError, ModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# Their angles depend on the longest position in the batch, so on other sequences.
-_ROPE_TYPES_REFUSED = {"dynamic", "longrope"}
-
 # Their `factor` is the ratio of the context length to the trained length.
-_ROPE_TYPES_SCALED = {"yarn", "linear"}
+_ROPE_TYPES_SCALED = {"yarn", "linear", "dynamic"}
 
 # Tensors that models pass to every attention function and that carry no extra information.
 _HARMLESS = {"position_ids", "cache_position"}
@@ -43,10 +39,6 @@ def check_config(name: str, config: Any) -> None:
     if unknown:
         raise ModelError(f"{name}: {text.model_type} has {', '.join(sorted(unknown))} layers; "
                          "only full and sliding attention are supported")  # fmt: skip
-    for rope_type in _rope_types(getattr(text, "rope_parameters", None)):
-        if rope_type in _ROPE_TYPES_REFUSED:
-            raise ModelError(f"{name}: rope type {rope_type!r} depends on the longest sequence "
-                             "of a batch, so sequences would affect each other")  # fmt: skip
 
 
 def check_interface(name: str, model: Any) -> None:
@@ -141,12 +133,3 @@ def _checked_layer(name: str, module: torch.nn.Module, call: LayerCall) -> int:
             raise ModelError(f"{name}: {type(module).__name__} passes {argument!r} to "
                              "attention, which this engine does not support")  # fmt: skip
     return layer
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    """Rope types in `rope_parameters`, which is one set or one set per layer type."""
-    if isinstance(parameters, dict):
-        if isinstance(parameters.get("rope_type"), str):
-            yield parameters["rope_type"]
-        for value in parameters.values():
-            yield from _rope_types(value)

@@ -14,7 +14,6 @@ import transformers
 from outrider.engine import Engine, EngineOptions, load_engine
 from outrider.engine.attention import interface as attention
 from outrider.errors import InternalError, ModelError
-from tests.tiny_models import make_tiny_model
 
 
 def load(path: Path) -> Engine:
@@ -96,24 +95,6 @@ def test_bidirectional_attention_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ModelError, match="is not causal"):
         load(save(tmp_path / "bert", config))
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-        {
-            "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0,
-            "original_max_position_embeddings": 256,
-            "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)  # fmt: skip
-def test_rope_that_depends_on_the_batch_is_refused(tmp_path: Path, rope: dict[str, Any]) -> None:
-    path = make_tiny_model("llama", tmp_path / "m", rope_parameters=rope)
-    with pytest.raises(ModelError, match=f"rope type '{rope['rope_type']}'"):
-        load(path)
 
 
 def test_self_test_refuses_wrong_attention(
