@@ -32,9 +32,13 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """From here on garbage is collected as ever; what was imported is not looked at again."""
+    """From here on garbage is collected, as rarely as in the services.
+
+    What was imported is not looked at again.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

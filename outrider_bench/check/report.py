@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from outrider.cli.failures import Signalled
 from outrider.errors import ConfigError
 from outrider_bench.check import results
 from outrider_bench.check.acceptance import Comparison
@@ -148,7 +147,7 @@ class CheckReport:
 
     options: CheckOptions
     checks: list[DraftCheck] = field(default_factory=list)
-    stopped: Signalled | None = None
+    stopped: Exception | None = None
 
     @property
     def ranked(self) -> list[DraftCheck]:

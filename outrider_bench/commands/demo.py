@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
 from outrider.cli.running import survive_signal
 from outrider.cli.stack_options import DEFAULT_INFLATE, StackOptions, private_stack
@@ -91,7 +90,7 @@ class Results:
     """All comparisons, those of the first prompt first. `stopped`: signal that ended the demo."""
 
     comparisons: list[Comparison]
-    stopped: Signalled | None = None
+    stopped: Exception | None = None
 
     @property
     def identical(self) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
 from outrider.errors import InternalError
 from outrider_bench.measuring.system import BenchOptions, measured_system
@@ -42,7 +41,7 @@ class Explanation:
     """Statistics of the warm-up output and of the measured one. `stopped`: see `Report`."""
 
     measured: list[SpeculationStats] = field(default_factory=list)
-    stopped: Signalled | None = None
+    stopped: Exception | None = None
 
 
 async def _measure(options: BenchOptions, console: Console, explanation: Explanation) -> None:

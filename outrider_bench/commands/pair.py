@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.failures import Signalled
 from outrider.cli.options import takes
 from outrider_bench.measuring.child import run_child
 
@@ -81,7 +80,7 @@ class Search:
     """Measurements so far, each with `epsilon` and `alpha`. `stopped`: signal that ended it."""
 
     measured: list[dict[str, float]] = field(default_factory=list)
-    stopped: Signalled | None = None
+    stopped: Exception | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON report of a search that made no pair."""

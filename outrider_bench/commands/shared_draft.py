@@ -30,7 +30,7 @@ _TARGETS = ("step_ms=100,name=first", "step_ms=140,name=second")
 _QUICK_DRAFT = "step_ms=1:4.0/128:4.0/512:16.0,survival=0.8"
 # A step costs the same up to 8 rows, then it grows with the rows: at most 16 are served at a time.
 _SLOW_DRAFT = "step_ms=1:24.0/8:24.0/64:192.0,survival=0.8"
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ async def _measure(
     shares: list[Shares] = []
     num_steps = len(CASES) * 2 * options.repetitions
     expected_s = num_steps * options.seconds
-    with progress(console, num_steps, document, shares, expected_s=expected_s) as step:
+    with progress(console, num_steps, document, document.samples, expected_s=expected_s) as step:
         for case in CASES:
             runs: list[dict[str, Any]] = []
             async with _running(options, case) as systems:
@@ -158,7 +158,7 @@ async def _measure(
                     measured = await _run(options, case, systems[way], systems["draft"], len(runs))
                     runs.append({"case": case.name, "way": way, "repetition": repetition})
                     runs[-1] |= measured
-            document.samples += runs
+                    document.samples.append(runs[-1])
             shares.append(shares_of(case, runs))
     return shares
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.failures import Signalled
 from outrider.cli.options import parse_count, takes
 from outrider.cli.request import Method
 from outrider.cli.stack_options import StackOptions, private_stack
@@ -89,7 +88,7 @@ class WireCosts:
     """Results so far. `stopped`: see `Report`."""
 
     costs: list[WireCost] = field(default_factory=list)
-    stopped: Signalled | None = None
+    stopped: Exception | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON report, with the keys of the other benchmarks."""

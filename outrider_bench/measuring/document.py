@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import outrider
-from outrider.cli.failures import Signalled
 from outrider.cli.stack_options import MADE_PAIR
 from outrider.errors import ConfigError
 from outrider_bench.measuring.cores import CoreLayout
@@ -63,8 +62,8 @@ class Document:
         self.results: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.goals: list[Goal] = []
-        # Set if a signal ended the measurement; the command raises it after its report.
-        self.stopped: Signalled | None = None
+        # Set if a signal or an error ended the measurement; the command raises it after its report.
+        self.stopped: Exception | None = None
         self._options = options
         self._about: dict[str, Any] = {}
         self._began = datetime.now(UTC)

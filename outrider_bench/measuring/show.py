@@ -22,7 +22,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from outrider.cli.failures import Signalled
 from outrider.cli.running import survive_signal
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ def bench_console(*, is_stderr: bool = False) -> Console:
 
 
 class Report(Protocol):
-    """Report of a command. `stopped` is set if a signal ended the measurement."""
+    """Report of a command. `stopped` is set if a signal or an error ended the measurement."""
 
-    stopped: Signalled | None
+    stopped: Exception | None
 
 
 @contextlib.contextmanager
@@ -59,8 +58,9 @@ def progress(
 ) -> Iterator[Step]:
     """Announces the expected duration of `num_steps` and shows progress.
 
-    Yields the function to call at the begin of each step. Once `measured` is not empty, a signal
-    ends only the block: the command then reports these results (`reporting`). `expected_s` is the
+    Yields the function to call at the begin of each step. Once `measured` is not empty, a signal or
+    an error ends only the block: the command reports these results and raises it then
+    (`reporting`). `expected_s` is the
     duration of all steps, if known. Otherwise it is estimated after the warm-up: `warm_up` is the
     number of warm-up steps, and the duration of each later step relative to one of them.
     """
@@ -74,6 +74,11 @@ def progress(
             raise
         report.stopped = survive_signal()
         _warn(console, f"stopped in {steps.place}: reports the results so far")
+    except Exception as error:
+        if not measured:
+            raise
+        report.stopped = error
+        _warn(console, f"failed in {steps.place}: reports the results so far")
 
 
 class _Steps:
@@ -176,8 +181,8 @@ def duration(seconds: float) -> str:
 def reporting(console: Console, document: Document) -> Iterator[None]:
     """Wraps the report of a command.
 
-    After a signal there may be too few results for a table; then only the JSON document is written.
-    Raises Signalled at the end of the block if a signal ended the measurement.
+    After a signal or an error there may be too few results for a table; then only the JSON document
+    is written. Raises at the end of the block what ended the measurement.
     """
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from outrider.cli.options import parse_cpus, parse_list
 from outrider.cli.request import Method
@@ -26,6 +28,7 @@ from outrider_bench.measuring.document import Document, Goal
 from outrider_bench.measuring.load import Block, Sample, interleaved
 from outrider_bench.measuring.plots import Bar, Line, Panel, draw, draw_bars
 from outrider_bench.measuring.process import cpu_seconds, memory_bytes
+from outrider_bench.measuring.show import progress, reporting
 from outrider_bench.measuring.summary import Rounds, Speed
 from outrider_bench.measuring.system import BenchOptions
 from outrider_bench.measuring.workload import Prompts, Variant, fixed
@@ -219,6 +222,28 @@ def test_prompts_are_reproducible() -> None:
     assert Counter(map(len, (prompts.ids(i) for i in range(9)))) == {16: 9}
     assert len({tuple(prompts.ids(i)) for i in range(9)}) == 9
     assert max(prompts.random_ids(0, 4096)) < 96
+
+
+def test_an_error_keeps_the_results_so_far(tmp_path: Path) -> None:
+    """As a signal does; the command raises it after its report. Without results it is raised."""
+    written = io.StringIO()
+    console = Console(file=written)
+
+    def measure(num_samples: int) -> Document:
+        document = Document("speed", BenchOptions(out=tmp_path))
+        with progress(console, 3, document, document.samples) as step:
+            step("first")
+            document.samples += [{"number": i} for i in range(num_samples)]
+            raise OSError("the replica is away")
+        with pytest.raises(OSError, match="is away"), reporting(console, document):
+            document.write()
+        return document
+
+    with pytest.raises(OSError, match="is away"):
+        measure(0)
+    saved = json.loads(measure(2).path.read_text("utf-8"))
+    assert (saved["is_cut"], saved["samples"]) == (True, [{"number": 0}, {"number": 1}])
+    assert "failed in step 1 of 3" in written.getvalue()
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
