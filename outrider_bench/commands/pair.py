@@ -54,6 +54,9 @@ class PairOptions:
         int | None, typer.Option(help="Tokens in the vocabulary. Default: depends on --size.")
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0
+    dtype: Annotated[
+        str, typer.Option(help="Of the checkpoints: float32, bfloat16 or float16.")
+    ] = "float32"
     json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False
 
 
@@ -182,6 +185,7 @@ def _arguments(options: PairOptions) -> list[str]:
         f"--alpha={options.alpha}",
         f"--temperature={options.temperature}",
         f"--seed={options.seed}",
+        f"--dtype={options.dtype}",
         *(f"{flag}={value}" for flag, value in given.items() if value is not None),
     ]
 

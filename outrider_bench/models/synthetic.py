@@ -34,6 +34,8 @@ _FEW, _MANY = Sample(64, 24), Sample(128, 48)
 
 _REPORT = "pair.json"
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 Progress = Callable[[dict[str, float]], None]
 
 
@@ -45,6 +47,7 @@ class PairReport:
     """
 
     size: str
+    dtype: str
     vocab_size: int
     seed: int
     alpha: float | None
@@ -67,17 +70,20 @@ def make_pair(
     epsilon: float | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
+    dtype: str = "float32",
     progress: Progress = lambda measured: None,
 ) -> PairReport:
     """Writes a pair whose measured α at this temperature (0 or 1) is within 0.01 of `alpha`.
 
-    With `epsilon` there is no search and `alpha` is ignored. Writes `directory/target` and
-    `directory/draft`, then `directory/pair.json`, which marks the pair as complete. `progress` is
-    called after each measurement. Raises ConfigError for invalid arguments.
+    With `epsilon` there is no search and `alpha` is ignored. `dtype`: of the checkpoints. Writes
+    `directory/target` and `directory/draft`, then `directory/pair.json`, which marks the pair as
+    complete. `progress` is called after each measurement. Raises ConfigError for invalid arguments.
     """
     shape = _checked_shape(size, alpha, temperature, epsilon, vocab_size)
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
     _clear(directory)
-    pair = SyntheticPair(shape, seed=seed)
+    pair = SyntheticPair(shape, seed=seed, dtype=_DTYPES[dtype])
 
     def measured(epsilon: float, sample: Sample) -> Agreement:
         pair.scale(epsilon)
@@ -99,6 +105,7 @@ def make_pair(
     target_parameters, draft_parameters = pair.save(directory)
     report = PairReport(
         size=size,
+        dtype=dtype,
         vocab_size=shape.vocab_size,
         seed=seed,
         alpha=alpha if epsilon is None else None,
@@ -181,6 +188,7 @@ def main() -> int:
     parser.add_argument("--epsilon", type=float, help="Use this ε; do not search for --alpha.")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-threads", type=int, help="CPU threads. Default: one per core.")
     arguments = vars(parser.parse_args())
     if num_threads := arguments.pop("num_threads"):

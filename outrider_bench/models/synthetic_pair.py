@@ -75,12 +75,15 @@ class Agreement:
 class SyntheticPair:
     """Both models of a pair in one: the draft consists of the target's first layers.
 
-    Everything is float32 on the CPU and depends on the arguments only: on `seed`, not on torch's
-    global generator.
+    Everything is computed in float32 on the CPU and depends on the arguments only: on `seed`, not
+    on torch's global generator. Weights are rounded to `dtype`, that of the saved checkpoints.
     """
 
-    def __init__(self, size: PairSize, *, seed: int = 0) -> None:
+    def __init__(
+        self, size: PairSize, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._seed = seed
+        self._dtype = dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._target = LlamaForCausalLM(_config(size, size.num_layers)).train(False)
@@ -101,6 +104,8 @@ class SyntheticPair:
             # Its logit is 0 among peaked ones: the end of sequence is never the argmax, and at
             # temperature 1 rarer than one token in a million.
             self._target.lm_head.weight[_eos_id(size)] = 0
+            for weight in self._target.parameters():
+                weight.copy_(weight.to(dtype))
         self.scale(0.0)
         self._peak()
 
@@ -108,7 +113,7 @@ class SyntheticPair:
     def scale(self, epsilon: float) -> None:
         """Scales the layers that the draft lacks by ε. 0 makes both models equal."""
         for weight, base in self._output_weights:
-            torch.mul(base, epsilon, out=weight)
+            weight.copy_((base * epsilon).to(self._dtype))
 
     @torch.inference_mode()
     def measure(self, temperature: float, sample: Sample) -> Agreement:
@@ -142,8 +147,9 @@ class SyntheticPair:
             draft = LlamaForCausalLM(_config(self._size, NUM_DRAFT_LAYERS))
         weights = self._target.state_dict()
         draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
-        self._target.save_pretrained(directory / "target")
-        draft.save_pretrained(directory / "draft")
+        self._target.to(self._dtype).save_pretrained(directory / "target")
+        self._target.float()
+        draft.to(self._dtype).save_pretrained(directory / "draft")
         return self._target.num_parameters(), draft.num_parameters()
 
     def _logits(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
@@ -171,7 +177,8 @@ class SyntheticPair:
             middle = (low + high) / 2
             entropy = float(torch.special.entr((logits * middle).softmax(-1)).sum(-1).mean())
             low, high = (middle, high) if entropy > _ENTROPY_NATS else (low, middle)
-        self._target.model.norm.weight.fill_(low)
+        norm = self._target.model.norm.weight
+        norm.copy_(torch.full_like(norm, low).to(self._dtype))
 
 
 def _eos_id(size: PairSize) -> int:

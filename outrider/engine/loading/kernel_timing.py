@@ -24,9 +24,10 @@ MIN_WEIGHTS = 1 << 16
 """Layers with fewer weights are not timed: calls cost more than kernels there."""
 
 _MAX_WEIGHTS = CACHE_BYTES // 4
+_WARM_UP_OUTPUTS = 16
 _NUM_ROUNDS = 3
 _BUDGET_S = 0.2
-_CLEARLY_FASTER = 0.95
+_CLEARLY_FASTER = 0.9
 
 
 def timed_part(weights: LinearWeights) -> LinearWeights:
@@ -36,16 +37,19 @@ def timed_part(weights: LinearWeights) -> LinearWeights:
 
 @torch.inference_mode()
 def ranked(
-    layers: Sequence[LinearKernel], dtype: torch.dtype, *, from_memory: bool
+    layers: Sequence[LinearKernel], weights: LinearWeights, *, from_memory: bool
 ) -> list[tuple[str, float]]:
     """Names and mean times (seconds) of the kernels, best first.
 
-    `layers`: the same layer on each kernel, in order of preference, already called once for every
-    row count, with inputs of `dtype`. `from_memory`: empty the cache before each turn, as the other
-    layers of a model larger than the cache do. Takes `_BUDGET_S` and at most one round more.
+    `layers`: the layer of `weights` on each kernel, in order of preference, already called once for
+    every row count. `from_memory`: empty the cache before each turn, as the other layers of a model
+    larger than the cache do; the kernel's code is then brought back by a call of a small layer.
+    Takes `_BUDGET_S` and at most one round more.
     """
     evicting = torch.zeros(CACHE_BYTES // 4 if from_memory else 0)
-    width = layers[0].in_features
+    few = weights.first_rows(_WARM_UP_OUTPUTS)
+    pairs = [(type(layer)(few), layer) for layer in layers]
+    width, dtype = layers[0].in_features, weights.weight.dtype
     inputs = [torch.linspace(-1.0, 1.0, n * width).to(dtype) for n in ROW_COUNTS]
     best: dict[tuple[int, str], float] = {}
     began = time.perf_counter()
@@ -53,7 +57,8 @@ def ranked(
         for rows, values in zip(ROW_COUNTS, inputs, strict=True):
             x = values.reshape(1, rows, -1)
             evicting.sum()
-            for layer in layers:
+            for small, layer in pairs:
+                small(x)
                 start = time.perf_counter()
                 layer(x)
                 took = time.perf_counter() - start

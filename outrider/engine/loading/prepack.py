@@ -133,7 +133,7 @@ class _Choice:
                 layers.append(built(kernel, part, ROW_COUNTS))
             except _FAILURES as error:
                 self._refuse(kernel, name, error)
-        times = ranked(layers, weights.weight.dtype, from_memory=self._from_memory)
+        times = ranked(layers, part, from_memory=self._from_memory)
         shown = ", ".join(f"{kernel} {mean_s * 1e3:.3g}" for kernel, mean_s in times)
         _log.info("kernels for %d x %d, ms for a mean pass of 1 to 16 tokens: %s",
                   *weights.weight.shape, shown)  # fmt: skip

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from outrider.engine.loading.linear_kernels import half_exponent
 from outrider.engine.loading.loaded_model import cache_argument
 from outrider.errors import ConfigError
 from outrider_bench.models.synthetic import PairReport, make_pair
@@ -110,6 +112,17 @@ def test_a_given_epsilon_is_not_searched(tmp_path: Path) -> None:
     assert report.sampled_acceptance == pytest.approx(1.0, abs=1e-5)
 
 
+def test_checkpoints_have_the_dtype(tmp_path: Path) -> None:
+    """Every layer is exact in 16 bits, as the engine finds at load."""
+    report = make_pair(tmp_path, "tiny", epsilon=0.05, dtype="float16")
+    assert report.dtype == "float16"
+    for name in ("target", "draft"):
+        weights = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    layers = [weight.float() for weight in weights.values() if weight.dim() == 2]
+    assert all(half_exponent(weight) is not None for weight in layers)
+
+
 def test_incomplete_pair_has_no_report(tmp_path: Path) -> None:
     """The report of an earlier pair is deleted before any of its files is overwritten."""
     make_pair(tmp_path, "tiny", epsilon=0.1)
@@ -132,6 +145,7 @@ def test_incomplete_pair_has_no_report(tmp_path: Path) -> None:
         ({"temperature": 0.5}, "temperature: "),
         ({"epsilon": -1.0}, "epsilon: -1"),
         ({"vocab_size": 2}, "vocab_size: 2"),
+        ({"dtype": "int8"}, "dtype: 'int8'"),
     ],
 )
 def test_invalid_arguments_are_rejected_by_name(
