@@ -147,9 +147,10 @@ class SyntheticPair:
             draft = LlamaForCausalLM(_config(self._size, NUM_DRAFT_LAYERS))
         weights = self._target.state_dict()
         draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
-        self._target.to(self._dtype).save_pretrained(directory / "target")
-        self._target.float()
-        draft.to(self._dtype).save_pretrained(directory / "draft")
+        models: dict[str, Any] = {"target": self._target, "draft": draft}
+        for name, model in models.items():
+            model.to(self._dtype).save_pretrained(directory / name)
+            model.float()
         return self._target.num_parameters(), draft.num_parameters()
 
     def _logits(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
