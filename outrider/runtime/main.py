@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import uvloop
@@ -56,6 +57,7 @@ def run_until_signalled(
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 
     async def body(config: Config) -> None:
+        asyncio.get_running_loop().set_exception_handler(log_unhandled)
         async with serving(config) as server:
             stopped = stop_signal()  # first: a reader of the lines below may send SIGTERM at once
             _freeze_loaded_objects()
@@ -83,6 +85,19 @@ def run_until_signalled(
             raise
         return _print_errors(name, *_leaves(wrong))
     return 0
+
+
+def log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Exception handler of the event loop: logs an error that no task handled.
+
+    grpc.aio raises ExecuteBatchError where a client closes its call while an answer is being sent.
+    Only that call ends, and its client does not listen: at debug level.
+    """
+    error = context.get("exception")
+    if type(error).__name__ == "ExecuteBatchError":
+        log.debug("call_closed_while_sending", error=repr(error))
+        return
+    log.error("unhandled_error", message=context.get("message"), exc_info=error)
 
 
 def _freeze_loaded_objects() -> None:
