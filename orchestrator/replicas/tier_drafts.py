@@ -48,9 +48,18 @@ def draft_speed(
     revision: str,
 ) -> DraftSpeed | None:
     """Measured costs with a draft revision: of the median replicas; None: not measured yet."""
-    of_revision = (link for link in drafts.links.values() if revision_of(link) == revision)
+    of_revision = [link for link in drafts.links.values() if revision_of(link) == revision]
     target, draft = _median_cost(targets.links.values()), _median_cost(of_revision)
-    return DraftSpeed(target, draft, miss_rate()) if target and draft else None
+    if target is None or draft is None:
+        return None
+    return DraftSpeed(target, draft, miss_rate(), _size(of_revision[0]))
+
+
+def _size(link: DraftLink) -> str:
+    model = link.model
+    if model is None or not model.num_parameters:  # simulated
+        return ""
+    return f"{model.architecture} {model.num_parameters} {model.dtype}"
 
 
 def _median_cost(links: Iterable[TargetLink | DraftLink]) -> CostReport | None:

@@ -26,11 +26,15 @@ _BISECTIONS = 30
 
 @dataclass(frozen=True)
 class DraftSpeed:
-    """Measured costs of a pair. `miss_rate`: P(a proposal is not ready), of all generations."""
+    """Measured costs of a pair. `miss_rate`: P(a proposal is not ready), of all generations.
+
+    `draft_size`: what the draft's cost depends on, whatever its weights; empty: not known.
+    """
 
     target: CostReport
     draft: CostReport
     miss_rate: float
+    draft_size: str = ""
 
     def tokens_per_s(self, alpha: float) -> float:
         """Expected tokens per second of one stream at the best γ > 0. Rises with α."""
@@ -58,10 +62,10 @@ class DraftSpeed:
 def handicap(new: DraftSpeed | None, old: DraftSpeed | None, old_alpha: float) -> float:
     """By how much the new draft's acceptance rate must be higher for the same speed.
 
-    Negative if the new draft is faster; 0 if a cost is not known, or both are about the same. At
-    most MAX_HANDICAP either way.
+    Negative if the new draft is faster; 0 if a cost is not known, or both are about the same, as
+    drafts of one size are: a difference is their machines'. At most MAX_HANDICAP either way.
     """
-    if new is None or old is None:
+    if new is None or old is None or new.draft_size == old.draft_size != "":
         return 0.0
     ratio = new.draft.pass_s(1, 1) / old.draft.pass_s(1, 1)
     if 1 / _SAME_COST < ratio < _SAME_COST:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.speculation.draft_speed import MAX_HANDICAP, DraftSpeed, handicap
@@ -35,6 +37,14 @@ def test_without_a_measured_difference_there_is_none() -> None:
     assert handicap(None, speed(0.002), 0.6) == 0
     assert handicap(speed(0.002), None, 0.6) == 0
     assert handicap(speed(0.0024), speed(0.002), 0.6) == 0
+
+
+def test_drafts_of_one_size_cost_the_same() -> None:
+    """A measured difference is that of their machines, which may be busy."""
+    busy, idle = (replace(speed(s), draft_size="llama 1000 float32") for s in (0.02, 0.002))
+    assert handicap(busy, idle, 0.6) == handicap(idle, busy, 0.6) == 0
+    assert handicap(replace(busy, draft_size="llama 2000 float32"), idle, 0.6) > 0
+    assert handicap(speed(0.02), speed(0.002), 0.6) > 0
 
 
 def test_a_cost_alone_does_not_decide() -> None:
