@@ -23,7 +23,7 @@ help:
 	@echo "make lock         pin the newest allowed versions in requirements/ (needs PyPI)"
 	@echo "make audit        check dependencies against PyPI's advisories (needs network)"
 	@echo "make proto        generate outrider/v1 from proto/"
-	@echo "make reference    generate docs/reference/{flags,commands,metrics,errors}.md from the code"
+	@echo "make reference    generate docs/reference/{flags,commands,metrics,errors,supported-models}.md"
 	@echo "make site         write the documentation as a site to build/site"
 	@echo "make browser      install Chromium for the tests of the page, if it is missing (root, apt-get)"
 	@echo "make clean        remove the environments"

@@ -1,11 +1,12 @@
-"""Writes the generated pages of docs/reference: flags, command line, metrics and errors.
+"""Writes the generated pages of docs/reference: flags, commands, metrics, errors, models.
 
     .venv/bin/python scripts/reference.py           write the pages
     .venv/bin/python scripts/reference.py --check   exit with status 1 if a page is out of date
 
 Flags come from the settings (`outrider.settings.services`), commands from `outrider.cli.app`,
 metrics from `outrider.telemetry.catalogue`, errors from `outrider.errors` and
-`outrider.runtime.grpc_status`. Change the texts there, not in the pages.
+`outrider.runtime.grpc_status`, supported models from `outrider.engine.loading.families`. Change the
+texts there, not in the pages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from google.rpc import code_pb2
 
 from outrider import errors
 from outrider.cli.app import app
+from outrider.engine.loading.families import FAMILIES, REFUSALS
 from outrider.runtime.grpc_status import status_of
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from outrider.telemetry.catalogue import CATALOGUE
@@ -69,6 +71,20 @@ _ERRORS_END = """\
 A call also ends `CANCELLED` when its client disconnects, and `DEADLINE_EXCEEDED` after
 the client's own deadline. Any other exception is logged, and ends the call `INTERNAL` with
 a fixed message.
+"""
+_MODELS_INTRO = """\
+Causal language models of transformers, by the `model_type` in config.json. A test runs a small
+random model of each family in ragged batches, with chunked prefill and roll-back. The logits equal
+transformers' own, computed one sequence at a time without a cache, up to 1e-4 (float32, CPU).
+
+Each model is compared with its own eager logits again when it is loaded, and refused if they
+differ. So a family that is not listed may serve as well; the log has a warning then. Quantised
+checkpoints, ropes and context lengths: [choose and load models](../how-to/models.md).
+"""
+_REFUSALS_INTRO = """\
+## Refused
+
+Models that would be computed wrongly are refused when they are loaded. The error names the reason.
 """
 
 
@@ -271,11 +287,29 @@ def _detail_name(detail: Detail) -> str:
     return detail.TypeName().rpartition(".")[2]
 
 
+# --- Models ---
+
+
+def models() -> str:
+    """The families that tests compare with transformers, and those that are refused."""
+    return "\n".join((
+        "# Supported models\n",
+        NOTICE,
+        _MODELS_INTRO,
+        _table(("model type", "models", "tested besides plain attention"),
+               ((f"`{each.model_type}`", each.examples, each.features) for each in FAMILIES)),
+        _REFUSALS_INTRO,
+        _table(("model type", "models", "the error names"),
+               ((f"`{each.model_type}`", each.examples, each.reason) for each in REFUSALS)),
+    ))  # fmt: skip
+
+
 PAGES = {
     "flags.md": flags,
     "commands.md": commands,
     "metrics.md": metrics,
     "errors.md": errors_page,
+    "supported-models.md": models,
 }
 
 

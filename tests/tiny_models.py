@@ -66,6 +66,12 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
+
+def tiny_model_type(family: str) -> str:
+    """transformers' `model_type` of a family."""
+    return str(getattr(transformers, _CONFIGS[family][0]).model_type)
+
+
 # Standard deviation of the logits: peaked like a real model's.
 LOGIT_STD = 5.0
 

@@ -86,7 +86,7 @@ def _references(options: EngineOptions) -> tuple[list[LongSelfTest], _Steps]:
         device_map=None,
     ).to(device)
     context_len = supported.context_len(options.model, config, options.max_model_len)
-    rope.fix_frequencies(options.model, module, context_len)
+    rope.fix_frequencies(options.model, module, options.max_model_len)
     longs = [LongSelfTest.of_length(module, n) for n in _lengths(module, config, context_len)]
     length = min(_CONTEXT_LEN + _NUM_STEPS, context_len)
     token_ids = [

@@ -24,7 +24,15 @@ from outrider.engine.attention.interface import ATTENTION_NAME, registered_atten
 from outrider.engine.engine import Engine
 from outrider.engine.kv.budget import affordable_tokens
 from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
-from outrider.engine.loading import checkpoint, prepack, quantized, rope, self_test, supported
+from outrider.engine.loading import (
+    checkpoint,
+    families,
+    prepack,
+    quantized,
+    rope,
+    self_test,
+    supported,
+)
 from outrider.engine.loading.linear_kernels import FORBIDDABLE, TorchLinear
 from outrider.engine.loading.loaded_model import BoundModel
 from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_self_test
@@ -92,6 +100,7 @@ def load_engine(
         engine = Engine(model, store, info, backend, graphs)
     group.limit_waits(module, options.tensor_parallel_timeout_s)
     _log.info("loaded %s", info)
+    families.log_untested(options.model, info.architecture)
     return engine
 
 
@@ -210,8 +219,7 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
     quantized.log_loaded(options.model, stored, module)
     if options.inflate_parameters is not None:
         module = _inflated(options.model, module, options.inflate_parameters)
-    context_len = supported.context_len(options.model, config, options.max_model_len)
-    rope.fix_frequencies(options.model, module, context_len)
+    rope.fix_frequencies(options.model, module, options.max_model_len)
     if options.tensor_parallel_size > 1:  # placed already
         return module
     if options.device_map is None:

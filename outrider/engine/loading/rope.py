@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from outrider.engine.loading import supported
 from outrider.errors import ModelError
 
 BY_LENGTH = frozenset({"dynamic", "longrope"})
@@ -31,8 +32,8 @@ def rope_types(parameters: Any) -> Iterator[str]:
             yield from rope_types(value)
 
 
-def fix_frequencies(name: str, model: Any, context_len: int) -> None:
-    """Gives every sequence the frequencies of one of `context_len` tokens.
+def fix_frequencies(name: str, model: Any, max_model_len: int | None = None) -> None:
+    """Gives every sequence the frequencies of the longest one: `supported.context_len`.
 
     Raises ModelError if the model computes them in a way that cannot be fixed.
     """
@@ -40,6 +41,7 @@ def fix_frequencies(name: str, model: Any, context_len: int) -> None:
     by_length = BY_LENGTH.intersection(rope_types(getattr(text, "rope_parameters", None)))
     if not by_length:
         return
+    context_len = supported.context_len(name, model.config, max_model_len)
     embeddings = [each for each in model.modules() if hasattr(each, "rope_type")]
     for embedding in embeddings:
         _fix(embedding, context_len)

@@ -18,8 +18,8 @@ from outrider.engine.attention.interface import (
     attending,
 )
 from outrider.engine.kv.store import LayerLayout
+from outrider.engine.loading import quantized
 from outrider.engine.loading.checkpoint import no_interface_error
-from outrider.engine.loading.quantized import check_quantization
 from outrider.errors import ConfigError, ModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -33,7 +33,7 @@ _HARMLESS = {"position_ids", "cache_position"}
 
 def check_config(name: str, config: Any) -> None:
     """Raises ModelError for a configuration that would be served incorrectly, or not here."""
-    check_quantization(name, config)
+    quantized.check_quantization(name, config)
     text = config.get_text_config()
     unknown = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if unknown:
@@ -109,8 +109,13 @@ def discover_layers(name: str, model: Any) -> list[LayerLayout]:
 
     device = model.get_input_embeddings().weight.device
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
-    with torch.inference_mode(), attending(AttentionStub(add_layout)):
-        model(input_ids=zero, position_ids=zero, use_cache=False)
+    try:
+        with torch.inference_mode(), attending(AttentionStub(add_layout)):
+            model(input_ids=zero, position_ids=zero, use_cache=False)
+    except (AttributeError, TypeError) as error:  # of a model that needs a mask, such as MPT
+        if num_calls or quantized.method(model.config):
+            raise
+        raise no_interface_error(name, model.config) from error
     if not num_calls:
         raise no_interface_error(name, model.config)
     expected = model.config.get_text_config().num_hidden_layers

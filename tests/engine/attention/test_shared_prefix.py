@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from outrider.engine import Append, Engine, EngineOptions, Sequence, load_engine
-from tests.engine.loading.test_more_families import _MODELS
 from tests.engine.reference import TOLERANCE
+from tests.families import save_family
 from tests.tiny_models import LOGIT_STD, make_tiny_model
 
 
@@ -94,17 +92,9 @@ def test_forks_equal_their_twins(family: str, window: int | None, tmp_path: Path
     check_forks(load_engine(EngineOptions(str(tmp_path), kv_cache_tokens=8192)))
 
 
-@pytest.mark.parametrize("family", ["GptOss", "DeepseekV3"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_with_sinks_or_unequal_dims(family: str, tmp_path: Path) -> None:
-    config = getattr(transformers, f"{family}Config")(**_MODELS[family])
-    auto: Any = transformers.AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto.from_config(config)
-        for name, weight in model.named_parameters():
-            if "sinks" in name:  # left uninitialised
-                torch.nn.init.normal_(weight)
-    model.save_pretrained(tmp_path)
+    save_family(family, tmp_path)
     check_forks(load_engine(EngineOptions(str(tmp_path), kv_cache_tokens=8192)))
 
 

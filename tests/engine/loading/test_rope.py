@@ -15,6 +15,7 @@ from outrider.engine import Append, Engine, EngineOptions, load_engine
 from outrider.engine.loading.rope import fix_frequencies
 from outrider.errors import ModelError
 from tests.engine.reference import Reference, Shadow
+from tests.families import save_family
 from tests.tiny_models import make_tiny_model
 
 TRAINED_LEN, CONTEXT_LEN, HEAD_DIM = 64, 256, 16
@@ -115,10 +116,20 @@ def test_frequencies_that_cannot_be_fixed_are_refused(tmp_path: Path) -> None:
     model: Any = Reference(make("dynamic", tmp_path))._model
     model.model.rotary_emb = _Recomputed(model.config)
     with pytest.raises(ModelError, match="m: rope type 'dynamic' of llama depends on the longest"):
-        fix_frequencies("m", model, CONTEXT_LEN)
+        fix_frequencies("m", model)
     del model.model.rotary_emb
     with pytest.raises(ModelError, match="sequences would affect each other"):
-        fix_frequencies("m", model, CONTEXT_LEN)
+        fix_frequencies("m", model)
+
+
+def test_longrope_of_phimoe_is_refused(tmp_path: Path) -> None:
+    save_family("phimoe", tmp_path)
+    scales = {"short_mscale": 1.2, "long_mscale": 1.3}
+    path = with_rope(
+        tmp_path, tmp_path, LONGROPE | scales, original_max_position_embeddings=TRAINED_LEN
+    )
+    with pytest.raises(ModelError, match="rope type 'longrope' of phimoe depends on the longest"):
+        load(path)
 
 
 def test_layer_types_are_fixed_each(tmp_path: Path) -> None:
