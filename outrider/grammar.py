@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import structlog
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
+from llguidance import LLMatcher, LLParserLimits
 
 from outrider.errors import CapacityExceeded, InvalidRequest
+from outrider.grammar_tokens import GrammarTokens
 from outrider.sampling.structured_outputs import StructuredOutputs
+from outrider.structural_tags import JSON_WHITESPACE, lark_grammar, structural_grammar
 from outrider.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -37,11 +39,9 @@ MAX_CACHED = 128
 # A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _MAX_ERROR_CHARS = 300
-# The end of an output where the model's EOS tokens are not known.
-_END = "<|end of a structured output|>"
-# Between the tokens of JSON: a line break and its indentation. Without a bound, a model may write
-# line breaks up to max_tokens.
-_WHITESPACE: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+_WHITESPACE: Any = {"whitespace_pattern": JSON_WHITESPACE}
+# A format of texts that the tokenizer may have no tokens for: all tokens are masked one by one.
+_UNFORCED = '%llguidance {"no_forcing": true}\n'
 
 Ids = npt.NDArray[Any]
 
@@ -49,13 +49,14 @@ Ids = npt.NDArray[Any]
 class Grammar:
     """A compiled format. `field`: path of the request's field, for errors. Any thread may use it.
 
-    `num_words`: 32-bit words of a mask.
+    `num_words`: 32-bit words of a mask. `has_forced`: the matcher's forced tokens can be used.
     """
 
-    def __init__(self, matcher: LLMatcher, field: str, num_words: int) -> None:
+    def __init__(self, matcher: LLMatcher, field: str, num_words: int, has_forced: bool) -> None:
         self._matcher = matcher
         self.field = field
         self.num_words = num_words
+        self.has_forced = has_forced
 
     def matcher(self) -> LLMatcher:
         """A new matcher at the beginning of an output."""
@@ -119,20 +120,12 @@ class GrammarCompiler:
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]
     ) -> None:
-        """Takes half a second for a vocabulary of 131,000 tokens, with the GIL held.
+        """Takes a second for a vocabulary of 131,000 tokens, with the GIL held.
 
-        Raises ValueError if the tokenizer's decoder does not map tokens to bytes, or none of
-        `eos_token_ids` is one of its tokens. Without any, no token of the tokenizer ends an output.
+        Raises ValueError as GrammarTokens does.
         """
-        num_ids = tokenizer.max_token_id + 1
-        known = sorted(token_id for token_id in eos_token_ids if token_id < num_ids)
-        if eos_token_ids and not known:
-            raise ValueError(f"the tokenizer has none of the EOS tokens {sorted(eos_token_ids)}")
-        source = tokenizer.to_json()
-        if not known:  # llguidance would choose one, token 0 if it finds none
-            source, added = tokenizer.with_special_token(_END)
-            known, num_ids = [added], added + 1
-        self._tokenizer = LLTokenizer(source, n_vocab=max(vocab_size, num_ids), eos_token=known)
+        self._tokens = GrammarTokens(tokenizer, vocab_size, eos_token_ids)
+        self._tokenizer = self._tokens.ll_tokenizer()
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_COMPILING)
         self._num_pending = 0
@@ -190,12 +183,16 @@ class GrammarCompiler:
             source = _source(structured)
         except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
             raise InvalidRequest(structured.field, f"is malformed: {error}") from None
+        is_forced = self._tokens.covers_all_bytes
+        if not is_forced:
+            source = _unforced(source)
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some errors show here only
         if matcher.is_error():
             raise InvalidRequest(structured.field, f"cannot be compiled: {error_of(matcher)}")
-        return Grammar(matcher, structured.field, (self._tokenizer.vocab_size + 31) // 32)
+        num_words = (self._tokenizer.vocab_size + 31) // 32
+        return Grammar(matcher, structured.field, num_words, is_forced)
 
 
 def error_of(matcher: LLMatcher) -> str:
@@ -225,21 +222,20 @@ def _source(structured: StructuredOutputs) -> str:
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         case "grammar":
             assert structured.grammar is not None
-            return LLMatcher.grammar_from_lark(structured.grammar)
+            return lark_grammar(structured.grammar)
     assert structured.structural_tag is not None
-    return LLMatcher.grammar_from_lark(_tags(json.loads(structured.structural_tag)))
+    return structural_grammar(json.loads(structured.structural_tag))
 
 
-def _tags(told: Any) -> str:
-    """Lark grammar of structural tags, with the fields of vLLM and xgrammar."""
-    if not isinstance(told, dict) or not told.get("structures") or not told.get("triggers"):
-        raise ValueError("an object with structures and triggers is required")
-    tags = []
-    for part in told["structures"]:
-        begin = part["begin"]
-        trigger = next((each for each in told["triggers"] if begin.startswith(each)), None)
-        if trigger is None:
-            raise ValueError(f"no trigger begins {begin!r}")
-        schema = json.dumps(part.get("schema", {}))
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=part["end"]))
-    return StructTag.to_grammar(tags, assume_special=False)
+def _unforced(source: str) -> str:
+    """The source, all grammars as Lark, without forced tokens."""
+    grammars = [{"lark_grammar": source}]
+    if source.startswith("{"):
+        grammars = json.loads(source)["grammars"]
+    written = []
+    for grammar in grammars:
+        lark = grammar.get("lark_grammar")
+        if lark is None:
+            lark = f"start: %json {json.dumps(grammar['json_schema'])}"
+        written.append({"name": grammar.get("name"), "lark_grammar": _UNFORCED + lark})
+    return json.dumps({"grammars": written})

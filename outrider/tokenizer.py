@@ -91,22 +91,6 @@ class Tokenizer:
         """Greatest id of a token."""
         return max(self._backend.get_vocab(with_added_tokens=True).values())
 
-    def to_json(self) -> str:
-        """Contents of tokenizer.json."""
-        return str(self._backend.to_str())
-
-    def with_special_token(self, text: str) -> tuple[str, int]:
-        """Contents of tokenizer.json with one more special token, and the token's id.
-
-        Raises ValueError if its id is already another token's: there are unused ids below.
-        """
-        backend = tokenizers.Tokenizer.from_str(self.to_json())
-        backend.add_special_tokens([text])
-        token_id = backend.token_to_id(text)
-        if token_id is None or token_id <= self.max_token_id:
-            raise ValueError("there are unused ids between the tokenizer's tokens")
-        return backend.to_str(), token_id
-
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """Token hashes to compare with another model's. The first use takes about 0.1 s."""

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ _KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "byte-level": load_byte_tokenizer,
     "byte fallback": lambda path: Tokenizer(vocabularies.byte_fallback(), {}),
     "SentencePiece": lambda path: _loaded(vocabularies.write_sentencepiece(path / "model")),
+    "Metaspace": lambda path: Tokenizer(vocabularies.unigram(), {}),
 }
 
 
@@ -53,7 +55,7 @@ def _eos(tokenizer: Tokenizer) -> int:
     return max(tokenizer.special_ids.values())
 
 
-def _grammar(tokenizer: Tokenizer, num_more: int = 0, **fields: str) -> Grammar:
+def _grammar(tokenizer: Tokenizer, num_more: int = 0, **fields: Any) -> Grammar:
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size + num_more, [_eos(tokenizer)])
     return compiler.submit(StructuredOutputs(**(fields or {"json": _SCHEMA}))).result(60)
 
@@ -122,6 +124,16 @@ def test_only_eos_follows_a_complete_output(tokenizer: Tokenizer) -> None:
     assert not _is_allowed(grammar, eos, [eos])
 
 
+def test_a_grammar_may_be_ebnf(tmp_path: Path) -> None:
+    """As vLLM's examples are; what does not parse is refused by name."""
+    grammar = _grammar(load_byte_tokenizer(tmp_path), grammar='root ::= "ab" [0-9]+')
+    assert GrammarState(grammar, []).seek(np.array([*b"ab12c"])) == 4
+    with pytest.raises(
+        InvalidRequest, match=r"structured_outputs\.grammar: is malformed: Expected"
+    ):
+        _grammar(load_byte_tokenizer(tmp_path), grammar='root ::= ("ab"')
+
+
 def test_whitespace_of_json_is_bounded(tmp_path: Path) -> None:
     """Unless the schema says otherwise."""
     tokenizer = load_byte_tokenizer(tmp_path)
@@ -147,12 +159,40 @@ def _letters() -> tokenizers.Tokenizer:
     return backend
 
 
-@pytest.mark.parametrize("backend", [vocabularies.word_piece, vocabularies.metaspace])
-def test_tokens_that_are_not_bytes_give_no_grammars(
-    backend: Callable[[], tokenizers.Tokenizer],
-) -> None:
+def test_tokens_that_are_not_bytes_give_no_grammars() -> None:
     """The services then refuse formats by name."""
-    assert grammar_compiler(Tokenizer(backend(), {})) is None
+    assert grammar_compiler(Tokenizer(vocabularies.word_piece(), {})) is None
+
+
+def test_added_tokens_are_text_and_special_ones_are_not() -> None:
+    """A format's text may be an added token in angle brackets: models write calls of tools so."""
+    tokenizer = Tokenizer(vocabularies.byte_fallback(), {})
+    (tool,) = tokenizer.encode("<tool>", add_special_tokens=False)
+    for text, expected in (("<tool>", [tool]), ("<s>", tokenizer.encode("<")[:1])):
+        grammar = _grammar(tokenizer, regex=text)
+        assert grammar.matcher().compute_ff_tokens()[:1] == expected
+    free = _grammar(tokenizer, regex="(?s:.*)")
+    allowed = _allowed(_masks(MaskThread(), GrammarState(free, [_eos(tokenizer)]), [], 0), 0)
+    assert tool in allowed
+    assert set(allowed) & set(tokenizer.special_ids.values()) == {_eos(tokenizer)}
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "Metaspace"])
+def test_forced_text_is_written_exactly(kind: str, tmp_path: Path) -> None:
+    """Although the tokenizer would normalize it, or put a space before it."""
+    tokenizer = _KINDS[kind](tmp_path)
+    wanted, eos = "the e\u0301 ", _eos(tokenizer)
+    grammar, prompt = _grammar(tokenizer, choice=(wanted,)), tokenizer.encode("a")
+    text, written, output = tokenizer.detokenizer(prompt), "", list[int]()
+    while eos not in (
+        allowed := _allowed(
+            _masks(MaskThread(), GrammarState(grammar, [eos]), output, len(output)), 0
+        )
+    ):
+        output.append(int(allowed[-1]))
+        written += text.push(output[-1])
+        assert len(output) < 20
+    assert written + text.finish() == wanted
 
 
 def test_eos_beyond_the_tokenizer() -> None:

@@ -82,6 +82,31 @@ def metaspace() -> tokenizers.Tokenizer:
     return backend
 
 
+def unigram() -> tokenizers.Tokenizer:
+    """ASCII and some pieces, decoded as T5 does; it has no tokens for most characters."""
+    pieces = [
+        "<unk>",
+        *map(chr, range(33, 127)),
+        "▁",
+        "\n",
+        "é",
+        "\u0301",
+        "▁{",
+        '":',
+        "▁the",
+        "two",
+        "ab",
+    ]
+    backend = tokenizers.Tokenizer(
+        models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+    )
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<pad>", "</s>"])
+    return backend
+
+
 def word_piece() -> tokenizers.Tokenizer:
     """A decoder that is no map from tokens to bytes."""
     words = ["[UNK]", "the", "cat", "##s", "##é", "a", "b", "##b", "你"]

@@ -31,6 +31,7 @@ class OutputFormat:
         has_supports: bool,
     ) -> None:
         self._field = grammar.field
+        self._has_forced = grammar.has_forced
         self._matcher = grammar.matcher()
         self._eos_token_ids = frozenset(eos_token_ids)
         self._token_ids = token_ids
@@ -56,6 +57,8 @@ class OutputFormat:
 
     def forced(self, max_tokens: int) -> Proposal | None:
         """Proposes tokens that must follow the committed ones; None where there is a choice."""
+        if not self._has_forced:
+            return None
         token_ids = tuple(self._matcher.compute_ff_tokens()[:max_tokens])
         if not token_ids:
             return None

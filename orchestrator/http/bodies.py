@@ -82,10 +82,13 @@ class JsonSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    """OpenAI's `response_format`."""
+    """OpenAI's `response_format`, and vLLM's type `structural_tag` in both forms."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: Texts | None = None
 
 
 class Generating(Sampling):

@@ -273,6 +273,12 @@ def _format(body: Generating) -> StructuredOutputs | None:
         return None if body.structured_outputs is None else _structured(body.structured_outputs)
     if body.structured_outputs is not None:
         raise InvalidRequest("response_format", "not with structured_outputs; send one of them")
+    has_tags = wanted.format or wanted.structures or wanted.triggers
+    if has_tags and wanted.type != "structural_tag":
+        raise InvalidRequest("response_format.type", "must be structural_tag to have tags")
+    if wanted.type == "structural_tag":
+        given = wanted.model_dump(exclude_none=True)
+        return StructuredOutputs(structural_tag=json.dumps(given, ensure_ascii=False))
     if wanted.type == "json_object":
         return StructuredOutputs(json_object=True)
     if wanted.json_schema is None:

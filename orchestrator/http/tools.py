@@ -8,8 +8,9 @@ only what follows `<tool_call>` has a format, for models whose chat template wri
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,20 @@ from outrider.tokenizer import Tokenizer
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _AUTO, _REQUIRED = "auto", "required"
 _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
+# A call in an answer up to its arguments, which are reported as the model writes them.
+_CALL = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*'
+)
+_CALL_END, _SEPARATOR = re.compile(r"\s*\}\s*"), re.compile(r"\s*[\[,\]]")
+_WRITTEN_CALL = re.compile(re.escape(_BEGIN) + r"\s*\{")
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How an answer may call tools. `choice`: auto, required, or the name of a function."""
+    """How an answer may call tools. `choice`: auto, required, or the name of a function.
+
+    `is_parallel`: it may have several calls; otherwise it ends with the first.
+    """
 
     choice: str
     is_named: bool
@@ -40,14 +50,18 @@ class ToolUse:
             return StructuredOutputs(json=json.dumps(self._calls_schema()))
         tags = [
             {
+                "type": "tag",
                 "begin": f'{_BEGIN}\n{{"name": {json.dumps(name)}, "arguments": ',
-                "schema": _arguments(function),
+                "content": {"type": "json_schema", "json_schema": _arguments(function)},
                 "end": f"}}\n{_END}",
             }
             for name, function in self.functions.items()
         ]
+        calls = {"type": "triggered_tags", "triggers": [_BEGIN], "tags": tags}
+        if not self.is_parallel:
+            calls["stop_after_first"] = True
         return StructuredOutputs(
-            structural_tag=json.dumps({"structures": tags, "triggers": [_BEGIN]})
+            structural_tag=json.dumps({"type": "structural_tag", "format": calls})
         )
 
     def _calls_schema(self) -> dict[str, Any]:
@@ -84,15 +98,12 @@ def tool_use(body: ChatBody, tokenizer: Tokenizer | None) -> ToolUse | None:
     if isinstance(choice, dict):
         return ToolUse(_named(choice, functions), True, functions, is_parallel)
     use = ToolUse(choice or _AUTO, False, functions, is_parallel)
-    if use.choice == _AUTO:
-        if not is_parallel:
-            raise InvalidRequest("parallel_tool_calls", "false only with tool_choice required")
-        if tokenizer is None or not _writes_tags(tokenizer, body.tools):
-            raise InvalidRequest(
-                "tool_choice",
-                f"auto: the model's chat template does not write calls in {_BEGIN}; "
-                "none, required or a function",
-            )
+    if use.choice == _AUTO and (tokenizer is None or not _writes_tags(tokenizer, body.tools)):
+        raise InvalidRequest(
+            "tool_choice",
+            f"auto: the model's chat template does not write calls as JSON in {_BEGIN}; "
+            "none, required or a function",
+        )
     return use
 
 
@@ -128,7 +139,9 @@ def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _writes_tags(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the chat template writes calls in tags."""
+    """Whether the chat template writes calls in JSON in tags, which are text of the answer."""
+    if _BEGIN in tokenizer.special_ids:
+        return False
     function = {"name": "f", "arguments": "{}"}
     call = {"id": "call", "type": "function", "function": function}
     messages: list[dict[str, Any]] = [
@@ -136,9 +149,10 @@ def _writes_tags(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> bo
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
     try:
-        return _BEGIN in tokenizer.render_chat(messages, tools=tuple(tools))
+        text = tokenizer.render_chat(messages, tools=tuple(tools))
     except InvalidRequest:
         return False
+    return _WRITTEN_CALL.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -158,12 +172,17 @@ class ToolCalls:
         # Text that is not reported yet.
         self._text = ""
         self._has_begun = False
+        self._num_calls = 0
+        # The last thing reported is a call: white space before another one is not content.
+        self._is_after_call = False
+        # Characters of an unfinished call that were searched for its end.
+        self._num_searched = 0
 
     def push(self, text: str, *, is_end: bool) -> Said:
         """Adds text; returns what is new.
 
-        Calls other than of a named function are reported at the end of the answer, whole. A list
-        of calls that was cut off is content.
+        Arguments of a named function are reported as they come, other calls whole; those of
+        `required` at the end of the answer. What is cut off is content.
         """
         if self._use.is_named:
             return Said("", [self._argument_part(text)] if text else [])
@@ -179,48 +198,88 @@ class ToolCalls:
         return _call(0, self._use.choice, text)
 
     def _required(self) -> Said:
+        found, at = [], 0
         try:
-            calls = json.loads(self._text)
+            json.loads(self._text)
         except ValueError:
             return Said(self._text)
-        return Said("", _calls((call["name"], call["parameters"]) for call in calls), True)
+        while (separator := _SEPARATOR.match(self._text, at)) is not None:
+            if (call := _read_call(self._text, separator.end())) is None:
+                break
+            found.append(call)
+            at = call.end
+        return Said("", self._reported(found), True)
 
     def _auto(self, *, is_end: bool) -> Said:
-        head, tag, rest = self._text.partition(_BEGIN)
-        if not is_end:
-            if tag:
-                self._text = tag + rest
-                return Said(head)
-            num_kept = _num_held_back(head)
-            self._text = head[len(head) - num_kept :]
-            return Said(head[: len(head) - num_kept])
-        found, content = [], [head]
-        while tag:
-            inner, end, rest = rest.partition(_END)
-            try:
-                call = json.loads(inner) if end else None
-            except ValueError:
-                call = None
-            if call is None:  # cut off
-                content.append(tag + inner + end)
-            else:
-                found.append((call["name"], call["arguments"]))
-            between, tag, rest = rest.partition(_BEGIN)
-            content.append(between if between.strip() else "")
-        return Said("".join(content), _calls(found), bool(found))
+        content, found = [], []
+        while True:
+            head, begin, rest = self._text.partition(_BEGIN)
+            is_whole = bool(begin) or is_end
+            num_kept = 0 if is_whole else _num_held_back(head)
+            text, kept = head[: len(head) - num_kept], head[len(head) - num_kept :]
+            if self._is_after_call and not text.strip():
+                kept = kept if is_whole else head
+            elif text:
+                content.append(text)
+                self._is_after_call = False
+            self._text = kept + begin + rest
+            if not begin or (call := self._call(rest)) is None:
+                break
+            found.append(call)
+            self._text, self._is_after_call = rest[call.end :], True
+        if is_end:
+            content.append(self._text)  # a call that was cut off
+        return Said("".join(content), self._reported(found), is_end and self._num_calls > 0)
+
+    def _call(self, text: str) -> _Call | None:
+        """The call at the beginning of the text, behind its opening tag; None: it has no end yet.
+
+        Its arguments may contain the closing tag.
+        """
+        while (at := text.find(_END, self._num_searched)) >= 0:
+            self._num_searched = at + len(_END)
+            call = _read_call(text[:at], 0)
+            if call is not None and call.end == at:
+                self._num_searched = 0
+                return _Call(call.name, call.arguments, at + len(_END))
+        self._num_searched = max(self._num_searched, len(text) - len(_END) + 1)
+        return None
+
+    def _reported(self, found: Iterable[_Call]) -> list[Mapping[str, Any]]:
+        first = self._num_calls
+        calls = [_call(i, call.name, call.arguments) for i, call in enumerate(found, first)]
+        self._num_calls += len(calls)
+        return calls
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call in a text. `arguments`: as they are written; `end`: where the text goes on."""
+
+    name: str
+    arguments: str
+    end: int
+
+
+def _read_call(text: str, at: int) -> _Call | None:
+    """The call that begins at this place; None: there is none, or not all of it."""
+    begin = _CALL.match(text, at)
+    if begin is None:
+        return None
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, begin.end())
+    except ValueError:
+        return None
+    closing = _CALL_END.match(text, end)
+    if closing is None:
+        return None
+    return _Call(json.loads(begin[1]), text[begin.end() : end], closing.end())
 
 
 def _num_held_back(text: str) -> int:
     """Number of characters at the end that may begin a call."""
     most = min(len(text), len(_BEGIN) - 1)
     return next((num for num in range(most, 0, -1) if text.endswith(_BEGIN[:num])), 0)
-
-
-def _calls(found: Any) -> list[Mapping[str, Any]]:
-    return [
-        _call(index, name, json.dumps(arguments, ensure_ascii=False))
-        for index, (name, arguments) in enumerate(found)
-    ]
 
 
 def _call(index: int, name: str, arguments: str) -> Mapping[str, Any]:

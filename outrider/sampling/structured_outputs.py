@@ -21,8 +21,8 @@ MAX_CHOICES = 4_096
 class StructuredOutputs:
     """Format of the output; exactly one field is set. Hashable, so that it can be a cache's key.
 
-    `json`: a JSON schema as JSON text. `grammar`: llguidance's variant of Lark. `structural_tag`:
-    JSON text with `structures` (`begin`, `schema`, `end`) and `triggers`.
+    `json`: a JSON schema as JSON text. `grammar`: llguidance's variant of Lark, or EBNF.
+    `structural_tag`: JSON text; its forms are in `outrider.structural_tags`.
     """
 
     json: str | None = None

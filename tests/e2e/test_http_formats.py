@@ -87,13 +87,16 @@ async def test_tools_are_called_in_openais_shape(choice: str, client: openai.Asy
     assert reason == answers[0].choices[0].finish_reason
 
 
-@pytest.mark.parametrize("field", ["response_format", "structured_outputs"])
+@pytest.mark.parametrize("field", ["response_format", "structured_outputs", "structural_tag"])
 async def test_an_answer_keeps_its_format(field: str, client: openai.AsyncOpenAI) -> None:
     formats: dict[str, Any] = {
         "response_format": {
             "type": "json_schema", "json_schema": {"name": "unit", "schema": _UNIT, "strict": True}
         },
         "structured_outputs": {"json": _UNIT},
+        "structural_tag": {
+            "type": "structural_tag", "format": {"type": "json_schema", "json_schema": _UNIT}
+        },
     }  # fmt: skip
     texts = set()
     for gamma in (0, 4):
@@ -102,7 +105,7 @@ async def test_an_answer_keeps_its_format(field: str, client: openai.AsyncOpenAI
             logit_bias=_NO_SPACE,  # type: ignore[arg-type]
             extra_body={
                 "gamma": gamma, "draft_wait": "always", "verification": "coupled",
-                field: formats[field],
+                field.replace("structural_tag", "response_format"): formats[field],
             },
         )  # fmt: skip
         assert answer.choices[0].finish_reason == "stop"

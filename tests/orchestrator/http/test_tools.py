@@ -46,8 +46,12 @@ def said(use: ToolUse, text: str, size: int) -> tuple[str, list[tuple[str, str]]
     return content, list(found.values()), is_call
 
 
+def _dumped(arguments: Any) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
 def tag(name: str, **arguments: Any) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {_dumped(arguments)}}}\n</tool_call>'
 
 
 CASES: dict[str, tuple[ToolUse, str, tuple[str, list[tuple[str, str]], bool]]] = {
@@ -60,10 +64,31 @@ CASES: dict[str, tuple[ToolUse, str, tuple[str, list[tuple[str, str]], bool]]] =
         ("", [("time", "{}"), ("weather", '{"city": "Åre"}')], True),
     ),
     "cut off": (AUTO, "a<tool_call>\n{", ("a<tool_call>\n{", [], False)),
+    "cut off after one": (
+        AUTO,
+        tag("time") + "\n<tool_call>\n{",
+        ("<tool_call>\n{", [("time", "{}")], True),
+    ),
+    "text after one": (AUTO, tag("time") + "\n It is ", ("\n It is ", [("time", "{}")], True)),
+    "a tag in arguments": (
+        AUTO,
+        tag("weather", city="</tool_call>}<tool_call>") * 2,
+        ("", [("weather", '{"city": "</tool_call>}<tool_call>"}')] * 2, True),
+    ),
+    "as written": (
+        AUTO,
+        '<tool_call>\n{"name": "time", "arguments": {"a":1e999 }}\n</tool_call>',
+        ("", [("time", '{"a":1e999 }')], True),
+    ),
     "required": (
         REQUIRED,
         '[{"name": "time", "parameters": {}}, {"name": "weather", "parameters": {"city": "x"}}]',
         ("", [("time", "{}"), ("weather", '{"city": "x"}')], True),
+    ),
+    "required, as written": (
+        REQUIRED,
+        '[ {"name": "time" ,"parameters":{"a":1e999}} , {"name": "time", "parameters": {}} ]',
+        ("", [("time", '{"a":1e999}'), ("time", "{}")], True),
     ),
     "required, cut off": (REQUIRED, '[{"name"', ('[{"name"', [], False)),
     "named": (
@@ -88,10 +113,10 @@ def test_formats_of_answers() -> None:
     assert [one["properties"]["name"]["const"] for one in schema["items"]["anyOf"]] == [*FUNCTIONS]
     one = ToolUse("required", False, FUNCTIONS, is_parallel=False)
     assert json.loads(one.format().json or "")["maxItems"] == 1
-    tags = json.loads(AUTO.format().structural_tag or "")
-    assert tags["triggers"] == ["<tool_call>"]
-    for structure, name in zip(tags["structures"], FUNCTIONS, strict=True):
-        text = structure["begin"] + "{}" + structure["end"]
+    calls = json.loads(AUTO.format().structural_tag or "")["format"]
+    assert calls["triggers"] == ["<tool_call>"]
+    for tag, name in zip(calls["tags"], FUNCTIONS, strict=True):
+        text = tag["begin"] + "{}" + tag["end"]
         assert said(AUTO, text, 1000) == ("", [(name, "{}")], True)
 
 
@@ -104,7 +129,6 @@ def test_formats_of_answers() -> None:
          "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"name": "time"}}, "tool_choice"),
         ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tools"),
-        ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
     ],
 )  # fmt: skip
 def test_a_wrong_choice_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
@@ -120,7 +144,8 @@ def test_auto_needs_a_template_that_writes_calls_in_tags(tmp_path: Path) -> None
     calls = (
         "{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
     )
-    for written, is_known in ((calls, True), ("", False)):
+    other = "<tool_call><function=f></tool_call>"
+    for written, is_known in ((calls, True), ("", False), (other, False)):
         template = f"{{% for m in messages %}}{{{{ m.content }}}}{written}{{% endfor %}}"
         write_tokenizer(tmp_path, chat_template=template)
         body = ChatBody.model_validate(
