@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
+from typing import Any, cast
 
 from llguidance import LLTokenizer
 
@@ -62,7 +63,7 @@ class GrammarTokens:
 
     def ll_tokenizer(self) -> LLTokenizer:
         """llguidance's tokenizer."""
-        return LLTokenizer(self, eos_token=self.eos_token_ids)
+        return LLTokenizer(cast(Any, self), eos_token=self.eos_token_ids)
 
     def __call__(self, text: str) -> tuple[int, ...]:
         """Token ids whose bytes are exactly those of the text. Called by llguidance."""

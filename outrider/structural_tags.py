@@ -197,9 +197,10 @@ class _Grammar:
         _known(told, where, "type", "content", *bounds)
         count = {"optional": "?", "star": "*", "plus": "+"}.get(kind, "")
         if kind == "repeat":
-            least, most = told.get("min"), told.get("max")
-            is_range = type(least) is int and type(most) is int and least >= 0
-            if not is_range or -1 != most < least:
+            least: Any = told.get("min")
+            most: Any = told.get("max")
+            are_numbers = isinstance(least, int) and isinstance(most, int)
+            if not are_numbers or least < 0 or (most != -1 and most < least):
                 raise ValueError(f"{where}: min and max must be a range; max -1: no limit")
             count = f"{{{least},{'' if most == -1 else most}}}"
         content = self._format(told.get("content"), f"{where}.content", None)

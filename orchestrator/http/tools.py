@@ -57,7 +57,7 @@ class ToolUse:
             }
             for name, function in self.functions.items()
         ]
-        calls = {"type": "triggered_tags", "triggers": [_BEGIN], "tags": tags}
+        calls: dict[str, Any] = {"type": "triggered_tags", "triggers": [_BEGIN], "tags": tags}
         if not self.is_parallel:
             calls["stop_after_first"] = True
         return StructuredOutputs(
