@@ -1,0 +1,159 @@
+"""A target over two ranks: the tokens of one rank; a killed or stopped rank costs no stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import orchestrator.app
+import target_service.app
+from outrider.engine.parallel.processes import EXIT_RANK_LOST
+from outrider.runtime.main import LISTENING_PREFIX
+from outrider.settings.services import OrchestratorConfig, TargetConfig
+from outrider.v1 import orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
+from tests.e2e.pairs import TinyPair
+from tests.e2e.reference import assert_greedy, assert_seeded
+from tests.e2e.traffic import COUPLED, assert_speculated, generate_all, prompt_of
+from tests.services.programs import END_TIMEOUT_S, ended, program
+from tests.stack import QUICK, Output, eventually, request, running_stack
+
+pytestmark = pytest.mark.slow
+
+RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
+NUM_STREAMS = 6
+NUM_TOKENS = 150
+
+
+async def test_greedy_and_coupled_tokens_are_those_of_one_rank(
+    tiny_pair: TinyPair, redis: str
+) -> None:
+    """Ragged prompts in one crowd, plain and with drafts; then one alone."""
+    greedy = {"temperature": 0.0, "max_tokens": 24}
+    coupled = {"temperature": 0.9, "max_tokens": 24, "ignore_eos": True}
+    calls = [
+        {"prompt": prompt_of(length), "gamma": i % 4 * 2, "sampling": greedy}
+        for i, length in enumerate((1, 3, 16, 17, 33, 48, 90, 130))
+    ]
+    calls += [
+        {**call, "sampling": {**coupled, "seed": i}, "verification": COUPLED}
+        for i, call in enumerate(calls)
+    ]
+    settings = {**RANKS, "max_step_tokens": 24}
+    async with running_stack(
+        tiny_pair.target, tiny_pair.draft, redis, target_settings=settings
+    ) as stack:
+        info = await stack.target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+        outputs = await generate_all(stack, calls)
+        outputs.append(await stack.generate(**calls[3]))
+    assert info.model.tensor_parallel_size == 2
+    for call, output in zip([*calls, calls[3]], outputs, strict=True):
+        prompt, sampling = call["prompt"], call["sampling"]
+        if "seed" in sampling:
+            assert_seeded(tiny_pair.reference, prompt, output.token_ids, sampling)
+        else:
+            expected = tiny_pair.reference.greedy(prompt, 24)
+            assert_greedy(tiny_pair.reference, prompt, expected, output.token_ids)
+    assert_speculated(outputs)
+
+
+class Ranks:
+    """A target of two ranks in processes of their own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+        self.process = process
+        self.address = address
+        (self.other_pid,) = children(process.pid)
+
+    async def num_open(self) -> int:
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            stub = target_pb2_grpc.TargetServiceStub(channel)
+            answer = await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+        return int(answer.load.num_open_generations)
+
+    async def other_has_ended(self) -> bool:
+        """Nobody may have waited for it yet."""
+        with contextlib.suppress(FileNotFoundError):
+            fields = await asyncio.to_thread(Path(f"/proc/{self.other_pid}/stat").read_text)
+            return fields.rpartition(")")[2].split()[0] == "Z"
+        return True
+
+
+@contextlib.asynccontextmanager
+async def target_of_two_ranks(model: Path) -> AsyncIterator[Ranks]:
+    flags = {**RANKS, **QUICK, "model": model, "port": 0, "stuck_after_s": 1}
+    flags["tensor_parallel_timeout_s"] = 6
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    async with program("target_service", *words) as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(END_TIMEOUT_S):
+            line = (await process.stdout.readline()).decode()
+        assert line.startswith(LISTENING_PREFIX), await ended(process)
+        yield Ranks(process, line.strip().removeprefix(LISTENING_PREFIX))
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by any thread of the process."""
+    lists = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [int(word) for text in lists for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "why"),
+    [
+        (signal.SIGKILL, 1, "rank 1 of 2"),
+        (signal.SIGKILL, 0, None),
+        (signal.SIGSTOP, 1, "Timed out"),
+    ],
+)
+async def test_a_lost_rank_costs_no_stream_and_no_token(
+    number: signal.Signals, rank: int, why: str | None, tiny_pair: TinyPair, redis: str
+) -> None:
+    """Its generations continue on another replica; both of its processes end."""
+    plain = target_service.app.serving(
+        TargetConfig(model=str(tiny_pair.target), port=0, num_threads=1, **QUICK)
+    )
+    async with target_of_two_ranks(tiny_pair.target) as ranks, plain as other:
+        config = OrchestratorConfig(
+            target_endpoint=f"{ranks.address},127.0.0.1:{other.port}",
+            draft_endpoint=None,
+            redis_url=redis,
+            port=0,
+        )
+        async with (
+            orchestrator.app.serving(config) as server,
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            prompts = [prompt_of(5 + 7 * i) for i in range(NUM_STREAMS)]
+            outputs = [Output() for _ in prompts]
+            async with asyncio.TaskGroup() as tasks:
+                for prompt, output in zip(prompts, outputs, strict=True):
+                    tasks.create_task(read(client, prompt, output))
+
+                async def is_under_way() -> bool:
+                    has_tokens = all(len(output.token_ids) > 5 for output in outputs)
+                    return has_tokens and await ranks.num_open() > 0
+
+                await eventually(is_under_way)
+                os.kill((ranks.process.pid, ranks.other_pid)[rank], number)
+        end = await ended(ranks.process)
+        await eventually(ranks.other_has_ended)
+    assert end.status == (EXIT_RANK_LOST if rank else -signal.SIGKILL)
+    assert why is None or why in end.stderr
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = tiny_pair.reference.greedy(prompt, NUM_TOKENS)
+        assert_greedy(tiny_pair.reference, prompt, expected, output.token_ids)
+
+
+async def read(client: Any, prompt: list[int], output: Output) -> None:
+    sampling = {"temperature": 0.0, "max_tokens": NUM_TOKENS}
+    async for chunk in client.Generate(request(prompt, sampling), timeout=200):
+        output.add(chunk)
