@@ -42,6 +42,8 @@ class EngineOptions:
     """The tokenizer's EOS ids, used in addition to those of the model's configuration."""
     tensor_parallel_size: int = 1
     """Number of processes that each hold a part of every layer (see `parallel/`)."""
+    tensor_parallel_address: str | None = None
+    """host:port at which the ranks meet, if they run on other machines; None: they are started."""
     tensor_parallel_timeout_s: float = 30.0
     """The replica ends if a rank does not take part in a pass for this long."""
     inflate_parameters: int | None = None

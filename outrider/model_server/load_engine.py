@@ -54,6 +54,7 @@ def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
             cuda_graphs=config.cuda_graphs,
             tokenizer_eos_ids=() if eos_id is None else (eos_id,),
             tensor_parallel_size=config.tensor_parallel_size,
+            tensor_parallel_address=config.tensor_parallel_address,
             tensor_parallel_timeout_s=config.tensor_parallel_timeout_s,
             inflate_parameters=config.inflate_parameters,
         )

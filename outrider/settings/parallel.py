@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from outrider.settings.addresses import require_address
 from outrider.settings.fields import require, setting
 
 # Settings that place the model in another way.
@@ -17,6 +18,11 @@ class ParallelSettings:
     tensor_parallel_size: int = setting(
         1, "processes that share the model, each with a part of every layer; one per CUDA device"
     )
+    tensor_parallel_address: str | None = setting(
+        None,
+        "host:port to listen on for these processes, which you start yourself, on other machines; "
+        "unset: they are started on this one",
+    )
     tensor_parallel_timeout_s: float = setting(
         30.0, "the program exits when one of these processes holds a pass up for this many seconds"
     )
@@ -25,6 +31,10 @@ class ParallelSettings:
         """Checks these settings. Raises ConfigError."""
         require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "must be 1 or more")
         require(self.tensor_parallel_timeout_s > 0, "tensor_parallel_timeout_s", "must be above 0")
+        if self.tensor_parallel_address is not None:
+            require_address(self.tensor_parallel_address, "tensor_parallel_address")
+            is_used = self.tensor_parallel_size > 1
+            require(is_used, "tensor_parallel_address", "needs tensor_parallel_size above 1")
         for name in _OTHER_PLACEMENTS if self.tensor_parallel_size > 1 else ():
             why = f"cannot be combined with {name}"
             require(getattr(self, name, None) is None, "tensor_parallel_size", why)

@@ -307,7 +307,7 @@ def _num_pages(options: EngineOptions, layers: list[LayerLayout], group: RankGro
                 f"kv_cache_tokens: {options.kv_cache_tokens} is too small; at least {PAGE_SIZE}"
             )
         return options.kv_cache_tokens // PAGE_SIZE
-    num_pages = affordable_tokens(layers, group.size) // PAGE_SIZE
+    num_pages = affordable_tokens(layers, group.place.num_local) // PAGE_SIZE
     if num_pages == 0:
         raise ModelError(f"{options.model}: no memory left for keys and values")
     return num_pages

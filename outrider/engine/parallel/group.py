@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,29 +50,50 @@ def joined_store(host: str, port: int) -> Any:
     return _untyped.TCPStore(host, port, is_master=False, timeout=LOAD_TIMEOUT)
 
 
+class Place(NamedTuple):
+    """Which rank this process is: rank 0 is the service."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number of its CUDA device."""
+    num_local: int = 1
+    """Ranks that share this machine's memory and cores."""
+
+
+_ALONE = Place()
+
+
 class RankGroup:
     """This process's place among the ranks. Call it on the thread that runs the engine only."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank = rank
-        self.size = size
+    def __init__(self, place: Place = _ALONE) -> None:
+        self.place = place
         self._control: Any = None
 
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.size
+
     @classmethod
-    def join(cls, store: Any, rank: int, size: int, device_type: str, local_rank: int) -> RankGroup:
+    def join(cls, store: Any, place: Place, device_type: str) -> RankGroup:
         """Connect this rank with all others; returns when all have joined."""
         if dist.is_initialized():  # an earlier engine's; its ranks have ended with its thread
             dist.destroy_process_group()
-        group = cls(rank, size)
+        group = cls(place)
         device = None
         if device_type == "cuda":
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend="gloo" if device is None else "nccl",
             store=store,
-            rank=rank,
-            world_size=size,
+            rank=place.rank,
+            world_size=place.size,
             timeout=LOAD_TIMEOUT,
             device_id=device,
         )

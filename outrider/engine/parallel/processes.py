@@ -1,4 +1,4 @@
-"""Processes of the ranks that this replica starts on its own machine: all of them but rank 0.
+"""Processes of the ranks that rank 0 starts on its own machine: all others, or none.
 
 They end with the thread that starts them, which is the one that runs the engine. A rank that ends
 earlier ends the replica: nothing can be computed without its part of the weights and of the KV.
@@ -27,14 +27,15 @@ _NAMING_TIMEOUT_S = 1.0
 class RankProcesses:
     """The started ranks, watched by a thread each."""
 
-    def __init__(self, host: str, port: int, size: int) -> None:
-        self._size = size
+    def __init__(self, host: str, port: int, num_ranks: int) -> None:
+        """`num_ranks`: with rank 0, which is this process."""
+        self._num_ranks = num_ranks
         self._owner = threading.current_thread()
         self._lock = threading.Lock()
         self._is_ending = False
         self._processes = {
             rank: subprocess.Popen(_command(host, port, rank), stdin=subprocess.DEVNULL)
-            for rank in range(1, size)
+            for rank in range(1, num_ranks)
         }
         for rank in self._processes:
             threading.Thread(
@@ -75,13 +76,13 @@ class RankProcesses:
         except subprocess.TimeoutExpired:
             return ""
         by = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return f"rank {rank} of {self._size} (process {process.pid}) ended with {by}"
+        return f"rank {rank} of {self._num_ranks} (process {process.pid}) ended with {by}"
 
 
 def _command(host: str, port: int, rank: int) -> Sequence[str]:
     program = [
         "/usr/bin/env", f"LOCAL_RANK={rank}",  # read by transformers: the device of this rank
         sys.executable, "-m", "outrider.engine.parallel.rank",
-        "--host", host, "--port", str(port), "--rank", str(rank),
+        "--host", host, "--port", str(port), "--rank", str(rank), "--local-rank", str(rank),
     ]  # fmt: skip
     return tied_to_this_process(program, end_signal=signal.SIGKILL)

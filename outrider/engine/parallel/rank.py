@@ -1,6 +1,7 @@
-"""`python -m outrider.engine.parallel.rank`: one rank other than 0, started by rank 0.
+"""`python -m outrider.engine.parallel.rank`: one rank other than 0.
 
-Loads its part of the model and replays rank 0's operations until rank 0 is gone.
+Started by rank 0 on its own machine, or by you on another one. Loads its part of the model and
+replays rank 0's operations until rank 0 is gone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import time
 
 from outrider.engine.loading import load
-from outrider.engine.parallel.group import RankGroup, joined_store
+from outrider.engine.parallel.group import Place, RankGroup, joined_store
 from outrider.engine.parallel.operations import Replay, ReplayedStore
 from outrider.engine.parallel.replica import sent_options
 from outrider.errors import ConfigError
@@ -21,17 +22,20 @@ _SAME_ERROR_S = 10.0
 def main() -> None:
     """Run this rank. Returns never; an exception ends the process, and so the replica."""
     parser = argparse.ArgumentParser(prog="outrider.engine.parallel.rank")
-    parser.add_argument("--host", required=True, help="address of rank 0")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--local-rank", type=int, default=0, help="number of its CUDA device")
+    parser.add_argument("--host", required=True, help="host name or address of rank 0")
+    parser.add_argument("--port", type=int, required=True, help="port of rank 0")
+    parser.add_argument("--rank", type=int, required=True, help="1 to N - 1")
+    # Only of ranks that rank 0 starts, with LOCAL_RANK, which transformers reads.
+    parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     configure_logs(f"rank-{given.rank}", level="warning")
     store = joined_store(given.host, given.port)
     options = sent_options(store)
     device = load.served_device(options.device)
     size = options.tensor_parallel_size
-    group = RankGroup.join(store, given.rank, size, device.type, given.local_rank)
+    num_local = 1 if options.tensor_parallel_address else size
+    place = Place(given.rank, size, given.local_rank, num_local)
+    group = RankGroup.join(store, place, device.type)
     try:
         engine = load.load_engine(options, group)
     except ConfigError:

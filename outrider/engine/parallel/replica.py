@@ -12,11 +12,12 @@ import torch
 from outrider.engine.engine import Engine
 from outrider.engine.loading import checkpoint, load
 from outrider.engine.options import EngineOptions
-from outrider.engine.parallel.group import RankGroup, listening_store
+from outrider.engine.parallel.group import Place, RankGroup, listening_store
 from outrider.engine.parallel.operations import OperationLog
 from outrider.engine.parallel.plan import check_plan
 from outrider.engine.parallel.processes import RankProcesses
 from outrider.errors import ConfigError
+from outrider.replica import split_address
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +36,14 @@ def load_engine(options: EngineOptions) -> Engine:
     check_plan(options.model, checkpoint.load_config(options.model), size)
     if device.type == "cpu":
         options = _for_cpu(options)
-    store = listening_store(_LOOPBACK, 0)
+    given = options.tensor_parallel_address
+    host, port = split_address(given) if given else (_LOOPBACK, 0)
+    store = _listening_store(options, host.strip("[]"), port)
     store.set(_OPTIONS, json.dumps(asdict(options), default=sorted))
-    processes = RankProcesses(_LOOPBACK, store.port, size)
+    num_local = 1 if given else size
+    processes = RankProcesses(host, store.port, num_local)
     try:
-        group = RankGroup.join(store, 0, size, device.type, local_rank=0)
+        group = RankGroup.join(store, Place(0, size, 0, num_local), device.type)
         log = OperationLog(group.send, processes.end_replica)
         return load.load_engine(options, group, log)
     except BaseException:
@@ -47,11 +51,21 @@ def load_engine(options: EngineOptions) -> Engine:
         raise
 
 
+def _listening_store(options: EngineOptions, host: str, port: int) -> Any:
+    try:
+        return listening_store(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"tensor_parallel_address: {options.tensor_parallel_address}: cannot listen: {error}"
+        ) from error
+
+
 def _for_cpu(options: EngineOptions) -> EngineOptions:
     """The ranks share the cores, and their sharded weights cannot be prepacked."""
     if options.prepack:
         _log.warning("tensor parallelism on CPU: the weights of linear layers are not prepacked")
-    num_threads = max(1, torch.get_num_threads() // options.tensor_parallel_size)
+    num_local = 1 if options.tensor_parallel_address else options.tensor_parallel_size
+    num_threads = max(1, torch.get_num_threads() // num_local)
     return replace(options, prepack=False, num_threads=options.num_threads or num_threads)
 
 
@@ -73,7 +87,7 @@ def _checked_device(options: EngineOptions) -> torch.device:
             f"device: {options.device!r} is one device; tensor_parallel_size {size} uses the first "
             f"{size} CUDA devices: use auto or cuda, and CUDA_VISIBLE_DEVICES to choose them"
         )
-    if device.type == "cuda" and num_devices < size:
+    if device.type == "cuda" and num_devices < size and not options.tensor_parallel_address:
         raise ConfigError(f"tensor_parallel_size: {size} needs as many CUDA devices; "
                           f"{num_devices} present")  # fmt: skip
     if device.type == "cpu" and num_devices:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +62,24 @@ def over_two_ranks(path: Path, **options: object) -> OwnThread:
     return OwnThread(EngineOptions(str(path), **{**fields, **options}))
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started_rank(address: str) -> Iterator[None]:
+    """Rank 1, started before rank 0 listens; it ends when rank 0 has."""
+    host, port = address.split(":")
+    words = ["--host", host, "--port", port, "--rank", "1"]
+    module = "outrider.engine.parallel.rank"
+    with subprocess.Popen([sys.executable, "-m", module, *words]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 @pytest.fixture(params=FAMILIES)
 def pair(
     request: pytest.FixtureRequest,
@@ -67,7 +89,12 @@ def pair(
     """The engine of one process, that of two ranks, and a driver of the second."""
     family: str = request.param
     path = model_dir(family)
-    with over_two_ranks(path) as engine:
+    options = {}
+    with contextlib.ExitStack() as stack:
+        if family == "phi3":  # as if on another machine
+            options["tensor_parallel_address"] = address = f"127.0.0.1:{free_port()}"
+            stack.enter_context(started_rank(address))
+        engine = stack.enter_context(over_two_ranks(path, **options))
         driver = Driver(engine, Shadow(Reference(path), seed=1), seed=2)
         yield engine_of(family), engine, driver
 
