@@ -30,7 +30,12 @@ pytestmark = pytest.mark.slow
 RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
 NUM_STREAMS = 6
 NUM_TOKENS = 700
-SEEDED = {"temperature": 0.9, "seed": 5, "ignore_eos": True, "max_tokens": NUM_TOKENS}
+SEEDED: dict[str, Any] = {
+    "temperature": 0.9,
+    "seed": 5,
+    "ignore_eos": True,
+    "max_tokens": NUM_TOKENS,
+}
 
 
 async def test_greedy_and_coupled_tokens_are_those_of_one_rank(
@@ -88,9 +93,9 @@ class Ranks:
 
 
 @contextlib.asynccontextmanager
-async def target_of_two_ranks(model: Path) -> AsyncIterator[Ranks]:
+async def target_of_two_ranks(model: Path, timeout_s: float) -> AsyncIterator[Ranks]:
     flags = {**RANKS, **QUICK, "model": model, "port": 0, "stuck_after_s": 1}
-    flags["tensor_parallel_timeout_s"] = 6
+    flags["tensor_parallel_timeout_s"] = timeout_s
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     async with program("target_service", *words) as process:
         assert process.stdout is not None
@@ -121,7 +126,8 @@ async def test_a_lost_rank_costs_no_stream_and_no_token(
     plain = target_service.app.serving(
         TargetConfig(model=str(tiny_pair.target), port=0, num_threads=1, **QUICK)
     )
-    async with target_of_two_ranks(tiny_pair.target) as ranks, plain as other:
+    timeout_s = 6 if number is signal.SIGSTOP else 60
+    async with target_of_two_ranks(tiny_pair.target, timeout_s) as ranks, plain as other:
         config = OrchestratorConfig(
             target_endpoint=f"{ranks.address},127.0.0.1:{other.port}",
             draft_endpoint=None,
