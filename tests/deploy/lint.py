@@ -11,7 +11,7 @@ import jsonschema
 import kubernetes_validate
 
 from tests.deploy import pods, schemas, signals, wiring
-from tests.deploy.manifests import Manifests, Object, title
+from tests.deploy.manifests import Manifests, Object, templates, title
 from tests.deploy.sources import ROOT
 
 # The oldest supported version, and the newest that the validator has.
@@ -34,8 +34,21 @@ def invalid(text: str) -> tuple[str, ...]:
     key = (made["apiVersion"], made["kind"])
     if key in schemas.SPECS:
         validator = jsonschema.Draft202012Validator(schemas.whole(*key))
-        return tuple(f"{error.json_path}: {error.message}" for error in validator.iter_errors(made))
-    return tuple(why for version in KUBERNETES_VERSIONS for why in _schema_errors(made, version))
+        errors = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(made)]
+        return (*errors, *(why for pod in _pods_of_group(made) for why in _kubernetes_errors(pod)))
+    return tuple(_kubernetes_errors(made))
+
+
+def _pods_of_group(made: Object) -> list[Object]:
+    """The pods of a LeaderWorkerSet, as objects."""
+    if made["kind"] != "LeaderWorkerSet":
+        return []
+    return [{"apiVersion": "v1", "kind": "Pod", **each} for each in templates(made).values()]
+
+
+def _kubernetes_errors(made: Object) -> Iterator[str]:
+    for version in KUBERNETES_VERSIONS:
+        yield from _schema_errors(made, version)
 
 
 def _schema_errors(made: Object, version: str) -> Iterator[str]:

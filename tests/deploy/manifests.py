@@ -10,7 +10,7 @@ import yaml
 
 Object = dict[str, Any]
 
-WORKLOADS = ("Deployment", "StatefulSet", "Job")
+WORKLOADS = ("Deployment", "StatefulSet", "Job", "LeaderWorkerSet")
 CLUSTER_SCOPED = ("Namespace", "PriorityClass")
 SOME_POD = {"status.podIP": "10.0.0.1", "metadata.name": "pod-0", "metadata.namespace": "outrider"}
 
@@ -69,9 +69,9 @@ class Manifests:
 
     def pods(self) -> list[Pod]:
         return [
-            Pod(title(made), template["metadata"].get("labels", {}), template["spec"], made)
+            Pod(name, template["metadata"].get("labels", {}), template["spec"], made)
             for made in self.of(*WORKLOADS)
-            for template in [made["spec"]["template"]]
+            for name, template in templates(made).items()
         ]
 
     def config(self, name: str) -> dict[str, str] | None:
@@ -101,6 +101,15 @@ class Manifests:
         if reference := source.get("fieldRef"):
             return pod[reference["fieldPath"]]
         return None  # from a Secret, which is not in the repository
+
+
+def templates(workload: Object) -> dict[str, Object]:
+    """Pod templates by name; a LeaderWorkerSet has two."""
+    name = title(workload)
+    if workload["kind"] != "LeaderWorkerSet":
+        return {name: workload["spec"]["template"]}
+    group = workload["spec"]["leaderWorkerTemplate"]
+    return {f"{name} {role}": group[f"{role}Template"] for role in ("leader", "worker")}
 
 
 def files(found: Manifests, volume: Object) -> dict[str, str]:

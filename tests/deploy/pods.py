@@ -43,7 +43,7 @@ def pods_are_restricted(found: Manifests) -> Iterator[str]:
         if wide:
             yield f"{pod.name}: {', '.join(wide)}"
         for volume in pod.spec.get("volumes", ()):
-            if not volume.keys() & {"configMap", "secret", "emptyDir", "projected"}:
+            if not volume.keys() & {"configMap", "secret", "emptyDir", "ephemeral", "projected"}:
                 yield f"{pod.name}: volume {volume['name']} is of a kind that 'restricted' forbids"
         if pod.spec.get("automountServiceAccountToken") is not False:
             yield f"{pod.name}: has a token of the API server"
@@ -152,7 +152,7 @@ def probes_match_services(found: Manifests) -> Iterator[str]:
             if pod.workload["kind"] == "Job":
                 continue
             for kind in ("readinessProbe", "livenessProbe"):
-                if kind not in container and container["name"] != "sentinel":
+                if kind not in container and container["name"] not in ("sentinel", "rank"):
                     yield f"{pod.name} {container['name']}: no {kind}"
             for kind, probe in container.items():
                 if kind.endswith("Probe"):

@@ -1,7 +1,7 @@
 """Schemas of the custom resources, restricted to the fields that the manifests use.
 
-After the CRDs of KEDA 2.17, the Prometheus operator 0.80 and cert-manager 1.17. kubernetes-validate
-has the schemas of Kubernetes' own objects.
+After the CRDs of KEDA 2.17, the Prometheus operator 0.80, cert-manager 1.17, LeaderWorkerSet 0.7.
+kubernetes-validate has the schemas of Kubernetes' own objects.
 """
 
 from __future__ import annotations
@@ -155,12 +155,28 @@ CERTIFICATE = closed(
     },
 )
 
+# The templates are checked as pods, by Kubernetes' own schema.
+LEADER_WORKER_SET = closed(
+    {
+        "replicas": COUNT,
+        "leaderWorkerTemplate": closed(
+            {
+                "size": {"type": "integer", "minimum": 2},
+                "restartPolicy": {"enum": ["RecreateGroupOnPodRestart", "None"]},
+                "leaderTemplate": {"type": "object"},
+                "workerTemplate": {"type": "object"},
+            }
+        ),
+    }
+)
+
 SPECS: dict[tuple[str, str], Schema] = {
     ("keda.sh/v1alpha1", "ScaledObject"): SCALED_OBJECT,
     ("monitoring.coreos.com/v1", "ServiceMonitor"): SERVICE_MONITOR,
     ("monitoring.coreos.com/v1", "PrometheusRule"): PROMETHEUS_RULE,
     ("cert-manager.io/v1", "Issuer"): ISSUER,
     ("cert-manager.io/v1", "Certificate"): CERTIFICATE,
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): LEADER_WORKER_SET,
 }
 
 

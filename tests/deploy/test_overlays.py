@@ -32,6 +32,7 @@ COMBINATIONS = (
     ("redis-ha",),
     ("redis-ha", "policies"),
     ("redis-ha", "tls", "redis-ha/tls"),
+    ("gpu", "policies", "multi-node", "multi-node/policies"),
 )
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 

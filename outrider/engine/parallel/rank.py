@@ -7,6 +7,9 @@ replays rank 0's operations until rank 0 is gone.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import threading
 import time
 
 from outrider.engine.loading import load
@@ -19,6 +22,23 @@ from outrider.telemetry.logs import configure_logs
 _SAME_ERROR_S = 10.0
 
 
+def end_on_sigterm() -> None:
+    """End on SIGTERM, also as a container's first process and while a broadcast is awaited.
+
+    Python runs a handler on the main thread only, which is in torch's code for days. But every
+    signal with a handler is written to the wake-up descriptor at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def wait() -> None:
+        os._exit(128 + os.read(reader, 1)[0])
+
+    threading.Thread(target=wait, name="sigterm", daemon=True).start()
+
+
 def main() -> None:
     """Run this rank. Returns never; an exception ends the process, and so the replica."""
     parser = argparse.ArgumentParser(prog="outrider.engine.parallel.rank")
@@ -28,6 +48,7 @@ def main() -> None:
     # Only of ranks that rank 0 starts, with LOCAL_RANK, which transformers reads.
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    end_on_sigterm()
     configure_logs(f"rank-{given.rank}", level="warning")
     store = joined_store(given.host, given.port)
     options = sent_options(store)
