@@ -123,11 +123,11 @@ def orchestrator_arguments(
     ]
 
 
-def _check_orchestrator(options: StackOptions) -> None:
+def _check_orchestrator(options: StackOptions, http_port: int | None) -> None:
     """Checks the orchestrator's settings before the models are loaded, which may take minutes."""
     anywhere = "127.0.0.1:1"
     redis_url = options.redis_url or "redis://x"
-    flags = orchestrator_arguments(options, anywhere, anywhere, redis_url, None)
+    flags = orchestrator_arguments(options, anywhere, anywhere, redis_url, http_port)
     config = load(OrchestratorConfig, "orchestrator", flags[1:])
     if options.redis_url is not None and config.redis_url != options.redis_url:
         raise ConfigError("--redis-url: no password on a command line; give it as REDIS_URL")
@@ -183,7 +183,7 @@ class Stack:
         _check_port(options)
         http_port = _http_port(options)
         _check_simulation(options)
-        _check_orchestrator(options)
+        _check_orchestrator(options, http_port)
         for name in ("target", "draft", "orchestrator"):
             options.cpus(name)
         models = {} if self._target else {"target": target_arguments(options)}

@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 
 from outrider.cli.failures import ProgramFailed
-from outrider.cli.stack import draft_arguments, orchestrator_arguments, target_arguments
+from outrider.cli.stack import (
+    Stack,
+    draft_arguments,
+    orchestrator_arguments,
+    target_arguments,
+)
 from outrider.cli.stack_options import MADE_PAIR, StackOptions
 from outrider.cli.supervisor import Event, State, Supervisor
+from outrider.errors import ConfigError
 from outrider.settings.loader import load
 from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
 from tests.cli.processes import ROOT, descendants, environment, is_alive, wait_until_dead
@@ -116,6 +122,16 @@ def test_every_flag_of_up_reaches_the_programs() -> None:
         host="0.0.0.0", port=1234, http_port=8001, gamma=3, max_gamma=7, lookahead=0,
         draft_wait_ms=2.5,
     )  # fmt: skip
+
+
+async def test_variables_of_http_are_checked_with_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name in HTTP needs a port, which `outrider up` gives; the next error is later."""
+    monkeypatch.setenv("OUTRIDER_ORCHESTRATOR_SERVED_MODEL_NAME", "name")
+    for http_port, message in (("0", "--target-cpus: 'x'"), ("none", "served_model_name: needs")):
+        stack = Stack(StackOptions(port=0, http_port=http_port, target_cpus="x"), print)
+        with pytest.raises(ConfigError, match=message):
+            await stack.start()
+        await stack.stop()
 
 
 def test_the_defaults_are_the_quickstart_pair() -> None:
