@@ -216,7 +216,7 @@ class OrchestratorConfig(
         for name in ("max_waiting", "target_wait_s", "stop_grace_s", "redis_wait_s"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
         self.check_server()
-        self.check_telemetry()
+        self.check_telemetry(has_http=self.http_port is not None)
         self.check_observation()
         self.check_draft_canary()
         self.check_tokenizer()

@@ -29,13 +29,13 @@ class TelemetrySettings:
         f"unset: {DEFAULT_SAMPLE_RATIO}",
     )
 
-    def check_telemetry(self) -> None:
-        """Checks these settings. Raises ConfigError."""
+    def check_telemetry(self, *, has_http: bool = False) -> None:
+        """Checks these settings. `has_http`: HTTP has /metrics, too. Raises ConfigError."""
         port, ratio, endpoint = self.metrics_port, self.trace_sample_ratio, self.otlp_endpoint
         if port is not None:
             require_port(port, "metrics_port")
-        has_port = not self.metrics_vllm_names or port is not None
-        require(has_port, "metrics_vllm_names", "needs metrics_port")
+        has_port = not self.metrics_vllm_names or has_http or port is not None
+        require(has_port, "metrics_vllm_names", "needs metrics_port, or the orchestrator's HTTP")
         is_url = endpoint is None or endpoint.startswith(("http://", "https://"))
         require(is_url, "otlp_endpoint", f"{endpoint!r} is neither http:// nor https://")
         if endpoint is not None:

@@ -38,9 +38,8 @@ USAGE: Any = {"include_usage": True, "continuous_usage_stats": True}
 async def stack(chat_pair: Pair, redis_server: RedisServer) -> AsyncIterator[System]:
     """A stack with tokenizer, chat template and HTTP; Redis is empty at first."""
     redis_command(redis_server.url, "FLUSHALL")
-    async with whole(
-        chat_pair, redis_server.url, tokenizer=str(chat_pair.target), http_port=0
-    ) as stack:
+    settings: dict[str, Any] = {"tokenizer": str(chat_pair.target), "metrics_vllm_names": True}
+    async with whole(chat_pair, redis_server.url, http_port=0, **settings) as stack:
         yield stack
 
 
@@ -187,8 +186,9 @@ async def test_a_wrong_field_of_a_chat_is_refused_by_name(case: str, stack: Syst
 
 async def test_a_refused_request_is_counted(stack: System) -> None:
     async def num_refused() -> float:
-        content = (await asked(stack.http_endpoint, "GET", "/metrics")).content
-        return Scrape(content.decode())("outrider_requests_total", status="INVALID_ARGUMENT")
+        content = (await asked(stack.http_endpoint, "GET", "/metrics")).content.decode()
+        assert "vllm:spec_decode_num_drafts_total" in content  # `vllm bench serve` reads it
+        return Scrape(content)("outrider_requests_total", status="INVALID_ARGUMENT")
 
     before = await num_refused()
     await post(stack, "/v1/completions", {"prompt": "the", "temperature": -1})
