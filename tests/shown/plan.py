@@ -11,6 +11,7 @@ import re
 from tests.shown.blocks import Command
 
 EXAMPLES = "a program of examples/: tests/cli/test_examples.py runs it"
+OUTSIDE = "installs a large package; scripts/outside_tools.py runs it"
 CLUSTER = "needs a cluster; tests/deploy checks the manifests, `make pods` runs them"
 
 # The revision of the new draft on swap-a-draft.md.
@@ -25,6 +26,7 @@ NOT_RUN = (
     ("", r"^kubectl apply -f deploy/base/namespace\.yaml$", CLUSTER),
     ("deploy.md", r"--from-file=token=/path/to/token", "needs a token of the Hub"),
     ("deploy.md", r"^export OUTRIDER_API_KEY=…|--tls-ca ca\.crt$", CLUSTER),
+    ("measure.md", r"^pip install |^(vllm|guidellm|aiperf|lm_eval) ", OUTSIDE),
     ("swap-a-draft.md", r"^kubectl apply -k your-overlay$", CLUSTER),
     ("use-the-client.md", r"\bimport sys\b|\bimport os\b|\bimport asyncio\b", EXAMPLES),
     ("use-the-client.md", r'"orchestrator-a:50051"|api_key=key\b', "a part of a program"),
