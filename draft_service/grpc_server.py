@@ -30,6 +30,7 @@ from outrider.v1 import draft_pb2, draft_pb2_grpc
 
 _REASONS = {
     FailureReason.KV_FULL: draft_pb2.DraftLost.REASON_KV_FULL,
+    FailureReason.OUT_OF_MEMORY: draft_pb2.DraftLost.REASON_KV_FULL,
     FailureReason.BAD_MESSAGE: draft_pb2.DraftLost.REASON_BAD_MESSAGE,
     FailureReason.DISPLACED: draft_pb2.DraftLost.REASON_DISPLACED,
     FailureReason.INTERNAL: draft_pb2.DraftLost.REASON_INTERNAL,

@@ -67,6 +67,7 @@ class Proposer(FairKVWorker):
         super().__init__(
             engine,
             StepCosts(),
+            max_gamma=max_gamma,
             max_step_tokens=max_step_tokens,
             idle_session_ttl_s=idle_session_ttl_s,
             prefix_cache=prefix_cache,
@@ -173,6 +174,7 @@ class Proposer(FairKVWorker):
         """The rows of the next pass: needed blocks first, then the most likely extensions."""
         paces = [target.pace for target in self._targets.active]
         num_needed, num_rows = self._budget.num_rows(self._queues.num_needed, paces)
+        num_needed, num_rows = (min(n, self._limits.max_rows) for n in (num_needed, num_rows))
         if not num_rows:  # nothing is needed or allowed: idle until the next command
             self._queues.clear_ahead()
         rows = self._with_room(self._queues.needed(num_needed))
@@ -223,7 +225,8 @@ class Proposer(FairKVWorker):
         At least a quarter of the token budget, so that drafting cannot starve prompts.
         """
         num_row_tokens = sum(row.num_pending for row in rows)
-        return max(self._max_step_tokens - num_row_tokens, self._max_step_tokens // 4, 1)
+        most = self._limits.max_tokens
+        return max(most - num_row_tokens, most // 4, 1)
 
     def _advance(self, work: Sequence[DraftRow]) -> list[Proposed | Failure]:
         """Runs one forward pass: a token for every short row, prompts within their budget."""

@@ -12,7 +12,8 @@ OutriderError
  ├─ UnreadableRecord     a session's record in Redis cannot be used by this version
  ├─ LeaseLost            the session has a later owner; this writer is fenced off
  ├─ CapacityExceeded     no capacity now; may be retried later
- │   └─ KVFull           no free KV pages for the sequence now
+ │   ├─ KVFull           no free KV pages for the sequence now
+ │   └─ StepOutOfMemory  no memory for a forward pass of this size
  ├─ KVNeverFits          the sequence is longer than the replica's whole KV cache
  ├─ ClientStalled        the client has not read its stream for too long
  ├─ KVLost               KV that the request refers to is gone
@@ -127,6 +128,18 @@ class KVFull(CapacityExceeded):
         super().__init__(message)
         self.num_pages = num_pages
         self.shared_pages: Sequence[int] = ()
+
+
+class StepOutOfMemory(CapacityExceeded):
+    """A forward pass did not fit into the device's memory. Smaller ones may."""
+
+    def __init__(self, num_tokens: int, num_rows: int, why: str) -> None:
+        super().__init__(
+            f"out of memory in a pass over {num_tokens} tokens with {num_rows} rows of logits: "
+            f"{why}"
+        )
+        self.num_tokens = num_tokens
+        self.num_rows = num_rows
 
 
 class KVNeverFits(OutriderError):

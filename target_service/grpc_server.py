@@ -30,6 +30,7 @@ from target_service.messages import Command, Event, OpenTarget, Verified, Verify
 _REASONS = {
     FailureReason.KV_LOST: target_pb2.RowError.REASON_KV_LOST,
     FailureReason.KV_FULL: target_pb2.RowError.REASON_KV_FULL,
+    FailureReason.OUT_OF_MEMORY: target_pb2.RowError.REASON_KV_FULL,
     FailureReason.KV_NEVER: target_pb2.RowError.REASON_KV_NEVER,
     FailureReason.BAD_MESSAGE: target_pb2.RowError.REASON_BAD_ROW,
     FailureReason.DISPLACED: target_pb2.RowError.REASON_DISPLACED,

@@ -103,15 +103,25 @@ def num_tokens_left(live: LiveGeneration[OpenGeneration]) -> int:
     return waiting_request(live).num_tokens - live.sequence.length
 
 
-def planned_request(live: LiveGeneration[OpenGeneration], max_tokens: int) -> PlannedRequest:
-    """The request's next tokens, at most `max_tokens`; all of its block's logits in one pass."""
+def num_rows_of(live: LiveGeneration[OpenGeneration]) -> int:
+    """Rows of logits of its block."""
+    return 1 + len(waiting_request(live).draft_token_ids)
+
+
+def planned_request(
+    live: LiveGeneration[OpenGeneration], max_tokens: int, max_rows: int
+) -> PlannedRequest:
+    """The request's next tokens, at most `max_tokens`; all of its block's logits in one pass.
+
+    `max_rows`: most rows of logits of a part of a prompt.
+    """
     request, start, num_left = waiting_request(live), live.sequence.length, num_tokens_left(live)
     num_unscored = live.state.prompt_len - 1 - start if request.with_prompt_logprobs else 0
     if num_unscored > 0:
-        num = min(max_tokens, num_unscored, _MAX_PROMPT_LOGITS)
+        num = min(max_tokens, num_unscored, max_rows, _MAX_PROMPT_LOGITS)
         append = Append(live.sequence, live.token_ids[start : start + num], num)
         return PlannedRequest(live, request, append, is_last=False, scores_prompt=True)
-    num_logits = 1 + len(request.draft_token_ids)
+    num_logits = num_rows_of(live)
     is_last = num_left <= max_tokens
     num_tokens = num_left if is_last else min(max_tokens, num_left - num_logits)
     token_ids = live.token_ids[start : start + num_tokens]

@@ -36,6 +36,7 @@ from target_service.planned_request import (
     PlannedRequest,
     Scoring,
     grammar_state,
+    num_rows_of,
     num_tokens_left,
     planned_request,
     score_prompts,
@@ -60,6 +61,7 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         super().__init__(
             engine,
             StepCosts(counts_rows=True),
+            max_gamma=max_gamma,
             max_step_tokens=max_step_tokens,
             idle_session_ttl_s=idle_session_ttl_s,
             prefix_cache=prefix_cache,
@@ -158,24 +160,31 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
     def _gather(self) -> list[PlannedRequest]:
         """Plans the next pass: every verification, then prompts in chunks.
 
-        Prompts get at least a quarter of the token budget, so verifications cannot starve them.
+        Prompts get at least a quarter of the token budget, and rows for one block, so
+        verifications cannot starve them. Verifications without rows left wait for the next pass,
+        in the order in which they came.
         """
         plan: list[PlannedRequest] = []
-        prompts: list[LiveGeneration[OpenGeneration]] = []
-        budget = self._max_step_tokens
-        for live in tuple(self._waiting.values()):
-            if self._is_prompt(live):
-                prompts.append(live)
-            elif (planned := self._plan(live, budget)) is not None:
+        waiting = tuple(self._waiting.values())
+        prompts = [live for live in waiting if self._is_prompt(live)]
+        budget, block = self._limits.max_tokens, 1 + self._max_gamma
+        num_rows = self._limits.max_rows - (block if prompts else 0)
+        for live in waiting:
+            if self._is_prompt(live) or num_rows < num_rows_of(live):
+                continue
+            if (planned := self._plan(live, budget, num_rows)) is not None:
                 plan.append(planned)
                 budget -= len(planned.append.token_ids)
-        budget = max(budget, self._max_step_tokens // 4, 1)
+                num_rows -= planned.append.num_logits
+        num_rows += block if prompts else 0
+        budget = max(budget, self._limits.max_tokens // 4, 1)
         for live in sorted(prompts, key=lambda live: live.urgency[0]):
-            if budget <= 0:
+            if budget <= 0 or num_rows < block:
                 break
-            if (planned := self._plan(live, budget)) is not None:
+            if (planned := self._plan(live, budget, num_rows)) is not None:
                 plan.append(planned)
                 budget -= len(planned.append.token_ids)
+                num_rows -= planned.append.num_logits
         # Later ones may have preempted some of these.
         return [planned for planned in plan if planned.key in self._waiting]
 
@@ -183,13 +192,14 @@ class Verifier(GenerationWorker[Command, Verified, OpenGeneration, PlannedReques
         """Whether the request may run in chunks: it is longer than any verification."""
         return num_tokens_left(live) > 1 + self._max_gamma
 
-    def _plan(self, live: LiveGeneration[OpenGeneration], budget: int) -> PlannedRequest | None:
-        """The request's part of the next pass; None if it has failed. `budget` is for prompts."""
+    def _plan(
+        self, live: LiveGeneration[OpenGeneration], budget: int, max_rows: int
+    ) -> PlannedRequest | None:
+        """The request's part of the next pass; None if it has failed. Limits are for prompts."""
         with self._failing_alone(live.state.key):
             if self._begin(live):  # after it little of a prompt may be left to run
-                return planned_request(
-                    live, budget if self._is_prompt(live) else num_tokens_left(live)
-                )
+                max_tokens = budget if self._is_prompt(live) else num_tokens_left(live)
+                return planned_request(live, max_tokens, max_rows)
         return None
 
     def _begin(self, live: LiveGeneration[OpenGeneration]) -> bool:

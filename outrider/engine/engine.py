@@ -32,6 +32,7 @@ from outrider.engine.options import EngineInfo
 from outrider.engine.parallel.operations import OperationLog
 from outrider.engine.sampling.prompt_logprobs import score_prompts
 from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
+from outrider.engine.step_memory import out_of_memory
 from outrider.sampling.params import SamplingParams
 
 
@@ -64,7 +65,7 @@ class Engine:
 
         Raises ValueError for an invalid append: no tokens, a sequence that was freed or is listed
         twice, more tokens than the reservation or the model's context allows, or an unknown token
-        id.
+        id; StepOutOfMemory if the pass did not fit into the device's memory, which is free again.
         """
         tokens = [np.asarray(append.token_ids, dtype=np.int64) for append in appends]
         segments = self._plan(appends, tokens)
@@ -74,7 +75,7 @@ class Engine:
             np.arange(segment.stop - append.num_logits, segment.stop)
             for segment, append in zip(segments, appends, strict=True)
         ]
-        logits = self._run(segments, np.concatenate(tokens), np.concatenate(rows))
+        logits = self._run_within_memory(segments, np.concatenate(tokens), np.concatenate(rows))
         for segment in segments:
             segment.sequence.length = segment.total
         return logits
@@ -108,6 +109,20 @@ class Engine:
             )
         if int(ids.min()) < 0 or int(ids.max()) >= model.num_embeddings:
             raise ValueError(f"a token id is outside [0, {model.num_embeddings})")
+
+    def _run_within_memory(
+        self,
+        segments: list[Segment],
+        token_ids: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        try:
+            return self._run(segments, token_ids, rows)
+        except Exception as error:
+            full = out_of_memory(error, token_ids.size, rows.size)
+            if full is None:
+                raise
+        raise full  # here: not chained to the first error, whose frames hold the pass's tensors
 
     def _run(
         self,

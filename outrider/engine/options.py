@@ -28,6 +28,8 @@ class EngineOptions:
     """KV capacity in tokens; None: derived from the memory free after loading."""
     max_model_len: int | None = None
     """Longest sequence, at most the model's context; None: the model's context."""
+    max_step_tokens: int = 512
+    """Tokens of the pass that is measured to derive the KV capacity."""
     num_threads: int | None = None
     """Threads per torch operation. The setting is shared by the whole process."""
     prepack: bool = True
@@ -72,6 +74,8 @@ class EngineInfo:
     """Self-test at load: largest |difference| of a logit from plain eager attention."""
     tensor_parallel_size: int = 1
     """Number of ranks that share the model."""
+    max_step_rows: int = 2048
+    """Most rows of logits in one pass, from the vocabulary and the device's memory."""
     cuda_graphs: bool = False
     """Whether single-token steps are replayed from CUDA graphs."""
     linear_kernels: Mapping[str, int] = field(default_factory=dict)

@@ -47,6 +47,7 @@ def load_served_engine(config: ModelServiceConfig) -> LoadedModel:
             device_map=config.device_map,
             kv_cache_tokens=config.kv_cache_tokens,
             max_model_len=config.max_model_len,
+            max_step_tokens=config.max_step_tokens,
             num_threads=config.num_threads,
             prepack=config.prepack,
             forbid_kernels=_names(config.forbid_kernels),

@@ -13,6 +13,7 @@ from outrider.errors import (
     LeaseLost,
     NonFiniteLogits,
     OutriderError,
+    StepOutOfMemory,
 )
 from outrider.model_server.scheduler import GenerationKey
 
@@ -40,6 +41,8 @@ class FailureReason(Enum):
     KV_LOST = "kv_lost"
     # No room now, or preempted by a generation that is more urgent or began earlier.
     KV_FULL = "kv_full"
+    # No memory for the pass; the next ones are smaller. Reported to orchestrators as KV_FULL.
+    OUT_OF_MEMORY = "out_of_memory"
     # Longer than the whole KV budget.
     KV_NEVER = "kv_never"
     BAD_MESSAGE = "bad_message"
@@ -53,6 +56,7 @@ class FailureReason(Enum):
 
 _REASONS: tuple[tuple[type[OutriderError], FailureReason], ...] = (
     (KVFull, FailureReason.KV_FULL),
+    (StepOutOfMemory, FailureReason.OUT_OF_MEMORY),
     (KVNeverFits, FailureReason.KV_NEVER),
     (KVLost, FailureReason.KV_LOST),
     (LeaseLost, FailureReason.DISPLACED),

@@ -32,6 +32,7 @@ from outrider.model_server.metrics import ModelServerMetrics
 from outrider.model_server.scheduler import GenerationKey, Keyed
 from outrider.model_server.session_table import LiveGeneration, SessionTable
 from outrider.model_server.step_costs import StepCosts
+from outrider.model_server.step_limits import StepLimits
 
 log = structlog.get_logger()
 
@@ -64,6 +65,7 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         engine: ServedEngine,
         costs: StepCosts,
         *,
+        max_gamma: int,
         max_step_tokens: int,
         idle_session_ttl_s: float,
         prefix_cache: bool,
@@ -72,19 +74,17 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         self._table: SessionTable[State] = SessionTable(
             engine.store, idle_session_ttl_s, prefix_cache=prefix_cache
         )
-        self._max_step_tokens = max_step_tokens
+        self._limits = StepLimits(max_step_tokens, engine.info.max_step_rows, max_gamma)
         self._num_prefill_tokens = 0
         self._num_preempted = 0
-        # Failures of generations preempted since the last results.
-        self._failures: list[Failure] = []
+        self._failures: list[Failure] = []  # of generations preempted since the last results
         self.costs = costs
         self.health = PassHealth()
-        # None if no metrics are collected.
-        self.meter: ModelServerMetrics | None = None
+        self.meter: ModelServerMetrics | None = None  # None: no metrics are collected
 
     def prepare(self, budget_s: float) -> None:
         """Calibrates the step costs, before the service starts."""
-        self.costs.calibrate(self._engine, self._max_step_tokens, budget_s)
+        self.costs.calibrate(self._engine, self._limits.max_tokens, budget_s)
 
     def _observe(self, appends: Sequence[Append], seconds: float) -> None:
         num_tokens = sum(len(append.token_ids) for append in appends)
@@ -124,7 +124,8 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         try:
             work = self._gather()
             results = self._advance(work) if work else []
-        except Exception as error:
+        except Exception as raised:
+            error = self._limits.after(raised)
             self.health.observe_error(error)
             keys = dict.fromkeys(part.key for part in work) or self._keys_with_work()
             results = [self._failed(key, error) for key in keys]
@@ -205,11 +206,10 @@ class GenerationWorker(ABC, Generic[CommandType, Result, State, Work]):
         context_len: int = 0,
         preempts: bool = True,
     ) -> int | None:
-        """Like SessionTable.reserve, for a request of the next pass.
+        """Like SessionTable.reserve, for the next pass; preempts less urgent generations if needed.
 
-        Preempts less urgent generations if there is no room. A generation without pages does so
-        only if it `preempts`, and leaves room for the running ones to grow. None: there is still no
-        room, and this generation has failed.
+        A generation without pages does so only if it `preempts`, and leaves room for the running
+        ones to grow. None: there is still no room, and this generation has failed.
         """
         if num_tokens <= live.sequence.max_len and not context_len:
             return 0

@@ -18,7 +18,7 @@ from outrider.engine.attention.interface import ATTENTION_NAME
 from outrider.engine.engine import Engine
 from outrider.engine.interface import Append
 from outrider.engine.kv.store import PAGE_SIZE
-from outrider.engine.loading import checkpoint, load, rope, self_test, supported
+from outrider.engine.loading import checkpoint, load, placement, rope, self_test, supported
 from outrider.engine.loading.long_self_test import LongSelfTest, affordable_len
 from outrider.engine.options import EngineOptions
 
@@ -75,13 +75,13 @@ def full_self_test(options: EngineOptions) -> Iterator[SelfTestCase]:
 
 def _references(options: EngineOptions) -> tuple[list[LongSelfTest], _Steps]:
     """Eager logits of all cases, from the weights as stored."""
-    device = load.served_device(options.device)
+    device = placement.served_device(options.device)
     config = checkpoint.load_config(options.model)
     supported.check_config(options.model, config)
     module = checkpoint.load_weights(
         options.model,
         config,
-        dtype=load.served_dtype(options.dtype, device.type),
+        dtype=placement.served_dtype(options.dtype, device.type),
         attention=ATTENTION_NAME,
         device_map=None,
     ).to(device)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from outrider.engine.attention.interface import ATTENTION_NAME
-from outrider.engine.loading import checkpoint, load, supported
+from outrider.engine.loading import checkpoint, placement, supported
 from outrider.engine.options import EngineOptions
 from outrider.errors import ModelError
 
@@ -104,7 +104,7 @@ def _dtype(options: EngineOptions, text: Any) -> torch.dtype:
     device_type = options.device.partition(":")[0]
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = load.served_dtype(options.dtype, device_type)
+    dtype = placement.served_dtype(options.dtype, device_type)
     if isinstance(dtype, torch.dtype):
         return dtype
     stored = getattr(text, "dtype", None)

@@ -41,7 +41,7 @@ def wants_self_test(options: CheckOptions) -> bool:
         return options.self_test
     if options.files_only:
         return False
-    from outrider.engine.loading.load import served_device
+    from outrider.engine.loading.placement import served_device
 
     return served_device(options.device).type == "cuda"
 

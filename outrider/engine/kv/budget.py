@@ -10,31 +10,37 @@ import torch
 
 from outrider.engine.kv.store import LayerLayout
 
-# On CPU, memory is shared with other programs. On CUDA, 20 % is left for activations.
+# On CPU, memory is shared with other programs.
 _CPU_SHARE = 0.25
 _CPU_MAX_BYTES = 4 << 30
-_CUDA_SHARE = 0.8
+# On CUDA, left of the whole memory beside weights, KV and the largest pass: graphs, fragmentation,
+# other programs. And the share of the measured pass that is left free besides.
+_CUDA_RESERVE = 0.06
+_STEP_MARGIN = 1.1
 
 
-def affordable_tokens(layers: Seq[LayerLayout], num_sharing: int = 1) -> int:
+def affordable_tokens(layers: Seq[LayerLayout], step_bytes: int, num_sharing: int = 1) -> int:
     """Tokens for which the keys and values of all layers fit on the layers' devices.
 
-    `num_sharing`: processes of this replica that share the memory of the CPU.
+    `step_bytes`: what the largest pass needs, of every device. `num_sharing`: processes of this
+    replica that share the memory of the CPU.
     """
     per_token_bytes: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
         per_token_bytes[layer.device] += layer.bytes_per_token
     return min(
-        _budget_bytes(device, num_sharing) // num_bytes
+        _budget_bytes(device, step_bytes, num_sharing) // num_bytes
         for device, num_bytes in per_token_bytes.items()
     )
 
 
-def _budget_bytes(device: torch.device, num_sharing: int) -> int:
+def _budget_bytes(device: torch.device, step_bytes: int, num_sharing: int) -> int:
     """Bytes of the device's free memory to use for keys and values."""
+    free = free_bytes(device) - int(step_bytes * _STEP_MARGIN)
     if device.type == "cuda":
-        return int(free_bytes(device) * _CUDA_SHARE)
-    return min(int(free_bytes(device) * _CPU_SHARE / num_sharing), _CPU_MAX_BYTES)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return max(0, free - int(total * _CUDA_RESERVE))
+    return max(0, min(int(free * _CPU_SHARE / num_sharing), _CPU_MAX_BYTES))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface
 
+from outrider.engine import step_memory
 from outrider.engine.attention import select
 from outrider.engine.attention.interface import ATTENTION_NAME, registered_attention
 from outrider.engine.engine import Engine
@@ -27,6 +28,7 @@ from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
 from outrider.engine.loading import (
     checkpoint,
     families,
+    placement,
     prepack,
     quantized,
     rope,
@@ -42,12 +44,6 @@ from outrider.engine.parallel.operations import OperationLog, make_store
 from outrider.errors import ConfigError, ModelError
 
 _log = logging.getLogger(__name__)
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 # No mask function is registered under this name, so transformers creates no mask.
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
@@ -66,7 +62,7 @@ def load_engine(
     ConfigError for invalid options. `group`: the ranks that load the model together. `log`: on rank
     0 of several, where the others read what to do.
     """
-    device = served_device(options.device)
+    device = placement.served_device(options.device)
     _set_threads(options)
     config = checkpoint.load_config(options.model)
     supported.check_config(options.model, config)
@@ -79,12 +75,12 @@ def load_engine(
         expected = self_test.eager_logits(module, tokens)
     long = prepare_long_self_test(options.model, model, group)
     model = replace(model, vocab_size=expected[0].shape[-1])
-    info = _describe(options, model, layers)
+    info = _describe(options, model, layers, group)
     linear_kernels = _choose_kernels(options, module)
-    backend_name, difference = _tested_backend(
-        options, _UntestedModel(model, layers, info, tokens, expected, long)
-    )
-    store = make_store(layers, group.lowest(_num_pages(options, layers, group)), group, log)
+    untested = _UntestedModel(model, layers, info, tokens, expected, long)
+    backend_name, difference = _tested_backend(options, untested)
+    num_pages = _num_pages(options, untested, backend_name, group)
+    store = make_store(layers, group.lowest(num_pages), group, log)
     info = replace(
         info,
         kv_capacity_tokens=store.capacity_tokens,
@@ -117,14 +113,15 @@ class _UntestedModel(NamedTuple):
     def difference(self, backend_name: str) -> float:
         """Largest difference from eager attention, on small KV stores; ModelError if too large."""
         name = self.info.name
-        engine = self._engine(backend_name, _SELF_TEST_PAGES)
+        engine = self.engine(backend_name, _SELF_TEST_PAGES)
         largest = self_test.compare(name, engine, self.tokens, self.expected)
         if self.long is None:
             return largest
-        engine = self._engine(backend_name, self.long.num_pages)
+        engine = self.engine(backend_name, self.long.num_pages)
         return max(largest, self.long.difference(name, engine))
 
-    def _engine(self, backend_name: str, num_pages: int) -> Engine:
+    def engine(self, backend_name: str, num_pages: int) -> Engine:
+        """The engine with a small KV store."""
         store = KVStore(self.layers, num_pages)
         return Engine(self.model, store, self.info, select.make(backend_name, self.model, store))
 
@@ -149,7 +146,9 @@ def _tested_backend(options: EngineOptions, untested: _UntestedModel) -> tuple[s
     return select.TORCH, untested.difference(select.TORCH)
 
 
-def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayout]) -> EngineInfo:
+def _describe(
+    options: EngineOptions, model: BoundModel, layers: list[LayerLayout], group: RankGroup
+) -> EngineInfo:
     """EngineInfo with what is known before prepacking and KV allocation."""
     module = model.module
     return EngineInfo(
@@ -165,6 +164,7 @@ def _describe(options: EngineOptions, model: BoundModel, layers: list[LayerLayou
         model_fingerprint=checkpoint.fingerprint(module),
         attention_backend="sdpa",
         self_test_max_difference=0.0,
+        max_step_rows=group.lowest(step_memory.max_step_rows(model.vocab_size, model.device)),
         quantization=quantized.method(module.config) or "",
         tensor_parallel_size=options.tensor_parallel_size,
     )
@@ -181,37 +181,13 @@ def _set_threads(options: EngineOptions) -> None:
         torch.set_num_threads(options.num_threads)
 
 
-def served_device(name: str) -> torch.device:
-    """The device by its option. Raises ConfigError if it does not exist."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(
-            f"device: {name!r} is unknown; expected auto, cpu, cuda or cuda:N"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: {name!r} does not exist; {torch.cuda.device_count()} CUDA devices present"
-        )
-    return device
-
-
-def served_dtype(name: str, device_type: str) -> torch.dtype | str:
-    """dtype of the weights on such a device; "auto": the checkpoint's. Raises ConfigError."""
-    if name != "auto" and name not in _DTYPES:
-        raise ConfigError(f"dtype: {name!r} is unknown; expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES.get(name, torch.float32 if device_type == "cpu" else "auto")
-
-
 def _load_module(options: EngineOptions, config: Any, device: torch.device) -> Any:
     """Load the weights, inflate them if asked, and place them on the device or by `device_map`."""
     stored = quantized.method(config)
     module = checkpoint.load_weights(
         options.model,
         config,
-        dtype=served_dtype(options.dtype, device.type),
+        dtype=placement.served_dtype(options.dtype, device.type),
         attention=ATTENTION_NAME,
         device_map=options.device_map,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -224,19 +200,8 @@ def _load_module(options: EngineOptions, config: Any, device: torch.device) -> A
         return module
     if options.device_map is None:
         return module.to(device)
-    _keep_row_index_on_cpu(module)
+    placement.keep_row_index_on_cpu(module)
     return module
-
-
-def _keep_row_index_on_cpu(module: Any) -> None:
-    """Keep accelerate from moving `logits_to_keep` to the first device.
-
-    The hidden states it selects from are on the last device; a CPU index can select from any.
-    """
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        skipped = getattr(hook, "skip_keys", None) or []
-        hook.skip_keys = [*([skipped] if isinstance(skipped, str) else skipped), "logits_to_keep"]
 
 
 def _inflated(name: str, module: Any, num_parameters: int) -> Any:
@@ -299,15 +264,28 @@ def _device_names(layers: list[LayerLayout]) -> str:
     return ",".join(dict.fromkeys(str(layer.device) for layer in layers))
 
 
-def _num_pages(options: EngineOptions, layers: list[LayerLayout], group: RankGroup) -> int:
-    """KV pages to allocate. Raises ConfigError or ModelError if there would be none."""
+def _num_pages(
+    options: EngineOptions, untested: _UntestedModel, backend_name: str, group: RankGroup
+) -> int:
+    """KV pages to allocate. Raises ConfigError or ModelError if there would be none.
+
+    Unless their number is given, what is left beside the largest pass, which is run here.
+    """
     if options.kv_cache_tokens is not None:
         if options.kv_cache_tokens < PAGE_SIZE:
             raise ConfigError(
                 f"kv_cache_tokens: {options.kv_cache_tokens} is too small; at least {PAGE_SIZE}"
             )
         return options.kv_cache_tokens // PAGE_SIZE
-    num_pages = affordable_tokens(layers, group.place.num_local) // PAGE_SIZE
+    info, num_rows = untested.info, untested.info.max_step_rows
+    num_tokens = max(options.max_step_tokens, num_rows + options.max_step_tokens // 4)
+    measured_pages = step_memory.num_pages(num_tokens, info.max_context_len)
+    num_bytes = step_memory.step_bytes(
+        untested.engine(backend_name, measured_pages), num_tokens, num_rows, group
+    )
+    _log.info("a pass over %d tokens with %d rows of logits needs %.0f MiB",
+              num_tokens, num_rows, num_bytes / 2**20)  # fmt: skip
+    num_pages = affordable_tokens(untested.layers, num_bytes, group.place.num_local) // PAGE_SIZE
     if num_pages == 0:
         raise ModelError(f"{options.model}: no memory left for keys and values")
     return num_pages

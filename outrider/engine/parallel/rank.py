@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 
-from outrider.engine.loading import load
+from outrider.engine.loading import load, placement
 from outrider.engine.parallel.group import Place, RankGroup, joined_store
 from outrider.engine.parallel.operations import Replay, ReplayedStore
 from outrider.engine.parallel.replica import sent_options
@@ -52,7 +52,7 @@ def main() -> None:
     configure_logs(f"rank-{given.rank}", level="warning")
     store = joined_store(given.host, given.port)
     options = sent_options(store)
-    device = load.served_device(options.device)
+    device = placement.served_device(options.device)
     size = options.tensor_parallel_size
     num_local = 1 if options.tensor_parallel_address else size
     place = Place(given.rank, size, given.local_rank, num_local)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from outrider.engine.engine import Engine
-from outrider.engine.loading import checkpoint, load
+from outrider.engine.loading import checkpoint, load, placement
 from outrider.engine.options import EngineOptions
 from outrider.engine.parallel.group import Place, RankGroup, listening_store
 from outrider.engine.parallel.operations import OperationLog
@@ -80,7 +80,7 @@ def sent_options(store: Any) -> EngineOptions:
 def _checked_device(options: EngineOptions) -> torch.device:
     """The kind of device of all ranks. Raises ConfigError for options that contradict ranks."""
     size = options.tensor_parallel_size
-    device = load.served_device(options.device)
+    device = placement.served_device(options.device)
     num_devices = torch.cuda.device_count()
     if device.index is not None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from outrider.engine import Append, Engine, EngineOptions, load_engine
-from outrider.engine.loading.load import _keep_row_index_on_cpu
+from outrider.engine.loading.placement import keep_row_index_on_cpu
 from outrider.errors import ConfigError, ModelError
 from tests.engine.reference import Reference, Shadow
 from tests.tiny_models import make_tiny_draft, make_tiny_model
@@ -66,12 +67,19 @@ def test_fingerprint_is_of_the_weights(tmp_path: Path, model_dir: ModelDir) -> N
     assert load(noisy).info.model_fingerprint != original
 
 
-def test_budget_from_free_memory(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the free RAM, at most 4 GiB."""
-    monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 4 << 20)
-    engine = load_engine(EngineOptions(str(model_dir("llama"))))
+def test_budget_from_free_memory(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A quarter of what the largest pass leaves of the free RAM, at most 4 GiB."""
     bytes_per_token = 3 * 2 * (16 + 16) * 4
-    assert engine.store.capacity_tokens == (1 << 20) // bytes_per_token // 16 * 16
+    monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 1 << 30)
+    with caplog.at_level(logging.INFO, "outrider"):
+        engine = load_engine(EngineOptions(str(model_dir("llama"))))
+    (line,) = [text for text in caplog.messages if text.startswith("a pass over 2176 tokens with")]
+    needed = int(line.split()[-2]) << 20
+    assert needed < 1 << 30, line
+    expected = ((1 << 30) - 1.1 * needed) / 4 / bytes_per_token
+    assert abs(engine.store.capacity_tokens - expected) < (1 << 20) / bytes_per_token
     monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 1 << 50)
     engine = load_engine(EngineOptions(str(model_dir("llama"))))
     assert engine.store.capacity_tokens == (4 << 30) // bytes_per_token // 16 * 16
@@ -185,7 +193,7 @@ def test_placement_hooks_keep_the_row_index_on_the_cpu(model_dir: ModelDir) -> N
     engine = load(model_dir("llama"), prepack=False)
     module = engine._model.module
     accelerate.dispatch_model(module, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    _keep_row_index_on_cpu(module)
+    keep_row_index_on_cpu(module)
     assert "logits_to_keep" in module._hf_hook.skip_keys
     sequence = engine.store.open(8)
     assert engine.forward([Append(sequence, [1, 2, 3], 2)]).shape == (2, 256)
