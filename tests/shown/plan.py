@@ -56,9 +56,14 @@ REPLACED = (
     ("deploy.md", r"\| kubectl -n outrider apply -f -", "> secret.yaml"),
     ("measure.md", r"kubectl delete pod target-0", "true"),
     ("swap-a-draft.md", REVISION, "{revision}"),
+    ("swap-a-draft.md", r"^(?=outrider drafts promote)",
+     "until outrider drafts list | grep -q canary; do sleep 1; done; "),
     ("observe.md", r"^outrider top .*", "outrider top --once {metrics}"),
     # Shorter, so that all pages take minutes. What is measured is meaningless then.
-    ("", r"^make demo$", "outrider demo --inflate 0 --rounds 1 --max-tokens 32"),
+    # The shown counters are of targets that were asked for tokens.
+    ("share-a-draft-tier.md", r"^curl ", "outrider generate x --gamma 4 --max-tokens 40 && "
+     "outrider generate x --gamma 4 --max-tokens 40 --endpoint 127.0.0.1:50061 && curl "),
+    ("", r"^make demo$", "outrider demo --inflate 0 --rounds 1 --max-tokens 16 --seconds 5"),
     ("", r"--size p1\b", "--size tiny"),
     ("", r"--attain 0.99", "--attain 0.1"),
     ("", r"--generations 200", "--generations 20"),
@@ -73,10 +78,11 @@ ADDED = (
     ("", "python -m orchestrator(?!.*--tokenizer)", "--tokenizer {target}"),
     ("", "python -m (target|draft)_service", "--kv-cache-tokens 8192 --calibration-s 0.5"),
     ("share-a-draft-tier.md", "python -m draft_service", "--metrics-port 9100"),
-    ("swap-a-draft.md", "outrider drafts (?!list)", "--redis-url {redis}?db=0"),
+    ("swap-a-draft.md", ".*outrider drafts (roll-back|retry|promote)", "--redis-url {redis}?db=0"),
     ("deploy.md", "kubectl .*create secret ", "--dry-run=client -o yaml"),
     ("", "outrider up", "--kv-cache-tokens 8192"),
     ("", "outrider up(?! .*--(target|inflate) )", "--inflate 0"),
+    ("", r"outrider check (.*DRAFT3|.*--streams|.*--json)", "--files-only"),
     ("", "outrider check", "--task code --max-tokens 8 --temperatures 0 --streams 1"),
     ("", "outrider check", "--repetitions 0"),
     ("", "outrider bench (?!serve|pair)", "--quick"),
@@ -119,6 +125,9 @@ SUPPOSED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# Outputs of a prompt that the page does not show: only their statistics are compared.
+OTHER_TEXT = (("prompt-lookup.md", r"< prompt\.txt$"),)
+
 # Exit statuses that are an answer too: not worth it, an alarm.
 STATUSES = ((r"^outrider check ", (0, 3)), (r"^outrider audit", (0, 1)))
 
@@ -148,3 +157,12 @@ def statuses(command: Command) -> tuple[int, ...]:
     if command.output.startswith("error: "):
         return (1,)
     return next((found for pattern, found in STATUSES if re.search(pattern, command.text)), (0,))
+
+
+def compared_output(command: Command) -> str:
+    """The shown output without text that depends on what the page does not show."""
+    if any(
+        page in command.page and re.search(pattern, command.text) for page, pattern in OTHER_TEXT
+    ):
+        return "".join(command.output.partition("finish ")[1:])
+    return command.output
