@@ -86,6 +86,8 @@ async def serving(config: OrchestratorConfig) -> AsyncIterator[Server]:
     )
     pools = [pool for pool in (resources.targets, resources.drafts) if pool is not None]
     ports = contextlib.ExitStack()
+    if resources.grammars is not None:
+        ports.callback(resources.grammars.close)
     try:
         await server.start(config.host, config.port)
         await server.set_health(REDIS, False)
@@ -211,7 +213,7 @@ async def _resources(
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.tokenizer, config.chat_template)
         if tokenizer is None:
             raise ConfigError(f"tokenizer: {config.tokenizer} has no tokenizer.json")
-    grammars = await asyncio.to_thread(grammar_compiler, tokenizer)
+    grammars = await asyncio.to_thread(grammar_compiler, tokenizer, tries_first=True)
     pairing = Pairing(tokenizer, assume_same_vocabulary=config.assume_same_vocabulary)
     targets, drafts = _pools(config, pairing, open_channel)
     store = SessionStore(config.redis, StoreOptions(session_ttl_s=config.session_ttl_s))

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import structlog
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher
 
 from outrider.errors import CapacityExceeded, InvalidRequest
 from outrider.grammar_tokens import GrammarTokens
+from outrider.grammar_trial import LIMITS, FormatTrials
 from outrider.sampling.structured_outputs import StructuredOutputs
 from outrider.structural_tags import JSON_WHITESPACE, lark_grammar, structural_grammar
 from outrider.tokenizer import Tokenizer
 
 log = structlog.get_logger()
 
-# A format that takes longer is refused. The limits of `_LIMITS` end nearly all earlier: the
-# slowest of 30 adversarial ones took 1.2 s.
+# A format that takes longer, with the wait for others, is refused. A trial ends it earlier.
 COMPILE_TIMEOUT_S = 10.0
 # Compilations at a time; each holds one core.
 MAX_COMPILING = 2
@@ -36,8 +36,6 @@ MAX_COMPILING = 2
 MAX_PENDING = 64
 # Compiled formats, and errors of formats that cannot be compiled.
 MAX_CACHED = 128
-# A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _MAX_ERROR_CHARS = 300
 _WHITESPACE: Any = {"whitespace_pattern": JSON_WHITESPACE}
 # A format of texts that the tokenizer may have no tokens for: all tokens are masked one by one.
@@ -99,13 +97,20 @@ class GrammarState:
 
 
 def grammar_compiler(
-    tokenizer: Tokenizer | None, vocab_size: int = 0, eos_token_ids: Collection[int] = ()
+    tokenizer: Tokenizer | None,
+    vocab_size: int = 0,
+    eos_token_ids: Collection[int] = (),
+    *,
+    tries_first: bool = False,
 ) -> GrammarCompiler | None:
-    """A compiler; None without tokenizer, or if its tokens cannot be mapped to bytes."""
+    """A compiler; None without tokenizer, or if its tokens cannot be mapped to bytes.
+
+    `tries_first`: for formats of clients; see `outrider.grammar_trial`.
+    """
     if tokenizer is None:
         return None
     try:
-        return GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
+        return GrammarCompiler(tokenizer, vocab_size, eos_token_ids, tries_first=tries_first)
     except ValueError as error:
         log.warning("no_structured_outputs", why=str(error))
         return None
@@ -118,7 +123,12 @@ class GrammarCompiler:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        *,
+        tries_first: bool = False,
     ) -> None:
         """Takes a second for a vocabulary of 131,000 tokens, with the GIL held.
 
@@ -126,6 +136,10 @@ class GrammarCompiler:
         """
         self._tokens = GrammarTokens(tokenizer, vocab_size, eos_token_ids)
         self._tokenizer = self._tokens.ll_tokenizer()
+        self._trials: FormatTrials | None = None
+        if tries_first:
+            tokens = self._tokens
+            self._trials = FormatTrials(len(tokens.tokens), tokens.special, tokens.eos_token_id)
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_COMPILING)
         self._num_pending = 0
@@ -166,6 +180,11 @@ class GrammarCompiler:
             why = f"is not compiled after {COMPILE_TIMEOUT_S:g} s; simplify it"
             raise InvalidRequest(structured.field, why) from None
 
+    def close(self) -> None:
+        """Ends the processes of trials."""
+        if self._trials is not None:
+            self._trials.close()
+
     def _run(self, structured: StructuredOutputs, future: Future[Grammar]) -> None:
         try:
             with self._slots:
@@ -186,7 +205,9 @@ class GrammarCompiler:
         is_forced = self._tokens.covers_all_bytes
         if not is_forced:
             source = _unforced(source)
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+        if self._trials is not None and (why := self._trials.run(source)) is not None:
+            raise InvalidRequest(structured.field, why)
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some errors show here only
         if matcher.is_error():

@@ -22,7 +22,7 @@ _MAX_CACHED, _MAX_CACHED_CHARS = 4_096, 256
 class GrammarTokens:
     """Implements llguidance's `TokenizerWrapper`. Any thread may use it.
 
-    `covers_all_bytes`: every text can be tokenized.
+    `covers_all_bytes`: every text can be tokenized. `special`: texts of special tokens by id.
     """
 
     is_tokenizer_wrapper = True
@@ -51,6 +51,7 @@ class GrammarTokens:
         self.tokens += [b""] * (max(vocab_size, num_ids) - len(self.tokens))
         for token_id, text in special.items():
             self.tokens[token_id] = text
+        self.special = {i: text.decode(errors="replace") for i, text in special.items()}
         self.eos_token_id = self.eos_token_ids[0]
         self._special_ids = frozenset({*special, *self.eos_token_ids})
         self.special_token_ids = sorted(self._special_ids)

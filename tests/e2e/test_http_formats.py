@@ -14,6 +14,7 @@ import pytest_asyncio
 from tests.e2e.pairs import TextPair
 from tests.services.http_client import openai_client
 from tests.stack import running_stack
+from tests.test_grammar_trial import DEEP
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = "The answer: "
@@ -85,6 +86,17 @@ async def test_tools_are_called_in_openais_shape(choice: str, client: openai.Asy
             arguments += part.function.arguments or ""
     assert {(name, arguments)} == found
     assert reason == answers[0].choices[0].finish_reason
+
+
+async def test_a_format_that_would_crash_the_program_is_refused(
+    client: openai.AsyncOpenAI,
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="too deep or too large") as caught:
+        await client.completions.create(
+            model="", prompt=PROMPT, extra_body={"structured_outputs": {"json": DEEP}}
+        )
+    assert caught.value.param == "structured_outputs.json"
+    assert (await client.completions.create(model="", prompt=PROMPT, max_tokens=1)).choices
 
 
 @pytest.mark.parametrize("field", ["response_format", "structured_outputs", "structural_tag"])
