@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from orchestrator.generation.output import Chunk
 from orchestrator.generation.state import EmittedToken, Finish, FinishReason, TokenOrigin
 from orchestrator.http.requests import Plan
-from orchestrator.http.tools import ToolCalls
+from orchestrator.http.tool_calls import ToolCalls
 from orchestrator.speculation.verification import PromptLogprobs, TokenLogprobs
 from outrider.tokenizer import Tokenizer
 

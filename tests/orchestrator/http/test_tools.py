@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from orchestrator.http.bodies import ChatBody
-from orchestrator.http.tools import ToolCalls, ToolUse, tool_use
+from orchestrator.http.tool_calls import ToolCalls
+from orchestrator.http.tools import ToolUse, tool_use
 from outrider.errors import InvalidRequest
+from outrider.grammar import GrammarCompiler
 from outrider.tokenizer import Tokenizer
+from tests.chat_templates import LLAMA3, QWEN3
+from tests.e2e.byte_tokenizer import EOS, load_byte_tokenizer
 from tests.services.tokenizer_files import write_tokenizer
 
 WEATHER: dict[str, Any] = {
@@ -26,6 +30,7 @@ TIME: dict[str, Any] = {"name": "time"}
 FUNCTIONS = {"weather": WEATHER, "time": TIME}
 TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS.values()]
 AUTO = ToolUse("auto", False, FUNCTIONS)
+LLAMA = ToolUse("auto", False, FUNCTIONS, is_json=True)
 REQUIRED = ToolUse("required", False, FUNCTIONS)
 
 
@@ -80,6 +85,14 @@ CASES: dict[str, tuple[ToolUse, str, tuple[str, list[tuple[str, str]], bool]]] =
         '<tool_call>\n{"name": "time", "arguments": {"a":1e999 }}\n</tool_call>',
         ("", [("time", '{"a":1e999 }')], True),
     ),
+    "JSON": (
+        LLAMA,
+        '{"name": "weather", "parameters": {"city":"{x"}}',
+        ("", [("weather", '{"city":"{x"}')], True),
+    ),
+    "text, then JSON": (LLAMA, 'a {"name": "time"}', ('a {"name": "time"}', [], False)),
+    "JSON, cut off": (LLAMA, '{"name": "ti', ('{"name": "ti', [], False)),
+    "no text": (LLAMA, "", ("", [], False)),
     "required": (
         REQUIRED,
         '[{"name": "time", "parameters": {}}, {"name": "weather", "parameters": {"city": "x"}}]',
@@ -139,24 +152,42 @@ def test_a_wrong_choice_is_refused_by_name(fields: dict[str, Any], named: str) -
     assert caught.value.field == named
 
 
-def test_auto_needs_a_template_that_writes_calls_in_tags(tmp_path: Path) -> None:
-    """As Qwen's and Hermes' do."""
-    calls = (
-        "{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
-    )
-    other = "<tool_call><function=f></tool_call>"
-    for written, is_known in ((calls, True), ("", False), (other, False)):
-        template = f"{{% for m in messages %}}{{{{ m.content }}}}{written}{{% endfor %}}"
-        write_tokenizer(tmp_path, chat_template=template)
-        body = ChatBody.model_validate(
-            {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS}
-        )
-        tokenizer = Tokenizer.load(str(tmp_path))
-        if is_known:
-            assert tool_use(body, tokenizer) == AUTO
-        else:
-            with pytest.raises(InvalidRequest):
-                tool_use(body, tokenizer)
+OTHER = "{% for m in messages %}{{ m.content }}<tool_call><function=f></tool_call>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(QWEN3, AUTO), (LLAMA3, LLAMA), (OTHER, None), ("{{ messages[0].content }}", None)],
+)
+def test_auto_is_by_the_chat_template(
+    template: str, expected: ToolUse | None, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "?"}], "tools": TOOLS})
+    tokenizer = Tokenizer.load(str(tmp_path))
+    if expected is not None:
+        assert tool_use(body, tokenizer) == expected
+        return
+    with pytest.raises(InvalidRequest, match="auto: the model's chat template"):
+        tool_use(body, tokenizer)
+
+
+def test_an_answer_in_json_is_a_call_or_text(tmp_path: Path) -> None:
+    """As Llama 3 writes calls: alone, or not at all."""
+    compiler = GrammarCompiler(load_byte_tokenizer(tmp_path), 0, [EOS])
+    grammar = compiler.submit(LLAMA.format()).result(60)
+    for text, is_allowed in (
+        ("", True),
+        ("It is {late}.", True),
+        ('{"name": "weather", "parameters": {"city": "x"}}', True),
+        ('{"name": "time", "parameters": {}}', True),
+        ('{"name": "weather", "parameters": {"city": 1}}', False),
+        ('{"name": "other", "parameters": {}}', False),
+        ('{"name": "time", "parameters": {}} ', False),
+    ):
+        matcher, ids = grammar.matcher(), list(text.encode())
+        done = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        assert done == is_allowed, text
 
 
 def test_no_tools() -> None:
