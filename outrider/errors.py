@@ -131,13 +131,14 @@ class KVFull(CapacityExceeded):
 
 
 class StepOutOfMemory(CapacityExceeded):
-    """A forward pass did not fit into the device's memory. Smaller ones may."""
+    """A forward pass, or sampling from it, did not fit into memory. Smaller ones may.
+
+    `num_tokens`: 0 if it was sampling.
+    """
 
     def __init__(self, num_tokens: int, num_rows: int, why: str) -> None:
-        super().__init__(
-            f"out of memory in a pass over {num_tokens} tokens with {num_rows} rows of logits: "
-            f"{why}"
-        )
+        where = f"in a pass over {num_tokens} tokens with" if num_tokens else "when sampling from"
+        super().__init__(f"out of memory {where} {num_rows} rows of logits: {why}")
         self.num_tokens = num_tokens
         self.num_rows = num_rows
 

@@ -6,8 +6,11 @@ Prefill, decoding, verification and drafting are the same call with different le
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,8 @@ from outrider.engine.sampling.prompt_logprobs import score_prompts
 from outrider.engine.sampling.sampler import GenerationSampler, sample_all, score_all
 from outrider.engine.step_memory import out_of_memory
 from outrider.sampling.params import SamplingParams
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -75,7 +80,8 @@ class Engine:
             np.arange(segment.stop - append.num_logits, segment.stop)
             for segment, append in zip(segments, appends, strict=True)
         ]
-        logits = self._run_within_memory(segments, np.concatenate(tokens), np.concatenate(rows))
+        run = partial(self._run, segments, np.concatenate(tokens), np.concatenate(rows))
+        logits = _within_memory(run, segments[-1].stop, sum(map(len, rows)))
         for segment in segments:
             segment.sequence.length = segment.total
         return logits
@@ -109,20 +115,6 @@ class Engine:
             )
         if int(ids.min()) < 0 or int(ids.max()) >= model.num_embeddings:
             raise ValueError(f"a token id is outside [0, {model.num_embeddings})")
-
-    def _run_within_memory(
-        self,
-        segments: list[Segment],
-        token_ids: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-    ) -> torch.Tensor:
-        try:
-            return self._run(segments, token_ids, rows)
-        except Exception as error:
-            full = out_of_memory(error, token_ids.size, rows.size)
-            if full is None:
-                raise
-        raise full  # here: not chained to the first error, whose frames hold the pass's tensors
 
     def _run(
         self,
@@ -190,16 +182,27 @@ class Engine:
         self, requests: Seq[SampleRequest], logits: torch.Tensor
     ) -> list[SampledToken | Exception]:
         """Sample one token per row of logits, as `ServedEngine.sample`."""
-        return sample_all(requests, logits)
+        return _within_memory(partial(sample_all, requests, logits), 0, len(logits))
 
     def score(
         self, requests: Seq[ScoreRequest], logits: torch.Tensor
     ) -> list[BlockScores | Exception]:
         """Score one block per request, as `ServedEngine.score`."""
-        return score_all(requests, logits)
+        return _within_memory(partial(score_all, requests, logits), 0, len(logits))
 
     def score_prompts(
         self, requests: Seq[PromptRequest], logits: torch.Tensor
     ) -> list[PromptScores | Exception]:
         """Log-probabilities of prompt tokens, as `ServedEngine.score_prompts`."""
-        return score_prompts(requests, logits)
+        return _within_memory(partial(score_prompts, requests, logits), 0, len(logits))
+
+
+def _within_memory(compute: Callable[[], Result], num_tokens: int, num_rows: int) -> Result:
+    """The result of `compute`. Raises StepOutOfMemory if an allocator had no memory for it."""
+    try:
+        return compute()
+    except Exception as error:
+        full = out_of_memory(error, num_tokens, num_rows)
+        if full is None:
+            raise
+    raise full  # here: not chained to the first error, whose frames hold tensors

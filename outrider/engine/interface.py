@@ -166,7 +166,8 @@ class ServedEngine(Protocol):
     """Engine as a model service uses it. Call every method on the device thread only.
 
     `sample` and `score` return one result per request, in order. A request that fails has its
-    exception in its place; the others are not affected. Rows of `logits` are in the order of the
+    exception in its place; the others are not affected. All methods that compute raise
+    StepOutOfMemory if memory runs out. Rows of `logits` are in the order of the
     requests; those of prompts (`score_prompts`) are the last ones.
     """
 

@@ -15,6 +15,7 @@ from outrider.engine.interface import Append, ScoreRequest
 from outrider.engine.kv.budget import free_bytes
 from outrider.engine.kv.sequence import pages_for
 from outrider.engine.parallel.group import RankGroup
+from outrider.engine.sampling.batching import is_allocation_failure
 from outrider.errors import StepOutOfMemory
 from outrider.sampling.params import SamplingParams
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 _LOGITS_SHARE = 1 / 64
 MAX_ROWS = 2048
 """Rows of logits of one pass, whatever the memory: 256 generations with blocks of 8 tokens."""
-# Texts of allocation failures that are not torch.OutOfMemoryError: torch's allocator on CPU.
-_ALLOCATION_FAILURES = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
 # A CPU measures as large a pass as this many seconds allow, and scales it.
 _CPU_BUDGET_S = 0.5
 _TIMED_LEN = 16
@@ -41,12 +40,9 @@ def max_step_rows(vocab_size: int, device: torch.device) -> int:
 
 def out_of_memory(error: Exception, num_tokens: int, num_rows: int) -> StepOutOfMemory | None:
     """StepOutOfMemory if the error is one of an allocator; then the pass's tensors are freed."""
-    text = str(error)
-    is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _ALLOCATION_FAILURES)
-    )
-    if not is_ours:
+    if not is_allocation_failure(error):
         return None
+    text = str(error)
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -39,13 +39,11 @@ class StepLimits:
             return error
         self.num_exceeded += 1
         former = self.max_tokens, self.max_rows
-        halves = (
-            min(limit, size) // 2
-            for limit, size in zip(former, (error.num_tokens, error.num_rows), strict=True)
-        )
-        for_tokens, for_rows = halves
-        self.max_tokens = min(self.max_tokens, max(for_tokens, _LEAST_TOKENS))
-        self.max_rows = min(self.max_rows, max(for_rows, self._least_rows))
+        if error.num_tokens:
+            half = min(self.max_tokens, error.num_tokens) // 2
+            self.max_tokens = min(self.max_tokens, max(half, _LEAST_TOKENS))
+        half = min(self.max_rows, error.num_rows) // 2
+        self.max_rows = min(self.max_rows, max(half, self._least_rows))
         log.warning(
             "step_out_of_memory",
             num_tokens=error.num_tokens,

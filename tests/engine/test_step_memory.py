@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from outrider.engine import Append, Engine, EngineOptions, load_engine, step_memory
+from outrider.engine.interface import BlockScores, ScoreRequest
 from outrider.engine.kv import budget
 from outrider.engine.kv.tensors import LayerLayout
 from outrider.engine.parallel.group import RankGroup
 from outrider.errors import StepOutOfMemory
+from outrider.sampling.params import SamplingParams
 from tests.engine.reference import Reference, Shadow
 
 CPU_FAILURE = (
@@ -64,6 +69,43 @@ def test_a_pass_without_memory_is_named_and_can_be_repeated(
         rows = engine.forward([Append(sequence, ids[15:], 5)])
     shadow.assert_rows(rows, ids, "in two parts")
     engine.store.free(sequence)
+
+
+class _Failing(TorchFunctionMode):
+    """Every operation on more rows of logits raises the error of the allocator."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self._num_rows = num_rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_large = (
+            args
+            and isinstance(args[0], torch.Tensor)
+            and args[0].dim() == 2
+            and args[0].shape[0] > self._num_rows
+        )
+        if is_large and func is not torch.Tensor.__len__:
+            raise ERRORS["cpu"]
+        return func(*args, **(kwargs or {}))
+
+
+def test_sampling_without_memory_is_named(engine_of: Callable[[str], Engine]) -> None:
+    """Not tried for each request alone, as for another error."""
+    engine = engine_of("llama")
+    sampler = engine.sampler(SamplingParams(temperature=1.0, top_p=0.9), 1, 256)
+    ids = np.zeros(40, np.int64)
+
+    def score(num: int) -> list[BlockScores | Exception]:
+        request = ScoreRequest(sampler, ids, 1, 1, None)
+        return engine.score([request] * num, torch.zeros(num, 256))
+
+    with _Failing(20):
+        assert all(isinstance(scores, BlockScores) for scores in score(20))
+        with pytest.raises(StepOutOfMemory) as raised:
+            score(21)
+    assert (raised.value.num_tokens, raised.value.num_rows) == (0, 21)
+    assert str(raised.value).startswith("out of memory when sampling from 21 rows of logits: ")
 
 
 def test_another_error_of_a_pass_is_not_taken_for_it(engine_of: Callable[[str], Engine]) -> None:

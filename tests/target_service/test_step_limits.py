@@ -160,6 +160,8 @@ def test_limits_are_halved_down_to_one_block() -> None:
     limits = StepLimits(512, 2048, MAX_GAMMA)
     limits.after(StepOutOfMemory(700, 300, ""))
     assert (limits.max_tokens, limits.max_rows) == (256, 150)
+    limits.after(StepOutOfMemory(0, 100, "sampling"))
+    assert (limits.max_tokens, limits.max_rows) == (256, 50)
     for _ in range(10):
         limits.after(StepOutOfMemory(limits.max_tokens, limits.max_rows, ""))
     assert (limits.max_tokens, limits.max_rows) == (16, 10)

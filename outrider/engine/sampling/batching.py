@@ -100,6 +100,10 @@ class RequestGroup(NamedTuple):
         return logits
 
 
+# Texts of allocation failures that are not torch.OutOfMemoryError: torch's allocator on CPU.
+_ALLOCATION_FAILURES = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
+
+
 def grouped(
     requests: Sequence[Request], sizes: Sequence[int], kind: Callable[[Request], Kind]
 ) -> Mapping[Kind, Sequence[RequestGroup]]:
@@ -129,6 +133,14 @@ def grouped(
     return groups
 
 
+def is_allocation_failure(error: Exception) -> bool:
+    """Whether an allocator of torch or Python had no memory."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _ALLOCATION_FAILURES)
+    )
+
+
 def isolated(
     compute: Callable[[Sequence[Request], torch.Tensor], list[Result | Exception]],
     requests: Sequence[Request],
@@ -138,7 +150,8 @@ def isolated(
     """Results of all requests computed together; if that fails, of each alone.
 
     So an error belongs to one request and the others are not affected. A request with NaN or
-    infinite logits gets NonFiniteLogits; the others are computed without it.
+    infinite logits gets NonFiniteLogits; the others are computed without it. Raises if memory runs
+    out, which is the fault of all.
     """
     # NaN and +inf show in the maximum of a row. -inf is allowed: models use it to forbid tokens.
     peaks = logits.amax(-1)
@@ -147,6 +160,8 @@ def isolated(
     try:
         return compute(requests, logits)
     except Exception as error:
+        if is_allocation_failure(error):
+            raise
         if len(requests) == 1:
             return [error]
     parts = zip(requests, torch.split(logits, list(sizes)), sizes, strict=True)
