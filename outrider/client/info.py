@@ -75,6 +75,7 @@ class ModelInfo:
     linear_kernels: dict[str, int]
     cuda_graphs: bool
     tensor_parallel_size: int
+    quantization: str
     sampling_defaults: dict[str, Any] | None
     target_tokenizer_fingerprints: list[str]
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from outrider.v1 import sampling_pb2 as outrider_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/model.proto\x12\x0boutrider.v1\x1a\x1aoutrider/v1/sampling.proto\"\xcf\x04\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x17\n\x0fmax_context_len\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x16\n\x0enum_parameters\x18\n \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x0b \x01(\x04\x12\x11\n\tmax_gamma\x18\x0c \x01(\r\x12\x19\n\x11\x61ttention_backend\x18\r \x01(\t\x12\x41\n\x0elinear_kernels\x18\x0e \x03(\x0b\x32).outrider.v1.ModelInfo.LinearKernelsEntry\x12\x13\n\x0b\x63uda_graphs\x18\x0f \x01(\x08\x12\x36\n\x11sampling_defaults\x18\x10 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x14\n\x0ctoken_hashes\x18\x11 \x01(\x0c\x12%\n\x1dtarget_tokenizer_fingerprints\x18\x12 \x03(\t\x12\x1c\n\x14tensor_parallel_size\x18\x13 \x01(\r\x1a\x34\n\x12LinearKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"U\n\tStepCosts\x12\x12\n\nnum_tokens\x18\x01 \x03(\r\x12\x0e\n\x06step_s\x18\x02 \x03(\x02\x12\r\n\x05row_s\x18\x03 \x01(\x02\x12\x15\n\rmean_num_rows\x18\x04 \x01(\x02*\xb2\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x17\n\x13REPLICA_STATE_STUCK\x10\x04\x12\x19\n\x15REPLICA_STATE_FAILING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/model.proto\x12\x0boutrider.v1\x1a\x1aoutrider/v1/sampling.proto\"\xe5\x04\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x17\n\x0fmax_context_len\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x16\n\x0enum_parameters\x18\n \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x0b \x01(\x04\x12\x11\n\tmax_gamma\x18\x0c \x01(\r\x12\x19\n\x11\x61ttention_backend\x18\r \x01(\t\x12\x41\n\x0elinear_kernels\x18\x0e \x03(\x0b\x32).outrider.v1.ModelInfo.LinearKernelsEntry\x12\x13\n\x0b\x63uda_graphs\x18\x0f \x01(\x08\x12\x36\n\x11sampling_defaults\x18\x10 \x01(\x0b\x32\x1b.outrider.v1.SamplingParams\x12\x14\n\x0ctoken_hashes\x18\x11 \x01(\x0c\x12%\n\x1dtarget_tokenizer_fingerprints\x18\x12 \x03(\t\x12\x1c\n\x14tensor_parallel_size\x18\x13 \x01(\r\x12\x14\n\x0cquantization\x18\x14 \x01(\t\x1a\x34\n\x12LinearKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"U\n\tStepCosts\x12\x12\n\nnum_tokens\x18\x01 \x03(\r\x12\x0e\n\x06step_s\x18\x02 \x03(\x02\x12\r\n\x05row_s\x18\x03 \x01(\x02\x12\x15\n\rmean_num_rows\x18\x04 \x01(\x02*\xb2\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x17\n\x13REPLICA_STATE_STUCK\x10\x04\x12\x19\n\x15REPLICA_STATE_FAILING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO_LINEARKERNELSENTRY']._loaded_options = None
   _globals['_MODELINFO_LINEARKERNELSENTRY']._serialized_options = b'8\001'
-  _globals['_REPLICASTATE']._serialized_start=750
-  _globals['_REPLICASTATE']._serialized_end=928
+  _globals['_REPLICASTATE']._serialized_start=772
+  _globals['_REPLICASTATE']._serialized_end=950
   _globals['_MODELINFO']._serialized_start=69
-  _globals['_MODELINFO']._serialized_end=660
-  _globals['_MODELINFO_LINEARKERNELSENTRY']._serialized_start=608
-  _globals['_MODELINFO_LINEARKERNELSENTRY']._serialized_end=660
-  _globals['_STEPCOSTS']._serialized_start=662
-  _globals['_STEPCOSTS']._serialized_end=747
+  _globals['_MODELINFO']._serialized_end=682
+  _globals['_MODELINFO_LINEARKERNELSENTRY']._serialized_start=630
+  _globals['_MODELINFO_LINEARKERNELSENTRY']._serialized_end=682
+  _globals['_STEPCOSTS']._serialized_start=684
+  _globals['_STEPCOSTS']._serialized_end=769
 # @@protoc_insertion_point(module_scope)

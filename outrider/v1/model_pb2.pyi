@@ -24,7 +24,7 @@ REPLICA_STATE_STUCK: ReplicaState
 REPLICA_STATE_FAILING: ReplicaState
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs", "sampling_defaults", "token_hashes", "target_tokenizer_fingerprints", "tensor_parallel_size")
+    __slots__ = ("name", "architecture", "vocab_size", "tokenizer_fingerprint", "model_fingerprint", "max_context_len", "eos_token_ids", "dtype", "device", "num_parameters", "kv_capacity_tokens", "max_gamma", "attention_backend", "linear_kernels", "cuda_graphs", "sampling_defaults", "token_hashes", "target_tokenizer_fingerprints", "tensor_parallel_size", "quantization")
     class LinearKernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class ModelInfo(_message.Message):
     TOKEN_HASHES_FIELD_NUMBER: _ClassVar[int]
     TARGET_TOKENIZER_FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -70,7 +71,8 @@ class ModelInfo(_message.Message):
     token_hashes: bytes
     target_tokenizer_fingerprints: _containers.RepeatedScalarFieldContainer[str]
     tensor_parallel_size: int
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ..., attention_backend: _Optional[str] = ..., linear_kernels: _Optional[_Mapping[str, int]] = ..., cuda_graphs: bool = ..., sampling_defaults: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., token_hashes: _Optional[bytes] = ..., target_tokenizer_fingerprints: _Optional[_Iterable[str]] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_gamma: _Optional[int] = ..., attention_backend: _Optional[str] = ..., linear_kernels: _Optional[_Mapping[str, int]] = ..., cuda_graphs: bool = ..., sampling_defaults: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., token_hashes: _Optional[bytes] = ..., target_tokenizer_fingerprints: _Optional[_Iterable[str]] = ..., tensor_parallel_size: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("num_tokens", "step_s", "row_s", "mean_num_rows")
