@@ -30,6 +30,7 @@ def method(config: Any) -> str | None:
     if fields is None:
         return None
     given = fields.get("quant_method")
+    given = getattr(given, "value", given)  # an enumeration once the weights are loaded
     # Former checkpoints of bitsandbytes name no method.
     loads_bits = any(fields.get(f"load_in_{bits}bit") for bits in (4, 8))
     return str(given or ("bitsandbytes" if loads_bits else "an unnamed method"))

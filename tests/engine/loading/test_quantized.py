@@ -12,10 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.bitnet import pack_weights
 
 from outrider.engine import Append, EngineOptions, load_engine
+from outrider.engine.attention import interface as attention
 from outrider.engine.loading import prepack
 from outrider.errors import ModelError
+from outrider.model_server.load_engine import load_served_engine
+from outrider.settings.services import TargetConfig
 from tests.engine.reference import Reference
 from tests.tiny_models import make_tiny_model
 
@@ -102,6 +106,43 @@ def test_fp8_blocks_are_served_without_a_gpu(
     expected = Reference(rounded).logits(token_ids)
     assert float((logits - expected).abs().max()) < 1e-3
     assert float((Reference(rounded).logits([1, 2]) - expected[:2]).abs().max()) > 0.1
+
+
+def write_ternary(directory: Path) -> Path:
+    """Pack the weights to two bits as BitNet's: the one method that needs no package."""
+    weights = load_file(directory / "model.safetensors")
+    stored = dict(weights)
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            scale = weight.abs().mean()
+            values = (weight / scale).round().clamp(-1, 1).to(torch.int8)
+            stored[name] = pack_weights(values)
+            stored[name.replace("weight", "weight_scale")] = (1 / scale).reshape(1)
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    return quantise(directory, {"quant_method": "bitnet"})
+
+
+def test_a_quantised_model_is_compared_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers stay as they are; its activations are rounded, so logits differ more."""
+    path = write_ternary(make_tiny_model("llama", tmp_path / "m"))
+    served = load_served_engine(TargetConfig(model=str(path), kv_cache_tokens=256))
+    assert served.model.quantization == "bitnet"
+    assert sum(served.model.linear_kernels.values()) == 1, "lm_head"
+    engine: Any = served.engine
+    sequence, token_ids = engine.store.open(40), list(range(40))
+    logits = engine.forward([Append(sequence, token_ids, 40)])
+    difference = (logits - Reference(path).logits(token_ids)).abs().mean()
+    assert float(difference) < 0.1 * float(logits.std())
+    monkeypatch.setattr(
+        "outrider.engine.attention.torch_backend.attend_fused",
+        lambda query, key, value, mask, scaling: attention.attend_fused(
+            query, key, value, None, scaling
+        ),
+    )
+    with pytest.raises(ModelError, match="not served correctly"):
+        load_engine(EngineOptions(str(path), kv_cache_tokens=256))
 
 
 class _Packed(torch.Tensor):
