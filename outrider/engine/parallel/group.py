@@ -82,7 +82,7 @@ class RankGroup:
     @classmethod
     def join(cls, store: Any, place: Place, device_type: str) -> RankGroup:
         """Connect this rank with all others; returns when all have joined."""
-        if dist.is_initialized():  # an earlier engine's; its ranks have ended with its thread
+        if dist.is_initialized():  # an earlier engine's, whose ranks have ended
             dist.destroy_process_group()
         group = cls(place)
         device = None

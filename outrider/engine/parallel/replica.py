@@ -23,12 +23,14 @@ _log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _OPTIONS = "outrider/options"
+_started: list[RankProcesses] = []
 
 
 def load_engine(options: EngineOptions) -> Engine:
     """Load a model over `options.tensor_parallel_size` ranks. Call it on the device thread.
 
-    The ranks end with this thread. If one ends before, fails or does not answer, this process ends.
+    The ranks end with this thread, and when another engine with ranks is loaded: torch has one
+    process group. If one ends before, fails or does not answer, this process ends.
     Raises as `loading.load.load_engine`.
     """
     device = _checked_device(options)
@@ -41,7 +43,10 @@ def load_engine(options: EngineOptions) -> Engine:
     store = _listening_store(options, host.strip("[]"), port)
     store.set(_OPTIONS, json.dumps(asdict(options), default=sorted))
     num_local = 1 if given else size
+    while _started:
+        _started.pop().kill()
     processes = RankProcesses(host, store.port, num_local)
+    _started.append(processes)
     try:
         group = RankGroup.join(store, Place(0, size, 0, num_local), device.type)
         log = OperationLog(group.send, processes.end_replica)

@@ -6,9 +6,10 @@ import contextlib
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,43 +24,11 @@ NUM_KV_TOKENS = 1024
 FAMILIES = ("qwen2", "gemma2", "phi3")
 
 
-class OwnThread:
-    """Loads an engine on a thread that lives as long as the block: the ranks end with it."""
-
-    def __init__(self, options: EngineOptions) -> None:
-        self._options = options
-        self._finished = threading.Event()
-        self._loaded = threading.Event()
-        self._outcome: Engine | Exception | None = None
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Engine:
-        self._thread.start()
-        assert self._loaded.wait(120)
-        if isinstance(self._outcome, Exception):
-            self._thread.join()
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
-
-    def __exit__(self, *error: object) -> None:
-        self._finished.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._outcome = load_engine(self._options)
-        except Exception as error:
-            self._outcome = error
-            return
-        finally:
-            self._loaded.set()
-        self._finished.wait()
-
-
-def over_two_ranks(path: Path, **options: object) -> OwnThread:
-    fields = {"kv_cache_tokens": NUM_KV_TOKENS, "num_threads": 1, "tensor_parallel_size": 2}
-    return OwnThread(EngineOptions(str(path), **{**fields, **options}))
+@pytest.fixture(scope="module")
+def device() -> Iterator[ThreadPoolExecutor]:
+    """The thread that loads the engines: the ranks of the last one end with it."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        yield thread
 
 
 def free_port() -> int:
@@ -85,16 +54,18 @@ def pair(
     request: pytest.FixtureRequest,
     engine_of: Callable[[str], Engine],
     model_dir: Callable[[str], Path],
+    device: ThreadPoolExecutor,
 ) -> Iterator[tuple[Engine, Engine, Driver]]:
     """The engine of one process, that of two ranks, and a driver of the second."""
     family: str = request.param
     path = model_dir(family)
-    options = {}
+    fields: dict[str, Any] = {"kv_cache_tokens": NUM_KV_TOKENS, "num_threads": 1}
     with contextlib.ExitStack() as stack:
         if family == "phi3":  # as if on another machine
-            options["tensor_parallel_address"] = address = f"127.0.0.1:{free_port()}"
+            fields["tensor_parallel_address"] = address = f"127.0.0.1:{free_port()}"
             stack.enter_context(started_rank(address))
-        engine = stack.enter_context(over_two_ranks(path, **options))
+        options = EngineOptions(str(path), tensor_parallel_size=2, **fields)
+        engine = device.submit(load_engine, options).result(200)
         driver = Driver(engine, Shadow(Reference(path), seed=1), seed=2)
         yield engine_of(family), engine, driver
 
