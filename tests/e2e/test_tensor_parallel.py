@@ -13,17 +13,18 @@ from typing import Any
 import grpc
 import pytest
 
+import draft_service.app
 import orchestrator.app
 import target_service.app
 from outrider.engine.parallel.processes import EXIT_RANK_LOST
 from outrider.runtime.main import LISTENING_PREFIX
-from outrider.settings.services import OrchestratorConfig, TargetConfig
-from outrider.v1 import orchestrator_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.settings.services import DraftConfig, OrchestratorConfig, TargetConfig
+from outrider.v1 import target_pb2, target_pb2_grpc
 from tests.e2e.pairs import TinyPair
 from tests.e2e.reference import assert_greedy, assert_seeded
 from tests.e2e.traffic import COUPLED, assert_speculated, generate_all, prompt_of
 from tests.services.programs import END_TIMEOUT_S, ended, program
-from tests.stack import QUICK, Output, eventually, request, running_stack
+from tests.stack import QUICK, Output, Stack, eventually, request
 
 pytestmark = pytest.mark.slow
 
@@ -52,11 +53,15 @@ async def test_greedy_and_coupled_tokens_are_those_of_one_rank(
         {**call, "sampling": {**coupled, "seed": i}, "verification": COUPLED}
         for i, call in enumerate(calls)
     ]
-    settings = {**RANKS, "max_step_tokens": 24}
-    async with running_stack(
-        tiny_pair.target, tiny_pair.draft, redis, target_settings=settings
-    ) as stack:
-        info = await stack.target.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
+    drafting = draft_service.app.serving(
+        DraftConfig(model=str(tiny_pair.draft), port=0, num_threads=1, **QUICK)
+    )
+    async with (
+        target_of_two_ranks(tiny_pair.target, max_step_tokens=24) as ranks,
+        drafting as draft,
+        orchestrating(ranks.address, redis, f"127.0.0.1:{draft.port}") as stack,
+    ):
+        info = await ranks.info()
         outputs = await generate_all(stack, calls)
         outputs.append(await stack.generate(**calls[3]))
     assert info.model.tensor_parallel_size == 2
@@ -78,11 +83,12 @@ class Ranks:
         self.address = address
         (self.other_pid,) = children(process.pid)
 
-    async def num_open(self) -> int:
+    async def info(self) -> target_pb2.TargetServiceGetModelInfoResponse:
         async with grpc.aio.insecure_channel(self.address) as channel:
-            stub = target_pb2_grpc.TargetServiceStub(channel)
-            answer = await stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest())
-        return int(answer.load.num_open_generations)
+            stub: Any = target_pb2_grpc.TargetServiceStub(channel)
+            asked = target_pb2.TargetServiceGetModelInfoRequest()
+            answer: target_pb2.TargetServiceGetModelInfoResponse = await stub.GetModelInfo(asked)
+            return answer
 
     async def other_has_ended(self) -> bool:
         """Nobody may have waited for it yet."""
@@ -93,9 +99,8 @@ class Ranks:
 
 
 @contextlib.asynccontextmanager
-async def target_of_two_ranks(model: Path, timeout_s: float) -> AsyncIterator[Ranks]:
-    flags = {**RANKS, **QUICK, "model": model, "port": 0, "stuck_after_s": 1}
-    flags["tensor_parallel_timeout_s"] = timeout_s
+async def target_of_two_ranks(model: Path, **settings: Any) -> AsyncIterator[Ranks]:
+    flags = {**RANKS, **QUICK, "model": model, "port": 0, **settings}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     async with program("target_service", *words) as process:
         assert process.stdout is not None
@@ -103,6 +108,23 @@ async def target_of_two_ranks(model: Path, timeout_s: float) -> AsyncIterator[Ra
             line = (await process.stdout.readline()).decode()
         assert line.startswith(LISTENING_PREFIX), await ended(process)
         yield Ranks(process, line.strip().removeprefix(LISTENING_PREFIX))
+
+
+@contextlib.asynccontextmanager
+async def orchestrating(targets: str, redis: str, draft: str | None = None) -> AsyncIterator[Stack]:
+    """An orchestrator; the stack has no client of a tier."""
+    config = OrchestratorConfig(
+        target_endpoint=targets,
+        draft_endpoint=draft,
+        redis_url=redis,
+        port=0,
+        draft_wait_ms=20_000.0,
+        assume_same_vocabulary=True,
+    )
+    async with orchestrator.app.serving(config) as server:
+        endpoint = f"127.0.0.1:{server.port}"
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            yield Stack(channel, channel, None, endpoint=endpoint)
 
 
 def children(pid: int) -> list[int]:
@@ -126,28 +148,20 @@ async def test_a_lost_rank_costs_no_stream_and_no_token(
     plain = target_service.app.serving(
         TargetConfig(model=str(tiny_pair.target), port=0, num_threads=1, **QUICK)
     )
-    timeout_s = 6 if number is signal.SIGSTOP else 60
-    async with target_of_two_ranks(tiny_pair.target, timeout_s) as ranks, plain as other:
-        config = OrchestratorConfig(
-            target_endpoint=f"{ranks.address},127.0.0.1:{other.port}",
-            draft_endpoint=None,
-            redis_url=redis,
-            port=0,
-        )
-        async with (
-            orchestrator.app.serving(config) as server,
-            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
-        ):
-            client = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+    hang = {"stuck_after_s": 1, "tensor_parallel_timeout_s": 6}
+    settings = hang if number is signal.SIGSTOP else {}
+    async with target_of_two_ranks(tiny_pair.target, **settings) as ranks, plain as other:
+        endpoints = f"{ranks.address},127.0.0.1:{other.port}"
+        async with orchestrating(endpoints, redis) as stack:
             prompts = [prompt_of(5 + 7 * i) for i in range(NUM_STREAMS)]
             outputs = [Output() for _ in prompts]
             async with asyncio.TaskGroup() as tasks:
                 for prompt, output in zip(prompts, outputs, strict=True):
-                    tasks.create_task(read(client, prompt, output))
+                    tasks.create_task(read(stack, prompt, output))
 
                 async def is_under_way() -> bool:
                     has_tokens = all(len(output.token_ids) > 5 for output in outputs)
-                    return has_tokens and await ranks.num_open() > 0
+                    return has_tokens and (await ranks.info()).load.num_open_generations > 0
 
                 await eventually(is_under_way)
                 os.kill((ranks.process.pid, ranks.other_pid)[rank], number)
@@ -160,7 +174,7 @@ async def test_a_lost_rank_costs_no_stream_and_no_token(
         assert_seeded(tiny_pair.reference, prompt, output.token_ids, SEEDED)
 
 
-async def read(client: Any, prompt: list[int], output: Output) -> None:
+async def read(stack: Stack, prompt: list[int], output: Output) -> None:
     asked = request(prompt, SEEDED, verification=COUPLED)
-    async for chunk in client.Generate(asked, timeout=200):
+    async for chunk in stack.client.Generate(asked, timeout=200):
         output.add(chunk)
