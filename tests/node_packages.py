@@ -22,7 +22,7 @@ def installed(source: Path, folder: Path) -> Path:
             _INSTALL, cwd=folder, capture_output=True, text=True, timeout=90, check=False
         )
     except subprocess.TimeoutExpired:
-        pytest.skip("npm does not come to an end")
+        pytest.skip("npm ci timed out")
     if done.returncode:
-        pytest.skip(f"npm cannot bring the packages: {done.stderr[-500:]}")
+        pytest.skip(f"npm ci failed: {done.stderr[-500:]}")
     return folder

@@ -105,14 +105,15 @@ async def _over_http(
 
 
 async def _has_draft(session: aiohttp.ClientSession, url: str) -> bool:
-    """Whether a draft replica is connected; True for a service that does not tell."""
+    """Whether a draft replica is connected; True for a service that does not report it."""
     from outrider_bench.loadtest.http_sender import get_json
 
     try:
         replicas = await get_json(session, f"{url}/v1/replicas")
     except CallFailed:
         return True
-    return any(replica["tier"] == "draft" and replica["model"] for replica in replicas["data"])
+    listed = replicas.get("data", ())
+    return any(each.get("tier") == "draft" and each.get("model") for each in listed)
 
 
 def _urls(text: str) -> list[str]:

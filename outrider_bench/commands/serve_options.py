@@ -46,7 +46,7 @@ class ServeOptions(AccessOptions):
         str | None,
         typer.Option(
             help="Send requests over OpenAI's HTTP, to this URL or comma-separated list of URLs, "
-            "such as http://127.0.0.1:8000. --endpoint is not used."
+            "such as http://127.0.0.1:8000, instead of gRPC."
         ),
     ] = None
     chat: Annotated[
@@ -195,8 +195,12 @@ class ServeOptions(AccessOptions):
             raise ConfigError(f"--timeout: {self.timeout:g} is out of range: above 0 and finite")
         if not self.name or self.name != Path(self.name).name:
             raise ConfigError(f"--name: {self.name!r} is not a file name")
-        if self.connections != ServeOptions.connections and self.http is not None:
-            raise ConfigError("--connections: is for gRPC, not for --http")
+        if self.http is not None:
+            for name in ("endpoint", "connections"):
+                if getattr(self, name) != getattr(ServeOptions, name):
+                    raise ConfigError(f"--{name}: is for gRPC; cannot be combined with --http")
+        elif self.tokenizer is not None and not self.chat:
+            raise ConfigError("--tokenizer: only with --http or --chat")
         if self.sweep:
             self._check_sweep()
         elif (self.attain, self.precision) != (ServeOptions.attain, ServeOptions.precision):
@@ -207,6 +211,8 @@ class ServeOptions(AccessOptions):
             raise ConfigError("--sweep: requires --slo")
         if self.rate is None:
             raise ConfigError("--sweep: requires --rate, the first rate to try")
+        if self.concurrency is not None:
+            raise ConfigError("--concurrency: cannot be combined with --sweep")
 
     @property
     def is_trace_replay(self) -> bool:

@@ -76,8 +76,8 @@ class SwapOptions(BenchOptions):
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts, in a file as of `outrider distill --prompts`; of each the last 64 "
-            "tokens. Default: beginnings of Python code."
+            help="Prompts file, as for `outrider distill --prompts`; the last 64 tokens of each "
+            "are used. Default: beginnings of Python code."
         ),
     ] = None
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per output.")] = 64

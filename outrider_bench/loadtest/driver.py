@@ -114,7 +114,7 @@ class Phase:
                 await self._conversation(conversation, at_s)
                 return
             async with room:
-                await self._conversation(conversation, at_s)
+                await self._conversation(conversation, at_s, max(0.0, self.now_s - at_s))
 
         async with asyncio.TaskGroup() as tasks:
             for conversation in conversations:
@@ -141,8 +141,13 @@ class Phase:
             for _ in range(num_clients):
                 tasks.create_task(client())
 
-    async def _conversation(self, conversation: Conversation, at_s: float) -> bool:
-        """Sends all turns, each when the previous one has ended. Returns whether all succeeded."""
+    async def _conversation(
+        self, conversation: Conversation, at_s: float, queued_s: float = 0.0
+    ) -> bool:
+        """Sends all turns, each when the previous one has ended. Returns whether all succeeded.
+
+        `queued_s`: see `Record`, of the first turn.
+        """
         session_id = f"load-{self._run}-{self._number}-{conversation.jobs[0].index}"
         sender = self._orchestrators.sender(conversation)
         session_id = session_id if conversation.is_session and sender.keeps_sessions else ""
@@ -154,13 +159,13 @@ class Phase:
                     await asyncio.sleep(job.not_before_s - self.now_s)
                     intended_s = job.not_before_s
                 request = self._request(job, session_id, earlier)
-                record, text = await self._call(sender, request, intended_s)
+                record, text = await self._call(sender, request, intended_s, queued_s)
                 if not record.is_ok:
                     is_ok = False
                     break
                 if not session_id and request.messages:
                     earlier = [*map(dict, request.messages), {"role": "assistant", "content": text}]
-                intended_s = self.now_s
+                intended_s, queued_s = self.now_s, 0.0
         finally:
             if session_id:
                 await sender.delete_session(session_id)
@@ -181,11 +186,11 @@ class Phase:
         return LoadRequest(job, self._options, self._seed + job.index, session_id, ids, messages)
 
     async def _call(
-        self, sender: Sender, request: LoadRequest, intended_s: float
+        self, sender: Sender, request: LoadRequest, intended_s: float, queued_s: float
     ) -> tuple[Record, str]:
         """Makes one call; returns its record and the output's text."""
         prompt_len = 0 if request.messages else len(request.token_ids)
-        record = Record(request.job.index, intended_s, prompt_len=prompt_len, sent_s=self.now_s)
+        record = Record(request.job.index, intended_s, prompt_len, self.now_s, queued_s)
         self.records.append(record)
         text = ""
         try:

@@ -111,12 +111,13 @@ async def _note_events(
     now_s: Callable[[], float],
     texts: list[str],
 ) -> None:
+    is_done = False
     async for line in lines:
         if not line.startswith(b"data: "):
             continue
         if line.startswith(b"data: [DONE]"):
-            record.status = record.status if record.detail else _end_status(record)
-            return
+            is_done = True  # read on: a connection is used again only after the body's end
+            continue
         event = json.loads(line[len(b"data: ") :])
         if "error" in event:
             error = event["error"]
@@ -124,12 +125,11 @@ async def _note_events(
             record.detail = _message_of(event)
             continue
         texts += _note_event(record, event, now_s())
-    if not record.detail:
+    if record.detail:
+        return
+    record.status = OK if record.finish_reason else "NO_RESULT"
+    if not is_done:
         record.status, record.detail = "UNAVAILABLE", "the connection was closed in mid-stream"
-
-
-def _end_status(record: Record) -> str:
-    return OK if record.finish_reason else "NO_RESULT"
 
 
 def _note_event(record: Record, event: dict[str, Any], at_s: float) -> list[str]:

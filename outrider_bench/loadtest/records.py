@@ -49,13 +49,15 @@ class Record:
     """One request; complete once `ended_s` is set.
 
     `status`: OK, the name of a gRPC status, `HTTP` and its status, or CUT. `prompt_len`: tokens
-    sent; in a session, the model reads more.
+    sent; in a session, the model reads more. `queued_s`: wait for a place, if the load limits the
+    requests that run.
     """
 
     index: int
     intended_s: float
     prompt_len: int
     sent_s: float = 0.0
+    queued_s: float = 0.0
     ended_s: float | None = None
     chunks: list[Chunk] = field(default_factory=list)
     status: str = CUT
@@ -77,8 +79,8 @@ class Record:
 
     @property
     def lateness_s(self) -> float:
-        """Delay of sending after the intended time, caused by the load generator."""
-        return self.sent_s - self.intended_s
+        """Delay of sending caused by the load generator."""
+        return self.sent_s - self.intended_s - self.queued_s
 
     @property
     def ttft_s(self) -> float | None:

@@ -86,14 +86,14 @@ class Document:
 
     @property
     def goals_here(self) -> list[Goal]:
-        """Goals that apply to this pair; none with `--quick` or after a signal."""
+        """Goals that apply to this pair; none with `--quick` or after a signal or an error."""
         if self._options.quick or self.is_cut:
             return []
         size = _pair_size(self._options.target)
         return [goal for goal in self.goals if goal.pair in ("", size)]
 
     def add_goals(self, goals: Callable[[], Iterable[Goal]]) -> None:
-        """Adds goals; none after a signal, because the measurement is incomplete."""
+        """Adds goals; none after a signal or an error: the measurement is incomplete."""
         if not self.is_cut:
             self.goals += goals()
 
@@ -114,6 +114,7 @@ class Document:
             "options": {name: _plain(value) for name, value in vars(self._options).items()},
             **self._about,
             "is_cut": self.is_cut,
+            "error": None if self.stopped is None else repr(self.stopped),
             "goals": [{**dataclasses.asdict(g), "is_met": g.is_met} for g in self.goals_here],
             "results": self.results,
         }

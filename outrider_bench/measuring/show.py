@@ -59,10 +59,10 @@ def progress(
     """Announces the expected duration of `num_steps` and shows progress.
 
     Yields the function to call at the begin of each step. Once `measured` is not empty, a signal or
-    an error ends only the block: the command reports these results and raises it then
-    (`reporting`). `expected_s` is the
-    duration of all steps, if known. Otherwise it is estimated after the warm-up: `warm_up` is the
-    number of warm-up steps, and the duration of each later step relative to one of them.
+    an error ends only the block: the command reports these results, then raises it (`reporting`).
+    `expected_s` is the duration of all steps, if known. Otherwise it is estimated after the
+    warm-up: `warm_up` is the number of warm-up steps, and the duration of each later step relative
+    to one of them.
     """
     steps = _Steps(console, num_steps, warm_up, expected_s)
     try:

@@ -198,7 +198,12 @@ async def test_a_rate_with_a_limit_of_running_requests(redis_url: str) -> None:
         await load.open_loop([Conversation((Job(i, 4, 8),), at_s=0.0) for i in range(6)], 2)
     spans = [(record.sent_s, record.ended_s or 0.0) for record in load.records]
     assert max_overlapping(spans) == 2
-    assert max(record.lateness_s for record in load.records) > 0.05
+    sent_s, ended_s = (sorted(times) for times in zip(*spans, strict=True))
+    assert sent_s[2] >= ended_s[0]
+    last = max(load.records, key=lambda record: record.sent_s)
+    assert last.queued_s >= ended_s[3]
+    assert last.ttft_s is not None
+    assert last.ttft_s > last.queued_s
 
 
 @pytest.mark.slow

@@ -52,8 +52,10 @@ class Fetched(html.parser.HTMLParser):
 
 
 async def started(system: System, out: Path, *arguments: str) -> asyncio.subprocess.Process:
+    if not any(argument.startswith("--http=") for argument in arguments):
+        arguments = (f"--endpoint={system.endpoint}", *arguments)
     return await asyncio.create_subprocess_exec(
-        *command("bench", "serve", f"--endpoint={system.endpoint}", f"--out={out}", *arguments),
+        *command("bench", "serve", f"--out={out}", *arguments),
         cwd=ROOT,
         env=environment(),
         stdout=asyncio.subprocess.PIPE,
@@ -212,7 +214,12 @@ async def test_a_run_without_an_answer_has_failed(redis_url: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"rate": 1.0, "concurrency": 2}, "--concurrency: cannot be combined with --rate"),
+        (
+            {"sweep": True, "slo": "e2e=1s", "rate": 1.0, "concurrency": 2},
+            "--concurrency: cannot be combined with --sweep",
+        ),
+        ({"http": "u", "endpoint": "e:1"}, "--endpoint: is for gRPC; cannot be combined with"),
+        ({"tokenizer": "t"}, "--tokenizer: only with --http or --chat"),
         ({"burstiness": 2.0}, "--burstiness: requires --rate"),
         ({"trace_speed": 2.0}, "--trace-speed: requires --trace"),
         ({"trace": Path("t"), "input_len": "4"}, "--input-len: cannot be combined with --trace"),
