@@ -190,6 +190,9 @@ class GrammarCompiler:
             with self._slots:
                 grammar = self._compiled(structured)
         except Exception as error:
+            if not isinstance(error, InvalidRequest):  # it is not the format's
+                with self._lock:
+                    self._futures.pop(structured, None)
             future.set_exception(error)
         else:
             future.set_result(grammar)

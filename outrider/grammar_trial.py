@@ -7,6 +7,7 @@ here first. Run as a module, this is that process: it reads sources and answers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -19,6 +20,8 @@ from typing import IO, Any, cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from outrider.errors import InternalError
+
 # A lexer state takes 1 to 2 kB: at most about 100 MB for the worst format.
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # CPU time of a trial, and its wall-clock time where the cores are busy.
@@ -29,6 +32,7 @@ _MEMORY_BYTES = 4 << 30
 _STACK_BYTES = 1 << 20
 _SIZE = struct.Struct("<I")
 _DONE = b"."
+_NO_PROCESS = "the process that tries formats cannot be started"
 
 
 class FormatTrials:
@@ -56,22 +60,14 @@ class FormatTrials:
     def run(self, source: str) -> str | None:
         """Compiles llguidance's source. Returns why it must not be compiled here; None: it may.
 
-        An error of the format is no reason: compiled here, it is reported.
+        An error of the format is no reason: compiled here, it is reported. Raises InternalError if
+        no process can be started.
         """
         process = self._taken()
-        pipes = process.stdin, process.stdout
-        assert pipes[0] is not None, "both are pipes"
-        assert pipes[1] is not None, "both are pipes"
-        try:
-            _send(pipes[0], source.encode("utf-8", "surrogatepass"))
-            is_done = pipes[1].read(1) == _DONE
-        except BrokenPipeError:
-            is_done = False
-        if is_done:
+        if _answers(process, source.encode("utf-8", "surrogatepass")):
             self._give_back(process)
             return None
-        with process:  # closes the pipes
-            code = process.wait()
+        code = _ended(process)
         if -code in (signal.SIGPROF, signal.SIGALRM):
             return f"takes more than {self._cpu_s:g} s to compile; simplify it"
         return "is too deep or too large to compile; simplify it"
@@ -82,13 +78,16 @@ class FormatTrials:
                 return self._idle.pop()
         # It ends when its input is closed, also when this program dies. No signal of the terminal
         # reaches it.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "outrider.grammar_trial"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin is not None, "it is a pipe"
-        _send(process.stdin, self._settings)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "outrider.grammar_trial"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise InternalError(_NO_PROCESS, str(error)) from error
+        if not _answers(process, self._settings):
+            raise InternalError(_NO_PROCESS, f"it ended with code {_ended(process)}")
         return process
 
     def _give_back(self, process: subprocess.Popen[bytes]) -> None:
@@ -104,13 +103,27 @@ class FormatTrials:
             self._is_closed = True
             idle, self._idle = self._idle, []
         for process in idle:
-            with process:
-                process.kill()
+            process.kill()
+            _ended(process)
 
 
-def _send(stream: IO[bytes], content: bytes) -> None:
-    stream.write(_SIZE.pack(len(content)) + content)
-    stream.flush()
+def _answers(process: subprocess.Popen[bytes], content: bytes) -> bool:
+    """Sends a message; whether the process answers it."""
+    assert process.stdin is not None, "it is a pipe"
+    assert process.stdout is not None, "it is a pipe"
+    try:
+        process.stdin.write(_SIZE.pack(len(content)) + content)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return process.stdout.read(1) == _DONE
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Closes the pipes; returns the exit code."""
+    with contextlib.suppress(BrokenPipeError), process:
+        pass
+    return process.wait()
 
 
 def _received(stream: IO[bytes]) -> str | None:
@@ -145,6 +158,9 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     settings = json.loads(_received(requests) or "null")
     special = {int(i): text.encode() for i, text in settings["special"].items()}
     tokens = LLTokenizer(cast(Any, _Tokens(settings["size"], special, settings["eos"])))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    answers.write(_DONE)
+    answers.flush()
     while (source := _received(requests)) is not None:
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_s"])
         signal.setitimer(signal.ITIMER_REAL, _WALL_S)
@@ -159,8 +175,10 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 def main() -> None:
     """Runs trials until the input ends. A signal of a timer ends the process at once."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_REAL, _WALL_S)
+    with contextlib.suppress(OSError, ValueError):  # the system has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     serving = threading.Thread(target=_serve, args=(sys.stdin.buffer, sys.stdout.buffer))
     serving.start()

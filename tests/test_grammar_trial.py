@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from outrider.errors import InvalidRequest
+from outrider.errors import InternalError, InvalidRequest
 from outrider.grammar import GrammarCompiler
 from outrider.grammar_trial import FormatTrials
 from outrider.sampling.structured_outputs import StructuredOutputs
@@ -58,3 +59,17 @@ def test_processes_end_with_their_program() -> None:
     (process,) = trials._idle
     trials.close()
     assert process.returncode is not None
+
+
+def test_a_process_that_does_not_start_is_an_error_of_ours(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the client, whose format was not tried; the next request tries it."""
+    compiler.close()
+    structured, executable = StructuredOutputs(regex="never compiled before"), sys.executable
+    for other, why in (("/nowhere/python", "No such file"), ("/bin/false", "code 1")):
+        monkeypatch.setattr(sys, "executable", other)
+        with pytest.raises(InternalError, match=f"cannot be started: .*{why}"):
+            compiler.submit(structured).result(60)
+    monkeypatch.setattr(sys, "executable", executable)
+    assert compiler.submit(structured).result(60) is not None
