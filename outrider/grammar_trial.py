@@ -27,7 +27,7 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # CPU time of a trial, and its wall-clock time where the cores are busy.
 TRIAL_CPU_S = 5.0
 _WALL_S = 60.0
-_MEMORY_BYTES = 4 << 30
+_MEMORY_BYTES = 1 << 30
 # Less than the stack of any thread that compiles a format afterwards.
 _STACK_BYTES = 1 << 20
 _SIZE = struct.Struct("<I")
