@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 # Between the tokens of JSON: a line break and its indentation. Without a bound, a model may write
 # line breaks up to max_tokens.
@@ -40,12 +40,12 @@ def structural_grammar(told: Any) -> str:
 
 def lark_grammar(text: str) -> str:
     """A grammar in Lark; one in EBNF (GBNF) is translated. Raises ValueError."""
-    if "::=" not in text:
+    if "::=" not in text or is_lark_syntax(text):
         return text
     if len(text) > _MAX_EBNF_CHARS:
         raise ValueError(f"{len(text)} characters of EBNF; at most {_MAX_EBNF_CHARS}; or use Lark")
     try:
-        return str(any_to_lark(text))
+        return str(gbnf_to_lark(text))
     except Exception as error:  # its own error is only an Exception
         raise ValueError(str(error)) from None
 

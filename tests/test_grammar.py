@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import threading
@@ -37,7 +38,16 @@ _KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "byte fallback": lambda path: Tokenizer(vocabularies.byte_fallback(), {}),
     "SentencePiece": lambda path: _loaded(vocabularies.write_sentencepiece(path / "model")),
     "Metaspace": lambda path: Tokenizer(vocabularies.unigram(), {}),
+    "no byte tokens": lambda path: Tokenizer(_without_byte_tokens(), {}),
 }
+
+
+def _without_byte_tokens() -> tokenizers.Tokenizer:
+    """Decoded as Llama 2, which has them."""
+    backend = vocabularies.unigram()
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
 
 
 def _loaded(directory: Path) -> Tokenizer:
@@ -46,17 +56,24 @@ def _loaded(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(params=_KINDS)
-def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
-    return _KINDS[request.param](tmp_path)
+@pytest.fixture(scope="module", params=_KINDS)
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    return _KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
 
 def _eos(tokenizer: Tokenizer) -> int:
     return max(tokenizer.special_ids.values())
 
 
+@functools.cache
+def _compiler(tokenizer: Tokenizer, vocab_size: int) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, vocab_size, [_eos(tokenizer)])
+
+
 def _grammar(tokenizer: Tokenizer, num_more: int = 0, **fields: Any) -> Grammar:
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size + num_more, [_eos(tokenizer)])
+    compiler = _compiler(tokenizer, tokenizer.vocab_size + num_more)
     return compiler.submit(StructuredOutputs(**(fields or {"json": _SCHEMA}))).result(60)
 
 
@@ -126,12 +143,16 @@ def test_only_eos_follows_a_complete_output(tokenizer: Tokenizer) -> None:
 
 def test_a_grammar_may_be_ebnf(tmp_path: Path) -> None:
     """As vLLM's examples are; what does not parse is refused by name."""
-    grammar = _grammar(load_byte_tokenizer(tmp_path), grammar='root ::= "ab" [0-9]+')
+    tokenizer = load_byte_tokenizer(tmp_path)
+    grammar = _grammar(tokenizer, grammar='root ::= "ab" [0-9]+')
     assert GrammarState(grammar, []).seek(np.array([*b"ab12c"])) == 4
     with pytest.raises(
         InvalidRequest, match=r"structured_outputs\.grammar: is malformed: Expected"
     ):
-        _grammar(load_byte_tokenizer(tmp_path), grammar='root ::= ("ab"')
+        _grammar(tokenizer, grammar='root ::= ("ab"')
+    assert (
+        GrammarState(_grammar(tokenizer, grammar='start: "::="'), []).seek(np.array([*b"::="])) == 3
+    )
 
 
 def test_whitespace_of_json_is_bounded(tmp_path: Path) -> None:
