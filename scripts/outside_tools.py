@@ -4,7 +4,9 @@
         --aiperf A/bin/aiperf
 
 The quickstart pair is served as `outrider up` does. All get the same load in turn, with drafts and
-without, and their figures are printed side by side: about a minute per tool and repetition.
+without. Their figures are printed side by side, each beside the orchestrator's own of the same
+requests, so that they can be compared on a machine that is not quiet: half a minute to a minute per
+tool, variant and repetition.
 
 Each tool has a virtual environment of its own (docs/how-to/measure.md), is given the pair's
 tokenizer, and needs no network.
@@ -19,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,23 +33,26 @@ from outrider.cli.stack_options import StackOptions
 from outrider.quickstart_pair import TARGET_PATH
 
 MODEL = "quickstart"
+VARIANTS: list[tuple[str, dict[str, Any]]] = [("with", {}), ("without", {"gamma": 0})]
+HEADER = (
+    "| tool | drafts | requests | TTFT, ms: tool · served | TPOT, ms: tool · served | tokens/s |"
+)
 
 
 @dataclass(frozen=True)
 class Load:
-    """The load that every tool is given: a closed loop of `concurrency` clients."""
+    """The load that every tool is given: a closed loop of `concurrency` clients, no warm-up."""
 
     url: str
     requests: int
     concurrency: int
     input_len: int
     output_len: int
-    warm_up: int
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians of a run; `tpot_ms` is what the tool calls TPOT or inter-token latency."""
+    """Means of a run; `tpot_ms` is what the tool calls TPOT or inter-token latency."""
 
     completed: int
     ttft_ms: float
@@ -59,20 +65,24 @@ def ours(load: Load, out: Path) -> list[str]:
         str(Path(sys.executable).parent / "outrider"), "bench", "serve", f"--http={load.url}",
         f"--tokenizer={TARGET_PATH}", f"--requests={load.requests}",
         f"--concurrency={load.concurrency}", f"--input-len={load.input_len}",
-        f"--output-len={load.output_len}", f"--warm-up={load.warm_up}", "--repetitions=1",
+        f"--output-len={load.output_len}", "--warm-up=0", "--repetitions=1",
         "--no-html", f"--out={out}", "--name=ours",
     ]  # fmt: skip
 
 
-def our_figures(out: Path) -> dict[bool, Figures]:
-    """With drafts and without: a run of ours measures both."""
+def our_figures(out: Path) -> Figures:
+    """Means over both halves, with drafts and without: a run of ours measures both."""
     document = json.loads((out / "ours.json").read_text())
-    variants = {True: document, False: document["outrider"]["speculation_off"]}
-    return {is_on: _vllm_figures(found) for is_on, found in variants.items()}
+    halves = [_vllm_figures(document), _vllm_figures(document["outrider"]["speculation_off"])]
+    ttft_ms, tpot_ms, tokens_per_s = (
+        statistics.mean(getattr(half, name) for half in halves)
+        for name in ("ttft_ms", "tpot_ms", "tokens_per_s")
+    )
+    return Figures(sum(half.completed for half in halves), ttft_ms, tpot_ms, tokens_per_s)
 
 
 def _vllm_figures(found: dict[str, Any]) -> Figures:
-    names = ("completed", "median_ttft_ms", "median_tpot_ms", "output_throughput")
+    names = ("completed", "mean_ttft_ms", "mean_tpot_ms", "output_throughput")
     return Figures(*(found[name] for name in names))
 
 
@@ -82,7 +92,7 @@ def vllm(program: str, load: Load, extra: dict[str, Any], out: Path) -> list[str
         f"--model={MODEL}", f"--tokenizer={TARGET_PATH}", "--dataset-name=random",
         f"--random-input-len={load.input_len}", f"--random-output-len={load.output_len}",
         f"--num-prompts={load.requests}", f"--max-concurrency={load.concurrency}",
-        f"--num-warmups={load.warm_up}", "--temperature=0", "--ignore-eos", "--disable-tqdm",
+        "--temperature=0", "--ignore-eos", "--disable-tqdm",
         "--save-result", f"--result-dir={out}", "--result-filename=result.json",
         *([f"--extra-body={json.dumps(extra)}"] if extra else []),
     ]  # fmt: skip
@@ -112,14 +122,14 @@ def guidellm_figures(out: Path) -> Figures:
     (found,) = json.loads((out / "result.json").read_text())["benchmarks"]
     metrics = found["metrics"]
 
-    def median(name: str) -> float:
-        return float(metrics[name]["successful"]["median"])
+    def mean(name: str) -> float:
+        return float(metrics[name]["successful"]["mean"])
 
     return Figures(
         metrics["request_totals"]["successful"],
-        median("time_to_first_token_ms"),
-        median("inter_token_latency_ms"),
-        float(metrics["output_tokens_per_second"]["successful"]["mean"]),
+        mean("time_to_first_token_ms"),
+        mean("inter_token_latency_ms"),
+        mean("output_tokens_per_second"),
     )
 
 
@@ -129,8 +139,7 @@ def aiperf(program: str, load: Load, extra: dict[str, Any], out: Path) -> list[s
         program, "profile", "--model", MODEL, "--url", load.url,
         "--endpoint-type", "completions", "--streaming", "--tokenizer", str(TARGET_PATH),
         "--concurrency", str(load.concurrency), "--request-count", str(load.requests),
-        "--warmup-request-count", str(load.warm_up),
-        "--num-dataset-entries", str(load.requests + load.warm_up),
+        "--num-dataset-entries", str(load.requests),
         "--isl", str(load.input_len), "--isl-stddev", "0",
         "--osl", str(load.output_len), "--osl-stddev", "0",
         "--extra-inputs", json.dumps(body), "--use-server-token-count",
@@ -142,8 +151,8 @@ def aiperf_figures(out: Path) -> Figures:
     found = json.loads((out / "profile_export_aiperf.json").read_text())
     return Figures(
         int(found["request_count"]["avg"]),
-        found["time_to_first_token"]["p50"],
-        found["inter_token_latency"]["p50"],
+        found["time_to_first_token"]["avg"],
+        found["inter_token_latency"]["avg"],
         found["output_token_throughput"]["avg"],
     )
 
@@ -197,44 +206,50 @@ async def measure(args: argparse.Namespace) -> None:
     # `vllm bench serve` reports acceptance if /metrics has vLLM's names.
     os.environ["OUTRIDER_ORCHESTRATOR_METRICS_VLLM_NAMES"] = "true"
     options = StackOptions(inflate=args.inflate, port=0, http_port="0", log_dir=args.out / "logs")
-    found: dict[tuple[str, bool], list[Figures]] = {}
-
-    def note(name: str, is_on: bool, figures: Figures) -> None:
-        found.setdefault((name, is_on), []).append(figures)
-        print(json.dumps({"tool": name, "drafts": is_on, **vars(figures)}), flush=True)
-
+    print(f"{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
     async with running(options) as url:
-        load = Load(
-            url, args.requests, args.concurrency, args.input_len, args.output_len, args.warm_up
-        )
+        load = Load(url, args.requests, args.concurrency, args.input_len, args.output_len)
         for repetition in range(args.repetitions):
             out = args.out / str(repetition)
+            before = served(url)
             await run(ours(load, out / "ours"), out / "ours")
-            for is_on, figures in our_figures(out / "ours").items():
-                note("outrider", is_on, figures)
+            found = our_figures(out / "ours")
+            print(line("outrider bench serve", "both", found, before, url), flush=True)
             for name, program in programs.items():
                 command, read = TOOLS[name]
-                for is_on in (True, False) if repetition % 2 else (False, True):
-                    folder = out / f"{name}-{'on' if is_on else 'off'}"
-                    extra = {} if is_on else {"gamma": 0}
+                for variant, extra in VARIANTS if repetition % 2 else reversed(VARIANTS):
+                    folder, before = out / f"{name}-{variant}", served(url)
                     await run(command(program, load, extra, folder), folder)
-                    note(name, is_on, read(folder))
-    print(table(found))
+                    print(line(name, variant, read(folder), before, url), flush=True)
 
 
-def table(found: dict[tuple[str, bool], list[Figures]]) -> str:
-    """Medians over the repetitions, and each figure over ours."""
-    names = ("ttft_ms", "tpot_ms", "tokens_per_s")
-    medians = {
-        key: {name: statistics.median(getattr(one, name) for one in runs) for name in names}
-        for key, runs in found.items()
+def served(url: str) -> dict[str, tuple[float, int]]:
+    """The orchestrator's own times: of each, the sum in seconds and the number of requests."""
+    names = {
+        "ttft": "outrider_time_to_first_token_seconds",
+        "tpot": "outrider_request_time_per_output_token_seconds",
     }
-    lines = ["| tool | drafts | TTFT, ms | TPOT, ms | tokens/s |", "|---|---|---|---|---|"]
-    for (tool, is_on), figures in sorted(medians.items(), key=lambda item: not item[0][1]):
-        own = medians["outrider", is_on]
-        cells = [f"{figures[n]:.1f} ({figures[n] / own[n] - 1:+.1%})" for n in names]
-        lines.append(f"| {tool} | {'with' if is_on else 'without'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = [line.split() for line in answer.read().decode().splitlines()]
+
+    def total(name: str) -> float:
+        return sum(float(words[-1]) for words in lines if words[0].partition("{")[0] == name)
+
+    return {key: (total(f"{n}_sum"), int(total(f"{n}_count"))) for key, n in names.items()}
+
+
+def line(
+    tool: str, variant: str, figures: Figures, before: dict[str, tuple[float, int]], url: str
+) -> str:
+    """A line of the table; `before`: `served` before the run."""
+    cells = []
+    for name, (total_s, num) in served(url).items():
+        mean_ms = 1e3 * (total_s - before[name][0]) / (num - before[name][1])
+        cells.append(f"{getattr(figures, f'{name}_ms'):.1f} · {mean_ms:.1f}")
+        if num - before[name][1] != figures.completed:
+            cells[-1] += f" of {num - before[name][1]} requests"
+    cells = [tool, variant, str(figures.completed), *cells, f"{figures.tokens_per_s:.0f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -245,8 +260,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--warm-up", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--inflate", help="of outrider up; default 300M")
     parser.add_argument("--out", type=Path, default=Path("bench-results/outside-tools"))
     args = parser.parse_args()
