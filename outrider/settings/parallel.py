@@ -24,13 +24,14 @@ class ParallelSettings:
         "unset: they are started on this one",
     )
     tensor_parallel_timeout_s: float = setting(
-        30.0, "the program exits when one of these processes holds a pass up for this many seconds"
+        30.0, "seconds to wait for one of these processes in a pass before the program exits"
     )
 
     def check_parallel(self) -> None:
         """Checks these settings. Raises ConfigError."""
         require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "must be 1 or more")
-        require(self.tensor_parallel_timeout_s > 0, "tensor_parallel_timeout_s", "must be above 0")
+        is_time = 0 < self.tensor_parallel_timeout_s < 86_400
+        require(is_time, "tensor_parallel_timeout_s", "must be above 0 and below 86400")
         if self.tensor_parallel_address is not None:
             require_address(self.tensor_parallel_address, "tensor_parallel_address")
             is_used = self.tensor_parallel_size > 1

@@ -28,6 +28,8 @@ NOT_RUN = (
     ("deploy.md", r"^export OUTRIDER_API_KEY=…|--tls-ca ca\.crt$", CLUSTER),
     ("measure.md", r"^pip install |^(vllm|guidellm|aiperf|lm_eval) ", OUTSIDE),
     ("swap-a-draft.md", r"^kubectl apply -k your-overlay$", CLUSTER),
+    ("tensor-parallelism.md", r"--tensor-parallel-address|parallel\.rank",
+     "needs two machines; tests/engine/parallel runs it on one"),
     ("use-the-client.md", r"\bimport sys\b|\bimport os\b|\bimport asyncio\b", EXAMPLES),
     ("use-the-client.md", r'"orchestrator-a:50051"|api_key=key\b', "a part of a program"),
 )  # fmt: skip

@@ -120,13 +120,16 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def no_interface_error(name: str, config: Any) -> ModelError:
+def no_interface_error(name: str, config: Any, why: Exception | None = None) -> ModelError:
     """Error for architectures that use their own attention classes."""
-    return ModelError(f"{name}: {config.model_type} does not use transformers' attention interface")
+    told = f"{name}: {config.model_type} does not use transformers' attention interface"
+    return ModelError(told if why is None else f"{told}: {why}")
 
 
-def fingerprint(model: Any) -> str:
-    """SHA-256 over the configuration and the names, shapes and samples of the weights.
+def fingerprint(model: Any, frequencies: bytes = b"") -> str:
+    """SHA-256 over the configuration, names, shapes and samples of the weights, and `frequencies`.
+
+    `frequencies`: of rotary embeddings, where they depend on settings.
 
     Samples are rounded to bfloat16 and the dtype is left out, so a checkpoint has the same
     fingerprint on CPU in float32 as on CUDA in bfloat16. With tensor parallelism every rank must
@@ -145,6 +148,7 @@ def fingerprint(model: Any) -> str:
         index = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
         sample = whole(weight.detach()).reshape(-1)[index.to(weight.device)]
         digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    digest.update(frequencies)
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ class Refusal(NamedTuple):
 FAMILIES = (
     Family("apertus", "Apertus"),
     Family("arcee", "AFM"),
-    Family("codegen", "CodeGen", "from transformers 5.18; refused before"),
+    Family("codegen", "CodeGen (transformers 5.18 or newer)"),
     Family("cohere", "Command R"),
     Family("cohere2", "Command R7B, Command A", "sliding windows, layers without positions"),
     Family("deepseek_v2", "DeepSeek V2", "experts, latent attention"),
@@ -54,7 +54,7 @@ FAMILIES = (
     Family("gpt_bigcode", "StarCoder 1", "one head of keys and values"),
     Family("gpt_neox", "Pythia, GPT-NeoX"),
     Family("gpt_oss", "gpt-oss", "experts, sliding windows, attention sinks"),
-    Family("gptj", "GPT-J", "from transformers 5.18; refused before"),
+    Family("gptj", "GPT-J (transformers 5.18 or newer)"),
     Family("granite", "Granite 3"),
     Family("granitemoe", "Granite 3 MoE", "experts"),
     Family("helium", "Helium"),

@@ -41,7 +41,7 @@ from outrider.engine.loading.long_self_test import LongSelfTest, prepare_long_se
 from outrider.engine.options import EngineInfo, EngineOptions
 from outrider.engine.parallel.group import RankGroup
 from outrider.engine.parallel.operations import OperationLog, make_store
-from outrider.errors import ConfigError, ModelError
+from outrider.errors import ConfigError, ModelError, StepOutOfMemory
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_engine(
     info = _describe(options, model, layers, group)
     linear_kernels = _choose_kernels(options, module)
     untested = _UntestedModel(model, layers, info, tokens, expected, long)
-    backend_name, difference = _tested_backend(options, untested)
+    backend_name, difference = _tested_backend(options, untested, group)
     num_pages = _num_pages(options, untested, backend_name, group)
     store = make_store(layers, group.lowest(num_pages), group, log)
     info = replace(
@@ -94,9 +94,12 @@ def load_engine(
         graphs = select.choose_graphs(engine, model, backend)
         info = replace(info, cuda_graphs=graphs is not None)
         engine = Engine(model, store, info, backend, graphs)
+    if options.cuda_graphs and device.type == "cuda" and group.size > 1:
+        _log.info("CUDA graphs are off with several ranks")
     group.limit_waits(module, options.tensor_parallel_timeout_s)
     _log.info("loaded %s", info)
-    families.log_untested(options.model, info.architecture)
+    if group.rank == 0:
+        families.log_untested(options.model, module.config.get_text_config().model_type)
     return engine
 
 
@@ -126,11 +129,13 @@ class _UntestedModel(NamedTuple):
         return Engine(self.model, store, self.info, select.make(backend_name, self.model, store))
 
 
-def _tested_backend(options: EngineOptions, untested: _UntestedModel) -> tuple[str, float]:
+def _tested_backend(
+    options: EngineOptions, untested: _UntestedModel, group: RankGroup
+) -> tuple[str, float]:
     """Backend that serves this model, and its largest difference from eager attention.
 
     FlashInfer compiles its kernels here, which may fail. Torch is used then, unless FlashInfer was
-    requested explicitly.
+    requested explicitly or another rank may not fail.
     """
     name = select.choose(options.attention_backend, untested.model, untested.layers)
     if name == select.TORCH:
@@ -140,8 +145,10 @@ def _tested_backend(options: EngineOptions, untested: _UntestedModel) -> tuple[s
     except ModelError:
         raise
     except Exception as error:  # FlashInfer runs a compiler, which may fail in any way
-        if options.attention_backend == name:
-            raise ConfigError(f"attention_backend: {name!r} fails here: {error}") from error
+        if options.attention_backend == name or group.size > 1:
+            raise ConfigError(
+                f"attention_backend: {name!r} fails here, use torch: {error}"
+            ) from error
         _log.warning("attention by torch: FlashInfer fails here: %s", error)
     return select.TORCH, untested.difference(select.TORCH)
 
@@ -161,7 +168,7 @@ def _describe(
         device=_device_names(layers),
         num_parameters=module.num_parameters(),
         kv_capacity_tokens=0,
-        model_fingerprint=checkpoint.fingerprint(module),
+        model_fingerprint=checkpoint.fingerprint(module, rope.fixed_frequencies(module)),
         attention_backend="sdpa",
         self_test_max_difference=0.0,
         max_step_rows=group.lowest(step_memory.max_step_rows(model.vocab_size, model.device)),
@@ -280,9 +287,17 @@ def _num_pages(
     info, num_rows = untested.info, untested.info.max_step_rows
     num_tokens = max(options.max_step_tokens, num_rows + options.max_step_tokens // 4)
     measured_pages = step_memory.num_pages(num_tokens, info.max_context_len)
-    num_bytes = step_memory.step_bytes(
-        untested.engine(backend_name, measured_pages), num_tokens, num_rows, group
-    )
+    try:
+        num_bytes = step_memory.step_bytes(
+            untested.engine(backend_name, measured_pages), num_tokens, num_rows, group
+        )
+    except StepOutOfMemory as error:
+        raise ModelError(
+            f"{options.model}: no memory for the largest pass; lower --max-step-tokens "
+            f"({options.max_step_tokens}): {error}"
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the measured engine's KV
     _log.info("a pass over %d tokens with %d rows of logits needs %.0f MiB",
               num_tokens, num_rows, num_bytes / 2**20)  # fmt: skip
     num_pages = affordable_tokens(untested.layers, num_bytes, group.place.num_local) // PAGE_SIZE

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on length: fixed at load, as vLLM does.
+"""Rotary embeddings whose frequencies depend on length: fixed at load.
 
 transformers chooses the frequencies of rope types `dynamic` and `longrope` by the longest sequence
 of a batch. So sequences of one batch would change each other, and a growing sequence its own past.
@@ -50,6 +50,20 @@ def fix_frequencies(name: str, model: Any, max_model_len: int | None = None) -> 
             f"{name}: rope type {', '.join(sorted(by_length))!r} of {text.model_type} depends on "
             "the longest sequence of a batch, so sequences would affect each other"
         )
+
+
+def fixed_frequencies(model: Any) -> bytes:
+    """The frequencies that `fix_frequencies` has chosen: a part of what the model computes."""
+    found = b""
+    for _, module in sorted(model.named_modules()):
+        kinds = getattr(module, "rope_type", None)
+        if kinds == _FIXED or (isinstance(kinds, dict) and _FIXED in kinds.values()):
+            for name, values in sorted(module.named_buffers()):
+                if name.endswith("inv_freq") and "original" not in name:
+                    found += values.float().cpu().numpy().tobytes()
+            scalings = {n: v for n, v in vars(module).items() if n.endswith("attention_scaling")}
+            found += repr(sorted(scalings.items())).encode()
+    return found
 
 
 def _fix(embedding: Any, context_len: int) -> None:

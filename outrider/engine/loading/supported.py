@@ -115,7 +115,7 @@ def discover_layers(name: str, model: Any) -> list[LayerLayout]:
     except (AttributeError, TypeError) as error:  # of a model that needs a mask, such as MPT
         if num_calls or quantized.method(model.config):
             raise
-        raise no_interface_error(name, model.config) from error
+        raise no_interface_error(name, model.config, error) from error
     if not num_calls:
         raise no_interface_error(name, model.config)
     expected = model.config.get_text_config().num_hidden_layers

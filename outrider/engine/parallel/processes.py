@@ -34,7 +34,10 @@ class RankProcesses:
         self._lock = threading.Lock()
         self._is_ending = False
         self._processes = {
-            rank: subprocess.Popen(_command(host, port, rank), stdin=subprocess.DEVNULL)
+            # A terminal's Ctrl-C is for rank 0, which first finishes what it has begun.
+            rank: subprocess.Popen(
+                _command(host, port, rank), stdin=subprocess.DEVNULL, start_new_session=True
+            )
             for rank in range(1, num_ranks)
         }
         for rank in self._processes:

@@ -40,7 +40,7 @@ def end_on_sigterm() -> None:
 
 
 def main() -> None:
-    """Run this rank. Returns never; an exception ends the process, and so the replica."""
+    """Run this rank. Never returns; an exception ends the process, and so the replica."""
     parser = argparse.ArgumentParser(prog="outrider.engine.parallel.rank")
     parser.add_argument("--host", required=True, help="host name or address of rank 0")
     parser.add_argument("--port", type=int, required=True, help="port of rank 0")
@@ -48,7 +48,11 @@ def main() -> None:
     # Only of ranks that rank 0 starts, with LOCAL_RANK, which transformers reads.
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    end_on_sigterm()
+    if given.local_rank:  # rank 0 ends it, after its last pass
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    else:
+        end_on_sigterm()
     configure_logs(f"rank-{given.rank}", level="warning")
     store = joined_store(given.host, given.port)
     options = sent_options(store)

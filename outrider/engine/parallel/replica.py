@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -43,6 +44,8 @@ def load_engine(options: EngineOptions) -> Engine:
     store = _listening_store(options, host.strip("[]"), port)
     store.set(_OPTIONS, json.dumps(asdict(options), default=sorted))
     num_local = 1 if given else size
+    if not given:  # the ranks inherit it; gloo would listen on the address of the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     while _started:
         _started.pop().kill()
     processes = RankProcesses(host, store.port, num_local)

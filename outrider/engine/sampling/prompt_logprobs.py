@@ -13,7 +13,7 @@ from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 
 _RAW = SamplingParams()
-# The comparisons of so many rows are in memory at a time.
+# Rows compared at a time: bounds memory.
 _NUM_COMPARED_ROWS = 256
 
 

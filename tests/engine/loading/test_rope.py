@@ -146,3 +146,14 @@ def test_layer_types_are_fixed_each(tmp_path: Path) -> None:
     rows = engine.forward([Append(sequence, ids[:30], 30)])
     rows = torch.cat([rows, engine.forward([Append(sequence, ids[30:], length - 30)])])
     shadow.assert_rows(rows, ids, "gemma3")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_fingerprint_depends_on_what_is_computed(kind: str, tmp_path: Path) -> None:
+    """Replicas that would give other tokens are not taken for the same model."""
+    path = make(kind, tmp_path)
+    short, long, again = (
+        load(path, max_model_len=length).info.model_fingerprint
+        for length in (TRAINED_LEN, None, CONTEXT_LEN)
+    )
+    assert short != long == again
