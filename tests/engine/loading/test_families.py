@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from outrider.engine import Append, EngineOptions, load_engine
+from outrider.engine import Append, Engine, EngineOptions, load_engine
 from outrider.engine.loading.families import FAMILIES, REFUSALS, Refusal
 from outrider.errors import ModelError
 from tests.engine.reference import Reference, Shadow
@@ -46,7 +46,12 @@ def test_equals_eager(model_type: str, tmp_path: Path) -> None:
         return
 
     engine = load_engine(EngineOptions(str(tmp_path), kv_cache_tokens=256))
-    shadow = Shadow(Reference(tmp_path), seed=0)
+    check_ragged_steps(engine, tmp_path, model_type)
+
+
+def check_ragged_steps(engine: Engine, path: Path, model_type: str) -> None:
+    """Logits of every step are those of the model in `path`, computed by transformers."""
+    shadow = Shadow(Reference(path), seed=0)
     first, second = engine.store.open(60), engine.store.open(60)
     tokens: list[list[int]] = [[], []]
     for counts, cut in [((21, 40), 0), ((5, 1), 3), ((1, 5), 1), ((7, 6), 0)]:

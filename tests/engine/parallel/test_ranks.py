@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 
 from outrider.engine import Append, Engine, EngineOptions, load_engine
+from outrider.engine.loading import checkpoint
+from outrider.engine.parallel.plan import check_plan
 from outrider.errors import ConfigError, ModelError
 from tests.engine.attention.test_equivalence import Driver
+from tests.engine.loading.test_families import check_ragged_steps
 from tests.engine.reference import Reference, Shadow
+from tests.families import MODELS, save_family
 
 NUM_KV_TOKENS = 1024
 
@@ -103,6 +108,30 @@ def test_two_ranks_compute_the_logits_of_one(pair: tuple[Engine, Engine, Driver]
     next_ids = driver.shadow.random_tokens(3)
     rows = two.forward([Append(second, next_ids, 3)])
     driver.shadow.assert_rows(rows, cached + next_ids, "after a cached prefix")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "OUTRIDER_TEST_RANKS" not in os.environ,
+    reason="ten seconds a family: for a new version of transformers or torch",
+)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_family_is_sharded_or_refused(
+    model_type: str, tmp_path: Path, device: ThreadPoolExecutor
+) -> None:
+    """Families of the table of supported models: logits of one rank, or refused by the plan."""
+    save_family(model_type, tmp_path)
+    options = EngineOptions(
+        str(tmp_path), kv_cache_tokens=256, num_threads=1, tensor_parallel_size=2
+    )
+    try:
+        check_plan(model_type, checkpoint.load_config(options.model), 2)
+    except ModelError:
+        with pytest.raises(ModelError, match="tensor_parallel_size"):
+            load_engine(options)
+        return
+    engine = device.submit(load_engine, options).result(200)
+    check_ragged_steps(engine, tmp_path, model_type)
 
 
 @pytest.mark.parametrize(
