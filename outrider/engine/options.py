@@ -74,7 +74,7 @@ class EngineInfo:
     """Self-test at load: largest |difference| of a logit from plain eager attention."""
     tensor_parallel_size: int = 1
     """Number of ranks that share the model."""
-    max_step_rows: int = 2048
+    max_step_rows: int = 1 << 20
     """Most rows of logits in one pass, from the vocabulary and the device's memory."""
     cuda_graphs: bool = False
     """Whether single-token steps are replayed from CUDA graphs."""

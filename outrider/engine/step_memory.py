@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Logits of one pass, in float32, as a share of the memory that is free before the model's KV; the
 # sampler needs several times as much for a moment.
 _LOGITS_SHARE = 1 / 64
-MAX_ROWS = 2048
-"""Rows of logits of one pass, whatever the memory: 256 generations with blocks of 8 tokens."""
+MAX_ROWS = 8192
+"""Rows of logits of one pass, whatever the memory: 1,024 generations with blocks of 8 tokens."""
 # A CPU measures as large a pass as this many seconds allow, and scales it.
 _CPU_BUDGET_S = 0.5
 _TIMED_LEN = 16

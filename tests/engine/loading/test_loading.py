@@ -75,7 +75,7 @@ def test_budget_from_free_memory(
     monkeypatch.setattr("outrider.engine.kv.budget._available_ram", lambda: 1 << 30)
     with caplog.at_level(logging.INFO, "outrider"):
         engine = load_engine(EngineOptions(str(model_dir("llama"))))
-    (line,) = [text for text in caplog.messages if text.startswith("a pass over 2176 tokens with")]
+    (line,) = [text for text in caplog.messages if text.startswith("a pass over 8320 tokens with")]
     needed = int(line.split()[-2]) << 20
     assert needed < 1 << 30, line
     expected = ((1 << 30) - 1.1 * needed) / 4 / bytes_per_token

@@ -21,6 +21,7 @@ from outrider.errors import ModelError
 from outrider.model_server.load_engine import load_served_engine
 from outrider.settings.services import TargetConfig
 from tests.engine.reference import Reference
+from tests.families import save_family
 from tests.tiny_models import make_tiny_model
 
 BLOCK = 32
@@ -122,6 +123,7 @@ def write_ternary(directory: Path) -> Path:
     return quantise(directory, {"quant_method": "bitnet"})
 
 
+@torch.compiler.set_stance("force_eager")  # transformers compiles the unpacking, in 15 s
 def test_a_quantised_model_is_compared_with_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,26 @@ def test_a_quantised_model_is_compared_with_itself(
     )
     with pytest.raises(ModelError, match="not served correctly"):
         load_engine(EngineOptions(str(path), kv_cache_tokens=256))
+
+
+def test_mxfp4_experts_are_served_without_triton(tmp_path: Path) -> None:
+    """As gpt-oss is published: blocks of 32 four-bit values with a scale."""
+    save_family("gpt_oss", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, num_in, num_out = stored.pop(name).shape
+        shape = (num_experts, num_out, num_in // BLOCK)
+        blocks = torch.randint(256, (*shape, BLOCK // 2), generator=generator, dtype=torch.uint8)
+        stored[f"{name}_blocks"] = blocks
+        stored[f"{name}_scales"] = torch.full(shape, 124, dtype=torch.uint8)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    quantise(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+    engine = load_engine(EngineOptions(str(tmp_path), kv_cache_tokens=256))
+    sequence, token_ids = engine.store.open(40), list(range(40))
+    logits = engine.forward([Append(sequence, token_ids, 40)])
+    assert float((logits - Reference(tmp_path).logits(token_ids)).abs().max()) < 1e-4
 
 
 class _Packed(torch.Tensor):
