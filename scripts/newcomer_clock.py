@@ -87,13 +87,8 @@ def build_wheel(folder: Path) -> Path:
 
 def locked_versions(folder: Path) -> Path:
     """The lock as a constraints file: versions without hashes."""
-    pins = [
-        line
-        for name in ("dev", "torch")
-        for line in re.findall(
-            r"^[\w.-]+==[^\s;]+", (ROOT / f"requirements/{name}.txt").read_text("utf-8"), re.M
-        )
-    ]
+    locks = [(ROOT / f"requirements/{name}.txt").read_text("utf-8") for name in ("dev", "torch")]
+    pins = re.findall(r"^([\w.-]+==[^\\\n]+)", "\n".join(locks), re.MULTILINE)
     path = folder / "constraints.txt"
     path.write_text("\n".join(pins) + "\n", "utf-8")
     return path

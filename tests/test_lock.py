@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +103,10 @@ def test_ranges_end_at_a_tested_minor_version(name: str) -> None:
 def test_this_environment_is_the_lock() -> None:
     for name, exact in pinned(lock.DEV, {}).items():
         assert version(name) == exact, name
+
+
+def test_a_newcomer_gets_the_locked_versions(tmp_path: Path) -> None:
+    """scripts/newcomer_clock.py installs with the lock's versions as constraints."""
+    constraints = script("newcomer_clock").locked_versions(tmp_path).read_text("utf-8").splitlines()
+    names = {Requirement(line).name for line in constraints}
+    assert {"torch", "openai", "grpcio", "transformers"} <= names
