@@ -38,6 +38,8 @@ NOT_RUN = (
 REPLACED = (
     ("", r"outrider/quickstart_pair/(target|draft)\b", "{\\1}"),
     ("", r"\bTARGET\b|/models/(target|8b|70b)\b|meta-llama/Llama-3\.1-8B-Instruct", "{target}"),
+    # Training a good draft for seconds makes it worse, and it is not written then.
+    ("distill.md", r"--draft DRAFT\b", "--draft {other_draft}"),
     ("", r"\bDRAFT\d?\b|/models/(draft|1b)(?![\w-])|meta-llama/Llama-3\.2-1B-Instruct", "{draft}"),
     ("", r"/models/draft-2\b", "{other_draft}"),
     ("", r"/models/small-of-another-family\b", "{foreign_draft}"),
@@ -46,6 +48,8 @@ REPLACED = (
     ("", r"/tmp/p1\b", "p1"),
     ("", r"/var/lib/outrider/traffic", "traffic"),
     ("", r"redis://redis:6379/(\d)", "{redis}?db=\\1"),
+    # --endpoint may be set for the other clients; --http refuses it.
+    ("", r"^(?=outrider bench serve --http)", "env -u OUTRIDER_ENDPOINT "),
     ("", r"\b(HOST|gpu|gpu-large|gpu-small|orchestrator|draft|a|b)(?=:\d)", "127.0.0.1"),
     ("", r"\bmy-host\.example\b", "localhost"),
     ("", r"--host 0\.0\.0\.0", "--host 127.0.0.1"),
@@ -93,7 +97,7 @@ ADDED = (
     ("", "outrider bench serve .*--sweep", "--precision 1"),
     ("measure.md", "outrider chaos --faults", "--simulate --gap 0.3 --longest 0.5"),
     ("measure.md", "outrider chaos --endpoint", "--generations 20 --max-tokens 32"),
-    ("distill.md", "outrider distill", "--samples 4 --max-tokens 8 --steps 2 --batch 2"),
+    ("distill.md", "outrider distill", "--samples 16 --max-tokens 16 --steps 12 --batch 8"),
 )  # fmt: skip
 
 # Started once for all pages: a system that clients use. In the pages' own words.

@@ -30,7 +30,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         yield {
             "target": str(TARGET_PATH),
             "draft": str(DRAFT_PATH),
-            "other_draft": str(noisy_copy(DRAFT_PATH, models / "other", 0.1)),
+            "other_draft": str(noisy_copy(DRAFT_PATH, models / "other", 0.3)),
             "foreign_draft": str(foreign),
             "redis": redis.url,
         }
