@@ -38,7 +38,7 @@ MAX_PENDING = 64
 MAX_CACHED = 128
 _MAX_ERROR_CHARS = 300
 _WHITESPACE: Any = {"whitespace_pattern": JSON_WHITESPACE}
-# A format of texts that the tokenizer may have no tokens for: all tokens are masked one by one.
+# The tokenizer may lack tokens for forced text: turns forcing off, and every token is masked.
 _UNFORCED = '%llguidance {"no_forcing": true}\n'
 
 Ids = npt.NDArray[Any]

@@ -67,7 +67,7 @@ class GrammarTokens:
         return LLTokenizer(cast(Any, self), eos_token=self.eos_token_ids)
 
     def __call__(self, text: str) -> tuple[int, ...]:
-        """Token ids whose bytes are exactly those of the text. Called by llguidance."""
+        """Token ids with the bytes of the text, without those that no token has. For llguidance."""
         return self._cached(text) if len(text) <= _MAX_CACHED_CHARS else self._encoded(text)
 
     def _encoded(self, text: str) -> tuple[int, ...]:

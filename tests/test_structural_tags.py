@@ -155,6 +155,9 @@ def test_the_older_form_is_triggered_tags(compiler: GrammarCompiler) -> None:
         (many("sequence", ANY, const("x")), r"format.elements\[0\]: any_text must be last"),
         (repeated("star", ANY), "format.content: any_text must be last"),
         (repeated("repeat", ANY, min=2, max=1), "min and max must be a range"),
+        (repeated("repeat", ANY, min=0, max=0), "min and max must be a range"),
+        (repeated("repeat", ANY, min=True, max=2), "min and max must be a range"),
+        (triggered(at_least_one="false"), "format.at_least_one: must be true or false"),
         (tag({"type": "token", "token": 1}, ANY, "x"), "format.begin: a text"),
         (triggered(triggers=["<g"]), r"format.tags\[0\]: no trigger begins '<f=a>'"),
         ({"type": "grammar", "grammar": "root ::= ("}, "format.grammar: Expected"),
@@ -163,13 +166,15 @@ def test_the_older_form_is_triggered_tags(compiler: GrammarCompiler) -> None:
 def test_what_is_not_supported_is_refused_by_name(
     form: Any, named: str, compiler: GrammarCompiler
 ) -> None:
-    told = {"type": "structural_tag", "format": form}
+    tags = {"type": "structural_tag", "format": form}
     with pytest.raises(InvalidRequest, match=named) as caught:
-        allows(compiler, told, "")
+        allows(compiler, tags, "")
     assert caught.value.field == "sampling.structured_outputs.structural_tag"
 
 
-@pytest.mark.parametrize("told", [[], {}, {"type": "structural_tag"}, {**OLDER, "more": 1}])
+@pytest.mark.parametrize(
+    "told", [[], {}, {"type": "structural_tag"}, {**OLDER, "more": 1}, {**OLDER, "type": "x"}]
+)
 def test_other_forms_are_refused(told: Any, compiler: GrammarCompiler) -> None:
     with pytest.raises(InvalidRequest, match="is malformed"):
         allows(compiler, told, "")

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.http.tools import BEGIN, END, REQUIRED, ToolUse
 
 # A call up to its arguments, which are reported as the model writes them.
-_CALL = re.compile(
+_CALL_HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*'
 )
 _CALL_END, _SEPARATOR = re.compile(r"\s*\}\s*"), re.compile(r"\s*[\[,\]]")
@@ -58,12 +58,12 @@ class ToolCalls:
         if self._has_begun:
             return {"index": 0, "function": {"arguments": text}}
         self._has_begun = True
-        return _call(0, self._use.choice, text)
+        return _openai_call(0, self._use.choice, text)
 
     def _required(self) -> Said:
         found, at = [], 0
         try:
-            json.loads(self._text)
+            calls = json.loads(self._text)
         except ValueError:
             return Said(self._text)
         while (separator := _SEPARATOR.match(self._text, at)) is not None:
@@ -71,6 +71,8 @@ class ToolCalls:
                 break
             found.append(call)
             at = call.end
+        if not isinstance(calls, list) or not found or len(found) != len(calls):
+            return Said(self._text)  # written in another way: nothing of it is dropped
         return Said("", self._reported(found), True)
 
     def _json(self, *, is_end: bool) -> Said:
@@ -98,7 +100,7 @@ class ToolCalls:
                 content.append(text)
                 self._is_after_call = False
             self._text = kept + begin + rest
-            if not begin or (call := self._call(rest)) is None:
+            if not begin or (call := self._next_call(rest)) is None:
                 break
             found.append(call)
             self._text, self._is_after_call = rest[call.end :], True
@@ -106,7 +108,7 @@ class ToolCalls:
             content.append(self._text)  # a call that was cut off
         return Said("".join(content), self._reported(found), is_end and self._num_calls > 0)
 
-    def _call(self, text: str) -> _Call | None:
+    def _next_call(self, text: str) -> _WrittenCall | None:
         """The call at the beginning of the text, behind its opening tag; None: it has no end yet.
 
         Its arguments may contain the closing tag.
@@ -116,19 +118,19 @@ class ToolCalls:
             call = _read_call(text[:at], 0)
             if call is not None and call.end == at:
                 self._num_searched = 0
-                return _Call(call.name, call.arguments, at + len(END))
+                return _WrittenCall(call.name, call.arguments, at + len(END))
         self._num_searched = max(self._num_searched, len(text) - len(END) + 1)
         return None
 
-    def _reported(self, found: Iterable[_Call]) -> list[Mapping[str, Any]]:
+    def _reported(self, found: Iterable[_WrittenCall]) -> list[Mapping[str, Any]]:
         first = self._num_calls
-        calls = [_call(i, call.name, call.arguments) for i, call in enumerate(found, first)]
+        calls = [_openai_call(i, call.name, call.arguments) for i, call in enumerate(found, first)]
         self._num_calls += len(calls)
         return calls
 
 
 @dataclass(frozen=True)
-class _Call:
+class _WrittenCall:
     """A call in a text. `arguments`: as they are written; `end`: where the text goes on."""
 
     name: str
@@ -136,9 +138,9 @@ class _Call:
     end: int
 
 
-def _read_call(text: str, at: int) -> _Call | None:
+def _read_call(text: str, at: int) -> _WrittenCall | None:
     """The call that begins at this place; None: there is none, or not all of it."""
-    begin = _CALL.match(text, at)
+    begin = _CALL_HEAD.match(text, at)
     if begin is None:
         return None
     try:
@@ -148,7 +150,7 @@ def _read_call(text: str, at: int) -> _Call | None:
     closing = _CALL_END.match(text, end)
     if closing is None:
         return None
-    return _Call(json.loads(begin[1]), text[begin.end() : end], closing.end())
+    return _WrittenCall(json.loads(begin[1]), text[begin.end() : end], closing.end())
 
 
 def _num_held_back(text: str) -> int:
@@ -157,7 +159,7 @@ def _num_held_back(text: str) -> int:
     return next((num for num in range(most, 0, -1) if text.endswith(BEGIN[:num])), 0)
 
 
-def _call(index: int, name: str, arguments: str) -> Mapping[str, Any]:
+def _openai_call(index: int, name: str, arguments: str) -> Mapping[str, Any]:
     function = {"name": name, "arguments": arguments}
     call_id = f"call_{secrets.token_hex(12)}"
     return {"index": index, "id": call_id, "type": "function", "function": function}

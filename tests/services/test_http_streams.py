@@ -207,21 +207,28 @@ async def slow(stack: Stack, whole: bytes, begun: bytes) -> bytes:
     """Sends a request, then another's beginning and a byte at a time; returns what it receives."""
     host, _, port = stack.http_endpoint.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
+    received = b""
+
+    async def read() -> None:
+        nonlocal received
+        with contextlib.suppress(ConnectionError):  # what came before is kept
+            while part := await reader.read(65_536):
+                received += part
+
     try:
         writer.write(whole + begun)
-        received = asyncio.create_task(asyncio.wait_for(reader.read(), 60))
-        while begun and not (await asyncio.wait([received], timeout=0.05))[0]:
+        reading = asyncio.create_task(asyncio.wait_for(read(), 60))
+        while begun and not (await asyncio.wait([reading], timeout=0.05))[0]:
             writer.write(b"x")
-        return await received
-    except ConnectionError:
-        return b""
+        await reading
+        return received
     finally:
         writer.transport.abort()
 
 
 async def test_slow_requests_are_cut_off(redis_url: str) -> None:
     """Those without headers, or without the rest of them or of a body; not slow answers."""
-    async with simulated(redis_url, http_read_timeout_s=0.5, gamma=0) as stack:
+    async with simulated(redis_url, http_read_timeout_s=2.0, gamma=0) as stack:
         async with streaming(stack, {**BODY, "max_tokens": 20_000}) as (reader, _):
             await reader.readuntil(b"data: ")
             silent, headers, later, body, ignored = await asyncio.gather(
@@ -235,7 +242,7 @@ async def test_slow_requests_are_cut_off(redis_url: str) -> None:
             assert later.startswith(b"HTTP/1.1 200")
             assert later.count(b"HTTP/1.1") == 1
             assert body.startswith(b"HTTP/1.1 408")
-            assert b"within 0.5 s" in body
+            assert b"within 2 s" in body
             assert ignored.startswith(b"HTTP/1.1 404")
             num_steps = (await stack.target_load()).num_steps_total
 

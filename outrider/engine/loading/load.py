@@ -5,7 +5,7 @@ runs the engine as it will serve; the KV memory takes what is left.
 
 With tensor parallelism (`parallel/`) every rank loads its part by the same calls in the same order,
 because each pass is a pass of all ranks. What depends on a rank's time or memory is agreed upon:
-the lowest value counts. `device_map` is another thing: whole layers on several devices
+the lowest value counts. `device_map` differs: it places whole layers on several devices
 (accelerate), which run one after another.
 """
 

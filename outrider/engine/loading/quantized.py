@@ -62,7 +62,7 @@ def naming_failures(name: str, config: Any) -> Iterator[None]:
         if used is None:
             raise
         served = str(getattr(config, "dtype", "")).removeprefix("torch.")
-        hint = f"; the checkpoint's own dtype may (--dtype {served})" if served else ""
+        hint = f"; try the checkpoint's own dtype: --dtype {served}" if served else ""
         raise ModelError(f"{_refusal(name, used, error)}{hint}") from error
 
 

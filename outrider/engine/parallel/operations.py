@@ -70,7 +70,7 @@ class ReplayedStore(KVStore):
     """KV rows of a rank other than 0. Rank 0 owns the pages and the sequences."""
 
     def compact(self, sequence: Sequence) -> None:
-        """Nothing: if rank 0 has moved the sequence, the log says so."""
+        """Does nothing: rank 0 sends its moves as copies."""
 
     def copy_rows(self, runs: Seq[CopyRun]) -> None:
         """Copy KV rows as rank 0 did."""
@@ -101,7 +101,7 @@ class Replay:
         self._forward = forward
 
     def apply(self, message: Message) -> None:
-        """Do what one message says. Raises what the operation raises."""
+        """Apply one message. Raises what the operation raises."""
         if message[0] == _COPY:
             self._copy([(int(a), int(b), int(n)) for a, b, n in message[1:].reshape(-1, 3)])
             return

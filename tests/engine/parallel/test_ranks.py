@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from outrider.engine import Append, Engine, EngineOptions, load_engine
 from outrider.engine.loading import checkpoint
 from outrider.engine.parallel.plan import check_plan
 from outrider.errors import ConfigError, ModelError
+from tests.deploy.api_server import free_ports
 from tests.engine.attention.test_equivalence import Driver
 from tests.engine.loading.test_families import check_ragged_steps
 from tests.engine.reference import Reference, Shadow
@@ -34,11 +34,6 @@ def device() -> Iterator[ThreadPoolExecutor]:
     """The thread that loads the engines: the ranks of the last one end with it."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         yield thread
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -67,7 +62,7 @@ def pair(
     fields: dict[str, Any] = {"kv_cache_tokens": NUM_KV_TOKENS, "num_threads": 1}
     with contextlib.ExitStack() as stack:
         if family == "phi3":  # as if on another machine
-            fields["tensor_parallel_address"] = address = f"127.0.0.1:{free_port()}"
+            fields["tensor_parallel_address"] = address = f"127.0.0.1:{free_ports(1)[0]}"
             stack.enter_context(started_rank(address))
         options = EngineOptions(str(path), tensor_parallel_size=2, **fields)
         engine = device.submit(load_engine, options).result(200)

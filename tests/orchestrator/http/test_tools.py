@@ -103,6 +103,13 @@ CASES: dict[str, tuple[ToolUse, str, tuple[str, list[tuple[str, str]], bool]]] =
         '[ {"name": "time" ,"parameters":{"a":1e999}} , {"name": "time", "parameters": {}} ]',
         ("", [("time", '{"a":1e999}'), ("time", "{}")], True),
     ),
+    "required, a call in another order": (
+        REQUIRED,
+        '[{"name": "time", "parameters": {}}, {"parameters": {}, "name": "time"}]',
+        ('[{"name": "time", "parameters": {}}, {"parameters": {}, "name": "time"}]', [], False),
+    ),
+    "required, no calls": (REQUIRED, "[]", ("[]", [], False)),
+    "required, no list": (REQUIRED, '{"a": 1}', ('{"a": 1}', [], False)),
     "required, cut off": (REQUIRED, '[{"name"', ('[{"name"', [], False)),
     "named": (
         ToolUse("weather", True, FUNCTIONS),
