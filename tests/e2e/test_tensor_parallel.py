@@ -155,6 +155,13 @@ async def test_a_lost_rank_costs_no_stream_and_no_token(
         async with orchestrating(endpoints, redis) as stack:
             prompts = [prompt_of(5 + 7 * i) for i in range(NUM_STREAMS)]
             outputs = [Output() for _ in prompts]
+
+            async def is_connected() -> bool:  # both replicas get requests
+                short = {"prompt": prompts[0], "sampling": {"max_tokens": 2}}
+                await generate_all(stack, [short] * 4)
+                return (await ranks.info()).load.num_opened_total > 0
+
+            await eventually(is_connected)
             async with asyncio.TaskGroup() as tasks:
                 for prompt, output in zip(prompts, outputs, strict=True):
                     tasks.create_task(read(stack, prompt, output))
