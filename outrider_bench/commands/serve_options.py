@@ -46,7 +46,7 @@ class ServeOptions(AccessOptions):
         str | None,
         typer.Option(
             help="Send requests over OpenAI's HTTP, to this URL or comma-separated list of URLs, "
-            "such as http://127.0.0.1:8000, instead of gRPC."
+            "such as http://127.0.0.1:8000, instead of gRPC to --endpoint."
         ),
     ] = None
     chat: Annotated[
@@ -196,9 +196,9 @@ class ServeOptions(AccessOptions):
         if not self.name or self.name != Path(self.name).name:
             raise ConfigError(f"--name: {self.name!r} is not a file name")
         if self.http is not None:
-            for name in ("endpoint", "connections"):
-                if getattr(self, name) != getattr(ServeOptions, name):
-                    raise ConfigError(f"--{name}: is for gRPC; cannot be combined with --http")
+            # --endpoint may be set in the environment, for other commands.
+            if self.connections != ServeOptions.connections:
+                raise ConfigError("--connections: is for gRPC; cannot be combined with --http")
         elif self.tokenizer is not None and not self.chat:
             raise ConfigError("--tokenizer: only with --http or --chat")
         if self.sweep:

@@ -104,7 +104,7 @@ def worse(before: Acceptance, after: Acceptance) -> str | None:
     for name, (was, is_now, rows_before, rows_after) in pairs.items():
         rose |= is_now > was
         if is_now < was:
-            falls.append(f"α {name} fell from {was:.3f} to {is_now:.3f}")
+            falls.append(f"α {name} fell from {was:.4f} to {is_now:.4f}")
             significant |= was - is_now > _NOISE_DEVIATIONS * _error(rows_before, rows_after)
     return " and ".join(falls) if falls and (significant or not rose) else None
 

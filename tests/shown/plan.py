@@ -48,8 +48,6 @@ REPLACED = (
     ("", r"/tmp/p1\b", "p1"),
     ("", r"/var/lib/outrider/traffic", "traffic"),
     ("", r"redis://redis:6379/(\d)", "{redis}?db=\\1"),
-    # --endpoint may be set for the other clients; --http refuses it.
-    ("", r"^(?=outrider bench serve --http)", "env -u OUTRIDER_ENDPOINT "),
     ("", r"\b(HOST|gpu|gpu-large|gpu-small|orchestrator|draft|a|b)(?=:\d)", "127.0.0.1"),
     ("", r"\bmy-host\.example\b", "localhost"),
     ("", r"--host 0\.0\.0\.0", "--host 127.0.0.1"),

@@ -218,7 +218,7 @@ async def test_a_run_without_an_answer_has_failed(redis_url: str, tmp_path: Path
             {"sweep": True, "slo": "e2e=1s", "rate": 1.0, "concurrency": 2},
             "--concurrency: cannot be combined with --sweep",
         ),
-        ({"http": "u", "endpoint": "e:1"}, "--endpoint: is for gRPC; cannot be combined with"),
+        ({"http": "u", "connections": 2}, "--connections: is for gRPC; cannot be combined with"),
         ({"tokenizer": "t"}, "--tokenizer: only with --http or --chat"),
         ({"burstiness": 2.0}, "--burstiness: requires --rate"),
         ({"trace_speed": 2.0}, "--trace-speed: requires --trace"),
