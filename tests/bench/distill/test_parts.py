@@ -377,9 +377,9 @@ def rates(sampled: list[float], greedy: list[float]) -> Acceptance:
     [
         (([0.6, 0.7], [0.5, 0.6]), None),
         (([0.5, 0.6], [0.5, 0.6]), None),  # equal is not worse
-        (([0.4, 0.5], [0.4, 0.5]), "α at T = 1 fell from 0.550 to 0.450 and α greedy fell"),
-        (([0.5, 0.6], [0.5, 0.59]), "α greedy fell from 0.550 to 0.545"),
-        (([0.7, 0.8], [0.4, 0.5]), "α greedy fell from 0.550 to 0.450"),  # by far more than noise
+        (([0.4, 0.5], [0.4, 0.5]), "α at T = 1 fell from 0.5500 to 0.4500 and α greedy fell"),
+        (([0.5, 0.6], [0.5, 0.59]), "α greedy fell from 0.5500 to 0.5450"),
+        (([0.7, 0.8], [0.4, 0.5]), "α greedy fell from 0.5500 to 0.4500"),  # by far more than noise
         (([0.7, 0.8], [0.2, 0.89]), None),  # one row up, one down: noise, and the other rate rose
     ],
 )
