@@ -14,7 +14,7 @@ import numpy as np
 from outrider.cli.request import endpoints_of
 from outrider.client.channel import Access, open_channel
 from outrider.client.connection import call_failed
-from outrider.errors import CallFailed, ConfigError
+from outrider.errors import CallFailed, ConfigError, installs
 from outrider.tokenizer import Tokenizer
 from outrider.v1 import model_pb2, orchestrator_pb2
 from outrider_bench.commands.serve_options import ServeOptions
@@ -80,7 +80,7 @@ async def _over_http(
     try:
         from outrider_bench.loadtest.http_sender import HttpSender, get_json, http_session
     except ImportError as error:
-        raise ConfigError(f"--http: {error}; pip install 'outrider[bench]'") from error
+        raise ConfigError(f"--http: {error}; {installs('bench')}") from error
 
     try:
         session = await stack.enter_async_context(http_session(access))

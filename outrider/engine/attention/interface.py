@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+from transformers import AttentionInterface
 
 from outrider.errors import InternalError
 
@@ -99,6 +100,10 @@ def registered_attention(
         raise InternalError("the model passed its own attention mask")
     call = LayerCall(scaling, sliding_window, softcap, s_aux, others)
     return step.attend(module, query, key, value, call), None
+
+
+# No mask function is registered under this name, so transformers creates no mask.
+AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 
 class AttentionStub:

@@ -17,11 +17,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
 
 from outrider.engine import step_memory
 from outrider.engine.attention import select
-from outrider.engine.attention.interface import ATTENTION_NAME, registered_attention
+from outrider.engine.attention.interface import ATTENTION_NAME
 from outrider.engine.engine import Engine
 from outrider.engine.kv.budget import affordable_tokens
 from outrider.engine.kv.store import PAGE_SIZE, KVStore, LayerLayout
@@ -44,9 +43,6 @@ from outrider.engine.parallel.operations import OperationLog, make_store
 from outrider.errors import ConfigError, ModelError, StepOutOfMemory
 
 _log = logging.getLogger(__name__)
-
-# No mask function is registered under this name, so transformers creates no mask.
-AttentionInterface.register(ATTENTION_NAME, registered_attention)
 
 # Pages of the small KV store for the self-test, before the real one is allocated.
 _SELF_TEST_PAGES = 8
