@@ -3,7 +3,7 @@
 `python scripts/newcomer_clock.py` builds the wheel (not timed: an index would have it), installs it
 with the locked versions into a fresh environment, starts `outrider up` and runs
 examples/openai_client.py against it. It prints each command with its time. Packages come from
-wherever pip is configured to find them; nothing is kept.
+wherever pip is configured to find them; everything is deleted afterwards.
 """
 
 from __future__ import annotations

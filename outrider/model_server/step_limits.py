@@ -40,10 +40,8 @@ class StepLimits:
         self.num_exceeded += 1
         former = self.max_tokens, self.max_rows
         if error.num_tokens:
-            half = min(self.max_tokens, error.num_tokens) // 2
-            self.max_tokens = min(self.max_tokens, max(half, _LEAST_TOKENS))
-        half = min(self.max_rows, error.num_rows) // 2
-        self.max_rows = min(self.max_rows, max(half, self._least_rows))
+            self.max_tokens = _lowered(self.max_tokens, error.num_tokens, _LEAST_TOKENS)
+        self.max_rows = _lowered(self.max_rows, error.num_rows, self._least_rows)
         log.warning(
             "step_out_of_memory",
             num_tokens=error.num_tokens,
@@ -55,3 +53,8 @@ class StepLimits:
         if (self.max_tokens, self.max_rows) == former:
             return InternalError("the smallest pass does not fit into memory", str(error))
         return error
+
+
+def _lowered(limit: int, size: int, least: int) -> int:
+    """Half of the limit, or of the size that did not fit if that is smaller; at least `least`."""
+    return min(limit, max(min(limit, size) // 2, least))

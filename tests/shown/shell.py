@@ -17,7 +17,7 @@ from tests.shown import plan
 from tests.shown.blocks import Command
 
 LISTENING, METRICS = "listening on ", "metrics on "
-# Ports of the pages by program; each stands for a free one.
+# Ports on the pages, by program; each is replaced by a free one.
 DEFAULT_PORT = {"up": 50051, "orchestrator": 50051, "target_service": 50052, "draft_service": 50053}
 HTTP_PORT, METRICS_PORT = 8000, 9100
 _SERVER = re.compile(
